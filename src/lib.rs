@@ -1,0 +1,2 @@
+//! fastvpn: a userspace network tunnel for Linux.
+pub mod error;
