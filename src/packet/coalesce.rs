@@ -1,0 +1,514 @@
+//! Packets of one flow into frames that the kernel takes in one TUN write:
+//! generic receive offload, on the way in.
+//!
+//! The rules are those of the kernel's own GRO (`net/ipv4/tcp_offload.c`,
+//! `net/ipv4/udp_offload.c`, `net/core/gro.c`), where they differ on the
+//! strict side: what is merged here, cut again by [`super::segment`], gives
+//! the packets that came in. (One thing a receiver must ignore may differ: the
+//! IPv4 identification of unfragmentable packets, RFC 6864, when the sender
+//! left it the same in all of them.) All that is not a plain TCP or UDP data
+//! packet passes as it is. Packets of one flow never overtake each other.
+
+use super::checksum::{Sum, pseudo_header};
+use super::ip::Version;
+use super::virtio::{self, Header};
+use super::{
+    IPV4_HEADER_BYTES, IPV6_HEADER_BYTES, PACKET_BYTES_MAX, TCP, TCP_CHECKSUM_OFFSET,
+    TCP_HEADER_BYTES, UDP, UDP_CHECKSUM_OFFSET, UDP_HEADER_BYTES, be16, be32, put_be16, tcp_flags,
+};
+
+/// Flows that can be open at a time. The oldest makes room for a new one.
+pub const FLOWS_MAX: usize = 16;
+
+/// Most UDP datagrams of one frame: the kernel's `UDP_GRO_CNT_MAX`. A receiver
+/// with `UDP_GRO` on may have sized its buffers for that.
+pub const UDP_SEGMENTS_MAX: usize = 64;
+
+/// A buffer for one outgoing frame: virtio-net header and packet.
+#[derive(Debug)]
+pub struct Frame {
+    bytes: Box<[u8]>,
+    /// Bytes of the packet behind the virtio-net header.
+    packet_bytes: usize,
+    id: u16,
+}
+
+/// The packet starts at a multiple of 16, so that its addresses and payload
+/// are aligned; the virtio-net header ends there.
+const PACKET_START: usize = 16;
+const FRAME_START: usize = PACKET_START - virtio::HEADER_BYTES;
+
+impl Frame {
+    /// An empty frame with room for the longest packet. `id` is the owner's
+    /// name for it and never changes.
+    pub fn new(id: u16) -> Self {
+        // The odd cache line keeps the starts of neighbouring buffers from
+        // falling into the same cache sets.
+        let bytes = vec![0; PACKET_START + PACKET_BYTES_MAX + 1 + 64];
+        Self {
+            bytes: bytes.into_boxed_slice(),
+            packet_bytes: 0,
+            id,
+        }
+    }
+
+    /// The virtio-net header and the packet: what one TUN write takes.
+    #[inline]
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes[FRAME_START..PACKET_START + self.packet_bytes]
+    }
+
+    /// The packet alone.
+    #[inline]
+    pub fn packet(&self) -> &[u8] {
+        &self.bytes[PACKET_START..PACKET_START + self.packet_bytes]
+    }
+
+    /// The owner's name for this buffer.
+    #[inline]
+    pub fn id(&self) -> u16 {
+        self.id
+    }
+
+    #[inline]
+    fn packet_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes[PACKET_START..PACKET_START + self.packet_bytes]
+    }
+
+    #[inline]
+    fn set(&mut self, packet: &[u8]) {
+        self.packet_bytes = packet.len();
+        self.packet_mut().copy_from_slice(packet);
+        self.set_header(Header::default());
+    }
+
+    #[inline]
+    fn append(&mut self, payload: &[u8]) {
+        let end = self.packet_bytes;
+        self.packet_bytes += payload.len();
+        self.packet_mut()[end..].copy_from_slice(payload);
+    }
+
+    #[inline]
+    fn set_header(&mut self, header: Header) {
+        self.bytes[FRAME_START..PACKET_START].copy_from_slice(&header.to_bytes());
+    }
+}
+
+/// Where finished frames go and where empty ones come from.
+pub trait FrameSink {
+    /// An empty frame, or `None` when the sink has none left: the packet is
+    /// then dropped, and the sink counts it.
+    fn take(&mut self) -> Option<Frame>;
+    /// Takes a finished frame; frames are written in the order given.
+    fn put(&mut self, frame: Frame);
+}
+
+/// Which super-packets the TUN device takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offloads {
+    /// TCP, IPv4 and IPv6 (`TUN_F_TSO4`, `TUN_F_TSO6`).
+    pub tcp: bool,
+    /// UDP (`TUN_F_USO4`, `TUN_F_USO6`; Linux 6.2).
+    pub udp: bool,
+}
+
+/// Merges packets; see the module's documentation.
+#[derive(Debug)]
+pub struct Coalescer {
+    offloads: Offloads,
+    /// At most [`FLOWS_MAX`], at most one per flow, oldest first.
+    open: Vec<Open>,
+}
+
+impl Coalescer {
+    /// An empty coalescer.
+    pub fn new(offloads: Offloads) -> Self {
+        Self {
+            offloads,
+            open: Vec::with_capacity(FLOWS_MAX),
+        }
+    }
+
+    /// Takes in one packet that [`super::ip::verify`] passed as `version`.
+    /// Whatever becomes final by it goes to `sink`.
+    #[inline]
+    pub fn push(&mut self, version: Version, packet: &[u8], sink: &mut impl FrameSink) {
+        match classify(version, packet) {
+            Class::Data(data) if self.wants(&data) => self.push_data(&data, packet, sink),
+            Class::Data(Data { flow, .. }) | Class::Flow(flow) => {
+                self.close_if(sink, |open| open.flow == flow);
+                pass(packet, sink);
+            }
+            Class::Other(addresses) => {
+                self.close_if(sink, |open| open.flow.addresses == addresses);
+                pass(packet, sink);
+            }
+        }
+    }
+
+    /// Hands all that is open to `sink`. To be called when no more packets are
+    /// at hand, so that none waits for company.
+    #[inline]
+    pub fn flush(&mut self, sink: &mut impl FrameSink) {
+        for open in self.open.drain(..) {
+            sink.put(open.finish());
+        }
+    }
+
+    #[inline]
+    fn wants(&self, data: &Data) -> bool {
+        match data.flow.protocol {
+            TCP => self.offloads.tcp,
+            _ => self.offloads.udp,
+        }
+    }
+
+    #[inline]
+    fn push_data(&mut self, data: &Data, packet: &[u8], sink: &mut impl FrameSink) {
+        // The newest is the likeliest: traffic comes in bursts of one flow.
+        let found = self.open.iter().rposition(|open| open.flow == data.flow);
+        if let Some(index) = found {
+            let open = &mut self.open[index];
+            if open.accepts(data, packet) {
+                open.append(data, packet);
+                if open.is_full(data) {
+                    sink.put(self.open.remove(index).finish());
+                }
+                return;
+            }
+            sink.put(self.open.remove(index).finish());
+        }
+        let Some(frame) = sink.take() else { return };
+        let open = Open::new(frame, data, packet);
+        if data.closes() {
+            sink.put(open.finish());
+            return;
+        }
+        if self.open.len() == FLOWS_MAX {
+            sink.put(self.open.remove(0).finish());
+        }
+        self.open.push(open);
+    }
+
+    fn close_if(&mut self, sink: &mut impl FrameSink, matches: impl Fn(&Open) -> bool) {
+        while let Some(index) = self.open.iter().position(&matches) {
+            sink.put(self.open.remove(index).finish());
+        }
+    }
+}
+
+/// Copies a packet out as it is.
+#[inline]
+fn pass(packet: &[u8], sink: &mut impl FrameSink) {
+    if let Some(mut frame) = sink.take() {
+        frame.set(packet);
+        sink.put(frame);
+    }
+}
+
+/// Source and destination address; those of IPv4 fill the first 8 bytes.
+type Addresses = [u8; 32];
+
+/// What tells flows apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Flow {
+    ports: [u8; 4],
+    protocol: u8,
+    version: u8,
+    addresses: Addresses,
+}
+
+/// What a packet is to the coalescer.
+enum Class {
+    /// A TCP or UDP packet whose headers allow merging.
+    Data(Data),
+    /// Any other packet of a TCP or UDP flow.
+    Flow(Flow),
+    /// Something else between two addresses.
+    Other(Addresses),
+}
+
+/// A packet that may be merged.
+#[derive(Debug)]
+struct Data {
+    version: Version,
+    flow: Flow,
+    ip_bytes: usize,
+    header_bytes: usize,
+    payload_bytes: usize,
+    /// TCP: ends with PSH.
+    push: bool,
+}
+
+impl Data {
+    /// Whether nothing may follow it in a frame.
+    #[inline]
+    fn closes(&self) -> bool {
+        self.push
+    }
+}
+
+#[inline]
+fn classify(version: Version, packet: &[u8]) -> Class {
+    let mut addresses = [0; 32];
+    let (ip_bytes, protocol) = match version {
+        Version::V4 => {
+            addresses[..8].copy_from_slice(&packet[12..20]);
+            // Options, or a fragment (more to come, or an offset), or the
+            // reserved bit.
+            if packet[0] != 0x45 || be16(packet, 6) & !DONT_FRAGMENT != 0 {
+                return Class::Other(addresses);
+            }
+            (IPV4_HEADER_BYTES, packet[9])
+        }
+        Version::V6 => {
+            addresses.copy_from_slice(&packet[8..40]);
+            (IPV6_HEADER_BYTES, packet[6])
+        }
+    };
+    let transport = &packet[ip_bytes..];
+    let transport_bytes_min = match protocol {
+        TCP => TCP_HEADER_BYTES,
+        UDP => UDP_HEADER_BYTES,
+        _ => return Class::Other(addresses),
+    };
+    if transport.len() < transport_bytes_min {
+        return Class::Other(addresses);
+    }
+    let flow = Flow {
+        ports: [transport[0], transport[1], transport[2], transport[3]],
+        protocol,
+        version: packet[0] >> 4,
+        addresses,
+    };
+    let (transport_bytes, push, mergeable) = if protocol == TCP {
+        let flags = transport[13];
+        let transport_bytes = usize::from(transport[12] >> 4) * 4;
+        let plain = flags & !tcp_flags::PSH == tcp_flags::ACK
+            && transport[12] & 0x0f == 0
+            && transport_bytes >= TCP_HEADER_BYTES;
+        (transport_bytes, flags & tcp_flags::PSH != 0, plain)
+    } else {
+        let whole = usize::from(be16(transport, 4)) == transport.len();
+        let has_checksum = be16(transport, UDP_CHECKSUM_OFFSET) != 0;
+        (UDP_HEADER_BYTES, false, whole && has_checksum)
+    };
+    // Without payload (a bare acknowledgment) there is nothing to merge.
+    if !mergeable || transport_bytes >= transport.len() {
+        return Class::Flow(flow);
+    }
+    Class::Data(Data {
+        version,
+        flow,
+        ip_bytes,
+        header_bytes: ip_bytes + transport_bytes,
+        payload_bytes: transport.len() - transport_bytes,
+        push,
+    })
+}
+
+const DONT_FRAGMENT: u16 = 0x4000;
+
+/// How the IPv4 identification goes on from packet to packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Identification {
+    /// Only one packet so far.
+    Unknown,
+    /// Up by one each: the kernel's TSO does that, and so shall we.
+    Counts,
+    /// The same in all, allowed with "don't fragment" set.
+    Fixed,
+}
+
+/// A frame that may still grow.
+#[derive(Debug)]
+struct Open {
+    frame: Frame,
+    version: Version,
+    flow: Flow,
+    ip_bytes: usize,
+    header_bytes: usize,
+    /// Payload of the first packet, and so of every segment but the last.
+    segment_bytes: usize,
+    count: usize,
+    push: bool,
+    identification: Identification,
+    /// The first packet's checksums are good. Checked when a second one comes:
+    /// a packet that stays alone is the kernel's to check.
+    verified: bool,
+}
+
+impl Open {
+    #[inline]
+    fn new(mut frame: Frame, data: &Data, packet: &[u8]) -> Self {
+        frame.set(packet);
+        Self {
+            frame,
+            version: data.version,
+            flow: data.flow,
+            ip_bytes: data.ip_bytes,
+            header_bytes: data.header_bytes,
+            segment_bytes: data.payload_bytes,
+            count: 1,
+            push: data.push,
+            identification: Identification::Unknown,
+            verified: false,
+        }
+    }
+
+    /// Whether `packet`, of the same flow, may be the next segment.
+    #[inline]
+    fn accepts(&mut self, data: &Data, packet: &[u8]) -> bool {
+        let first = self.frame.packet();
+        let fits = data.header_bytes == self.header_bytes
+            && data.payload_bytes <= self.segment_bytes
+            && first.len() + data.payload_bytes <= PACKET_BYTES_MAX;
+        if !fits || !same_ip_header(data.version, first, packet) {
+            return false;
+        }
+        let headers = self.ip_bytes..self.header_bytes;
+        if data.flow.protocol == TCP
+            && !continues_tcp(&first[headers.clone()], &packet[headers], {
+                first.len() - self.header_bytes
+            })
+        {
+            return false;
+        }
+        let Some(identification) = self.next_identification(packet) else {
+            return false;
+        };
+        // Summing up comes last: it is the part that costs.
+        if !self.verified {
+            if !checksums_are_valid(self.version, self.ip_bytes, self.flow.protocol, first) {
+                return false;
+            }
+            self.verified = true;
+        }
+        if !checksums_are_valid(data.version, data.ip_bytes, data.flow.protocol, packet) {
+            return false;
+        }
+        self.identification = identification;
+        true
+    }
+
+    /// How the identification would go on with `packet`; `None` if it jumps.
+    #[inline]
+    fn next_identification(&self, packet: &[u8]) -> Option<Identification> {
+        if self.version == Version::V6 {
+            return Some(Identification::Unknown);
+        }
+        let first = self.frame.packet();
+        let step = be16(packet, 4).wrapping_sub(be16(first, 4));
+        let counts = usize::from(step) == self.count;
+        let fixed = step == 0 && be16(first, 6) & DONT_FRAGMENT != 0;
+        match self.identification {
+            Identification::Unknown | Identification::Counts if counts => {
+                Some(Identification::Counts)
+            }
+            Identification::Unknown | Identification::Fixed if fixed => Some(Identification::Fixed),
+            _ => None,
+        }
+    }
+
+    #[inline]
+    fn append(&mut self, data: &Data, packet: &[u8]) {
+        self.frame.append(&packet[data.header_bytes..]);
+        self.count += 1;
+        self.push = data.push;
+    }
+
+    /// Whether the packet just appended was the last that fits.
+    #[inline]
+    fn is_full(&self, last: &Data) -> bool {
+        last.closes()
+            || last.payload_bytes < self.segment_bytes
+            || (self.flow.protocol == UDP && self.count == UDP_SEGMENTS_MAX)
+            || self.frame.packet_bytes + self.segment_bytes > PACKET_BYTES_MAX
+    }
+
+    /// Completes the headers. A lone packet stays as it came.
+    #[inline]
+    fn finish(mut self) -> Frame {
+        if self.count == 1 {
+            return self.frame;
+        }
+        let packet = self.frame.packet_mut();
+        let total_bytes = packet.len();
+        let (ip_header, transport) = packet.split_at_mut(self.ip_bytes);
+        match self.version {
+            Version::V4 => {
+                put_be16(ip_header, 2, total_bytes as u16);
+                ip_header[10..12].fill(0);
+                let checksum = Sum::ZERO.add_bytes(ip_header).checksum();
+                ip_header[10..12].copy_from_slice(&checksum);
+            }
+            Version::V6 => put_be16(ip_header, 4, (total_bytes - IPV6_HEADER_BYTES) as u16),
+        }
+        let checksum_offset = if self.flow.protocol == TCP {
+            if self.push {
+                transport[13] |= tcp_flags::PSH;
+            }
+            TCP_CHECKSUM_OFFSET
+        } else {
+            put_be16(transport, 4, transport.len() as u16);
+            UDP_CHECKSUM_OFFSET
+        };
+        let partial = pseudo_header(self.version, ip_header, self.flow.protocol)
+            .add_u16(transport.len() as u16)
+            .partial();
+        transport[checksum_offset..checksum_offset + 2].copy_from_slice(&partial);
+        self.frame.set_header(Header {
+            flags: virtio::NEEDS_CHECKSUM,
+            gso_type: match (self.flow.protocol, self.version) {
+                (TCP, Version::V4) => virtio::GSO_TCPV4,
+                (TCP, Version::V6) => virtio::GSO_TCPV6,
+                _ => virtio::GSO_UDP_L4,
+            },
+            header_bytes: self.header_bytes as u16,
+            gso_bytes: self.segment_bytes as u16,
+            checksum_start: self.ip_bytes as u16,
+            checksum_offset: checksum_offset as u16,
+        });
+        self.frame
+    }
+}
+
+/// Type of service, TTL, "don't fragment" (IPv4); traffic class, flow label,
+/// hop limit (IPv6). Addresses and protocol are part of the flow.
+#[inline]
+fn same_ip_header(version: Version, a: &[u8], b: &[u8]) -> bool {
+    match version {
+        Version::V4 => a[1] == b[1] && a[8] == b[8] && a[6..8] == b[6..8],
+        Version::V6 => a[..4] == b[..4] && a[7] == b[7],
+    }
+}
+
+/// Whether `next` carries on after `first` and `offset` bytes of payload: the
+/// sequence number, and equal acknowledgment, offset, window, urgent pointer
+/// and options. The flags were found plain already.
+#[inline]
+fn continues_tcp(first: &[u8], next: &[u8], offset: usize) -> bool {
+    be32(next, 4) == be32(first, 4).wrapping_add(offset as u32)
+        && next[8..13] == first[8..13]
+        && next[14..16] == first[14..16]
+        && next[18..] == first[18..]
+}
+
+#[inline]
+fn checksums_are_valid(version: Version, ip_bytes: usize, protocol: u8, packet: &[u8]) -> bool {
+    let (ip_header, transport) = packet.split_at(ip_bytes);
+    let ip_is_valid = match version {
+        Version::V4 => Sum::ZERO.add_bytes(ip_header).is_valid(),
+        Version::V6 => true,
+    };
+    ip_is_valid
+        && pseudo_header(version, ip_header, protocol)
+            .add_u16(transport.len() as u16)
+            .add_bytes(transport)
+            .is_valid()
+}
+
+#[cfg(test)]
+#[path = "coalesce_tests.rs"]
+mod tests;

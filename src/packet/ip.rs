@@ -1,0 +1,130 @@
+//! The IP header as far as a tunnel needs it (RFC 791, RFC 8200).
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use super::{IPV4_HEADER_BYTES, IPV6_HEADER_BYTES, be16};
+
+/// IP version of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Version {
+    /// RFC 791.
+    V4,
+    /// RFC 8200.
+    V6,
+}
+
+/// Why bytes are not one whole IP packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Malformed {
+    /// Fewer bytes than the header they claim to have, or none at all.
+    Short,
+    /// Neither version 4 nor version 6.
+    Version,
+    /// The length field in the header and the bytes at hand disagree, or the
+    /// IPv4 header length is under 20.
+    Length,
+}
+
+/// Checks that `bytes` are exactly one IP packet as far as its fixed header
+/// tells. The header checksum is left to the kernel, which checks it anyway.
+///
+/// # Errors
+/// The first thing found wrong.
+#[inline]
+pub fn verify(bytes: &[u8]) -> Result<Version, Malformed> {
+    let Some(first) = bytes.first() else {
+        return Err(Malformed::Short);
+    };
+    match first >> 4 {
+        4 => {
+            let header_bytes = usize::from(first & 0x0f) * 4;
+            if bytes.len() < IPV4_HEADER_BYTES || bytes.len() < header_bytes {
+                return Err(Malformed::Short);
+            }
+            if header_bytes < IPV4_HEADER_BYTES || usize::from(be16(bytes, 2)) != bytes.len() {
+                return Err(Malformed::Length);
+            }
+            Ok(Version::V4)
+        }
+        6 => {
+            if bytes.len() < IPV6_HEADER_BYTES {
+                return Err(Malformed::Short);
+            }
+            // A jumbogram (RFC 2675) says 0 here and fits no UDP datagram.
+            if usize::from(be16(bytes, 4)) + IPV6_HEADER_BYTES != bytes.len() {
+                return Err(Malformed::Length);
+            }
+            Ok(Version::V6)
+        }
+        _ => Err(Malformed::Version),
+    }
+}
+
+/// Destination address of a packet that [`verify`] passed.
+#[inline]
+pub fn destination(version: Version, packet: &[u8]) -> IpAddr {
+    match version {
+        Version::V4 => {
+            let mut octets = [0; 4];
+            octets.copy_from_slice(&packet[16..20]);
+            IpAddr::V4(Ipv4Addr::from(octets))
+        }
+        Version::V6 => {
+            let mut octets = [0; 16];
+            octets.copy_from_slice(&packet[24..40]);
+            IpAddr::V6(Ipv6Addr::from(octets))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn v4(len: u16) -> Vec<u8> {
+        let mut packet = vec![0; usize::from(len)];
+        packet[0] = 0x45;
+        packet[2..4].copy_from_slice(&len.to_be_bytes());
+        packet
+    }
+
+    #[test]
+    fn takes_whole_packets_only() {
+        assert_eq!(verify(&v4(20)), Ok(Version::V4));
+        assert_eq!(verify(&v4(1472)), Ok(Version::V4));
+        let mut v6 = vec![0; 48];
+        v6[0] = 0x60;
+        v6[5] = 8;
+        assert_eq!(verify(&v6), Ok(Version::V6));
+        assert_eq!(verify(&v6[..40]), Err(Malformed::Length));
+        assert_eq!(verify(&v6[..39]), Err(Malformed::Short));
+    }
+
+    #[test]
+    fn names_what_is_wrong() {
+        assert_eq!(verify(&[]), Err(Malformed::Short));
+        assert_eq!(verify(&[0x45; 19]), Err(Malformed::Short));
+        for version in [0x05, 0x35, 0x55, 0x75, 0xf5] {
+            assert_eq!(verify(&[version; 64]), Err(Malformed::Version));
+        }
+        let mut packet = v4(40);
+        assert_eq!(verify(&packet[..39]), Err(Malformed::Length));
+        packet.push(0);
+        assert_eq!(verify(&packet), Err(Malformed::Length));
+        let mut options_missing = v4(20);
+        options_missing[0] = 0x4f;
+        assert_eq!(verify(&options_missing), Err(Malformed::Short));
+        let mut header_too_small = v4(20);
+        header_too_small[0] = 0x44;
+        assert_eq!(verify(&header_too_small), Err(Malformed::Length));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn never_panics(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..100)) {
+            if let Ok(version) = verify(&bytes) {
+                destination(version, &bytes);
+            }
+        }
+    }
+}

@@ -1,0 +1,210 @@
+//! Datagrams for one next hop, back to back: what one `sendmsg(2)` with
+//! `UDP_SEGMENT` carries (`udp(7)`).
+//!
+//! All datagrams of a train have the same size, but the last may be shorter
+//! and then closes it. The kernel takes at most [`SEGMENTS_MAX`] of them and
+//! [`TRAIN_BYTES_MAX`] together.
+
+use super::PACKET_BYTES_MAX;
+
+/// Most datagrams of one send: the kernel's `UDP_MAX_SEGMENTS`
+/// (`linux/udp.h`). Kernels before 6.9 take 64.
+pub const SEGMENTS_MAX: usize = 128;
+
+/// Most payload bytes of one UDP send over IPv4: 65535 - 20 - 8. IPv6 would
+/// take 20 more; one limit for both keeps trains alike.
+pub const TRAIN_BYTES_MAX: usize = PACKET_BYTES_MAX - 20 - 8;
+
+/// Bytes kept free ahead of each datagram for a later sealing step
+/// (a header of our own). The plain wire format has none.
+pub const DATAGRAM_HEADROOM_BYTES: usize = 0;
+/// Bytes kept free behind each datagram for a later sealing step (an
+/// authentication tag). The plain wire format has none.
+pub const DATAGRAM_TAILROOM_BYTES: usize = 0;
+
+/// Index of a next hop in the table that the workers look destinations up in.
+pub type NextHop = u16;
+
+/// How long trains toward one next hop may be. What the path or the host
+/// cannot do is learnt from refused sends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Most datagrams of a train; 1 where `UDP_SEGMENT` is missing.
+    pub segments_max: usize,
+    /// A datagram longer than this travels alone (and the kernel fragments it
+    /// if it must): a train of them would be refused with `EMSGSIZE`.
+    pub segment_bytes_max: usize,
+}
+
+impl Limits {
+    /// What a current kernel takes on a path of any MTU.
+    pub const FULL: Self = Self {
+        segments_max: SEGMENTS_MAX,
+        segment_bytes_max: TRAIN_BYTES_MAX,
+    };
+}
+
+/// A buffer that fills with datagrams. It has room for one whole train and is
+/// used again and again.
+#[derive(Debug)]
+pub struct Train {
+    bytes: Box<[u8]>,
+    len: usize,
+    count: usize,
+    segment_bytes: usize,
+    next_hop: NextHop,
+    limits: Limits,
+    closed: bool,
+    id: u16,
+}
+
+impl Train {
+    /// An empty train. `id` is the owner's name for it and never changes.
+    pub fn new(id: u16) -> Self {
+        Self {
+            bytes: vec![0; TRAIN_BYTES_MAX].into_boxed_slice(),
+            len: 0,
+            count: 0,
+            segment_bytes: 0,
+            next_hop: 0,
+            limits: Limits::FULL,
+            closed: false,
+            id,
+        }
+    }
+
+    /// Empties the train for datagrams toward `next_hop`.
+    pub fn start(&mut self, next_hop: NextHop, limits: Limits) {
+        self.len = 0;
+        self.count = 0;
+        self.segment_bytes = 0;
+        self.closed = false;
+        self.next_hop = next_hop;
+        self.limits = limits;
+    }
+
+    /// Room for a datagram of `datagram_bytes` at the end, or `None` if it
+    /// cannot be part of this train. An empty train takes any datagram of up
+    /// to [`TRAIN_BYTES_MAX`].
+    #[inline]
+    pub fn reserve(&mut self, datagram_bytes: usize) -> Option<&mut [u8]> {
+        if self.count == 0 {
+            self.segment_bytes = datagram_bytes;
+            self.closed =
+                self.limits.segments_max <= 1 || datagram_bytes > self.limits.segment_bytes_max;
+        } else if self.closed
+            || datagram_bytes > self.segment_bytes
+            || self.count >= self.limits.segments_max
+        {
+            return None;
+        } else {
+            self.closed = datagram_bytes < self.segment_bytes;
+        }
+        let start = self.len;
+        let end = start + datagram_bytes;
+        if end > TRAIN_BYTES_MAX {
+            self.closed = true;
+            return None;
+        }
+        self.len = end;
+        self.count += 1;
+        Some(&mut self.bytes[start..end])
+    }
+
+    /// The datagrams, back to back.
+    #[inline]
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
+
+    /// The datagrams one by one.
+    pub fn datagrams(&self) -> impl Iterator<Item = &[u8]> {
+        self.bytes().chunks(self.segment_bytes.max(1))
+    }
+
+    /// Number of datagrams.
+    #[inline]
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Bytes of every datagram but the last.
+    #[inline]
+    pub fn segment_bytes(&self) -> usize {
+        self.segment_bytes
+    }
+
+    /// Where the train goes.
+    #[inline]
+    pub fn next_hop(&self) -> NextHop {
+        self.next_hop
+    }
+
+    /// The owner's name for this buffer.
+    #[inline]
+    pub fn id(&self) -> u16 {
+        self.id
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fill(train: &mut Train, sizes: impl IntoIterator<Item = usize>) -> usize {
+        sizes
+            .into_iter()
+            .take_while(|&size| train.reserve(size).is_some())
+            .count()
+    }
+
+    fn train(limits: Limits) -> Train {
+        let mut train = Train::new(3);
+        train.start(9, limits);
+        train
+    }
+
+    #[test]
+    fn a_shorter_datagram_closes_and_a_longer_one_does_not_fit() {
+        let mut t = train(Limits::FULL);
+        assert_eq!(fill(&mut t, [100, 100, 99, 99]), 3);
+        assert_eq!(
+            (t.bytes().len(), t.count(), t.segment_bytes()),
+            (299, 3, 100)
+        );
+        let lens: Vec<_> = t.datagrams().map(<[u8]>::len).collect();
+        assert_eq!(lens, [100, 100, 99]);
+        t.start(1, Limits::FULL);
+        assert_eq!(fill(&mut t, [100, 101]), 1);
+        assert_eq!(fill(&mut t, [100]), 1, "a refused datagram closes nothing");
+    }
+
+    #[test]
+    fn counts_and_bytes_are_bounded() {
+        let mut t = train(Limits::FULL);
+        assert_eq!(fill(&mut t, [20; 200]), SEGMENTS_MAX);
+        t.start(0, Limits::FULL);
+        assert_eq!(fill(&mut t, [1472; 200]), 44);
+        t.start(0, Limits::FULL);
+        assert_eq!(fill(&mut t, [TRAIN_BYTES_MAX + 1]), 0);
+        t.start(0, Limits::FULL);
+        assert_eq!(fill(&mut t, [TRAIN_BYTES_MAX, 1]), 1);
+    }
+
+    #[test]
+    fn keeps_what_the_path_cannot_segment_alone() {
+        let mut t = train(Limits {
+            segments_max: 1,
+            ..Limits::FULL
+        });
+        assert_eq!(fill(&mut t, [64, 64]), 1);
+        let limits = Limits {
+            segment_bytes_max: 1252,
+            ..Limits::FULL
+        };
+        t.start(0, limits);
+        assert_eq!(fill(&mut t, [1253, 1253]), 1);
+        t.start(0, limits);
+        assert_eq!(fill(&mut t, [1252, 1252]), 2);
+    }
+}

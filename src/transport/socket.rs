@@ -1,0 +1,174 @@
+//! One UDP socket per worker on a shared port, and the offloads on them.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+
+use nix::sys::socket::{setsockopt, sockopt as nix_sockopt};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+
+use super::{sockopt, steering};
+use crate::error::{Error, Result};
+
+/// Bytes asked for with `SO_RCVBUF` and `SO_SNDBUF`: some milliseconds of
+/// datagrams at full rate, so that a worker that waits for its core loses none.
+pub const SOCKET_BUFFER_BYTES: usize = 8 << 20;
+
+/// UDP offloads in use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offloads {
+    /// `UDP_SEGMENT`: one send carries many datagrams (Linux 4.18).
+    pub segment: bool,
+    /// `UDP_GRO`: one receive brings many datagrams (Linux 5.0).
+    pub gro: bool,
+}
+
+/// The sockets of one worker.
+#[derive(Debug)]
+pub struct WorkerSockets {
+    /// Member of the shared port's group.
+    pub receive: Socket,
+    /// Socket to send from if it is not `receive`; see [`steering`].
+    pub send: Option<Socket>,
+}
+
+/// Opens the sockets of `workers` workers on `listen`. `wanted` says which
+/// offloads to try; the second value tells which of them the kernel has.
+///
+/// # Errors
+/// When the port is taken or the address is not this host's.
+pub fn open(
+    listen: SocketAddr,
+    workers: u16,
+    wanted: Offloads,
+) -> Result<(Vec<WorkerSockets>, Offloads)> {
+    let failed = |error: io::Error| {
+        let hint = match error.raw_os_error() {
+            Some(libc::EADDRINUSE) => "stop what uses the port, or choose another with --listen",
+            Some(libc::EADDRNOTAVAIL) => "--listen takes an address of this host",
+            Some(libc::EACCES) => "ports below 1024 need CAP_NET_BIND_SERVICE",
+            _ => "check --listen",
+        };
+        Error::os(format!("cannot open UDP socket on {listen}"), error).hint(hint)
+    };
+    // With SO_REUSEPORT another process of ours would join the group in
+    // silence and take a share of the datagrams. A bind without it does not.
+    bind(listen, false).map_err(failed)?;
+
+    let mut offloads = wanted;
+    let mut sockets = Vec::with_capacity(usize::from(workers));
+    for index in 0..workers {
+        let receive = bind(listen, true).map_err(failed)?;
+        enlarge_buffers(&receive).map_err(failed)?;
+        if offloads.gro {
+            offloads.gro = setsockopt(&receive, nix_sockopt::UdpGroSegment, &true).is_ok();
+        }
+        let send = if index == 0 {
+            None
+        } else {
+            open_sender(listen, index)
+        };
+        if offloads.segment {
+            // Zero is "no segmentation unless a send asks for it".
+            let sender = send.as_ref().unwrap_or(&receive);
+            offloads.segment = setsockopt(sender, nix_sockopt::UdpGsoSegment, &0).is_ok();
+        }
+        sockets.push(WorkerSockets { receive, send });
+    }
+    if workers > 1 {
+        let program = steering::program(listen, workers);
+        sockopt::attach_reuseport_cbpf(sockets[0].receive.as_fd(), &program).map_err(failed)?;
+    }
+    Ok((sockets, offloads))
+}
+
+fn bind(address: SocketAddr, reuse_port: bool) -> io::Result<Socket> {
+    let domain = Domain::for_address(address);
+    let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP))?;
+    socket.set_nonblocking(true)?;
+    if domain == Domain::IPV6 {
+        // Dual-stack when the address is `::`, so that peers of both families
+        // share the port.
+        socket.set_only_v6(!address.ip().is_unspecified())?;
+    }
+    socket.set_reuse_port(reuse_port)?;
+    socket.bind(&SockAddr::from(address))?;
+    Ok(socket)
+}
+
+/// A socket with a source port of worker `index`'s own. `None` when all such
+/// ports are taken: the worker then sends from the shared port, and the far
+/// side receives it on its worker 0.
+fn open_sender(listen: SocketAddr, index: u16) -> Option<Socket> {
+    let socket = steering::source_ports(listen.port(), index)
+        .find_map(|port| bind(SocketAddr::new(listen.ip(), port), false).ok())?;
+    // Nothing is ever received here; drop what comes before it is queued.
+    let drop_all = socket2::SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, 0);
+    socket.attach_filter(&[drop_all]).ok()?;
+    enlarge_buffers(&socket).ok()?;
+    Some(socket)
+}
+
+/// The *FORCE options go beyond `net.core.{r,w}mem_max` but need
+/// CAP_NET_ADMIN; without it the limits apply.
+fn enlarge_buffers(socket: &Socket) -> io::Result<()> {
+    if setsockopt(socket, nix_sockopt::RcvBufForce, &SOCKET_BUFFER_BYTES).is_err() {
+        socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES)?;
+    }
+    if setsockopt(socket, nix_sockopt::SndBufForce, &SOCKET_BUFFER_BYTES).is_err() {
+        socket.set_send_buffer_size(SOCKET_BUFFER_BYTES)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::UdpSocket;
+
+    const ALL: Offloads = Offloads {
+        segment: true,
+        gro: true,
+    };
+
+    fn free_port() -> SocketAddr {
+        UdpSocket::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+    }
+
+    #[test]
+    fn a_port_in_use_is_refused_even_by_our_own() {
+        let listen = free_port();
+        let (_first, _) = open(listen, 2, ALL).unwrap();
+        let text = open(listen, 2, ALL).unwrap_err().to_string();
+        assert!(text.contains(&listen.to_string()), "{text}");
+        assert!(text.contains("address already in use"), "{text}");
+        assert!(text.contains("--listen"), "{text}");
+    }
+
+    #[test]
+    fn the_source_port_picks_the_worker() {
+        let listen = free_port();
+        let (sockets, _) = open(listen, 3, ALL).unwrap();
+        let peer_port = free_port();
+        let (peers, _) = open(peer_port, 4, ALL).unwrap();
+        // The receiver goes by its own port: pick senders by that.
+        for (worker, peer) in peers.iter().enumerate() {
+            let sender = peer.send.as_ref().unwrap_or(&peer.receive);
+            let source = sender.local_addr().unwrap().as_socket().unwrap();
+            assert_eq!(
+                source.port().wrapping_sub(peer_port.port()) % steering::WORKERS_MAX,
+                worker as u16
+            );
+            sender.send_to(&[7], &SockAddr::from(listen)).unwrap();
+            let expected = source.port().wrapping_sub(listen.port()) % steering::WORKERS_MAX % 3;
+            for (index, socket) in sockets.iter().enumerate() {
+                let mut byte = [std::mem::MaybeUninit::uninit()];
+                let got = socket.receive.recv(&mut byte);
+                assert_eq!(got.is_ok(), index == usize::from(expected));
+            }
+        }
+    }
+}
