@@ -1,0 +1,192 @@
+//! The memory behind `sendmsg(2)` and `recvmsg(2)` requests: it must stay
+//! where it is while the kernel works on it.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use crate::packet::train::Train;
+
+/// Bytes reserved for the sender's address in a receive buffer: the longest
+/// kind (`sockaddr_in6`, 28 bytes), padded so that the payload is aligned.
+pub const NAME_BYTES: usize = 32;
+
+/// Bytes reserved for control messages: `CMSG_SPACE(sizeof(int))` for
+/// `UDP_GRO`'s segment size (`udp(7)`).
+pub const CONTROL_BYTES: usize = 24;
+
+/// Bytes of a control message's header: `sizeof(struct cmsghdr)`.
+const CMSG_HEADER_BYTES: usize = 16;
+const _: () = assert!(size_of::<libc::cmsghdr>() == CMSG_HEADER_BYTES);
+
+/// Bytes of `struct io_uring_recvmsg_out`, which a multishot receive puts in
+/// front of name, control messages and payload.
+pub const RECEIVE_HEADER_BYTES: usize = 16;
+
+/// Offset of the payload in a receive buffer.
+pub const PAYLOAD_START: usize = RECEIVE_HEADER_BYTES + NAME_BYTES + CONTROL_BYTES;
+
+/// A message header that says only how much room names and control messages
+/// get: what a multishot receive takes.
+pub fn receive_template() -> Box<libc::msghdr> {
+    // SAFETY: all-zero is a valid `msghdr`: null pointers, zero lengths.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_namelen = NAME_BYTES as libc::socklen_t;
+    header.msg_controllen = CONTROL_BYTES;
+    Box::new(header)
+}
+
+/// The sender's address out of a `sockaddr`'s bytes.
+pub fn parse_name(name: &[u8]) -> Option<IpAddr> {
+    let family = u16::from_ne_bytes(*name.first_chunk::<2>()?);
+    match i32::from(family) {
+        libc::AF_INET => {
+            let octets: [u8; 4] = name.get(4..8)?.try_into().ok()?;
+            Some(Ipv4Addr::from(octets).into())
+        }
+        libc::AF_INET6 => {
+            let octets: [u8; 16] = name.get(8..24)?.try_into().ok()?;
+            Some(IpAddr::from(Ipv6Addr::from(octets)).to_canonical())
+        }
+        _ => None,
+    }
+}
+
+/// The segment size that `UDP_GRO` reports, if the control messages hold it.
+pub fn parse_segment_bytes(mut control: &[u8]) -> Option<usize> {
+    while control.len() >= CMSG_HEADER_BYTES {
+        let len = usize::from_ne_bytes(control[..8].try_into().ok()?);
+        let level = i32::from_ne_bytes(control[8..12].try_into().ok()?);
+        let kind = i32::from_ne_bytes(control[12..16].try_into().ok()?);
+        let data = control.get(CMSG_HEADER_BYTES..len)?;
+        if level == libc::SOL_UDP && kind == libc::UDP_GRO {
+            let value = i32::from_ne_bytes(*data.first_chunk::<4>()?);
+            return usize::try_from(value).ok();
+        }
+        control = control.get(len.next_multiple_of(8)..)?;
+    }
+    None
+}
+
+/// The memory of one send.
+#[repr(C)]
+pub struct SendMessage {
+    header: libc::msghdr,
+    payload: libc::iovec,
+    name: libc::sockaddr_storage,
+    /// `cmsghdr` and the 16-bit segment size, padded.
+    control: [u64; CONTROL_BYTES / 8],
+}
+
+// SAFETY: the pointers in it point into itself or to a train that the same
+// engine holds; nothing is shared between threads.
+unsafe impl Send for SendMessage {}
+
+impl SendMessage {
+    /// A message with nothing in it.
+    pub fn new() -> Self {
+        // SAFETY: all fields are plain C data for which all-zero is valid.
+        unsafe { std::mem::zeroed() }
+    }
+
+    /// Points the message at a train's bytes and returns its header.
+    ///
+    /// The pointer is good while `self` stays in place and the train is
+    /// neither dropped nor changed.
+    pub fn prepare(&mut self, train: &Train, destination: SocketAddr) -> *const libc::msghdr {
+        let bytes = train.bytes();
+        self.payload.iov_base = bytes.as_ptr().cast_mut().cast();
+        self.payload.iov_len = bytes.len();
+        let (name, name_bytes) = sockaddr(destination);
+        self.name = name;
+        self.header.msg_name = (&raw mut self.name).cast();
+        self.header.msg_namelen = name_bytes;
+        self.header.msg_iov = &raw mut self.payload;
+        self.header.msg_iovlen = 1;
+        if train.count() > 1 {
+            // `cmsg_len` excludes the padding at the end: CMSG_LEN(2).
+            self.control[0] = (CMSG_HEADER_BYTES + 2) as u64;
+            self.control[1] = level_and_type(libc::SOL_UDP, libc::UDP_SEGMENT);
+            self.control[2] = low_half(train.segment_bytes() as u16);
+            self.header.msg_control = self.control.as_mut_ptr().cast();
+            self.header.msg_controllen = CONTROL_BYTES;
+        } else {
+            // Even one segment is refused when it is longer than the MTU;
+            // without the control message the kernel fragments it.
+            self.header.msg_control = std::ptr::null_mut();
+            self.header.msg_controllen = 0;
+        }
+        &raw const self.header
+    }
+}
+
+fn level_and_type(level: i32, kind: i32) -> u64 {
+    let mut bytes = [0; 8];
+    bytes[..4].copy_from_slice(&level.to_ne_bytes());
+    bytes[4..].copy_from_slice(&kind.to_ne_bytes());
+    u64::from_ne_bytes(bytes)
+}
+
+fn low_half(value: u16) -> u64 {
+    let mut bytes = [0; 8];
+    bytes[..2].copy_from_slice(&value.to_ne_bytes());
+    u64::from_ne_bytes(bytes)
+}
+
+fn sockaddr(address: SocketAddr) -> (libc::sockaddr_storage, libc::socklen_t) {
+    let address = socket2::SockAddr::from(address);
+    // SAFETY: all-zero is a valid `sockaddr_storage`, which is at least as
+    // large and as aligned as the `len()` bytes of any socket address.
+    unsafe {
+        let mut storage: libc::sockaddr_storage = std::mem::zeroed();
+        std::ptr::copy_nonoverlapping(
+            address.as_ptr().cast::<u8>(),
+            (&raw mut storage).cast::<u8>(),
+            address.len() as usize,
+        );
+        (storage, address.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_senders() {
+        let bytes = |address: &str| {
+            let (storage, len) = sockaddr(address.parse().unwrap());
+            // SAFETY: `sockaddr_storage` is larger than `len` and initialised.
+            unsafe {
+                std::slice::from_raw_parts((&raw const storage).cast::<u8>(), len as usize).to_vec()
+            }
+        };
+        let v4 = bytes("10.1.2.3:99");
+        assert_eq!(parse_name(&v4), Some("10.1.2.3".parse().unwrap()));
+        assert_eq!(parse_name(&bytes("[fd00::7]:99")), Some("fd00::7".parse().unwrap()));
+        let mapped = bytes("[::ffff:10.1.2.3]:99");
+        assert_eq!(parse_name(&mapped), Some("10.1.2.3".parse().unwrap()));
+        for len in 0..8 {
+            assert_eq!(parse_name(&v4[..len]), None);
+        }
+    }
+
+    #[test]
+    fn reads_segment_sizes() {
+        let message = |level: i32, kind: i32, value: i32| {
+            let mut bytes = 20usize.to_ne_bytes().to_vec();
+            bytes.extend(level.to_ne_bytes());
+            bytes.extend(kind.to_ne_bytes());
+            bytes.extend(value.to_ne_bytes());
+            bytes.resize(24, 0);
+            bytes
+        };
+        let gro = message(libc::SOL_UDP, libc::UDP_GRO, 1472);
+        assert_eq!(parse_segment_bytes(&gro), Some(1472));
+        let mut two = message(libc::SOL_SOCKET, 1, 7);
+        two.extend(&gro);
+        assert_eq!(parse_segment_bytes(&two), Some(1472));
+        assert_eq!(parse_segment_bytes(&[]), None);
+        assert_eq!(parse_segment_bytes(&[0; 16]), None);
+        assert_eq!(parse_segment_bytes(&[0xff; 24]), None);
+        assert_eq!(parse_segment_bytes(&gro[..18]), None);
+    }
+}

@@ -1,0 +1,367 @@
+//! The io_uring engine: all `unsafe` of the data path lives here.
+//!
+//! One ring per worker. Two multishot requests stay armed and bring data into
+//! provided buffers: a read on the TUN queue and a receive on the UDP socket.
+//! Sends and writes are one request each, submitted in batches; they complete
+//! while they are submitted, since neither may wait. Buffers are owned: a
+//! train or frame that the kernel works on is in the engine's tables and comes
+//! back to the free list with its completion.
+//!
+//! Needs Linux 6.1 (`IORING_SETUP_DEFER_TASKRUN`, multishot receive); a
+//! multishot read needs 6.7 and is replaced by polling before that.
+
+mod buffers;
+mod message;
+mod output;
+mod source;
+mod token;
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+
+use io_uring::types::{CancelBuilder, Fd};
+use io_uring::{IoUring, cqueue, opcode, squeue};
+use nix::sys::eventfd::EventFd;
+
+use self::output::Output;
+use self::source::{Sources, Wanted};
+use self::token::Token;
+use crate::device::tun::Queue;
+use crate::error::{Error, Result};
+use crate::packet::coalesce::{Frame, FrameSink};
+use crate::packet::train::{Limits, NextHop, Train};
+use crate::transport::socket::WorkerSockets;
+use crate::worker::counters::Counters;
+use crate::worker::engine::{Engine, Event, Received, Source};
+
+/// Entries of the submission queue: more than all requests that can be under
+/// way, so that it never fills before a batch ends.
+const SUBMISSION_ENTRIES: u32 = 256;
+
+/// Completions taken from the ring at a time.
+const COMPLETIONS_MAX: usize = 256;
+
+/// Output bytes given to the kernel at once at the latest: what is staged
+/// should still be in the second-level cache when the kernel copies it.
+const STAGED_BYTES_MAX: usize = 256 << 10;
+
+/// Which io_uring features to use where the kernel has them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Features {
+    /// `IORING_OP_READ_MULTISHOT` on the TUN queue (Linux 6.7).
+    pub read_multishot: bool,
+    /// Multishot `IORING_OP_RECVMSG` on the UDP socket (Linux 6.0).
+    pub receive_multishot: bool,
+}
+
+/// An engine on io_uring; see the module's documentation.
+pub struct Uring {
+    ring: IoUring,
+    queue: Queue,
+    sockets: WorkerSockets,
+    wake: Arc<EventFd>,
+    wake_armed: bool,
+    wake_pending: bool,
+    sources: Sources,
+    output: Output,
+    completions: Vec<cqueue::Entry>,
+    counters: Arc<Counters>,
+}
+
+impl Uring {
+    /// Sets the ring up. To be called on the thread that will use it
+    /// (`IORING_SETUP_SINGLE_ISSUER`).
+    ///
+    /// # Errors
+    /// When io_uring is missing, too old or forbidden.
+    pub fn new(
+        queue: Queue,
+        sockets: WorkerSockets,
+        wake: Arc<EventFd>,
+        wanted: Features,
+        limits: Limits,
+        counters: Arc<Counters>,
+    ) -> Result<Self> {
+        let ring = IoUring::builder()
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .setup_taskrun_flag()
+            .setup_submit_all()
+            .build(SUBMISSION_ENTRIES)
+            .map_err(setup_error)?;
+        let mut probe = io_uring::Probe::new();
+        let probed = ring.submitter().register_probe(&mut probe).is_ok();
+        let wanted = Wanted {
+            read_multishot: wanted.read_multishot
+                && probed
+                && probe.is_supported(opcode::ReadMulti::CODE),
+            receive_multishot: wanted.receive_multishot,
+        };
+        let sources = Sources::new(&ring.submitter(), wanted)
+            .map_err(|error| Error::os("cannot register io_uring buffers", error))?;
+        Ok(Self {
+            ring,
+            queue,
+            sockets,
+            wake,
+            wake_armed: false,
+            wake_pending: false,
+            sources,
+            output: Output::new(limits),
+            completions: Vec::with_capacity(COMPLETIONS_MAX),
+            counters,
+        })
+    }
+
+    /// What is in use of the [`Features`] wanted.
+    pub fn features(&self) -> Features {
+        Features {
+            read_multishot: self.sources.tun.is_multishot(),
+            receive_multishot: self.sources.udp.is_multishot(),
+        }
+    }
+
+    /// Queues a request. The queue is larger than all that can be under way,
+    /// but should it be full, what it holds is submitted first.
+    fn push(&mut self, entry: &squeue::Entry) -> Result<()> {
+        loop {
+            // SAFETY: every entry built in this module refers to descriptors
+            // and memory that the engine owns, and that stay in place until
+            // the request's completion has been seen or all requests have been
+            // cancelled (`Drop`).
+            if unsafe { self.ring.submission().push(entry) }.is_ok() {
+                return Ok(());
+            }
+            self.submit(0)?;
+        }
+    }
+
+    /// Submits what is queued and waits for `completions`.
+    fn submit(&mut self, completions: usize) -> Result<()> {
+        match self.ring.submit_and_wait(completions) {
+            Ok(_) => Ok(()),
+            // A signal, or completions that have to be taken first.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY)) => Ok(()),
+            Err(error) => Err(Error::os("io_uring_enter failed", error)),
+        }
+    }
+
+    /// Starts all output and takes in whatever has completed.
+    fn submit_and_reap(&mut self, completions: usize) -> Result<()> {
+        self.output.staged_bytes = 0;
+        self.submit(completions)?;
+        self.reap()
+    }
+
+    fn reap(&mut self) -> Result<()> {
+        loop {
+            let mut completions = std::mem::take(&mut self.completions);
+            completions.extend(self.ring.completion().take(COMPLETIONS_MAX));
+            let result = completions
+                .iter()
+                .try_for_each(|completion| self.complete(completion));
+            let last = completions.len() < COMPLETIONS_MAX;
+            completions.clear();
+            self.completions = completions;
+            result?;
+            if last {
+                return Ok(());
+            }
+        }
+    }
+
+    fn complete(&mut self, completion: &cqueue::Entry) -> Result<()> {
+        match Token::from_user_data(completion.user_data()) {
+            Some(Token::Send(id)) => {
+                let socket = self.sockets.send.as_ref().unwrap_or(&self.sockets.receive);
+                self.output
+                    .sent(id, completion.result(), socket, &self.counters);
+                Ok(())
+            }
+            Some(Token::Write(id)) => {
+                self.output
+                    .written(id, completion.result(), &self.counters);
+                Ok(())
+            }
+            Some(Token::TunRead) => {
+                self.sources
+                    .tun_completed(completion, self.queue.as_fd(), &self.counters)
+            }
+            Some(Token::UdpReceive) => {
+                self.sources
+                    .udp_completed(completion, self.sockets.receive.as_fd(), &self.counters)
+            }
+            Some(Token::Wake) => {
+                self.wake_armed = false;
+                // Only empties the counter: the command queue says what is up.
+                let _ = self.wake.read();
+                self.wake_pending = true;
+                Ok(())
+            }
+            Some(Token::SendRoom) => {
+                self.output.blocked = false;
+                self.output.room_poll_armed = false;
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Starts the requests that are not under way but should be.
+    fn arm(&mut self) -> Result<()> {
+        if !self.wake_armed {
+            let poll = opcode::PollAdd::new(Fd(self.wake.as_fd().as_raw_fd()), libc::POLLIN as u32);
+            self.push(&poll.build().user_data(Token::Wake.to_user_data()))?;
+            self.wake_armed = true;
+        }
+        if let Some(entry) = self.sources.arm_tun(self.queue.as_fd()) {
+            self.push(&entry)?;
+        }
+        if let Some(entry) = self.sources.arm_udp(self.sockets.receive.as_fd()) {
+            self.push(&entry)?;
+        }
+        if self.output.blocked && !self.output.room_poll_armed {
+            let socket = self.sockets.send.as_ref().unwrap_or(&self.sockets.receive);
+            let poll = opcode::PollAdd::new(Fd(socket.as_raw_fd()), libc::POLLOUT as u32);
+            self.push(&poll.build().user_data(Token::SendRoom.to_user_data()))?;
+            self.output.room_poll_armed = true;
+        }
+        Ok(())
+    }
+
+    fn has_event(&self) -> bool {
+        self.wake_pending || self.sources.has_event(!self.output.blocked)
+    }
+
+    /// Queues an output request; starts all output when much is staged.
+    fn push_output(&mut self, entry: &squeue::Entry, bytes: usize) {
+        self.output.staged_bytes += bytes;
+        let result = self.push(entry).and_then(|()| {
+            if self.output.staged_bytes >= STAGED_BYTES_MAX {
+                self.submit_and_reap(0)
+            } else {
+                Ok(())
+            }
+        });
+        self.output.keep_error(result);
+    }
+}
+
+impl Engine for Uring {
+    fn wait(&mut self) -> Result<()> {
+        self.output.take_error()?;
+        self.arm()?;
+        // First without waiting: sends and writes complete in passing, and
+        // their completions must not count as news.
+        if self.output.in_flight() > 0 || self.has_event() {
+            self.submit_and_reap(0)?;
+        }
+        while !self.has_event() {
+            self.arm()?;
+            self.submit_and_reap(1)?;
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn next_event(&mut self) -> Option<Event> {
+        if std::mem::take(&mut self.wake_pending) {
+            return Some(Event::Wake);
+        }
+        self.sources.next_event(!self.output.blocked)
+    }
+
+    #[inline]
+    fn recycle(&mut self, received: Received, source: Source) {
+        self.sources.recycle(received, source);
+    }
+
+    #[inline]
+    fn take_train(&mut self) -> Option<Train> {
+        if self.output.free_trains.is_empty() {
+            let result = self.submit_and_reap(0);
+            self.output.keep_error(result);
+        }
+        self.output.free_trains.pop()
+    }
+
+    #[inline]
+    fn send(&mut self, train: Train, destination: std::net::SocketAddr) {
+        if train.count() == 0 {
+            self.output.free_trains.push(train);
+            return;
+        }
+        let socket = self.sockets.send.as_ref().unwrap_or(&self.sockets.receive);
+        let fd = Fd(socket.as_raw_fd());
+        let bytes = train.bytes().len();
+        let entry = self.output.prepare_send(train, destination, fd);
+        self.push_output(&entry, bytes);
+    }
+
+    #[inline]
+    fn limits(&self, next_hop: NextHop) -> Limits {
+        self.output.limits(next_hop)
+    }
+
+    fn reset_limits(&mut self) {
+        self.output.reset_limits();
+    }
+}
+
+impl FrameSink for Uring {
+    #[inline]
+    fn take(&mut self) -> Option<Frame> {
+        if self.output.free_frames.is_empty() {
+            let result = self.submit_and_reap(0);
+            self.output.keep_error(result);
+            if self.output.free_frames.is_empty() {
+                self.counters.drop_no_buffer.add(1);
+            }
+        }
+        self.output.free_frames.pop()
+    }
+
+    #[inline]
+    fn put(&mut self, frame: Frame) {
+        let bytes = frame.bytes().len();
+        let entry = self
+            .output
+            .prepare_write(frame, Fd(self.queue.as_fd().as_raw_fd()));
+        self.push_output(&entry, bytes);
+    }
+}
+
+impl Drop for Uring {
+    /// Ends all requests before any memory they use goes away.
+    fn drop(&mut self) {
+        let _ = self.ring.submit();
+        let cancelled = self
+            .ring
+            .submitter()
+            .register_sync_cancel(None, CancelBuilder::any());
+        match cancelled {
+            Ok(()) => {}
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+            Err(error) => tracing::debug!("cannot cancel io_uring requests: {error}"),
+        }
+        self.sources.unregister(&self.ring.submitter());
+    }
+}
+
+fn setup_error(error: io::Error) -> Error {
+    let hint = match error.raw_os_error() {
+        Some(libc::EPERM) => {
+            "io_uring is forbidden here: see the sysctl kernel.io_uring_disabled, \
+             or the container's seccomp profile"
+        }
+        Some(libc::ENOSYS) => {
+            "this kernel has no io_uring, or a seccomp profile hides it; \
+             fastvpn needs Linux 6.1 or later"
+        }
+        Some(libc::EINVAL) => "fastvpn needs Linux 6.1 or later",
+        Some(libc::ENOMEM) => "raise the limit on locked memory (ulimit -l)",
+        _ => "fastvpn needs io_uring of Linux 6.1 or later",
+    };
+    Error::os("cannot set up io_uring", error).hint(hint)
+}

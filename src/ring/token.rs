@@ -1,0 +1,67 @@
+//! What a completion belongs to, packed into its 64 bits of user data.
+
+/// A request of the data path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Token {
+    /// Multishot read, or poll, of the TUN queue.
+    TunRead,
+    /// Multishot receive, or poll, of the UDP socket.
+    UdpReceive,
+    /// Send of the train with this id.
+    Send(u16),
+    /// Write of the frame with this id.
+    Write(u16),
+    /// Poll of the control thread's event counter.
+    Wake,
+    /// Poll for room in the UDP socket's send buffer.
+    SendRoom,
+}
+
+impl Token {
+    /// The user data of a request.
+    pub fn to_user_data(self) -> u64 {
+        match self {
+            Self::TunRead => 0,
+            Self::UdpReceive => 1,
+            Self::Send(id) => 2 | u64::from(id) << 16,
+            Self::Write(id) => 3 | u64::from(id) << 16,
+            Self::Wake => 4,
+            Self::SendRoom => 5,
+        }
+    }
+
+    /// The request behind a completion; `None` for user data never given.
+    pub fn from_user_data(data: u64) -> Option<Self> {
+        let id = (data >> 16) as u16;
+        match data & 0xffff {
+            0 => Some(Self::TunRead),
+            1 => Some(Self::UdpReceive),
+            2 => Some(Self::Send(id)),
+            3 => Some(Self::Write(id)),
+            4 => Some(Self::Wake),
+            5 => Some(Self::SendRoom),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn survives_the_kernel() {
+        for token in [
+            Token::TunRead,
+            Token::UdpReceive,
+            Token::Send(0),
+            Token::Send(65535),
+            Token::Write(17),
+            Token::Wake,
+            Token::SendRoom,
+        ] {
+            assert_eq!(Token::from_user_data(token.to_user_data()), Some(token));
+        }
+        assert_eq!(Token::from_user_data(99), None);
+    }
+}

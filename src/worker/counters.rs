@@ -1,0 +1,133 @@
+//! What a worker counts: written by the worker alone, read by anyone.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A counter with one writer. The writer pays for a plain load and store; a
+/// reader sees some recent value.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds `n`. Only the owning worker may call this.
+    #[inline]
+    pub fn add(&self, n: u64) {
+        self.0
+            .store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+    }
+
+    /// The value now.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+macro_rules! counters {
+    ($($(#[doc = $doc:literal])+ $name:ident),+ $(,)?) => {
+        /// The counters of one worker. Aligned so that two workers never
+        /// write to one cache line (128: x86 fetches lines in pairs).
+        #[derive(Debug, Default)]
+        #[repr(align(128))]
+        pub struct Counters {
+            $($(#[doc = $doc])+ pub $name: Counter,)+
+        }
+
+        /// The counters' values at one time.
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+        pub struct Snapshot {
+            $($(#[doc = $doc])+ pub $name: u64,)+
+        }
+
+        impl Counters {
+            /// Reads all counters.
+            pub fn snapshot(&self) -> Snapshot {
+                Snapshot { $($name: self.$name.get(),)+ }
+            }
+        }
+
+        impl Snapshot {
+            /// The sum of two workers' values.
+            #[must_use]
+            pub fn plus(&self, other: &Self) -> Self {
+                Self { $($name: self.$name.wrapping_add(other.$name),)+ }
+            }
+
+            /// Names and values in order of declaration.
+            pub fn iter(&self) -> impl Iterator<Item = (&'static str, u64)> + use<> {
+                [$((stringify!($name), self.$name),)+].into_iter()
+            }
+        }
+    };
+}
+
+counters! {
+    /// Frames read from the TUN queue (a super-packet is one).
+    tun_frames_read,
+    /// Sends that the kernel took (a train is one).
+    trains_sent,
+    /// Packets in them: one datagram each.
+    packets_sent,
+    /// Bytes of those packets.
+    bytes_sent,
+    /// Receives (a GRO train is one).
+    trains_received,
+    /// Packets taken from known senders, well formed.
+    packets_received,
+    /// Bytes of those packets.
+    bytes_received,
+    /// Frames written to the TUN queue (a super-packet is one).
+    tun_frames_written,
+    /// Outbound: frames that are no whole IP packet or contradict their offloads.
+    drop_frame_malformed,
+    /// Outbound: packets to which no peer's prefix matches.
+    drop_no_route,
+    /// Outbound: packets longer than any UDP datagram.
+    drop_oversize,
+    /// Outbound: packets for which the socket's send buffer had no room.
+    drop_send_full,
+    /// Outbound: packets whose send the kernel refused for another reason.
+    drop_send_error,
+    /// Inbound: datagrams from an address that is no peer's.
+    drop_sender_unknown,
+    /// Inbound: datagrams shorter than the IP header they claim.
+    drop_short,
+    /// Inbound: datagrams that are neither IPv4 nor IPv6.
+    drop_version,
+    /// Inbound: datagrams whose IP length is not theirs.
+    drop_length,
+    /// Inbound: receives cut short by the kernel.
+    drop_truncated,
+    /// Inbound: frames that the TUN queue had no room for.
+    drop_tun_full,
+    /// Inbound: frames that the TUN device refused, such as while it is down.
+    drop_tun_error,
+    /// Either way: packets for which no output buffer was free.
+    drop_no_buffer,
+    /// Times that a receive stopped for lack of a free buffer and was started
+    /// again. Nothing is lost by it.
+    rearmed,
+}
+
+impl Snapshot {
+    /// The drop counters that are not zero.
+    pub fn drops(&self) -> impl Iterator<Item = (&'static str, u64)> + use<> {
+        self.iter()
+            .filter_map(|(name, value)| Some((name.strip_prefix("drop_")?, value)))
+            .filter(|(_, value)| *value > 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sums_and_names() {
+        let counters = Counters::default();
+        counters.packets_sent.add(3);
+        counters.drop_version.add(2);
+        let sum = counters.snapshot().plus(&counters.snapshot());
+        assert_eq!(sum.packets_sent, 6);
+        assert_eq!(sum.drops().collect::<Vec<_>>(), [("version", 4)]);
+        assert_eq!(size_of::<Counters>() % 128, 0);
+    }
+}

@@ -1,0 +1,84 @@
+//! What the packet work needs of an I/O engine, and nothing more.
+//!
+//! An engine moves buffers between one TUN queue, one UDP socket and its
+//! caller. Buffers change owner by value: whoever holds one may touch it, and
+//! what the kernel is working on is held by the engine.
+
+use std::net::{IpAddr, SocketAddr};
+
+use crate::error::Result;
+use crate::packet::coalesce::FrameSink;
+use crate::packet::train::{Limits, NextHop, Train};
+
+/// A filled receive buffer. Give it back with [`Engine::recycle`].
+#[derive(Debug)]
+pub struct Received {
+    pub(crate) buffer: Box<[u8]>,
+    pub(crate) start: usize,
+    pub(crate) end: usize,
+    pub(crate) id: u16,
+}
+
+impl Received {
+    /// The bytes received.
+    #[inline]
+    pub fn bytes(&self) -> &[u8] {
+        &self.buffer[self.start..self.end]
+    }
+}
+
+/// Something that a worker has to act on.
+#[derive(Debug)]
+pub enum Event {
+    /// A frame read from the TUN queue: virtio-net header and packet.
+    Frame(Received),
+    /// Datagrams of one sender, back to back, each of `segment_bytes` but the
+    /// last.
+    Datagrams {
+        /// The datagrams' payload.
+        received: Received,
+        /// Where they came from.
+        sender: IpAddr,
+        /// Bytes of every datagram but the last.
+        segment_bytes: usize,
+    },
+    /// The control thread has a command.
+    Wake,
+}
+
+/// See the module's documentation.
+pub trait Engine: FrameSink {
+    /// Starts all output given so far and sleeps until there is an event.
+    ///
+    /// # Errors
+    /// When the device is gone or the kernel interface fails for good.
+    fn wait(&mut self) -> Result<()>;
+
+    /// The next event, in the order in which the kernel reported them.
+    fn next_event(&mut self) -> Option<Event>;
+
+    /// Gives a receive buffer back.
+    fn recycle(&mut self, received: Received, source: Source);
+
+    /// An empty train, or `None` when all are under way: the packet is then
+    /// dropped, and the engine counts it.
+    fn take_train(&mut self) -> Option<Train>;
+
+    /// Sends a train. Trains toward one destination leave in the order given.
+    fn send(&mut self, train: Train, destination: SocketAddr);
+
+    /// How long trains toward a next hop may be.
+    fn limits(&self, next_hop: NextHop) -> Limits;
+
+    /// Forgets what refused sends taught about paths.
+    fn reset_limits(&mut self);
+}
+
+/// Which side a receive buffer belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// The TUN queue.
+    Tun,
+    /// The UDP socket.
+    Udp,
+}

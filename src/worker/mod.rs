@@ -1,0 +1,88 @@
+//! The loop that moves packets: one thread, one TUN queue, one UDP socket.
+//!
+//! Sleep until something is there; take in everything that is, both
+//! directions in the order of arrival; then close what was left open for
+//! merging and start all output with the same system call that sleeps again.
+//! Nothing here allocates, locks or logs per packet.
+
+pub mod counters;
+pub mod engine;
+pub mod inbound;
+pub mod outbound;
+pub mod table;
+
+use std::sync::Arc;
+
+use crossbeam_channel::Receiver;
+
+use self::counters::Counters;
+use self::engine::{Engine, Event, Source};
+use self::inbound::Inbound;
+use self::outbound::Outbound;
+use self::table::Table;
+use crate::error::Result;
+use crate::packet::coalesce::Offloads;
+
+/// What the control thread tells a worker. An [`Event::Wake`] follows.
+#[derive(Debug)]
+pub enum Command {
+    /// End the loop.
+    Stop,
+    /// Forward by this table from now on.
+    Table(Arc<Table>),
+    /// Try trains of full size again on all paths.
+    ResetLimits,
+}
+
+/// Most events taken in before all output is closed and started, so that
+/// nothing waits behind an endless stream of arrivals.
+const BATCH_EVENTS_MAX: usize = 64;
+
+/// Runs a worker until it is told to stop.
+///
+/// # Errors
+/// When the engine fails for good, such as when the device was deleted.
+pub fn run(
+    engine: &mut impl Engine,
+    commands: &Receiver<Command>,
+    mut table: Arc<Table>,
+    tun: Offloads,
+    counters: &Counters,
+) -> Result<()> {
+    let mut outbound = Outbound::new();
+    let mut inbound = Inbound::new(tun);
+    loop {
+        engine.wait()?;
+        for _ in 0..BATCH_EVENTS_MAX {
+            let Some(event) = engine.next_event() else {
+                break;
+            };
+            match event {
+                Event::Frame(received) => {
+                    outbound.push(received.bytes(), &table, counters, engine);
+                    engine.recycle(received, Source::Tun);
+                }
+                Event::Datagrams {
+                    received,
+                    sender,
+                    segment_bytes,
+                } => {
+                    let payload = received.bytes();
+                    inbound.push(payload, segment_bytes, sender, &table, counters, engine);
+                    engine.recycle(received, Source::Udp);
+                }
+                Event::Wake => {
+                    for command in commands.try_iter() {
+                        match command {
+                            Command::Stop => return Ok(()),
+                            Command::Table(new) => table = new,
+                            Command::ResetLimits => engine.reset_limits(),
+                        }
+                    }
+                }
+            }
+        }
+        outbound.flush(engine);
+        inbound.flush(engine);
+    }
+}
