@@ -1,2 +1,3 @@
 //! fastvpn: a userspace network tunnel for Linux.
 pub mod error;
+pub mod netlink;
