@@ -1,3 +1,4 @@
 //! fastvpn: a userspace network tunnel for Linux.
 pub mod error;
+pub mod lab;
 pub mod netlink;

@@ -24,6 +24,8 @@ pub struct Link {
     pub name: String,
     /// Largest packet in bytes, without the link-layer header.
     pub mtu: u32,
+    /// Length of its transmit queue in packets.
+    pub txqueuelen: u32,
     /// Whether it is administratively up (`IFF_UP`).
     pub up: bool,
 }
@@ -337,12 +339,14 @@ fn read_link(message: &LinkMessage) -> Link {
         index: message.header.index,
         name: String::new(),
         mtu: 0,
+        txqueuelen: 0,
         up: message.header.flags.contains(LinkFlags::Up),
     };
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => link.name.clone_from(name),
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+            LinkAttribute::TxQueueLen(packets) => link.txqueuelen = *packets,
             _ => {}
         }
     }
