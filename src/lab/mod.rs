@@ -12,6 +12,7 @@
 
 pub mod namespace;
 pub mod process;
+pub mod traffic;
 pub mod user;
 
 pub use namespace::Namespace;
