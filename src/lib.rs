@@ -1,4 +1,13 @@
 //! fastvpn: a userspace network tunnel for Linux.
+pub mod cli;
+pub mod config;
+pub mod control;
+pub mod device;
 pub mod error;
+pub mod lab;
+pub mod netlink;
 pub mod packet;
+pub mod ring;
 pub mod transport;
+pub mod tunnel;
+pub mod worker;

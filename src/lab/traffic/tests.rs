@@ -1,0 +1,169 @@
+//! The traffic tools over a bare veth pair. These tests need root.
+
+use std::thread;
+
+use super::*;
+use crate::lab::{self, Pair};
+
+const SHORT: Duration = Duration::from_millis(300);
+
+fn example() -> Pair {
+    let net = |text: &str| text.parse().unwrap();
+    let addresses = [
+        (net("10.8.0.1/24"), net("10.8.0.2/24")),
+        (net("fd00:8::1/64"), net("fd00:8::2/64")),
+    ];
+    lab::pair(&addresses, 1500).unwrap()
+}
+
+/// The same over IPv4 and IPv6.
+fn both_families(test: impl Fn(Between<'_>, &Watch)) {
+    let pair = example();
+    for address in ["10.8.0.2", "fd00:8::2"] {
+        let between = Between {
+            client: &pair.a,
+            server: &pair.b,
+            address: address.parse().unwrap(),
+        };
+        test(between, &Watch::default());
+    }
+}
+
+#[test]
+fn bulk_data_arrives_intact() {
+    both_families(|between, watch| {
+        let bytes = 50_000_001;
+        let bulk = Bulk {
+            streams: 3,
+            limit: BulkLimit::BytesPerStream(bytes),
+        };
+        let report = tcp_bulk(between, bulk, watch).unwrap();
+        assert!(report.intact);
+        assert_eq!(report.bytes, 3 * bytes);
+        assert_eq!(watch.bytes.load(Ordering::Relaxed), 3 * bytes);
+    });
+}
+
+#[test]
+fn bulk_data_ends_in_time() {
+    both_families(|between, watch| {
+        let bulk = Bulk {
+            streams: 1,
+            limit: BulkLimit::Time(SHORT),
+        };
+        let report = tcp_bulk(between, bulk, watch).unwrap();
+        assert!(report.intact && report.bytes > 0);
+        assert!(report.elapsed >= SHORT && report.elapsed < 10 * SHORT);
+    });
+}
+
+#[test]
+fn traffic_stops_when_told() {
+    let pair = example();
+    let between = Between {
+        client: &pair.a,
+        server: &pair.b,
+        address: "10.8.0.2".parse().unwrap(),
+    };
+    let watch = Watch::default();
+    let start = Instant::now();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            thread::sleep(SHORT);
+            watch.stop.store(true, Ordering::Relaxed);
+        });
+        let bulk = Bulk {
+            streams: 2,
+            limit: BulkLimit::Time(Duration::from_secs(30)),
+        };
+        tcp_bulk(between, bulk, &watch).unwrap_err();
+    });
+    assert!(start.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn nobody_there_is_an_error_that_names_him() {
+    let pair = example();
+    let address = "10.8.0.77".parse().unwrap();
+    let error = ping(&pair.a, address, 8, SHORT).unwrap_err();
+    assert!(error.to_string().contains("10.8.0.77"), "{error}");
+    let error = ping(&pair.a, "192.0.2.1".parse().unwrap(), 8, SHORT).unwrap_err();
+    assert_eq!(error.errno(), Some(libc::ENETUNREACH));
+}
+
+#[test]
+fn pings_of_all_sizes_come_back() {
+    both_families(|between, _| {
+        for bytes in [0, 1, 56, 1472, 1473, 9000, PING_BYTES_MAX] {
+            ping(between.client, between.address, bytes, 3 * SHORT).unwrap();
+        }
+        assert!(ping(between.client, between.address, PING_BYTES_MAX + 1, SHORT).is_err());
+    });
+}
+
+#[test]
+fn ping_pong_measures() {
+    both_families(|between, watch| {
+        for bytes in [8, 64] {
+            let test = PingPong { bytes, time: SHORT };
+            for latency in [
+                tcp_ping_pong(between, test, watch).unwrap(),
+                udp_ping_pong(between, test, watch).unwrap(),
+            ] {
+                assert!(latency.exchanges > 10 && latency.p50_ns > 0);
+                assert!(latency.p50_ns <= latency.p99_ns);
+                assert_eq!(latency.lost, 0);
+            }
+        }
+    });
+}
+
+#[test]
+fn a_flood_at_a_modest_rate_arrives_whole_and_in_order() {
+    both_families(|between, watch| {
+        let flood = Flood {
+            bytes: 64,
+            time: SHORT,
+            rate_pps: Some(10_000),
+        };
+        let report = udp_flood(between, flood, watch).unwrap();
+        assert!(report.offered > 1000, "{report:?}");
+        assert_eq!(report.offered, report.delivered, "{report:?}");
+        assert_eq!((report.reordered, report.corrupt), (0, 0), "{report:?}");
+    });
+}
+
+/// What the tools themselves can do, to know when they are the bottleneck:
+/// `cargo test --release --lib -- --ignored --nocapture figures_over_bare_veth`.
+#[test]
+#[ignore = "prints figures, proves nothing"]
+fn figures_over_bare_veth() {
+    let pair = example();
+    let between = Between {
+        client: &pair.a,
+        server: &pair.b,
+        address: "10.8.0.2".parse().unwrap(),
+    };
+    let watch = Watch::default();
+    let time = Duration::from_secs(3);
+    for streams in [1, 1, 4] {
+        let limit = BulkLimit::Time(time);
+        let report = tcp_bulk(between, Bulk { streams, limit }, &watch).unwrap();
+        let rate = report.gigabits_per_second();
+        println!("TCP, {streams} streams: {rate:.1} Gbit/s, {report:?}");
+    }
+    let test = PingPong { bytes: 64, time };
+    println!("TCP {:?}", tcp_ping_pong(between, test, &watch).unwrap());
+    println!("UDP {:?}", udp_ping_pong(between, test, &watch).unwrap());
+    let rate_pps = None;
+    for bytes in [64, 1400] {
+        let flood = Flood {
+            bytes,
+            time,
+            rate_pps,
+        };
+        let report = udp_flood(between, flood, &watch).unwrap();
+        let rate = report.delivered as f64 / report.elapsed.as_secs_f64() / 1e3;
+        println!("UDP flood, {bytes} bytes: {rate:.0} kpps delivered, {report:?}");
+    }
+}

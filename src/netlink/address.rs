@@ -1,0 +1,89 @@
+//! Addresses of interfaces.
+
+use ipnet::IpNet;
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+
+use super::Netlink;
+use crate::error::Result;
+
+impl Netlink {
+    /// Gives an interface an address; the kernel adds the route to its prefix.
+    ///
+    /// An IPv6 address is usable at once: duplicate address detection, which
+    /// would hold it back for a second, is left out (`IFA_F_NODAD`).
+    ///
+    /// # Errors
+    /// `EEXIST` when the interface has the address already; `ENODEV` when there
+    /// is no such interface; `EACCES` when IPv6 is switched off on it.
+    pub fn add_address(&mut self, index: u32, address: IpNet) -> Result<()> {
+        let mut message = AddressMessage::default();
+        message.header.index = index;
+        message.header.prefix_len = address.prefix_len();
+        message.header.family = family(&address);
+        if matches!(address, IpNet::V6(_)) {
+            message.header.flags = AddressHeaderFlags::Nodad;
+        }
+        message.attributes = vec![
+            AddressAttribute::Local(address.addr()),
+            AddressAttribute::Address(address.addr()),
+        ];
+        self.execute(
+            RouteNetlinkMessage::NewAddress(message),
+            NLM_F_CREATE | NLM_F_EXCL,
+        )
+        .map_err(|refusal| {
+            let name = self.name_for_error(index);
+            refusal.describe(format!("cannot add address {address} to interface {name}"))
+        })
+    }
+
+    /// All addresses of the namespace, each with its interface's index and the
+    /// length of its prefix.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn addresses(&mut self) -> Result<Vec<(u32, IpNet)>> {
+        let messages = self
+            .dump(RouteNetlinkMessage::GetAddress(AddressMessage::default()))
+            .map_err(|refusal| refusal.describe("cannot list the addresses"))?;
+        Ok(messages
+            .iter()
+            .filter_map(|message| match message {
+                RouteNetlinkMessage::NewAddress(address) => read_address(address),
+                _ => None,
+            })
+            .collect())
+    }
+}
+
+pub(super) fn family(network: &IpNet) -> AddressFamily {
+    match network {
+        IpNet::V4(_) => AddressFamily::Inet,
+        IpNet::V6(_) => AddressFamily::Inet6,
+    }
+}
+
+fn read_address(message: &AddressMessage) -> Option<(u32, IpNet)> {
+    // On a point-to-point interface IFA_ADDRESS is the other end and IFA_LOCAL
+    // is ours; elsewhere IPv6 has IFA_ADDRESS alone (linux/if_addr.h).
+    let local = message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            AddressAttribute::Local(address) => Some(*address),
+            _ => None,
+        });
+    let any = || {
+        message
+            .attributes
+            .iter()
+            .find_map(|attribute| match attribute {
+                AddressAttribute::Address(address) => Some(*address),
+                _ => None,
+            })
+    };
+    let network = IpNet::new(local.or_else(any)?, message.header.prefix_len).ok()?;
+    Some((message.header.index, network))
+}

@@ -1,0 +1,376 @@
+//! Links: the host's network interfaces.
+
+use std::net::IpAddr;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::{
+    InfoData, InfoKind, InfoVeth, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+};
+
+use super::{Netlink, Refusal};
+use crate::error::{Error, Result};
+
+/// Longest interface name in bytes: `IFNAMSIZ` less the terminating zero.
+pub const NAME_BYTES_MAX: usize = libc::IFNAMSIZ - 1;
+
+/// An interface as the kernel lists it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Link {
+    /// The number by which the kernel knows it, unique in its namespace.
+    pub index: u32,
+    /// Its name, at most [`NAME_BYTES_MAX`] bytes.
+    pub name: String,
+    /// Largest packet in bytes, without the link-layer header.
+    pub mtu: u32,
+    /// Length of its transmit queue in packets.
+    pub txqueuelen: u32,
+    /// Whether it is administratively up (`IFF_UP`).
+    pub up: bool,
+}
+
+/// What an interface has counted since it was created
+/// (`struct rtnl_link_stats64`, linux/if_link.h).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct LinkStats {
+    /// Packets received by the host from the interface.
+    pub rx_packets: u64,
+    /// Bytes received by the host from the interface.
+    pub rx_bytes: u64,
+    /// Received packets thrown away for want of room.
+    pub rx_dropped: u64,
+    /// Received packets that were bad.
+    pub rx_errors: u64,
+    /// Packets that the host sent through the interface.
+    pub tx_packets: u64,
+    /// Bytes that the host sent through the interface.
+    pub tx_bytes: u64,
+    /// Packets thrown away on their way out for want of room.
+    pub tx_dropped: u64,
+    /// Packets that could not be sent.
+    pub tx_errors: u64,
+}
+
+/// A point-to-point VXLAN interface (RFC 7348).
+#[derive(Debug, Clone, Copy)]
+pub struct Vxlan {
+    /// VXLAN network identifier, 24 bits.
+    pub vni: u32,
+    /// Our outer address.
+    pub local: IpAddr,
+    /// The other end's outer address, of the same family.
+    pub remote: IpAddr,
+    /// The UDP port both ends listen on; assigned by IANA is 4789.
+    pub port: u16,
+}
+
+impl Netlink {
+    /// The index of the interface called `name`, `None` if there is none.
+    ///
+    /// # Errors
+    /// When the name cannot be an interface's, or the kernel refuses.
+    pub fn link_index(&mut self, name: &str) -> Result<Option<u32>> {
+        check_name(name)?;
+        let mut message = LinkMessage::default();
+        message
+            .attributes
+            .push(LinkAttribute::IfName(name.to_string()));
+        match self.get(RouteNetlinkMessage::GetLink(message)) {
+            Ok(Some(RouteNetlinkMessage::NewLink(link))) => Ok(Some(link.header.index)),
+            Ok(_) => Ok(None),
+            Err(refusal) if refusal.is(libc::ENODEV) => Ok(None),
+            Err(refusal) => Err(refusal.describe(format!("cannot look up interface {name}"))),
+        }
+    }
+
+    /// The interface with this index, `None` if there is none.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn link_by_index(&mut self, index: u32) -> Result<Option<Link>> {
+        match self.get_link(index) {
+            Ok(message) => Ok(message.as_ref().map(read_link)),
+            Err(refusal) if refusal.is(libc::ENODEV) => Ok(None),
+            Err(refusal) => Err(refusal.describe(format!("cannot look up interface {index}"))),
+        }
+    }
+
+    /// All interfaces of the namespace.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn links(&mut self) -> Result<Vec<Link>> {
+        let messages = self
+            .dump(RouteNetlinkMessage::GetLink(LinkMessage::default()))
+            .map_err(|refusal| refusal.describe("cannot list the interfaces"))?;
+        Ok(messages
+            .iter()
+            .filter_map(|message| match message {
+                RouteNetlinkMessage::NewLink(link) => Some(read_link(link)),
+                _ => None,
+            })
+            .collect())
+    }
+
+    /// Brings an interface up.
+    ///
+    /// # Errors
+    /// When there is no such interface or the kernel refuses.
+    pub fn set_up(&mut self, index: u32) -> Result<()> {
+        let mut message = LinkMessage::default();
+        message.header.flags = LinkFlags::Up;
+        message.header.change_mask = LinkFlags::Up;
+        self.set_link(index, message, "bring up interface")
+    }
+
+    /// Sets the largest packet in bytes.
+    ///
+    /// # Errors
+    /// When the interface does not support such an MTU or does not exist.
+    pub fn set_mtu(&mut self, index: u32, mtu: u32) -> Result<()> {
+        let what = format!("set MTU {mtu} on interface");
+        self.set_link_attribute(index, LinkAttribute::Mtu(mtu), &what)
+    }
+
+    /// Sets the length of the transmit queue, in packets.
+    ///
+    /// # Errors
+    /// When there is no such interface or the kernel refuses.
+    pub fn set_txqueuelen(&mut self, index: u32, packets: u32) -> Result<()> {
+        let what = format!("set transmit queue length {packets} on interface");
+        self.set_link_attribute(index, LinkAttribute::TxQueueLen(packets), &what)
+    }
+
+    /// Makes an interface a port of a bridge.
+    ///
+    /// # Errors
+    /// When either does not exist or the kernel refuses.
+    pub fn set_master(&mut self, index: u32, bridge_index: u32) -> Result<()> {
+        let bridge = self.name_for_error(bridge_index);
+        let what = format!("attach to bridge {bridge} the interface");
+        self.set_link_attribute(index, LinkAttribute::Controller(bridge_index), &what)
+    }
+
+    /// Moves an interface into another network namespace; it loses its
+    /// addresses and goes down.
+    ///
+    /// # Errors
+    /// When the interface cannot move, or its name is taken over there.
+    pub fn move_to_netns(&mut self, index: u32, netns: BorrowedFd<'_>) -> Result<()> {
+        let attribute = LinkAttribute::NetNsFd(netns.as_raw_fd());
+        self.set_link_attribute(index, attribute, "move to another namespace the interface")
+    }
+
+    /// Deletes an interface (and a veth's other end with it).
+    ///
+    /// # Errors
+    /// When there is no such interface, or it is one that cannot be deleted.
+    pub fn delete_link(&mut self, index: u32) -> Result<()> {
+        let name = self.name_for_error(index);
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        self.execute(RouteNetlinkMessage::DelLink(message), 0)
+            .map_err(|refusal| refusal.describe(format!("cannot delete interface {name}")))
+    }
+
+    /// What the interface has counted so far.
+    ///
+    /// # Errors
+    /// When there is no such interface or it counts nothing.
+    pub fn link_stats(&mut self, index: u32) -> Result<LinkStats> {
+        let what = || format!("cannot read the counters of interface {index}");
+        let message = self
+            .get_link(index)
+            .map_err(|refusal| refusal.describe(what()))?
+            .ok_or_else(|| Error::new(what()))?;
+        message
+            .attributes
+            .iter()
+            .find_map(|attribute| match attribute {
+                LinkAttribute::Stats64(stats) => Some(LinkStats {
+                    rx_packets: stats.rx_packets,
+                    rx_bytes: stats.rx_bytes,
+                    rx_dropped: stats.rx_dropped,
+                    rx_errors: stats.rx_errors,
+                    tx_packets: stats.tx_packets,
+                    tx_bytes: stats.tx_bytes,
+                    tx_dropped: stats.tx_dropped,
+                    tx_errors: stats.tx_errors,
+                }),
+                _ => None,
+            })
+            .ok_or_else(|| Error::new(what()).hint("the kernel reports none"))
+    }
+
+    /// Creates two Ethernet interfaces joined back to back (veth(4)). The
+    /// second end starts its life in `peer_netns` if one is given.
+    ///
+    /// # Errors
+    /// When a name is taken or the kernel refuses.
+    pub fn create_veth(
+        &mut self,
+        name_a: &str,
+        name_b: &str,
+        peer_netns: Option<BorrowedFd<'_>>,
+    ) -> Result<()> {
+        check_name(name_b)?;
+        let mut peer = LinkMessage::default();
+        peer.attributes
+            .push(LinkAttribute::IfName(name_b.to_string()));
+        if let Some(netns) = peer_netns {
+            peer.attributes
+                .push(LinkAttribute::NetNsFd(netns.as_raw_fd()));
+        }
+        let data = InfoData::Veth(InfoVeth::Peer(peer));
+        self.create_link(name_a, InfoKind::Veth, Some(data))
+    }
+
+    /// Creates a VXLAN interface that knows one other end.
+    ///
+    /// # Errors
+    /// When the name is taken, the addresses' families differ, or the kernel
+    /// has no VXLAN.
+    pub fn create_vxlan(&mut self, name: &str, vxlan: Vxlan) -> Result<()> {
+        let mut data = vec![
+            InfoVxlan::Id(vxlan.vni),
+            InfoVxlan::Port(vxlan.port),
+            InfoVxlan::Learning(true),
+        ];
+        match (vxlan.local, vxlan.remote) {
+            (IpAddr::V4(local), IpAddr::V4(remote)) => {
+                data.extend([InfoVxlan::Local(local), InfoVxlan::Group(remote)]);
+            }
+            (IpAddr::V6(local), IpAddr::V6(remote)) => {
+                data.extend([InfoVxlan::Local6(local), InfoVxlan::Group6(remote)]);
+            }
+            (local, remote) => {
+                return Err(Error::new(format!(
+                    "cannot create interface {name}: {local} and {remote} are of different families"
+                )));
+            }
+        }
+        self.create_link(name, InfoKind::Vxlan, Some(InfoData::Vxlan(data)))
+    }
+
+    /// Creates a bridge without ports.
+    ///
+    /// # Errors
+    /// When the name is taken or the kernel has no bridges.
+    pub fn create_bridge(&mut self, name: &str) -> Result<()> {
+        self.create_link(name, InfoKind::Bridge, None)
+    }
+
+    fn create_link(&mut self, name: &str, kind: InfoKind, data: Option<InfoData>) -> Result<()> {
+        check_name(name)?;
+        let mut info = vec![LinkInfo::Kind(kind)];
+        info.extend(data.map(LinkInfo::Data));
+        let mut message = LinkMessage::default();
+        message.attributes = vec![
+            LinkAttribute::IfName(name.to_string()),
+            LinkAttribute::LinkInfo(info),
+        ];
+        self.execute(
+            RouteNetlinkMessage::NewLink(message),
+            NLM_F_CREATE | NLM_F_EXCL,
+        )
+        .map_err(|refusal| refusal.describe(format!("cannot create interface {name}")))
+    }
+
+    fn set_link_attribute(
+        &mut self,
+        index: u32,
+        attribute: LinkAttribute,
+        what: &str,
+    ) -> Result<()> {
+        let mut message = LinkMessage::default();
+        message.attributes.push(attribute);
+        self.set_link(index, message, what)
+    }
+
+    fn set_link(&mut self, index: u32, mut message: LinkMessage, what: &str) -> Result<()> {
+        message.header.index = index;
+        self.execute(RouteNetlinkMessage::SetLink(message), 0)
+            .map_err(|refusal| {
+                let name = self.name_for_error(index);
+                refusal.describe(format!("cannot {what} {name}"))
+            })
+    }
+
+    fn get_link(&mut self, index: u32) -> std::result::Result<Option<LinkMessage>, Refusal> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        match self.get(RouteNetlinkMessage::GetLink(message))? {
+            Some(RouteNetlinkMessage::NewLink(link)) => Ok(Some(link)),
+            _ => Ok(None),
+        }
+    }
+
+    /// The interface's name, or its index when it has no name any more.
+    pub(super) fn name_for_error(&mut self, index: u32) -> String {
+        match self.link_by_index(index) {
+            Ok(Some(link)) => link.name,
+            _ => format!("number {index}"),
+        }
+    }
+}
+
+/// What `dev_valid_name()` (net/core/dev.c) accepts, said in words.
+fn check_name(name: &str) -> Result<()> {
+    let wrong = name.is_empty()
+        || name.len() > NAME_BYTES_MAX
+        || name == "."
+        || name == ".."
+        || name
+            .bytes()
+            .any(|byte| byte == b'/' || byte == b':' || byte == 0 || byte.is_ascii_whitespace());
+    if wrong {
+        return Err(
+            Error::new(format!("{name:?} cannot be an interface name")).hint(format!(
+                "use 1 to {NAME_BYTES_MAX} characters without spaces, '/' and ':'"
+            )),
+        );
+    }
+    Ok(())
+}
+
+fn read_link(message: &LinkMessage) -> Link {
+    let mut link = Link {
+        index: message.header.index,
+        name: String::new(),
+        mtu: 0,
+        txqueuelen: 0,
+        up: message.header.flags.contains(LinkFlags::Up),
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => link.name.clone_from(name),
+            LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+            LinkAttribute::TxQueueLen(packets) => link.txqueuelen = *packets,
+            _ => {}
+        }
+    }
+    link
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_the_kernel_would_refuse_are_refused_in_words() {
+        for name in [
+            "",
+            "a/b",
+            "with space",
+            ".",
+            "..",
+            "sixteen-letters-",
+            "a\0b",
+        ] {
+            assert!(check_name(name).is_err(), "{name:?}");
+        }
+        assert!(check_name("flannel99").is_ok());
+        assert!(check_name("fifteen-letters").is_ok());
+    }
+}

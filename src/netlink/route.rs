@@ -1,0 +1,229 @@
+//! Routes: which packets leave by which interface.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::IpNet;
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope,
+    RouteType,
+};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+
+use super::Netlink;
+use super::address::family;
+use crate::error::{Error, Result};
+
+/// What happens to a packet that a route matches (`rtm_type`, rtnetlink(7)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum RouteKind {
+    /// It is sent on.
+    Unicast,
+    /// It is dropped without a word.
+    Blackhole,
+    /// It is dropped; the sender hears "host unreachable".
+    Unreachable,
+    /// It is dropped; the sender hears "administratively prohibited".
+    Prohibit,
+}
+
+/// A route as the kernel lists it. A route with several next hops is listed
+/// once for each of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Route {
+    /// The packets' destination, masked.
+    pub destination: IpNet,
+    /// The router that they are sent to, if they are sent to one.
+    pub via: Option<IpAddr>,
+    /// Index of the interface that they leave by.
+    pub oif: Option<u32>,
+    /// What happens to them.
+    pub kind: RouteKind,
+    /// Routing table; the main one is 254.
+    pub table: u32,
+}
+
+impl Netlink {
+    /// Adds a route to the main table. Without `via` the destination is on the
+    /// link itself.
+    ///
+    /// # Errors
+    /// `EEXIST` when there is a route to the same prefix already; when there is
+    /// no such interface, or it is down; when prefix and router are of
+    /// different families.
+    pub fn add_route(
+        &mut self,
+        prefix: IpNet,
+        via: Option<IpAddr>,
+        oif: Option<u32>,
+    ) -> Result<()> {
+        let mut message = route_message(prefix, via, oif)?;
+        message.header.protocol = RouteProtocol::Static;
+        message.header.kind = RouteType::Unicast;
+        if matches!(prefix, IpNet::V4(_)) && via.is_none() {
+            message.header.scope = RouteScope::Link;
+        }
+        self.execute(
+            RouteNetlinkMessage::NewRoute(message),
+            NLM_F_CREATE | NLM_F_EXCL,
+        )
+        .map_err(|refusal| {
+            let hop = self.hop_for_error(via, oif);
+            refusal.describe(format!("cannot add route {prefix}{hop}"))
+        })
+    }
+
+    /// Deletes a route from the main table; `via` and `oif` narrow the choice.
+    ///
+    /// # Errors
+    /// `ESRCH` when there is no such route.
+    pub fn del_route(
+        &mut self,
+        prefix: IpNet,
+        via: Option<IpAddr>,
+        oif: Option<u32>,
+    ) -> Result<()> {
+        let mut message = route_message(prefix, via, oif)?;
+        // "Nowhere" and a type and protocol of zero match whatever is there.
+        message.header.scope = RouteScope::NoWhere;
+        self.execute(RouteNetlinkMessage::DelRoute(message), 0)
+            .map_err(|refusal| {
+                let hop = self.hop_for_error(via, oif);
+                refusal.describe(format!("cannot delete route {prefix}{hop}"))
+            })
+    }
+
+    /// The routes of all tables, IPv4 and IPv6, that decide where packets of
+    /// others go; not the host's own, broadcast, anycast and multicast
+    /// addresses.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn routes(&mut self) -> Result<Vec<Route>> {
+        let mut routes = Vec::new();
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut message = RouteMessage::default();
+            message.header.address_family = family;
+            let listed = match self.dump(RouteNetlinkMessage::GetRoute(message)) {
+                Ok(listed) => listed,
+                // A kernel without IPv6 has no such table.
+                Err(refusal) if refusal.is(libc::EOPNOTSUPP) => continue,
+                Err(refusal) => return Err(refusal.describe("cannot list the routes")),
+            };
+            for message in &listed {
+                if let RouteNetlinkMessage::NewRoute(route) = message {
+                    read_route(route, &mut routes);
+                }
+            }
+        }
+        Ok(routes)
+    }
+
+    fn hop_for_error(&mut self, via: Option<IpAddr>, oif: Option<u32>) -> String {
+        let via = via.map(|via| format!(" via {via}")).unwrap_or_default();
+        let oif = oif
+            .map(|index| format!(" on interface {}", self.name_for_error(index)))
+            .unwrap_or_default();
+        via + &oif
+    }
+}
+
+impl fmt::Display for RouteKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            RouteKind::Unicast => "unicast",
+            RouteKind::Blackhole => "blackhole",
+            RouteKind::Unreachable => "unreachable",
+            RouteKind::Prohibit => "prohibit",
+        })
+    }
+}
+
+fn route_message(prefix: IpNet, via: Option<IpAddr>, oif: Option<u32>) -> Result<RouteMessage> {
+    let prefix = prefix.trunc();
+    let mut message = RouteMessage::default();
+    message.header.address_family = family(&prefix);
+    message.header.destination_prefix_length = prefix.prefix_len();
+    message.header.table = RouteHeader::RT_TABLE_MAIN;
+    message
+        .attributes
+        .push(RouteAttribute::Destination(prefix.network().into()));
+    if let Some(via) = via {
+        if via.is_ipv4() != prefix.addr().is_ipv4() {
+            return Err(Error::new(format!(
+                "route {prefix} via {via} mixes IPv4 and IPv6"
+            )));
+        }
+        message.attributes.push(RouteAttribute::Gateway(via.into()));
+    }
+    if let Some(index) = oif {
+        message.attributes.push(RouteAttribute::Oif(index));
+    }
+    Ok(message)
+}
+
+fn read_route(message: &RouteMessage, routes: &mut Vec<Route>) {
+    let kind = match message.header.kind {
+        RouteType::Unicast => RouteKind::Unicast,
+        RouteType::BlackHole => RouteKind::Blackhole,
+        RouteType::Unreachable => RouteKind::Unreachable,
+        RouteType::Prohibit => RouteKind::Prohibit,
+        _ => return,
+    };
+    // A cached copy of a route (path MTU, redirect) is not a route of its own.
+    if message.header.flags.contains(RouteFlags::Cloned) {
+        return;
+    }
+    let mut address: IpAddr = match message.header.address_family {
+        AddressFamily::Inet => Ipv4Addr::UNSPECIFIED.into(),
+        AddressFamily::Inet6 => Ipv6Addr::UNSPECIFIED.into(),
+        _ => return,
+    };
+    let mut table = u32::from(message.header.table);
+    let mut hops = Vec::new();
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Destination(RouteAddress::Inet(v4)) => address = (*v4).into(),
+            RouteAttribute::Destination(RouteAddress::Inet6(v6)) => address = (*v6).into(),
+            // The header has one byte for the table; larger numbers stand here.
+            RouteAttribute::Table(number) => table = *number,
+            RouteAttribute::MultiPath(next_hops) => {
+                hops.extend(
+                    next_hops
+                        .iter()
+                        .map(|hop| (Some(hop.interface_index), find_gateway(&hop.attributes))),
+                );
+            }
+            _ => {}
+        }
+    }
+    if hops.is_empty() {
+        let oif = message
+            .attributes
+            .iter()
+            .find_map(|attribute| match attribute {
+                RouteAttribute::Oif(index) => Some(*index),
+                _ => None,
+            });
+        hops.push((oif, find_gateway(&message.attributes)));
+    }
+    let Ok(destination) = IpNet::new(address, message.header.destination_prefix_length) else {
+        return;
+    };
+    routes.extend(hops.into_iter().map(|(oif, via)| Route {
+        destination,
+        via,
+        oif,
+        kind,
+        table,
+    }));
+}
+
+fn find_gateway(attributes: &[RouteAttribute]) -> Option<IpAddr> {
+    attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Gateway(RouteAddress::Inet(v4)) => Some((*v4).into()),
+        RouteAttribute::Gateway(RouteAddress::Inet6(v6)) => Some((*v6).into()),
+        _ => None,
+    })
+}
