@@ -1,2 +1,28 @@
-//! The command line.
-fn main() {}
+//! The command line: see `fastvpn --help`.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use fastvpn::cli::{Cli, Command};
+use fastvpn::config::Config;
+use fastvpn::control::logging;
+use fastvpn::{demo, tunnel};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match &cli.command {
+        Some(Command::Demo(options)) => demo::run(options.clone()),
+        None => {
+            let args = &cli.tunnel;
+            logging::init(args.verbose, args.quiet, args.log_format);
+            Config::from_args(args).and_then(|config| tunnel::run(&config))
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("fastvpn: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

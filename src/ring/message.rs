@@ -1,7 +1,10 @@
 //! The memory behind `sendmsg(2)` and `recvmsg(2)` requests: it must stay
 //! where it is while the kernel works on it.
 
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use crate::packet::train::Train;
 
@@ -64,6 +67,57 @@ pub fn parse_segment_bytes(mut control: &[u8]) -> Option<usize> {
         control = control.get(len.next_multiple_of(8)..)?;
     }
     None
+}
+
+/// What one receive brought.
+pub struct ReceivedMessage {
+    /// Where it came from.
+    pub sender: IpAddr,
+    /// `UDP_GRO`'s segment size, if there was more than one datagram.
+    pub segment_bytes: Option<usize>,
+    /// End of the payload, which starts at [`PAYLOAD_START`].
+    pub end: usize,
+}
+
+/// `recvmsg(2)` into `buffer` from [`PAYLOAD_START`] on, without waiting.
+/// `Ok(None)`: the message was cut short, or its sender's address is unknown.
+pub fn receive(
+    socket: BorrowedFd<'_>,
+    buffer: &mut [u8],
+) -> io::Result<Option<ReceivedMessage>> {
+    let mut name = [0u8; NAME_BYTES];
+    let mut control = [0u64; CONTROL_BYTES / 8];
+    let room = &mut buffer[PAYLOAD_START..];
+    let mut payload = libc::iovec {
+        iov_base: room.as_mut_ptr().cast(),
+        iov_len: room.len(),
+    };
+    // SAFETY: all-zero is a valid `msghdr`: null pointers, zero lengths.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_name = name.as_mut_ptr().cast();
+    header.msg_namelen = NAME_BYTES as libc::socklen_t;
+    header.msg_iov = &raw mut payload;
+    header.msg_iovlen = 1;
+    header.msg_control = control.as_mut_ptr().cast();
+    header.msg_controllen = CONTROL_BYTES;
+    // SAFETY: the header points to live memory of the lengths it states.
+    let received =
+        unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, libc::MSG_DONTWAIT) };
+    let bytes = usize::try_from(received).map_err(|_| io::Error::last_os_error())?;
+    if header.msg_flags & libc::MSG_TRUNC != 0 {
+        return Ok(None);
+    }
+    let mut control_bytes = [0; CONTROL_BYTES];
+    for (bytes, word) in control_bytes.chunks_exact_mut(8).zip(control) {
+        bytes.copy_from_slice(&word.to_ne_bytes());
+    }
+    let control_bytes = &control_bytes[..CONTROL_BYTES.min(header.msg_controllen)];
+    let name = &name[..NAME_BYTES.min(header.msg_namelen as usize)];
+    Ok(parse_name(name).map(|sender| ReceivedMessage {
+        sender,
+        segment_bytes: parse_segment_bytes(control_bytes),
+        end: PAYLOAD_START + bytes,
+    }))
 }
 
 /// The memory of one send.

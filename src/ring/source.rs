@@ -343,15 +343,17 @@ impl Sources {
         };
         while let Some((id, mut buffer)) = pool.pop() {
             match message::receive(socket, &mut buffer) {
-                Ok(Some((sender, segment_bytes, end))) => self.datagrams.push_back(Datagrams {
+                Ok(Some(message)) => self.datagrams.push_back(Datagrams {
                     received: Received {
                         buffer,
                         start: PAYLOAD_START,
-                        end,
+                        end: message.end,
                         id,
                     },
-                    sender,
-                    segment_bytes: segment_bytes.unwrap_or(end - PAYLOAD_START),
+                    sender: message.sender,
+                    segment_bytes: message
+                        .segment_bytes
+                        .unwrap_or(message.end - PAYLOAD_START),
                 }),
                 Ok(None) => {
                     counters.drop_truncated.add(1);

@@ -1,0 +1,88 @@
+//! The counters in words.
+
+use crate::netlink::LinkStats;
+use crate::worker::counters::Snapshot;
+
+/// Lines that sum a run up: all queues together, each queue, and what was
+/// dropped and why. `link`: the TUN device's own counters, if they were read.
+pub fn lines(queues: &[Snapshot], link: Option<&LinkStats>) -> Vec<String> {
+    let total = queues
+        .iter()
+        .fold(Snapshot::default(), |sum, queue| sum.plus(queue));
+    let mut lines = vec![format!("total: {}", traffic(&total))];
+    if queues.len() > 1 {
+        let numbered = queues.iter().enumerate();
+        lines.extend(numbered.map(|(index, queue)| format!("queue {index}: {}", traffic(queue))));
+    }
+    let mut drops: Vec<String> = total
+        .drops()
+        .map(|(reason, count)| format!("{} {count}", reason.replace('_', "-")))
+        .collect();
+    if let Some(link) = link.filter(|link| link.tx_dropped > 0) {
+        drops.push(format!("tun-queue-full {}", link.tx_dropped));
+    }
+    if drops.is_empty() {
+        drops.push("none".into());
+    }
+    lines.push(format!("dropped: {}", drops.join(", ")));
+    lines
+}
+
+fn traffic(counters: &Snapshot) -> String {
+    format!(
+        "sent {} packets ({}) in {} sends, received {} packets ({}) in {} receives, \
+         {} frames from and {} to the TUN",
+        counters.packets_sent,
+        bytes(counters.bytes_sent),
+        counters.trains_sent,
+        counters.packets_received,
+        bytes(counters.bytes_received),
+        counters.trains_received,
+        counters.tun_frames_read,
+        counters.tun_frames_written,
+    )
+}
+
+/// Bytes as a person reads them.
+pub fn bytes(count: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
+    let mut value = count as f64;
+    let mut unit = 0;
+    while value >= 1000.0 && unit + 1 < UNITS.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    if unit == 0 {
+        format!("{count} B")
+    } else {
+        format!("{value:.1} {}", UNITS[unit])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn says_what_moved_and_what_was_lost() {
+        let one = Snapshot {
+            packets_sent: 5,
+            bytes_sent: 1_500_000,
+            drop_send_full: 2,
+            ..Snapshot::default()
+        };
+        let lines = lines(&[one, one], None);
+        assert_eq!(lines.len(), 4);
+        assert!(lines[0].starts_with("total: sent 10 packets (3.0 MB)"), "{}", lines[0]);
+        assert!(lines[2].starts_with("queue 1: sent 5 packets"), "{}", lines[2]);
+        assert_eq!(lines[3], "dropped: send-full 4");
+    }
+
+    #[test]
+    fn units() {
+        assert_eq!(bytes(999), "999 B");
+        assert_eq!(bytes(1000), "1.0 kB");
+        assert_eq!(bytes(12_345_678_901), "12.3 GB");
+        assert_eq!(bytes(u64::MAX), "18446744.1 TB");
+    }
+}

@@ -1,0 +1,191 @@
+//! Worker threads: started together, told together, ended together.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::device::tun::Queue;
+use crate::error::{Error, Result};
+use crate::packet::coalesce::Offloads;
+use crate::packet::train::Limits;
+use crate::ring::{Features, Uring};
+use crate::transport::socket::WorkerSockets;
+use crate::worker::counters::Counters;
+use crate::worker::table::Table;
+use crate::worker::{self, Command};
+
+/// Commands that may wait for a worker.
+const COMMANDS_MAX: usize = 64;
+
+/// What all workers have in common.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// Super-packets that the TUN device takes.
+    pub tun: Offloads,
+    /// How long trains may be.
+    pub limits: Limits,
+    /// io_uring features to try.
+    pub features: Features,
+    /// Cores to pin workers to, in turn.
+    pub cores: Option<Vec<usize>>,
+    /// The first forwarding table.
+    pub table: Arc<Table>,
+}
+
+struct Worker {
+    thread: JoinHandle<()>,
+    commands: Sender<Command>,
+    wake: Arc<EventFd>,
+    counters: Arc<Counters>,
+}
+
+/// The running workers. Dropping them ends them.
+pub struct Workers {
+    workers: Vec<Worker>,
+    failures: Receiver<Error>,
+    features: Features,
+}
+
+impl Workers {
+    /// Starts one worker per queue and waits until all are ready.
+    ///
+    /// # Errors
+    /// The first error of any worker; then all are ended again.
+    pub fn start(queues: Vec<Queue>, sockets: Vec<WorkerSockets>, setup: &Setup) -> Result<Self> {
+        let count = queues.len();
+        let (ready_sender, ready) = bounded(count);
+        let (failure_sender, failures) = bounded(count);
+        let mut workers = Self {
+            workers: Vec::with_capacity(count),
+            failures,
+            features: setup.features,
+        };
+        for (index, (queue, sockets)) in queues.into_iter().zip(sockets).enumerate() {
+            let parts = Parts {
+                index,
+                queue,
+                sockets,
+                setup: setup.clone(),
+                ready: ready_sender.clone(),
+                failures: failure_sender.clone(),
+            };
+            workers.workers.push(parts.spawn()?);
+        }
+        drop(ready_sender);
+        for _ in 0..count {
+            workers.features = ready
+                .recv()
+                .map_err(|_| Error::new("a worker thread ended before it was ready"))??;
+        }
+        Ok(workers)
+    }
+
+    /// The io_uring features in use.
+    pub fn features(&self) -> Features {
+        self.features
+    }
+
+    /// Where a worker that fails later says so.
+    pub fn failures(&self) -> &Receiver<Error> {
+        &self.failures
+    }
+
+    /// The workers' counters, in the order of their queues.
+    pub fn counters(&self) -> Vec<Arc<Counters>> {
+        self.workers
+            .iter()
+            .map(|worker| Arc::clone(&worker.counters))
+            .collect()
+    }
+
+    /// Tells all workers. A worker that has not taken its last commands yet is
+    /// left out rather than waited for; `false` then.
+    pub fn tell(&self, command: impl Fn() -> Command) -> bool {
+        let mut all = true;
+        for worker in &self.workers {
+            all &= worker.commands.try_send(command()).is_ok();
+            // The counter cannot overflow: a worker empties it each time.
+            let _ = worker.wake.write(1);
+        }
+        all
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        while !self.tell(|| Command::Stop) {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+            if self.workers.iter().all(|worker| worker.thread.is_finished()) {
+                break;
+            }
+        }
+        for worker in self.workers.drain(..) {
+            if worker.thread.join().is_err() {
+                tracing::error!("a worker thread panicked");
+            }
+        }
+    }
+}
+
+/// What a worker thread takes with it.
+struct Parts {
+    index: usize,
+    queue: Queue,
+    sockets: WorkerSockets,
+    setup: Setup,
+    ready: Sender<Result<Features>>,
+    failures: Sender<Error>,
+}
+
+impl Parts {
+    fn spawn(self) -> Result<Worker> {
+        let (commands, receiver) = bounded(COMMANDS_MAX);
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let wake = EventFd::from_value_and_flags(0, flags)
+            .map_err(|errno| Error::os("cannot create an event counter", errno.into()))?;
+        let wake = Arc::new(wake);
+        let counters = Arc::new(Counters::default());
+        let (worker_wake, worker_counters) = (Arc::clone(&wake), Arc::clone(&counters));
+        let thread = std::thread::Builder::new()
+            .name(format!("fastvpn-{}", self.index))
+            .spawn(move || self.work(&receiver, worker_wake, worker_counters))
+            .map_err(|error| Error::os("cannot start a worker thread", error))?;
+        Ok(Worker {
+            thread,
+            commands,
+            wake,
+            counters,
+        })
+    }
+
+    fn work(self, commands: &Receiver<Command>, wake: Arc<EventFd>, counters: Arc<Counters>) {
+        if let Some(cores) = self.setup.cores.as_ref().filter(|cores| !cores.is_empty()) {
+            let id = cores[self.index % cores.len()];
+            if !core_affinity::set_for_current(core_affinity::CoreId { id }) {
+                tracing::warn!("cannot pin worker {} to core {id}", self.index);
+            }
+        }
+        let mut engine = match Uring::new(
+            self.queue,
+            self.sockets,
+            wake,
+            self.setup.features,
+            self.setup.limits,
+            Arc::clone(&counters),
+        ) {
+            Ok(engine) => engine,
+            Err(error) => {
+                let _ = self.ready.send(Err(error));
+                return;
+            }
+        };
+        let _ = self.ready.send(Ok(engine.features()));
+        let table = Arc::clone(&self.setup.table);
+        let result = worker::run(&mut engine, commands, table, self.setup.tun, &counters);
+        if let Err(error) = result {
+            let _ = self.failures.send(error);
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! Addresses, MTU and routes of the TUN device, and the address that a tunnel
+//! gives itself when it was given none.
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use ipnet::{IpNet, Ipv4Net};
+
+use crate::error::{Error, Result};
+use crate::netlink::Netlink;
+
+/// Smallest MTU that IPv6 works with (RFC 8200, section 5).
+pub const IPV6_MTU_BYTES_MIN: u32 = 1280;
+
+/// Smallest MTU that IPv4 works with (RFC 791).
+pub const IPV4_MTU_BYTES_MIN: u32 = 68;
+
+/// The overlay's prefix for derived addresses: flannel's default network.
+const OVERLAY: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(10, 244, 0, 0), 16);
+
+/// What to give the device.
+#[derive(Clone, Debug)]
+pub struct LinkConfig {
+    /// Addresses with the length of their prefix.
+    pub addresses: Vec<IpNet>,
+    /// Routes through the device.
+    pub routes: Vec<IpNet>,
+    /// MTU in bytes.
+    pub mtu_bytes: u32,
+    /// Packets that wait in a queue for a worker.
+    pub txqueuelen: u32,
+}
+
+/// Configures the device and brings it up. All of it goes with the device.
+///
+/// # Errors
+/// Names the address, route or setting that the kernel refused.
+pub fn bring_up(netlink: &mut Netlink, name: &str, config: &LinkConfig) -> Result<()> {
+    let index = netlink
+        .link_index(name)?
+        .ok_or_else(|| Error::new(format!("interface {name} has disappeared")))?;
+    netlink.set_txqueuelen(index, config.txqueuelen)?;
+    netlink.set_mtu(index, config.mtu_bytes)?;
+    for &address in &config.addresses {
+        netlink.add_address(index, address)?;
+    }
+    netlink.set_up(index)?;
+    for &route in &config.routes {
+        netlink
+            .add_route(route, None, Some(index))
+            .map_err(|error| match error.errno() {
+                Some(libc::EEXIST) => error.hint("this host has that route already; leave it out of --route"),
+                _ => error,
+            })?;
+    }
+    Ok(())
+}
+
+/// The tunnel address of the host with the underlay address `underlay`:
+/// a.b.x.y gives 10.244.x.y, and an IPv6 address gives its last two bytes.
+///
+/// # Errors
+/// When that would be the network's own or its broadcast address.
+pub fn derive_address(underlay: IpAddr) -> Result<Ipv4Net> {
+    let (x, y) = match underlay {
+        IpAddr::V4(address) => (address.octets()[2], address.octets()[3]),
+        IpAddr::V6(address) => (address.octets()[14], address.octets()[15]),
+    };
+    let [a, b, _, _] = OVERLAY.network().octets();
+    let address = Ipv4Addr::new(a, b, x, y);
+    if address == OVERLAY.network() || address == OVERLAY.broadcast() {
+        return Err(Error::new(format!(
+            "cannot derive a tunnel address from {underlay}: {address} is no host address"
+        ))
+        .hint("give one with --address"));
+    }
+    Ok(Ipv4Net::new_assert(address, OVERLAY.prefix_len()))
+}
+
+/// Makes sure that a derived address hides nothing this host can reach today.
+///
+/// # Errors
+/// Names the address or route that overlaps.
+pub fn check_free(netlink: &mut Netlink, derived: Ipv4Net) -> Result<()> {
+    let network = IpNet::from(derived.trunc());
+    let overlaps = |other: &IpNet| {
+        other.prefix_len() > 0 && (other.contains(&network) || network.contains(&other.trunc()))
+    };
+    let links = netlink.links()?;
+    let link_name = |index: Option<u32>| {
+        let found = index.and_then(|index| links.iter().find(|link| link.index == index));
+        found.map_or_else(String::new, |link| format!(" on {}", link.name))
+    };
+    let clash = |what: String| {
+        Err(
+            Error::new(format!("the derived tunnel address {derived} overlaps {what}"))
+                .hint("give this host's tunnel address with --address"),
+        )
+    };
+    for (index, address) in netlink.addresses()? {
+        if overlaps(&address) {
+            return clash(format!("the address {address}{}", link_name(Some(index))));
+        }
+    }
+    for route in netlink.routes()? {
+        if overlaps(&route.destination) {
+            return clash(format!("the route {}{}", route.destination, link_name(route.oif)));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn derives_the_missions_addresses() {
+        let derive = |text: &str| derive_address(text.parse().unwrap()).map(|net| net.to_string());
+        assert_eq!(derive("10.211.55.122").unwrap(), "10.244.55.122/16");
+        assert_eq!(derive("10.211.55.123").unwrap(), "10.244.55.123/16");
+        assert_eq!(derive("192.168.1.7").unwrap(), "10.244.1.7/16");
+        assert_eq!(derive("fd00::1:122").unwrap(), "10.244.1.34/16");
+        assert!(derive("10.1.0.0").is_err());
+        assert!(derive("10.1.255.255").unwrap_err().to_string().contains("--address"));
+    }
+}

@@ -1,0 +1,4 @@
+//! The host's side: the TUN device, its addresses and routes.
+
+pub mod link;
+pub mod tun;

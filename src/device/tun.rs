@@ -1,0 +1,119 @@
+//! A multi-queue TUN device with offloads (`Documentation/networking/tuntap.rst`
+//! and `drivers/net/tun.c` in the kernel tree).
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use tun_rs::{DeviceBuilder, SyncDevice};
+
+use crate::error::{Error, Result};
+use crate::packet::coalesce::Offloads;
+
+mod ioctl {
+    // TUNSETOFFLOAD, `linux/if_tun.h`.
+    nix::ioctl_write_int!(set_offload, b'T', 208);
+}
+
+/// One queue of the device: a descriptor that reads and writes frames with a
+/// virtio-net header, without waiting.
+#[derive(Debug)]
+pub struct Queue(OwnedFd);
+
+impl AsFd for Queue {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// A new device and its queues. It exists as long as any queue does.
+#[derive(Debug)]
+pub struct Tun {
+    /// One per worker.
+    pub queues: Vec<Queue>,
+    /// The super-packets that pass in both directions.
+    pub offloads: Offloads,
+}
+
+/// Makes the device `name` with `queues` queues, down and without addresses.
+/// `wanted` says which offloads to try.
+///
+/// # Errors
+/// When the name is in use, or the privilege or `/dev/net/tun` is missing.
+pub fn create(name: &str, queues: u16, wanted: Offloads) -> Result<Tun> {
+    // Opening a name that exists would join that device, not make one.
+    if nix::net::if_::if_nametoindex(name).is_ok() {
+        return Err(Error::new(format!("interface {name} exists already"))
+            .hint("stop what uses it, or choose another name with --tun"));
+    }
+    let failed = |error: io::Error| create_error(name, error);
+    let first = DeviceBuilder::new()
+        .name(name)
+        .multi_queue(true)
+        .offload(true)
+        .enable(false)
+        .build_sync()
+        .map_err(failed)?;
+    let usable = Offloads {
+        tcp: wanted.tcp,
+        udp: wanted.udp && first.udp_gso(),
+    };
+    let mut devices = Vec::with_capacity(usize::from(queues));
+    for _ in 1..queues {
+        devices.push(first.try_clone().map_err(failed)?);
+    }
+    devices.insert(0, first);
+    let queues = devices
+        .into_iter()
+        .map(into_queue)
+        .collect::<io::Result<Vec<_>>>()
+        .map_err(failed)?;
+    // The offloads belong to the device, not to the queue: set them last.
+    if let Some(queue) = queues.first() {
+        set_offloads(queue, usable).map_err(failed)?;
+    }
+    Ok(Tun {
+        queues,
+        offloads: usable,
+    })
+}
+
+fn into_queue(device: SyncDevice) -> io::Result<Queue> {
+    // SAFETY: `into_raw_fd` gives up ownership of an open descriptor.
+    let fd = unsafe { OwnedFd::from_raw_fd(device.into_raw_fd()) };
+    let flags = OFlag::from_bits_truncate(fcntl(&fd, FcntlArg::F_GETFL)?);
+    fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    Ok(Queue(fd))
+}
+
+fn set_offloads(queue: &Queue, offloads: Offloads) -> io::Result<()> {
+    use std::os::fd::AsRawFd;
+    let mut flags = 0;
+    if offloads.tcp {
+        flags |= libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6;
+    }
+    if offloads.udp {
+        flags |= libc::TUN_F_CSUM | libc::TUN_F_USO4 | libc::TUN_F_USO6;
+    }
+    // SAFETY: the descriptor is open, and the request takes a plain integer.
+    unsafe { ioctl::set_offload(queue.as_fd().as_raw_fd(), flags.into()) }?;
+    Ok(())
+}
+
+fn create_error(name: &str, error: io::Error) -> Error {
+    match error.raw_os_error() {
+        Some(libc::EACCES) => Error::os("cannot open /dev/net/tun", error)
+            .hint("run as root or grant CAP_NET_ADMIN"),
+        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
+            Error::os("cannot open /dev/net/tun", error)
+                .hint("load the kernel module tun, or pass the device into the container")
+        }
+        Some(libc::EPERM) => Error::os(format!("cannot create TUN device {name}"), error)
+            .hint("run as root or grant CAP_NET_ADMIN"),
+        Some(libc::EBUSY) => Error::os(format!("cannot create TUN device {name}"), error)
+            .hint("stop what uses it, or choose another name with --tun"),
+        Some(libc::E2BIG) => Error::os(format!("cannot create TUN device {name}"), error)
+            .hint("ask for fewer --queues"),
+        _ => Error::os(format!("cannot create TUN device {name}"), error),
+    }
+}
