@@ -27,7 +27,8 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::error::{Error, Result};
 use crate::lab::traffic::{
-    Between, Bulk, BulkLimit, BulkReport, Latency, PingPong, Watch, ping, tcp_bulk, tcp_ping_pong,
+    Between, Bulk, BulkLimit, BulkReport, Latency, PingPong, Watch, ping, ping_up_to, tcp_bulk,
+    tcp_ping_pong,
 };
 use crate::lab::{self, Namespace, Pair, enter_user_namespace_if_needed};
 use endpoint::Endpoint;
@@ -60,7 +61,8 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 /// Payloads of the pings that must come back: one usual, one that just fills a
 /// packet, one in many fragments.
 const PING_BYTES: [usize; 3] = [56, 1400, 20_000];
-const PING_TIMEOUT: Duration = Duration::from_secs(2);
+const PING_TIMEOUT: Duration = Duration::from_secs(1);
+const PING_ATTEMPTS: usize = 3;
 
 const PING_PONG: PingPong = PingPong {
     bytes: 64,
@@ -227,7 +229,7 @@ impl Stage<'_> {
         for (from, to) in ways {
             for bytes in PING_BYTES {
                 self.check()?;
-                let time = ping(from, to, bytes, PING_TIMEOUT)?;
+                let time = ping_up_to(PING_ATTEMPTS, from, to, bytes, PING_TIMEOUT)?;
                 let microseconds = time.as_micros();
                 say(&format!("ping {to}, {bytes} bytes: {microseconds} µs"));
             }

@@ -36,9 +36,13 @@ impl Namespace {
             fd,
             spawner: Arc::new(spawner),
         };
-        // Lets root use ping sockets (icmp(7)), which match answers to the
-        // asker, instead of raw ones, which see everybody's.
-        namespace.sysctl("net/ipv4/ping_group_range", "0 0")?;
+        // Lets us use ping sockets (icmp(7)), which match answers to the asker,
+        // instead of raw ones, which see everybody's. In a user namespace the
+        // only group that can be named is the one that is mapped.
+        let groups = "net/ipv4/ping_group_range";
+        namespace
+            .sysctl(groups, "0 2147483647")
+            .or_else(|_| namespace.sysctl(groups, "0 0"))?;
         Ok(namespace)
     }
 
