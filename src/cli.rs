@@ -14,7 +14,11 @@ use crate::transport::DEFAULT_PORT;
 ///
 ///     fastvpn --queues 4 --peer 10.211.55.123:8285
 #[derive(Debug, Parser)]
-#[command(version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+#[command(
+    version,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true
+)]
 pub struct Cli {
     /// What to do other than run a tunnel.
     #[command(subcommand)]
@@ -226,7 +230,10 @@ fn parse_address(text: &str) -> ParseResult<IpNet> {
 fn parse_route(text: &str) -> ParseResult<IpNet> {
     let net = parse_cidr(text)?;
     if net.trunc() != net {
-        return Err(format!("bits beyond the prefix length; did you mean {}?", net.trunc()));
+        return Err(format!(
+            "bits beyond the prefix length; did you mean {}?",
+            net.trunc()
+        ));
     }
     Ok(net)
 }
@@ -273,7 +280,16 @@ mod tests {
         assert_eq!(parse("fd00::1"), ok("fd00::1", 8285));
         assert_eq!(parse("[fd00::1]:77"), ok("fd00::1", 77));
         assert_eq!(parse("[fd00::1]"), ok("fd00::1", 8285));
-        for bad in ["", ":99", "host:0", "host:70000", "[fd00::1", "[fd00::1]x", "a b", "1:2:x"] {
+        for bad in [
+            "",
+            ":99",
+            "host:0",
+            "host:70000",
+            "[fd00::1",
+            "[fd00::1]x",
+            "a b",
+            "1:2:x",
+        ] {
             assert!(parse(bad).is_err(), "{bad:?}");
         }
     }
@@ -297,8 +313,15 @@ mod tests {
         assert!(parse_tun_name("sixteen-letters-").is_err());
         assert!(parse_tun_name("a/b").is_err());
         assert!(parse_tun_name("flannel99").is_ok());
-        assert!(parse_route("10.1.2.3/16").unwrap_err().contains("10.1.0.0/16"));
-        assert_eq!(parse_route("10.1.0.0/16").unwrap().to_string(), "10.1.0.0/16");
+        assert!(
+            parse_route("10.1.2.3/16")
+                .unwrap_err()
+                .contains("10.1.0.0/16")
+        );
+        assert_eq!(
+            parse_route("10.1.0.0/16").unwrap().to_string(),
+            "10.1.0.0/16"
+        );
         assert_eq!(parse_address("fd00::2").unwrap().to_string(), "fd00::2/128");
         assert!(parse_address("0.0.0.0/0").is_err());
     }

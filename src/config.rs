@@ -60,8 +60,9 @@ impl Config {
     /// One line that names the flag.
     pub fn from_args(args: &TunnelArgs) -> Result<Self> {
         let [peer] = &args.peer[..] else {
-            return Err(Error::new("--peer was given more than once")
-                .hint("one peer is supported for now"));
+            return Err(
+                Error::new("--peer was given more than once").hint("one peer is supported for now")
+            );
         };
         let listen_ip = args.listen.map(|listen| listen.ip);
         let peer = path::resolve(&peer.host, peer.port, listen_ip)?;
@@ -145,7 +146,10 @@ fn tunnel_mtu(args: &TunnelArgs, path: Path, peer: SocketAddr, addresses: &[IpNe
         // A loopback path has 65536: no datagram is that long.
         None => path.mtu_bytes.min(65535).saturating_sub(overhead),
     };
-    let wants_v6 = addresses.iter().chain(&args.route).find(|net| net.addr().is_ipv6());
+    let wants_v6 = addresses
+        .iter()
+        .chain(&args.route)
+        .find(|net| net.addr().is_ipv6());
     if let Some(net) = wants_v6.filter(|_| mtu_bytes < IPV6_MTU_BYTES_MIN) {
         return Err(Error::new(format!(
             "{net} needs an MTU of {IPV6_MTU_BYTES_MIN} for IPv6, and the tunnel's is {mtu_bytes}"
@@ -176,8 +180,10 @@ fn checked_cores(args: &TunnelArgs) -> Result<Option<Vec<usize>>> {
         .map(|core| core.id)
         .collect();
     if let Some(missing) = list.0.iter().find(|core| !available.contains(core)) {
-        return Err(Error::new(format!("--cores: core {missing} is not available"))
-            .hint(format!("this process may use {available:?}")));
+        return Err(
+            Error::new(format!("--cores: core {missing} is not available"))
+                .hint(format!("this process may use {available:?}")),
+        );
     }
     Ok(Some(list.0.clone()))
 }
@@ -243,7 +249,10 @@ mod tests {
         assert!(text("--peer 127.0.0.2 --listen ::1").contains("--listen ::1"));
         assert!(text("--peer 0.0.0.0").contains("--peer 0.0.0.0"));
         let mtu = text("--peer 127.0.0.2 --mtu 1200 --address fd00::1/64");
-        assert!(mtu.contains("fd00::1/64") && mtu.contains("--mtu 1280"), "{mtu}");
+        assert!(
+            mtu.contains("fd00::1/64") && mtu.contains("--mtu 1280"),
+            "{mtu}"
+        );
         let cores = text("--peer 127.0.0.2 --address 10.9.0.1/24 --cores 4000");
         assert!(cores.contains("core 4000"), "{cores}");
     }

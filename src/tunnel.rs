@@ -56,7 +56,11 @@ pub fn run(config: &Config) -> Result<()> {
     let setup = Setup {
         tun: device.offloads,
         limits: Limits {
-            segments_max: if udp.segment { Limits::FULL.segments_max } else { 1 },
+            segments_max: if udp.segment {
+                Limits::FULL.segments_max
+            } else {
+                1
+            },
             ..Limits::FULL
         },
         features: config.wanted.uring,
@@ -107,15 +111,29 @@ fn read_link_stats(netlink: &mut Netlink, name: &str) -> Option<LinkStats> {
 }
 
 /// Says what is running, and what the kernel lacks.
-fn announce(config: &Config, tun: coalesce::Offloads, udp: socket::Offloads, uring: ring::Features) {
-    let addresses: Vec<String> = config.link.addresses.iter().map(ToString::to_string).collect();
+fn announce(
+    config: &Config,
+    tun: coalesce::Offloads,
+    udp: socket::Offloads,
+    uring: ring::Features,
+) {
+    let addresses: Vec<String> = config
+        .link
+        .addresses
+        .iter()
+        .map(ToString::to_string)
+        .collect();
     tracing::info!(
         "{}: {}, MTU {}, {} {}",
         config.tun,
         addresses.join(" "),
         config.link.mtu_bytes,
         config.queues,
-        if config.queues == 1 { "queue" } else { "queues" },
+        if config.queues == 1 {
+            "queue"
+        } else {
+            "queues"
+        },
     );
     for peer in &config.peers {
         match config.peer_address {
@@ -136,9 +154,18 @@ fn announce(config: &Config, tun: coalesce::Offloads, udp: socket::Offloads, uri
     );
     let wanted = &config.wanted;
     let missing = [
-        (wanted.tun.udp && !tun.udp, "USO (Linux 6.2): UDP crosses the TUN packet by packet"),
-        (wanted.udp.segment && !udp.segment, "UDP_SEGMENT (Linux 4.18): one datagram per send"),
-        (wanted.udp.gro && !udp.gro, "UDP_GRO (Linux 5.0): one datagram per receive"),
+        (
+            wanted.tun.udp && !tun.udp,
+            "USO (Linux 6.2): UDP crosses the TUN packet by packet",
+        ),
+        (
+            wanted.udp.segment && !udp.segment,
+            "UDP_SEGMENT (Linux 4.18): one datagram per send",
+        ),
+        (
+            wanted.udp.gro && !udp.gro,
+            "UDP_GRO (Linux 5.0): one datagram per receive",
+        ),
         (
             wanted.uring.read_multishot && !uring.read_multishot,
             "IORING_OP_READ_MULTISHOT (Linux 6.7): the TUN queue is polled",
@@ -151,7 +178,10 @@ fn announce(config: &Config, tun: coalesce::Offloads, udp: socket::Offloads, uri
     for (_, what) in missing.iter().filter(|(is_missing, _)| *is_missing) {
         tracing::warn!("this kernel lacks {what}");
     }
-    tracing::debug!("operators' socket (not yet in use): {}", config.control.display());
+    tracing::debug!(
+        "operators' socket (not yet in use): {}",
+        config.control.display()
+    );
 }
 
 /// SIGINT and SIGTERM as messages.

@@ -73,8 +73,16 @@ mod tests {
         };
         let lines = lines(&[one, one], None);
         assert_eq!(lines.len(), 4);
-        assert!(lines[0].starts_with("total: sent 10 packets (3.0 MB)"), "{}", lines[0]);
-        assert!(lines[2].starts_with("queue 1: sent 5 packets"), "{}", lines[2]);
+        assert!(
+            lines[0].starts_with("total: sent 10 packets (3.0 MB)"),
+            "{}",
+            lines[0]
+        );
+        assert!(
+            lines[2].starts_with("queue 1: sent 5 packets"),
+            "{}",
+            lines[2]
+        );
         assert_eq!(lines[3], "dropped: send-full 4");
     }
 

@@ -117,7 +117,11 @@ impl Drop for Workers {
     fn drop(&mut self) {
         while !self.tell(|| Command::Stop) {
             std::thread::sleep(std::time::Duration::from_millis(1));
-            if self.workers.iter().all(|worker| worker.thread.is_finished()) {
+            if self
+                .workers
+                .iter()
+                .all(|worker| worker.thread.is_finished())
+            {
                 break;
             }
         }

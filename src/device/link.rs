@@ -48,7 +48,9 @@ pub fn bring_up(netlink: &mut Netlink, name: &str, config: &LinkConfig) -> Resul
         netlink
             .add_route(route, None, Some(index))
             .map_err(|error| match error.errno() {
-                Some(libc::EEXIST) => error.hint("this host has that route already; leave it out of --route"),
+                Some(libc::EEXIST) => {
+                    error.hint("this host has that route already; leave it out of --route")
+                }
                 _ => error,
             })?;
     }
@@ -91,10 +93,10 @@ pub fn check_free(netlink: &mut Netlink, derived: Ipv4Net) -> Result<()> {
         found.map_or_else(String::new, |link| format!(" on {}", link.name))
     };
     let clash = |what: String| {
-        Err(
-            Error::new(format!("the derived tunnel address {derived} overlaps {what}"))
-                .hint("give this host's tunnel address with --address"),
-        )
+        Err(Error::new(format!(
+            "the derived tunnel address {derived} overlaps {what}"
+        ))
+        .hint("give this host's tunnel address with --address"))
     };
     for (index, address) in netlink.addresses()? {
         if overlaps(&address) {
@@ -103,7 +105,11 @@ pub fn check_free(netlink: &mut Netlink, derived: Ipv4Net) -> Result<()> {
     }
     for route in netlink.routes()? {
         if overlaps(&route.destination) {
-            return clash(format!("the route {}{}", route.destination, link_name(route.oif)));
+            return clash(format!(
+                "the route {}{}",
+                route.destination,
+                link_name(route.oif)
+            ));
         }
     }
     Ok(())
@@ -121,6 +127,11 @@ mod tests {
         assert_eq!(derive("192.168.1.7").unwrap(), "10.244.1.7/16");
         assert_eq!(derive("fd00::1:122").unwrap(), "10.244.1.34/16");
         assert!(derive("10.1.0.0").is_err());
-        assert!(derive("10.1.255.255").unwrap_err().to_string().contains("--address"));
+        assert!(
+            derive("10.1.255.255")
+                .unwrap_err()
+                .to_string()
+                .contains("--address")
+        );
     }
 }

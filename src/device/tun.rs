@@ -102,8 +102,9 @@ fn set_offloads(queue: &Queue, offloads: Offloads) -> io::Result<()> {
 
 fn create_error(name: &str, error: io::Error) -> Error {
     match error.raw_os_error() {
-        Some(libc::EACCES) => Error::os("cannot open /dev/net/tun", error)
-            .hint("run as root or grant CAP_NET_ADMIN"),
+        Some(libc::EACCES) => {
+            Error::os("cannot open /dev/net/tun", error).hint("run as root or grant CAP_NET_ADMIN")
+        }
         Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
             Error::os("cannot open /dev/net/tun", error)
                 .hint("load the kernel module tun, or pass the device into the container")

@@ -64,17 +64,15 @@ impl BufferRing {
         count: u16,
         buffer_bytes: usize,
     ) -> io::Result<Self> {
-        assert!(count.is_power_of_two(), "a buffer ring's size is a power of two");
+        assert!(
+            count.is_power_of_two(),
+            "a buffer ring's size is a power of two"
+        );
         let pages = Pages::new(usize::from(count) * size_of::<BufRingEntry>())?;
         // SAFETY: the ring's memory is page-aligned, large enough for `count`
         // entries, and lives until `unregister` (see there).
         unsafe {
-            submitter.register_buf_ring_with_flags(
-                pages.start.as_ptr() as u64,
-                count,
-                group,
-                0,
-            )?;
+            submitter.register_buf_ring_with_flags(pages.start.as_ptr() as u64, count, group, 0)?;
         }
         let mut ring = Self {
             pages,

@@ -81,10 +81,7 @@ pub struct ReceivedMessage {
 
 /// `recvmsg(2)` into `buffer` from [`PAYLOAD_START`] on, without waiting.
 /// `Ok(None)`: the message was cut short, or its sender's address is unknown.
-pub fn receive(
-    socket: BorrowedFd<'_>,
-    buffer: &mut [u8],
-) -> io::Result<Option<ReceivedMessage>> {
+pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Option<ReceivedMessage>> {
     let mut name = [0u8; NAME_BYTES];
     let mut control = [0u64; CONTROL_BYTES / 8];
     let room = &mut buffer[PAYLOAD_START..];
@@ -215,7 +212,10 @@ mod tests {
         };
         let v4 = bytes("10.1.2.3:99");
         assert_eq!(parse_name(&v4), Some("10.1.2.3".parse().unwrap()));
-        assert_eq!(parse_name(&bytes("[fd00::7]:99")), Some("fd00::7".parse().unwrap()));
+        assert_eq!(
+            parse_name(&bytes("[fd00::7]:99")),
+            Some("fd00::7".parse().unwrap())
+        );
         let mapped = bytes("[::ffff:10.1.2.3]:99");
         assert_eq!(parse_name(&mapped), Some("10.1.2.3".parse().unwrap()));
         for len in 0..8 {

@@ -180,8 +180,7 @@ impl Uring {
                 Ok(())
             }
             Some(Token::Write(id)) => {
-                self.output
-                    .written(id, completion.result(), &self.counters);
+                self.output.written(id, completion.result(), &self.counters);
                 Ok(())
             }
             Some(Token::TunRead) => {

@@ -58,7 +58,12 @@ pub struct Side {
 impl Side {
     fn new(submitter: &Submitter<'_>, group: u16, multishot: bool) -> io::Result<Self> {
         let buffers = if multishot {
-            Buffers::Ring(BufferRing::register(submitter, group, BUFFERS, BUFFER_BYTES)?)
+            Buffers::Ring(BufferRing::register(
+                submitter,
+                group,
+                BUFFERS,
+                BUFFER_BYTES,
+            )?)
         } else {
             Buffers::Pool(pool())
         };
@@ -295,11 +300,13 @@ impl Sources {
             return self.frames.pop_front().map(Event::Frame);
         }
         self.tun_is_next = true;
-        self.datagrams.pop_front().map(|datagrams| Event::Datagrams {
-            received: datagrams.received,
-            sender: datagrams.sender,
-            segment_bytes: datagrams.segment_bytes,
-        })
+        self.datagrams
+            .pop_front()
+            .map(|datagrams| Event::Datagrams {
+                received: datagrams.received,
+                sender: datagrams.sender,
+                segment_bytes: datagrams.segment_bytes,
+            })
     }
 
     #[inline]
@@ -351,9 +358,7 @@ impl Sources {
                         id,
                     },
                     sender: message.sender,
-                    segment_bytes: message
-                        .segment_bytes
-                        .unwrap_or(message.end - PAYLOAD_START),
+                    segment_bytes: message.segment_bytes.unwrap_or(message.end - PAYLOAD_START),
                 }),
                 Ok(None) => {
                     counters.drop_truncated.add(1);
@@ -374,8 +379,11 @@ impl Sources {
 }
 
 fn queue_error(errno: i32) -> Error {
-    Error::os("cannot read the TUN queue", io::Error::from_raw_os_error(errno))
-        .hint("was the interface deleted?")
+    Error::os(
+        "cannot read the TUN queue",
+        io::Error::from_raw_os_error(errno),
+    )
+    .hint("was the interface deleted?")
 }
 
 fn socket_error(errno: i32) -> Error {

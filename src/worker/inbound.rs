@@ -39,7 +39,9 @@ impl Inbound {
         counters.trains_received.add(1);
         let datagrams = payload.chunks(segment_bytes.max(1));
         if !table.is_sender(sender) {
-            counters.drop_sender_unknown.add(datagrams.len().max(1) as u64);
+            counters
+                .drop_sender_unknown
+                .add(datagrams.len().max(1) as u64);
             return;
         }
         if payload.is_empty() {

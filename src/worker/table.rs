@@ -61,6 +61,10 @@ mod tests {
         assert!(!table.is_sender("10.0.0.3".parse().unwrap()));
         let (hop, endpoint) = table.next_hop("10.244.1.1".parse().unwrap()).unwrap();
         assert_eq!((hop, endpoint), (0, "10.0.0.2:8285".parse().unwrap()));
-        assert!(Table::new(vec![]).next_hop("10.0.0.1".parse().unwrap()).is_none());
+        assert!(
+            Table::new(vec![])
+                .next_hop("10.0.0.1".parse().unwrap())
+                .is_none()
+        );
     }
 }

@@ -1,0 +1,32 @@
+//! End-to-end tests: real fastvpn processes between network namespaces that
+//! each test makes for itself and that vanish with it.
+//!
+//! Needs root, or else a system that allows user namespaces; it fails with a
+//! clear line where neither is to be had.
+
+mod errors;
+mod hosts;
+mod plain_peer;
+mod support;
+mod traffic;
+
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, Trial};
+
+fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    // Before the first thread: only a process with one thread may enter a
+    // user namespace.
+    if let Err(error) = fastvpn::lab::enter_user_namespace_if_needed() {
+        eprintln!("the end-to-end tests cannot run: {error}");
+        return ExitCode::FAILURE;
+    }
+    let tests = [traffic::tests(), hosts::tests(), errors::tests()];
+    let trials = tests
+        .into_iter()
+        .flatten()
+        .map(|(name, test)| Trial::test(name, move || Ok(test()?)))
+        .collect();
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
