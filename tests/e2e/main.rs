@@ -8,6 +8,7 @@ mod errors;
 mod hosts;
 mod plain_peer;
 mod support;
+mod tools;
 mod traffic;
 
 use std::process::ExitCode;
