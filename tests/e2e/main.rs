@@ -6,7 +6,9 @@
 
 mod errors;
 mod hosts;
+mod peers;
 mod plain_peer;
+mod strangers;
 mod support;
 mod tools;
 mod traffic;
@@ -23,7 +25,13 @@ fn main() -> ExitCode {
         eprintln!("the end-to-end tests cannot run: {error}");
         return ExitCode::FAILURE;
     }
-    let tests = [traffic::tests(), hosts::tests(), errors::tests()];
+    let tests = [
+        traffic::tests(),
+        hosts::tests(),
+        peers::tests(),
+        strangers::tests(),
+        errors::tests(),
+    ];
     let trials = tests
         .into_iter()
         .flatten()
