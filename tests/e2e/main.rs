@@ -12,6 +12,7 @@ mod strangers;
 mod support;
 mod tools;
 mod traffic;
+mod underlay;
 
 use std::process::ExitCode;
 
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
         hosts::tests(),
         peers::tests(),
         strangers::tests(),
+        underlay::tests(),
         errors::tests(),
     ];
     let trials = tests
