@@ -285,6 +285,11 @@ impl Sources {
         }
     }
 
+    /// Whether a request of either side is under way.
+    pub fn has_request(&self) -> bool {
+        self.tun.armed || self.udp.armed
+    }
+
     /// Whether [`Self::next_event`] has one. `with_frames`: also from the TUN.
     #[inline]
     pub fn has_event(&self, with_frames: bool) -> bool {
