@@ -6,6 +6,7 @@
 
 mod errors;
 mod hosts;
+mod life;
 mod peers;
 mod plain_peer;
 mod strangers;
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
         peers::tests(),
         strangers::tests(),
         underlay::tests(),
+        life::tests(),
         errors::tests(),
     ];
     let trials = tests

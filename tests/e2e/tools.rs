@@ -1,6 +1,8 @@
 //! Traffic and surroundings that only these tests need: a TCP stream that goes
 //! on until it is told to end, a web server, NAT rules, a slow line.
 
+use std::collections::BTreeSet;
+use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::process::{Command, Stdio};
@@ -11,6 +13,7 @@ use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
 use fastvpn::lab::Namespace;
+use ipnet::IpNet;
 use netlink_sys::{Socket as NetlinkSocket, SocketAddr as NetlinkAddr};
 use socket2::SockRef;
 
@@ -307,4 +310,46 @@ pub fn wait_for_line(reader: &mut impl BufRead, part: &str) -> Result<String> {
             Err(cause) => return Err(Error::os("cannot read a program's output", cause)),
         }
     }
+}
+
+/// All that a tunnel could leave behind in a namespace, as it is now.
+pub fn inventory(namespace: &Namespace) -> Result<BTreeSet<String>> {
+    // What the kernel gives each interface, in its own time.
+    let by_itself = |net: &IpNet| match net {
+        IpNet::V4(_) => false,
+        IpNet::V6(net) => net.addr().is_unicast_link_local() || net.addr().is_multicast(),
+    };
+    let mut netlink = namespace.netlink()?;
+    let links = netlink.links()?;
+    let mut all: BTreeSet<_> = links
+        .iter()
+        .map(|link| format!("interface {}", link.name))
+        .collect();
+    let addresses = netlink.addresses()?;
+    let addresses = addresses.iter().filter(|(_, net)| !by_itself(net));
+    all.extend(addresses.map(|(index, net)| format!("address {net} on {index}")));
+    let routes = netlink.routes()?;
+    let routes = routes.iter().filter(|route| !by_itself(&route.destination));
+    all.extend(routes.map(|route| format!("{route:?}")));
+    for table in ["udp", "udp6"] {
+        let path = format!("/proc/thread-self/net/{table}");
+        let text = tried(
+            "list the sockets",
+            namespace.run(|| fs::read_to_string(path)),
+        )?;
+        // The second column is the local address and port.
+        let sockets = text
+            .lines()
+            .skip(1)
+            .filter_map(|line| line.split_whitespace().nth(1));
+        all.extend(sockets.map(|socket| format!("{table} socket {socket}")));
+    }
+    Ok(all)
+}
+
+/// Whether all that is there was there before.
+pub fn nothing_left(namespace: &Namespace, before: &BTreeSet<String>) -> Result<()> {
+    let after = inventory(namespace)?;
+    let left: Vec<_> = after.difference(before).collect();
+    check(left.is_empty(), || format!("left behind: {left:?}"))
 }
