@@ -76,6 +76,11 @@ impl Tunnel {
             .args(flags)
             .stdin(Stdio::null())
             .stdout(Stdio::null());
+        Self::spawn(namespace, command)
+    }
+
+    /// Starts a command that is fastvpn's, and reads what it says.
+    pub fn spawn(namespace: &Namespace, mut command: Command) -> Result<Self> {
         command.stderr(Stdio::piped());
         let mut child = namespace.spawn(command)?;
         let stderr = child.process().stderr.take();
