@@ -57,7 +57,8 @@ pub(super) struct Tcp {
     pub(super) options: Vec<u8>,
 }
 
-pub(super) const DONT_FRAGMENT: u16 = 0x4000;
+/// IPv4: do not fragment.
+pub(super) const DF: u16 = 0x4000;
 
 impl Packet {
     fn new(v6: bool, transport: Layer4, payload: Vec<u8>) -> Self {
@@ -68,7 +69,7 @@ impl Packet {
             ttl: 64,
             flow_label: 0,
             id: 100,
-            fragment: DONT_FRAGMENT,
+            fragment: DF,
             ip_options: vec![],
             extensions: vec![],
             transport,
