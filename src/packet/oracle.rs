@@ -77,10 +77,11 @@ pub(crate) fn view(packet: &[u8]) -> View {
         };
         view.decorated = true;
         view.fragment |= view.protocol == 44;
-        if view.protocol == 43 && header[3] > 0 {
-            if let Some(address) = packet.get(view.transport_at + 8..view.transport_at + 24) {
-                view.final_destination = address.to_vec();
-            }
+        if view.protocol == 43
+            && header[3] > 0
+            && let Some(address) = packet.get(view.transport_at + 8..view.transport_at + 24)
+        {
+            view.final_destination = address.to_vec();
         }
         view.protocol = header[0];
         view.transport_at += header_bytes;
