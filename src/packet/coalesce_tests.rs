@@ -455,10 +455,12 @@ proptest! {
     }
 
     /// Out one side of the tunnel in a train, in at the other, and out again.
+    /// (A frame is closed when another full segment would not fit, so this
+    /// keeps away from the limit, where a short last one would come alone.)
     #[test]
     fn what_is_cut_merges_into_the_same_frame(
         v6 in any::<bool>(), tcp in any::<bool>(),
-        payload_bytes in 1usize..60_000, gso_bytes in 1000u16..9000, push in any::<bool>(),
+        payload_bytes in 1usize..56_000, gso_bytes in 1000u16..9000, push in any::<bool>(),
     ) {
         let bytes = payload(payload_bytes);
         let packet = if tcp { Packet::tcp(v6, bytes) } else { Packet::udp(v6, bytes) };
