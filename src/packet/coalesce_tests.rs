@@ -202,7 +202,7 @@ fn odd() -> impl Strategy<Value = Odd> {
             any::<u16>()
         ]
         .prop_map(Odd::FragmentBits),
-        (0u16..4).prop_map(Odd::Identification),
+        (0u16..6).prop_map(Odd::Identification),
         Just(Odd::FlowLabel),
         Just(Odd::IpOptions),
         (0u16..4).prop_map(Odd::Extension),
@@ -235,7 +235,7 @@ impl Sender {
             Odd::Tos => packet.tos ^= 1,
             Odd::Ttl => packet.ttl -= 1,
             Odd::FragmentBits(bits) => packet.fragment = bits,
-            Odd::Identification(step) => packet.id = packet.id.wrapping_add(step).wrapping_sub(1),
+            Odd::Identification(step) => packet.id = packet.id.wrapping_add(step).wrapping_sub(3),
             Odd::FlowLabel => packet.flow_label ^= 1,
             Odd::Payload(bytes) => packet.payload.resize(bytes.into(), 9),
             Odd::IpOptions => packet.ip_options = vec![1; 4],
@@ -598,6 +598,7 @@ fn identification_counts_or_stands_still() {
     assert_eq!(ids(DF, [7, 7, 8, 9, 10]), [2, 3]);
     assert_eq!(ids(DF, [7, 8, 8, 8, 8]), [2, 3]);
     assert_eq!(ids(DF, [7, 7, 9, 9, 9]), [2, 3]);
+    assert_eq!(ids(DF, [7, 8, 7, 8, 9]), [2, 3]);
     assert_eq!(ids(DF, [9, 8, 7, 6, 5]), [1; 5]);
 }
 
@@ -684,6 +685,20 @@ fn what_is_not_plain_data_passes() {
         packet[26..28].fill(0);
     }
     assert_eq!(merged(&no_checksum), [1, 1, 1]);
+    // Data offsets that reach back into the TCP header.
+    for words in 0..5 {
+        let template = Packet::tcp(false, vec![]).with_tcp(|tcp| tcp.options.clear());
+        let mut packets = run(template, 3, 100);
+        for (index, packet) in packets.iter_mut().enumerate() {
+            packet.tcp_mut().sequence += index as u32 * (20 - words * 4);
+        }
+        let mut packets = bytes(&packets);
+        for packet in &mut packets {
+            packet[32] = (words << 4) as u8;
+            oracle::fill_transport_checksum(packet);
+        }
+        assert_eq!(merged(&packets), [1, 1, 1], "data offset {words}");
+    }
 }
 
 /// The kernel trusts a merged frame: a wrong checksum must not vanish in it.
