@@ -525,6 +525,8 @@ fn a_run_of_one_flow_is_one_frame() {
         let udp = run(Packet::udp(v6, vec![]), 130, 100);
         assert_eq!(merged(&bytes(&udp)), [64, 64, 2]);
     }
+    // Small TCP packets have no limit but the bytes.
+    assert_eq!(merged(&bytes(&tcp_run(300, 100))), [300]);
     // 52 + 46 * 1420 = 65372 is the most that fits 65535.
     assert_eq!(merged(&bytes(&tcp_run(100, 1420))), [46, 46, 8]);
     // To the last byte: 40 + 5 * 13099 = 65535.
@@ -635,6 +637,11 @@ fn any_difference_ends_a_frame() {
         change(&mut packets[2]);
         assert_eq!(merged(&bytes(&packets)), [2, 1, 2], "{what}");
     }
+    // A whole packet that is shorter than the headers before it.
+    let mut packets = tcp_run(3, 100);
+    packets[2].tcp_mut().options.clear();
+    packets[2].payload.truncate(1);
+    assert_eq!(merged(&bytes(&packets)), [2, 1]);
     for (what, change) in both {
         let mut packets = udp_run(5, 100);
         change(&mut packets[2]);
