@@ -110,9 +110,10 @@ impl<'a> Segments<'a> {
         // headers: the TCP data offset tells where the payload starts.
         let ip_bytes = usize::from(header.checksum_start);
         let payload_bytes = usize::from(header.gso_bytes);
-        let ip_bytes_min = match version {
-            Version::V4 => usize::from(packet[0] & 0x0f) * 4,
-            Version::V6 => IPV6_HEADER_BYTES,
+        let ip_is_whole = match version {
+            Version::V4 => ip_bytes == usize::from(packet[0] & 0x0f) * 4,
+            // Extension headers may stand in between.
+            Version::V6 => ip_bytes >= IPV6_HEADER_BYTES,
         };
         let transport_bytes_min = match transport {
             Transport::Tcp => TCP_HEADER_BYTES,
@@ -120,7 +121,7 @@ impl<'a> Segments<'a> {
         };
         if header.flags & virtio::NEEDS_CHECKSUM == 0
             || payload_bytes == 0
-            || ip_bytes < ip_bytes_min
+            || !ip_is_whole
             || ip_bytes + transport_bytes_min > packet.len()
         {
             return Err(Invalid::Offload);
