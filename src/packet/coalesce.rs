@@ -424,7 +424,6 @@ impl Open {
         last.closes()
             || last.payload_bytes < self.segment_bytes
             || (self.flow.protocol == UDP && self.count == UDP_SEGMENTS_MAX)
-            || self.frame.packet_bytes + self.segment_bytes > PACKET_BYTES_MAX
     }
 
     /// Completes the headers. A lone packet stays as it came.

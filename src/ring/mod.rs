@@ -20,7 +20,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
-use io_uring::types::{CancelBuilder, Fd, SubmitArgs, Timespec};
+use io_uring::types::{self, CancelBuilder, Fd};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use nix::sys::eventfd::EventFd;
 
@@ -45,10 +45,6 @@ const COMPLETIONS_MAX: usize = 256;
 /// Output bytes given to the kernel at once at the latest: what is staged
 /// should still be in the second-level cache when the kernel copies it.
 const STAGED_BYTES_MAX: usize = 256 << 10;
-
-/// How long, and how often, the last completions are waited for: a second.
-const LAST_COMPLETIONS_STEP_NS: u32 = 10_000_000;
-const LAST_COMPLETIONS_STEPS_MAX: usize = 100;
 
 /// Which io_uring features to use where the kernel has them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -233,34 +229,12 @@ impl Uring {
         Ok(())
     }
 
-    /// Takes the completions of cancelled requests. Until then a request holds
-    /// its descriptor, and what is left when the ring is closed goes some time
-    /// after the process (`io_ring_exit_work` in `io_uring/io_uring.c`): the
-    /// TUN device and the port would outlast it.
-    fn take_last_completions(&mut self) {
-        let step = Timespec::new().nsec(LAST_COMPLETIONS_STEP_NS);
-        for _ in 0..LAST_COMPLETIONS_STEPS_MAX {
-            if !self.has_request() {
-                return;
-            }
-            let wait = SubmitArgs::new().timespec(&step);
-            // Running out of time is no error here, and there is nobody to
-            // tell of another.
-            let _ = self.ring.submitter().submit_with_args(1, &wait);
-            let last: Vec<_> = self.ring.completion().collect();
-            for completion in &last {
-                // "Cancelled" is what they all say.
-                let _ = self.complete(completion);
-            }
-        }
-        tracing::debug!("some io_uring requests were not cancelled in time");
-    }
-
-    fn has_request(&self) -> bool {
-        self.sources.has_request()
-            || self.wake_armed
-            || self.output.room_poll_armed
-            || self.output.in_flight() > 0
+    /// Whether no request is under way.
+    fn is_idle(&self) -> bool {
+        !self.wake_armed
+            && !self.output.room_poll_armed
+            && !self.sources.is_armed()
+            && self.output.in_flight() == 0
     }
 
     fn has_event(&self) -> bool {
@@ -366,22 +340,35 @@ impl FrameSink for Uring {
 }
 
 impl Drop for Uring {
-    /// Ends all requests before any memory they use goes away.
+    /// Ends all requests before any memory they use goes away, and waits until
+    /// they have let go of the TUN queue and the socket: left to the kernel's
+    /// own cleaning up, that would come some time after the process has ended,
+    /// and a successor would find name and port still in use.
     fn drop(&mut self) {
         let _ = self.ring.submit();
-        let cancelled = self
-            .ring
-            .submitter()
-            .register_sync_cancel(None, CancelBuilder::any());
-        match cancelled {
-            Ok(()) => {}
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
-            Err(error) => tracing::debug!("cannot cancel io_uring requests: {error}"),
+        let submitter = self.ring.submitter();
+        match submitter.register_sync_cancel(None, CancelBuilder::any()) {
+            Err(error) if error.raw_os_error() != Some(libc::ENOENT) => {
+                tracing::debug!("cannot cancel io_uring requests: {error}");
+            }
+            _ => {}
         }
-        self.take_last_completions();
+        for _ in 0..DRAIN_TRIES_MAX {
+            // Cancelled requests complete in task work, which only runs here.
+            if self.reap().is_err() || self.is_idle() {
+                break;
+            }
+            let timespec = types::Timespec::new().nsec(DRAIN_WAIT_NS);
+            let args = types::SubmitArgs::new().timespec(&timespec);
+            let _ = self.ring.submitter().submit_with_args(1, &args);
+        }
         self.sources.unregister(&self.ring.submitter());
     }
 }
+
+/// How often, and how long each time, to wait for cancelled requests.
+const DRAIN_TRIES_MAX: usize = 100;
+const DRAIN_WAIT_NS: u32 = 1_000_000;
 
 fn setup_error(error: io::Error) -> Error {
     let hint = match error.raw_os_error() {

@@ -15,13 +15,13 @@ use crate::packet::train::{NextHop, TRAIN_BYTES_MAX, Train};
 const OPEN_TRAINS_MAX: usize = 8;
 
 /// The trains being filled, at most one per next hop, oldest first.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Outbound {
     open: Vec<(Train, SocketAddr)>,
 }
 
 impl Outbound {
-    /// No train yet.
+    /// No train yet, and room for all that can be open.
     pub fn new() -> Self {
         Self {
             open: Vec::with_capacity(OPEN_TRAINS_MAX),
