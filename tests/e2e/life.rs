@@ -14,7 +14,7 @@ use fastvpn::lab::{Child, Namespace};
 use nix::sys::signal::Signal;
 
 use crate::support::{
-    FASTVPN, PATIENCE, TUNNEL, Test, bulk, check, fail, fastvpn, hosts, link, stop, tried,
+    FASTVPN, TUNNEL, Test, answers, bulk, check, fail, fastvpn, hosts, link, stop, tried,
     tunnel_between, udp, wait_for, wait_until,
 };
 use crate::tools::{Stream, inventory, nothing_left, wait_for_line};
@@ -81,7 +81,7 @@ fn killed_it_leaves_nothing() -> Result<()> {
         // The next one starts at once, whatever the kernel is still busy with.
     }
     // io_uring's own end comes a moment after that of its process.
-    wait_until("something is left", || {
+    wait_until("all of it goes", || {
         Ok(nothing_left(&hosts.a, &before).is_ok())
     })?;
     stop(b).map(drop)
@@ -90,7 +90,7 @@ fn killed_it_leaves_nothing() -> Result<()> {
 fn it_says_what_it_does() -> Result<()> {
     let hosts = hosts(1500)?;
     let [a, b] = tunnel_between(&hosts, &["--queues", "2"])?;
-    ping(&hosts.a, TUNNEL[1].into(), 56, PATIENCE)?;
+    answers(&hosts.a, TUNNEL[1].into(), 56)?;
     for (end, own, far, far_inner) in [
         (a, "10.244.55.122/16", "10.211.55.123:8285", "10.244.55.123"),
         (b, "10.244.55.123/16", "10.211.55.122:8285", "10.244.55.122"),
@@ -281,7 +281,7 @@ fn the_demo_is_interrupted() -> Result<()> {
             format!("{signal}: {status:?}, {:?}", rest.join())
         })?;
         // After SIGKILL the kernel ends them, a moment later.
-        wait_until("a process or namespace of the demo is left", || {
+        wait_until("the demo and its namespaces go", || {
             Ok(!processes()?.iter().any(|(pid, namespace)| {
                 ends.iter()
                     .any(|(end, home)| pid == end || namespace.is_some() && namespace == home)

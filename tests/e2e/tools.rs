@@ -66,7 +66,7 @@ impl Stream {
     /// Waits until [`PROGRESS_BYTES`] more have arrived.
     pub fn wait_for_progress(&self) -> Result<()> {
         let target = self.arrived.load(Ordering::Relaxed) + PROGRESS_BYTES;
-        wait_until("the TCP stream stands still", || {
+        wait_until("the TCP stream goes on", || {
             check(!self.receiver.is_finished(), || {
                 "the TCP stream broke".into()
             })?;

@@ -4,12 +4,12 @@
 use std::net::{IpAddr, Ipv4Addr};
 
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::traffic::ping;
 use fastvpn::lab::{self, Namespace, Pair, UNDERLAY_NAME, pair};
 use ipnet::IpNet;
 
 use crate::support::{
-    PATIENCE, TUNNEL, Test, bulk, check, fastvpn, hosts, link, stop, tunnel_between, wait_for,
+    TUNNEL, TUNNEL_V6, Test, answers, bulk, check, fastvpn, hosts, link, stop, tunnel_between,
+    wait_for,
 };
 use crate::tools::Stream;
 
@@ -38,8 +38,8 @@ fn set_mtu(namespace: &Namespace, name: &str, mtu_bytes: u32) -> Result<()> {
 fn both_ways(hosts: &Pair, tunnel: [IpAddr; 2]) -> Result<()> {
     bulk(&hosts.a, &hosts.b, tunnel[1], 20)?;
     bulk(&hosts.b, &hosts.a, tunnel[0], 20)?;
-    ping(&hosts.a, tunnel[1], 20_000, PATIENCE)?;
-    ping(&hosts.b, tunnel[0], 1400, PATIENCE).map(drop)
+    answers(&hosts.a, tunnel[1], 20_000)?;
+    answers(&hosts.b, tunnel[0], 1400)
 }
 
 fn the_mtu_follows_the_underlay() -> Result<()> {
@@ -155,13 +155,15 @@ fn an_underlay_of_ipv6() -> Result<()> {
     check(mtu == 1452, || format!("MTU {mtu} over IPv6"))?;
     both_ways(&hosts, tunnel.map(IpAddr::from))?;
 
-    let inner = [net("fd00:244::122/64")?, net("fd00:244::123/64")?];
-    for (namespace, address) in [(&hosts.a, inner[0]), (&hosts.b, inner[1])] {
+    let mut inner = tunnel.map(IpAddr::from);
+    for (place, namespace) in [&hosts.a, &hosts.b].into_iter().enumerate() {
+        let address = net(&format!("{}/64", TUNNEL_V6[place]))?;
         let index = link(namespace, "fastvpn0")?.index;
         namespace.netlink()?.add_address(index, address)?;
+        inner[place] = address.addr();
     }
-    wait_for(&hosts.a, inner[1].addr())?;
-    both_ways(&hosts, inner.map(|net| net.addr()))?;
+    wait_for(&hosts.a, inner[1])?;
+    both_ways(&hosts, inner)?;
     for end in ends {
         let ended = stop(end)?;
         check(ended.dropped("sender-unknown") == 0, || ended.log)?;
