@@ -4,8 +4,10 @@
 //! Needs root, or else a system that allows user namespaces; it fails with a
 //! clear line where neither is to be had.
 
+mod datagrams;
 mod errors;
 mod hosts;
+mod packets;
 mod plain_peer;
 mod support;
 mod traffic;
