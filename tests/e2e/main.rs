@@ -6,6 +6,7 @@
 
 mod datagrams;
 mod errors;
+mod fallbacks;
 mod hosts;
 mod packets;
 mod plain_peer;
@@ -24,7 +25,13 @@ fn main() -> ExitCode {
         eprintln!("the end-to-end tests cannot run: {error}");
         return ExitCode::FAILURE;
     }
-    let tests = [traffic::tests(), hosts::tests(), errors::tests()];
+    let tests = [
+        traffic::tests(),
+        plain_peer::tests(),
+        fallbacks::tests(),
+        hosts::tests(),
+        errors::tests(),
+    ];
     let trials = tests
         .into_iter()
         .flatten()
