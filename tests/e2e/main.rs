@@ -10,6 +10,7 @@ mod fallbacks;
 mod hosts;
 mod packets;
 mod plain_peer;
+mod queues;
 mod support;
 mod traffic;
 
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
         traffic::tests(),
         plain_peer::tests(),
         fallbacks::tests(),
+        queues::tests(),
         hosts::tests(),
         errors::tests(),
     ];

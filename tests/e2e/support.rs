@@ -287,3 +287,16 @@ pub fn all_cores() -> String {
     let numbers: Vec<String> = cores.iter().map(|core| core.id.to_string()).collect();
     numbers.join(",")
 }
+
+impl Ended {
+    /// How many packets were dropped for any reason.
+    pub fn all_dropped(&self) -> u64 {
+        let line = self
+            .log
+            .lines()
+            .find_map(|line| line.split_once("dropped: "));
+        let (_, reasons) = line.unwrap_or_default();
+        let count = |reason: &str| reason.rsplit(' ').next()?.parse::<u64>().ok();
+        reasons.split(", ").filter_map(count).sum()
+    }
+}
