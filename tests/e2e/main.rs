@@ -11,6 +11,7 @@ mod hosts;
 mod packets;
 mod plain_peer;
 mod queues;
+mod raw;
 mod support;
 mod traffic;
 
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
         plain_peer::tests(),
         fallbacks::tests(),
         queues::tests(),
+        raw::tests(),
         hosts::tests(),
         errors::tests(),
     ];
