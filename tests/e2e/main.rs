@@ -6,12 +6,14 @@
 
 mod datagrams;
 mod errors;
+mod exact;
 mod fallbacks;
 mod hosts;
 mod packets;
 mod plain_peer;
 mod queues;
 mod raw;
+mod script;
 mod support;
 mod traffic;
 
@@ -33,6 +35,7 @@ fn main() -> ExitCode {
         fallbacks::tests(),
         queues::tests(),
         raw::tests(),
+        exact::tests(),
         hosts::tests(),
         errors::tests(),
     ];
