@@ -14,6 +14,7 @@ mod plain_peer;
 mod queues;
 mod raw;
 mod script;
+mod super_packets;
 mod support;
 mod traffic;
 
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
         queues::tests(),
         raw::tests(),
         exact::tests(),
+        super_packets::tests(),
         hosts::tests(),
         errors::tests(),
     ];

@@ -8,6 +8,7 @@ use fastvpn::error::{Error, Result};
 use fastvpn::lab::Namespace;
 use ipnet::IpNet;
 use nix::sys::socket::{setsockopt, sockopt};
+use nix::{setsockopt_impl, sockopt_impl};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use tun_rs::{DeviceBuilder, SyncDevice};
 
@@ -38,11 +39,24 @@ impl Tap {
         Self::open(namespace, TUNNEL_NAME, libc::ETH_P_IPV6)
     }
 
+    /// A tap whose packets have a virtio-net header, so that they can be
+    /// super-packets.
+    pub fn with_offloads(namespace: &Namespace, is_v4: bool) -> Result<Self> {
+        let tap = match is_v4 {
+            true => Self::on_tunnel(namespace)?,
+            false => Self::on_tunnel_v6(namespace)?,
+        };
+        setsockopt(&tap.0, VnetHeader, &true)
+            .map_err(|errno| Error::os("no PACKET_VNET_HDR", errno.into()))?;
+        Ok(tap)
+    }
+
     fn open(namespace: &Namespace, device: &str, protocol: libc::c_int) -> Result<Self> {
         let index = wait_until_up(namespace, device)?;
         let open = || {
-            // Protocol 0: nothing arrives before it is bound to the device.
-            let socket = Socket::new(Domain::PACKET, Type::DGRAM, Some(Protocol::from(0)))?;
+            // Protocol 0: nothing arrives before it is bound to the device. A TUN
+            // has no link header, so the raw kind of socket shows IP packets.
+            let socket = Socket::new(Domain::PACKET, Type::RAW, Some(Protocol::from(0)))?;
             socket.bind(&link_address(index, protocol)?)?;
             socket.set_read_timeout(Some(ARRIVAL_MAX))?;
             // Without CAP_NET_ADMIN over the machine: as much as there is.
@@ -78,6 +92,11 @@ impl Tap {
         fail("only other packets came")
     }
 }
+
+/// `linux/if_packet.h`.
+const PACKET_VNET_HDR: libc::c_int = 15;
+
+sockopt_impl!(VnetHeader, SetOnly, libc::SOL_PACKET, PACKET_VNET_HDR, bool);
 
 fn link_address(index: u32, protocol: libc::c_int) -> std::io::Result<SockAddr> {
     // SAFETY: the storage is zeroed, larger than a sockaddr_ll and aligned for

@@ -299,4 +299,13 @@ impl Ended {
         let count = |reason: &str| reason.rsplit(' ').next()?.parse::<u64>().ok();
         reasons.split(", ").filter_map(count).sum()
     }
+
+    /// The number that stands before `words` in the line of all queues, such
+    /// as "receives".
+    pub fn total_before(&self, words: &str) -> Result<u64> {
+        let line = self.log.lines().find(|line| line.contains("total: sent "));
+        let before = line.and_then(|line| line.split(words).next());
+        let number = before.and_then(|text| text.split_whitespace().next_back()?.parse().ok());
+        number.map_or_else(|| fail(format!("no {words:?} in:\n{}", self.log)), Ok)
+    }
 }
