@@ -9,6 +9,7 @@ pub mod lab;
 pub mod netlink;
 pub mod packet;
 pub mod ring;
+pub mod simd;
 pub mod transport;
 pub mod tunnel;
 pub mod worker;

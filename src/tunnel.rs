@@ -36,6 +36,7 @@ const LIMITS_RESET_INTERVAL: Duration = Duration::from_secs(60);
 pub fn run(config: &Config) -> Result<()> {
     let signals = SignalWatch::start()?;
     let mut netlink = Netlink::open()?;
+    wait_for_predecessor(&config.tun);
     if config.address_is_derived {
         for address in &config.link.addresses {
             if let ipnet::IpNet::V4(address) = address {
@@ -80,6 +81,20 @@ pub fn run(config: &Config) -> Result<()> {
         tracing::info!("{line}");
     }
     result
+}
+
+/// How long a killed predecessor's interface may still be there: the kernel
+/// takes a dead process's io_uring apart in the background.
+const PREDECESSOR_TRIES: u32 = 50;
+const PREDECESSOR_WAIT: Duration = Duration::from_millis(20);
+
+fn wait_for_predecessor(tun: &str) {
+    for _ in 0..PREDECESSOR_TRIES {
+        if nix::net::if_::if_nametoindex(tun).is_err() {
+            return;
+        }
+        std::thread::sleep(PREDECESSOR_WAIT);
+    }
 }
 
 /// Waits for signals and for workers that fail.

@@ -6,6 +6,7 @@
 
 use super::ip::Version;
 use super::{IPV4_HEADER_BYTES, IPV6_HEADER_BYTES};
+use crate::simd::sum_words;
 
 /// A one's-complement sum in progress. Words are added in native byte order;
 /// 64 bits leave room for far more than the longest packet before folding.
@@ -88,33 +89,6 @@ pub fn pseudo_header(version: Version, header: &[u8], protocol: u8) -> Sum {
         Version::V6 => &header[8..IPV6_HEADER_BYTES],
     };
     Sum::ZERO.add_bytes(addresses).add_u16(u16::from(protocol))
-}
-
-/// Words of 32 bits into 64-bit lanes: no carry to mind, and the compiler
-/// turns the inner loop into vector instructions.
-#[inline]
-fn sum_words(bytes: &[u8]) -> u64 {
-    const LANES: usize = 16;
-    let (blocks, rest) = bytes.as_chunks::<{ LANES * 4 }>();
-    let mut lanes = [0u64; LANES];
-    for block in blocks {
-        let (words, _) = block.as_chunks::<4>();
-        for (lane, word) in lanes.iter_mut().zip(words) {
-            *lane += u64::from(u32::from_ne_bytes(*word));
-        }
-    }
-    let mut sum: u64 = lanes.iter().sum();
-    let (words, rest) = rest.as_chunks::<4>();
-    for word in words {
-        sum += u64::from(u32::from_ne_bytes(*word));
-    }
-    // Up to three bytes are left; a missing last byte counts as zero.
-    sum + match *rest {
-        [a] => u64::from(u16::from_ne_bytes([a, 0])),
-        [a, b] => u64::from(u16::from_ne_bytes([a, b])),
-        [a, b, c] => u64::from(u16::from_ne_bytes([a, b])) + u64::from(u16::from_ne_bytes([c, 0])),
-        _ => 0,
-    }
 }
 
 #[cfg(test)]

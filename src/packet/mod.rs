@@ -14,6 +14,11 @@ pub mod segment;
 pub mod train;
 pub mod virtio;
 
+#[cfg(test)]
+mod oracle;
+#[cfg(test)]
+mod test_support;
+
 /// Most bytes of an IPv4 packet, and of any frame a TUN device delivers:
 /// the total length field has 16 bits (RFC 791).
 pub const PACKET_BYTES_MAX: usize = 65535;

@@ -8,13 +8,12 @@
 //! moved on, FIN and PSH on the last segment only, CWR on the first only, and
 //! every checksum complete.
 
-use super::checksum::{Sum, pseudo_header};
+use super::checksum::Sum;
 use super::ip::{self, Malformed, Version};
 use super::virtio::{self, Header};
 use super::{
-    IPV4_HEADER_BYTES, IPV6_HEADER_BYTES, PACKET_BYTES_MAX, TCP, TCP_CHECKSUM_OFFSET,
-    TCP_HEADER_BYTES, UDP, UDP_CHECKSUM_OFFSET, UDP_HEADER_BYTES, be16, be32, put_be16, put_be32,
-    tcp_flags,
+    IPV4_HEADER_BYTES, IPV6_HEADER_BYTES, PACKET_BYTES_MAX, TCP_CHECKSUM_OFFSET, TCP_HEADER_BYTES,
+    UDP_CHECKSUM_OFFSET, UDP_HEADER_BYTES, be16, be32, put_be16, put_be32, tcp_flags,
 };
 
 /// Why a frame was refused.
@@ -111,9 +110,10 @@ impl<'a> Segments<'a> {
         // headers: the TCP data offset tells where the payload starts.
         let ip_bytes = usize::from(header.checksum_start);
         let payload_bytes = usize::from(header.gso_bytes);
-        let ip_bytes_min = match version {
-            Version::V4 => usize::from(packet[0] & 0x0f) * 4,
-            Version::V6 => IPV6_HEADER_BYTES,
+        let ip_is_whole = match version {
+            Version::V4 => ip_bytes == usize::from(packet[0] & 0x0f) * 4,
+            // Extension headers may stand in between.
+            Version::V6 => ip_bytes >= IPV6_HEADER_BYTES,
         };
         let transport_bytes_min = match transport {
             Transport::Tcp => TCP_HEADER_BYTES,
@@ -121,7 +121,7 @@ impl<'a> Segments<'a> {
         };
         if header.flags & virtio::NEEDS_CHECKSUM == 0
             || payload_bytes == 0
-            || ip_bytes < ip_bytes_min
+            || !ip_is_whole
             || ip_bytes + transport_bytes_min > packet.len()
         {
             return Err(Invalid::Offload);
@@ -139,11 +139,18 @@ impl<'a> Segments<'a> {
         }
         let count = (packet.len() - header_bytes).div_ceil(payload_bytes);
         let (ip_header, transport_header) = packet[..header_bytes].split_at(ip_bytes);
-        let protocol = match transport {
-            Transport::Tcp => TCP,
-            Transport::Udp => UDP,
+        let checksum_offset = match transport {
+            Transport::Tcp => TCP_CHECKSUM_OFFSET,
+            Transport::Udp => UDP_CHECKSUM_OFFSET,
         };
-        let pseudo = pseudo_header(version, ip_header, protocol);
+        // The field holds the pseudo-header's sum, which counts the whole
+        // length: taken out again, as the kernel does. Addresses are not
+        // summed up anew, for an IPv6 routing header keeps the destination
+        // that counts elsewhere.
+        let frame_bytes = (packet.len() - ip_bytes) as u16;
+        let pseudo = Sum::ZERO
+            .add_bytes(&transport_header[checksum_offset..checksum_offset + 2])
+            .add_u16(!frame_bytes);
         let transport_sum = match transport {
             // All but sequence number, flags and checksum.
             Transport::Tcp => pseudo

@@ -1,5 +1,11 @@
 //! A ring of provided buffers (`io_uring_register_buf_ring(3)`): the kernel
 //! takes a buffer when data is there, not when the request is made.
+//!
+//! The kernel uses buffers in the order given, so all that it holds pass
+//! through the cache in turn. Bulk traffic fills whole buffers and needs few;
+//! small packets take one each and need many for a good batch. So the kernel is
+//! given as many as it has lately used up, and the rest wait here, the one used
+//! last on top.
 
 use std::io;
 use std::ptr::NonNull;
@@ -43,17 +49,30 @@ impl Drop for Pages {
     }
 }
 
-/// Buffers that are either with the kernel or, taken out by value, with the
+/// Fewest buffers that the kernel is given.
+const PROVIDED_MIN: usize = 4;
+
+/// Calls of [`BufferRing::provide`] after which fewer buffers are tried.
+const WINDOW: u32 = 256;
+
+/// Buffers that are with the kernel, spare, or, taken out by value, with the
 /// caller. A buffer that is never given back is lost to the ring, no more.
 pub struct BufferRing {
     pages: Pages,
     group: u16,
     tail: u16,
     mask: u16,
-    /// `None` while the caller has the buffer.
-    buffers: Vec<Option<Box<[u8]>>>,
-    /// Buffers with the kernel.
+    /// By id: the buffers with the kernel.
+    provided: Vec<Option<Box<[u8]>>>,
+    /// How many these are.
     available: usize,
+    /// Neither with the kernel nor with the caller.
+    spare: Vec<(u16, Box<[u8]>)>,
+    /// How many the kernel shall have.
+    target: usize,
+    /// Fewest that it had in this window, and the calls left in it.
+    low_water: usize,
+    window: u32,
 }
 
 impl BufferRing {
@@ -74,18 +93,19 @@ impl BufferRing {
         unsafe {
             submitter.register_buf_ring_with_flags(pages.start.as_ptr() as u64, count, group, 0)?;
         }
-        let mut ring = Self {
+        let buffer = |id| (id, vec![0; buffer_bytes].into_boxed_slice());
+        Ok(Self {
             pages,
             group,
             tail: 0,
             mask: count - 1,
-            buffers: (0..count).map(|_| None).collect(),
+            provided: (0..count).map(|_| None).collect(),
             available: 0,
-        };
-        for id in 0..count {
-            ring.give_back(id, vec![0; buffer_bytes].into_boxed_slice());
-        }
-        Ok(ring)
+            spare: (0..count).rev().map(buffer).collect(),
+            target: PROVIDED_MIN.min(usize::from(count)),
+            low_water: usize::from(count),
+            window: WINDOW,
+        })
     }
 
     /// Takes the group back from the kernel. To be called before the memory
@@ -97,14 +117,46 @@ impl BufferRing {
     /// The buffer that a completion names. `None` if the kernel does not hold
     /// it, which would be a fault of ours or the kernel's.
     pub fn take(&mut self, id: u16) -> Option<Box<[u8]>> {
-        let buffer = self.buffers.get_mut(usize::from(id))?.take()?;
+        let buffer = self.provided.get_mut(usize::from(id))?.take()?;
         self.available -= 1;
         Some(buffer)
     }
 
-    /// Gives a buffer to the kernel.
-    pub fn give_back(&mut self, id: u16, mut buffer: Box<[u8]>) {
-        let Some(place) = self.buffers.get_mut(usize::from(id)) else {
+    /// Takes a buffer back from the caller.
+    #[inline]
+    pub fn give_back(&mut self, id: u16, buffer: Box<[u8]>) {
+        self.spare.push((id, buffer));
+    }
+
+    /// The kernel has run out of buffers: it shall have more from now on.
+    pub fn ran_dry(&mut self) {
+        self.target = (self.target * 2).min(self.provided.len());
+        self.window = WINDOW;
+        self.low_water = self.target;
+    }
+
+    /// Gives the kernel what it shall have, as far as there are buffers.
+    #[inline]
+    pub fn provide(&mut self) {
+        self.low_water = self.low_water.min(self.available);
+        self.window -= 1;
+        if self.window == 0 {
+            if self.low_water > self.target / 2 {
+                self.target = (self.target / 2).max(PROVIDED_MIN);
+            }
+            self.window = WINDOW;
+            self.low_water = self.target;
+        }
+        while self.available < self.target {
+            let Some((id, buffer)) = self.spare.pop() else {
+                return;
+            };
+            self.provide_one(id, buffer);
+        }
+    }
+
+    fn provide_one(&mut self, id: u16, mut buffer: Box<[u8]>) {
+        let Some(place) = self.provided.get_mut(usize::from(id)) else {
             return;
         };
         let base = self.pages.start.as_ptr().cast::<BufRingEntry>();

@@ -20,7 +20,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
-use io_uring::types::{CancelBuilder, Fd};
+use io_uring::types::{self, CancelBuilder, Fd};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use nix::sys::eventfd::EventFd;
 
@@ -229,6 +229,14 @@ impl Uring {
         Ok(())
     }
 
+    /// Whether no request is under way.
+    fn is_idle(&self) -> bool {
+        !self.wake_armed
+            && !self.output.room_poll_armed
+            && !self.sources.is_armed()
+            && self.output.in_flight() == 0
+    }
+
     fn has_event(&self) -> bool {
         self.wake_pending || self.sources.has_event(!self.output.blocked)
     }
@@ -248,16 +256,20 @@ impl Uring {
 }
 
 impl Engine for Uring {
-    fn wait(&mut self) -> Result<()> {
+    #[inline]
+    fn poll(&mut self) -> Result<bool> {
         self.output.take_error()?;
         self.arm()?;
-        // First without waiting: sends and writes complete in passing, and
-        // their completions must not count as news.
-        if self.output.in_flight() > 0 || self.has_event() {
+        if self.output.in_flight() > 0 || self.ring.submission().taskrun() {
             self.submit_and_reap(0)?;
         }
-        while !self.has_event() {
-            self.arm()?;
+        Ok(self.has_event())
+    }
+
+    fn wait(&mut self) -> Result<()> {
+        // First without waiting: sends and writes complete in passing, and
+        // their completions must not count as news.
+        while !self.poll()? {
             self.submit_and_reap(1)?;
         }
         Ok(())
@@ -332,21 +344,35 @@ impl FrameSink for Uring {
 }
 
 impl Drop for Uring {
-    /// Ends all requests before any memory they use goes away.
+    /// Ends all requests before any memory they use goes away, and waits until
+    /// they have let go of the TUN queue and the socket: left to the kernel's
+    /// own cleaning up, that would come some time after the process has ended,
+    /// and a successor would find name and port still in use.
     fn drop(&mut self) {
         let _ = self.ring.submit();
-        let cancelled = self
-            .ring
-            .submitter()
-            .register_sync_cancel(None, CancelBuilder::any());
-        match cancelled {
-            Ok(()) => {}
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
-            Err(error) => tracing::debug!("cannot cancel io_uring requests: {error}"),
+        let submitter = self.ring.submitter();
+        match submitter.register_sync_cancel(None, CancelBuilder::any()) {
+            Err(error) if error.raw_os_error() != Some(libc::ENOENT) => {
+                tracing::debug!("cannot cancel io_uring requests: {error}");
+            }
+            _ => {}
+        }
+        for _ in 0..DRAIN_TRIES_MAX {
+            // Cancelled requests complete in task work, which only runs here.
+            if self.reap().is_err() || self.is_idle() {
+                break;
+            }
+            let timespec = types::Timespec::new().nsec(DRAIN_WAIT_NS);
+            let args = types::SubmitArgs::new().timespec(&timespec);
+            let _ = self.ring.submitter().submit_with_args(1, &args);
         }
         self.sources.unregister(&self.ring.submitter());
     }
 }
+
+/// How often, and how long each time, to wait for cancelled requests.
+const DRAIN_TRIES_MAX: usize = 100;
+const DRAIN_WAIT_NS: u32 = 1_000_000;
 
 fn setup_error(error: io::Error) -> Error {
     let hint = match error.raw_os_error() {

@@ -85,6 +85,19 @@ impl Side {
         }
     }
 
+    /// Makes as many buffers available as the side shall have.
+    fn provide(&mut self) {
+        if let Buffers::Ring(ring) = &mut self.buffers {
+            ring.provide();
+        }
+    }
+
+    fn ran_dry(&mut self) {
+        if let Buffers::Ring(ring) = &mut self.buffers {
+            ring.ran_dry();
+        }
+    }
+
     fn give_back(&mut self, id: u16, buffer: Box<[u8]>) {
         match &mut self.buffers {
             Buffers::Ring(ring) => ring.give_back(id, buffer),
@@ -143,6 +156,11 @@ impl Sources {
         })
     }
 
+    /// Whether a request of either side is under way.
+    pub fn is_armed(&self) -> bool {
+        self.tun.armed || self.udp.armed
+    }
+
     pub fn unregister(&mut self, submitter: &Submitter<'_>) {
         for side in [&self.tun, &self.udp] {
             if let Buffers::Ring(ring) = &side.buffers {
@@ -154,6 +172,7 @@ impl Sources {
     /// The request that has the TUN queue read, unless it is under way or
     /// there is no buffer to read into.
     pub fn arm_tun(&mut self, queue: BorrowedFd<'_>) -> Option<squeue::Entry> {
+        self.tun.provide();
         if self.tun.armed || self.tun.available() == 0 {
             return None;
         }
@@ -168,6 +187,7 @@ impl Sources {
 
     /// As [`Self::arm_tun`] for the UDP socket.
     pub fn arm_udp(&mut self, socket: BorrowedFd<'_>) -> Option<squeue::Entry> {
+        self.udp.provide();
         if self.udp.armed || self.udp.available() == 0 {
             return None;
         }
@@ -195,10 +215,11 @@ impl Sources {
         if result < 0 {
             return match -result {
                 libc::ENOBUFS => {
+                    self.tun.ran_dry();
                     counters.rearmed.add(1);
                     Ok(())
                 }
-                libc::EAGAIN | libc::EINTR | libc::ENOMEM => Ok(()),
+                libc::EAGAIN | libc::EINTR | libc::ENOMEM | libc::ECANCELED => Ok(()),
                 libc::EINVAL | libc::EOPNOTSUPP if self.tun.is_multishot() => {
                     tracing::warn!("multishot read of the TUN queue refused: polling it instead");
                     self.tun.buffers = Buffers::Pool(pool());
@@ -233,6 +254,7 @@ impl Sources {
         if result < 0 {
             return match -result {
                 libc::ENOBUFS => {
+                    self.udp.ran_dry();
                     counters.rearmed.add(1);
                     Ok(())
                 }

@@ -15,13 +15,13 @@ use crate::packet::train::{NextHop, TRAIN_BYTES_MAX, Train};
 const OPEN_TRAINS_MAX: usize = 8;
 
 /// The trains being filled, at most one per next hop, oldest first.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Outbound {
     open: Vec<(Train, SocketAddr)>,
 }
 
 impl Outbound {
-    /// No train yet.
+    /// No train yet, and room for all that can be open.
     pub fn new() -> Self {
         Self {
             open: Vec::with_capacity(OPEN_TRAINS_MAX),
@@ -75,6 +75,15 @@ impl Outbound {
             if let Some(room) = room {
                 segments.write(packet, room);
             }
+        }
+    }
+
+    /// Sends the trains that cannot grow any more.
+    #[inline]
+    pub fn send_closed(&mut self, engine: &mut impl Engine) {
+        while let Some(index) = self.open.iter().position(|(train, _)| train.is_closed()) {
+            let (train, endpoint) = self.open.remove(index);
+            engine.send(train, endpoint);
         }
     }
 
