@@ -70,6 +70,11 @@ pub fn run(config: &Config) -> Result<()> {
     let workers = Workers::start(device.queues, sockets, &setup)?;
     link::bring_up(&mut netlink, &config.tun, &config.link)?;
     announce(config, device.offloads, udp, workers.features());
+    if !device.steered {
+        tracing::warn!(
+            "no eBPF here (CAP_BPF): the TUN driver picks queues; use the same --queues at both ends"
+        );
+    }
 
     let result = control_loop(&workers, &signals.received);
     let counters = workers.counters();

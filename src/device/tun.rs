@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tun_rs::{DeviceBuilder, SyncDevice};
 
+use super::steering;
 use crate::error::{Error, Result};
 use crate::packet::coalesce::Offloads;
 
@@ -33,6 +34,8 @@ pub struct Tun {
     pub queues: Vec<Queue>,
     /// The super-packets that pass in both directions.
     pub offloads: Offloads,
+    /// Whether a flow's queue depends on the flow alone; see [`steering`].
+    pub steered: bool,
 }
 
 /// Makes the device `name` with `queues` queues, down and without addresses.
@@ -72,9 +75,16 @@ pub fn create(name: &str, queues: u16, wanted: Offloads) -> Result<Tun> {
     if let Some(queue) = queues.first() {
         set_offloads(queue, usable).map_err(failed)?;
     }
+    let steered = match queues.first() {
+        Some(queue) if queues.len() > 1 => steering::install(queue)
+            .inspect_err(|error| tracing::debug!("no eBPF steering: {error}"))
+            .is_ok(),
+        _ => true,
+    };
     Ok(Tun {
         queues,
         offloads: usable,
+        steered,
     })
 }
 

@@ -9,6 +9,8 @@
 //! left it the same in all of them.) All that is not a plain TCP or UDP data
 //! packet passes as it is. Packets of one flow never overtake each other.
 
+use std::ops::Range;
+
 use super::checksum::{Sum, pseudo_header};
 use super::ip::Version;
 use super::virtio::{self, Header};
@@ -137,11 +139,11 @@ impl Coalescer {
         match classify(version, packet) {
             Class::Data(data) if self.wants(&data) => self.push_data(&data, packet, sink),
             Class::Data(Data { flow, .. }) | Class::Flow(flow) => {
-                self.close_if(sink, |open| open.flow == flow);
+                self.close_if(sink, |open| open.is_of(&flow, packet));
                 pass(packet, sink);
             }
-            Class::Other(addresses) => {
-                self.close_if(sink, |open| open.flow.addresses == addresses);
+            Class::Other => {
+                self.close_if(sink, |open| open.is_between_same(version, packet));
                 pass(packet, sink);
             }
         }
@@ -167,7 +169,10 @@ impl Coalescer {
     #[inline]
     fn push_data(&mut self, data: &Data, packet: &[u8], sink: &mut impl FrameSink) {
         // The newest is the likeliest: traffic comes in bursts of one flow.
-        let found = self.open.iter().rposition(|open| open.flow == data.flow);
+        let found = self
+            .open
+            .iter()
+            .rposition(|open| open.is_of(&data.flow, packet));
         if let Some(index) = found {
             let open = &mut self.open[index];
             if open.accepts(data, packet) {
@@ -207,16 +212,39 @@ fn pass(packet: &[u8], sink: &mut impl FrameSink) {
     }
 }
 
-/// Source and destination address; those of IPv4 fill the first 8 bytes.
-type Addresses = [u8; 32];
-
-/// What tells flows apart.
+/// What tells flows apart, but for addresses and ports: those are compared
+/// where they are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Flow {
-    ports: [u8; 4],
+    version: Version,
     protocol: u8,
-    version: u8,
-    addresses: Addresses,
+}
+
+impl Flow {
+    /// Where the transport header starts: neither IPv4 options nor IPv6
+    /// extension headers are part of a flow here.
+    #[inline]
+    fn ip_bytes(self) -> usize {
+        match self.version {
+            Version::V4 => IPV4_HEADER_BYTES,
+            Version::V6 => IPV6_HEADER_BYTES,
+        }
+    }
+
+    /// Addresses and, right behind them, ports.
+    #[inline]
+    fn endpoints(self) -> Range<usize> {
+        addresses(self.version).start..self.ip_bytes() + 4
+    }
+}
+
+/// Where the addresses are in a packet.
+#[inline]
+fn addresses(version: Version) -> Range<usize> {
+    match version {
+        Version::V4 => 12..20,
+        Version::V6 => 8..40,
+    }
 }
 
 /// What a packet is to the coalescer.
@@ -226,15 +254,13 @@ enum Class {
     /// Any other packet of a TCP or UDP flow.
     Flow(Flow),
     /// Something else between two addresses.
-    Other(Addresses),
+    Other,
 }
 
 /// A packet that may be merged.
 #[derive(Debug)]
 struct Data {
-    version: Version,
     flow: Flow,
-    ip_bytes: usize,
     header_bytes: usize,
     payload_bytes: usize,
     /// TCP: ends with PSH.
@@ -251,37 +277,28 @@ impl Data {
 
 #[inline]
 fn classify(version: Version, packet: &[u8]) -> Class {
-    let mut addresses = [0; 32];
-    let (ip_bytes, protocol) = match version {
+    let protocol = match version {
         Version::V4 => {
-            addresses[..8].copy_from_slice(&packet[12..20]);
             // Options, or a fragment (more to come, or an offset), or the
             // reserved bit.
             if packet[0] != 0x45 || be16(packet, 6) & !DONT_FRAGMENT != 0 {
-                return Class::Other(addresses);
+                return Class::Other;
             }
-            (IPV4_HEADER_BYTES, packet[9])
+            packet[9]
         }
-        Version::V6 => {
-            addresses.copy_from_slice(&packet[8..40]);
-            (IPV6_HEADER_BYTES, packet[6])
-        }
+        Version::V6 => packet[6],
     };
+    let flow = Flow { version, protocol };
+    let ip_bytes = flow.ip_bytes();
     let transport = &packet[ip_bytes..];
     let transport_bytes_min = match protocol {
         TCP => TCP_HEADER_BYTES,
         UDP => UDP_HEADER_BYTES,
-        _ => return Class::Other(addresses),
+        _ => return Class::Other,
     };
     if transport.len() < transport_bytes_min {
-        return Class::Other(addresses);
+        return Class::Other;
     }
-    let flow = Flow {
-        ports: [transport[0], transport[1], transport[2], transport[3]],
-        protocol,
-        version: packet[0] >> 4,
-        addresses,
-    };
     let (transport_bytes, push, mergeable) = if protocol == TCP {
         let flags = transport[13];
         let transport_bytes = usize::from(transport[12] >> 4) * 4;
@@ -299,9 +316,7 @@ fn classify(version: Version, packet: &[u8]) -> Class {
         return Class::Flow(flow);
     }
     Class::Data(Data {
-        version,
         flow,
-        ip_bytes,
         header_bytes: ip_bytes + transport_bytes,
         payload_bytes: transport.len() - transport_bytes,
         push,
@@ -325,9 +340,7 @@ enum Identification {
 #[derive(Debug)]
 struct Open {
     frame: Frame,
-    version: Version,
     flow: Flow,
-    ip_bytes: usize,
     header_bytes: usize,
     /// Payload of the first packet, and so of every segment but the last.
     segment_bytes: usize,
@@ -345,9 +358,7 @@ impl Open {
         frame.set(packet);
         Self {
             frame,
-            version: data.version,
             flow: data.flow,
-            ip_bytes: data.ip_bytes,
             header_bytes: data.header_bytes,
             segment_bytes: data.payload_bytes,
             count: 1,
@@ -357,6 +368,20 @@ impl Open {
         }
     }
 
+    /// Whether `packet`, which is of a `flow`'s kind, is of this very flow.
+    #[inline]
+    fn is_of(&self, flow: &Flow, packet: &[u8]) -> bool {
+        let endpoints = flow.endpoints();
+        self.flow == *flow && self.frame.packet()[endpoints.clone()] == packet[endpoints]
+    }
+
+    /// Whether `packet`, of whatever kind, has the same addresses.
+    #[inline]
+    fn is_between_same(&self, version: Version, packet: &[u8]) -> bool {
+        let addresses = addresses(version);
+        self.flow.version == version && self.frame.packet()[addresses.clone()] == packet[addresses]
+    }
+
     /// Whether `packet`, of the same flow, may be the next segment.
     #[inline]
     fn accepts(&mut self, data: &Data, packet: &[u8]) -> bool {
@@ -364,11 +389,11 @@ impl Open {
         let fits = data.header_bytes == self.header_bytes
             && data.payload_bytes <= self.segment_bytes
             && first.len() + data.payload_bytes <= PACKET_BYTES_MAX;
-        if !fits || !same_ip_header(data.version, first, packet) {
+        if !fits || !same_ip_header(self.flow.version, first, packet) {
             return false;
         }
-        let headers = self.ip_bytes..self.header_bytes;
-        if data.flow.protocol == TCP
+        let headers = self.flow.ip_bytes()..self.header_bytes;
+        if self.flow.protocol == TCP
             && !continues_tcp(&first[headers.clone()], &packet[headers], {
                 first.len() - self.header_bytes
             })
@@ -380,12 +405,12 @@ impl Open {
         };
         // Summing up comes last: it is the part that costs.
         if !self.verified {
-            if !checksums_are_valid(self.version, self.ip_bytes, self.flow.protocol, first) {
+            if !checksums_are_valid(self.flow, first) {
                 return false;
             }
             self.verified = true;
         }
-        if !checksums_are_valid(data.version, data.ip_bytes, data.flow.protocol, packet) {
+        if !checksums_are_valid(self.flow, packet) {
             return false;
         }
         self.identification = identification;
@@ -395,7 +420,7 @@ impl Open {
     /// How the identification would go on with `packet`; `None` if it jumps.
     #[inline]
     fn next_identification(&self, packet: &[u8]) -> Option<Identification> {
-        if self.version == Version::V6 {
+        if self.flow.version == Version::V6 {
             return Some(Identification::Unknown);
         }
         let first = self.frame.packet();
@@ -432,10 +457,12 @@ impl Open {
         if self.count == 1 {
             return self.frame;
         }
+        let Flow { version, protocol } = self.flow;
+        let ip_bytes = self.flow.ip_bytes();
         let packet = self.frame.packet_mut();
         let total_bytes = packet.len();
-        let (ip_header, transport) = packet.split_at_mut(self.ip_bytes);
-        match self.version {
+        let (ip_header, transport) = packet.split_at_mut(ip_bytes);
+        match version {
             Version::V4 => {
                 put_be16(ip_header, 2, total_bytes as u16);
                 ip_header[10..12].fill(0);
@@ -444,7 +471,7 @@ impl Open {
             }
             Version::V6 => put_be16(ip_header, 4, (total_bytes - IPV6_HEADER_BYTES) as u16),
         }
-        let checksum_offset = if self.flow.protocol == TCP {
+        let checksum_offset = if protocol == TCP {
             if self.push {
                 transport[13] |= tcp_flags::PSH;
             }
@@ -453,20 +480,20 @@ impl Open {
             put_be16(transport, 4, transport.len() as u16);
             UDP_CHECKSUM_OFFSET
         };
-        let partial = pseudo_header(self.version, ip_header, self.flow.protocol)
+        let partial = pseudo_header(version, ip_header, protocol)
             .add_u16(transport.len() as u16)
             .partial();
         transport[checksum_offset..checksum_offset + 2].copy_from_slice(&partial);
         self.frame.set_header(Header {
             flags: virtio::NEEDS_CHECKSUM,
-            gso_type: match (self.flow.protocol, self.version) {
+            gso_type: match (protocol, version) {
                 (TCP, Version::V4) => virtio::GSO_TCPV4,
                 (TCP, Version::V6) => virtio::GSO_TCPV6,
                 _ => virtio::GSO_UDP_L4,
             },
             header_bytes: self.header_bytes as u16,
             gso_bytes: self.segment_bytes as u16,
-            checksum_start: self.ip_bytes as u16,
+            checksum_start: ip_bytes as u16,
             checksum_offset: checksum_offset as u16,
         });
         self.frame
@@ -495,14 +522,22 @@ fn continues_tcp(first: &[u8], next: &[u8], offset: usize) -> bool {
 }
 
 #[inline]
-fn checksums_are_valid(version: Version, ip_bytes: usize, protocol: u8, packet: &[u8]) -> bool {
-    let (ip_header, transport) = packet.split_at(ip_bytes);
-    let ip_is_valid = match version {
-        Version::V4 => Sum::ZERO.add_bytes(ip_header).is_valid(),
-        Version::V6 => true,
+fn checksums_are_valid(flow: Flow, packet: &[u8]) -> bool {
+    // Constant lengths let the short sums be unrolled.
+    let (ip_is_valid, pseudo, transport) = match flow.version {
+        Version::V4 => {
+            let (header, transport) = packet.split_at(IPV4_HEADER_BYTES);
+            let pseudo = pseudo_header(Version::V4, header, flow.protocol);
+            (Sum::ZERO.add_bytes(header).is_valid(), pseudo, transport)
+        }
+        Version::V6 => {
+            let (header, transport) = packet.split_at(IPV6_HEADER_BYTES);
+            let pseudo = pseudo_header(Version::V6, header, flow.protocol);
+            (true, pseudo, transport)
+        }
     };
     ip_is_valid
-        && pseudo_header(version, ip_header, protocol)
+        && pseudo
             .add_u16(transport.len() as u16)
             .add_bytes(transport)
             .is_valid()

@@ -111,6 +111,12 @@ impl Train {
         Some(&mut self.bytes[start..end])
     }
 
+    /// Whether no datagram fits any more.
+    #[inline]
+    pub fn is_closed(&self) -> bool {
+        self.closed || self.count >= self.limits.segments_max
+    }
+
     /// The datagrams, back to back.
     #[inline]
     pub fn bytes(&self) -> &[u8] {

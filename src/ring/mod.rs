@@ -256,16 +256,20 @@ impl Uring {
 }
 
 impl Engine for Uring {
-    fn wait(&mut self) -> Result<()> {
+    #[inline]
+    fn poll(&mut self) -> Result<bool> {
         self.output.take_error()?;
         self.arm()?;
-        // First without waiting: sends and writes complete in passing, and
-        // their completions must not count as news.
-        if self.output.in_flight() > 0 || self.has_event() {
+        if self.output.in_flight() > 0 || self.ring.submission().taskrun() {
             self.submit_and_reap(0)?;
         }
-        while !self.has_event() {
-            self.arm()?;
+        Ok(self.has_event())
+    }
+
+    fn wait(&mut self) -> Result<()> {
+        // First without waiting: sends and writes complete in passing, and
+        // their completions must not count as news.
+        while !self.poll()? {
             self.submit_and_reap(1)?;
         }
         Ok(())

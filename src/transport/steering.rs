@@ -10,13 +10,12 @@
 //! The unit of order is thus the sending worker. A hash of the inner flow
 //! would spread further, but one UDP GRO train may hold several inner flows,
 //! and the program sees the first only: the others would jump between workers
-//! and be reordered. With equal `--queues` at both ends a flow also meets the
-//! same worker in both directions, and the TUN driver's own flow table
-//! (`tun_flow_update` in `drivers/net/tun.c`), which sends a flow's packets to
-//! the queue its last packet was written to, agrees from the first packet on.
+//! and be reordered. Which worker sends a flow depends on the flow alone
+//! ([`crate::device::steering`]), so its packets stay in order from end to end;
+//! with equal `--queues` at both ends both directions meet at one worker.
 //!
-//! A peer that sends all from one port (a plain one, or one queue) is served by
-//! worker 0 alone, whose rate is far above what such a peer sends.
+//! A peer that sends all from one port (a plain one, or one queue) is received
+//! by worker 0 alone, whose rate is far above what such a peer sends.
 
 use std::net::SocketAddr;
 

@@ -48,6 +48,13 @@ pub enum Event {
 
 /// See the module's documentation.
 pub trait Engine: FrameSink {
+    /// Starts all output given so far, takes in what has arrived, and tells
+    /// whether there is an event. Does not sleep.
+    ///
+    /// # Errors
+    /// As [`Self::wait`].
+    fn poll(&mut self) -> Result<bool>;
+
     /// Starts all output given so far and sleeps until there is an event.
     ///
     /// # Errors

@@ -1,9 +1,9 @@
 //! The loop that moves packets: one thread, one TUN queue, one UDP socket.
 //!
-//! Sleep until something is there; take in everything that is, both
-//! directions in the order of arrival; then close what was left open for
-//! merging and start all output with the same system call that sleeps again.
-//! Nothing here allocates, locks or logs per packet.
+//! Take in what is there, both directions in the order of arrival; start the
+//! output that is complete; and when nothing more is there, close what was
+//! left open for merging, start that too, and sleep. Nothing here allocates,
+//! locks or logs per packet.
 
 pub mod counters;
 pub mod engine;
@@ -34,9 +34,12 @@ pub enum Command {
     ResetLimits,
 }
 
-/// Most events taken in before all output is closed and started, so that
-/// nothing waits behind an endless stream of arrivals.
+/// Most events taken in before the output they gave is started.
 const BATCH_EVENTS_MAX: usize = 64;
+
+/// Rounds that an open train or frame may wait for more while more arrives, so
+/// that nothing waits behind an endless stream.
+const CARRIED_ROUNDS_MAX: u32 = 4;
 
 /// Runs a worker until it is told to stop.
 ///
@@ -51,7 +54,16 @@ pub fn run(
 ) -> Result<()> {
     let mut outbound = Outbound::new();
     let mut inbound = Inbound::new(tun);
+    let mut carried = 0;
     loop {
+        // While more arrives, what is open may still grow: a frame rarely
+        // fills its last train. It waits for a few rounds at the most.
+        if carried >= CARRIED_ROUNDS_MAX || !engine.poll()? {
+            outbound.flush(engine);
+            inbound.flush(engine);
+            carried = 0;
+        }
+        carried += 1;
         engine.wait()?;
         for _ in 0..BATCH_EVENTS_MAX {
             let Some(event) = engine.next_event() else {
@@ -82,7 +94,6 @@ pub fn run(
                 }
             }
         }
-        outbound.flush(engine);
-        inbound.flush(engine);
+        outbound.send_closed(engine);
     }
 }

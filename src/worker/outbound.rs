@@ -78,6 +78,15 @@ impl Outbound {
         }
     }
 
+    /// Sends the trains that cannot grow any more.
+    #[inline]
+    pub fn send_closed(&mut self, engine: &mut impl Engine) {
+        while let Some(index) = self.open.iter().position(|(train, _)| train.is_closed()) {
+            let (train, endpoint) = self.open.remove(index);
+            engine.send(train, endpoint);
+        }
+    }
+
     /// Sends all open trains: no more frames are at hand.
     #[inline]
     pub fn flush(&mut self, engine: &mut impl Engine) {

@@ -1,2 +1,166 @@
 //! The reference: a plain peer as the teaching VPN has it. One datagram, one
-//! packet, one system call each way, no offloads.
+//! packet, one system call each way, no offloads. fastvpn must work with it in
+//! place of either end.
+
+use std::io;
+use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+use fastvpn::error::{Error, Result};
+use fastvpn::lab::{Namespace, Pair};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{setsockopt, sockopt};
+use tun_rs::SyncDevice;
+
+use crate::datagrams::{Order, exchange, exchange_trains};
+use crate::packets::{BUFFER_BYTES, plain_tun};
+use crate::support::{
+    FAMILIES, Test, UNDERLAY, all_cores, check, dual_stack, fail, hosts, start_dual_stack,
+    stop_all, wait_for,
+};
+use crate::traffic::{directions, pings, trains, transfer, transfer_both_ways};
+
+/// The tests of this file.
+pub fn tests() -> Vec<Test> {
+    vec![
+        ("plain_peer_to_fastvpn_1_queue", || plain_peer(0, 1)),
+        ("plain_peer_to_fastvpn_4_queues", || plain_peer(0, 4)),
+        ("fastvpn_1_queue_to_plain_peer", || plain_peer(1, 1)),
+        ("fastvpn_4_queues_to_plain_peer", || plain_peer(1, 4)),
+    ]
+}
+
+/// The port that peers use unless told otherwise.
+const PORT: u16 = 8285;
+
+/// The underlay's MTU less 28.
+const MTU_BYTES: u32 = 1472;
+
+/// A plain peer, running until it is dropped.
+struct PlainPeer {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<io::Result<()>>>,
+}
+
+impl PlainPeer {
+    /// Starts it as host A (0) or host B (1).
+    fn start(namespace: &Namespace, host: usize) -> Result<Self> {
+        let nets: Vec<_> = dual_stack(host)
+            .iter()
+            .filter_map(|net| net.parse().ok())
+            .collect();
+        let tun = plain_tun(namespace, "plain0", &nets, MTU_BYTES)?;
+        let socket = namespace
+            .run(|| UdpSocket::bind((UNDERLAY[host], PORT)))
+            .map_err(|cause| Error::os("no socket for the plain peer", cause))?;
+        // Room for what a fast sender has under way.
+        let _ = setsockopt(&socket, sockopt::RcvBufForce, &(8 << 20));
+        let peer = SocketAddr::from((UNDERLAY[1 - host], PORT));
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread =
+            namespace.spawn_thread("plain-peer", move || carry(&tun, &socket, peer, &stopped))?;
+        Ok(Self {
+            stop,
+            thread: Some(thread),
+        })
+    }
+
+    /// Ends it; an error if it has ended before.
+    fn stop(mut self) -> Result<()> {
+        self.stop.store(true, Ordering::Relaxed);
+        match self.thread.take().map(JoinHandle::join) {
+            Some(Ok(Ok(()))) => Ok(()),
+            Some(Ok(Err(cause))) => Err(Error::os("the plain peer failed", cause)),
+            _ => fail("the plain peer panicked"),
+        }
+    }
+}
+
+impl Drop for PlainPeer {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The whole of a plain tunnel.
+fn carry(
+    tun: &SyncDevice,
+    socket: &UdpSocket,
+    peer: SocketAddr,
+    stop: &AtomicBool,
+) -> io::Result<()> {
+    let mut buffer = vec![0; BUFFER_BYTES];
+    socket.set_nonblocking(true)?;
+    while !stop.load(Ordering::Relaxed) {
+        let mut ready = [
+            PollFd::new(tun.as_fd(), PollFlags::POLLIN),
+            PollFd::new(socket.as_fd(), PollFlags::POLLIN),
+        ];
+        poll(&mut ready, PollTimeout::from(100u8))?;
+        if let Some(length) = arrived(tun.recv(&mut buffer))? {
+            // ECONNREFUSED, ENOBUFS: what a network does with a datagram.
+            let _ = socket.send_to(&buffer[..length], peer);
+        }
+        if let Some((length, from)) = arrived(socket.recv_from(&mut buffer))? {
+            // The port is the sending worker's.
+            if from.ip() == peer.ip() {
+                // EINVAL: no packet.
+                let _ = tun.send(&buffer[..length]);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn arrived<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+        result => result.map(Some),
+    }
+}
+
+/// A plain peer as host `plain` against fastvpn as the other.
+fn plain_peer(plain: usize, queues: u16) -> Result<()> {
+    let hosts = hosts(1500)?;
+    let peer = PlainPeer::start([&hosts.a, &hosts.b][plain], plain)?;
+    let (queues, cores) = (queues.to_string(), all_cores());
+    let flags = ["--queues", &queues, "--cores", &cores];
+    let tunnel = start_dual_stack(&hosts, 1 - plain, &flags)?;
+    for family in FAMILIES {
+        wait_for(&hosts.a, family[1])?;
+    }
+    work(&hosts)?;
+    peer.stop()?;
+    let [ended] = stop_all([tunnel])?;
+    for reason in ["sender-unknown", "length", "version", "short", "truncated"] {
+        check(ended.dropped(reason) == 0, || ended.log.clone())?;
+    }
+    Ok(())
+}
+
+/// All that must work between the hosts.
+fn work(hosts: &Pair) -> Result<()> {
+    pings(hosts, &[0, 1, 56, 1444, 1445, 9000, 65_000])?;
+    for [from, to] in directions(hosts) {
+        let full = if to.1.is_ipv6() { 1424 } else { 1444 };
+        let whole: Vec<usize> = (0..full).step_by(7).chain([full]).collect();
+        exchange(from, to, &whole, Order::Kept)?;
+        let fragmented: Vec<usize> = (full..3000).step_by(29).chain([20_000, 65_000]).collect();
+        exchange(from, to, &fragmented, Order::Any)?;
+        exchange_trains(from, to, &trains(full))?;
+        for streams in [1, 8] {
+            transfer(from.0, to.0, to.1, streams, 20_000_000)?;
+        }
+    }
+    for addresses in FAMILIES {
+        transfer_both_ways(hosts, addresses, 4, 20_000_000)?;
+    }
+    Ok(())
+}

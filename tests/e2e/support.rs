@@ -2,7 +2,7 @@
 //! tunnels said.
 
 use std::io::{self, Read};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::process::{Command, ExitStatus, Stdio};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -278,4 +278,137 @@ pub fn tried<T>(what: &str, result: io::Result<T>) -> Result<T> {
 pub fn answers(from: &Namespace, to: IpAddr, bytes: usize) -> Result<()> {
     const ATTEMPTS: u32 = 20;
     ping_up_to(ATTEMPTS as usize, from, to, bytes, PATIENCE / ATTEMPTS).map(drop)
+}
+
+/// Tunnel addresses of host A and host B in both families.
+pub const FAMILIES: [[IpAddr; 2]; 2] = [
+    [IpAddr::V4(TUNNEL[0]), IpAddr::V4(TUNNEL[1])],
+    [
+        IpAddr::V6(Ipv6Addr::new(0xfd00, 0x244, 0, 0, 0, 0, 0, 0x122)),
+        IpAddr::V6(Ipv6Addr::new(0xfd00, 0x244, 0, 0, 0, 0, 0, 0x123)),
+    ],
+];
+
+/// The flags that give host A (0) or host B (1) its addresses of both families.
+pub fn dual_stack(host: usize) -> [String; 4] {
+    let address = |net: String| ["--address".to_string(), net];
+    let [v4, v6] = [
+        address(format!("{}/16", TUNNEL[host])),
+        address(format!("{}/64", TUNNEL_V6[host])),
+    ];
+    let [[a, b], [c, d]] = [v4, v6];
+    [a, b, c, d]
+}
+
+/// Starts one end of a tunnel that carries both families.
+pub fn start_dual_stack(hosts: &Pair, host: usize, flags: &[&str]) -> Result<Tunnel> {
+    let namespace = [&hosts.a, &hosts.b][host];
+    let peer = UNDERLAY[1 - host].to_string();
+    let addresses = dual_stack(host);
+    let mut all = vec!["--peer", &peer];
+    all.extend(addresses.iter().map(String::as_str));
+    all.extend(flags);
+    Tunnel::start(namespace, &all)
+}
+
+/// Both ends of a tunnel that carries both families, host A's with `flags[0]`
+/// and host B's with `flags[1]`, waited for until they answer.
+pub fn dual_stack_tunnels(hosts: &Pair, flags: [&[&str]; 2]) -> Result<[Tunnel; 2]> {
+    let tunnels = [
+        start_dual_stack(hosts, 0, flags[0])?,
+        start_dual_stack(hosts, 1, flags[1])?,
+    ];
+    for family in FAMILIES {
+        wait_for(&hosts.a, family[1])?;
+    }
+    Ok(tunnels)
+}
+
+/// Ends tunnels; each must end well.
+pub fn stop_all<const N: usize>(tunnels: [Tunnel; N]) -> Result<[Ended; N]> {
+    let mut ended = Vec::with_capacity(N);
+    for tunnel in tunnels {
+        let end = tunnel.stop()?;
+        check(end.status.success(), || {
+            format!("ended badly:\n{}", end.log)
+        })?;
+        ended.push(end);
+    }
+    match ended.try_into() {
+        Ok(ended) => Ok(ended),
+        Err(_) => fail("one result for each tunnel"),
+    }
+}
+
+/// Packets that this machine's kernel threw away for lack of room in a CPU's
+/// backlog (second column of `softnet_stat`). A veth puts every packet there,
+/// and all namespaces share it: a loss there is not the tunnel's.
+pub fn backlog_drops() -> Result<u64> {
+    let path = "/proc/net/softnet_stat";
+    let text =
+        std::fs::read_to_string(path).map_err(|cause| Error::os(format!("no {path}"), cause))?;
+    let drops = |line: &str| u64::from_str_radix(line.split_whitespace().nth(1)?, 16).ok();
+    Ok(text.lines().filter_map(drops).sum())
+}
+
+/// Does work that must lose nothing; once more if it failed while the
+/// machine's backlog, shared with all else that runs, overflowed.
+pub fn without_backlog_drops<T>(mut work: impl FnMut() -> Result<T>) -> Result<T> {
+    const ATTEMPTS: usize = 3;
+    for _ in 1..ATTEMPTS {
+        let before = backlog_drops()?;
+        match work() {
+            Err(_) if backlog_drops()? != before => {}
+            result => return result,
+        }
+    }
+    work()
+}
+
+/// `bytes` pseudo-random bytes that differ from seed to seed.
+pub fn noise(seed: u64, bytes: usize) -> Vec<u8> {
+    // splitmix64 (Steele and others, 2014): good from the first word on,
+    // whatever the seed.
+    let mut state = seed;
+    let mut out = Vec::with_capacity(bytes + 8);
+    while out.len() < bytes {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut word = state;
+        word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        out.extend((word ^ (word >> 31)).to_le_bytes());
+    }
+    out.truncate(bytes);
+    out
+}
+
+/// All cores, as `--cores` takes them. A worker that moves between CPUs may
+/// overtake itself in the veth's backlog, of which each CPU has its own; a
+/// test that looks at order has to pin it.
+pub fn all_cores() -> String {
+    let cores = core_affinity::get_core_ids().unwrap_or_default();
+    let numbers: Vec<String> = cores.iter().map(|core| core.id.to_string()).collect();
+    numbers.join(",")
+}
+
+impl Ended {
+    /// How many packets were dropped for any reason.
+    pub fn all_dropped(&self) -> u64 {
+        let line = self
+            .log
+            .lines()
+            .find_map(|line| line.split_once("dropped: "));
+        let (_, reasons) = line.unwrap_or_default();
+        let count = |reason: &str| reason.rsplit(' ').next()?.parse::<u64>().ok();
+        reasons.split(", ").filter_map(count).sum()
+    }
+
+    /// The number that stands before `words` in the line of all queues, such
+    /// as "receives".
+    pub fn total_before(&self, words: &str) -> Result<u64> {
+        let line = self.log.lines().find(|line| line.contains("total: sent "));
+        let before = line.and_then(|line| line.split(words).next());
+        let number = before.and_then(|text| text.split_whitespace().next_back()?.parse().ok());
+        number.map_or_else(|| fail(format!("no {words:?} in:\n{}", self.log)), Ok)
+    }
 }

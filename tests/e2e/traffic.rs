@@ -1,25 +1,242 @@
-//! What goes in at one end comes out at the other.
+//! What goes in at one end comes out at the other: pings, TCP and UDP as
+//! programs use them.
 
-use fastvpn::error::Result;
-use fastvpn::lab::traffic::ping;
+use std::net::IpAddr;
+use std::thread;
 
-use crate::support::{PATIENCE, TUNNEL, Test, check, hosts, tunnel_between};
+use fastvpn::error::{Error, Result};
+use fastvpn::lab::traffic::{Between, Bulk, BulkLimit, Watch, ping, tcp_bulk};
+use fastvpn::lab::{Namespace, Pair};
+use nix::sys::socket::setsockopt;
+use nix::{setsockopt_impl, sockopt_impl};
+
+use crate::datagrams::{Channel, Order, exchange, exchange_trains};
+use crate::packets::Tap;
+use crate::support::{
+    FAMILIES, PATIENCE, Test, all_cores, check, dual_stack_tunnels, fail, hosts, stop_all,
+    without_backlog_drops,
+};
 
 /// The tests of this file.
 pub fn tests() -> Vec<Test> {
-    vec![("pings_of_all_sizes", pings_of_all_sizes)]
+    vec![
+        ("pings_of_all_sizes", pings_of_all_sizes),
+        ("tcp_one_stream", tcp_one_stream),
+        ("tcp_many_streams", tcp_many_streams),
+        ("tcp_both_directions_at_once", tcp_both_directions_at_once),
+        ("udp_of_every_size", udp_of_every_size),
+        ("udp_trains_keep_their_boundaries", udp_trains),
+        ("udp_without_checksum", udp_without_checksum),
+    ]
+}
+
+/// Payload of a packet of the tunnel's full MTU, 1472: UDP over IPv4, IPv6.
+const FULL: [usize; 2] = [1444, 1424];
+
+const MB: u64 = 1_000_000;
+
+/// Both directions between the hosts in both families.
+pub fn directions(hosts: &Pair) -> Vec<[(&Namespace, IpAddr); 2]> {
+    let both = |[a, b]: [IpAddr; 2]| {
+        let (a, b) = ((&hosts.a, a), (&hosts.b, b));
+        [[a, b], [b, a]]
+    };
+    FAMILIES.into_iter().flat_map(both).collect()
+}
+
+/// Pings of some sizes, both directions, both families.
+pub fn pings(hosts: &Pair, sizes: &[usize]) -> Result<()> {
+    for [(from, _), (_, to)] in directions(hosts) {
+        for &bytes in sizes {
+            without_backlog_drops(|| ping(from, to, bytes, PATIENCE))?;
+        }
+    }
+    Ok(())
+}
+
+/// A TCP transfer whose every byte must arrive.
+pub fn transfer(
+    client: &Namespace,
+    server: &Namespace,
+    address: IpAddr,
+    streams: usize,
+    bytes: u64,
+) -> Result<()> {
+    let between = Between {
+        client,
+        server,
+        address,
+    };
+    let limit = BulkLimit::BytesPerStream(bytes / streams as u64);
+    let report = tcp_bulk(between, Bulk { streams, limit }, &Watch::default())?;
+    check(report.intact, || format!("TCP to {address}: bytes changed"))?;
+    check(
+        report.bytes == bytes / streams as u64 * streams as u64,
+        || {
+            format!(
+                "TCP to {address}: {} bytes of {bytes} arrived",
+                report.bytes
+            )
+        },
+    )
+}
+
+/// Transfers in both directions at the same time.
+pub fn transfer_both_ways(
+    hosts: &Pair,
+    addresses: [IpAddr; 2],
+    streams: usize,
+    bytes: u64,
+) -> Result<()> {
+    thread::scope(|scope| {
+        let (a, b) = (&hosts.a, &hosts.b);
+        let there = scope.spawn(|| transfer(a, b, addresses[1], streams, bytes));
+        let back = scope.spawn(|| transfer(b, a, addresses[0], streams, bytes));
+        match (there.join(), back.join()) {
+            (Ok(there), Ok(back)) => there.and(back),
+            _ => fail("a transfer panicked"),
+        }
+    })
 }
 
 fn pings_of_all_sizes() -> Result<()> {
     let hosts = hosts(1500)?;
-    let [a, b] = tunnel_between(&hosts, &[])?;
-    for bytes in [0, 1, 56, 1400, 1444, 1445, 20_000, 65_000] {
-        ping(&hosts.a, TUNNEL[1].into(), bytes, PATIENCE)?;
-        ping(&hosts.b, TUNNEL[0].into(), bytes, PATIENCE)?;
+    let tunnels = dual_stack_tunnels(&hosts, [&[], &[]])?;
+    // Around one packet's MTU, around two fragments', and up to the longest.
+    let mut sizes: Vec<usize> = (0..=65).chain(1400..=1480).chain(2870..=2910).collect();
+    sizes.extend((3000..65_000).step_by(2003));
+    sizes.extend([64_999, 65_000]);
+    pings(&hosts, &sizes)?;
+    stop_all(tunnels)?;
+    Ok(())
+}
+
+fn tcp_one_stream() -> Result<()> {
+    let hosts = hosts(1500)?;
+    let tunnels = dual_stack_tunnels(&hosts, [&[], &[]])?;
+    for [(client, _), (server, address)] in directions(&hosts) {
+        transfer(client, server, address, 1, 200 * MB)?;
     }
-    for end in [a, b] {
-        let ended = end.stop()?;
-        check(ended.status.success(), || ended.log.clone())?;
+    stop_all(tunnels)?;
+    Ok(())
+}
+
+fn tcp_many_streams() -> Result<()> {
+    let hosts = hosts(1500)?;
+    let tunnels = dual_stack_tunnels(&hosts, [&[], &[]])?;
+    for [(client, _), (server, address)] in directions(&hosts) {
+        transfer(client, server, address, 8, 200 * MB)?;
+    }
+    stop_all(tunnels)?;
+    Ok(())
+}
+
+fn tcp_both_directions_at_once() -> Result<()> {
+    let hosts = hosts(1500)?;
+    let tunnels = dual_stack_tunnels(&hosts, [&[], &[]])?;
+    for addresses in FAMILIES {
+        for streams in [1, 8] {
+            transfer_both_ways(&hosts, addresses, streams, 200 * MB)?;
+        }
+    }
+    stop_all(tunnels)?;
+    Ok(())
+}
+
+fn udp_of_every_size() -> Result<()> {
+    let hosts = hosts(1500)?;
+    let cores = all_cores();
+    let flags: &[&str] = &["--cores", &cores];
+    let tunnels = dual_stack_tunnels(&hosts, [flags, flags])?;
+    for [from, to] in directions(&hosts) {
+        let full = FULL[usize::from(to.1.is_ipv6())];
+        let whole: Vec<usize> = (0..=full).collect();
+        exchange(from, to, &whole, Order::Kept)?;
+        // An empty one next to its opposite.
+        exchange(from, to, &[0, full, 0, 0, 1, 0], Order::Kept)?;
+        let longest = if to.1.is_ipv6() { 65_487 } else { 65_507 };
+        let fragmented: Vec<usize> = (full..=3000)
+            .chain([4321, 9000, 20_000, 60_000, longest - 1, longest, 1])
+            .collect();
+        exchange(from, to, &fragmented, Order::Any)?;
+    }
+    let ended = stop_all(tunnels)?;
+    for end in ended {
+        check(
+            end.dropped("length") + end.dropped("frame-malformed") == 0,
+            || end.log.clone(),
+        )?;
     }
     Ok(())
 }
+
+/// Trains of `(bytes, segment)` around the limits: one and two datagrams, the
+/// kernel's 64 and 128, the largest datagrams, a shorter one at the end.
+pub fn trains(full: usize) -> Vec<(usize, usize)> {
+    vec![
+        (1, 1),
+        (2, 1),
+        (64, 1),
+        (65, 1),
+        (128, 1),
+        (127 * 8 + 3, 8),
+        (64 * 100, 100),
+        (65 * 100 - 1, 100),
+        (50 * 512 + 1, 512),
+        (128 * 511, 511),
+        (1000, 1000),
+        (1001, 1000),
+        (2 * full, full),
+        (2 * full - 1, full),
+        (44 * full, full),
+        (44 * full + 1, full),
+        (65_487, full),
+    ]
+}
+
+fn udp_trains() -> Result<()> {
+    let hosts = hosts(1500)?;
+    let cores = all_cores();
+    let flags: &[&str] = &["--cores", &cores];
+    let tunnels = dual_stack_tunnels(&hosts, [flags, flags])?;
+    for [from, to] in directions(&hosts) {
+        let full = FULL[usize::from(to.1.is_ipv6())];
+        exchange_trains(from, to, &trains(full))?;
+    }
+    stop_all(tunnels)?;
+    Ok(())
+}
+
+/// Zero in the checksum field means that there is none (RFC 768). It must
+/// neither be filled in nor be mistaken for a sum.
+fn udp_without_checksum() -> Result<()> {
+    let hosts = hosts(1500)?;
+    let cores = all_cores();
+    let flags: &[&str] = &["--cores", &cores];
+    let tunnels = dual_stack_tunnels(&hosts, [flags, flags])?;
+    for [from, to] in &directions(&hosts)[..2] {
+        let tap = Tap::on_tunnel(to.0)?;
+        let channel = Channel::open(*from, *to)?;
+        setsockopt(&channel.sender, NoChecksum, &true)
+            .map_err(|errno| Error::os("no SO_NO_CHECK", errno.into()))?;
+        let sizes = [0, 1, 2, 3, 100, 100, 100, 1443, FULL[0], FULL[0], FULL[0]];
+        channel.exchange(&sizes, Order::Kept)?;
+        for bytes in sizes {
+            let packet = tap.next(|packet| packet[9] == 17)?;
+            check(
+                packet.len() == 28 + bytes && packet[26..28] == [0, 0],
+                || format!("{bytes} bytes arrived as {:x?}", &packet[..28]),
+            )?;
+        }
+    }
+    stop_all(tunnels)?;
+    Ok(())
+}
+
+sockopt_impl!(
+    NoChecksum,
+    SetOnly,
+    libc::SOL_SOCKET,
+    libc::SO_NO_CHECK,
+    bool
+);
