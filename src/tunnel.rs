@@ -6,7 +6,7 @@
 //! however the process ends.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, bounded, select, tick};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -21,13 +21,18 @@ use crate::netlink::{LinkStats, Netlink};
 use crate::packet::coalesce;
 use crate::packet::train::Limits;
 use crate::ring;
-use crate::transport::socket;
+use crate::transport::socket::{self, WorkerSockets};
 use crate::worker::Command;
 use crate::worker::counters::Snapshot;
 use crate::worker::table::{Peer, Table};
 
 /// How often trains of full size are tried again on paths that refused them.
 const LIMITS_RESET_INTERVAL: Duration = Duration::from_secs(60);
+
+/// How long, and how often, a killed predecessor's port and device are waited
+/// for. Longer than the kernel takes; short enough for who has mistyped.
+const PREDECESSOR_WAIT_MAX: Duration = Duration::from_secs(1);
+const PREDECESSOR_WAIT_STEP: Duration = Duration::from_millis(10);
 
 /// Runs a tunnel until SIGINT or SIGTERM.
 ///
@@ -36,17 +41,11 @@ const LIMITS_RESET_INTERVAL: Duration = Duration::from_secs(60);
 pub fn run(config: &Config) -> Result<()> {
     let signals = SignalWatch::start()?;
     let mut netlink = Netlink::open()?;
-    wait_for_predecessor(&config.tun);
-    if config.address_is_derived {
-        for address in &config.link.addresses {
-            if let ipnet::IpNet::V4(address) = address {
-                link::check_free(&mut netlink, *address)?;
-            }
-        }
-    }
-    // Sockets first: they fail without a trace when the port is in use.
-    let (sockets, udp) = socket::open(config.listen, config.queues, config.wanted.udp)?;
-    let device = tun::create(&config.tun, config.queues, config.wanted.tun)?;
+    let Claimed {
+        sockets,
+        udp,
+        device,
+    } = claim_after_predecessor(config, &mut netlink)?;
     let table = Table::new(
         config
             .peers
@@ -88,18 +87,49 @@ pub fn run(config: &Config) -> Result<()> {
     result
 }
 
-/// How long a killed predecessor's interface may still be there: the kernel
-/// takes a dead process's io_uring apart in the background.
-const PREDECESSOR_TRIES: u32 = 50;
-const PREDECESSOR_WAIT: Duration = Duration::from_millis(20);
+/// What exists once in a namespace: the port and the device.
+struct Claimed {
+    sockets: Vec<WorkerSockets>,
+    udp: socket::Offloads,
+    device: tun::Tun,
+}
 
-fn wait_for_predecessor(tun: &str) {
-    for _ in 0..PREDECESSOR_TRIES {
-        if nix::net::if_::if_nametoindex(tun).is_err() {
-            return;
+/// Claims the port and the device, and waits a moment for those of a process
+/// that was just killed: io_uring lets go of them on a kernel workqueue
+/// (`io_ring_exit_work` in `io_uring/io_uring.c`), some milliseconds after the
+/// process.
+fn claim_after_predecessor(config: &Config, netlink: &mut Netlink) -> Result<Claimed> {
+    let deadline = Instant::now() + PREDECESSOR_WAIT_MAX;
+    loop {
+        let name_taken = netlink.link_index(&config.tun)?.is_some();
+        match claim(config, netlink) {
+            Err(error)
+                if (name_taken || error.errno() == Some(libc::EADDRINUSE))
+                    && Instant::now() < deadline =>
+            {
+                std::thread::sleep(PREDECESSOR_WAIT_STEP);
+            }
+            result => return result,
         }
-        std::thread::sleep(PREDECESSOR_WAIT);
     }
+}
+
+fn claim(config: &Config, netlink: &mut Netlink) -> Result<Claimed> {
+    if config.address_is_derived {
+        for address in &config.link.addresses {
+            if let ipnet::IpNet::V4(address) = address {
+                link::check_free(netlink, *address)?;
+            }
+        }
+    }
+    // Sockets first: they fail without a trace when the port is in use.
+    let (sockets, udp) = socket::open(config.listen, config.queues, config.wanted.udp)?;
+    let device = tun::create(&config.tun, config.queues, config.wanted.tun)?;
+    Ok(Claimed {
+        sockets,
+        udp,
+        device,
+    })
 }
 
 /// Waits for signals and for workers that fail.

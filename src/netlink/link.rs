@@ -124,6 +124,16 @@ impl Netlink {
         self.set_link(index, message, "bring up interface")
     }
 
+    /// Takes an interface down. Routes through it and its IPv6 addresses go.
+    ///
+    /// # Errors
+    /// When there is no such interface or the kernel refuses.
+    pub fn set_down(&mut self, index: u32) -> Result<()> {
+        let mut message = LinkMessage::default();
+        message.header.change_mask = LinkFlags::Up;
+        self.set_link(index, message, "take down interface")
+    }
+
     /// Sets the largest packet in bytes.
     ///
     /// # Errors

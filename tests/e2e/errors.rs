@@ -1,9 +1,400 @@
 //! Bad flags and broken surroundings: one clear line, a status that is not
 //! zero, and nothing left behind.
 
-use crate::support::Test;
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+
+use fastvpn::error::{Error, Result};
+use fastvpn::lab::{self, Namespace, Pair};
+use ipnet::IpNet;
+
+use crate::support::{
+    FASTVPN, TUNNEL, Test, Tunnel, bulk, check, hosts, link, stop, tunnel_between, udp,
+};
+use crate::tools::{inventory, nothing_left};
 
 /// The tests of this file.
 pub fn tests() -> Vec<Test> {
-    vec![]
+    vec![
+        ("bad_flags", bad_flags),
+        ("flags_that_contradict", flags_that_contradict),
+        ("peers_that_cannot_be", peers_that_cannot_be),
+        ("routes_that_are_taken", routes_that_are_taken),
+        ("derived_addresses_that_clash", derived_addresses_that_clash),
+        ("names_that_are_taken", names_that_are_taken),
+        ("ports_that_are_taken", ports_that_are_taken),
+        ("without_privilege", without_privilege),
+        ("without_the_tun_device", without_the_tun_device),
+        ("without_io_uring", without_io_uring),
+    ]
+}
+
+/// What `command` says in `namespace`, where it must fail with `status` and
+/// leave nothing.
+fn failure(namespace: &Namespace, mut command: Command, status: i32) -> Result<String> {
+    let before = inventory(namespace)?;
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    let ended = Tunnel::spawn(namespace, command)?.wait()?;
+    check(ended.status.code() == Some(status), || {
+        format!("{}:\n{}", ended.status, ended.log)
+    })?;
+    nothing_left(namespace, &before)?;
+    Ok(ended.log)
+}
+
+fn command(flags: &str) -> Command {
+    let mut command = Command::new(FASTVPN);
+    command.args(flags.split_whitespace());
+    command
+}
+
+/// The one line of a failure must have all these parts.
+fn one_line(namespace: &Namespace, command: Command, parts: &[&str]) -> Result<()> {
+    let log = failure(namespace, command, 1)?;
+    let is_one_line = log.starts_with("fastvpn: ") && log.lines().count() == 1;
+    check(
+        is_one_line && parts.iter().all(|part| log.contains(part)),
+        || format!("not one line with {parts:?}:\n{log}"),
+    )
+}
+
+/// Each with flags that are added to a good command line.
+fn refusals(namespace: &Namespace, good: &str, cases: &[(&str, &[&str])]) -> Result<()> {
+    cases.iter().try_for_each(|(flags, parts)| {
+        let flags = format!("{good} {flags}");
+        one_line(namespace, command(&flags), parts)
+            .map_err(|error| Error::new(format!("{flags}: {error}")))
+    })
+}
+
+const GOOD: &str = "--peer 10.211.55.123";
+
+fn bad_flags() -> Result<()> {
+    let hosts = hosts(1500)?;
+    for (flags, part) in [
+        ("--queues 0", "--queues"),
+        ("--queues 257", "--queues"),
+        ("--queues many", "--queues"),
+        ("--mtu 67", "--mtu"),
+        ("--mtu 65508", "--mtu"),
+        ("--address 10.9.0.1/33", "--address"),
+        ("--address 10.9.0/24", "--address"),
+        ("--address 0.0.0.0/0", "--address"),
+        ("--address fd00::1/129", "--address"),
+        ("--route 10.9.0.1/24", "10.9.0.0/24"),
+        ("--route default", "--route"),
+        ("--listen 10.211.55.122:0", "--listen"),
+        ("--listen 10.211.55.122:65536", "--listen"),
+        ("--listen localhost", "--listen"),
+        ("--tun a/b", "--tun"),
+        ("--tun sixteen-letters-", "--tun"),
+        ("--cores 1-0", "--cores"),
+        ("--cores x", "--cores"),
+        ("--txqueuelen 0", "--txqueuelen"),
+        ("--without luck", "--without"),
+        ("--log-format xml", "--log-format"),
+        ("--quiet --verbose", "--quiet"),
+        ("--no-such-flag", "--no-such-flag"),
+        ("10.211.55.124", "10.211.55.124"),
+        ("--peer 10.211.55.123:0", "--peer"),
+        ("--peer 10.211.55.123:x", "--peer"),
+        ("--peer [fd00::1", "--peer"),
+        ("--peer", "--peer"),
+    ] {
+        let log = failure(&hosts.a, command(&format!("{GOOD} {flags}")), 2)?;
+        check(log.starts_with("error: ") && log.contains(part), || {
+            format!("{flags}:\n{log}")
+        })?;
+    }
+    let log = failure(&hosts.a, command(""), 2)?;
+    check(log.contains("--peer"), || log.clone())
+}
+
+fn flags_that_contradict() -> Result<()> {
+    let hosts = hosts(1500)?;
+    refusals(
+        &hosts.a,
+        GOOD,
+        &[
+            ("--cores 0,4000", &["--cores", "4000"]),
+            ("--listen 10.99.99.99", &["10.99.99.99", "--listen"]),
+            ("--listen ::1", &["--listen ::1", "10.211.55.123"]),
+            (
+                "--mtu 1279 --address fd00::1/64",
+                &["fd00::1/64", "1279", "--mtu 1280"],
+            ),
+            (
+                "--mtu 1279 --route fd00:9::/64",
+                &["fd00:9::/64", "1279", "--mtu 1280"],
+            ),
+            ("--peer 10.211.55.124", &["--peer"]),
+            (
+                "--address 10.9.0.1/24 --address 10.9.0.1/24",
+                &["10.9.0.1/24"],
+            ),
+        ],
+    )?;
+    // Over an underlay with the smallest MTU for IPv6 it is the tunnel's own.
+    let index = link(&hosts.a, "underlay0")?.index;
+    hosts.a.netlink()?.set_mtu(index, 1280)?;
+    let ipv6 = [(
+        "--address fd00::1/64",
+        &["fd00::1/64", "1252", "--mtu 1280"][..],
+    )];
+    refusals(&hosts.a, GOOD, &ipv6)?;
+    hosts.a.netlink()?.set_mtu(index, 90)?;
+    refusals(&hosts.a, GOOD, &[("", &["path MTU", "90"])])
+}
+
+fn peers_that_cannot_be() -> Result<()> {
+    let hosts = hosts(1500)?;
+    refusals(
+        &hosts.a,
+        "",
+        &[
+            (
+                "--peer no-such-host.invalid",
+                &["cannot resolve peer no-such-host.invalid"],
+            ),
+            ("--peer 192.0.2.1", &["192.0.2.1:8285", "unreachable"]),
+            ("--peer fd00:99::1", &["[fd00:99::1]:8285", "unreachable"]),
+            (
+                "--peer 10.211.55.122",
+                &["10.211.55.122", "this host itself"],
+            ),
+            ("--peer 127.0.0.1", &["127.0.0.1", "this host itself"]),
+            ("--peer 0.0.0.0", &["--peer 0.0.0.0"]),
+            ("--peer 224.0.0.1", &["--peer 224.0.0.1"]),
+            ("--peer 10.211.55.255", &["10.211.55.255"]),
+        ],
+    )
+}
+
+fn routes_that_are_taken() -> Result<()> {
+    let hosts = hosts(1500)?;
+    let taken = "10.9.0.0/16".parse().map_err(|_| Error::new("bad net"))?;
+    let index = link(&hosts.a, "underlay0")?.index;
+    hosts.a.netlink()?.add_route(taken, None, Some(index))?;
+    refusals(
+        &hosts.a,
+        GOOD,
+        &[
+            ("--route 10.9.0.0/16", &["10.9.0.0/16", "--route"]),
+            ("--route 10.211.55.0/24", &["10.211.55.0/24", "--route"]),
+            // The first of them is taken back.
+            (
+                "--route 10.8.0.0/16 --route 10.9.0.0/16",
+                &["10.9.0.0/16", "--route"],
+            ),
+        ],
+    )
+}
+
+fn derived_addresses_that_clash() -> Result<()> {
+    let hosts = hosts(1500)?;
+    let net = |text: &str| -> Result<IpNet> {
+        text.parse().map_err(|_| Error::new(format!("bad {text}")))
+    };
+    let index = link(&hosts.a, "underlay0")?.index;
+    let mut netlink = hosts.a.netlink()?;
+    netlink.add_route(net("10.244.9.0/24")?, None, Some(index))?;
+    refusals(
+        &hosts.a,
+        GOOD,
+        &[("", &["10.244.9.0/24", "underlay0", "--address"])],
+    )?;
+    netlink.del_route(net("10.244.9.0/24")?, None, None)?;
+    netlink.add_address(index, net("10.244.7.7/24")?)?;
+    refusals(
+        &hosts.a,
+        GOOD,
+        &[("", &["10.244.7.7/24", "underlay0", "--address"])],
+    )?;
+    // Two hosts whose addresses end alike.
+    let Pair { a, b: _far } = lab::pair(&[(net("10.1.3.4/8")?, net("10.2.3.4/8")?)], 1500)?;
+    refusals(
+        &a,
+        "--peer 10.2.3.4",
+        &[("", &["10.1.3.4", "10.2.3.4", "10.244.3.4", "--address"])],
+    )?;
+    // And one that would be the network's own.
+    refusals(
+        &a,
+        "--peer 10.2.0.0",
+        &[("", &["10.2.0.0", "10.244.0.0", "--address"])],
+    )
+}
+
+fn names_that_are_taken() -> Result<()> {
+    let hosts = hosts(1500)?;
+    let mut netlink = hosts.a.netlink()?;
+    netlink.create_veth("taken0", "taken1", None)?;
+    refusals(
+        &hosts.a,
+        GOOD,
+        &[
+            ("--tun taken0", &["taken0", "--tun"]),
+            ("--tun lo", &["interface lo", "--tun"]),
+        ],
+    )?;
+    // By another tunnel, which does not mind.
+    let ends = tunnel_between(&hosts, &[])?;
+    let other = "--listen 0.0.0.0:8286 --address 10.9.0.1/24";
+    refusals(&hosts.a, GOOD, &[(other, &["fastvpn0", "--tun"])])?;
+    bulk(&hosts.a, &hosts.b, TUNNEL[1].into(), 5)?;
+    ends.into_iter().try_for_each(|end| stop(end).map(drop))
+}
+
+fn ports_that_are_taken() -> Result<()> {
+    let hosts = hosts(1500)?;
+    let socket = udp(&hosts.a, Ipv4Addr::UNSPECIFIED, 8285)?;
+    for flags in ["--queues 1", "--queues 2", "--listen 10.211.55.122"] {
+        refusals(&hosts.a, GOOD, &[(flags, &[":8285", "--listen"])])?;
+    }
+    drop(socket);
+    // By another tunnel, which does not mind.
+    let ends = tunnel_between(&hosts, &[])?;
+    let other = "--tun other0 --address 10.9.0.1/24";
+    refusals(&hosts.a, GOOD, &[(other, &["0.0.0.0:8285", "--listen"])])?;
+    bulk(&hosts.a, &hosts.b, TUNNEL[1].into(), 5)?;
+    ends.into_iter().try_for_each(|end| stop(end).map(drop))?;
+    // Once it is free, nothing is in the way.
+    let ends = tunnel_between(&hosts, &[])?;
+    ends.into_iter().try_for_each(|end| stop(end).map(drop))
+}
+
+/// A command that prepares itself before it starts.
+fn prepared(arrange: impl FnMut() -> io::Result<()> + Send + Sync + 'static) -> Command {
+    let mut command = command(GOOD);
+    // SAFETY: all that is passed here makes system calls only; it neither
+    // allocates nor takes locks.
+    unsafe {
+        command.pre_exec(arrange);
+    }
+    command
+}
+
+fn done(result: libc::c_int) -> io::Result<()> {
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// The program to be started will have no capability: the bounding set is what
+/// root gets (capabilities(7)).
+fn drop_capabilities() -> io::Result<()> {
+    for capability in 0.. {
+        // SAFETY: prctl(2) with plain numbers; EINVAL behind the last capability.
+        let result = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) };
+        if result != 0 {
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
+/// An empty file system over /dev/net, seen by this process alone.
+fn hide_devices() -> io::Result<()> {
+    // SAFETY: system calls with constant strings that outlive them.
+    unsafe {
+        done(libc::unshare(libc::CLONE_NEWNS))?;
+        let private = libc::MS_REC | libc::MS_PRIVATE;
+        let nothing = std::ptr::null();
+        done(libc::mount(
+            nothing,
+            c"/".as_ptr(),
+            nothing,
+            private,
+            nothing.cast(),
+        ))?;
+        done(libc::mount(
+            c"none".as_ptr(),
+            c"/dev/net".as_ptr(),
+            c"tmpfs".as_ptr(),
+            0,
+            nothing.cast(),
+        ))
+    }
+}
+
+fn without_privilege() -> Result<()> {
+    let hosts = hosts(1500)?;
+    let helpless = prepared(drop_capabilities);
+    let parts = ["TUN device fastvpn0", "not permitted", "CAP_NET_ADMIN"];
+    one_line(&hosts.a, helpless, &parts)?;
+    // A device that is not ours to open.
+    let locked_out = prepared(|| {
+        hide_devices()?;
+        // SAFETY: system calls with constant strings that outlive them.
+        unsafe {
+            let file = libc::creat(c"/dev/net/tun".as_ptr(), 0);
+            done(if file < 0 { -1 } else { libc::close(file) })?;
+        }
+        drop_capabilities()
+    });
+    let parts = ["/dev/net/tun", "permission denied", "CAP_NET_ADMIN"];
+    one_line(&hosts.a, locked_out, &parts)
+}
+
+fn without_the_tun_device() -> Result<()> {
+    let hosts = hosts(1500)?;
+    let parts = ["/dev/net/tun", "no such file", "module tun"];
+    // With the right to it (linux/capability.h) the device would be made.
+    const CAP_MKNOD: libc::c_ulong = 27;
+    let deviceless = prepared(|| {
+        hide_devices()?;
+        // SAFETY: prctl(2) with plain numbers.
+        done(unsafe { libc::prctl(libc::PR_CAPBSET_DROP, CAP_MKNOD, 0, 0, 0) })
+    });
+    one_line(&hosts.a, deviceless, &parts)
+}
+
+/// As in a container whose seccomp profile forbids it (seccomp(2)).
+fn forbid_io_uring(errno: i32) -> io::Result<()> {
+    use libc::{BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, sock_filter};
+    let instruction = |code: u32, jt, jf, k| sock_filter {
+        code: code as u16,
+        jt,
+        jf,
+        k,
+    };
+    let setup = libc::SYS_io_uring_setup as u32;
+    let refusal = libc::SECCOMP_RET_ERRNO | errno as u32;
+    let filter = [
+        // The system call's number is at the start of struct seccomp_data.
+        instruction(BPF_LD | BPF_W | BPF_ABS, 0, 0, 0),
+        instruction(BPF_JMP | BPF_JEQ | BPF_K, 0, 1, setup),
+        instruction(BPF_RET | BPF_K, 0, 0, refusal),
+        instruction(BPF_RET | BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog {
+        len: filter.len() as u16,
+        filter: filter.as_ptr().cast_mut(),
+    };
+    // SAFETY: the program and its instructions outlive the call, and the kernel
+    // copies them.
+    unsafe {
+        done(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;
+        done(libc::prctl(
+            libc::PR_SET_SECCOMP,
+            libc::SECCOMP_MODE_FILTER,
+            &raw const program,
+        ))
+    }
+}
+
+fn without_io_uring() -> Result<()> {
+    let hosts = hosts(1500)?;
+    for (errno, hint) in [
+        (libc::EPERM, "kernel.io_uring_disabled"),
+        (libc::ENOSYS, "Linux 6.1"),
+    ] {
+        let command = prepared(move || forbid_io_uring(errno));
+        one_line(&hosts.a, command, &["cannot set up io_uring", hint])?;
+    }
+    Ok(())
 }

@@ -9,14 +9,19 @@ mod errors;
 mod exact;
 mod fallbacks;
 mod hosts;
+mod life;
 mod packets;
+mod peers;
 mod plain_peer;
 mod queues;
 mod raw;
 mod script;
+mod strangers;
 mod super_packets;
 mod support;
+mod tools;
 mod traffic;
+mod underlay;
 
 use std::process::ExitCode;
 
@@ -39,6 +44,10 @@ fn main() -> ExitCode {
         exact::tests(),
         super_packets::tests(),
         hosts::tests(),
+        peers::tests(),
+        strangers::tests(),
+        underlay::tests(),
+        life::tests(),
         errors::tests(),
     ];
     let trial = |(name, test): support::Test| Trial::test(name, move || Ok(test()?));

@@ -1,15 +1,16 @@
 //! What the tests have in common: hosts, tunnels between them, and what the
 //! tunnels said.
 
-use std::io::Read;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::io::{self, Read};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::process::{Command, ExitStatus, Stdio};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::traffic::ping;
+use fastvpn::lab::traffic::{Between, Bulk, BulkLimit, Watch, ping, ping_up_to, tcp_bulk};
 use fastvpn::lab::{Child, Namespace, Pair, pair};
+use fastvpn::netlink::Link;
 use ipnet::IpNet;
 
 /// A test's name and body.
@@ -75,6 +76,11 @@ impl Tunnel {
             .args(flags)
             .stdin(Stdio::null())
             .stdout(Stdio::null());
+        Self::spawn(namespace, command)
+    }
+
+    /// Starts a command that is fastvpn's, and reads what it says.
+    pub fn spawn(namespace: &Namespace, mut command: Command) -> Result<Self> {
         command.stderr(Stdio::piped());
         let mut child = namespace.spawn(command)?;
         let stderr = child.process().stderr.take();
@@ -175,6 +181,103 @@ pub fn wait_for(from: &Namespace, to: IpAddr) -> Result<()> {
             Err(_) => std::thread::sleep(Duration::from_millis(10)),
         }
     }
+}
+
+/// Starts `fastvpn` with flags as one would type them.
+pub fn fastvpn(namespace: &Namespace, flags: &str) -> Result<Tunnel> {
+    Tunnel::start(namespace, &flags.split_whitespace().collect::<Vec<_>>())
+}
+
+/// Ends a tunnel in order and checks that this went well.
+pub fn stop(tunnel: Tunnel) -> Result<Ended> {
+    let ended = tunnel.stop()?;
+    check(ended.status.success(), || {
+        format!("{}:\n{}", ended.status, ended.log)
+    })?;
+    Ok(ended)
+}
+
+/// Sends megabytes over TCP and checks every byte.
+pub fn bulk(client: &Namespace, server: &Namespace, address: IpAddr, megabytes: u64) -> Result<()> {
+    let between = Between {
+        client,
+        server,
+        address,
+    };
+    let bulk = Bulk {
+        streams: 1,
+        limit: BulkLimit::BytesPerStream(megabytes * 1_000_000),
+    };
+    let report = tcp_bulk(between, bulk, &Watch::default())?;
+    check(
+        report.intact && report.bytes == megabytes * 1_000_000,
+        || format!("TCP to {address} was damaged: {report:?}"),
+    )
+}
+
+/// An interface that must be there.
+pub fn link(namespace: &Namespace, name: &str) -> Result<Link> {
+    let mut netlink = namespace.netlink()?;
+    let index = netlink.link_index(name)?;
+    match index.map(|index| netlink.link_by_index(index)) {
+        Some(link) => link?.ok_or_else(|| Error::new(format!("no interface {name}"))),
+        None => fail(format!("no interface {name}")),
+    }
+}
+
+/// Waits until something is so.
+pub fn wait_until(what: &str, mut is_so: impl FnMut() -> Result<bool>) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    while !is_so()? {
+        check(Instant::now() < deadline, || {
+            format!("waited in vain: {what}")
+        })?;
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+/// A number from /proc/net/snmp of a namespace (RFC 1213 and others).
+pub fn snmp(namespace: &Namespace, protocol: &str, name: &str) -> Result<u64> {
+    // /proc/net is the namespace of the process's first thread.
+    let path = "/proc/thread-self/net/snmp";
+    let text = namespace
+        .run(|| std::fs::read_to_string(path))
+        .map_err(|cause| Error::os(format!("cannot read {path}"), cause))?;
+    let mut lines = text
+        .lines()
+        .filter_map(|line| line.strip_prefix(protocol)?.strip_prefix(':'));
+    let (names, values) = (lines.next(), lines.next());
+    let place = names.and_then(|names| names.split_whitespace().position(|word| word == name));
+    place
+        .and_then(|place| values?.split_whitespace().nth(place)?.parse().ok())
+        .ok_or_else(|| Error::new(format!("no {protocol} {name} in {path}")))
+}
+
+/// A UDP socket in a namespace whose reads wait as long as a test does.
+pub fn udp(namespace: &Namespace, address: impl Into<IpAddr>, port: u16) -> Result<UdpSocket> {
+    let address = SocketAddr::new(address.into(), port);
+    let open = || {
+        let socket = UdpSocket::bind(address)?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        Ok(socket)
+    };
+    namespace
+        .run(open)
+        .map_err(|cause| Error::os(format!("cannot open UDP socket on {address}"), cause))
+}
+
+/// Attaches an error to what was tried.
+pub fn tried<T>(what: &str, result: io::Result<T>) -> Result<T> {
+    result.map_err(|cause| Error::os(format!("cannot {what}"), cause))
+}
+
+/// Pings with `bytes` of payload until an answer comes: on a busy host one
+/// fragment lost from a backlog takes a whole large ping with it, and so does
+/// path MTU discovery at its first step.
+pub fn answers(from: &Namespace, to: IpAddr, bytes: usize) -> Result<()> {
+    const ATTEMPTS: u32 = 20;
+    ping_up_to(ATTEMPTS as usize, from, to, bytes, PATIENCE / ATTEMPTS).map(drop)
 }
 
 /// Tunnel addresses of host A and host B in both families.

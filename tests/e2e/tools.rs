@@ -1,0 +1,355 @@
+//! Traffic and surroundings that only these tests need: a TCP stream that goes
+//! on until it is told to end, a web server, NAT rules, a slow line.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use fastvpn::error::{Error, Result};
+use fastvpn::lab::Namespace;
+use ipnet::IpNet;
+use netlink_sys::{Socket as NetlinkSocket, SocketAddr as NetlinkAddr};
+use socket2::SockRef;
+
+use crate::support::{PATIENCE, check, fail, link, tried, wait_until};
+
+/// Bytes of each write and read of a [`Stream`] or a web page.
+const BLOCK_BYTES: usize = 64 * 1024;
+
+/// What a stream's receiver may hold unread: less than any wait asks for, so
+/// that bytes which were there already are never taken for progress.
+const RECEIVE_BUFFER_BYTES: usize = 256 * 1024;
+
+/// Enough bytes to prove that a stream is alive.
+pub const PROGRESS_BYTES: u64 = 4_000_000;
+
+/// A TCP stream that goes on, at a moderate rate, until it is told to end.
+pub struct Stream {
+    go_on: Arc<AtomicBool>,
+    arrived: Arc<AtomicU64>,
+    sender: JoinHandle<io::Result<u64>>,
+    receiver: JoinHandle<io::Result<u64>>,
+}
+
+impl Stream {
+    /// Connects from `client` to `server`, which has `address`, and sends.
+    pub fn start(client: &Namespace, server: &Namespace, address: IpAddr) -> Result<Self> {
+        let connect = || {
+            let listener = server.run(|| TcpListener::bind((address, 0)))?;
+            SockRef::from(&listener).set_recv_buffer_size(RECEIVE_BUFFER_BYTES)?;
+            SockRef::from(&listener).set_read_timeout(Some(PATIENCE))?;
+            let address = listener.local_addr()?;
+            let sender = client.run(|| TcpStream::connect_timeout(&address, PATIENCE))?;
+            let (receiver, _) = listener.accept()?;
+            sender.set_write_timeout(Some(PATIENCE))?;
+            receiver.set_read_timeout(Some(PATIENCE))?;
+            Ok((sender, receiver))
+        };
+        let (sender, receiver) = tried(&format!("connect to {address}"), connect())?;
+        let go_on = Arc::new(AtomicBool::new(true));
+        let arrived = Arc::new(AtomicU64::new(0));
+        let (going_on, arriving) = (Arc::clone(&go_on), Arc::clone(&arrived));
+        Ok(Self {
+            go_on,
+            arrived,
+            sender: std::thread::spawn(move || send(sender, &going_on)),
+            receiver: std::thread::spawn(move || receive(receiver, &arriving)),
+        })
+    }
+
+    /// Waits until [`PROGRESS_BYTES`] more have arrived.
+    pub fn wait_for_progress(&self) -> Result<()> {
+        let target = self.arrived.load(Ordering::Relaxed) + PROGRESS_BYTES;
+        wait_until("the TCP stream goes on", || {
+            check(!self.receiver.is_finished(), || {
+                "the TCP stream broke".into()
+            })?;
+            Ok(self.arrived.load(Ordering::Relaxed) >= target)
+        })
+    }
+
+    /// Ends the stream; all that was sent must have arrived.
+    pub fn finish(self) -> Result<u64> {
+        self.go_on.store(false, Ordering::Relaxed);
+        let result = |thread: JoinHandle<io::Result<u64>>| {
+            thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        let sent = tried("send a TCP stream", result(self.sender))?;
+        let received = tried("receive a TCP stream", result(self.receiver))?;
+        check(sent == received, || {
+            format!("sent {sent} bytes, received {received}")
+        })?;
+        Ok(sent)
+    }
+}
+
+/// Bytes that are unlike those at any other offset: numbers that count up.
+fn block(offset: u64) -> Vec<u8> {
+    let first = offset / 8;
+    let numbers = first..first + (BLOCK_BYTES / 8) as u64;
+    numbers.flat_map(u64::to_le_bytes).collect()
+}
+
+fn send(mut socket: TcpStream, go_on: &AtomicBool) -> io::Result<u64> {
+    let mut sent = 0;
+    while go_on.load(Ordering::Relaxed) {
+        socket.write_all(&block(sent))?;
+        sent += BLOCK_BYTES as u64;
+        // Leaves the machine to others, too.
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    socket.shutdown(Shutdown::Write)?;
+    Ok(sent)
+}
+
+fn receive(mut socket: impl Read, arrived: &AtomicU64) -> io::Result<u64> {
+    let mut buffer = vec![0; BLOCK_BYTES];
+    let mut received = 0;
+    loop {
+        let mut filled = 0;
+        while filled < BLOCK_BYTES {
+            match socket.read(&mut buffer[filled..])? {
+                0 if filled == 0 => return Ok(received),
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                length => filled += length,
+            }
+        }
+        if buffer != block(received) {
+            return Err(io::Error::other(format!("damaged after {received} bytes")));
+        }
+        received += BLOCK_BYTES as u64;
+        arrived.store(received, Ordering::Relaxed);
+    }
+}
+
+/// A tiny web server in `server` at `listen` for one request, which comes from
+/// `client` and goes to `to`. The page has `blocks` times 64 KiB, all of which
+/// are compared. Returns the client's address as the server saw it.
+pub fn fetch(
+    server: &Namespace,
+    listen: SocketAddr,
+    client: &Namespace,
+    to: SocketAddr,
+    blocks: u64,
+) -> Result<IpAddr> {
+    let listener = tried(
+        &format!("listen on {listen}"),
+        server.run(|| TcpListener::bind(listen)),
+    )?;
+    tried(
+        "set a timeout",
+        SockRef::from(&listener).set_read_timeout(Some(PATIENCE)),
+    )?;
+    std::thread::scope(|scope| {
+        let served = scope.spawn(|| serve(&listener, blocks));
+        let fetched = client.run(|| get(to, blocks));
+        let served = served
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        tried(&format!("fetch http://{to}/"), fetched)?;
+        tried(&format!("serve http://{listen}/"), served)
+    })
+}
+
+fn serve(listener: &TcpListener, blocks: u64) -> io::Result<IpAddr> {
+    let (mut socket, from) = listener.accept()?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.set_write_timeout(Some(PATIENCE))?;
+    let mut reader = BufReader::new(socket.try_clone()?);
+    let mut line = String::new();
+    reader.read_line(&mut line)?;
+    if line != "GET / HTTP/1.0\r\n" {
+        return Err(io::Error::other(format!("a strange request: {line:?}")));
+    }
+    while line != "\r\n" {
+        line.clear();
+        reader.read_line(&mut line)?;
+    }
+    let length = blocks * BLOCK_BYTES as u64;
+    write!(
+        socket,
+        "HTTP/1.0 200 OK\r\nContent-Length: {length}\r\n\r\n"
+    )?;
+    for number in 0..blocks {
+        socket.write_all(&block(number * BLOCK_BYTES as u64))?;
+    }
+    Ok(from.ip())
+}
+
+fn get(to: SocketAddr, blocks: u64) -> io::Result<()> {
+    let mut socket = TcpStream::connect_timeout(&to, PATIENCE)?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    write!(socket, "GET / HTTP/1.0\r\nHost: {to}\r\n\r\n")?;
+    let mut reader = BufReader::new(socket);
+    let mut line = String::new();
+    reader.read_line(&mut line)?;
+    if line != "HTTP/1.0 200 OK\r\n" {
+        return Err(io::Error::other(format!("a strange answer: {line:?}")));
+    }
+    while line != "\r\n" {
+        line.clear();
+        reader.read_line(&mut line)?;
+    }
+    let bytes = receive(reader, &AtomicU64::new(0))?;
+    if bytes != blocks * BLOCK_BYTES as u64 {
+        return Err(io::Error::other(format!("a page of {bytes} bytes")));
+    }
+    Ok(())
+}
+
+/// Loads rules into a namespace's packet filter (nft(8)).
+pub fn nft(namespace: &Namespace, rules: &str) -> Result<()> {
+    let mut command = Command::new("nft");
+    command.args(["-f", "-"]);
+    command.stdin(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = namespace.spawn(command).map_err(|error| {
+        if error.errno() == Some(libc::ENOENT) {
+            error.hint("the tests of NAT need the package nftables")
+        } else {
+            error
+        }
+    })?;
+    if let Some(mut stdin) = child.process().stdin.take() {
+        tried("write to nft", stdin.write_all(rules.as_bytes()))?;
+    }
+    let mut said = String::new();
+    if let Some(mut stderr) = child.process().stderr.take() {
+        tried("read from nft", stderr.read_to_string(&mut said))?;
+    }
+    let status = tried("wait for nft", child.process().wait())?;
+    check(status.success(), || format!("nft: {}", said.trim()))
+}
+
+/// Makes an interface's way out slow: `bytes_per_second`, and all else waits in
+/// a queue that has room for more than any socket may send ahead. This is what
+/// `tc qdisc add dev NAME root tbf ...` does.
+pub fn slow_down(namespace: &Namespace, name: &str, bytes_per_second: u32) -> Result<()> {
+    const QUEUE_BYTES: u32 = 256 << 20;
+    const BURST_BYTES: u32 = 64 << 10;
+    // linux/rtnetlink.h, linux/pkt_sched.h.
+    const TCA_KIND: u16 = 1;
+    const TCA_OPTIONS: u16 = 2;
+    const TCA_TBF_PARMS: u16 = 1;
+    const TCA_TBF_BURST: u16 = 6;
+    const TC_H_ROOT: u32 = 0xffff_ffff;
+    const TC_LINKLAYER_ETHERNET: u8 = 1;
+
+    let attribute = |kind: u16, value: &[u8]| {
+        let mut bytes = ((4 + value.len()) as u16).to_ne_bytes().to_vec();
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend(value);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes
+    };
+    // struct tc_tbf_qopt: two struct tc_ratespec, limit, buffer, mtu.
+    let mut parameters = vec![0, TC_LINKLAYER_ETHERNET, 0, 0, 0, 0, 0, 0];
+    parameters.extend(bytes_per_second.to_ne_bytes());
+    parameters.extend([0; 12]);
+    parameters.extend(QUEUE_BYTES.to_ne_bytes());
+    parameters.extend([0; 8]);
+    let mut options = attribute(TCA_TBF_PARMS, &parameters);
+    options.extend(attribute(TCA_TBF_BURST, &BURST_BYTES.to_ne_bytes()));
+
+    // struct tcmsg: family, interface, handle, parent, info.
+    let mut message = vec![0; 4];
+    message.extend(link(namespace, name)?.index.to_ne_bytes());
+    message.extend([0; 4]);
+    message.extend(TC_H_ROOT.to_ne_bytes());
+    message.extend([0; 4]);
+    message.extend(attribute(TCA_KIND, b"tbf\0"));
+    message.extend(attribute(TCA_OPTIONS, &options));
+
+    let flags = libc::NLM_F_REQUEST | libc::NLM_F_ACK | libc::NLM_F_CREATE | libc::NLM_F_EXCL;
+    let mut request = ((16 + message.len()) as u32).to_ne_bytes().to_vec();
+    request.extend(libc::RTM_NEWQDISC.to_ne_bytes());
+    request.extend((flags as u16).to_ne_bytes());
+    request.extend([0; 8]);
+    request.extend(message);
+
+    let transact = || {
+        let mut socket = NetlinkSocket::new(netlink_sys::protocols::NETLINK_ROUTE)?;
+        socket.bind_auto()?;
+        socket.send_to(&request, &NetlinkAddr::new(0, 0), 0)?;
+        let mut answer = Vec::with_capacity(4096);
+        socket.recv(&mut answer, 0)?;
+        // struct nlmsgerr follows the header: zero, or minus the errno.
+        let error = answer.get(16..20).and_then(|error| error.try_into().ok());
+        match error.map(i32::from_ne_bytes) {
+            Some(0) => Ok(()),
+            Some(error) => Err(io::Error::from_raw_os_error(-error)),
+            None => Err(io::ErrorKind::InvalidData.into()),
+        }
+    };
+    namespace.run(transact).map_err(|cause| {
+        let error = Error::os(format!("cannot slow down {name}"), cause);
+        if error.errno() == Some(libc::ENOENT) {
+            error.hint("the kernel lacks the token bucket filter (module sch_tbf)")
+        } else {
+            error
+        }
+    })
+}
+
+/// Reads a line that must come.
+pub fn wait_for_line(reader: &mut impl BufRead, part: &str) -> Result<String> {
+    let mut seen = String::new();
+    loop {
+        let mut line = String::new();
+        match reader.read_line(&mut line) {
+            Ok(0) => return fail(format!("no line with {part:?} in:\n{seen}")),
+            Ok(_) if line.contains(part) => return Ok(line),
+            Ok(_) => seen.push_str(&line),
+            Err(cause) => return Err(Error::os("cannot read a program's output", cause)),
+        }
+    }
+}
+
+/// All that a tunnel could leave behind in a namespace, as it is now.
+pub fn inventory(namespace: &Namespace) -> Result<BTreeSet<String>> {
+    // What the kernel gives each interface, in its own time.
+    let by_itself = |net: &IpNet| match net {
+        IpNet::V4(_) => false,
+        IpNet::V6(net) => net.addr().is_unicast_link_local() || net.addr().is_multicast(),
+    };
+    let mut netlink = namespace.netlink()?;
+    let links = netlink.links()?;
+    let mut all: BTreeSet<_> = links
+        .iter()
+        .map(|link| format!("interface {}", link.name))
+        .collect();
+    let addresses = netlink.addresses()?;
+    let addresses = addresses.iter().filter(|(_, net)| !by_itself(net));
+    all.extend(addresses.map(|(index, net)| format!("address {net} on {index}")));
+    let routes = netlink.routes()?;
+    let routes = routes.iter().filter(|route| !by_itself(&route.destination));
+    all.extend(routes.map(|route| format!("{route:?}")));
+    for table in ["udp", "udp6"] {
+        let path = format!("/proc/thread-self/net/{table}");
+        let text = tried(
+            "list the sockets",
+            namespace.run(|| fs::read_to_string(path)),
+        )?;
+        // The second column is the local address and port.
+        let sockets = text
+            .lines()
+            .skip(1)
+            .filter_map(|line| line.split_whitespace().nth(1));
+        all.extend(sockets.map(|socket| format!("{table} socket {socket}")));
+    }
+    Ok(all)
+}
+
+/// Whether all that is there was there before.
+pub fn nothing_left(namespace: &Namespace, before: &BTreeSet<String>) -> Result<()> {
+    let after = inventory(namespace)?;
+    let left: Vec<_> = after.difference(before).collect();
+    check(left.is_empty(), || format!("left behind: {left:?}"))
+}
