@@ -51,9 +51,6 @@ fn main() -> ExitCode {
         errors::tests(),
     ];
     let trial = |(name, test): support::Test| Trial::test(name, move || Ok(test()?));
-    let mut trials: Vec<Trial> = tests.into_iter().flatten().map(trial).collect();
-    // With `--ignored` they run.
-    let known_faults = queues::known_faults().into_iter();
-    trials.extend(known_faults.map(|test| trial(test).with_ignored_flag(true)));
+    let trials = tests.into_iter().flatten().map(trial).collect();
     libtest_mimic::run(&arguments, trials).exit_code()
 }

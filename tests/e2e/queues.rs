@@ -28,14 +28,6 @@ pub fn tests() -> Vec<Test> {
         ("queues_4_and_1", || queues(4, 1, Ways::Apart)),
         ("queues_3_and_2", || queues(3, 2, Ways::Apart)),
         ("queues_4_and_4_answering", || queues(4, 4, Ways::Together)),
-    ]
-}
-
-/// What is known to fail now and then: with unequal queues the TUN driver
-/// moves a flow to the queue on which its answers come (`tun_flow_update` in
-/// `drivers/net/tun.c`) while packets still wait in the one that it had.
-pub fn known_faults() -> Vec<Test> {
-    vec![
         ("queues_4_and_1_answering", || queues(4, 1, Ways::Together)),
         ("queues_3_and_2_answering", || queues(3, 2, Ways::Together)),
     ]
