@@ -78,7 +78,7 @@ mod tests {
         };
         for _ in 0..3 {
             run("widest", sum_words);
-            run("portable", |bytes| sum_words_portable(bytes));
+            run("portable", sum_words_portable);
         }
     }
 }

@@ -44,7 +44,7 @@ const COMPLETIONS_MAX: usize = 256;
 
 /// Output bytes given to the kernel at once at the latest: what is staged
 /// should still be in the second-level cache when the kernel copies it.
-const STAGED_BYTES_MAX: usize = 256 << 10;
+const STAGED_BYTES_MAX: usize = 512 << 10;
 
 /// Which io_uring features to use where the kernel has them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -39,7 +39,7 @@ const BATCH_EVENTS_MAX: usize = 64;
 
 /// Rounds that an open train or frame may wait for more while more arrives, so
 /// that nothing waits behind an endless stream.
-const CARRIED_ROUNDS_MAX: u32 = 4;
+const CARRIED_ROUNDS_MAX: u32 = 8;
 
 /// Runs a worker until it is told to stop.
 ///
