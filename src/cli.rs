@@ -10,9 +10,8 @@ use crate::transport::DEFAULT_PORT;
 
 /// A fast userspace network tunnel: IP packets in plain UDP datagrams.
 ///
-/// Run it the same way on both hosts, each naming the other:
-///
-///     fastvpn --queues 4 --peer 10.211.55.123:8285
+/// Run it the same way on both hosts, each naming the other, as in
+/// `fastvpn --queues 4 --peer 10.211.55.123:8285`.
 #[derive(Debug, Parser)]
 #[command(
     version,

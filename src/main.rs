@@ -1,5 +1,6 @@
 //! The command line: see `fastvpn --help`.
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -21,7 +22,8 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("fastvpn: {error}");
+            // Not eprintln!, which panics when standard error is closed.
+            let _ = writeln!(std::io::stderr(), "fastvpn: {error}");
             ExitCode::FAILURE
         }
     }

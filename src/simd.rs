@@ -63,22 +63,4 @@ mod tests {
             proptest::prop_assert_eq!(sum_words_portable(&bytes), naive);
         }
     }
-
-    #[test]
-    #[ignore = "prints figures: run with --release --ignored --nocapture"]
-    fn speed() {
-        let bytes = vec![0xa5u8; 1420];
-        let run = |name: &str, sum: fn(&[u8]) -> u64| {
-            let start = std::time::Instant::now();
-            let total: u64 = (0..2_000_000)
-                .map(|_| sum(std::hint::black_box(&bytes)) & 1)
-                .sum();
-            let ns = start.elapsed().as_nanos() as f64 / 2e6;
-            println!("{name}: {ns:.1} ns, {:.1} GB/s ({total})", 1420.0 / ns);
-        };
-        for _ in 0..3 {
-            run("widest", sum_words);
-            run("portable", sum_words_portable);
-        }
-    }
 }

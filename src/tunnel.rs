@@ -26,8 +26,9 @@ use crate::worker::Command;
 use crate::worker::counters::Snapshot;
 use crate::worker::table::{Peer, Table};
 
-/// How often trains of full size are tried again on paths that refused them.
-const LIMITS_RESET_INTERVAL: Duration = Duration::from_secs(60);
+/// How often trains of full size are tried again on paths that refused them: as
+/// often as the kernel forgets a path MTU (`net.ipv4.route.mtu_expires`).
+const LIMITS_RESET_INTERVAL: Duration = Duration::from_secs(600);
 
 /// How long, and how often, a killed predecessor's port and device are waited
 /// for. Longer than the kernel takes; short enough for who has mistyped.
@@ -40,6 +41,7 @@ const PREDECESSOR_WAIT_STEP: Duration = Duration::from_millis(10);
 /// When it cannot be set up, or when the device is taken away.
 pub fn run(config: &Config) -> Result<()> {
     let signals = SignalWatch::start()?;
+    raise_descriptor_limit();
     let mut netlink = Netlink::open()?;
     let Claimed {
         sockets,
@@ -69,6 +71,9 @@ pub fn run(config: &Config) -> Result<()> {
     };
     let workers = Workers::start(device.queues, sockets, &setup)?;
     link::bring_up(&mut netlink, &config.tun, &config.link)?;
+    for peer in &config.peers {
+        link::check_outside(&mut netlink, &config.tun, peer.ip())?;
+    }
     announce(config, device.offloads, udp, workers.features());
     if !device.steered {
         tracing::warn!(
@@ -85,6 +90,16 @@ pub fn run(config: &Config) -> Result<()> {
         tracing::info!("{line}");
     }
     result
+}
+
+/// Five descriptors per worker: 256 workers need more than the usual 1024.
+fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+    {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
 }
 
 /// What exists once in a namespace: the port and the device.

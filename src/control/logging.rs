@@ -15,6 +15,8 @@ pub fn init(verbose: u8, quiet: bool, format: LogFormat) {
     let builder = tracing_subscriber::fmt()
         .with_max_level(level)
         .with_target(false)
+        // It would report a closed standard error there, and panic.
+        .log_internal_errors(false)
         .with_writer(std::io::stderr);
     // A second call, as tests make it, changes nothing.
     let _ = match format {

@@ -147,15 +147,20 @@ impl Parts {
     fn spawn(self) -> Result<Worker> {
         let (commands, receiver) = bounded(COMMANDS_MAX);
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-        let wake = EventFd::from_value_and_flags(0, flags)
-            .map_err(|errno| Error::os("cannot create an event counter", errno.into()))?;
+        let wake = EventFd::from_value_and_flags(0, flags).map_err(|errno| {
+            Error::os("cannot create an event counter", errno.into())
+                .hint("raise the limit on open files (ulimit -n), or ask for fewer --queues")
+        })?;
         let wake = Arc::new(wake);
         let counters = Arc::new(Counters::default());
         let (worker_wake, worker_counters) = (Arc::clone(&wake), Arc::clone(&counters));
         let thread = std::thread::Builder::new()
             .name(format!("fastvpn-{}", self.index))
             .spawn(move || self.work(&receiver, worker_wake, worker_counters))
-            .map_err(|error| Error::os("cannot start a worker thread", error))?;
+            .map_err(|error| {
+                Error::os("cannot start a worker thread", error)
+                    .hint("raise the limit on processes (ulimit -u), or ask for fewer --queues")
+            })?;
         Ok(Worker {
             thread,
             commands,

@@ -57,6 +57,22 @@ pub fn bring_up(netlink: &mut Netlink, name: &str, config: &LinkConfig) -> Resul
     Ok(())
 }
 
+/// Makes sure that datagrams to a peer do not themselves go into the tunnel,
+/// where each would be wrapped again and again.
+///
+/// # Errors
+/// Names the peer if they would.
+pub fn check_outside(netlink: &mut Netlink, name: &str, peer: IpAddr) -> Result<()> {
+    let own = netlink.link_index(name)?;
+    if own.is_some() && netlink.interface_to(peer)? == own {
+        return Err(Error::new(format!(
+            "the way to peer {peer} would lead through the tunnel itself"
+        ))
+        .hint("choose an --address and --route that do not cover the peer, or add a route to it first"));
+    }
+    Ok(())
+}
+
 /// The tunnel address of the host with the underlay address `underlay`:
 /// a.b.x.y gives 10.244.x.y, and an IPv6 address gives its last two bytes.
 ///

@@ -12,7 +12,8 @@
 //!
 //! The hash is symmetric, so that with equal numbers of queues both directions
 //! of a flow meet at one worker. Fragments go by their addresses alone, since
-//! only the first has ports.
+//! only the first has ports; a flow that mixes fragments with whole packets may
+//! use two queues, as with the kernel's own hash.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};

@@ -120,6 +120,32 @@ impl Netlink {
         Ok(routes)
     }
 
+    /// The interface through which the host would reach `address` now, as
+    /// `ip route get` tells; `None` if it would not.
+    ///
+    /// # Errors
+    /// When the kernel refuses for another reason than that there is no route.
+    pub fn interface_to(&mut self, address: IpAddr) -> Result<Option<u32>> {
+        let mut message = route_message(IpNet::from(address), None, None)?;
+        message.header.table = 0;
+        match self.get(RouteNetlinkMessage::GetRoute(message)) {
+            Ok(Some(RouteNetlinkMessage::NewRoute(route))) => {
+                Ok(route
+                    .attributes
+                    .iter()
+                    .find_map(|attribute| match attribute {
+                        RouteAttribute::Oif(index) => Some(*index),
+                        _ => None,
+                    }))
+            }
+            Ok(_) => Ok(None),
+            Err(refusal) if refusal.is(libc::ENETUNREACH) || refusal.is(libc::EHOSTUNREACH) => {
+                Ok(None)
+            }
+            Err(refusal) => Err(refusal.describe(format!("cannot look up the route to {address}"))),
+        }
+    }
+
     fn hop_for_error(&mut self, via: Option<IpAddr>, oif: Option<u32>) -> String {
         let via = via.map(|via| format!(" via {via}")).unwrap_or_default();
         let oif = oif

@@ -2,10 +2,10 @@
 //! takes a buffer when data is there, not when the request is made.
 //!
 //! The kernel uses buffers in the order given, so all that it holds pass
-//! through the cache in turn. Bulk traffic fills whole buffers and needs few;
-//! small packets take one each and need many for a good batch. So the kernel is
-//! given as many as it has lately used up, and the rest wait here, the one used
-//! last on top.
+//! through the cache in turn. Bulk traffic fills whole buffers and wants few of
+//! them; small packets take one each and want many for a good batch. So the
+//! kernel is given as many as hold a batch's bytes at the size of what arrived
+//! lately, and the rest wait here, the one used last on top.
 
 use std::io;
 use std::ptr::NonNull;
@@ -49,11 +49,13 @@ impl Drop for Pages {
     }
 }
 
+/// Bytes that one batch should bring at the most. Measured in turn on one
+/// stream, CPU seconds per GB: as many as there are 0.80, 256 KiB 0.545, 512 KiB
+/// 0.567, 1 MiB 0.536.
+const BATCH_BYTES: usize = 1 << 20;
+
 /// Fewest buffers that the kernel is given.
 const PROVIDED_MIN: usize = 4;
-
-/// Calls of [`BufferRing::provide`] after which fewer buffers are tried.
-const WINDOW: u32 = 256;
 
 /// Buffers that are with the kernel, spare, or, taken out by value, with the
 /// caller. A buffer that is never given back is lost to the ring, no more.
@@ -68,11 +70,8 @@ pub struct BufferRing {
     available: usize,
     /// Neither with the kernel nor with the caller.
     spare: Vec<(u16, Box<[u8]>)>,
-    /// How many the kernel shall have.
-    target: usize,
-    /// Fewest that it had in this window, and the calls left in it.
-    low_water: usize,
-    window: u32,
+    /// Bytes per filled buffer, a moving average.
+    filled_bytes: usize,
 }
 
 impl BufferRing {
@@ -102,9 +101,7 @@ impl BufferRing {
             provided: (0..count).map(|_| None).collect(),
             available: 0,
             spare: (0..count).rev().map(buffer).collect(),
-            target: PROVIDED_MIN.min(usize::from(count)),
-            low_water: usize::from(count),
-            window: WINDOW,
+            filled_bytes: 0,
         })
     }
 
@@ -114,11 +111,13 @@ impl BufferRing {
         submitter.unregister_buf_ring(self.group)
     }
 
-    /// The buffer that a completion names. `None` if the kernel does not hold
-    /// it, which would be a fault of ours or the kernel's.
-    pub fn take(&mut self, id: u16) -> Option<Box<[u8]>> {
+    /// The buffer that a completion names and has filled with `bytes`. `None`
+    /// if the kernel does not hold it, which would be a fault of ours or the
+    /// kernel's.
+    pub fn take(&mut self, id: u16, bytes: usize) -> Option<Box<[u8]>> {
         let buffer = self.provided.get_mut(usize::from(id))?.take()?;
         self.available -= 1;
+        self.filled_bytes = (self.filled_bytes * 7 + bytes) / 8;
         Some(buffer)
     }
 
@@ -128,26 +127,11 @@ impl BufferRing {
         self.spare.push((id, buffer));
     }
 
-    /// The kernel has run out of buffers: it shall have more from now on.
-    pub fn ran_dry(&mut self) {
-        self.target = (self.target * 2).min(self.provided.len());
-        self.window = WINDOW;
-        self.low_water = self.target;
-    }
-
     /// Gives the kernel what it shall have, as far as there are buffers.
     #[inline]
     pub fn provide(&mut self) {
-        self.low_water = self.low_water.min(self.available);
-        self.window -= 1;
-        if self.window == 0 {
-            if self.low_water > self.target / 2 {
-                self.target = (self.target / 2).max(PROVIDED_MIN);
-            }
-            self.window = WINDOW;
-            self.low_water = self.target;
-        }
-        while self.available < self.target {
+        let target = (BATCH_BYTES / self.filled_bytes.max(1)).max(PROVIDED_MIN);
+        while self.available < target {
             let Some((id, buffer)) = self.spare.pop() else {
                 return;
             };

@@ -98,8 +98,10 @@ impl Uring {
                 && probe.is_supported(opcode::ReadMulti::CODE),
             receive_multishot: wanted.receive_multishot,
         };
-        let sources = Sources::new(&ring.submitter(), wanted)
-            .map_err(|error| Error::os("cannot register io_uring buffers", error))?;
+        let sources = Sources::new(&ring.submitter(), wanted).map_err(|error| {
+            Error::os("cannot register io_uring buffers", error)
+                .hint("raise the limit on locked memory (ulimit -l), or ask for fewer --queues")
+        })?;
         Ok(Self {
             ring,
             queue,
@@ -133,7 +135,7 @@ impl Uring {
             if unsafe { self.ring.submission().push(entry) }.is_ok() {
                 return Ok(());
             }
-            self.submit(0)?;
+            self.submit_and_reap(0)?;
         }
     }
 
@@ -141,9 +143,18 @@ impl Uring {
     fn submit(&mut self, completions: usize) -> Result<()> {
         match self.ring.submit_and_wait(completions) {
             Ok(_) => Ok(()),
-            // A signal, or completions that have to be taken first.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY)) => Ok(()),
-            Err(error) => Err(Error::os("io_uring_enter failed", error)),
+            // A signal, completions that have to be taken first, or no memory
+            // for a request just now: all pass.
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::EINTR | libc::EBUSY | libc::EAGAIN)
+                ) =>
+            {
+                Ok(())
+            }
+            Err(error) => Err(Error::os("io_uring_enter failed", error)
+                .hint("io_uring has stopped working here; start fastvpn again")),
         }
     }
 
@@ -158,9 +169,11 @@ impl Uring {
         loop {
             let mut completions = std::mem::take(&mut self.completions);
             completions.extend(self.ring.completion().take(COMPLETIONS_MAX));
-            let result = completions
-                .iter()
-                .try_for_each(|completion| self.complete(completion));
+            // All of them, whatever one says: each gives a buffer back.
+            let mut result = Ok(());
+            for completion in &completions {
+                result = result.and(self.complete(completion));
+            }
             let last = completions.len() < COMPLETIONS_MAX;
             completions.clear();
             self.completions = completions;
@@ -269,7 +282,7 @@ impl Engine for Uring {
     fn wait(&mut self) -> Result<()> {
         // First without waiting: sends and writes complete in passing, and
         // their completions must not count as news.
-        while !self.poll()? {
+        if !self.poll()? {
             self.submit_and_reap(1)?;
         }
         Ok(())
@@ -359,7 +372,8 @@ impl Drop for Uring {
         }
         for _ in 0..DRAIN_TRIES_MAX {
             // Cancelled requests complete in task work, which only runs here.
-            if self.reap().is_err() || self.is_idle() {
+            let _ = self.reap();
+            if self.is_idle() {
                 break;
             }
             let timespec = types::Timespec::new().nsec(DRAIN_WAIT_NS);
@@ -385,6 +399,7 @@ fn setup_error(error: io::Error) -> Error {
              fastvpn needs Linux 6.1 or later"
         }
         Some(libc::EINVAL) => "fastvpn needs Linux 6.1 or later",
+        Some(libc::EMFILE) => "raise the limit on open files (ulimit -n)",
         Some(libc::ENOMEM) => "raise the limit on locked memory (ulimit -l)",
         _ => "fastvpn needs io_uring of Linux 6.1 or later",
     };

@@ -154,11 +154,13 @@ impl Output {
         match errno {
             libc::EAGAIN | libc::ENOBUFS => {
                 counters.drop_send_full.add(train.count() as u64);
-                self.blocked = errno == libc::EAGAIN;
+                self.blocked |= errno == libc::EAGAIN;
             }
             libc::EIO | libc::EINVAL | libc::EMSGSIZE if train.count() > 1 => {
-                self.learn(train, errno);
-                self.send_one_by_one(train, to, socket, counters);
+                // What goes through one by one was refused for being a train.
+                if self.send_one_by_one(train, to, socket, counters) {
+                    self.learn(train, errno);
+                }
             }
             _ => counters.drop_send_error.add(train.count() as u64),
         }
@@ -171,18 +173,21 @@ impl Output {
         if errno == libc::EIO {
             NO_CHECKSUM_OFFLOAD.call_once(|| {
                 tracing::warn!(
-                    "UDP_SEGMENT off: the underlay device has no checksum offload; \
-                     sending one datagram at a time"
+                    "UDP_SEGMENT off: the way to the peer takes no segmentation offload \
+                     (IPsec, or a device without checksums); sending one datagram at a time"
                 );
             });
             self.base.segments_max = 1;
             self.paths.clear();
         } else if errno == libc::EINVAL && train.count() > SEGMENTS_MAX_OLD {
+            // The kernel's own limit: not to be tried again.
             self.base.segments_max = SEGMENTS_MAX_OLD;
+            self.full.segments_max = SEGMENTS_MAX_OLD;
             self.paths.clear();
         } else {
             let mut limits = self.limits(train.next_hop());
-            limits.segment_bytes_max = train.segment_bytes() - 1;
+            let refused_bytes = train.segment_bytes();
+            limits.segment_bytes_max = limits.segment_bytes_max.min(refused_bytes - 1);
             self.paths.retain(|(hop, _)| *hop != train.next_hop());
             if self.paths.len() == PATHS_MAX {
                 self.paths.remove(0);
@@ -195,30 +200,35 @@ impl Output {
         }
     }
 
+    /// Sends a train's datagrams without `UDP_SEGMENT`; tells whether any went.
     fn send_one_by_one(
         &mut self,
         train: &Train,
         to: SocketAddr,
         socket: &impl AsFd,
         counters: &Counters,
-    ) {
+    ) -> bool {
+        let mut sent = 0;
         use std::os::fd::AsRawFd;
         let fd = socket.as_fd().as_raw_fd();
         let to = SockaddrStorage::from(to);
         for datagram in train.datagrams() {
             match sendto(fd, datagram, &to, MsgFlags::MSG_DONTWAIT) {
                 Ok(_) => {
+                    sent += 1;
                     counters.trains_sent.add(1);
                     counters.packets_sent.add(1);
                     counters.bytes_sent.add(datagram.len() as u64);
                 }
                 Err(nix::errno::Errno::EAGAIN) => {
                     self.blocked = true;
-                    counters.drop_send_full.add(1);
+                    counters.drop_send_full.add((train.count() - sent) as u64);
+                    break;
                 }
                 Err(_) => counters.drop_send_error.add(1),
             }
         }
+        sent > 0
     }
 
     /// How long trains toward `next_hop` may be.

@@ -92,12 +92,6 @@ impl Side {
         }
     }
 
-    fn ran_dry(&mut self) {
-        if let Buffers::Ring(ring) = &mut self.buffers {
-            ring.ran_dry();
-        }
-    }
-
     fn give_back(&mut self, id: u16, buffer: Box<[u8]>) {
         match &mut self.buffers {
             Buffers::Ring(ring) => ring.give_back(id, buffer),
@@ -108,8 +102,9 @@ impl Side {
     /// The buffer that a multishot completion filled.
     fn filled(&mut self, completion: &cqueue::Entry) -> Option<(u16, Box<[u8]>)> {
         let id = cqueue::buffer_select(completion.flags())?;
+        let bytes = usize::try_from(completion.result()).ok()?;
         match &mut self.buffers {
-            Buffers::Ring(ring) => Some((id, ring.take(id)?)),
+            Buffers::Ring(ring) => Some((id, ring.take(id, bytes)?)),
             Buffers::Pool(_) => None,
         }
     }
@@ -132,6 +127,8 @@ struct Datagrams {
 pub struct Sources {
     pub tun: Side,
     pub udp: Side,
+    /// A frame has been read: the request itself is one that the kernel knows.
+    tun_has_read: bool,
     frames: VecDeque<Received>,
     datagrams: VecDeque<Datagrams>,
     /// Whose turn it is when both sides have something.
@@ -149,6 +146,7 @@ impl Sources {
         Ok(Self {
             tun: Side::new(submitter, TUN_GROUP, wanted.read_multishot)?,
             udp: Side::new(submitter, UDP_GROUP, wanted.receive_multishot)?,
+            tun_has_read: false,
             frames: VecDeque::with_capacity(usize::from(BUFFERS)),
             datagrams: VecDeque::with_capacity(usize::from(BUFFERS)),
             tun_is_next: true,
@@ -215,11 +213,15 @@ impl Sources {
         if result < 0 {
             return match -result {
                 libc::ENOBUFS => {
-                    self.tun.ran_dry();
                     counters.rearmed.add(1);
                     Ok(())
                 }
                 libc::EAGAIN | libc::EINTR | libc::ENOMEM | libc::ECANCELED => Ok(()),
+                // A frame that the driver could not describe; it is gone.
+                libc::EINVAL if self.tun_has_read => {
+                    counters.drop_frame_malformed.add(1);
+                    Ok(())
+                }
                 libc::EINVAL | libc::EOPNOTSUPP if self.tun.is_multishot() => {
                     tracing::warn!("multishot read of the TUN queue refused: polling it instead");
                     self.tun.buffers = Buffers::Pool(pool());
@@ -228,6 +230,7 @@ impl Sources {
                 errno => Err(queue_error(errno)),
             };
         }
+        self.tun_has_read = true;
         if let Some((id, buffer)) = self.tun.filled(completion) {
             let end = buffer.len().min(result as usize);
             self.frames.push_back(Received {
@@ -238,7 +241,7 @@ impl Sources {
             });
             return Ok(());
         }
-        self.read_tun(queue)
+        self.read_tun(queue, counters)
     }
 
     /// A train, or the news that there is one.
@@ -254,7 +257,6 @@ impl Sources {
         if result < 0 {
             return match -result {
                 libc::ENOBUFS => {
-                    self.udp.ran_dry();
                     counters.rearmed.add(1);
                     Ok(())
                 }
@@ -341,7 +343,7 @@ impl Sources {
     }
 
     /// Reads frames by system call until there is none or no buffer.
-    fn read_tun(&mut self, queue: BorrowedFd<'_>) -> Result<()> {
+    fn read_tun(&mut self, queue: BorrowedFd<'_>, counters: &Counters) -> Result<()> {
         let Buffers::Pool(pool) = &mut self.tun.buffers else {
             return Ok(());
         };
@@ -356,6 +358,10 @@ impl Sources {
                 Err(error) => {
                     pool.push((id, buffer));
                     return match error as i32 {
+                        libc::EINVAL => {
+                            counters.drop_frame_malformed.add(1);
+                            Ok(())
+                        }
                         libc::EAGAIN | libc::EINTR | libc::ENOMEM => Ok(()),
                         errno => Err(queue_error(errno)),
                     };
@@ -413,4 +419,5 @@ fn socket_error(errno: i32) -> Error {
         "cannot receive from the UDP socket",
         io::Error::from_raw_os_error(errno),
     )
+    .hint("start fastvpn again")
 }

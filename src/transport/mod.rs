@@ -22,5 +22,12 @@ pub fn overhead_bytes(underlay: IpAddr) -> u32 {
 /// An IPv4 address that a dual-stack socket shows as `::ffff:a.b.c.d`, as
 /// plain IPv4 again (RFC 4291, section 2.5.5.2).
 pub fn canonical(address: SocketAddr) -> SocketAddr {
-    SocketAddr::new(address.ip().to_canonical(), address.port())
+    match address {
+        // Anything else keeps its scope: fe80::1%eth0.
+        SocketAddr::V6(v6) => match v6.ip().to_ipv4_mapped() {
+            Some(v4) => SocketAddr::new(v4.into(), v6.port()),
+            None => address,
+        },
+        SocketAddr::V4(_) => address,
+    }
 }

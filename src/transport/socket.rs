@@ -46,6 +46,9 @@ pub fn open(
         let hint = match error.raw_os_error() {
             Some(libc::EADDRINUSE) => "stop what uses the port, or choose another with --listen",
             Some(libc::EADDRNOTAVAIL) => "--listen takes an address of this host",
+            Some(libc::EMFILE | libc::ENFILE) => {
+                "raise the limit on open files (ulimit -n), or ask for fewer --queues"
+            }
             Some(libc::EACCES) => "ports below 1024 need CAP_NET_BIND_SERVICE",
             _ => "check --listen",
         };

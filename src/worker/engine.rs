@@ -55,7 +55,8 @@ pub trait Engine: FrameSink {
     /// As [`Self::wait`].
     fn poll(&mut self) -> Result<bool>;
 
-    /// Starts all output given so far and sleeps until there is an event.
+    /// Starts all output given so far and sleeps until there is something new,
+    /// as a rule an event.
     ///
     /// # Errors
     /// When the device is gone or the kernel interface fails for good.

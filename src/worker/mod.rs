@@ -37,9 +37,9 @@ pub enum Command {
 /// Most events taken in before the output they gave is started.
 const BATCH_EVENTS_MAX: usize = 64;
 
-/// Rounds that an open train or frame may wait for more while more arrives, so
+/// Events that an open train or frame may wait for more while more arrives, so
 /// that nothing waits behind an endless stream.
-const CARRIED_ROUNDS_MAX: u32 = 8;
+const CARRIED_EVENTS_MAX: usize = 64;
 
 /// Runs a worker until it is told to stop.
 ///
@@ -57,18 +57,18 @@ pub fn run(
     let mut carried = 0;
     loop {
         // While more arrives, what is open may still grow: a frame rarely
-        // fills its last train. It waits for a few rounds at the most.
-        if carried >= CARRIED_ROUNDS_MAX || !engine.poll()? {
+        // fills its last train.
+        if carried >= CARRIED_EVENTS_MAX || !engine.poll()? {
             outbound.flush(engine);
             inbound.flush(engine);
             carried = 0;
         }
-        carried += 1;
         engine.wait()?;
         for _ in 0..BATCH_EVENTS_MAX {
             let Some(event) = engine.next_event() else {
                 break;
             };
+            carried += 1;
             match event {
                 Event::Frame(received) => {
                     outbound.push(received.bytes(), &table, counters, engine);
@@ -86,7 +86,11 @@ pub fn run(
                 Event::Wake => {
                     for command in commands.try_iter() {
                         match command {
-                            Command::Stop => return Ok(()),
+                            Command::Stop => {
+                                outbound.flush(engine);
+                                inbound.flush(engine);
+                                return Ok(());
+                            }
                             Command::Table(new) => table = new,
                             Command::ResetLimits => engine.reset_limits(),
                         }

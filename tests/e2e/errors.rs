@@ -182,6 +182,10 @@ fn routes_that_are_taken() -> Result<()> {
         GOOD,
         &[
             ("--route 10.9.0.0/16", &["10.9.0.0/16", "--route"]),
+            (
+                "--route 10.211.55.123/32",
+                &["peer 10.211.55.123", "tunnel itself", "--route"],
+            ),
             ("--route 10.211.55.0/24", &["10.211.55.0/24", "--route"]),
             // The first of them is taken back.
             (

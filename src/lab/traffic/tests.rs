@@ -137,38 +137,3 @@ fn a_flood_at_a_modest_rate_arrives() {
         assert_eq!(report.corrupt, 0, "{report:?}");
     });
 }
-
-/// What the tools themselves can do, to know when they are the bottleneck:
-/// `cargo test --release --lib -- --ignored --nocapture figures_over_bare_veth`.
-#[test]
-#[ignore = "prints figures, proves nothing"]
-fn figures_over_bare_veth() {
-    let pair = example();
-    let between = Between {
-        client: &pair.a,
-        server: &pair.b,
-        address: "10.8.0.2".parse().unwrap(),
-    };
-    let watch = Watch::default();
-    let time = Duration::from_secs(3);
-    for streams in [1, 1, 4] {
-        let limit = BulkLimit::Time(time);
-        let report = tcp_bulk(between, Bulk { streams, limit }, &watch).unwrap();
-        let rate = report.gigabits_per_second();
-        println!("TCP, {streams} streams: {rate:.1} Gbit/s, {report:?}");
-    }
-    let test = PingPong { bytes: 64, time };
-    println!("TCP {:?}", tcp_ping_pong(between, test, &watch).unwrap());
-    println!("UDP {:?}", udp_ping_pong(between, test, &watch).unwrap());
-    let rate_pps = None;
-    for bytes in [64, 1400] {
-        let flood = Flood {
-            bytes,
-            time,
-            rate_pps,
-        };
-        let report = udp_flood(between, flood, &watch).unwrap();
-        let rate = report.delivered as f64 / report.elapsed.as_secs_f64() / 1e3;
-        println!("UDP flood, {bytes} bytes: {rate:.0} kpps delivered, {report:?}");
-    }
-}
