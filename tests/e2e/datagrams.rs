@@ -13,7 +13,7 @@ use nix::sys::socket::{
     ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg, setsockopt, sockopt,
 };
 
-use crate::support::{check, fail, noise, without_backlog_drops};
+use crate::support::{check, enlarge_receive_buffer, fail, noise, without_backlog_drops};
 
 /// How long a datagram may take. Long, since a machine may be busy; short
 /// against a test's patience, since a loss that the machine is to blame for is
@@ -61,7 +61,7 @@ impl Channel {
             receiver.connect(sender.local_addr()?)?;
             receiver.set_read_timeout(Some(ARRIVAL_MAX))?;
             // Without CAP_NET_ADMIN over the machine: as much as there is.
-            let _ = setsockopt(&receiver, sockopt::RcvBufForce, &BUFFER_BYTES);
+            enlarge_receive_buffer(&receiver, BUFFER_BYTES);
             Ok(Self { sender, receiver })
         };
         open().map_err(|cause| Error::os(format!("no sockets for {} and {}", from.1, to.1), cause))

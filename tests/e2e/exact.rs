@@ -9,14 +9,14 @@ use std::time::Duration;
 use fastvpn::error::{Error, Result};
 use fastvpn::lab::Pair;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg, setsockopt, sockopt};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use tun_rs::SyncDevice;
 
 use crate::packets::{BUFFER_BYTES, TUNNEL_NAME, Tap, checksum, plain_tun, source, wait_until_up};
 use crate::script::{SOURCE_V4, SOURCE_V6, Scripted, script};
 use crate::support::{
-    Test, UNDERLAY, all_cores, check, fail, hosts, start_dual_stack, stop_all,
-    without_backlog_drops,
+    Test, UNDERLAY, all_cores, check, enlarge_receive_buffer, fail, hosts, start_dual_stack,
+    stop_all, without_backlog_drops,
 };
 
 /// The tests of this file.
@@ -209,7 +209,7 @@ fn socket(hosts: &Pair, host: usize) -> Result<UdpSocket> {
         let socket = UdpSocket::bind((UNDERLAY[host], PORT))?;
         socket.set_read_timeout(Some(ARRIVAL_MAX))?;
         // Without CAP_NET_ADMIN over the machine: as much as there is.
-        let _ = setsockopt(&socket, sockopt::RcvBufForce, &(4 << 20));
+        enlarge_receive_buffer(&socket, 4 << 20);
         Ok(socket)
     };
     let opened = [&hosts.a, &hosts.b][host].run(open);

@@ -51,6 +51,10 @@ fn main() -> ExitCode {
         errors::tests(),
     ];
     let trial = |(name, test): support::Test| Trial::test(name, move || Ok(test()?));
-    let trials = tests.into_iter().flatten().map(trial).collect();
+    let mut trials: Vec<Trial> = tests.into_iter().flatten().map(trial).collect();
+    // Shown as ignored, never left out in silence.
+    let without_ebpf = support::is_in_user_namespace();
+    let need_ebpf = queues::tests_that_need_ebpf().into_iter();
+    trials.extend(need_ebpf.map(|test| trial(test).with_ignored_flag(without_ebpf)));
     libtest_mimic::run(&arguments, trials).exit_code()
 }

@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 use fastvpn::error::{Error, Result};
 use fastvpn::lab::Namespace;
 use ipnet::IpNet;
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::setsockopt;
 use nix::{setsockopt_impl, sockopt_impl};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use tun_rs::{DeviceBuilder, SyncDevice};
 
-use crate::support::{PATIENCE, fail};
+use crate::support::{PATIENCE, enlarge_receive_buffer, fail};
 
 /// Name of fastvpn's device.
 pub const TUNNEL_NAME: &str = "fastvpn0";
@@ -60,7 +60,7 @@ impl Tap {
             socket.bind(&link_address(index, protocol)?)?;
             socket.set_read_timeout(Some(ARRIVAL_MAX))?;
             // Without CAP_NET_ADMIN over the machine: as much as there is.
-            let _ = setsockopt(&socket, sockopt::RcvBufForce, &(4 << 20));
+            enlarge_receive_buffer(&socket, 4 << 20);
             Ok(Self(socket))
         };
         namespace

@@ -12,14 +12,13 @@ use std::thread::JoinHandle;
 use fastvpn::error::{Error, Result};
 use fastvpn::lab::{Namespace, Pair};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{setsockopt, sockopt};
 use tun_rs::SyncDevice;
 
 use crate::datagrams::{Order, exchange, exchange_trains};
 use crate::packets::{BUFFER_BYTES, plain_tun};
 use crate::support::{
-    FAMILIES, Test, UNDERLAY, all_cores, check, dual_stack, fail, hosts, start_dual_stack,
-    stop_all, wait_for,
+    FAMILIES, Test, UNDERLAY, all_cores, check, dual_stack, enlarge_receive_buffer, fail, hosts,
+    start_dual_stack, stop_all, wait_for,
 };
 use crate::traffic::{directions, pings, trains, transfer, transfer_both_ways};
 
@@ -57,7 +56,7 @@ impl PlainPeer {
             .run(|| UdpSocket::bind((UNDERLAY[host], PORT)))
             .map_err(|cause| Error::os("no socket for the plain peer", cause))?;
         // Room for what a fast sender has under way.
-        let _ = setsockopt(&socket, sockopt::RcvBufForce, &(8 << 20));
+        enlarge_receive_buffer(&socket, 8 << 20);
         let peer = SocketAddr::from((UNDERLAY[1 - host], PORT));
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);

@@ -5,13 +5,12 @@ use std::net::UdpSocket;
 use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
-use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::packets::{BUFFER_BYTES, Tap, Tcp, V4, V6, checksum, source, udp};
 use crate::script::{DESTINATION_V4, DESTINATION_V6, SOURCE_V4, SOURCE_V6};
 use crate::support::{
-    Test, UNDERLAY, all_cores, check, hosts, noise, start_dual_stack, stop_all,
-    without_backlog_drops,
+    Test, UNDERLAY, all_cores, check, enlarge_receive_buffer, hosts, noise, start_dual_stack,
+    stop_all, without_backlog_drops,
 };
 
 /// The tests of this file.
@@ -50,7 +49,7 @@ fn cut(flags: &[&str]) -> Result<()> {
     far.set_read_timeout(Some(Duration::from_secs(10)))
         .map_err(failed)?;
     // Without CAP_NET_ADMIN over the machine: as much as there is.
-    let _ = setsockopt(&far, sockopt::RcvBufForce, &(4 << 20));
+    enlarge_receive_buffer(&far, 4 << 20);
     let flags = [flags, &["--queues", "1", "--cores", &cores]].concat();
     let tunnel = start_dual_stack(&hosts, 0, &flags)?;
     let mut buffer = vec![0; BUFFER_BYTES];

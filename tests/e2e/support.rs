@@ -412,3 +412,19 @@ impl Ended {
         number.map_or_else(|| fail(format!("no {words:?} in:\n{}", self.log)), Ok)
     }
 }
+
+/// Gives a socket a receive buffer of `bytes`, or as much of it as a user
+/// without rights over the machine may have (`net.core.rmem_max`).
+pub fn enlarge_receive_buffer(socket: &impl std::os::fd::AsFd, bytes: usize) {
+    use nix::sys::socket::{setsockopt, sockopt};
+    if setsockopt(socket, sockopt::RcvBufForce, &bytes).is_err() {
+        let _ = setsockopt(socket, sockopt::RcvBuf, &bytes);
+    }
+}
+
+/// Whether this process is in a user namespace of its own, where the kernel
+/// loads no eBPF programs for it.
+pub fn is_in_user_namespace() -> bool {
+    let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    map.split_whitespace().ne(["0", "0", "4294967295"])
+}
