@@ -1,4 +1,19 @@
-//! fastvpn: a userspace network tunnel for Linux.
+//! fastvpn: a userspace network tunnel for Linux, one UDP datagram per IP packet.
+//!
+//! A tour for who wants to change it. A packet on its way out meets
+//! [`device`] (the TUN queue it is read from), [`worker::outbound`] with
+//! [`packet::segment`] and [`packet::train`], and [`transport`] (the socket it
+//! is sent on); on its way in [`transport`], [`worker::inbound`] with
+//! [`packet::ip`] and [`packet::coalesce`], and [`device`] again.
+//! [`worker::run`] is the loop, [`worker::engine::Engine`] what it needs of the
+//! kernel, and [`ring`] the io_uring that provides it. [`packet`] does no I/O
+//! and has no `unsafe`; [`ring`] has all the data path's `unsafe`.
+//!
+//! Nothing else is in a packet's way: [`cli`] and [`config`] say what is wanted,
+//! [`tunnel`] sets it up and takes it down, [`control`] runs the workers, and
+//! [`netlink`] talks to the kernel about links, addresses and routes. [`lab`]
+//! and [`demo`] make networks inside one machine, for people and for tests.
+
 pub mod cli;
 pub mod config;
 pub mod control;

@@ -20,8 +20,8 @@ use crate::packet::virtio;
 use crate::worker::counters::Counters;
 use crate::worker::engine::{Event, Received, Source};
 
-/// Receive buffers on each side. 32 of them stay in the second-level cache
-/// together with what is staged for output; 256 were a third slower.
+/// Receive buffers on each side. Few of them are with the kernel at a time when
+/// they are filled to the brim; see [`super::buffers`].
 pub const BUFFERS: u16 = 32;
 
 /// Bytes of a receive buffer: the longest frame or datagram with its headers.
