@@ -8,7 +8,7 @@
 use super::PACKET_BYTES_MAX;
 
 /// Most datagrams of one send: the kernel's `UDP_MAX_SEGMENTS`
-/// (`linux/udp.h`). Kernels before 6.9 take 64.
+/// (`linux/udp.h`). Older kernels take 64.
 pub const SEGMENTS_MAX: usize = 128;
 
 /// Most payload bytes of one UDP send over IPv4: 65535 - 20 - 8. IPv6 would
