@@ -2,11 +2,13 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 
 use crate::transport::DEFAULT_PORT;
+use crate::worker::idle::BusyPoll;
 
 /// A fast userspace network tunnel: IP packets in plain UDP datagrams.
 ///
@@ -69,6 +71,10 @@ pub struct TunnelArgs {
     /// Pin workers to these cores, as in 0,2-3 [default: no pinning]
     #[arg(long, value_name = "LIST", value_parser = parse_cores)]
     pub cores: Option<CoreList>,
+
+    /// Look for arrivals this many microseconds before sleeping: off, auto, or 1 to 1000000
+    #[arg(long, value_name = "US", default_value = "off", value_parser = parse_busy_poll)]
+    pub busy_poll: BusyPoll,
 
     /// Packets that may wait in a TUN queue for its worker
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
@@ -257,6 +263,19 @@ fn parse_cores(text: &str) -> ParseResult<CoreList> {
         }
     }
     Ok(CoreList(cores))
+}
+
+fn parse_busy_poll(text: &str) -> ParseResult<BusyPoll> {
+    const US_MAX: u64 = 1_000_000;
+    match text {
+        "off" => Ok(BusyPoll::Off),
+        "auto" => Ok(BusyPoll::Auto),
+        _ => match text.parse() {
+            Ok(0) => Ok(BusyPoll::Off),
+            Ok(us @ 1..=US_MAX) => Ok(BusyPoll::For(Duration::from_micros(us))),
+            _ => Err(format!("expected off, auto, or 1 to {US_MAX} microseconds")),
+        },
+    }
 }
 
 #[cfg(test)]

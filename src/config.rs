@@ -12,6 +12,7 @@ use crate::packet::coalesce;
 use crate::ring;
 use crate::transport::path::{self, Path};
 use crate::transport::{self, DEFAULT_PORT, socket};
+use crate::worker::idle::BusyPoll;
 
 /// Queues that are used unless more are asked for.
 const QUEUES_DEFAULT_MAX: usize = 4;
@@ -33,6 +34,8 @@ pub struct Config {
     pub address_is_derived: bool,
     /// The peer's tunnel address, if this host could derive it too.
     pub peer_address: Option<IpAddr>,
+    /// How long to look for arrivals without sleeping.
+    pub busy_poll: BusyPoll,
     /// Cores to pin workers to, in turn.
     pub cores: Option<Vec<usize>>,
     /// Kernel features to try.
@@ -95,6 +98,7 @@ impl Config {
             },
             address_is_derived: args.address.is_empty(),
             peer_address,
+            busy_poll: args.busy_poll,
             cores: checked_cores(args)?,
             wanted: wanted(&args.without),
             control: args

@@ -66,6 +66,7 @@ pub fn run(config: &Config) -> Result<()> {
             ..Limits::FULL
         },
         features: config.wanted.uring,
+        busy_poll: config.busy_poll,
         cores: config.cores.clone(),
         table: Arc::new(table),
     };

@@ -13,6 +13,7 @@ use crate::packet::train::Limits;
 use crate::ring::{Features, Uring};
 use crate::transport::socket::WorkerSockets;
 use crate::worker::counters::Counters;
+use crate::worker::idle::BusyPoll;
 use crate::worker::table::Table;
 use crate::worker::{self, Command};
 
@@ -28,6 +29,8 @@ pub struct Setup {
     pub limits: Limits,
     /// io_uring features to try.
     pub features: Features,
+    /// How long to look for arrivals without sleeping.
+    pub busy_poll: BusyPoll,
     /// Cores to pin workers to, in turn.
     pub cores: Option<Vec<usize>>,
     /// The first forwarding table.
@@ -192,7 +195,8 @@ impl Parts {
         };
         let _ = self.ready.send(Ok(engine.features()));
         let table = Arc::clone(&self.setup.table);
-        let result = worker::run(&mut engine, commands, table, self.setup.tun, &counters);
+        let busy_poll = self.setup.busy_poll;
+        let result = worker::run(&mut engine, commands, table, self.setup.tun, busy_poll, &counters);
         if let Err(error) = result {
             let _ = self.failures.send(error);
         }
