@@ -20,6 +20,7 @@ pub mod control;
 pub mod demo;
 pub mod device;
 pub mod error;
+pub mod io;
 pub mod lab;
 pub mod netlink;
 pub mod packet;

@@ -11,7 +11,6 @@
 //! multishot read needs 6.7 and is replaced by polling before that.
 
 mod buffers;
-mod message;
 mod output;
 mod source;
 mod token;

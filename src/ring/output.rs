@@ -8,9 +8,9 @@ use io_uring::types::Fd;
 use io_uring::{opcode, squeue};
 use nix::sys::socket::{MsgFlags, SockaddrStorage, sendto};
 
-use super::message::SendMessage;
 use super::token::Token;
 use crate::error::{Error, Result};
+use crate::io::message::SendMessage;
 use crate::packet::coalesce::Frame;
 use crate::packet::train::{Limits, NextHop, Train};
 use crate::worker::counters::Counters;

@@ -13,9 +13,9 @@ use io_uring::types::{Fd, RecvMsgOut};
 use io_uring::{Submitter, cqueue, opcode, squeue};
 
 use super::buffers::BufferRing;
-use super::message::{self, PAYLOAD_START};
 use super::token::Token;
 use crate::error::{Error, Result};
+use crate::io::message::{self, PAYLOAD_START};
 use crate::packet::virtio;
 use crate::worker::counters::Counters;
 use crate::worker::engine::{Event, Received, Source};

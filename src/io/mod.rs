@@ -1,0 +1,4 @@
+//! What the I/O engines have in common: messages to and from the UDP socket,
+//! and what is learnt from sends that the kernel refuses.
+
+pub(crate) mod message;
