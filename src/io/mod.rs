@@ -2,3 +2,4 @@
 //! and what is learnt from sends that the kernel refuses.
 
 pub(crate) mod message;
+pub(crate) mod refusal;
