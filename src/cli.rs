@@ -115,7 +115,7 @@ pub enum Io {
     Auto,
     /// By io_uring (Linux 6.1), or not at all
     Uring,
-    /// By epoll: slower, and on any kernel
+    /// By epoll, which any kernel has and allows
     Epoll,
 }
 
