@@ -80,6 +80,10 @@ pub struct TunnelArgs {
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub txqueuelen: u32,
 
+    /// How the workers do their I/O
+    #[arg(long, value_enum, value_name = "ENGINE", default_value_t = Io::Auto)]
+    pub io: Io,
+
     /// Do without some kernel features, as on a kernel that lacks them
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub without: Vec<Feature>,
@@ -108,6 +112,17 @@ pub enum LogFormat {
     Text,
     /// One JSON object per line.
     Json,
+}
+
+/// How the workers do their I/O.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Io {
+    /// By io_uring if the kernel has and allows it, else by epoll
+    Auto,
+    /// By io_uring (Linux 6.1), or not at all
+    Uring,
+    /// By epoll, which any kernel has and allows
+    Epoll,
 }
 
 /// A kernel feature that can be left unused.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use ipnet::IpNet;
 
-use crate::cli::{Feature, TunnelArgs};
+use crate::cli::{Feature, Io, TunnelArgs};
 use crate::device::link::{self, IPV4_MTU_BYTES_MIN, IPV6_MTU_BYTES_MIN};
 use crate::error::{Error, Result};
 use crate::packet::coalesce;
@@ -38,6 +38,8 @@ pub struct Config {
     pub busy_poll: BusyPoll,
     /// Cores to pin workers to, in turn.
     pub cores: Option<Vec<usize>>,
+    /// The I/O engine asked for.
+    pub io: Io,
     /// Kernel features to try.
     pub wanted: Wanted,
     /// Path of the operators' socket.
@@ -100,6 +102,7 @@ impl Config {
             peer_address,
             busy_poll: args.busy_poll,
             cores: checked_cores(args)?,
+            io: args.io,
             wanted: wanted(&args.without),
             control: args
                 .control
@@ -244,6 +247,7 @@ mod tests {
         assert_eq!(config.listen, "0.0.0.0:8285".parse().unwrap());
         assert_eq!(config.link.mtu_bytes, 65507);
         assert!(config.wanted.tun.udp && config.wanted.udp.gro);
+        assert_eq!(config.io, Io::Auto);
     }
 
     #[test]
