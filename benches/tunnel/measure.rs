@@ -308,3 +308,32 @@ fn beside<M, O: Send>(other: impl FnOnce() -> O + Send, main: impl FnOnce() -> M
         (main, other)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn damage_is_told_from_failure() {
+        let address = IpAddr::from([10, 0, 0, 1]);
+        let error = damaged("a TCP stream", address);
+        assert!(is_damage(&error), "{error}");
+        assert!(error.to_string().contains("10.0.0.1"), "{error}");
+        assert!(!is_damage(&Error::new("stopped")));
+        assert!(!is_damage(&Error::os(
+            "TCP transfer",
+            std::io::ErrorKind::TimedOut.into()
+        )));
+    }
+
+    #[test]
+    fn cost_goes_to_the_end_that_sends() {
+        let keys = ["both", "sender", "receiver"];
+        let cost = Cost(Some([30.0, 10.0]));
+        let forward = [("both", 20.0), ("sender", 15.0), ("receiver", 5.0)];
+        assert_eq!(cost.per(2.0, keys, false), forward);
+        let reverse = [("both", 20.0), ("sender", 5.0), ("receiver", 15.0)];
+        assert_eq!(cost.per(2.0, keys, true), reverse);
+        assert!(Cost(None).per(2.0, keys, false).is_empty());
+    }
+}

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-const TEMPLATE: &str = "{bar:30} {percent:>3} %  {elapsed_precise}, about {left} left  {msg}";
+const TEMPLATE: &str = "{bar:20} {percent:>3} %  {elapsed_precise}, about {left} left  {wide_msg}";
 
 /// How far the run is.
 pub struct Progress {

@@ -128,7 +128,8 @@ fn figure(results: &Results, row: &Row, keys: &[&str], baseline: &str) -> Vec<Co
         });
     }
     let base = results.cell(&row.key, baseline).and_then(Cell::median);
-    if let Some(base) = base.filter(|base| *base > 0.0) {
+    let base = base.filter(|base| *base > 0.0 && has_ratio(row));
+    if let Some(base) = base {
         let ratio = |median: &Option<f64>| {
             median.map_or_else(String::new, |median| ratio_text(median / base))
         };
@@ -139,6 +140,13 @@ fn figure(results: &Results, row: &Row, keys: &[&str], baseline: &str) -> Vec<Co
         });
     }
     columns
+}
+
+/// Whether twice as much means anything: for what is usually none it does not.
+fn has_ratio(row: &Row) -> bool {
+    !["retransmits", "lost", "loss_percent"]
+        .iter()
+        .any(|figure| row.key.ends_with(figure))
 }
 
 fn spread(cell: &Cell) -> Option<String> {
