@@ -21,6 +21,7 @@ mod super_packets;
 mod support;
 mod tools;
 mod traffic;
+mod tuning;
 mod underlay;
 
 use std::process::ExitCode;
@@ -49,12 +50,15 @@ fn main() -> ExitCode {
         underlay::tests(),
         life::tests(),
         errors::tests(),
+        tuning::tests(),
     ];
     let trial = |(name, test): support::Test| Trial::test(name, move || Ok(test()?));
     let mut trials: Vec<Trial> = tests.into_iter().flatten().map(trial).collect();
     // Shown as ignored, never left out in silence.
-    let without_ebpf = support::is_in_user_namespace();
-    let need_ebpf = queues::tests_that_need_ebpf().into_iter();
-    trials.extend(need_ebpf.map(|test| trial(test).with_ignored_flag(without_ebpf)));
+    let is_no_root = support::is_in_user_namespace();
+    let need_root = queues::tests_that_need_ebpf()
+        .into_iter()
+        .chain(tuning::tests_that_need_root());
+    trials.extend(need_root.map(|test| trial(test).with_ignored_flag(is_no_root)));
     libtest_mimic::run(&arguments, trials).exit_code()
 }
