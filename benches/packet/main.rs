@@ -28,7 +28,7 @@ fn main() {
         if let Some(kernel) = kernels::kernel(name) {
             // Per packet, like the times below. All packets of a kernel have
             // the same size.
-            group.throughput(Throughput::Bytes(kernel.bytes / kernel.packets));
+            group.throughput(Throughput::BytesDecimal(kernel.bytes / kernel.packets));
         }
         group.bench_function(case, |bencher| {
             let Some(mut kernel) = kernels::kernel(name) else {
