@@ -24,6 +24,7 @@ mod super_packets;
 mod support;
 mod tools;
 mod traffic;
+mod tuning;
 mod underlay;
 
 use std::process::ExitCode;
@@ -56,7 +57,11 @@ fn main() -> ExitCode {
         life::tests(),
     ];
     let of_uring = [fallbacks::tests_of_uring(), exact::tests_of_uring()];
-    let of_no_engine = [errors::tests(), life::tests_of_the_demo()];
+    let of_no_engine = [
+        errors::tests(),
+        life::tests_of_the_demo(),
+        tuning::tests(),
+    ];
     // Shown as ignored, never left out in silence.
     let without_uring = fastvpn::ring::probe(URING_FEATURES).is_err();
     let without_ebpf = support::is_in_user_namespace();
@@ -78,6 +83,9 @@ fn main() -> ExitCode {
     }
     let of_no_engine = of_no_engine.iter().flatten();
     trials.extend(of_no_engine.map(|test| trial(Engines::Any, test)));
+    let need_root = tuning::tests_that_need_root();
+    let need_root = need_root.iter();
+    trials.extend(need_root.map(|test| trial(Engines::Any, test).with_ignored_flag(without_ebpf)));
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 
