@@ -25,7 +25,7 @@ const NAMES_WIDTH: u32 = 190 * SCALE;
 const NUMBER_WIDTH: u32 = 60 * SCALE;
 const TOP: u32 = 22 * SCALE;
 const BAR_PITCH: u32 = 25 * SCALE;
-const AXIS_HEIGHT: u32 = 40 * SCALE;
+const AXIS_HEIGHT: u32 = 36 * SCALE;
 const GAP: i32 = 8 * SCALE as i32;
 /// The backend divides sizes of text by 1.24.
 const TEXT_SIZE: u32 = 15 * SCALE;
@@ -122,7 +122,8 @@ pub(super) fn scale(bars: &[Bar<'_>]) -> Scale {
     if far_apart && max.is_finite() {
         // A little below the least, or its bar would have no length.
         let from = 10_f64.powf((min * 0.8).log10().floor());
-        return Scale::Logarithmic(from..max * 1.15);
+        // And a hair below that, or rounding may cost the axis its first mark.
+        return Scale::Logarithmic(from * (1.0 - 1e-9)..max * 1.15);
     }
     let from = if min < 0.0 { min * 1.04 } else { 0.0 };
     let to = if max > 0.0 { max * 1.04 } else { 0.0 };

@@ -199,18 +199,17 @@ fn table(results: &Results, group: &Group<'_>) -> Markup {
 }
 
 fn cell(figure: &Figure<'_>, contender: &Contender) -> Markup {
-    let spread = |bar: &Bar<'_>| match bar.samples.len() {
-        0 | 1 => String::new(),
-        _ => format!("{}–{}", number(bar.min), number(bar.max)),
+    let note = |bar: &Bar<'_>| {
+        let spread = format!("{}–{}", number(bar.min), number(bar.max));
+        let spread = (bar.samples.len() > 1).then_some(spread);
+        let ratio = bar.ratio.map(ratio_text);
+        let parts: Vec<String> = spread.into_iter().chain(ratio).collect();
+        parts.join(" · ")
     };
     html! {
         td {
             @match figure.bar(&contender.key) {
-                Some(bar) => {
-                    (number(bar.median))
-                    span.note { (spread(bar)) }
-                    @if let Some(ratio) = bar.ratio { span.note { (ratio_text(ratio)) } }
-                },
+                Some(bar) => { (number(bar.median)) span.note { (note(bar)) } },
                 None => "–",
             }
         }
