@@ -44,9 +44,9 @@ pub fn items(facts: &Facts) -> Vec<Item> {
 fn forwarding(value: Option<&str>) -> Item {
     const NAME: &str = "ip_forward";
     match value {
-        Some("0") => Item::info(NAME, "0: nothing is forwarded from or into the tunnel").costing(
-            "containers and networks behind this host are not reached",
-            "if there are any: sysctl -w net.ipv4.ip_forward=1",
+        Some("0") => Item::info(
+            NAME,
+            "0; to reach containers behind this host: sysctl -w net.ipv4.ip_forward=1",
         ),
         Some(value) => Item::info(NAME, value),
         None => Item::info(NAME, "does not show here"),

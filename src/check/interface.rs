@@ -92,7 +92,7 @@ pub fn items(facts: &Facts) -> Vec<Item> {
         let first = if facts.has_peer {
             Item::info(first, "none: no route to the peer")
         } else {
-            Item::info(first, "no default route; name the other host with --peer")
+            Item::info(first, "none: no default route")
         };
         let rest = rest
             .iter()

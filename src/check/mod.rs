@@ -2,16 +2,16 @@
 //! is not all, and how to mend it.
 //!
 //! Every area has a file of its own, with a `probe` that finds facts out and
-//! an `items` that says what they mean and touches nothing: [`machine`],
-//! [`rights`], [`limits`], [`uring`], [`tun`], [`udp`], [`host`], [`peer`],
-//! [`interface`], [`names`]. [`item`] is what they say and [`render`] how it is
+//! an `items` that says what they mean and touches nothing: `machine`,
+//! `rights`, `limits`, `uring`, `tun`, `udp`, `host`, `peer`,
+//! `interface`, `names`. `item` is what they say and `render` how it is
 //! shown.
 //!
 //! What can be tried is tried, with the tunnel's own code, in network
-//! namespaces that the host does not see ([`scratch`]). Nothing on the host is
+//! namespaces that the host does not see (`scratch`). Nothing on the host is
 //! changed. What takes rights that the process lacks is said not to have been
 //! probed. What might wait runs on a thread that is given up when time is over
-//! ([`pending`]).
+//! (`pending`).
 
 mod ethtool;
 mod host;
@@ -100,7 +100,8 @@ fn check(options: &CheckOptions) -> Vec<Item> {
     if has_peer {
         items.extend(answer(peer, peer::items, &peer::NAMES));
     }
-    let interface = interface::probe(address, usize::from(queues));
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let interface = interface::probe(address, cores.min(usize::from(queues)));
     let name = interface
         .interface
         .as_ref()

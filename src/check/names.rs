@@ -51,7 +51,8 @@ fn holder(name: &str) -> Holder {
         return Holder::Nobody;
     }
     let driver = Ethtool::open().and_then(|ethtool| ethtool.driver(name));
-    if driver.is_ok_and(|driver| driver.name != "tun") {
+    // A TUN device says that it is one.
+    if !driver.is_ok_and(|driver| driver.name == "tun") {
         return Holder::Other;
     }
     let flags = nix::ifaddrs::getifaddrs().ok().and_then(|mut addresses| {
@@ -63,7 +64,7 @@ fn holder(name: &str) -> Holder {
     match flags {
         Some(flags)
             if flags.contains(InterfaceFlags::IFF_UP)
-                && !flags.contains(InterfaceFlags::IFF_RUNNING) =>
+                && !flags.contains(InterfaceFlags::IFF_LOWER_UP) =>
         {
             Holder::Stale
         }

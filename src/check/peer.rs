@@ -8,13 +8,27 @@ use crate::config::default_mtu_bytes;
 use crate::device::link::{self, IPV4_MTU_BYTES_MIN, IPV6_MTU_BYTES_MIN};
 use crate::error::Error;
 use crate::netlink::Netlink;
+use crate::transport::DEFAULT_PORT;
 use crate::transport::path::{self, Path};
 
 /// The names of the items.
 pub const NAMES: [&str; 3] = ["peer", "path MTU", "tunnel address"];
 
-/// Why something is not as it should be: an error's whole line.
-type Reason = String;
+/// Why something is not as it should be.
+#[derive(Clone, Debug)]
+pub struct Reason {
+    fault: String,
+    remedy: Option<String>,
+}
+
+impl From<Error> for Reason {
+    fn from(error: Error) -> Self {
+        Self {
+            fault: error.fault(),
+            remedy: error.remedy().map(String::from),
+        }
+    }
+}
 
 /// What was found.
 #[derive(Clone, Debug)]
@@ -29,21 +43,17 @@ pub struct Facts {
     derived: Option<Result<String, Reason>>,
 }
 
-fn reason(error: Error) -> Reason {
-    error.to_string()
-}
-
 /// Resolves the name, which may take as long as the resolver does, and asks the
 /// kernel for the rest. Nothing is sent to the peer.
 pub fn probe(peer: &Endpoint) -> Facts {
-    let address = path::resolve(&peer.host, peer.port, None).map_err(reason);
+    let address = path::resolve(&peer.host, peer.port, None).map_err(Reason::from);
     let any = Ipv4Addr::UNSPECIFIED.into();
     let is_host =
         |address: &SocketAddr| !address.ip().is_unspecified() && !address.ip().is_multicast();
     let host = address.as_ref().ok().filter(|address| is_host(address));
-    let path = host.map(|&address| path::discover(any, address).map_err(reason));
+    let path = host.map(|&address| path::discover(any, address).map_err(Reason::from));
     let derived = match &path {
-        Some(Ok(path)) => Some(derive(path.local).map_err(reason)),
+        Some(Ok(path)) => Some(derive(path.local).map_err(Reason::from)),
         _ => None,
     };
     Facts {
@@ -72,7 +82,7 @@ fn peer(facts: &Facts) -> Item {
         Ok(address) => address,
         Err(reason) => {
             let remedy = "check the name and this host's resolver, or give the address";
-            return Item::missing(NAME, reason, cost, remedy);
+            return Item::missing(NAME, &reason.fault, cost, remedy);
         }
     };
     match &facts.path {
@@ -82,6 +92,13 @@ fn peer(facts: &Facts) -> Item {
             cost,
             "name the other host",
         ),
+        // Two tunnels on one host, on different ports, are for who wants that.
+        Some(Ok(path)) if path.local == address.ip() && address.port() != DEFAULT_PORT => {
+            Item::info(
+                NAME,
+                format!("{address} is this host itself, on another port"),
+            )
+        }
         Some(Ok(path)) if path.local == address.ip() => Item::missing(
             NAME,
             format!("{address} is this host itself"),
@@ -101,7 +118,7 @@ fn peer(facts: &Facts) -> Item {
         }
         Some(Err(reason)) => {
             let remedy = "check the address and this host's routes (ip route get)";
-            Item::missing(NAME, reason, cost, remedy)
+            Item::missing(NAME, &reason.fault, cost, remedy)
         }
     }
 }
@@ -135,9 +152,12 @@ fn tunnel_address(facts: &Facts) -> Item {
         Some(Ok(derived)) => Item::ok(NAME, format!("{derived} by default, free")),
         Some(Err(reason)) => Item::degraded(
             NAME,
-            reason,
+            &reason.fault,
             "fastvpn does not start without --address",
-            "give each host an --address, such as 10.99.0.1/24 and 10.99.0.2/24",
+            reason
+                .remedy
+                .as_deref()
+                .unwrap_or("give each host an --address"),
         ),
     }
 }
@@ -145,7 +165,7 @@ fn tunnel_address(facts: &Facts) -> Item {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::check::item::Status::{self, Degraded, Missing, Ok as Good, Unknown};
+    use crate::check::item::Status::{self, Degraded, Info, Missing, Ok as Good, Unknown};
 
     fn facts(peer: &str, path: Option<Result<Path, Reason>>) -> Facts {
         let address: SocketAddr = peer.parse().unwrap();
@@ -192,14 +212,16 @@ mod tests {
         let itself = facts("10.211.55.122:8285", path(1500));
         assert_eq!(peer(&itself).status, Missing);
         assert!(peer(&itself).found.contains("this host itself"));
-        let unreachable = facts(PEER, Some(Err("cannot reach".into())));
+        let on_another_port = facts("10.211.55.122:8286", path(1500));
+        assert_eq!(peer(&on_another_port).status, Info);
+        let unreachable = facts(PEER, Some(Err(Error::new("cannot reach").into())));
         assert_eq!(statuses(&unreachable), [Missing, Unknown, Unknown]);
         assert_eq!(
             statuses(&facts("0.0.0.0:1", None)),
             [Missing, Unknown, Unknown]
         );
         let taken = Facts {
-            derived: Some(Err("10.244.55.122/16 overlaps".into())),
+            derived: Some(Err(Error::new("10.244.55.122/16 overlaps").into())),
             ..facts(PEER, path(1500))
         };
         assert_eq!(statuses(&taken), [Good, Good, Degraded]);

@@ -46,12 +46,21 @@ fn verdict(items: &[Item]) -> String {
         let of_status = items.iter().filter(move |item| item.status == status);
         of_status.map(|item| item.name).collect::<Vec<_>>()
     };
-    let (missing, degraded) = (of(Status::Missing), of(Status::Degraded));
-    match (&missing[..], &degraded[..]) {
-        ([], []) => "fastvpn can run here, with all it can use.".into(),
-        ([], degraded) => format!("fastvpn can run here; degraded: {}.", degraded.join(", ")),
-        (missing, _) => format!("fastvpn cannot run here: {}.", missing.join(", ")),
+    let missing = of(Status::Missing);
+    if !missing.is_empty() {
+        return format!("fastvpn cannot run here: {}.", missing.join(", "));
     }
+    let mut verdict = String::from("fastvpn can run here");
+    let (degraded, unknown) = (of(Status::Degraded), of(Status::Unknown));
+    if degraded.is_empty() && unknown.is_empty() {
+        verdict += ", with all it can use";
+    }
+    for (label, names) in [("degraded", degraded), ("not probed", unknown)] {
+        if !names.is_empty() {
+            verdict += &format!("; {label}: {}", names.join(", "));
+        }
+    }
+    verdict + "."
 }
 
 /// SGR parameters (ECMA-48, 8.3.117).
@@ -96,7 +105,7 @@ degraded  TUN USO     refused
                       mend: Linux 6.2
 unknown   UDP_GRO     not probed: no loopback
 
-fastvpn can run here; degraded: TUN USO.
+fastvpn can run here; degraded: TUN USO; not probed: UDP_GRO.
 ";
         assert_eq!(table(&items(), false), expected.trim_start_matches('\n'));
     }

@@ -6,7 +6,7 @@ use super::read::Tried;
 use crate::netlink::Netlink;
 
 /// Why there is none, for [`super::item::Item::unknown`].
-pub const REFUSED: &str = "needs root, for a network namespace to try it in";
+pub const REFUSED: &str = "needs root (CAP_SYS_ADMIN), to try it in a network namespace of its own";
 
 /// Moves the calling thread, and only it, into a new network namespace with
 /// its loopback interface up. It goes with the thread and the sockets and

@@ -160,7 +160,7 @@ fn device_items(device: &Device) -> [Item; 4] {
                 "eBPF program refused",
                 "the TUN driver picks queues: flows may be reordered unless both ends have the \
                  same --queues",
-                "run as root or grant CAP_BPF, or give both ends the same --queues",
+                "see CAP_BPF, or give both ends the same --queues",
             )
         },
     ]

@@ -88,51 +88,53 @@ pub struct Facts {
     delivered: Option<Tried<Delivered>>,
 }
 
-/// Sets rings up, and has one deliver.
+/// Sets an engine up as a tunnel does and has it deliver; where that fails, goes
+/// back step by step to find out what it is that fails. In this order, since
+/// every ring that is tried counts against the limit on locked memory for some
+/// time after it is gone.
 pub fn probe() -> Facts {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mut facts = Facts {
         disabled: read::sysctl("kernel/io_uring_disabled"),
         group: read::sysctl("kernel/io_uring_group"),
         is_filtered: read::status_field(&status, "Seccomp") == Some("2"),
-        plain: IoUring::new(8)
-            .map(drop)
-            .map_err(|error| read::errno(&error)),
+        plain: Ok(()),
         flags: None,
         buffers: None,
         delivered: None,
     };
-    if facts.plain.is_ok() {
-        // An error shows in what was not reached.
-        let _ = probe_engine(&mut facts);
+    let in_scratch = scratch::enter().is_ok();
+    match probe_engine(in_scratch, MULTISHOT) {
+        Ok(delivered) => {
+            facts.flags = Some(Ok(()));
+            facts.buffers = Some(Ok(()));
+            facts.delivered = Some(delivered);
+        }
+        Err(refused) => match probe_engine(in_scratch, SINGLE) {
+            Ok(_) => {
+                facts.flags = Some(Ok(()));
+                facts.buffers = Some(Err(refused));
+            }
+            Err(refused) => {
+                facts.plain = IoUring::new(8)
+                    .map(drop)
+                    .map_err(|error| read::errno(&error));
+                facts.flags = facts.plain.is_ok().then_some(Err(refused));
+            }
+        },
     }
     facts
 }
 
-fn probe_engine(facts: &mut Facts) -> Tried<()> {
-    let in_scratch = scratch::enter().is_ok();
-    let bench = |error: Error| Err(error.errno().unwrap_or(libc::EIO));
-    let set_up = |features| -> Tried<(Bench, Tried<Uring>)> {
-        let (bench, parts) = Bench::new(in_scratch).or_else(bench)?;
-        let engine = parts.engine(Arc::clone(&bench.wake), features);
-        let engine = engine.map_err(|error| error.errno().unwrap_or(libc::EIO));
-        Ok((bench, engine))
-    };
-    let (_, single) = set_up(SINGLE)?;
-    facts.flags = Some(single.map(drop));
-    if facts.flags != Some(Ok(())) {
-        return Ok(());
-    }
-    let (bench, engine) = set_up(MULTISHOT)?;
-    match engine {
-        Ok(engine) => {
-            facts.buffers = Some(Ok(()));
-            let delivered = bench.deliver(engine);
-            facts.delivered = Some(delivered.map_err(|error| error.errno().unwrap_or(libc::EIO)));
-        }
-        Err(errno) => facts.buffers = Some(Err(errno)),
-    }
-    Ok(())
+/// The outer error is that of setting up, the inner one that of what is not
+/// io_uring's.
+fn probe_engine(in_scratch: bool, features: Features) -> Tried<Tried<Delivered>> {
+    let errno = |error: Error| error.errno().unwrap_or(libc::EIO);
+    let (bench, parts) = Bench::new(in_scratch).map_err(errno)?;
+    let engine = parts
+        .engine(Arc::clone(&bench.wake), features)
+        .map_err(errno)?;
+    Ok(bench.deliver(engine).map_err(errno))
 }
 
 /// What feeds an engine.
@@ -262,18 +264,8 @@ pub fn items(facts: &Facts) -> Vec<Item> {
     let delivered = facts.delivered.map(|delivered| delivered.ok());
     vec![
         usable(facts),
-        step(
-            NAMES[1],
-            facts.flags,
-            "single issuer, deferred task work",
-            "Linux 6.1 or later",
-        ),
-        step(
-            NAMES[2],
-            facts.buffers,
-            "registered",
-            "raise the limit on locked memory (ulimit -l), or ask for fewer --queues",
-        ),
+        step(NAMES[1], facts.flags, "single issuer, deferred task work"),
+        step(NAMES[2], facts.buffers, "registered"),
         delivery(
             NAMES[3],
             delivered.map(|found| found.map(|found| (found.read, found.on_tun))),
@@ -289,6 +281,7 @@ pub fn items(facts: &Facts) -> Vec<Item> {
     ]
 }
 
+const KERNEL: &str = "Linux 6.1 or later";
 const COST: &str = "epoll instead: more system calls, slower";
 
 fn usable(facts: &Facts) -> Item {
@@ -309,23 +302,30 @@ fn usable(facts: &Facts) -> Item {
         (libc::EPERM, Some("1")) => {
             "sysctl -w kernel.io_uring_disabled=0, or join the group kernel.io_uring_group"
         }
-        _ if facts.is_filtered => profile,
+        (libc::EPERM | libc::ENOSYS, _) if facts.is_filtered => profile,
         (libc::EPERM, _) => "see the machine's security modules (SELinux, AppArmor)",
         (libc::ENOSYS, _) => "a kernel with io_uring (CONFIG_IO_URING), Linux 6.1 or later",
-        (libc::ENOMEM, _) => "raise the limit on locked memory (ulimit -l)",
-        (libc::EMFILE, _) => "raise the limit on open files (ulimit -n)",
-        _ => "Linux 6.1 or later",
+        _ => of_limits(errno).unwrap_or(KERNEL),
     };
     Item::degraded(NAMES[0], found, COST, remedy)
 }
 
-fn step(name: &'static str, tried: Option<Tried<()>>, good: &str, remedy: &str) -> Item {
+/// What helps against a limit of the process.
+fn of_limits(errno: i32) -> Option<&'static str> {
+    match errno {
+        libc::ENOMEM => Some("raise the limit on locked memory (ulimit -l)"),
+        libc::EMFILE => Some("raise the limit on open files (ulimit -n)"),
+        _ => None,
+    }
+}
+
+fn step(name: &'static str, tried: Option<Tried<()>>, good: &str) -> Item {
     match tried {
         None => Item::unknown(name, "an earlier step failed"),
         Some(Ok(())) => Item::ok(name, good),
         Some(Err(errno)) => {
             let found = format!("refused: {}", read::errno_text(errno));
-            Item::degraded(name, found, COST, remedy)
+            Item::degraded(name, found, COST, of_limits(errno).unwrap_or(KERNEL))
         }
     }
 }

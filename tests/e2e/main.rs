@@ -4,6 +4,7 @@
 //! Needs root, or else a system that allows user namespaces; it fails with a
 //! clear line where neither is to be had.
 
+mod checks;
 mod datagrams;
 mod errors;
 mod exact;
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
         underlay::tests(),
         life::tests(),
         errors::tests(),
+        checks::tests(),
     ];
     let trial = |(name, test): support::Test| Trial::test(name, move || Ok(test()?));
     let mut trials: Vec<Trial> = tests.into_iter().flatten().map(trial).collect();
