@@ -2,11 +2,13 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 
 use crate::transport::DEFAULT_PORT;
+use crate::worker::idle::BusyPoll;
 
 /// Name of the TUN device unless another is given.
 pub const TUN_NAME_DEFAULT: &str = "fastvpn0";
@@ -75,9 +77,17 @@ pub struct TunnelArgs {
     #[arg(long, value_name = "LIST", value_parser = parse_cores)]
     pub cores: Option<CoreList>,
 
+    /// Look for arrivals this many microseconds before sleeping: off, auto, or 1 to 1000000
+    #[arg(long, value_name = "US", default_value = "off", value_parser = parse_busy_poll)]
+    pub busy_poll: BusyPoll,
+
     /// Packets that may wait in a TUN queue for its worker
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub txqueuelen: u32,
+
+    /// How the workers do their I/O
+    #[arg(long, value_enum, value_name = "ENGINE", default_value_t = Io::Auto)]
+    pub io: Io,
 
     /// Do without some kernel features, as on a kernel that lacks them
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
@@ -107,6 +117,17 @@ pub enum LogFormat {
     Text,
     /// One JSON object per line.
     Json,
+}
+
+/// How the workers do their I/O.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Io {
+    /// By io_uring if the kernel has and allows it, else by epoll
+    Auto,
+    /// By io_uring (Linux 6.1), or not at all
+    Uring,
+    /// By epoll, which any kernel has and allows
+    Epoll,
 }
 
 /// A kernel feature that can be left unused.
@@ -262,6 +283,19 @@ pub(crate) fn parse_cores(text: &str) -> ParseResult<CoreList> {
         }
     }
     Ok(CoreList(cores))
+}
+
+fn parse_busy_poll(text: &str) -> ParseResult<BusyPoll> {
+    const US_MAX: u64 = 1_000_000;
+    match text {
+        "off" => Ok(BusyPoll::Off),
+        "auto" => Ok(BusyPoll::Auto),
+        _ => match text.parse() {
+            Ok(0) => Ok(BusyPoll::Off),
+            Ok(us @ 1..=US_MAX) => Ok(BusyPoll::For(Duration::from_micros(us))),
+            _ => Err(format!("expected off, auto, or 1 to {US_MAX} microseconds")),
+        },
+    }
 }
 
 #[cfg(test)]

@@ -5,13 +5,14 @@ use std::path::PathBuf;
 
 use ipnet::IpNet;
 
-use crate::cli::{Feature, TunnelArgs};
+use crate::cli::{Feature, Io, TunnelArgs};
 use crate::device::link::{self, IPV4_MTU_BYTES_MIN, IPV6_MTU_BYTES_MIN};
 use crate::error::{Error, Result};
 use crate::packet::coalesce;
 use crate::ring;
 use crate::transport::path::{self, Path};
 use crate::transport::{self, DEFAULT_PORT, socket};
+use crate::worker::idle::BusyPoll;
 
 /// Queues that are used unless more are asked for.
 const QUEUES_DEFAULT_MAX: usize = 4;
@@ -33,8 +34,12 @@ pub struct Config {
     pub address_is_derived: bool,
     /// The peer's tunnel address, if this host could derive it too.
     pub peer_address: Option<IpAddr>,
+    /// How long to look for arrivals without sleeping.
+    pub busy_poll: BusyPoll,
     /// Cores to pin workers to, in turn.
     pub cores: Option<Vec<usize>>,
+    /// The I/O engine asked for.
+    pub io: Io,
     /// Kernel features to try.
     pub wanted: Wanted,
     /// Path of the operators' socket.
@@ -95,7 +100,9 @@ impl Config {
             },
             address_is_derived: args.address.is_empty(),
             peer_address,
+            busy_poll: args.busy_poll,
             cores: checked_cores(args)?,
+            io: args.io,
             wanted: wanted(&args.without),
             control: args
                 .control
@@ -244,6 +251,7 @@ mod tests {
         assert_eq!(config.listen, "0.0.0.0:8285".parse().unwrap());
         assert_eq!(config.link.mtu_bytes, 65507);
         assert!(config.wanted.tun.udp && config.wanted.udp.gro);
+        assert_eq!(config.io, Io::Auto);
     }
 
     #[test]

@@ -6,8 +6,9 @@
 //! is sent on); on its way in [`transport`], [`worker::inbound`] with
 //! [`packet::ip`] and [`packet::coalesce`], and [`device`] again.
 //! [`worker::run`] is the loop, [`worker::engine::Engine`] what it needs of the
-//! kernel, and [`ring`] the io_uring that provides it. [`packet`] does no I/O
-//! and has no `unsafe`; [`ring`] has all the data path's `unsafe`.
+//! kernel, [`ring`] the io_uring that provides it, and [`epoll`] what does where
+//! there is no io_uring. [`packet`] does no I/O and has no `unsafe`; [`ring`]
+//! and [`io`], which both engines share, have all the data path's `unsafe`.
 //!
 //! Nothing else is in a packet's way: [`cli`] and [`config`] say what is wanted,
 //! [`tunnel`] sets it up and takes it down, [`control`] runs the workers, and
@@ -21,7 +22,9 @@ pub mod config;
 pub mod control;
 pub mod demo;
 pub mod device;
+pub mod epoll;
 pub mod error;
+pub mod io;
 pub mod lab;
 pub mod netlink;
 pub mod packet;

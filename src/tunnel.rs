@@ -13,6 +13,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
 
 use crate::config::Config;
+use crate::control::engine::Engine;
 use crate::control::summary;
 use crate::control::workers::{Setup, Workers};
 use crate::device::{link, tun};
@@ -65,7 +66,8 @@ pub fn run(config: &Config) -> Result<()> {
             },
             ..Limits::FULL
         },
-        features: config.wanted.uring,
+        engine: Engine::choose(config.io, config.wanted.uring),
+        busy_poll: config.busy_poll,
         cores: config.cores.clone(),
         table: Arc::new(table),
     };
@@ -74,7 +76,7 @@ pub fn run(config: &Config) -> Result<()> {
     for peer in &config.peers {
         link::check_outside(&mut netlink, &config.tun, peer.ip())?;
     }
-    announce(config, device.offloads, udp, workers.features());
+    announce(config, device.offloads, udp, workers.engine());
     if !device.steered {
         tracing::warn!(
             "no eBPF here (CAP_BPF): the TUN driver picks queues; use the same --queues at both ends"
@@ -176,12 +178,7 @@ fn read_link_stats(netlink: &mut Netlink, name: &str) -> Option<LinkStats> {
 }
 
 /// Says what is running, and what the kernel lacks.
-fn announce(
-    config: &Config,
-    tun: coalesce::Offloads,
-    udp: socket::Offloads,
-    uring: ring::Features,
-) {
+fn announce(config: &Config, tun: coalesce::Offloads, udp: socket::Offloads, engine: Engine) {
     let addresses: Vec<String> = config
         .link
         .addresses
@@ -208,16 +205,17 @@ fn announce(
     }
     let on_off = |on| if on { "on" } else { "off" };
     tracing::info!(
-        "offloads: TSO {}, USO {}, UDP_SEGMENT {}, UDP_GRO {}; io_uring: multishot read {}, \
-         multishot receive {}",
+        "offloads: TSO {}, USO {}, UDP_SEGMENT {}, UDP_GRO {}; engine: {engine}",
         on_off(tun.tcp),
         on_off(tun.udp),
         on_off(udp.segment),
         on_off(udp.gro),
-        on_off(uring.read_multishot),
-        on_off(uring.receive_multishot),
     );
     let wanted = &config.wanted;
+    let lacks = |feature: fn(&ring::Features) -> bool| match engine {
+        Engine::Uring(in_use) => feature(&wanted.uring) && !feature(&in_use),
+        Engine::Epoll => false,
+    };
     let missing = [
         (
             wanted.tun.udp && !tun.udp,
@@ -232,11 +230,11 @@ fn announce(
             "UDP_GRO (Linux 5.0): one datagram per receive",
         ),
         (
-            wanted.uring.read_multishot && !uring.read_multishot,
+            lacks(|uring| uring.read_multishot),
             "IORING_OP_READ_MULTISHOT (Linux 6.7): the TUN queue is polled",
         ),
         (
-            wanted.uring.receive_multishot && !uring.receive_multishot,
+            lacks(|uring| uring.receive_multishot),
             "multishot receive (Linux 6.0): the UDP socket is polled",
         ),
     ];

@@ -82,7 +82,7 @@ fn locked_memory(facts: &Facts) -> Item {
             NAME,
             format!("at most {} KiB; {needs}", limit >> 10),
             "io_uring may be refused to some workers: fastvpn may not start",
-            "raise the limit (ulimit -l), or ask for fewer --queues",
+            "raise the limit (ulimit -l), ask for fewer --queues, or use --io epoll",
         ),
     }
 }

@@ -6,15 +6,18 @@ use std::thread::JoinHandle;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::engine::Engine;
 use crate::device::tun::Queue;
+use crate::epoll::Epoll;
 use crate::error::{Error, Result};
 use crate::packet::coalesce::Offloads;
 use crate::packet::train::Limits;
-use crate::ring::{Features, Uring};
+use crate::ring::Uring;
 use crate::transport::socket::WorkerSockets;
 use crate::worker::counters::Counters;
+use crate::worker::idle::BusyPoll;
 use crate::worker::table::Table;
-use crate::worker::{self, Command};
+use crate::worker::{self, Command, engine};
 
 /// Commands that may wait for a worker.
 const COMMANDS_MAX: usize = 64;
@@ -26,8 +29,10 @@ pub struct Setup {
     pub tun: Offloads,
     /// How long trains may be.
     pub limits: Limits,
-    /// io_uring features to try.
-    pub features: Features,
+    /// What the workers run on.
+    pub engine: Engine,
+    /// How long to look for arrivals without sleeping.
+    pub busy_poll: BusyPoll,
     /// Cores to pin workers to, in turn.
     pub cores: Option<Vec<usize>>,
     /// The first forwarding table.
@@ -45,7 +50,7 @@ struct Worker {
 pub struct Workers {
     workers: Vec<Worker>,
     failures: Receiver<Error>,
-    features: Features,
+    engine: Engine,
 }
 
 impl Workers {
@@ -60,7 +65,7 @@ impl Workers {
         let mut workers = Self {
             workers: Vec::with_capacity(count),
             failures,
-            features: setup.features,
+            engine: setup.engine,
         };
         for (index, (queue, sockets)) in queues.into_iter().zip(sockets).enumerate() {
             let parts = Parts {
@@ -75,16 +80,16 @@ impl Workers {
         }
         drop(ready_sender);
         for _ in 0..count {
-            workers.features = ready
+            workers.engine = ready
                 .recv()
                 .map_err(|_| Error::new("a worker thread ended before it was ready"))??;
         }
         Ok(workers)
     }
 
-    /// The io_uring features in use.
-    pub fn features(&self) -> Features {
-        self.features
+    /// What the workers run on, and what of it is in use.
+    pub fn engine(&self) -> Engine {
+        self.engine
     }
 
     /// Where a worker that fails later says so.
@@ -139,7 +144,7 @@ struct Parts {
     queue: Queue,
     sockets: WorkerSockets,
     setup: Setup,
-    ready: Sender<Result<Features>>,
+    ready: Sender<Result<Engine>>,
     failures: Sender<Error>,
 }
 
@@ -176,23 +181,60 @@ impl Parts {
                 tracing::warn!("cannot pin worker {} to core {id}", self.index);
             }
         }
-        let mut engine = match Uring::new(
-            self.queue,
-            self.sockets,
-            wake,
-            self.setup.features,
-            self.setup.limits,
-            Arc::clone(&counters),
-        ) {
+        let Self { queue, sockets, .. } = self;
+        let limits = self.setup.limits;
+        let shared_counters = Arc::clone(&counters);
+        let run = Run {
+            commands,
+            counters: &counters,
+            setup: &self.setup,
+            ready: self.ready,
+            failures: self.failures,
+        };
+        match self.setup.engine {
+            Engine::Uring(wanted) => {
+                let uring = Uring::new(queue, sockets, wake, wanted, limits, shared_counters);
+                run.on(uring, |uring| Engine::Uring(uring.features()));
+            }
+            Engine::Epoll => {
+                let epoll = Epoll::new(queue, sockets, wake, limits, shared_counters);
+                run.on(epoll, |_| Engine::Epoll);
+            }
+        }
+    }
+}
+
+/// A worker's run, whatever engine it is on.
+struct Run<'a> {
+    commands: &'a Receiver<Command>,
+    counters: &'a Counters,
+    setup: &'a Setup,
+    ready: Sender<Result<Engine>>,
+    failures: Sender<Error>,
+}
+
+impl Run<'_> {
+    /// Says that the engine is ready, or why it is not, and runs the loop.
+    /// `in_use` tells what of the engine is in use.
+    fn on<E: engine::Engine>(self, engine: Result<E>, in_use: impl FnOnce(&E) -> Engine) {
+        let mut engine = match engine {
             Ok(engine) => engine,
             Err(error) => {
                 let _ = self.ready.send(Err(error));
                 return;
             }
         };
-        let _ = self.ready.send(Ok(engine.features()));
+        let _ = self.ready.send(Ok(in_use(&engine)));
         let table = Arc::clone(&self.setup.table);
-        let result = worker::run(&mut engine, commands, table, self.setup.tun, &counters);
+        let Setup { tun, busy_poll, .. } = *self.setup;
+        let result = worker::run(
+            &mut engine,
+            self.commands,
+            table,
+            tun,
+            busy_poll,
+            self.counters,
+        );
         if let Err(error) = result {
             let _ = self.failures.send(error);
         }

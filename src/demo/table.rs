@@ -99,6 +99,7 @@ mod tests {
             latency: Latency {
                 p50_ns,
                 p99_ns: 120_000,
+                p999_ns: 140_000,
                 exchanges: 1,
                 lost: 0,
             },

@@ -16,7 +16,7 @@ pub mod traffic;
 pub mod user;
 
 pub use namespace::Namespace;
-pub use process::{Child, cpu_seconds, rss_bytes};
+pub use process::{Child, cpu_ns, cpu_seconds, rss_bytes, rss_peak_bytes};
 pub use user::enter_user_namespace_if_needed;
 
 use ipnet::IpNet;

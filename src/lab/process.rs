@@ -188,15 +188,59 @@ pub fn cpu_seconds(pid: u32) -> Result<f64> {
     parse_cpu_seconds(&stat).ok_or_else(|| Error::new(format!("cannot make sense of {path}")))
 }
 
+/// As [`cpu_seconds`], but of the threads that run now only, and exact:
+/// nanoseconds on a CPU as the scheduler counts them (`/proc/PID/task/*/schedstat`).
+/// Includes the network work that the kernel did for others in these threads'
+/// time, and io_uring's own workers.
+///
+/// # Errors
+/// When there is no such process, or the kernel was built without
+/// `CONFIG_SCHED_INFO`.
+pub fn cpu_ns(pid: u32) -> Result<u64> {
+    let tasks = format!("/proc/{pid}/task");
+    let entries =
+        fs::read_dir(&tasks).map_err(|cause| Error::os(format!("cannot read {tasks}"), cause))?;
+    let mut total_ns = 0;
+    for entry in entries {
+        let path = entry
+            .map_err(|cause| Error::os(format!("cannot read {tasks}"), cause))?
+            .path()
+            .join("schedstat");
+        let shown = path.display();
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            // The thread has ended, the process has not.
+            Err(_) if path.parent().is_some_and(|task| !task.exists()) => continue,
+            Err(cause) => return Err(Error::os(format!("cannot read {shown}"), cause)),
+        };
+        total_ns += parse_schedstat_ns(&text)
+            .ok_or_else(|| Error::new(format!("cannot make sense of {shown}")))?;
+    }
+    Ok(total_ns)
+}
+
 /// Bytes of physical memory that a process occupies (`VmRSS`, proc_pid_status(5)).
 ///
 /// # Errors
 /// When there is no such process.
 pub fn rss_bytes(pid: u32) -> Result<u64> {
+    status_bytes(pid, "VmRSS:")
+}
+
+/// The most physical memory that a process has occupied so far (`VmHWM`).
+///
+/// # Errors
+/// When there is no such process.
+pub fn rss_peak_bytes(pid: u32) -> Result<u64> {
+    status_bytes(pid, "VmHWM:")
+}
+
+fn status_bytes(pid: u32, field: &str) -> Result<u64> {
     let path = format!("/proc/{pid}/status");
     let status = fs::read_to_string(&path)
         .map_err(|cause| Error::os(format!("cannot read {path}"), cause))?;
-    parse_rss_bytes(&status).ok_or_else(|| Error::new(format!("cannot make sense of {path}")))
+    parse_status_bytes(&status, field)
+        .ok_or_else(|| Error::new(format!("cannot make sense of {path}")))
 }
 
 fn parse_cpu_seconds(stat: &str) -> Option<f64> {
@@ -209,10 +253,14 @@ fn parse_cpu_seconds(stat: &str) -> Option<f64> {
     Some((user + system) as f64 / TICKS_PER_SECOND)
 }
 
-fn parse_rss_bytes(status: &str) -> Option<u64> {
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmRSS:"))?;
+/// The first of the three numbers: time on a CPU, time waiting for one, and
+/// how often (`Documentation/scheduler/sched-stats.rst`).
+fn parse_schedstat_ns(text: &str) -> Option<u64> {
+    text.split_ascii_whitespace().next()?.parse().ok()
+}
+
+fn parse_status_bytes(status: &str, field: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix(field))?;
     let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kibibytes * 1024)
 }
@@ -230,7 +278,30 @@ mod tests {
 
     #[test]
     fn reads_memory() {
-        assert_eq!(parse_rss_bytes("VmRSS:\t   12 kB\n"), Some(12 * 1024));
-        assert!(rss_bytes(process::id()).unwrap() > 0);
+        let status = "VmHWM:\t   20 kB\nVmRSS:\t   12 kB\n";
+        assert_eq!(parse_status_bytes(status, "VmRSS:"), Some(12 * 1024));
+        assert_eq!(parse_status_bytes(status, "VmHWM:"), Some(20 * 1024));
+        assert_eq!(parse_status_bytes(status, "VmLck:"), None);
+        let rss_bytes = rss_bytes(process::id()).unwrap();
+        assert!(rss_bytes > 0);
+        assert!(rss_peak_bytes(process::id()).unwrap() >= rss_bytes);
+    }
+
+    #[test]
+    fn reads_time_on_the_cpu() {
+        assert_eq!(parse_schedstat_ns("669386 42053 1\n"), Some(669_386));
+        assert_eq!(parse_schedstat_ns(""), None);
+        let mut busy = Command::new("sh");
+        let mut busy = busy.args(["-c", "while :; do :; done"]).spawn().unwrap();
+        let start = Instant::now();
+        while cpu_seconds(busy.id()).unwrap() < 0.1 && start.elapsed() < Duration::from_secs(30) {
+            thread::sleep(WAIT_STEP);
+        }
+        let used_ns = cpu_ns(busy.id()).unwrap();
+        busy.kill().unwrap();
+        busy.wait().unwrap();
+        // Two ticks less, for what the coarser clock rounds up.
+        assert!(used_ns >= 80_000_000, "{used_ns}");
+        assert!(cpu_ns(u32::MAX).is_err());
     }
 }

@@ -6,7 +6,7 @@
 
 use super::ip::Version;
 use super::{IPV4_HEADER_BYTES, IPV6_HEADER_BYTES};
-use crate::simd::sum_words;
+use crate::simd::{copy_and_sum, sum_words};
 
 /// A one's-complement sum in progress. Words are added in native byte order;
 /// 64 bits leave room for far more than the longest packet before folding.
@@ -22,6 +22,21 @@ impl Sum {
     #[must_use]
     pub fn add_bytes(self, bytes: &[u8]) -> Self {
         Self(self.0 + sum_words(bytes))
+    }
+
+    /// Adds bytes that start at an even offset of the summed data, and copies
+    /// them to `to`, which has the same length.
+    #[inline]
+    #[must_use]
+    pub fn add_copied(self, bytes: &[u8], to: &mut [u8]) -> Self {
+        Self(self.0 + copy_and_sum(bytes, to))
+    }
+
+    /// Adds the bytes of another sum, which start at an even offset.
+    #[inline]
+    #[must_use]
+    pub fn add_sum(self, other: Self) -> Self {
+        Self(self.0 + other.0)
     }
 
     /// Adds a 16-bit field, given in host order.

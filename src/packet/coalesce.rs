@@ -84,11 +84,19 @@ impl Frame {
         self.set_header(Header::default());
     }
 
+    /// Copies `payload` behind the packet, which does not have it yet, and
+    /// sums it up on the way: [`Self::extend`] makes it part of the packet.
     #[inline]
-    fn append(&mut self, payload: &[u8]) {
-        let end = self.packet_bytes;
-        self.packet_bytes += payload.len();
-        self.packet_mut()[end..].copy_from_slice(payload);
+    fn copy_behind(&mut self, payload: &[u8]) -> Sum {
+        let start = PACKET_START + self.packet_bytes;
+        let room = &mut self.bytes[start..start + payload.len()];
+        Sum::ZERO.add_copied(payload, room)
+    }
+
+    /// Makes bytes behind the packet part of it.
+    #[inline]
+    fn extend(&mut self, payload_bytes: usize) {
+        self.packet_bytes += payload_bytes;
     }
 
     #[inline]
@@ -175,8 +183,7 @@ impl Coalescer {
             .rposition(|open| open.is_of(&data.flow, packet));
         if let Some(index) = found {
             let open = &mut self.open[index];
-            if open.accepts(data, packet) {
-                open.append(data, packet);
+            if open.append(data, packet) {
                 if open.is_full(data) {
                     sink.put(self.open.remove(index).finish());
                 }
@@ -384,9 +391,9 @@ impl Open {
         self.flow.version == version && self.frame.packet()[addresses.clone()] == packet[addresses]
     }
 
-    /// Whether `packet`, of the same flow, may be the next segment.
+    /// Appends `packet`, of the same flow, as the next segment if it may be.
     #[inline]
-    fn accepts(&mut self, data: &Data, packet: &[u8]) -> bool {
+    fn append(&mut self, data: &Data, packet: &[u8]) -> bool {
         let first = self.frame.packet();
         let fits = data.header_bytes == self.header_bytes
             && data.payload_bytes <= self.segment_bytes
@@ -407,15 +414,22 @@ impl Open {
         };
         // Summing up comes last: it is the part that costs.
         if !self.verified {
-            if !checksums_are_valid(self.flow, first) {
+            let (headers, payload) = first.split_at(self.header_bytes);
+            let payload_sum = Sum::ZERO.add_bytes(payload);
+            if !checksums_are_valid(self.flow, headers, payload.len(), payload_sum) {
                 return false;
             }
             self.verified = true;
         }
-        if !checksums_are_valid(self.flow, packet) {
+        let (headers, payload) = packet.split_at(data.header_bytes);
+        let payload_sum = self.frame.copy_behind(payload);
+        if !checksums_are_valid(self.flow, headers, payload.len(), payload_sum) {
             return false;
         }
+        self.frame.extend(payload.len());
         self.identification = identification;
+        self.count += 1;
+        self.push = data.push;
         true
     }
 
@@ -436,13 +450,6 @@ impl Open {
             Identification::Unknown | Identification::Fixed if fixed => Some(Identification::Fixed),
             _ => None,
         }
-    }
-
-    #[inline]
-    fn append(&mut self, data: &Data, packet: &[u8]) {
-        self.frame.append(&packet[data.header_bytes..]);
-        self.count += 1;
-        self.push = data.push;
     }
 
     /// Whether the packet just appended was the last that fits.
@@ -523,25 +530,33 @@ fn continues_tcp(first: &[u8], next: &[u8], offset: usize) -> bool {
         && next[18..] == first[18..]
 }
 
+/// Whether a packet of `headers` and payload is intact, by what its payload
+/// sums up to.
 #[inline]
-fn checksums_are_valid(flow: Flow, packet: &[u8]) -> bool {
+fn checksums_are_valid(
+    flow: Flow,
+    headers: &[u8],
+    payload_bytes: usize,
+    payload_sum: Sum,
+) -> bool {
     // Constant lengths let the short sums be unrolled.
     let (ip_is_valid, pseudo, transport) = match flow.version {
         Version::V4 => {
-            let (header, transport) = packet.split_at(IPV4_HEADER_BYTES);
+            let (header, transport) = headers.split_at(IPV4_HEADER_BYTES);
             let pseudo = pseudo_header(Version::V4, header, flow.protocol);
             (Sum::ZERO.add_bytes(header).is_valid(), pseudo, transport)
         }
         Version::V6 => {
-            let (header, transport) = packet.split_at(IPV6_HEADER_BYTES);
+            let (header, transport) = headers.split_at(IPV6_HEADER_BYTES);
             let pseudo = pseudo_header(Version::V6, header, flow.protocol);
             (true, pseudo, transport)
         }
     };
     ip_is_valid
         && pseudo
-            .add_u16(transport.len() as u16)
+            .add_u16((transport.len() + payload_bytes) as u16)
             .add_bytes(transport)
+            .add_sum(payload_sum)
             .is_valid()
 }
 

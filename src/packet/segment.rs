@@ -242,7 +242,8 @@ impl<'a> Segments<'a> {
                 let (header, payload) = out.split_at_mut(header_bytes);
                 header.copy_from_slice(&self.frame[..header_bytes]);
                 let at = header_bytes + index * payload_bytes;
-                payload.copy_from_slice(&self.frame[at..at + payload.len()]);
+                let payload_sum =
+                    Sum::ZERO.add_copied(&self.frame[at..at + payload.len()], payload);
                 let (ip_header, transport_header) = header.split_at_mut(ip_bytes);
                 let ip_payload_bytes = transport_header.len() + payload.len();
                 self.write_ip_header(index, ip_header, ip_payload_bytes, ip_sum);
@@ -250,7 +251,7 @@ impl<'a> Segments<'a> {
                 // behind IPv6 extension headers.
                 let sum = transport_sum
                     .add_u16(ip_payload_bytes as u16)
-                    .add_bytes(payload);
+                    .add_sum(payload_sum);
                 match transport {
                     Transport::Tcp => {
                         let offset = (index * payload_bytes) as u32;

@@ -1,4 +1,5 @@
-//! The io_uring engine: all `unsafe` of the data path lives here.
+//! The io_uring engine. All `unsafe` of the data path lives here and in
+//! [`crate::io`].
 //!
 //! One ring per worker. Two multishot requests stay armed and bring data into
 //! provided buffers: a read on the TUN queue and a receive on the UDP socket.
@@ -11,7 +12,6 @@
 //! multishot read needs 6.7 and is replaced by polling before that.
 
 mod buffers;
-mod message;
 mod output;
 mod source;
 mod token;
@@ -83,13 +83,7 @@ impl Uring {
         limits: Limits,
         counters: Arc<Counters>,
     ) -> Result<Self> {
-        let ring = IoUring::builder()
-            .setup_single_issuer()
-            .setup_defer_taskrun()
-            .setup_taskrun_flag()
-            .setup_submit_all()
-            .build(SUBMISSION_ENTRIES)
-            .map_err(setup_error)?;
+        let ring = build_ring()?;
         let mut probe = io_uring::Probe::new();
         let probed = ring.submitter().register_probe(&mut probe).is_ok();
         let wanted = Wanted {
@@ -98,10 +92,7 @@ impl Uring {
                 && probe.is_supported(opcode::ReadMulti::CODE),
             receive_multishot: wanted.receive_multishot,
         };
-        let sources = Sources::new(&ring.submitter(), wanted).map_err(|error| {
-            Error::os("cannot register io_uring buffers", error)
-                .hint("raise the limit on locked memory (ulimit -l), or ask for fewer --queues")
-        })?;
+        let sources = Sources::new(&ring.submitter(), wanted).map_err(buffers_error)?;
         Ok(Self {
             ring,
             queue,
@@ -388,6 +379,36 @@ impl Drop for Uring {
 const DRAIN_TRIES_MAX: usize = 100;
 const DRAIN_WAIT_NS: u32 = 1_000_000;
 
+/// Whether this process may use io_uring, and as much of it as a worker does.
+///
+/// # Errors
+/// As [`Uring::new`].
+pub fn probe(wanted: Features) -> Result<()> {
+    let ring = build_ring()?;
+    let wanted = Wanted {
+        read_multishot: wanted.read_multishot,
+        receive_multishot: wanted.receive_multishot,
+    };
+    let mut sources = Sources::new(&ring.submitter(), wanted).map_err(buffers_error)?;
+    sources.unregister(&ring.submitter());
+    Ok(())
+}
+
+fn build_ring() -> Result<IoUring> {
+    IoUring::builder()
+        .setup_single_issuer()
+        .setup_defer_taskrun()
+        .setup_taskrun_flag()
+        .setup_submit_all()
+        .build(SUBMISSION_ENTRIES)
+        .map_err(setup_error)
+}
+
+fn buffers_error(error: io::Error) -> Error {
+    Error::os("cannot register io_uring buffers", error)
+        .hint("raise the limit on locked memory (ulimit -l), or ask for fewer --queues")
+}
+
 fn setup_error(error: io::Error) -> Error {
     let hint = match error.raw_os_error() {
         Some(libc::EPERM) => {
@@ -396,12 +417,12 @@ fn setup_error(error: io::Error) -> Error {
         }
         Some(libc::ENOSYS) => {
             "this kernel has no io_uring, or a seccomp profile hides it; \
-             fastvpn needs Linux 6.1 or later"
+             it takes Linux 6.1 or later"
         }
-        Some(libc::EINVAL) => "fastvpn needs Linux 6.1 or later",
+        Some(libc::EINVAL) => "it takes io_uring of Linux 6.1 or later",
         Some(libc::EMFILE) => "raise the limit on open files (ulimit -n)",
         Some(libc::ENOMEM) => "raise the limit on locked memory (ulimit -l)",
-        _ => "fastvpn needs io_uring of Linux 6.1 or later",
+        _ => "it takes io_uring of Linux 6.1 or later",
     };
     Error::os("cannot set up io_uring", error).hint(hint)
 }

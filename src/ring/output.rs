@@ -2,15 +2,14 @@
 
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
-use std::sync::Once;
 
 use io_uring::types::Fd;
 use io_uring::{opcode, squeue};
-use nix::sys::socket::{MsgFlags, SockaddrStorage, sendto};
 
-use super::message::SendMessage;
 use super::token::Token;
 use crate::error::{Error, Result};
+use crate::io::message::SendMessage;
+use crate::io::refusal::PathLimits;
 use crate::packet::coalesce::Frame;
 use crate::packet::train::{Limits, NextHop, Train};
 use crate::worker::counters::Counters;
@@ -19,9 +18,6 @@ use crate::worker::counters::Counters;
 pub const TRAINS: u16 = 16;
 /// Frames per worker: the flows that can be open at a time and a batch under way.
 pub const FRAMES: u16 = 64;
-
-/// Older kernels' `UDP_MAX_SEGMENTS`.
-const SEGMENTS_MAX_OLD: usize = 64;
 
 /// See the module's documentation.
 pub struct Output {
@@ -39,11 +35,7 @@ pub struct Output {
     /// The socket's send buffer is full: read no more frames until it is not.
     pub blocked: bool,
     pub room_poll_armed: bool,
-    /// Limits of a path that nothing has been learnt of.
-    base: Limits,
-    full: Limits,
-    /// By next hop, where something has been learnt.
-    paths: Vec<(NextHop, Limits)>,
+    paths: PathLimits,
     /// The first error met where none could be returned.
     error: Option<Error>,
 }
@@ -61,9 +53,7 @@ impl Output {
             staged_bytes: 0,
             blocked: false,
             room_poll_armed: false,
-            base: limits,
-            full: limits,
-            paths: Vec::with_capacity(PATHS_MAX),
+            paths: PathLimits::new(limits),
             error: None,
         }
     }
@@ -137,115 +127,19 @@ impl Output {
             counters.packets_sent.add(train.count() as u64);
             counters.bytes_sent.add(train.bytes().len() as u64);
         } else {
-            self.refused(&train, to, -result, socket, counters);
+            self.blocked |= self.paths.refused(&train, to, -result, socket, counters);
         }
         self.free_trains.push(train);
-    }
-
-    #[cold]
-    fn refused(
-        &mut self,
-        train: &Train,
-        to: SocketAddr,
-        errno: i32,
-        socket: &impl AsFd,
-        counters: &Counters,
-    ) {
-        match errno {
-            libc::EAGAIN | libc::ENOBUFS => {
-                counters.drop_send_full.add(train.count() as u64);
-                self.blocked |= errno == libc::EAGAIN;
-            }
-            libc::EIO | libc::EINVAL | libc::EMSGSIZE if train.count() > 1 => {
-                // What goes through one by one was refused for being a train.
-                if self.send_one_by_one(train, to, socket, counters) {
-                    self.learn(train, errno);
-                }
-            }
-            _ => counters.drop_send_error.add(train.count() as u64),
-        }
-    }
-
-    /// Remembers what the kernel will not take, so that later trains are short
-    /// enough from the start.
-    fn learn(&mut self, train: &Train, errno: i32) {
-        static NO_CHECKSUM_OFFLOAD: Once = Once::new();
-        if errno == libc::EIO {
-            NO_CHECKSUM_OFFLOAD.call_once(|| {
-                tracing::warn!(
-                    "UDP_SEGMENT off: the way to the peer takes no segmentation offload \
-                     (IPsec, or a device without checksums); sending one datagram at a time"
-                );
-            });
-            self.base.segments_max = 1;
-            self.paths.clear();
-        } else if errno == libc::EINVAL && train.count() > SEGMENTS_MAX_OLD {
-            // The kernel's own limit: not to be tried again.
-            self.base.segments_max = SEGMENTS_MAX_OLD;
-            self.full.segments_max = SEGMENTS_MAX_OLD;
-            self.paths.clear();
-        } else {
-            let mut limits = self.limits(train.next_hop());
-            let refused_bytes = train.segment_bytes();
-            limits.segment_bytes_max = limits.segment_bytes_max.min(refused_bytes - 1);
-            self.paths.retain(|(hop, _)| *hop != train.next_hop());
-            if self.paths.len() == PATHS_MAX {
-                self.paths.remove(0);
-            }
-            self.paths.push((train.next_hop(), limits));
-            tracing::debug!(
-                "datagrams over {} bytes are sent alone: the path's MTU is smaller",
-                limits.segment_bytes_max
-            );
-        }
-    }
-
-    /// Sends a train's datagrams without `UDP_SEGMENT`; tells whether any went.
-    fn send_one_by_one(
-        &mut self,
-        train: &Train,
-        to: SocketAddr,
-        socket: &impl AsFd,
-        counters: &Counters,
-    ) -> bool {
-        let mut sent = 0;
-        use std::os::fd::AsRawFd;
-        let fd = socket.as_fd().as_raw_fd();
-        let to = SockaddrStorage::from(to);
-        for datagram in train.datagrams() {
-            match sendto(fd, datagram, &to, MsgFlags::MSG_DONTWAIT) {
-                Ok(_) => {
-                    sent += 1;
-                    counters.trains_sent.add(1);
-                    counters.packets_sent.add(1);
-                    counters.bytes_sent.add(datagram.len() as u64);
-                }
-                Err(nix::errno::Errno::EAGAIN) => {
-                    self.blocked = true;
-                    counters.drop_send_full.add((train.count() - sent) as u64);
-                    break;
-                }
-                Err(_) => counters.drop_send_error.add(1),
-            }
-        }
-        sent > 0
     }
 
     /// How long trains toward `next_hop` may be.
     #[inline]
     pub fn limits(&self, next_hop: NextHop) -> Limits {
-        self.paths
-            .iter()
-            .find(|(hop, _)| *hop == next_hop)
-            .map_or(self.base, |(_, limits)| *limits)
+        self.paths.get(next_hop)
     }
 
     /// Forgets what has been learnt.
     pub fn reset_limits(&mut self) {
-        self.base = self.full;
-        self.paths.clear();
+        self.paths.reset();
     }
 }
-
-/// Most paths to remember limits of.
-const PATHS_MAX: usize = 64;

@@ -13,9 +13,10 @@ use io_uring::types::{Fd, RecvMsgOut};
 use io_uring::{Submitter, cqueue, opcode, squeue};
 
 use super::buffers::BufferRing;
-use super::message::{self, PAYLOAD_START};
 use super::token::Token;
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::io::message::{self, PAYLOAD_START};
+use crate::io::{queue_error, socket_error};
 use crate::packet::virtio;
 use crate::worker::counters::Counters;
 use crate::worker::engine::{Event, Received, Source};
@@ -404,20 +405,4 @@ impl Sources {
         }
         Ok(())
     }
-}
-
-fn queue_error(errno: i32) -> Error {
-    Error::os(
-        "cannot read the TUN queue",
-        io::Error::from_raw_os_error(errno),
-    )
-    .hint("was the interface deleted?")
-}
-
-fn socket_error(errno: i32) -> Error {
-    Error::os(
-        "cannot receive from the UDP socket",
-        io::Error::from_raw_os_error(errno),
-    )
-    .hint("start fastvpn again")
 }

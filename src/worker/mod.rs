@@ -7,6 +7,7 @@
 
 pub mod counters;
 pub mod engine;
+pub mod idle;
 pub mod inbound;
 pub mod outbound;
 pub mod table;
@@ -17,6 +18,7 @@ use crossbeam_channel::Receiver;
 
 use self::counters::Counters;
 use self::engine::{Engine, Event, Source};
+use self::idle::{BusyPoll, Idle};
 use self::inbound::Inbound;
 use self::outbound::Outbound;
 use self::table::Table;
@@ -50,10 +52,12 @@ pub fn run(
     commands: &Receiver<Command>,
     mut table: Arc<Table>,
     tun: Offloads,
+    busy_poll: BusyPoll,
     counters: &Counters,
 ) -> Result<()> {
     let mut outbound = Outbound::new();
     let mut inbound = Inbound::new(tun);
+    let mut idle = Idle::new(busy_poll);
     let mut carried = 0;
     loop {
         // While more arrives, what is open may still grow: a frame rarely
@@ -63,7 +67,7 @@ pub fn run(
             inbound.flush(engine);
             carried = 0;
         }
-        engine.wait()?;
+        idle.wait(engine)?;
         for _ in 0..BATCH_EVENTS_MAX {
             let Some(event) = engine.next_event() else {
                 break;

@@ -12,7 +12,7 @@ use crate::packet::segment::Segments;
 use crate::packet::train::{NextHop, TRAIN_BYTES_MAX, Train};
 
 /// Next hops whose trains can be open at a time. The oldest makes room.
-const OPEN_TRAINS_MAX: usize = 8;
+pub const OPEN_TRAINS_MAX: usize = 8;
 
 /// The trains being filled, at most one per next hop, oldest first.
 #[derive(Debug, Default)]

@@ -3,7 +3,7 @@
 
 use std::io;
 use std::net::Ipv4Addr;
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, Stdio};
 
 use fastvpn::error::{Error, Result};
@@ -11,7 +11,8 @@ use fastvpn::lab::{self, Namespace, Pair};
 use ipnet::IpNet;
 
 use crate::support::{
-    FASTVPN, TUNNEL, Test, Tunnel, bulk, check, hosts, link, stop, tunnel_between, udp,
+    Ended, FASTVPN, TUNNEL, Test, Tunnel, bulk, check, fastvpn, hosts, link, stop, tunnel_between,
+    udp, wait_for,
 };
 use crate::tools::{inventory, nothing_left};
 
@@ -28,6 +29,7 @@ pub fn tests() -> Vec<Test> {
         ("without_privilege", without_privilege),
         ("without_the_tun_device", without_the_tun_device),
         ("without_io_uring", without_io_uring),
+        ("with_io_uring_left_alone", with_io_uring_left_alone),
     ]
 }
 
@@ -95,6 +97,7 @@ fn bad_flags() -> Result<()> {
         ("--txqueuelen 0", "--txqueuelen"),
         ("--without luck", "--without"),
         ("--log-format xml", "--log-format"),
+        ("--io aio", "--io"),
         ("--quiet --verbose", "--quiet"),
         ("--no-such-flag", "--no-such-flag"),
         ("10.211.55.124", "10.211.55.124"),
@@ -270,8 +273,11 @@ fn ports_that_are_taken() -> Result<()> {
 }
 
 /// A command that prepares itself before it starts.
-fn prepared(arrange: impl FnMut() -> io::Result<()> + Send + Sync + 'static) -> Command {
-    let mut command = command(GOOD);
+fn prepared(
+    flags: &str,
+    arrange: impl FnMut() -> io::Result<()> + Send + Sync + 'static,
+) -> Command {
+    let mut command = command(flags);
     // SAFETY: all that is passed here makes system calls only; it neither
     // allocates nor takes locks.
     unsafe {
@@ -327,11 +333,11 @@ pub fn hide_devices() -> io::Result<()> {
 
 fn without_privilege() -> Result<()> {
     let hosts = hosts(1500)?;
-    let helpless = prepared(drop_capabilities);
+    let helpless = prepared(GOOD, drop_capabilities);
     let parts = ["TUN device fastvpn0", "not permitted", "CAP_NET_ADMIN"];
     one_line(&hosts.a, helpless, &parts)?;
     // A device that is not ours to open.
-    let locked_out = prepared(|| {
+    let locked_out = prepared(GOOD, || {
         hide_devices()?;
         // SAFETY: system calls with constant strings that outlive them.
         unsafe {
@@ -349,7 +355,7 @@ fn without_the_tun_device() -> Result<()> {
     let parts = ["/dev/net/tun", "no such file", "module tun"];
     // With the right to it (linux/capability.h) the device would be made.
     const CAP_MKNOD: libc::c_ulong = 27;
-    let deviceless = prepared(|| {
+    let deviceless = prepared(GOOD, || {
         hide_devices()?;
         // SAFETY: prctl(2) with plain numbers.
         done(unsafe { libc::prctl(libc::PR_CAPBSET_DROP, CAP_MKNOD, 0, 0, 0) })
@@ -357,8 +363,9 @@ fn without_the_tun_device() -> Result<()> {
     one_line(&hosts.a, deviceless, &parts)
 }
 
-/// As in a container whose seccomp profile forbids it (seccomp(2)).
-pub fn forbid_io_uring(errno: i32) -> io::Result<()> {
+/// As in a container whose seccomp profile forbids it (seccomp(2)). `refusal`:
+/// what the filter returns for it.
+pub fn forbid_io_uring(refusal: u32) -> io::Result<()> {
     use libc::{BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, sock_filter};
     let instruction = |code: u32, jt, jf, k| sock_filter {
         code: code as u16,
@@ -367,7 +374,6 @@ pub fn forbid_io_uring(errno: i32) -> io::Result<()> {
         k,
     };
     let setup = libc::SYS_io_uring_setup as u32;
-    let refusal = libc::SECCOMP_RET_ERRNO | errno as u32;
     let filter = [
         // The system call's number is at the start of struct seccomp_data.
         instruction(BPF_LD | BPF_W | BPF_ABS, 0, 0, 0),
@@ -391,14 +397,71 @@ pub fn forbid_io_uring(errno: i32) -> io::Result<()> {
     }
 }
 
+/// Carries traffic between `near` at host A, as it is prepared, and an ordinary
+/// tunnel at host B; returns what the former said.
+fn carry(hosts: &Pair, mut near: Command) -> Result<Ended> {
+    near.stdin(Stdio::null()).stdout(Stdio::null());
+    let near = Tunnel::spawn(&hosts.a, near)?;
+    let far = fastvpn(&hosts.b, "--queues 1 --peer 10.211.55.122")?;
+    wait_for(&hosts.a, TUNNEL[1].into())?;
+    bulk(&hosts.a, &hosts.b, TUNNEL[1].into(), 20)?;
+    bulk(&hosts.b, &hosts.a, TUNNEL[0].into(), 20)?;
+    stop(far)?;
+    stop(near)
+}
+
+fn warnings(ended: &Ended) -> Vec<&str> {
+    let lines = ended.log.lines();
+    lines.filter(|line| line.starts_with(" WARN ")).collect()
+}
+
+/// Asked for, it is missed; else there is epoll.
 fn without_io_uring() -> Result<()> {
     let hosts = hosts(1500)?;
-    for (errno, hint) in [
-        (libc::EPERM, "kernel.io_uring_disabled"),
-        (libc::ENOSYS, "Linux 6.1"),
+    for (errno, cause, hint) in [
+        (libc::EPERM, "not permitted", "kernel.io_uring_disabled"),
+        (libc::ENOSYS, "not implemented", "Linux 6.1"),
     ] {
-        let command = prepared(move || forbid_io_uring(errno));
-        one_line(&hosts.a, command, &["cannot set up io_uring", hint])?;
+        let forbid = move || forbid_io_uring(libc::SECCOMP_RET_ERRNO | errno as u32);
+        let demanding = prepared(&format!("{GOOD} --io uring"), forbid);
+        one_line(
+            &hosts.a,
+            demanding,
+            &["cannot set up io_uring", cause, hint],
+        )?;
+        for io in ["", "--io auto"] {
+            let ended = carry(&hosts, prepared(&format!("{GOOD} --queues 1 {io}"), forbid))?;
+            let warnings = warnings(&ended);
+            let says = |part| warnings.iter().all(|line| line.contains(part));
+            check(
+                warnings.len() == 1
+                    && ["io_uring", cause, hint, "using epoll"]
+                        .into_iter()
+                        .all(says)
+                    && ended.log.contains("engine: epoll"),
+                || ended.log.clone(),
+            )?;
+        }
     }
     Ok(())
+}
+
+/// With `--io epoll` it is not even tried: trying it would be the end.
+fn with_io_uring_left_alone() -> Result<()> {
+    let hosts = hosts(1500)?;
+    let kill = || forbid_io_uring(libc::SECCOMP_RET_KILL_PROCESS);
+    let mut trying = prepared(GOOD, kill);
+    trying.stdin(Stdio::null()).stdout(Stdio::null());
+    let ended = Tunnel::spawn(&hosts.a, trying)?.wait()?;
+    check(ended.status.signal() == Some(libc::SIGSYS), || {
+        format!("{}:\n{}", ended.status, ended.log)
+    })?;
+    let ended = carry(
+        &hosts,
+        prepared(&format!("{GOOD} --queues 1 --io epoll"), kill),
+    )?;
+    let has_warned = !warnings(&ended).is_empty();
+    check(!has_warned && ended.log.contains("engine: epoll"), || {
+        ended.log
+    })
 }

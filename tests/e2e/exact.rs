@@ -40,10 +40,14 @@ pub fn tests() -> Vec<Test> {
         ("exact_inbound_trains_without_tso_uso", || {
             inbound(&["--without", "tso,uso"], true)
         }),
-        ("exact_inbound_trains_polled", || {
-            inbound(&["--without", "read-multishot,recv-multishot"], true)
-        }),
     ]
+}
+
+/// Without io_uring's multishot requests.
+pub fn tests_of_uring() -> Vec<Test> {
+    vec![("exact_inbound_trains_polled", || {
+        inbound(&["--without", "read-multishot,recv-multishot"], true)
+    })]
 }
 
 /// Packets in the script, and under way at a time.

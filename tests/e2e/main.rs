@@ -3,6 +3,9 @@
 //!
 //! Needs root, or else a system that allows user namespaces; it fails with a
 //! clear line where neither is to be had.
+//!
+//! What carries traffic is run on each I/O engine, as `uring::` and `epoll::`,
+//! and some of it with a different one at each end, as `mixed::`.
 
 mod checks;
 mod datagrams;
@@ -22,11 +25,15 @@ mod super_packets;
 mod support;
 mod tools;
 mod traffic;
+mod tuning;
 mod underlay;
 
 use std::process::ExitCode;
 
+use fastvpn::ring::Features;
 use libtest_mimic::{Arguments, Trial};
+
+use crate::support::{Engines, Test};
 
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
@@ -49,14 +56,56 @@ fn main() -> ExitCode {
         strangers::tests(),
         underlay::tests(),
         life::tests(),
+    ];
+    let of_uring = [fallbacks::tests_of_uring(), exact::tests_of_uring()];
+    let of_no_engine = [
         errors::tests(),
         checks::tests(),
+        life::tests_of_the_demo(),
+        tuning::tests(),
     ];
-    let trial = |(name, test): support::Test| Trial::test(name, move || Ok(test()?));
-    let mut trials: Vec<Trial> = tests.into_iter().flatten().map(trial).collect();
     // Shown as ignored, never left out in silence.
+    let without_uring = fastvpn::ring::probe(URING_FEATURES).is_err();
     let without_ebpf = support::is_in_user_namespace();
-    let need_ebpf = queues::tests_that_need_ebpf().into_iter();
-    trials.extend(need_ebpf.map(|test| trial(test).with_ignored_flag(without_ebpf)));
+    let mut trials = Vec::new();
+    for (engines, ignored) in [(Engines::Uring, without_uring), (Engines::Epoll, false)] {
+        let tests = tests.iter().flatten();
+        trials.extend(tests.map(|test| trial(engines, test).with_ignored_flag(ignored)));
+        let ignored = ignored || without_ebpf;
+        let need_ebpf = queues::tests_that_need_ebpf();
+        let need_ebpf = need_ebpf.iter();
+        trials.extend(need_ebpf.map(|test| trial(engines, test).with_ignored_flag(ignored)));
+    }
+    for (engines, tests) in [
+        (Engines::Uring, of_uring.concat()),
+        (Engines::Mixed, traffic::tests_of_mixed_engines()),
+    ] {
+        let tests = tests.iter();
+        trials.extend(tests.map(|test| trial(engines, test).with_ignored_flag(without_uring)));
+    }
+    let of_no_engine = of_no_engine.iter().flatten();
+    trials.extend(of_no_engine.map(|test| trial(Engines::Any, test)));
+    let need_root = tuning::tests_that_need_root();
+    let need_root = need_root.iter();
+    trials.extend(need_root.map(|test| trial(Engines::Any, test).with_ignored_flag(without_ebpf)));
     libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+const URING_FEATURES: Features = Features {
+    read_multishot: true,
+    receive_multishot: true,
+};
+
+/// A test, run with tunnels on these engines.
+fn trial(engines: Engines, &(name, test): &Test) -> Trial {
+    let name = match engines {
+        Engines::Any => name.to_string(),
+        Engines::Uring => format!("uring::{name}"),
+        Engines::Epoll => format!("epoll::{name}"),
+        Engines::Mixed => format!("mixed::{name}"),
+    };
+    Trial::test(name, move || {
+        engines.use_here();
+        Ok(test()?)
+    })
 }

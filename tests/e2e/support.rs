@@ -1,6 +1,7 @@
 //! What the tests have in common: hosts, tunnels between them, and what the
 //! tunnels said.
 
+use std::cell::Cell;
 use std::io::{self, Read};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::process::{Command, ExitStatus, Stdio};
@@ -15,6 +16,48 @@ use ipnet::IpNet;
 
 /// A test's name and body.
 pub type Test = (&'static str, fn() -> Result<()>);
+
+/// The I/O engines of a trial's tunnels, as `--io` names them.
+#[derive(Clone, Copy)]
+pub enum Engines {
+    /// The default: for trials in which it does not matter.
+    Any,
+    /// io_uring.
+    Uring,
+    /// epoll.
+    Epoll,
+    /// io_uring for the first tunnel that is started, epoll for the second, and
+    /// so on: one for each end.
+    Mixed,
+}
+
+thread_local! {
+    /// What the next tunnels started on this thread, a trial's, get.
+    static ENGINES: Cell<[Option<&'static str>; 2]> = const { Cell::new([None; 2]) };
+}
+
+impl Engines {
+    /// Puts the tunnels that this thread starts from now on onto these.
+    pub fn use_here(self) {
+        ENGINES.set(match self {
+            Self::Any => [None; 2],
+            Self::Uring => [Some("uring"); 2],
+            Self::Epoll => [Some("epoll"); 2],
+            Self::Mixed => [Some("uring"), Some("epoll")],
+        });
+    }
+}
+
+/// What a tunnel that is started next would call its engine.
+pub fn engine_name() -> Option<&'static str> {
+    ENGINES.get()[0].map(|io| if io == "uring" { "io_uring" } else { io })
+}
+
+fn next_engine() -> Option<&'static str> {
+    let [next, other] = ENGINES.get();
+    ENGINES.set([other, next]);
+    next
+}
 
 /// Underlay addresses of host A and host B: the mission's.
 pub const UNDERLAY: [Ipv4Addr; 2] = [
@@ -69,10 +112,11 @@ pub struct Ended {
 }
 
 impl Tunnel {
-    /// Starts `fastvpn FLAGS` in a namespace.
+    /// Starts `fastvpn FLAGS` in a namespace, on the trial's engine.
     pub fn start(namespace: &Namespace, flags: &[&str]) -> Result<Self> {
         let mut command = Command::new(FASTVPN);
         command
+            .args(next_engine().iter().flat_map(|io| ["--io", io]))
             .args(flags)
             .stdin(Stdio::null())
             .stdout(Stdio::null());

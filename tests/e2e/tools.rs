@@ -239,7 +239,6 @@ pub fn slow_down(namespace: &Namespace, name: &str, bytes_per_second: u32) -> Re
     const TCA_OPTIONS: u16 = 2;
     const TCA_TBF_PARMS: u16 = 1;
     const TCA_TBF_BURST: u16 = 6;
-    const TC_H_ROOT: u32 = 0xffff_ffff;
     const TC_LINKLAYER_ETHERNET: u8 = 1;
 
     let attribute = |kind: u16, value: &[u8]| {
@@ -258,18 +257,50 @@ pub fn slow_down(namespace: &Namespace, name: &str, bytes_per_second: u32) -> Re
     let mut options = attribute(TCA_TBF_PARMS, &parameters);
     options.extend(attribute(TCA_TBF_BURST, &BURST_BYTES.to_ne_bytes()));
 
+    let mut attributes = attribute(TCA_KIND, b"tbf\0");
+    attributes.extend(attribute(TCA_OPTIONS, &options));
+    let flags = libc::NLM_F_CREATE | libc::NLM_F_EXCL;
+    root_queue(namespace, name, libc::RTM_NEWQDISC, flags, &attributes).map_err(|cause| {
+        let error = Error::os(format!("cannot slow down {name}"), cause);
+        if error.errno() == Some(libc::ENOENT) {
+            error.hint("the kernel lacks the token bucket filter (module sch_tbf)")
+        } else {
+            error
+        }
+    })
+}
+
+/// Takes back what [`slow_down`] did; what waits there is lost.
+pub fn speed_up(namespace: &Namespace, name: &str) -> Result<()> {
+    root_queue(namespace, name, libc::RTM_DELQDISC, 0, &[])
+        .map_err(|cause| Error::os(format!("cannot speed up {name}"), cause))
+}
+
+/// A request about an interface's root queueing discipline.
+fn root_queue(
+    namespace: &Namespace,
+    name: &str,
+    kind: u16,
+    flags: libc::c_int,
+    attributes: &[u8],
+) -> io::Result<()> {
+    // linux/pkt_sched.h.
+    const TC_H_ROOT: u32 = 0xffff_ffff;
+
+    let index = link(namespace, name)
+        .map_err(|error| io::Error::other(error.to_string()))?
+        .index;
     // struct tcmsg: family, interface, handle, parent, info.
     let mut message = vec![0; 4];
-    message.extend(link(namespace, name)?.index.to_ne_bytes());
+    message.extend(index.to_ne_bytes());
     message.extend([0; 4]);
     message.extend(TC_H_ROOT.to_ne_bytes());
     message.extend([0; 4]);
-    message.extend(attribute(TCA_KIND, b"tbf\0"));
-    message.extend(attribute(TCA_OPTIONS, &options));
+    message.extend(attributes);
 
-    let flags = libc::NLM_F_REQUEST | libc::NLM_F_ACK | libc::NLM_F_CREATE | libc::NLM_F_EXCL;
+    let flags = libc::NLM_F_REQUEST | libc::NLM_F_ACK | flags;
     let mut request = ((16 + message.len()) as u32).to_ne_bytes().to_vec();
-    request.extend(libc::RTM_NEWQDISC.to_ne_bytes());
+    request.extend(kind.to_ne_bytes());
     request.extend((flags as u16).to_ne_bytes());
     request.extend([0; 8]);
     request.extend(message);
@@ -288,14 +319,7 @@ pub fn slow_down(namespace: &Namespace, name: &str, bytes_per_second: u32) -> Re
             None => Err(io::ErrorKind::InvalidData.into()),
         }
     };
-    namespace.run(transact).map_err(|cause| {
-        let error = Error::os(format!("cannot slow down {name}"), cause);
-        if error.errno() == Some(libc::ENOENT) {
-            error.hint("the kernel lacks the token bucket filter (module sch_tbf)")
-        } else {
-            error
-        }
-    })
+    namespace.run(transact)
 }
 
 /// Reads a line that must come.

@@ -30,6 +30,15 @@ pub fn tests() -> Vec<Test> {
     ]
 }
 
+/// Those of them to be run between different engines: every kind of traffic.
+pub fn tests_of_mixed_engines() -> Vec<Test> {
+    vec![
+        ("pings_of_all_sizes", pings_of_all_sizes),
+        ("tcp_both_directions_at_once", tcp_both_directions_at_once),
+        ("udp_trains_keep_their_boundaries", udp_trains),
+    ]
+}
+
 /// Payload of a packet of the tunnel's full MTU, 1472: UDP over IPv4, IPv6.
 const FULL: [usize; 2] = [1444, 1424];
 

@@ -1,9 +1,36 @@
 //! What can be measured: links between the two hosts of a [`Pair`].
 
-use std::net::IpAddr;
+pub mod daemon;
+pub mod fastvpn;
+pub mod kernel;
+pub mod one_packet;
 
-use fastvpn::error::Result;
-use fastvpn::lab::{Child, Pair};
+use std::net::{IpAddr, Ipv4Addr};
+
+use ::fastvpn::error::Result;
+use ::fastvpn::lab::{Child, Pair};
+
+/// Addresses of host `a` and host `b` on the cable between them, in one /24.
+pub const UNDERLAY: [Ipv4Addr; 2] = [
+    Ipv4Addr::new(10, 211, 55, 122),
+    Ipv4Addr::new(10, 211, 55, 123),
+];
+
+/// Length of the underlay's prefix.
+pub const UNDERLAY_PREFIX: u8 = 24;
+
+/// MTU of the cable, in bytes: that of the Internet.
+pub const UNDERLAY_MTU_BYTES: u32 = 1500;
+
+/// Addresses of host `a` and host `b` in a tunnel. fastvpn derives them from
+/// [`UNDERLAY`]; the others are given the same.
+pub const TUNNEL: [Ipv4Addr; 2] = [
+    Ipv4Addr::new(10, 244, 55, 122),
+    Ipv4Addr::new(10, 244, 55, 123),
+];
+
+/// Length of the tunnel's prefix.
+pub const TUNNEL_PREFIX: u8 = 16;
 
 /// A link that is up. Dropping it takes it down and leaves nothing behind.
 pub struct Link {
@@ -30,4 +57,17 @@ pub trait Contender {
     /// # Errors
     /// One line that names what failed.
     fn start(&self, pair: &Pair) -> Result<Link>;
+}
+
+/// All that this bench can set up, in the order in which it is measured.
+///
+/// # Errors
+/// When fastvpn's program cannot be asked what it can do.
+pub fn all() -> Result<Vec<Box<dyn Contender>>> {
+    let mut all: Vec<Box<dyn Contender>> = vec![Box::new(kernel::Veth), Box::new(kernel::Vxlan)];
+    for contender in fastvpn::built_in()? {
+        all.push(Box::new(contender));
+    }
+    all.push(Box::new(one_packet::OnePacket));
+    Ok(all)
 }

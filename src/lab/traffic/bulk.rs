@@ -51,6 +51,25 @@ pub struct Bulk {
     pub limit: BulkLimit,
 }
 
+/// How a transfer is made, where it is not as usual.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BulkManner {
+    /// The server sends and the client receives.
+    pub reverse: bool,
+    /// The receiver compares every byte; otherwise it only counts them.
+    pub verify: bool,
+}
+
+/// From client to server, every byte compared.
+impl Default for BulkManner {
+    fn default() -> Self {
+        Self {
+            reverse: false,
+            verify: true,
+        }
+    }
+}
+
 /// A transfer that was made.
 #[derive(Debug, Clone, Copy)]
 pub struct BulkReport {
@@ -58,7 +77,8 @@ pub struct BulkReport {
     pub bytes: u64,
     /// From the first byte sent to the end of the last stream received.
     pub elapsed: Duration,
-    /// Whether every byte arrived once, in order and unchanged.
+    /// Whether every byte arrived once, in order and unchanged; if they were
+    /// not compared, whether as many arrived as were sent.
     pub intact: bool,
     /// Segments sent again, on all streams (`tcpi_total_retrans`, linux/tcp.h).
     pub retransmissions: u64,
@@ -84,18 +104,41 @@ struct Received {
 /// When a connection fails or stands still for [`STALL_MAX`](super::STALL_MAX),
 /// or [`Watch::stop`] is set. Damaged data is no error but a report.
 pub fn tcp_bulk(between: Between<'_>, bulk: Bulk, watch: &Watch) -> Result<BulkReport> {
-    check_limit("number of streams", bulk.streams, 1..=STREAMS_MAX)?;
-    run(between, bulk, watch).map_err(|cause| failed("TCP transfer", between, cause))
+    tcp_bulk_with(between, bulk, BulkManner::default(), watch)
 }
 
-fn run(between: Between<'_>, bulk: Bulk, watch: &Watch) -> io::Result<BulkReport> {
+/// As [`tcp_bulk`], in the given manner.
+///
+/// # Errors
+/// As [`tcp_bulk`].
+pub fn tcp_bulk_with(
+    between: Between<'_>,
+    bulk: Bulk,
+    manner: BulkManner,
+    watch: &Watch,
+) -> Result<BulkReport> {
+    check_limit("number of streams", bulk.streams, 1..=STREAMS_MAX)?;
+    run(between, bulk, manner, watch).map_err(|cause| failed("TCP transfer", between, cause))
+}
+
+fn run(
+    between: Between<'_>,
+    bulk: Bulk,
+    manner: BulkManner,
+    watch: &Watch,
+) -> io::Result<BulkReport> {
     let (listener, address) = listen(between, bulk.streams)?;
     let mut connections = Vec::with_capacity(bulk.streams);
     for _ in 0..bulk.streams {
         let (client, server) = connect(between, &listener, address, watch)?;
+        let (sender, receiver) = if manner.reverse {
+            (server, client)
+        } else {
+            (client, server)
+        };
         // A kernel without it uses what it has.
-        let _ = client.set_tcp_congestion(CONGESTION_CONTROL);
-        connections.push((client, server));
+        let _ = sender.set_tcp_congestion(CONGESTION_CONTROL);
+        connections.push((sender, receiver));
     }
     let block = pattern(BLOCK_BYTES);
     // One failed stream ends the others.
@@ -112,13 +155,15 @@ fn run(between: Between<'_>, bulk: Bulk, watch: &Watch) -> io::Result<BulkReport
     let (sent, received) = thread::scope(|scope| {
         let mut senders = Vec::new();
         let mut receivers = Vec::new();
-        for (client, server) in &connections {
+        for (sender, receiver) in &connections {
             let (block, go_on, mark) = (&block, &go_on, &mark);
-            receivers
-                .push(scope.spawn(move || receive(server, block, watch, go_on).inspect_err(mark)));
+            let expected = manner.verify.then_some(&block[..]);
+            receivers.push(
+                scope.spawn(move || receive(receiver, expected, watch, go_on).inspect_err(mark)),
+            );
             senders
                 .push(scope.spawn(move || {
-                    send(client, block, bulk.limit, watch, go_on).inspect_err(mark)
+                    send(sender, block, bulk.limit, watch, go_on).inspect_err(mark)
                 }));
         }
         let received: Vec<_> = receivers.into_iter().map(join).collect();
@@ -137,8 +182,8 @@ fn run(between: Between<'_>, bulk: Bulk, watch: &Watch) -> io::Result<BulkReport
             .all(|(received, sent)| received.intact && received.bytes == *sent),
         retransmissions: 0,
     };
-    for (client, _) in &connections {
-        report.retransmissions += retransmissions(client.as_fd())?;
+    for (sender, _) in &connections {
+        report.retransmissions += retransmissions(sender.as_fd())?;
     }
     Ok(report)
 }
@@ -175,10 +220,11 @@ fn send(
     Ok(sent)
 }
 
-/// Receives until the sender is done, comparing every byte.
+/// Receives until the sender is done; compares every byte with the block that
+/// is expected, if one is.
 fn receive(
     mut socket: &Socket,
-    block: &[u8],
+    expected: Option<&[u8]>,
     watch: &Watch,
     go_on: &impl Fn() -> bool,
 ) -> io::Result<Received> {
@@ -199,7 +245,9 @@ fn receive(
         if !go_on() {
             return Err(stopped());
         }
-        received.intact &= matches(block, received.bytes, &buffer[..length]);
+        if let Some(block) = expected {
+            received.intact &= matches(block, received.bytes, &buffer[..length]);
+        }
         received.bytes += length as u64;
         watch.bytes.fetch_add(length as u64, Ordering::Relaxed);
     }

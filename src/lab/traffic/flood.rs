@@ -164,9 +164,10 @@ fn drain(
             Err(error) if is_timeout(&error) => continue,
             Err(error) => return Err(error),
         };
+        let batch_bytes: usize = lengths[..count].iter().sum();
+        watch.bytes.fetch_add(batch_bytes as u64, Ordering::Relaxed);
         for (datagram, length) in datagrams.iter().zip(&lengths[..count]) {
             report.delivered += 1;
-            watch.bytes.fetch_add(*length as u64, Ordering::Relaxed);
             let datagram = &datagram[..*length];
             if *length != bytes || datagram[NUMBER_BYTES..] != expected[NUMBER_BYTES..] {
                 report.corrupt += 1;

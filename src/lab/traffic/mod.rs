@@ -14,7 +14,7 @@ pub mod flood;
 pub mod icmp;
 pub mod ping_pong;
 
-pub use bulk::{Bulk, BulkLimit, BulkReport, tcp_bulk};
+pub use bulk::{Bulk, BulkLimit, BulkManner, BulkReport, tcp_bulk, tcp_bulk_with};
 pub use flood::{Flood, FloodReport, udp_flood};
 pub use icmp::{PING_BYTES_MAX, ping, ping_up_to};
 pub use ping_pong::{Latency, PingPong, tcp_ping_pong, udp_ping_pong};

@@ -1,4 +1,5 @@
-//! Round-trip times of small requests: one on the way at any moment.
+//! Round-trip times of small requests: one on the way at any moment, and every
+//! answer compared with its request.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, UdpSocket};
@@ -10,7 +11,7 @@ use socket2::{Socket, Type};
 
 use super::{
     Between, POLL_INTERVAL, Watch, check_limit, connect, failed, is_timeout, join, listen,
-    local_address, open,
+    local_address, open, pattern,
 };
 use crate::error::Result;
 
@@ -42,6 +43,8 @@ pub struct Latency {
     pub p50_ns: u64,
     /// All but one in a hundred were at least as fast.
     pub p99_ns: u64,
+    /// All but one in a thousand were at least as fast.
+    pub p999_ns: u64,
     /// How many exchanges were measured.
     pub exchanges: usize,
     /// Requests without an answer (UDP only).
@@ -51,7 +54,8 @@ pub struct Latency {
 /// Measures round trips over one TCP connection with `TCP_NODELAY`.
 ///
 /// # Errors
-/// When the connection fails or stands still, or [`Watch::stop`] is set.
+/// When the connection fails or stands still, [`Watch::stop`] is set, or an
+/// answer differs from its request (of the kind [`io::ErrorKind::InvalidData`]).
 pub fn tcp_ping_pong(between: Between<'_>, test: PingPong, watch: &Watch) -> Result<Latency> {
     check_limit("request size", test.bytes, 1..=REQUEST_BYTES_MAX)?;
     let run = || {
@@ -77,7 +81,8 @@ pub fn tcp_ping_pong(between: Between<'_>, test: PingPong, watch: &Watch) -> Res
 /// a tenth of a second counts as lost.
 ///
 /// # Errors
-/// When a socket fails or [`Watch::stop`] is set.
+/// When a socket fails, [`Watch::stop`] is set, or an answer is none to any
+/// request (of the kind [`io::ErrorKind::InvalidData`]).
 pub fn udp_ping_pong(between: Between<'_>, test: PingPong, watch: &Watch) -> Result<Latency> {
     check_limit("request size", test.bytes, NUMBER_BYTES..=REQUEST_BYTES_MAX)?;
     let run = || {
@@ -100,17 +105,22 @@ pub fn udp_ping_pong(between: Between<'_>, test: PingPong, watch: &Watch) -> Res
 }
 
 fn ask_tcp(mut socket: &Socket, test: PingPong, watch: &Watch) -> io::Result<Vec<u64>> {
-    let request = vec![0x55; test.bytes];
+    let mut request = pattern(test.bytes);
     let mut answer = vec![0; test.bytes];
     let mut samples = Vec::new();
     let start = Instant::now();
     while start.elapsed() < test.time && samples.len() < EXCHANGES_MAX {
+        // Each differs from the one before.
+        request.rotate_left(1);
         let sent = Instant::now();
         watch.retry(|| socket.write(&request))?;
         if !read_full(socket, &mut answer, watch)? {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         samples.push(nanoseconds(sent.elapsed()));
+        if answer != request {
+            return Err(changed());
+        }
     }
     Ok(samples)
 }
@@ -136,8 +146,9 @@ fn read_full(mut socket: &Socket, buffer: &mut [u8], watch: &Watch) -> io::Resul
 }
 
 fn ask_udp(mut socket: &Socket, test: PingPong, watch: &Watch) -> io::Result<(Vec<u64>, usize)> {
-    let mut request = vec![0x55; test.bytes];
-    let mut answer = vec![0; test.bytes];
+    let mut request = pattern(test.bytes);
+    // One byte more than is sent, so that an answer that has grown is seen.
+    let mut answer = vec![0; test.bytes + 1];
     let (mut samples, mut lost) = (Vec::new(), 0);
     let start = Instant::now();
     while start.elapsed() < test.time && samples.len() < EXCHANGES_MAX {
@@ -147,9 +158,16 @@ fn ask_udp(mut socket: &Socket, test: PingPong, watch: &Watch) -> io::Result<(Ve
         socket.write_all(&request)?;
         loop {
             match socket.read(&mut answer) {
-                // A late answer to a request that was given up is passed over.
-                Ok(_) if answer != request && sent.elapsed() < POLL_INTERVAL => continue,
-                Ok(_) if answer != request => lost += 1,
+                Ok(length) if answer[..length] != request => {
+                    if !is_earlier(&answer[..length], &request) {
+                        return Err(changed());
+                    }
+                    // A late answer to a request that was given up is passed over.
+                    if sent.elapsed() < POLL_INTERVAL {
+                        continue;
+                    }
+                    lost += 1;
+                }
                 Ok(_) => samples.push(nanoseconds(sent.elapsed())),
                 Err(error) if is_timeout(&error) && !watch.stopped() => lost += 1,
                 Err(error) => return Err(error),
@@ -158,6 +176,25 @@ fn ask_udp(mut socket: &Socket, test: PingPong, watch: &Watch) -> io::Result<(Ve
         }
     }
     Ok((samples, lost))
+}
+
+/// Whether `answer` belongs to a request that was sent before `request`.
+fn is_earlier(answer: &[u8], request: &[u8]) -> bool {
+    let parts = |datagram: &[u8]| {
+        let (number, rest) = datagram.split_first_chunk()?;
+        Some((u64::from_le_bytes(*number), rest.to_vec()))
+    };
+    match (parts(answer), parts(request)) {
+        (Some((old, same)), Some((new, rest))) => old < new && same == rest,
+        _ => false,
+    }
+}
+
+fn changed() -> io::Error {
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        "an answer differs from its request",
+    )
 }
 
 fn echo_udp(socket: &UdpSocket, done: &AtomicBool) -> io::Result<()> {
@@ -183,15 +220,16 @@ fn summarize(mut samples: Vec<u64>, lost: usize) -> Latency {
         samples.drain(..WARM_UP);
     }
     samples.sort_unstable();
-    let at = |percent: usize| {
+    let at = |permille: usize| {
         samples
-            .get((samples.len() * percent / 100).min(samples.len().saturating_sub(1)))
+            .get((samples.len() * permille / 1000).min(samples.len().saturating_sub(1)))
             .copied()
             .unwrap_or(0)
     };
     Latency {
-        p50_ns: at(50),
-        p99_ns: at(99),
+        p50_ns: at(500),
+        p99_ns: at(990),
+        p999_ns: at(999),
         exchanges: samples.len(),
         lost,
     }
@@ -205,7 +243,19 @@ mod tests {
     fn percentiles_are_of_the_sorted_samples() {
         let latency = summarize((1..=100).rev().collect(), 3);
         assert_eq!((latency.p50_ns, latency.p99_ns), (51, 100));
+        assert_eq!(latency.p999_ns, 100);
         assert_eq!((latency.exchanges, latency.lost), (100, 3));
         assert_eq!(summarize(Vec::new(), 0), Latency::default());
+    }
+
+    #[test]
+    fn only_an_unchanged_earlier_request_is_late() {
+        let datagram = |number: u64, rest: &[u8]| [&number.to_le_bytes()[..], rest].concat();
+        let request = datagram(7, b"rest");
+        assert!(is_earlier(&datagram(6, b"rest"), &request));
+        assert!(!is_earlier(&datagram(8, b"rest"), &request));
+        assert!(!is_earlier(&datagram(6, b"rust"), &request));
+        assert!(!is_earlier(&datagram(6, b"rest+"), &request));
+        assert!(!is_earlier(b"short", &request));
     }
 }

@@ -45,6 +45,41 @@ fn bulk_data_arrives_intact() {
 }
 
 #[test]
+fn bulk_data_can_go_the_other_way_and_uncompared() {
+    let pair = example();
+    let between = Between {
+        client: &pair.a,
+        server: &pair.b,
+        address: "10.8.0.2".parse().unwrap(),
+    };
+    let bytes_of_a = || {
+        let mut netlink = pair.a.netlink().unwrap();
+        let index = netlink.link_index(lab::UNDERLAY_NAME).unwrap().unwrap();
+        let stats = netlink.link_stats(index).unwrap();
+        (stats.tx_bytes, stats.rx_bytes)
+    };
+    let bulk = Bulk {
+        streams: 2,
+        limit: BulkLimit::BytesPerStream(5_000_000),
+    };
+    for (reverse, verify) in [(false, false), (true, true), (true, false)] {
+        let before = bytes_of_a();
+        let manner = BulkManner { reverse, verify };
+        let report = tcp_bulk_with(between, bulk, manner, &Watch::default()).unwrap();
+        assert!(report.intact);
+        assert_eq!(report.bytes, 10_000_000);
+        let after = bytes_of_a();
+        let (sent, received) = (after.0 - before.0, after.1 - before.1);
+        let (much, little) = if reverse {
+            (received, sent)
+        } else {
+            (sent, received)
+        };
+        assert!(much > 10_000_000 && little < 5_000_000, "{manner:?}");
+    }
+}
+
+#[test]
 fn bulk_data_ends_in_time() {
     both_families(|between, watch| {
         let bulk = Bulk {
@@ -112,6 +147,7 @@ fn ping_pong_measures() {
             ] {
                 assert!(latency.exchanges > 10 && latency.p50_ns > 0);
                 assert!(latency.p50_ns <= latency.p99_ns);
+                assert!(latency.p99_ns <= latency.p999_ns);
                 assert!(latency.lost <= latency.exchanges / 100, "{latency:?}");
             }
         }

@@ -169,6 +169,25 @@ impl SendMessage {
     }
 }
 
+/// `sendmsg(2)` of a train, without waiting. `memory`: where its parameters go.
+#[inline]
+pub fn send(
+    socket: BorrowedFd<'_>,
+    memory: &mut SendMessage,
+    train: &Train,
+    destination: SocketAddr,
+) -> io::Result<()> {
+    let header = memory.prepare(train, destination);
+    // SAFETY: the header points to live memory of the lengths it states: to
+    // `memory`, which does not move, and to the train's bytes.
+    let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), header, libc::MSG_DONTWAIT) };
+    if sent >= 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
 fn level_and_type(level: i32, kind: i32) -> u64 {
     let mut bytes = [0; 8];
     bytes[..4].copy_from_slice(&level.to_ne_bytes());

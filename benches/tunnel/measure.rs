@@ -1,0 +1,339 @@
+//! One sample: some traffic over a link, and what it cost the link's processes.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use fastvpn::error::{Error, Result};
+use fastvpn::lab::traffic::{
+    Between, Bulk, BulkLimit, BulkManner, BulkReport, Flood, FloodReport, Latency, PingPong, Watch,
+    tcp_bulk_with, tcp_ping_pong, udp_flood, udp_ping_pong,
+};
+use fastvpn::lab::{Child, Pair, cpu_ns, rss_bytes, rss_peak_bytes};
+
+use crate::contenders::Link;
+use crate::traffic::{Direction, Kind};
+
+/// Bytes of a ping-pong's request and of its answer.
+const PING_BYTES: usize = 64;
+
+/// How long a loading stream runs before and after what it loads.
+const LOAD_MARGIN: Duration = Duration::from_millis(300);
+
+/// How often a signal is looked for while nothing is to be done.
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+
+const MIB: f64 = 1024.0 * 1024.0;
+
+/// Figures of one sample, by the second part of their rows' keys.
+pub type Sample = Vec<(&'static str, f64)>;
+
+/// How samples are taken.
+#[derive(Clone)]
+pub struct Method {
+    /// How long traffic goes on.
+    pub time: Duration,
+    /// Whether every byte of TCP is compared; UDP's always are.
+    pub verify: bool,
+    /// Set when a signal wants the run to end.
+    pub stop: Arc<AtomicBool>,
+}
+
+/// A link, and how to measure it.
+pub struct Stage<'a> {
+    /// The hosts.
+    pub pair: &'a Pair,
+    /// What joins them.
+    pub link: &'a Link,
+    /// How samples are taken.
+    pub method: &'a Method,
+}
+
+/// Whether the error says that bytes did not arrive as they were sent.
+pub fn is_damage(error: &Error) -> bool {
+    error
+        .cause()
+        .is_some_and(|cause| cause.kind() == std::io::ErrorKind::InvalidData)
+}
+
+fn damaged(what: &str, address: IpAddr) -> Error {
+    let what = format!("{what} to {address} did not arrive as it was sent");
+    Error::os(what, std::io::ErrorKind::InvalidData.into())
+}
+
+/// CPU time that the link's processes used meanwhile, at host `a` and at host
+/// `b`; `None` when it has no processes.
+struct Cost(Option<[f64; 2]>);
+
+impl Cost {
+    /// The figures `both`, `sender` and `receiver`: nanoseconds divided by `amount`.
+    fn per(&self, amount: f64, keys: [&'static str; 3], reverse: bool) -> Sample {
+        let Some([a, b]) = self.0 else {
+            return Vec::new();
+        };
+        let (sender, receiver) = if reverse { (b, a) } else { (a, b) };
+        let values = [a + b, sender, receiver].map(|ns| ns / amount);
+        keys.into_iter().zip(values).collect()
+    }
+}
+
+impl Stage<'_> {
+    /// Takes one sample; [`Kind::SystemCalls`] has none, see [`crate::syscalls`].
+    ///
+    /// # Errors
+    /// When traffic fails, or is damaged on its way (see [`is_damage`]).
+    pub fn sample(&self, kind: Kind) -> Result<Sample> {
+        match kind {
+            Kind::Tcp { streams, direction } => self.tcp(streams, direction),
+            Kind::Udp { bytes } => self.udp(bytes),
+            Kind::Ping { udp, loaded } => self.ping(udp, loaded),
+            Kind::Idle => self.idle(),
+            Kind::Memory => self.memory(),
+            Kind::SystemCalls => Ok(Vec::new()),
+        }
+    }
+
+    fn watch(&self) -> Watch {
+        Watch {
+            stop: Arc::clone(&self.method.stop),
+            ..Watch::default()
+        }
+    }
+
+    fn between(&self) -> Between<'_> {
+        Between {
+            client: &self.pair.a,
+            server: &self.pair.b,
+            address: self.link.address,
+        }
+    }
+
+    fn with_cost<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<(T, Cost)> {
+        let before = self.cpu_ns()?;
+        let result = work()?;
+        let after = self.cpu_ns()?;
+        let has_processes = self.link.processes.iter().any(|list| !list.is_empty());
+        let used = [0, 1].map(|host| after[host].saturating_sub(before[host]) as f64);
+        Ok((result, Cost(has_processes.then_some(used))))
+    }
+
+    fn cpu_ns(&self) -> Result<[u64; 2]> {
+        let of =
+            |list: &[Child]| -> Result<u64> { list.iter().map(|child| cpu_ns(child.pid())).sum() };
+        let [a, b] = &self.link.processes;
+        Ok([of(a)?, of(b)?])
+    }
+
+    /// TCP in one direction.
+    ///
+    /// # Errors
+    /// As [`Stage::sample`].
+    pub fn bulk(&self, streams: usize, time: Duration, reverse: bool) -> Result<BulkReport> {
+        let bulk = Bulk {
+            streams,
+            limit: BulkLimit::Time(time),
+        };
+        let manner = BulkManner {
+            reverse,
+            verify: self.method.verify,
+        };
+        let report = tcp_bulk_with(self.between(), bulk, manner, &self.watch())?;
+        if !report.intact {
+            return Err(damaged("a TCP stream", self.link.address));
+        }
+        if report.bytes == 0 {
+            let address = self.link.address;
+            return Err(Error::new(format!("no byte of TCP arrived at {address}")));
+        }
+        Ok(report)
+    }
+
+    fn tcp(&self, streams: usize, direction: Direction) -> Result<Sample> {
+        let time = self.method.time;
+        let one_way = |reverse| move || self.bulk(streams, time, reverse);
+        let (reports, cost) = self.with_cost(|| match direction {
+            Direction::Forward => Ok(vec![one_way(false)()?]),
+            Direction::Reverse => Ok(vec![one_way(true)()?]),
+            Direction::Both => {
+                let (forward, reverse) = beside(one_way(true), one_way(false));
+                Ok(vec![forward?, reverse?])
+            }
+        })?;
+        let bytes: u64 = reports.iter().map(|report| report.bytes).sum();
+        let throughput: f64 = reports.iter().map(BulkReport::gigabits_per_second).sum();
+        let retransmits: u64 = reports.iter().map(|report| report.retransmissions).sum();
+        let mut sample = vec![
+            ("gbit_per_s", throughput),
+            ("retransmits", retransmits as f64),
+        ];
+        // Nanoseconds per byte are seconds per GB.
+        let keys = [
+            "cpu_s_per_gb",
+            "cpu_s_per_gb_sender",
+            "cpu_s_per_gb_receiver",
+        ];
+        let mut costs = cost.per(bytes as f64, keys, direction == Direction::Reverse);
+        if direction == Direction::Both {
+            costs.truncate(1);
+        }
+        sample.append(&mut costs);
+        Ok(sample)
+    }
+
+    /// UDP from host `a` to host `b`.
+    ///
+    /// # Errors
+    /// As [`Stage::sample`].
+    pub fn flood(&self, bytes: usize) -> Result<FloodReport> {
+        let flood = Flood {
+            bytes,
+            time: self.method.time,
+            rate_pps: None,
+        };
+        let report = udp_flood(self.between(), flood, &self.watch())?;
+        if report.corrupt > 0 {
+            return Err(damaged("a UDP datagram", self.link.address));
+        }
+        if report.delivered == 0 {
+            let address = self.link.address;
+            return Err(Error::new(format!("no UDP datagram arrived at {address}")));
+        }
+        Ok(report)
+    }
+
+    fn udp(&self, bytes: usize) -> Result<Sample> {
+        let (report, cost) = self.with_cost(|| self.flood(bytes))?;
+        let (offered, delivered) = (report.offered as f64, report.delivered as f64);
+        let mut sample = vec![
+            (
+                "delivered_kpps",
+                delivered / report.elapsed.as_secs_f64() / 1e3,
+            ),
+            ("loss_percent", (1.0 - delivered / offered) * 100.0),
+        ];
+        let keys = [
+            "cpu_ns_per_packet",
+            "cpu_ns_per_packet_sender",
+            "cpu_ns_per_packet_receiver",
+        ];
+        sample.extend(cost.per(delivered, keys, false));
+        Ok(sample)
+    }
+
+    fn ping(&self, udp: bool, loaded: bool) -> Result<Sample> {
+        let test = PingPong {
+            bytes: PING_BYTES,
+            time: self.method.time,
+        };
+        let exchange = || match udp {
+            false => tcp_ping_pong(self.between(), test, &self.watch()),
+            true => udp_ping_pong(self.between(), test, &self.watch()),
+        };
+        let latency: Latency = if loaded {
+            let load_time = self.method.time + 2 * LOAD_MARGIN;
+            let (latency, load) = beside(
+                || self.bulk(1, load_time, false),
+                || {
+                    thread::sleep(LOAD_MARGIN);
+                    exchange()
+                },
+            );
+            load?;
+            latency?
+        } else {
+            exchange()?
+        };
+        if latency.exchanges == 0 {
+            let address = self.link.address;
+            return Err(Error::new(format!("{address} answered no request")));
+        }
+        let mut sample = vec![
+            ("p50_us", latency.p50_ns as f64 / 1e3),
+            ("p99_us", latency.p99_ns as f64 / 1e3),
+            ("p999_us", latency.p999_ns as f64 / 1e3),
+        ];
+        if udp {
+            sample.push(("lost", latency.lost as f64));
+        }
+        Ok(sample)
+    }
+
+    fn idle(&self) -> Result<Sample> {
+        let start = Instant::now();
+        let ((), cost) = self.with_cost(|| {
+            while start.elapsed() < self.method.time {
+                if self.method.stop.load(Ordering::Relaxed) {
+                    return Err(Error::new("stopped"));
+                }
+                thread::sleep(LOOK_INTERVAL);
+            }
+            Ok(())
+        })?;
+        let elapsed_ns = start.elapsed().as_nanos() as f64;
+        let percent = |[a, b]: [f64; 2]| ("cpu_percent", (a + b) / elapsed_ns * 100.0);
+        Ok(cost.0.map(percent).into_iter().collect())
+    }
+
+    fn memory(&self) -> Result<Sample> {
+        let mut largest: Option<(u64, u64)> = None;
+        for processes in &self.link.processes {
+            let (mut now, mut peak) = (0, 0);
+            for process in processes {
+                now += rss_bytes(process.pid())?;
+                peak += rss_peak_bytes(process.pid())?;
+            }
+            if !processes.is_empty() {
+                largest = largest.max(Some((now, peak)));
+            }
+        }
+        Ok(largest.map_or_else(Vec::new, |(now, peak)| {
+            vec![
+                ("rss_mib", now as f64 / MIB),
+                ("rss_peak_mib", peak as f64 / MIB),
+            ]
+        }))
+    }
+}
+
+/// Runs `other` on a thread of its own beside `main`; gives main's result first.
+fn beside<M, O: Send>(other: impl FnOnce() -> O + Send, main: impl FnOnce() -> M) -> (M, O) {
+    thread::scope(|scope| {
+        let other = scope.spawn(other);
+        let main = main();
+        let other = other
+            .join()
+            .unwrap_or_else(|payload| std::panic::resume_unwind(payload));
+        (main, other)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn damage_is_told_from_failure() {
+        let address = IpAddr::from([10, 0, 0, 1]);
+        let error = damaged("a TCP stream", address);
+        assert!(is_damage(&error), "{error}");
+        assert!(error.to_string().contains("10.0.0.1"), "{error}");
+        assert!(!is_damage(&Error::new("stopped")));
+        assert!(!is_damage(&Error::os(
+            "TCP transfer",
+            std::io::ErrorKind::TimedOut.into()
+        )));
+    }
+
+    #[test]
+    fn cost_goes_to_the_end_that_sends() {
+        let keys = ["both", "sender", "receiver"];
+        let cost = Cost(Some([30.0, 10.0]));
+        let forward = [("both", 20.0), ("sender", 15.0), ("receiver", 5.0)];
+        assert_eq!(cost.per(2.0, keys, false), forward);
+        let reverse = [("both", 20.0), ("sender", 5.0), ("receiver", 15.0)];
+        assert_eq!(cost.per(2.0, keys, true), reverse);
+        assert!(Cost(None).per(2.0, keys, false).is_empty());
+    }
+}

@@ -1,0 +1,248 @@
+//! Sends that the kernel refuses: what still can be sent is, and what the
+//! refusal says of the path is remembered for a while.
+
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Once;
+
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, SockaddrStorage, sendto};
+
+use crate::packet::train::{Limits, NextHop, Train};
+use crate::worker::counters::Counters;
+
+/// Older kernels' `UDP_MAX_SEGMENTS`.
+const SEGMENTS_MAX_OLD: usize = 64;
+
+/// Most paths to remember limits of.
+const PATHS_MAX: usize = 64;
+
+/// How long trains may be on each path.
+pub struct PathLimits {
+    /// Limits of a path that nothing has been learnt of.
+    base: Limits,
+    full: Limits,
+    /// By next hop, where something has been learnt.
+    paths: Vec<(NextHop, Limits)>,
+}
+
+impl PathLimits {
+    /// Nothing has been learnt: `limits` hold everywhere.
+    pub fn new(limits: Limits) -> Self {
+        Self {
+            base: limits,
+            full: limits,
+            paths: Vec::with_capacity(PATHS_MAX),
+        }
+    }
+
+    /// How long trains toward `next_hop` may be.
+    #[inline]
+    pub fn get(&self, next_hop: NextHop) -> Limits {
+        self.paths
+            .iter()
+            .find(|(hop, _)| *hop == next_hop)
+            .map_or(self.base, |(_, limits)| *limits)
+    }
+
+    /// Forgets what has been learnt.
+    pub fn reset(&mut self) {
+        self.base = self.full;
+        self.paths.clear();
+    }
+
+    /// Deals with a train that the kernel refused with `errno`, counts its
+    /// packets, and tells whether the socket's send buffer has no room.
+    #[cold]
+    pub fn refused(
+        &mut self,
+        train: &Train,
+        to: SocketAddr,
+        errno: i32,
+        socket: &impl AsFd,
+        counters: &Counters,
+    ) -> bool {
+        match errno {
+            libc::EAGAIN | libc::ENOBUFS => {
+                counters.drop_send_full.add(train.count() as u64);
+                errno == libc::EAGAIN
+            }
+            libc::EIO | libc::EINVAL | libc::EMSGSIZE if train.count() > 1 => {
+                let (sent, no_room) = send_one_by_one(train, to, socket, counters);
+                // What goes through one by one was refused for being a train.
+                if sent > 0 {
+                    self.learn(train, errno);
+                }
+                no_room
+            }
+            _ => {
+                counters.drop_send_error.add(train.count() as u64);
+                false
+            }
+        }
+    }
+
+    /// Remembers what the kernel will not take, so that later trains are short
+    /// enough from the start.
+    fn learn(&mut self, train: &Train, errno: i32) {
+        static NO_CHECKSUM_OFFLOAD: Once = Once::new();
+        if errno == libc::EIO {
+            NO_CHECKSUM_OFFLOAD.call_once(|| {
+                tracing::warn!(
+                    "UDP_SEGMENT off: the way to the peer takes no segmentation offload \
+                     (IPsec, or a device without checksums); sending one datagram at a time"
+                );
+            });
+            self.base.segments_max = 1;
+            self.paths.clear();
+        } else if errno == libc::EINVAL && train.count() > SEGMENTS_MAX_OLD {
+            // The kernel's own limit: not to be tried again.
+            self.base.segments_max = SEGMENTS_MAX_OLD;
+            self.full.segments_max = SEGMENTS_MAX_OLD;
+            self.paths.clear();
+        } else {
+            let mut limits = self.get(train.next_hop());
+            let refused_bytes = train.segment_bytes();
+            limits.segment_bytes_max = limits.segment_bytes_max.min(refused_bytes - 1);
+            self.paths.retain(|(hop, _)| *hop != train.next_hop());
+            if self.paths.len() == PATHS_MAX {
+                self.paths.remove(0);
+            }
+            self.paths.push((train.next_hop(), limits));
+            tracing::debug!(
+                "datagrams over {} bytes are sent alone: the path's MTU is smaller",
+                limits.segment_bytes_max
+            );
+        }
+    }
+}
+
+/// Sends a train's datagrams without `UDP_SEGMENT`; tells how many went, and
+/// whether the socket's send buffer had no room for the rest.
+fn send_one_by_one(
+    train: &Train,
+    to: SocketAddr,
+    socket: &impl AsFd,
+    counters: &Counters,
+) -> (usize, bool) {
+    let mut sent = 0;
+    let fd = socket.as_fd().as_raw_fd();
+    let to = SockaddrStorage::from(to);
+    for (index, datagram) in train.datagrams().enumerate() {
+        match sendto(fd, datagram, &to, MsgFlags::MSG_DONTWAIT) {
+            Ok(_) => {
+                sent += 1;
+                counters.trains_sent.add(1);
+                counters.packets_sent.add(1);
+                counters.bytes_sent.add(datagram.len() as u64);
+            }
+            Err(Errno::EAGAIN) => {
+                counters.drop_send_full.add((train.count() - index) as u64);
+                return (sent, true);
+            }
+            Err(_) => counters.drop_send_error.add(1),
+        }
+    }
+    (sent, false)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::UdpSocket;
+
+    use super::*;
+
+    fn train(next_hop: NextHop, sizes: &[usize]) -> Train {
+        let mut train = Train::new(0);
+        train.start(next_hop, Limits::FULL);
+        for (index, &bytes) in sizes.iter().enumerate() {
+            train.reserve(bytes).unwrap().fill(index as u8);
+        }
+        train
+    }
+
+    /// Refuses a train and returns the sizes of the datagrams that arrive.
+    fn refuse(limits: &mut PathLimits, train: &Train, errno: i32, counters: &Counters) -> Vec<u8> {
+        let receiver = UdpSocket::bind("127.0.0.1:0").unwrap();
+        receiver.set_nonblocking(true).unwrap();
+        let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let to = receiver.local_addr().unwrap();
+        assert!(!limits.refused(train, to, errno, &sender, counters));
+        let mut buffer = [0; 2000];
+        let mut arrived = Vec::new();
+        while let Ok(bytes) = receiver.recv(&mut buffer) {
+            assert!(bytes > 0);
+            arrived.push(buffer[0]);
+        }
+        arrived
+    }
+
+    #[test]
+    fn what_is_too_long_for_a_path_is_sent_alone_and_remembered_for_that_path() {
+        let mut limits = PathLimits::new(Limits::FULL);
+        let counters = Counters::default();
+        let refused = train(7, &[1000, 1000, 500]);
+        let arrived = refuse(&mut limits, &refused, libc::EMSGSIZE, &counters);
+        assert_eq!(arrived, [0, 1, 2]);
+        assert_eq!(limits.get(7).segment_bytes_max, 999);
+        assert_eq!(limits.get(8), Limits::FULL);
+        let snapshot = counters.snapshot();
+        assert_eq!((snapshot.packets_sent, snapshot.bytes_sent), (3, 2500));
+        assert_eq!(snapshot.drops().next(), None);
+        // Only ever shorter, until it is forgotten.
+        refuse(&mut limits, &train(7, &[1200; 2]), libc::EINVAL, &counters);
+        assert_eq!(limits.get(7).segment_bytes_max, 999);
+        limits.reset();
+        assert_eq!(limits.get(7), Limits::FULL);
+    }
+
+    #[test]
+    fn a_device_without_checksums_gets_no_trains_until_that_is_forgotten() {
+        let mut limits = PathLimits::new(Limits::FULL);
+        let counters = Counters::default();
+        refuse(&mut limits, &train(7, &[100; 3]), libc::EIO, &counters);
+        assert_eq!(limits.get(8).segments_max, 1);
+        limits.reset();
+        assert_eq!(limits.get(8), Limits::FULL);
+    }
+
+    #[test]
+    fn an_older_kernels_limit_is_never_forgotten() {
+        let mut limits = PathLimits::new(Limits::FULL);
+        let counters = Counters::default();
+        let arrived = refuse(&mut limits, &train(7, &[30; 65]), libc::EINVAL, &counters);
+        assert_eq!(arrived.len(), 65);
+        limits.reset();
+        assert_eq!(limits.get(7).segments_max, SEGMENTS_MAX_OLD);
+    }
+
+    #[test]
+    fn what_cannot_go_is_counted_and_teaches_nothing() {
+        let mut limits = PathLimits::new(Limits::FULL);
+        let counters = Counters::default();
+        for (sizes, errno) in [
+            (&[100; 2][..], libc::ENETUNREACH),
+            (&[100; 2], libc::ENOBUFS),
+            // A single datagram is no train that could be taken apart.
+            (&[100], libc::EMSGSIZE),
+        ] {
+            assert!(refuse(&mut limits, &train(7, sizes), errno, &counters).is_empty());
+        }
+        assert_eq!(limits.get(7), Limits::FULL);
+        let snapshot = counters.snapshot();
+        let dropped = (snapshot.drop_send_error, snapshot.drop_send_full);
+        assert_eq!((snapshot.packets_sent, dropped), (0, (3, 2)));
+    }
+
+    #[test]
+    fn remembers_a_bounded_number_of_paths() {
+        let mut limits = PathLimits::new(Limits::FULL);
+        for next_hop in 0..2 * PATHS_MAX as NextHop {
+            limits.learn(&train(next_hop, &[900; 2]), libc::EMSGSIZE);
+        }
+        assert_eq!(limits.paths.len(), PATHS_MAX);
+        assert_eq!(limits.get(0), Limits::FULL);
+        let last = limits.get(2 * PATHS_MAX as NextHop - 1);
+        assert_eq!(last.segment_bytes_max, 899);
+    }
+}
