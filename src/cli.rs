@@ -141,8 +141,6 @@ pub enum Feature {
     UdpSegment,
     /// UDP_GRO on the UDP socket
     UdpGro,
-    /// io_uring's multishot read of the TUN queue
-    ReadMultishot,
     /// io_uring's multishot receive on the UDP socket
     RecvMultishot,
 }

@@ -211,7 +211,6 @@ fn wanted(without: &[Feature]) -> Wanted {
             gro: with(Feature::UdpGro),
         },
         uring: ring::Features {
-            read_multishot: with(Feature::ReadMultishot),
             receive_multishot: with(Feature::RecvMultishot),
         },
     }

@@ -6,8 +6,7 @@ use crate::cli::parse_cores;
 use crate::config;
 
 /// Linux with all that fastvpn can use, and with io_uring as fastvpn needs it.
-const KERNEL_FULL: (u32, u32) = (6, 7);
-const KERNEL_USO: (u32, u32) = (6, 2);
+const KERNEL_FULL: (u32, u32) = (6, 2);
 const KERNEL_URING: (u32, u32) = (6, 1);
 
 /// What was found.
@@ -60,17 +59,12 @@ pub fn items(facts: &Facts) -> Vec<Item> {
 fn kernel(release: &str) -> Item {
     const NAME: &str = "kernel";
     let found = format!("Linux {release}");
-    let remedy = "Linux 6.7 or later";
+    let remedy = "Linux 6.2 or later";
     match parse_release(release) {
         None => Item::unknown(NAME, format!("{release:?} is no kernel release")),
         Some(version) if version >= KERNEL_FULL => Item::ok(NAME, found),
-        Some(version) if version >= KERNEL_USO => {
-            let cost = "no multishot read (6.7): the TUN queue is polled";
-            Item::degraded(NAME, found, cost, remedy)
-        }
         Some(version) if version >= KERNEL_URING => {
-            let cost = "no USO (6.2) and no multishot read (6.7): UDP crosses the TUN packet by \
-                        packet, and the TUN queue is polled";
+            let cost = "no USO (6.2): UDP crosses the TUN packet by packet";
             Item::degraded(NAME, found, cost, remedy)
         }
         Some(_) => {
@@ -142,15 +136,14 @@ mod tests {
     #[test]
     fn the_kernel_stands_where_the_readme_says() {
         let status = |release| kernel(release).status;
-        for release in ["6.7.0", "6.18.44", "7.0.1"] {
+        for release in ["6.2.0", "6.18.44", "7.0.1"] {
             assert_eq!(status(release), Status::Ok, "{release}");
         }
-        for (release, cost) in [("6.6.9", "6.7"), ("6.1.0", "USO"), ("5.15.0", "epoll")] {
+        for (release, cost) in [("6.1.0", "USO"), ("5.15.0", "epoll")] {
             let item = kernel(release);
             assert_eq!(item.status, Status::Degraded, "{release}");
             assert!(item.cost.unwrap().contains(cost), "{release}");
         }
-        assert!(!kernel("6.2.1").cost.unwrap().contains("USO"));
         assert_eq!(status("strange"), Status::Unknown);
     }
 

@@ -1,5 +1,5 @@
-//! io_uring: whether it is allowed, what it takes to set it up, and whether
-//! multishot requests deliver. The engine itself is set up and given a frame
+//! io_uring: whether it is allowed, what it takes to set it up, and whether it
+//! delivers. The engine itself is set up and given a frame
 //! and a datagram, on a TUN device where one can be made unseen.
 
 use std::io;
@@ -32,7 +32,7 @@ pub const NAMES: [&str; 5] = [
     "io_uring",
     "io_uring flags",
     "buffer rings",
-    "multishot read",
+    "TUN reads",
     "multishot receive",
 ];
 
@@ -45,18 +45,16 @@ const FAR: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
 const PROBE_NAME: &str = "probe0";
 
 const MULTISHOT: Features = Features {
-    read_multishot: true,
     receive_multishot: true,
 };
 const SINGLE: Features = Features {
-    read_multishot: false,
     receive_multishot: false,
 };
 
 /// How a frame or a datagram came in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Delivery {
-    Multishot,
+    AsMeant,
     /// The kernel refused the multishot request, and the engine polls.
     Polled,
     Nothing,
@@ -220,11 +218,11 @@ impl Bench {
         let in_use = engine.features();
         let delivery = |arrived, is_multishot| match (arrived, is_multishot) {
             (false, _) => Delivery::Nothing,
-            (true, true) => Delivery::Multishot,
+            (true, true) => Delivery::AsMeant,
             (true, false) => Delivery::Polled,
         };
         Ok(Delivered {
-            read: delivery(read, in_use.read_multishot),
+            read: delivery(read, true),
             receive: delivery(received, in_use.receive_multishot),
             on_tun: matches!(self.device, Device::Tun),
         })
@@ -269,8 +267,8 @@ pub fn items(facts: &Facts) -> Vec<Item> {
         delivery(
             NAMES[3],
             delivered.map(|found| found.map(|found| (found.read, found.on_tun))),
-            "the TUN queue is polled: a system call per frame",
-            "Linux 6.7 or later",
+            COST,
+            KERNEL,
         ),
         delivery(
             NAMES[4],
@@ -340,8 +338,8 @@ fn delivery(
     match delivered {
         None => Item::unknown(name, "an earlier step failed"),
         Some(None) => Item::unknown(name, "the loopback interface carries nothing"),
-        Some(Some((Delivery::Multishot, true))) => Item::ok(name, "delivers"),
-        Some(Some((Delivery::Multishot, false))) => {
+        Some(Some((Delivery::AsMeant, true))) => Item::ok(name, "delivers"),
+        Some(Some((Delivery::AsMeant, false))) => {
             Item::ok(name, "delivers, from a socket; on a TUN queue not probed")
         }
         Some(Some((Delivery::Polled, _))) => Item::degraded(name, "refused", cost, remedy),
@@ -363,8 +361,8 @@ mod tests {
             flags: Some(Ok(())),
             buffers: Some(Ok(())),
             delivered: Some(Ok(Delivered {
-                read: Delivery::Multishot,
-                receive: Delivery::Multishot,
+                read: Delivery::AsMeant,
+                receive: Delivery::AsMeant,
                 on_tun: true,
             })),
         }
@@ -404,13 +402,13 @@ mod tests {
     fn what_is_polled_is_degraded() {
         let facts = Facts {
             delivered: Some(Ok(Delivered {
-                read: Delivery::Polled,
-                receive: Delivery::Nothing,
+                read: Delivery::Nothing,
+                receive: Delivery::Polled,
                 on_tun: true,
             })),
             ..good()
         };
-        assert_eq!(statuses(&facts), [Good, Good, Good, Degraded, Unknown]);
+        assert_eq!(statuses(&facts), [Good, Good, Good, Unknown, Degraded]);
     }
 
     #[test]

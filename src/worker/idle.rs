@@ -11,7 +11,7 @@ use crate::error::Result;
 pub enum BusyPoll {
     /// Not at all.
     Off,
-    /// As long as has lately been worth it, up to [`AUTO_MAX`].
+    /// As long as has lately been worth it, up to 100 µs.
     Auto,
     /// This long after the last arrival.
     For(Duration),

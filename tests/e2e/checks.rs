@@ -166,11 +166,10 @@ fn agrees_with_the_tunnel() -> Result<()> {
     if log.contains("engine: epoll") {
         expect(&items, "io_uring", "degraded", &["epoll"])?;
     } else {
-        for name in ["multishot read", "multishot receive"] {
-            let is_on = log.contains(&format!("{name} on"));
-            let status = if is_on { "ok" } else { "degraded" };
-            expect(&items, name, status, &[])?;
-        }
+        expect(&items, "TUN reads", "ok", &[])?;
+        let is_on = log.contains("multishot receive on");
+        let status = if is_on { "ok" } else { "degraded" };
+        expect(&items, "multishot receive", status, &[])?;
     }
     let is_steered = !log.contains("no eBPF here");
     for name in ["CAP_BPF", "TUN steering"] {
@@ -276,7 +275,7 @@ fn without_io_uring() -> Result<()> {
             forbid_io_uring(libc::SECCOMP_RET_ERRNO | errno as u32)
         })?;
         expect(&items, "io_uring", "degraded", &[cause, "epoll", "seccomp"])?;
-        for name in ["io_uring flags", "buffer rings", "multishot read"] {
+        for name in ["io_uring flags", "buffer rings", "TUN reads"] {
             expect(&items, name, "unknown", &["an earlier step failed"])?;
         }
         expect(&items, "TUN queues", "ok", &[])?;
@@ -299,7 +298,7 @@ fn without_the_tun_device() -> Result<()> {
     let parts = ["no such file", "modprobe tun", "container"];
     expect(&deviceless, "/dev/net/tun", "missing", &parts)?;
     expect(&deviceless, "TUN queues", "unknown", &["/dev/net/tun"])?;
-    expect(&deviceless, "multishot read", "ok", &["from a socket"])?;
+    expect(&deviceless, "TUN reads", "ok", &["from a socket"])?;
     let mendable = items(&hosts.a, "", 0, hide_devices)?;
     expect(&mendable, "/dev/net/tun", "degraded", &["CAP_MKNOD"])
 }

@@ -92,7 +92,6 @@ fn main() -> ExitCode {
 }
 
 const URING_FEATURES: Features = Features {
-    read_multishot: true,
     receive_multishot: true,
 };
 
