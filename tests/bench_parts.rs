@@ -15,6 +15,8 @@ mod measure;
 mod progress;
 #[path = "../benches/tunnel/quiet.rs"]
 mod quiet;
+#[path = "../benches/tunnel/report/mod.rs"]
+mod report;
 #[path = "../benches/tunnel/results.rs"]
 mod results;
 #[path = "../benches/tunnel/syscalls.rs"]

@@ -57,6 +57,14 @@ pub struct Cli {
     )]
     pub json: PathBuf,
 
+    /// Where the results go, for people
+    #[arg(
+        long,
+        value_name = "FILE",
+        default_value = "target/tunnel-bench/results.html"
+    )]
+    pub html: PathBuf,
+
     /// Results of an earlier run (its --json): show what has changed since
     #[arg(long, value_name = "FILE")]
     pub compare: Option<PathBuf>,

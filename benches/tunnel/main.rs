@@ -18,6 +18,7 @@ mod facts;
 mod measure;
 mod progress;
 mod quiet;
+mod report;
 mod results;
 mod run;
 mod syscalls;
@@ -106,6 +107,8 @@ fn bench(cli: &Cli) -> Result<()> {
         return Err(error);
     }
     write_json(&results, &cli.json)?;
+    report::write_html(&results, &cli.html)?;
+    say(&format!("the report is {}", cli.html.display()));
     if let Some(old) = old {
         print(&format!("\n{}", table::compare(&old, &results)));
     }

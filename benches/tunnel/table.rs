@@ -143,7 +143,7 @@ fn figure(results: &Results, row: &Row, keys: &[&str], baseline: &str) -> Vec<Co
 }
 
 /// Whether twice as much means anything: for what is usually none it does not.
-fn has_ratio(row: &Row) -> bool {
+pub fn has_ratio(row: &Row) -> bool {
     !["retransmits", "lost", "loss_percent"]
         .iter()
         .any(|figure| row.key.ends_with(figure))
@@ -218,7 +218,8 @@ pub fn number(value: f64) -> String {
     format!("{value:.decimals$}")
 }
 
-fn ratio_text(ratio: f64) -> String {
+/// A ratio as it is shown.
+pub fn ratio_text(ratio: f64) -> String {
     format!("{}×", number(ratio))
 }
 

@@ -41,12 +41,33 @@ struct Daemon {
 /// When a program cannot be started or ends by itself, or the link is not up
 /// after [`UP_MAX`]; with the last words of the program.
 pub fn start(pair: &Pair, commands: [Command; 2]) -> Result<Link> {
+    start_and_set_up(pair, commands, |_, _| Ok(true))
+}
+
+/// As [`start`], for programs that leave something to be done once they run:
+/// `set_up` is called for host `a` (0) and host `b` (1) until it returns `true`,
+/// which it does not while what it needs is not there yet.
+///
+/// # Errors
+/// As [`start`], and those of `set_up`.
+pub fn start_and_set_up(
+    pair: &Pair,
+    commands: [Command; 2],
+    set_up: impl Fn(usize, &Child) -> Result<bool>,
+) -> Result<Link> {
     let [at_a, at_b] = commands;
     let mut daemons = [Daemon::start(&pair.a, at_a)?, Daemon::start(&pair.b, at_b)?];
-    wait_until_up(pair, &mut daemons)?;
+    let start = Instant::now();
+    for own in [0, 1] {
+        while !set_up(own, &daemons[own].child)? {
+            look_again(&mut daemons, start, "nothing to set up has appeared")?;
+        }
+    }
+    wait_until_up(pair, &mut daemons, start)?;
     Ok(Link {
         address: TUNNEL[1].into(),
         processes: daemons.map(|daemon| vec![daemon.child]),
+        configuration: None,
     })
 }
 
@@ -96,22 +117,26 @@ impl Daemon {
     }
 }
 
-fn wait_until_up(pair: &Pair, daemons: &mut [Daemon; 2]) -> Result<()> {
-    let start = Instant::now();
+fn wait_until_up(pair: &Pair, daemons: &mut [Daemon; 2], start: Instant) -> Result<()> {
     let ways = [(&pair.a, TUNNEL[1]), (&pair.b, TUNNEL[0])];
     for (from, to) in ways {
         while let Err(error) = ping(from, to.into(), PING_BYTES, PING_TIMEOUT) {
-            daemons.iter_mut().try_for_each(Daemon::check)?;
-            if start.elapsed() > UP_MAX {
-                let words = daemons.iter_mut().map(Daemon::last_words);
-                let words: String = words.collect();
-                let seconds = UP_MAX.as_secs();
-                return Err(Error::new(format!(
-                    "the link was not up after {seconds} s: {error}{words}"
-                )));
-            }
-            thread::sleep(LOOK_INTERVAL);
+            look_again(daemons, start, &error.to_string())?;
         }
     }
+    Ok(())
+}
+
+/// Waits a moment; an error when a program has ended or it takes too long.
+fn look_again(daemons: &mut [Daemon; 2], start: Instant, why: &str) -> Result<()> {
+    daemons.iter_mut().try_for_each(Daemon::check)?;
+    if start.elapsed() > UP_MAX {
+        let words: String = daemons.iter_mut().map(Daemon::last_words).collect();
+        let seconds = UP_MAX.as_secs();
+        return Err(Error::new(format!(
+            "the link was not up after {seconds} s: {why}{words}"
+        )));
+    }
+    thread::sleep(LOOK_INTERVAL);
     Ok(())
 }

@@ -40,6 +40,7 @@ impl Contender for Veth {
         Ok(Link {
             address: UNDERLAY[1].into(),
             processes: Default::default(),
+            configuration: None,
         })
     }
 }
@@ -78,6 +79,7 @@ impl Contender for Vxlan {
         Ok(Link {
             address: TUNNEL[1].into(),
             processes: Default::default(),
+            configuration: None,
         })
     }
 }

@@ -1,14 +1,22 @@
 //! What can be measured: links between the two hosts of a [`Pair`].
 
 pub mod daemon;
+pub mod fastd;
 pub mod fastvpn;
 pub mod kernel;
 pub mod one_packet;
+pub mod openvpn;
+pub mod others;
+pub mod tinc;
+pub mod wireguard_go;
 
 use std::net::{IpAddr, Ipv4Addr};
 
 use ::fastvpn::error::Result;
 use ::fastvpn::lab::{Child, Pair};
+use tempfile::TempDir;
+
+pub use others::others;
 
 /// Addresses of host `a` and host `b` on the cable between them, in one /24.
 pub const UNDERLAY: [Ipv4Addr; 2] = [
@@ -39,6 +47,8 @@ pub struct Link {
     /// Processes that carry the link, at host `a` and at host `b`; empty when
     /// the kernel does it.
     pub processes: [Vec<Child>; 2],
+    /// What the processes were configured with, removed after they have ended.
+    pub configuration: Option<TempDir>,
 }
 
 /// A way to link two hosts.
@@ -69,5 +79,6 @@ pub fn all() -> Result<Vec<Box<dyn Contender>>> {
         all.push(Box::new(contender));
     }
     all.push(Box::new(one_packet::OnePacket));
+    all.extend(others());
     Ok(all)
 }

@@ -1,0 +1,103 @@
+//! The samples as they are drawn, without what is no number.
+
+use crate::results::{Cell, Contender, Results, Row};
+use crate::table::has_ratio;
+
+/// Key of the contender that ratios are taken to.
+pub const BASELINE: &str = "vxlan";
+
+/// Larger than anything measured, and far from where sums overflow.
+const SAMPLE_ABS_MAX: f64 = 1e15;
+
+/// Rows of one kind of traffic.
+pub struct Group<'a> {
+    /// The kind of traffic.
+    pub title: &'a str,
+    /// Its figures.
+    pub figures: Vec<Figure<'a>>,
+}
+
+/// One figure of all contenders that have it, in the order of the contenders.
+pub struct Figure<'a> {
+    /// What it is.
+    pub row: &'a Row,
+    /// Who has it.
+    pub bars: Vec<Bar<'a>>,
+}
+
+/// One figure of one contender.
+#[derive(Clone)]
+pub struct Bar<'a> {
+    /// Whose it is.
+    pub contender: &'a Contender,
+    /// Half of the samples are below.
+    pub median: f64,
+    /// The least sample.
+    pub min: f64,
+    /// The greatest sample.
+    pub max: f64,
+    /// All samples, in the order measured.
+    pub samples: Vec<f64>,
+    /// The median's ratio to that of [`BASELINE`], where that means anything.
+    pub ratio: Option<f64>,
+}
+
+/// All that can be drawn, in the order in which it is shown.
+pub fn groups(results: &Results) -> Vec<Group<'_>> {
+    results
+        .rows
+        .chunk_by(|a, b| a.group == b.group)
+        .map(|rows| Group {
+            title: &rows[0].group,
+            figures: rows.iter().map(|row| figure(results, row)).collect(),
+        })
+        .collect()
+}
+
+/// One figure of all contenders.
+pub fn figure<'a>(results: &'a Results, row: &'a Row) -> Figure<'a> {
+    let base = results
+        .cell(&row.key, BASELINE)
+        .and_then(|cell| numbers(cell).median())
+        .filter(|median| *median > 0.0 && has_ratio(row));
+    let bars = results
+        .contenders
+        .iter()
+        .filter_map(|contender| {
+            let cell = numbers(results.cell(&row.key, &contender.key)?);
+            let median = cell.median()?;
+            let (mut min, mut max) = (median, median);
+            for sample in &cell.samples {
+                min = min.min(*sample);
+                max = max.max(*sample);
+            }
+            Some(Bar {
+                contender,
+                median,
+                min,
+                max,
+                samples: cell.samples,
+                ratio: base.map(|base| median / base).filter(|r| r.is_finite()),
+            })
+        })
+        .collect();
+    Figure { row, bars }
+}
+
+fn numbers(cell: &Cell) -> Cell {
+    let mut cell = cell.clone();
+    cell.samples.retain(|sample| sample.abs() <= SAMPLE_ABS_MAX);
+    cell
+}
+
+impl Figure<'_> {
+    /// The bar of a contender.
+    pub fn bar(&self, contender: &str) -> Option<&Bar<'_>> {
+        self.bars.iter().find(|bar| bar.contender.key == contender)
+    }
+
+    /// Whether any bar has a ratio.
+    pub fn has_ratios(&self) -> bool {
+        self.bars.iter().any(|bar| bar.ratio.is_some())
+    }
+}

@@ -1,0 +1,250 @@
+//! All of the report in order.
+
+use fastvpn::error::Result;
+use maud::{DOCTYPE, Markup, PreEscaped, html};
+
+use super::chart;
+use super::figures::{BASELINE, Bar, Figure, Group, groups};
+use super::findings::{Finding, findings, subject};
+use super::palette::{self, Family};
+use crate::results::{Contender, Results};
+use crate::table::{number, ratio_text};
+
+const STYLE: &str = include_str!("style.css");
+
+/// The whole page.
+///
+/// # Errors
+/// When a chart cannot be drawn.
+pub fn render(results: &Results) -> Result<String> {
+    let groups = groups(results);
+    let mut charts = Vec::new();
+    for (number, group) in groups.iter().enumerate() {
+        charts.push(section(number, group, &results.contenders)?);
+    }
+    let night = palette::night_rules();
+    let style = format!("{STYLE}\n@media (prefers-color-scheme: dark) {{\n{night}}}\n");
+    let page = html! {
+        (DOCTYPE)
+        html lang="en" {
+            head {
+                meta charset="utf-8";
+                meta name="viewport" content="width=device-width, initial-scale=1";
+                meta name="color-scheme" content="light dark";
+                title { "fastvpn tunnel bench, " (results.started) }
+                style { (PreEscaped(style)) }
+            }
+            body {
+                header {
+                    h1 { "fastvpn beside other tunnels" }
+                    p.faint { "Version " (results.version) ", measured " (results.started) }
+                    (headline(results))
+                }
+                main {
+                    (contents(&groups))
+                    (how_to_read(results))
+                    @for chart in &charts { (chart) }
+                    (left_out(results))
+                    (tables(results, &groups))
+                    (compared(results))
+                    (facts("Machine", "machine", &results.machine))
+                    (facts("Settings", "settings", &results.settings))
+                }
+            }
+        }
+    };
+    Ok(page.into_string())
+}
+
+fn headline(results: &Results) -> Markup {
+    let subject = subject(results);
+    let found = subject.map_or_else(Vec::new, |subject| findings(results, subject));
+    let tile = |finding: &Finding| {
+        html! {
+            div.tile {
+                dt { (finding.title) }
+                dd {
+                    span.value { (finding.value) } " " (finding.unit)
+                    @for note in &finding.notes { span.note { (note) } }
+                }
+            }
+        }
+    };
+    html! {
+        @if let Some(subject) = subject.filter(|_| !found.is_empty()) {
+            p { strong { (subject.title) } " (" (subject.detail) "), medians and their spread:" }
+            dl.tiles { @for finding in &found { (tile(finding)) } }
+        } @else {
+            p { "There are no figures of fastvpn in this run." }
+        }
+    }
+}
+
+fn contents(groups: &[Group<'_>]) -> Markup {
+    html! {
+        nav aria-label="Contents" {
+            @for (number, group) in groups.iter().enumerate() {
+                a href={ "#group-" (number) } { (group.title) }
+            }
+            a href="#tables" { "All figures" }
+            a href="#machine" { "Machine and settings" }
+        }
+    }
+}
+
+fn how_to_read(results: &Results) -> Markup {
+    let has_baseline = results
+        .cells
+        .iter()
+        .any(|cell| cell.contender == BASELINE && cell.median().is_some());
+    html! {
+        p.faint {
+            "A bar is the median over all rounds, a dot one sample, a line goes from the least \
+             sample to the greatest. Contenders stand in the order in which they were measured"
+            @if has_baseline { "; the last column is the median's ratio to kernel VXLAN" }
+            ". Who has no such figure is not in the chart."
+        }
+    }
+}
+
+fn section(place: usize, group: &Group<'_>, contenders: &[Contender]) -> Result<Markup> {
+    let mut panels = Vec::new();
+    for (number, figure) in group.figures.iter().enumerate() {
+        let id = format!("chart-{place}-{number}");
+        let picture = match figure.bars.is_empty() {
+            true => html! { p.faint { "Not measured." } },
+            false => chart::render(figure, contenders, &id)?,
+        };
+        panels.push(html! {
+            figure {
+                figcaption {
+                    strong { (figure.row.title) } ", " (figure.row.unit)
+                    span.faint { (chart::better(figure.row.better)) }
+                }
+                (picture)
+            }
+        });
+    }
+    Ok(html! {
+        section id={ "group-" (place) } {
+            h2 { (group.title) }
+            div.panels { @for panel in &panels { (panel) } }
+        }
+    })
+}
+
+fn left_out(results: &Results) -> Markup {
+    let missing: Vec<_> = results
+        .contenders
+        .iter()
+        .filter_map(|contender| Some((contender, contender.missing.as_deref()?)))
+        .collect();
+    html! {
+        @if !missing.is_empty() {
+            section {
+                h2 { "Left out" }
+                ul {
+                    @for (contender, reason) in missing {
+                        li { strong { (contender.title) } ": " (reason) }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn tables(results: &Results, groups: &[Group<'_>]) -> Markup {
+    html! {
+        section id="tables" {
+            h2 { "All figures" }
+            p.faint { "Median, least to greatest sample, and ratio to kernel VXLAN." }
+            @for group in groups { (table(results, group)) }
+        }
+    }
+}
+
+fn table(results: &Results, group: &Group<'_>) -> Markup {
+    let measured = results.contenders.iter().filter(|contender| {
+        group
+            .figures
+            .iter()
+            .any(|f| f.bar(&contender.key).is_some())
+    });
+    html! {
+        // Wide ones scroll, also by keyboard.
+        div.scroll tabindex="0" role="region" aria-label=(group.title) {
+            table {
+                caption { (group.title) }
+                thead {
+                    tr {
+                        td {}
+                        @for figure in &group.figures {
+                            th scope="col" {
+                                (figure.row.title) span.note { (figure.row.unit) }
+                            }
+                        }
+                    }
+                }
+                tbody {
+                    @for contender in measured {
+                        tr.own[is_own(contender)] {
+                            th scope="row" { (contender.title) }
+                            @for figure in &group.figures { (cell(figure, contender)) }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn cell(figure: &Figure<'_>, contender: &Contender) -> Markup {
+    let spread = |bar: &Bar<'_>| match bar.samples.len() {
+        0 | 1 => String::new(),
+        _ => format!("{}–{}", number(bar.min), number(bar.max)),
+    };
+    html! {
+        td {
+            @match figure.bar(&contender.key) {
+                Some(bar) => {
+                    (number(bar.median))
+                    span.note { (spread(bar)) }
+                    @if let Some(ratio) = bar.ratio { span.note { (ratio_text(ratio)) } }
+                },
+                None => "–",
+            }
+        }
+    }
+}
+
+/// How each contender was run.
+fn compared(results: &Results) -> Markup {
+    let there = results.contenders.iter().filter(|c| c.missing.is_none());
+    let names_and_details = there.map(|contender| (contender, contender.detail.as_str()));
+    html! {
+        section {
+            h2 { "What was compared" }
+            dl.facts {
+                @for (contender, detail) in names_and_details {
+                    dt.own[is_own(contender)] { (contender.title) }
+                    dd { (detail) }
+                }
+            }
+        }
+    }
+}
+
+fn facts(title: &str, id: &str, facts: &[(String, String)]) -> Markup {
+    html! {
+        @if !facts.is_empty() {
+            section id=(id) {
+                h2 { (title) }
+                dl.facts { @for (name, value) in facts { dt { (name) } dd { (value) } } }
+            }
+        }
+    }
+}
+
+fn is_own(contender: &Contender) -> bool {
+    palette::family(contender) == Family::Fastvpn
+}

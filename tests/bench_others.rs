@@ -1,0 +1,155 @@
+//! That the bench's links over other people's tunnels are what they seem: they
+//! carry TCP both ways and every byte of it, in packets that fit the cable, and
+//! leave nothing behind. One that is not installed is shown as ignored.
+
+// The bench uses what these tests do not, and without the harness nothing runs
+// the tests of its modules; tests/bench_parts.rs does.
+#![allow(dead_code, unused_imports)]
+
+#[path = "../benches/tunnel/contenders/mod.rs"]
+mod contenders;
+#[path = "../benches/tunnel/variant.rs"]
+mod variant;
+
+use std::fs;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use contenders::{
+    Contender, TUNNEL, UNDERLAY, UNDERLAY_MTU_BYTES, UNDERLAY_PREFIX, others::others,
+};
+use fastvpn::lab::traffic::{Between, Bulk, BulkLimit, Watch, ping, tcp_bulk};
+use fastvpn::lab::{self, Namespace, Pair, UNDERLAY_NAME};
+use ipnet::IpNet;
+use libtest_mimic::{Arguments, Failed, Trial};
+
+const BYTES: u64 = 60_000_000;
+
+const ETHERNET_HEADER_BYTES: u64 = 14;
+/// IPv4 and ICMP.
+const PING_HEADER_BYTES: usize = 20 + 8;
+const PING_TIMEOUT: Duration = Duration::from_secs(1);
+const PINGS_MAX: usize = 10;
+
+fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    // Before the first thread: only a process with one thread may enter a
+    // user namespace.
+    if let Err(error) = lab::enter_user_namespace_if_needed() {
+        eprintln!("the tests of other tunnels cannot run: {error}");
+        return ExitCode::FAILURE;
+    }
+    let trials = others().into_iter().map(|contender| {
+        let missing = contender.missing();
+        let kind = missing.clone().unwrap_or_default();
+        let name = contender.key();
+        Trial::test(name, move || check(name))
+            .with_kind(kind)
+            .with_ignored_flag(missing.is_some())
+    });
+    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+}
+
+fn check(key: &str) -> Result<(), Failed> {
+    let contender: Box<dyn Contender> = others()
+        .into_iter()
+        .find(|contender| contender.key() == key)
+        .ok_or("gone")?;
+    println!("{}: {}", contender.title(), contender.detail());
+    let net = |own: usize| IpNet::new(UNDERLAY[own].into(), UNDERLAY_PREFIX);
+    let pair = lab::pair(&[(net(0)?, net(1)?)], UNDERLAY_MTU_BYTES)?;
+    let link = contender.start(&pair)?;
+
+    fills_the_cable(&pair, link.address)?;
+    transfer(&pair.a, &pair.b, link.address)?;
+    transfer(&pair.b, &pair.a, TUNNEL[0].into())?;
+    for host in [&pair.a, &pair.b] {
+        let fragments = fragments_made(host)?;
+        if fragments != 0 {
+            return Err(format!("{fragments} packets were cut to fit the cable").into());
+        }
+    }
+    leaves_nothing(&pair, link)
+}
+
+/// That the largest packet makes the largest frame: no byte of the MTU is lost.
+fn fills_the_cable(pair: &Pair, address: IpAddr) -> Result<(), Failed> {
+    let mut netlink = pair.a.netlink()?;
+    let tunnel = netlink.interface_to(address)?.ok_or("no route")?;
+    let mtu = netlink.link_by_index(tunnel)?.ok_or("no interface")?.mtu;
+    let cable = netlink.link_index(UNDERLAY_NAME)?.ok_or("no cable")?;
+    let frame_bytes = u64::from(UNDERLAY_MTU_BYTES) + ETHERNET_HEADER_BYTES;
+    let mut sent = Vec::new();
+    for _ in 0..PINGS_MAX {
+        let before = netlink.link_stats(cable)?.tx_bytes;
+        ping(
+            &pair.a,
+            address,
+            mtu as usize - PING_HEADER_BYTES,
+            PING_TIMEOUT,
+        )?;
+        sent.push(netlink.link_stats(cable)?.tx_bytes - before);
+        // What a tunnel says beside the packet comes on top, but not each time.
+        if sent.contains(&frame_bytes) {
+            return Ok(());
+        }
+    }
+    Err(format!("no frame of {frame_bytes} bytes with MTU {mtu}: {sent:?}").into())
+}
+
+fn transfer(client: &Namespace, server: &Namespace, address: IpAddr) -> Result<(), Failed> {
+    let between = Between {
+        client,
+        server,
+        address,
+    };
+    let bulk = Bulk {
+        streams: 1,
+        limit: BulkLimit::BytesPerStream(BYTES),
+    };
+    let report = tcp_bulk(between, bulk, &Watch::default())?;
+    println!("to {address}: {:.2} Gbit/s", report.gigabits_per_second());
+    match report.intact && report.bytes == BYTES {
+        true => Ok(()),
+        false => Err(format!("{report:?}").into()),
+    }
+}
+
+/// Fragments that a host has made of packets so far (`FragCreates`).
+fn fragments_made(host: &Namespace) -> Result<u64, Failed> {
+    let text = host.run(|| fs::read_to_string("/proc/thread-self/net/snmp"))?;
+    let mut lines = text.lines().filter(|line| line.starts_with("Ip:"));
+    let (names, values) = (lines.next().unwrap_or(""), lines.next().unwrap_or(""));
+    let mut fields = names.split(' ').zip(values.split(' '));
+    let (_, value) = fields
+        .find(|(name, _)| *name == "FragCreates")
+        .ok_or("the kernel counts no fragments")?;
+    Ok(value.parse()?)
+}
+
+fn leaves_nothing(pair: &Pair, link: contenders::Link) -> Result<(), Failed> {
+    let processes = link.processes.iter().flatten();
+    let mut traces: Vec<PathBuf> = processes
+        .map(|child| format!("/proc/{}", child.pid()).into())
+        .collect();
+    let directory = link.configuration.as_ref();
+    traces.extend(directory.map(|directory| directory.path().to_path_buf()));
+    if traces.len() < 2 || !traces.iter().all(|trace| trace.exists()) {
+        return Err(format!("expected traces of a running tunnel: {traces:?}").into());
+    }
+    drop(link);
+    traces.push("/var/run/wireguard/wireguard0.sock".into());
+    traces.retain(|trace| trace.exists());
+    if !traces.is_empty() {
+        return Err(format!("left behind: {traces:?}").into());
+    }
+    for host in [&pair.a, &pair.b] {
+        let links = host.netlink()?.links()?;
+        if links.len() != 2 {
+            return Err(format!("interfaces left behind: {links:?}").into());
+        }
+    }
+    Ok(())
+}
