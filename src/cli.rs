@@ -10,6 +10,9 @@ use ipnet::IpNet;
 use crate::transport::DEFAULT_PORT;
 use crate::worker::idle::BusyPoll;
 
+/// Name of the TUN device unless another is given.
+pub const TUN_NAME_DEFAULT: &str = "fastvpn0";
+
 /// A fast userspace network tunnel: IP packets in plain UDP datagrams.
 ///
 /// Run it the same way on both hosts, each naming the other, as in
@@ -35,6 +38,8 @@ pub struct Cli {
 pub enum Command {
     /// Show a tunnel at work between two network namespaces of this machine
     Demo(crate::demo::DemoOptions),
+    /// Say what this host offers a tunnel, what is missing, and how to mend it
+    Check(crate::check::CheckOptions),
 }
 
 /// The tunnel's options.
@@ -53,7 +58,7 @@ pub struct TunnelArgs {
     pub listen: Option<Listen>,
 
     /// Name of the TUN device
-    #[arg(long, value_name = "NAME", default_value = "fastvpn0", value_parser = parse_tun_name)]
+    #[arg(long, value_name = "NAME", default_value = TUN_NAME_DEFAULT, value_parser = parse_tun_name)]
     pub tun: String,
 
     /// MTU of the TUN device in bytes [default: path MTU to the peer less 28 (IPv4) or 48 (IPv6)]
@@ -136,8 +141,6 @@ pub enum Feature {
     UdpSegment,
     /// UDP_GRO on the UDP socket
     UdpGro,
-    /// io_uring's multishot read of the TUN queue
-    ReadMultishot,
     /// io_uring's multishot receive on the UDP socket
     RecvMultishot,
 }
@@ -190,7 +193,7 @@ fn split_port(text: &str) -> ParseResult<(&str, u16)> {
     }
 }
 
-fn parse_endpoint(text: &str) -> ParseResult<Endpoint> {
+pub(crate) fn parse_endpoint(text: &str) -> ParseResult<Endpoint> {
     let (host, port) = split_port(text)?;
     if host.is_empty() || host.contains(|c: char| c.is_whitespace() || c.is_control() || c == '/') {
         return Err("expected an address or a DNS name, and a port if it is not 8285".into());
@@ -258,7 +261,7 @@ fn parse_route(text: &str) -> ParseResult<IpNet> {
     Ok(net)
 }
 
-fn parse_cores(text: &str) -> ParseResult<CoreList> {
+pub(crate) fn parse_cores(text: &str) -> ParseResult<CoreList> {
     const CORES_MAX: usize = 4096;
     let number = |digits: &str| match digits.trim().parse::<usize>() {
         Ok(core) if core < CORES_MAX => Ok(core),

@@ -147,12 +147,9 @@ fn derive_addresses(path: Path, peer: SocketAddr) -> Result<(ipnet::Ipv4Net, Ipv
 }
 
 fn tunnel_mtu(args: &TunnelArgs, path: Path, peer: SocketAddr, addresses: &[IpNet]) -> Result<u32> {
-    let overhead = transport::overhead_bytes(peer.ip());
-    let mtu_bytes = match args.mtu {
-        Some(mtu_bytes) => mtu_bytes,
-        // A loopback path has 65536: no datagram is that long.
-        None => path.mtu_bytes.min(65535).saturating_sub(overhead),
-    };
+    let mtu_bytes = args
+        .mtu
+        .unwrap_or_else(|| default_mtu_bytes(path, peer.ip()));
     let wants_v6 = addresses
         .iter()
         .chain(&args.route)
@@ -172,7 +169,14 @@ fn tunnel_mtu(args: &TunnelArgs, path: Path, peer: SocketAddr, addresses: &[IpNe
     Ok(mtu_bytes)
 }
 
-fn default_queues() -> u16 {
+/// The TUN device's MTU on this path to `peer`.
+pub(crate) fn default_mtu_bytes(path: Path, peer: IpAddr) -> u32 {
+    // A loopback path has 65536: no datagram is that long.
+    let datagram_bytes_max = path.mtu_bytes.min(65535);
+    datagram_bytes_max.saturating_sub(transport::overhead_bytes(peer))
+}
+
+pub(crate) fn default_queues() -> u16 {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     cores.min(QUEUES_DEFAULT_MAX) as u16
 }
@@ -207,7 +211,6 @@ fn wanted(without: &[Feature]) -> Wanted {
             gro: with(Feature::UdpGro),
         },
         uring: ring::Features {
-            read_multishot: with(Feature::ReadMultishot),
             receive_multishot: with(Feature::RecvMultishot),
         },
     }

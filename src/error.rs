@@ -44,6 +44,19 @@ impl Error {
         self
     }
 
+    /// What failed and why, without what to do about it.
+    pub fn fault(&self) -> String {
+        match &self.cause {
+            Some(cause) => format!("{}: {}", self.what, cause_text(cause)),
+            None => self.what.clone(),
+        }
+    }
+
+    /// What the operator can do about it, if that is known.
+    pub fn remedy(&self) -> Option<&str> {
+        self.hint.as_deref()
+    }
+
     /// The system call's own error, if there was one.
     pub fn cause(&self) -> Option<&io::Error> {
         self.cause.as_ref()
@@ -57,10 +70,7 @@ impl Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.what)?;
-        if let Some(cause) = &self.cause {
-            write!(f, ": {}", cause_text(cause))?;
-        }
+        f.write_str(&self.fault())?;
         if let Some(hint) = &self.hint {
             write!(f, "; {hint}")?;
         }
@@ -102,5 +112,7 @@ mod tests {
             "cannot open /dev/net/tun: permission denied; run as root or grant CAP_NET_ADMIN"
         );
         assert_eq!(error.errno(), Some(libc::EACCES));
+        assert_eq!(error.fault(), "cannot open /dev/net/tun: permission denied");
+        assert_eq!(error.remedy(), Some("run as root or grant CAP_NET_ADMIN"));
     }
 }

@@ -12,9 +12,11 @@
 //!
 //! Nothing else is in a packet's way: [`cli`] and [`config`] say what is wanted,
 //! [`tunnel`] sets it up and takes it down, [`control`] runs the workers, and
-//! [`netlink`] talks to the kernel about links, addresses and routes. [`lab`]
-//! and [`demo`] make networks inside one machine, for people and for tests.
+//! [`netlink`] talks to the kernel about links, addresses and routes. [`check`]
+//! says beforehand what a host has to offer. [`lab`] and [`demo`] make networks
+//! inside one machine, for people and for tests.
 
+pub mod check;
 pub mod cli;
 pub mod config;
 pub mod control;

@@ -7,12 +7,19 @@ use clap::Parser;
 use fastvpn::cli::{Cli, Command};
 use fastvpn::config::Config;
 use fastvpn::control::logging;
-use fastvpn::{demo, tunnel};
+use fastvpn::{check, demo, tunnel};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match &cli.command {
         Some(Command::Demo(options)) => demo::run(options.clone()),
+        Some(Command::Check(options)) => {
+            return if check::run(options) {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            };
+        }
         None => {
             let args = &cli.tunnel;
             logging::init(args.verbose, args.quiet, args.log_format);

@@ -230,10 +230,6 @@ fn announce(config: &Config, tun: coalesce::Offloads, udp: socket::Offloads, eng
             "UDP_GRO (Linux 5.0): one datagram per receive",
         ),
         (
-            lacks(|uring| uring.read_multishot),
-            "IORING_OP_READ_MULTISHOT (Linux 6.7): the TUN queue is polled",
-        ),
-        (
             lacks(|uring| uring.receive_multishot),
             "multishot receive (Linux 6.0): the UDP socket is polled",
         ),

@@ -38,8 +38,7 @@ impl fmt::Display for Engine {
         match self {
             Self::Uring(features) => write!(
                 f,
-                "io_uring (multishot read {}, multishot receive {})",
-                on_off(features.read_multishot),
+                "io_uring (multishot receive {})",
                 on_off(features.receive_multishot)
             ),
             Self::Epoll => f.write_str("epoll"),
@@ -52,7 +51,6 @@ mod tests {
     use super::*;
 
     const ALL: ring::Features = ring::Features {
-        read_multishot: true,
         receive_multishot: true,
     };
 
@@ -65,12 +63,11 @@ mod tests {
     #[test]
     fn names_itself() {
         let partly = ring::Features {
-            read_multishot: false,
-            ..ALL
+            receive_multishot: false,
         };
         assert_eq!(
             Engine::Uring(partly).to_string(),
-            "io_uring (multishot read off, multishot receive on)"
+            "io_uring (multishot receive off)"
         );
         assert_eq!(Engine::Epoll.to_string(), "epoll");
     }

@@ -34,6 +34,14 @@ pub fn install(queue: &Queue) -> io::Result<()> {
     Ok(())
 }
 
+/// Whether the kernel would take the program from this process.
+///
+/// # Errors
+/// As [`install`].
+pub fn probe() -> io::Result<()> {
+    load(&program()).map(drop)
+}
+
 mod ioctl {
     // TUNSETSTEERINGEBPF, `linux/if_tun.h`: _IOR('T', 224, int), though it
     // only reads the argument.

@@ -27,9 +27,8 @@ impl AsFd for Queue {
     }
 }
 
-/// Tests put another descriptor in a queue's place: any that keeps the
-/// boundaries of what is written.
-#[cfg(test)]
+/// Tests and probes put another descriptor in a queue's place: any that keeps
+/// the boundaries of what is written, and does not wait.
 impl From<OwnedFd> for Queue {
     fn from(fd: OwnedFd) -> Self {
         Self(fd)

@@ -9,9 +9,9 @@ use nix::unistd::{getegid, geteuid};
 use crate::error::{Error, Result};
 
 /// Bits of `CapEff` in /proc/self/status (linux/capability.h).
-const CAP_NET_ADMIN: u32 = 12;
+pub(crate) const CAP_NET_ADMIN: u32 = 12;
 const CAP_NET_RAW: u32 = 13;
-const CAP_SYS_ADMIN: u32 = 21;
+pub(crate) const CAP_SYS_ADMIN: u32 = 21;
 
 const TUN_DEVICE: &str = "/dev/net/tun";
 
@@ -85,7 +85,8 @@ fn capable() -> Result<bool> {
         .all(|bit| effective & (1 << bit) != 0))
 }
 
-fn parse_capabilities(status: &str) -> Option<u64> {
+/// The effective capabilities in the text of /proc/PID/status.
+pub(crate) fn parse_capabilities(status: &str) -> Option<u64> {
     let line = status
         .lines()
         .find_map(|line| line.strip_prefix("CapEff:"))?;

@@ -533,12 +533,7 @@ fn continues_tcp(first: &[u8], next: &[u8], offset: usize) -> bool {
 /// Whether a packet of `headers` and payload is intact, by what its payload
 /// sums up to.
 #[inline]
-fn checksums_are_valid(
-    flow: Flow,
-    headers: &[u8],
-    payload_bytes: usize,
-    payload_sum: Sum,
-) -> bool {
+fn checksums_are_valid(flow: Flow, headers: &[u8], payload_bytes: usize, payload_sum: Sum) -> bool {
     // Constant lengths let the short sums be unrolled.
     let (ip_is_valid, pseudo, transport) = match flow.version {
         Version::V4 => {

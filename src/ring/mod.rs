@@ -1,15 +1,15 @@
 //! The io_uring engine. All `unsafe` of the data path lives here and in
 //! [`crate::io`].
 //!
-//! One ring per worker. Two multishot requests stay armed and bring data into
-//! provided buffers: a read on the TUN queue and a receive on the UDP socket.
+//! One ring per worker. A multishot receive on the UDP socket stays armed and
+//! brings trains into provided buffers; the TUN queue is read by system calls
+//! while it has frames, which [`source`] says why, and polled when it has none.
 //! Sends and writes are one request each, submitted in batches; they complete
 //! while they are submitted, since neither may wait. Buffers are owned: a
 //! train or frame that the kernel works on is in the engine's tables and comes
 //! back to the free list with its completion.
 //!
-//! Needs Linux 6.1 (`IORING_SETUP_DEFER_TASKRUN`, multishot receive); a
-//! multishot read needs 6.7 and is replaced by polling before that.
+//! Needs Linux 6.1 (`IORING_SETUP_DEFER_TASKRUN`).
 
 mod buffers;
 mod output;
@@ -25,7 +25,7 @@ use io_uring::{IoUring, cqueue, opcode, squeue};
 use nix::sys::eventfd::EventFd;
 
 use self::output::Output;
-use self::source::{Sources, Wanted};
+use self::source::Sources;
 use self::token::Token;
 use crate::device::tun::Queue;
 use crate::error::{Error, Result};
@@ -49,8 +49,6 @@ const STAGED_BYTES_MAX: usize = 512 << 10;
 /// Which io_uring features to use where the kernel has them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Features {
-    /// `IORING_OP_READ_MULTISHOT` on the TUN queue (Linux 6.7).
-    pub read_multishot: bool,
     /// Multishot `IORING_OP_RECVMSG` on the UDP socket (Linux 6.0).
     pub receive_multishot: bool,
 }
@@ -84,15 +82,8 @@ impl Uring {
         counters: Arc<Counters>,
     ) -> Result<Self> {
         let ring = build_ring()?;
-        let mut probe = io_uring::Probe::new();
-        let probed = ring.submitter().register_probe(&mut probe).is_ok();
-        let wanted = Wanted {
-            read_multishot: wanted.read_multishot
-                && probed
-                && probe.is_supported(opcode::ReadMulti::CODE),
-            receive_multishot: wanted.receive_multishot,
-        };
-        let sources = Sources::new(&ring.submitter(), wanted).map_err(buffers_error)?;
+        let sources =
+            Sources::new(&ring.submitter(), wanted.receive_multishot).map_err(buffers_error)?;
         Ok(Self {
             ring,
             queue,
@@ -110,8 +101,7 @@ impl Uring {
     /// What is in use of the [`Features`] wanted.
     pub fn features(&self) -> Features {
         Features {
-            read_multishot: self.sources.tun.is_multishot(),
-            receive_multishot: self.sources.udp.is_multishot(),
+            receive_multishot: self.sources.is_multishot(),
         }
     }
 
@@ -187,14 +177,11 @@ impl Uring {
                 self.output.written(id, completion.result(), &self.counters);
                 Ok(())
             }
-            Some(Token::TunRead) => {
-                self.sources
-                    .tun_completed(completion, self.queue.as_fd(), &self.counters)
+            Some(Token::TunPoll) => {
+                self.sources.tun_polled();
+                Ok(())
             }
-            Some(Token::UdpReceive) => {
-                self.sources
-                    .udp_completed(completion, self.sockets.receive.as_fd(), &self.counters)
-            }
+            Some(Token::UdpReceive) => self.sources.udp_completed(completion, &self.counters),
             Some(Token::Wake) => {
                 self.wake_armed = false;
                 // Only empties the counter: the command queue says what is up.
@@ -233,6 +220,17 @@ impl Uring {
         Ok(())
     }
 
+    /// Reads ahead what is read by system calls: one frame, one train.
+    #[inline]
+    fn refill(&mut self) -> Result<()> {
+        self.sources.refill(
+            !self.output.blocked,
+            self.queue.as_fd(),
+            self.sockets.receive.as_fd(),
+            &self.counters,
+        )
+    }
+
     /// Whether no request is under way.
     fn is_idle(&self) -> bool {
         !self.wake_armed
@@ -267,16 +265,18 @@ impl Engine for Uring {
         if self.output.in_flight() > 0 || self.ring.submission().taskrun() {
             self.submit_and_reap(0)?;
         }
+        self.refill()?;
         Ok(self.has_event())
     }
 
     fn wait(&mut self) -> Result<()> {
         // First without waiting: sends and writes complete in passing, and
         // their completions must not count as news.
-        if !self.poll()? {
-            self.submit_and_reap(1)?;
+        if self.poll()? || self.sources.may_refill(!self.output.blocked) {
+            return Ok(());
         }
-        Ok(())
+        self.arm()?;
+        self.submit_and_reap(1)
     }
 
     #[inline]
@@ -284,6 +284,8 @@ impl Engine for Uring {
         if std::mem::take(&mut self.wake_pending) {
             return Some(Event::Wake);
         }
+        let result = self.refill();
+        self.output.keep_error(result);
         self.sources.next_event(!self.output.blocked)
     }
 
@@ -385,11 +387,8 @@ const DRAIN_WAIT_NS: u32 = 1_000_000;
 /// As [`Uring::new`].
 pub fn probe(wanted: Features) -> Result<()> {
     let ring = build_ring()?;
-    let wanted = Wanted {
-        read_multishot: wanted.read_multishot,
-        receive_multishot: wanted.receive_multishot,
-    };
-    let mut sources = Sources::new(&ring.submitter(), wanted).map_err(buffers_error)?;
+    let mut sources =
+        Sources::new(&ring.submitter(), wanted.receive_multishot).map_err(buffers_error)?;
     sources.unregister(&ring.submitter());
     Ok(())
 }

@@ -3,8 +3,8 @@
 /// A request of the data path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Token {
-    /// Multishot read, or poll, of the TUN queue.
-    TunRead,
+    /// Poll of the TUN queue.
+    TunPoll,
     /// Multishot receive, or poll, of the UDP socket.
     UdpReceive,
     /// Send of the train with this id.
@@ -21,7 +21,7 @@ impl Token {
     /// The user data of a request.
     pub fn to_user_data(self) -> u64 {
         match self {
-            Self::TunRead => 0,
+            Self::TunPoll => 0,
             Self::UdpReceive => 1,
             Self::Send(id) => 2 | u64::from(id) << 16,
             Self::Write(id) => 3 | u64::from(id) << 16,
@@ -34,7 +34,7 @@ impl Token {
     pub fn from_user_data(data: u64) -> Option<Self> {
         let id = (data >> 16) as u16;
         match data & 0xffff {
-            0 => Some(Self::TunRead),
+            0 => Some(Self::TunPoll),
             1 => Some(Self::UdpReceive),
             2 => Some(Self::Send(id)),
             3 => Some(Self::Write(id)),
@@ -52,7 +52,7 @@ mod tests {
     #[test]
     fn survives_the_kernel() {
         for token in [
-            Token::TunRead,
+            Token::TunPoll,
             Token::UdpReceive,
             Token::Send(0),
             Token::Send(65535),

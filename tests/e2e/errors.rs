@@ -296,7 +296,7 @@ fn done(result: libc::c_int) -> io::Result<()> {
 
 /// The program to be started will have no capability: the bounding set is what
 /// root gets (capabilities(7)).
-fn drop_capabilities() -> io::Result<()> {
+pub fn drop_capabilities() -> io::Result<()> {
     for capability in 0.. {
         // SAFETY: prctl(2) with plain numbers; EINVAL behind the last capability.
         let result = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) };
@@ -308,7 +308,7 @@ fn drop_capabilities() -> io::Result<()> {
 }
 
 /// An empty file system over /dev/net, seen by this process alone.
-fn hide_devices() -> io::Result<()> {
+pub fn hide_devices() -> io::Result<()> {
     // SAFETY: system calls with constant strings that outlive them.
     unsafe {
         done(libc::unshare(libc::CLONE_NEWNS))?;
@@ -365,7 +365,7 @@ fn without_the_tun_device() -> Result<()> {
 
 /// As in a container whose seccomp profile forbids it (seccomp(2)). `refusal`:
 /// what the filter returns for it.
-fn forbid_io_uring(refusal: u32) -> io::Result<()> {
+pub fn forbid_io_uring(refusal: u32) -> io::Result<()> {
     use libc::{BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, sock_filter};
     let instruction = |code: u32, jt, jf, k| sock_filter {
         code: code as u16,

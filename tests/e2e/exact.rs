@@ -29,7 +29,7 @@ pub fn tests() -> Vec<Test> {
             outbound(&["--queues", "4"], Order::PerFlow)
         }),
         ("exact_outbound_without_offloads", || {
-            let without = "tso,uso,udp-segment,udp-gro,read-multishot,recv-multishot";
+            let without = "tso,uso,udp-segment,udp-gro,recv-multishot";
             outbound(&["--queues", "1", "--without", without], Order::Total)
         }),
         ("exact_inbound_datagrams", || inbound(&[], false)),
@@ -43,10 +43,10 @@ pub fn tests() -> Vec<Test> {
     ]
 }
 
-/// Without io_uring's multishot requests.
+/// Without io_uring's multishot receive.
 pub fn tests_of_uring() -> Vec<Test> {
     vec![("exact_inbound_trains_polled", || {
-        inbound(&["--without", "read-multishot,recv-multishot"], true)
+        inbound(&["--without", "recv-multishot"], true)
     })]
 }
 

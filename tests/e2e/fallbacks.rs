@@ -17,26 +17,22 @@ pub fn tests() -> Vec<Test> {
         ("without_udp_segment", || without("udp-segment")),
         ("without_udp_gro", || without("udp-gro")),
         ("without_all_of_them", || {
-            without("tso,uso,udp-segment,udp-gro,read-multishot,recv-multishot")
+            without("tso,uso,udp-segment,udp-gro,recv-multishot")
         }),
     ]
 }
 
 /// Features of io_uring alone.
 pub fn tests_of_uring() -> Vec<Test> {
-    vec![
-        ("without_read_multishot", || without("read-multishot")),
-        ("without_recv_multishot", || without("recv-multishot")),
-    ]
+    vec![("without_recv_multishot", || without("recv-multishot"))]
 }
 
 /// What the log calls the features.
-const NAMES: [(&str, &str); 6] = [
+const NAMES: [(&str, &str); 5] = [
     ("tso", "TSO"),
     ("uso", "USO"),
     ("udp-segment", "UDP_SEGMENT"),
     ("udp-gro", "UDP_GRO"),
-    ("read-multishot", "multishot read"),
     ("recv-multishot", "multishot receive"),
 ];
 

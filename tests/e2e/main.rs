@@ -7,6 +7,7 @@
 //! What carries traffic is run on each I/O engine, as `uring::` and `epoll::`,
 //! and some of it with a different one at each end, as `mixed::`.
 
+mod checks;
 mod datagrams;
 mod errors;
 mod exact;
@@ -59,6 +60,7 @@ fn main() -> ExitCode {
     let of_uring = [fallbacks::tests_of_uring(), exact::tests_of_uring()];
     let of_no_engine = [
         errors::tests(),
+        checks::tests(),
         life::tests_of_the_demo(),
         tuning::tests(),
     ];
@@ -90,7 +92,6 @@ fn main() -> ExitCode {
 }
 
 const URING_FEATURES: Features = Features {
-    read_multishot: true,
     receive_multishot: true,
 };
 

@@ -142,6 +142,11 @@ impl Tunnel {
     }
 
     /// The process.
+    pub fn pid(&self) -> u32 {
+        self.child.pid()
+    }
+
+    /// The process.
     pub fn child(&mut self) -> &mut Child {
         &mut self.child
     }

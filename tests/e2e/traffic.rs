@@ -3,8 +3,10 @@
 
 use std::net::IpAddr;
 use std::thread;
+use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
+use fastvpn::lab::process::cpu_ns;
 use fastvpn::lab::traffic::{Between, Bulk, BulkLimit, Watch, ping, tcp_bulk};
 use fastvpn::lab::{Namespace, Pair};
 use nix::sys::socket::setsockopt;
@@ -27,7 +29,33 @@ pub fn tests() -> Vec<Test> {
         ("udp_of_every_size", udp_of_every_size),
         ("udp_trains_keep_their_boundaries", udp_trains),
         ("udp_without_checksum", udp_without_checksum),
+        ("busy_polling_ends_with_the_traffic", busy_polling),
     ]
+}
+
+/// Workers that spin carry everything, and stop to spin when nothing comes.
+fn busy_polling() -> Result<()> {
+    for how in ["auto", "200"] {
+        let hosts = hosts(1500)?;
+        let flags: &[&str] = &["--busy-poll", how];
+        let tunnels = dual_stack_tunnels(&hosts, [flags, flags])?;
+        pings(&hosts, &[0, 56, 1444, 20_000])?;
+        transfer_both_ways(&hosts, FAMILIES[0], 2, 50 * MB)?;
+        // Whatever the hosts still say of their own is over soon.
+        thread::sleep(Duration::from_secs(1));
+        let pids = tunnels.each_ref().map(|tunnel| tunnel.pid());
+        let before = pids.map(cpu_ns);
+        thread::sleep(Duration::from_secs(1));
+        for (before, pid) in before.into_iter().zip(pids) {
+            // A spinning worker would have used a thousand milliseconds.
+            let used_ms = (cpu_ns(pid)? - before?) / 1_000_000;
+            check(used_ms < 50, || {
+                format!("--busy-poll {how}: {used_ms} ms of CPU time in a silent second")
+            })?;
+        }
+        stop_all(tunnels)?;
+    }
+    Ok(())
 }
 
 /// Those of them to be run between different engines: every kind of traffic.

@@ -29,7 +29,8 @@ fn net(text: &str) -> Result<IpNet> {
         .map_err(|_| Error::new(format!("{text} is no network")))
 }
 
-fn set_mtu(namespace: &Namespace, name: &str, mtu_bytes: u32) -> Result<()> {
+/// Sets an interface's MTU.
+pub fn set_mtu(namespace: &Namespace, name: &str, mtu_bytes: u32) -> Result<()> {
     let index = link(namespace, name)?.index;
     namespace.netlink()?.set_mtu(index, mtu_bytes)
 }
@@ -67,12 +68,15 @@ fn an_mtu_larger_than_the_path() -> Result<()> {
 }
 
 /// Two hosts in two networks with a router between them.
-struct Routed {
-    hosts: Pair,
-    router: Namespace,
+pub struct Routed {
+    /// The hosts, each with one neighbour: the router.
+    pub hosts: Pair,
+    /// Its interface toward host B is `right`.
+    pub router: Namespace,
 }
 
-fn routed() -> Result<Routed> {
+/// Makes them, with 10.211.55.122 and 10.211.56.123 for the hosts.
+pub fn routed() -> Result<Routed> {
     let (a, b, router) = (Namespace::new()?, Namespace::new()?, Namespace::new()?);
     router.sysctl("net/ipv4/ip_forward", "1")?;
     for (host, far_side, own, gateway) in [

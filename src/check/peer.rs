@@ -1,0 +1,241 @@
+//! The other host: its address, the path to it, and the tunnel that would be.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use super::item::Item;
+use crate::cli::Endpoint;
+use crate::config::default_mtu_bytes;
+use crate::device::link::{self, IPV4_MTU_BYTES_MIN, IPV6_MTU_BYTES_MIN};
+use crate::error::Error;
+use crate::netlink::Netlink;
+use crate::transport::DEFAULT_PORT;
+use crate::transport::path::{self, Path};
+
+/// The names of the items.
+pub const NAMES: [&str; 3] = ["peer", "path MTU", "tunnel address"];
+
+/// Why something is not as it should be.
+#[derive(Clone, Debug)]
+pub struct Reason {
+    fault: String,
+    remedy: Option<String>,
+}
+
+impl From<Error> for Reason {
+    fn from(error: Error) -> Self {
+        Self {
+            fault: error.fault(),
+            remedy: error.remedy().map(String::from),
+        }
+    }
+}
+
+/// What was found.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// As it was named.
+    host: String,
+    /// Its address and port.
+    pub address: Result<SocketAddr, Reason>,
+    /// The way to it; `None` without an address.
+    path: Option<Result<Path, Reason>>,
+    /// The address that the tunnel would give itself.
+    derived: Option<Result<String, Reason>>,
+}
+
+/// Resolves the name, which may take as long as the resolver does, and asks the
+/// kernel for the rest. Nothing is sent to the peer.
+pub fn probe(peer: &Endpoint) -> Facts {
+    let address = path::resolve(&peer.host, peer.port, None).map_err(Reason::from);
+    let any = Ipv4Addr::UNSPECIFIED.into();
+    let is_host =
+        |address: &SocketAddr| !address.ip().is_unspecified() && !address.ip().is_multicast();
+    let host = address.as_ref().ok().filter(|address| is_host(address));
+    let path = host.map(|&address| path::discover(any, address).map_err(Reason::from));
+    let derived = match &path {
+        Some(Ok(path)) => Some(derive(path.local).map_err(Reason::from)),
+        _ => None,
+    };
+    Facts {
+        host: peer.host.clone(),
+        address,
+        path,
+        derived,
+    }
+}
+
+fn derive(local: IpAddr) -> crate::error::Result<String> {
+    let derived = link::derive_address(local)?;
+    link::check_free(&mut Netlink::open()?, derived)?;
+    Ok(derived.to_string())
+}
+
+/// What it means.
+pub fn items(facts: &Facts) -> Vec<Item> {
+    vec![peer(facts), path_mtu(facts), tunnel_address(facts)]
+}
+
+fn peer(facts: &Facts) -> Item {
+    const NAME: &str = NAMES[0];
+    let cost = "there is nobody to have a tunnel with: fastvpn does not start";
+    let address = match &facts.address {
+        Ok(address) => address,
+        Err(reason) => {
+            let remedy = "check the name and this host's resolver, or give the address";
+            return Item::missing(NAME, &reason.fault, cost, remedy);
+        }
+    };
+    match &facts.path {
+        None => Item::missing(
+            NAME,
+            format!("{address} is no address of a host"),
+            cost,
+            "name the other host",
+        ),
+        // Two tunnels on one host, on different ports, are for who wants that.
+        Some(Ok(path)) if path.local == address.ip() && address.port() != DEFAULT_PORT => {
+            Item::info(
+                NAME,
+                format!("{address} is this host itself, on another port"),
+            )
+        }
+        Some(Ok(path)) if path.local == address.ip() => Item::missing(
+            NAME,
+            format!("{address} is this host itself"),
+            cost,
+            "name the other host",
+        ),
+        Some(Ok(path)) => {
+            let named = if facts.host.parse::<IpAddr>().is_ok() {
+                String::new()
+            } else {
+                format!("{} is ", facts.host)
+            };
+            Item::ok(
+                NAME,
+                format!("{named}{address}, reached from {}", path.local),
+            )
+        }
+        Some(Err(reason)) => {
+            let remedy = "check the address and this host's routes (ip route get)";
+            Item::missing(NAME, &reason.fault, cost, remedy)
+        }
+    }
+}
+
+fn path_mtu(facts: &Facts) -> Item {
+    const NAME: &str = NAMES[1];
+    let (Ok(address), Some(Ok(path))) = (&facts.address, &facts.path) else {
+        return Item::unknown(NAME, "there is no path to the peer");
+    };
+    let tunnel = default_mtu_bytes(*path, address.ip());
+    let found = format!("{}: the TUN device gets MTU {tunnel}", path.mtu_bytes);
+    if tunnel < IPV4_MTU_BYTES_MIN {
+        let cost = "too small for any tunnel: fastvpn does not start";
+        return Item::missing(NAME, found, cost, "raise the MTU of the links on the path");
+    }
+    if tunnel < IPV6_MTU_BYTES_MIN {
+        return Item::degraded(
+            NAME,
+            found,
+            "the tunnel carries no IPv6, which needs 1280",
+            "raise the MTU of the links on the path, or give --mtu 1280 (the kernel then fragments)",
+        );
+    }
+    Item::ok(NAME, found)
+}
+
+fn tunnel_address(facts: &Facts) -> Item {
+    const NAME: &str = NAMES[2];
+    match &facts.derived {
+        None => Item::unknown(NAME, "there is no path to the peer"),
+        Some(Ok(derived)) => Item::ok(NAME, format!("{derived} by default, free")),
+        Some(Err(reason)) => Item::degraded(
+            NAME,
+            &reason.fault,
+            "fastvpn does not start without --address",
+            reason
+                .remedy
+                .as_deref()
+                .unwrap_or("give each host an --address"),
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::check::item::Status::{self, Degraded, Info, Missing, Ok as Good, Unknown};
+
+    fn facts(peer: &str, path: Option<Result<Path, Reason>>) -> Facts {
+        let address: SocketAddr = peer.parse().unwrap();
+        Facts {
+            host: address.ip().to_string(),
+            address: Ok(address),
+            derived: path
+                .as_ref()
+                .and_then(|path| path.is_ok().then(|| Ok("10.244.55.122/16".into()))),
+            path,
+        }
+    }
+
+    fn path(mtu_bytes: u32) -> Option<Result<Path, Reason>> {
+        Some(Ok(Path {
+            local: "10.211.55.122".parse().unwrap(),
+            mtu_bytes,
+        }))
+    }
+
+    fn statuses(facts: &Facts) -> [Status; 3] {
+        let items = items(facts);
+        let names: Vec<_> = items.iter().map(|item| item.name).collect();
+        assert_eq!(names, NAMES);
+        std::array::from_fn(|index| items[index].status)
+    }
+
+    const PEER: &str = "10.211.55.123:8285";
+
+    #[test]
+    fn the_tunnel_is_as_large_as_the_path_lets_it_be() {
+        let item = path_mtu(&facts(PEER, path(1500)));
+        assert_eq!(item.found, "1500: the TUN device gets MTU 1472");
+        assert_eq!(path_mtu(&facts(PEER, path(1307))).status, Degraded);
+        assert_eq!(path_mtu(&facts(PEER, path(1308))).status, Good);
+        assert_eq!(path_mtu(&facts(PEER, path(90))).status, Missing);
+        let loopback = path_mtu(&facts(PEER, path(65536)));
+        assert!(loopback.found.ends_with("65507"), "{}", loopback.found);
+    }
+
+    #[test]
+    fn every_state_has_every_item() {
+        assert_eq!(statuses(&facts(PEER, path(1500))), [Good; 3]);
+        let itself = facts("10.211.55.122:8285", path(1500));
+        assert_eq!(peer(&itself).status, Missing);
+        assert!(peer(&itself).found.contains("this host itself"));
+        let on_another_port = facts("10.211.55.122:8286", path(1500));
+        assert_eq!(peer(&on_another_port).status, Info);
+        let unreachable = facts(PEER, Some(Err(Error::new("cannot reach").into())));
+        assert_eq!(statuses(&unreachable), [Missing, Unknown, Unknown]);
+        assert_eq!(
+            statuses(&facts("0.0.0.0:1", None)),
+            [Missing, Unknown, Unknown]
+        );
+        let taken = Facts {
+            derived: Some(Err(Error::new("10.244.55.122/16 overlaps").into())),
+            ..facts(PEER, path(1500))
+        };
+        assert_eq!(statuses(&taken), [Good, Good, Degraded]);
+    }
+
+    #[test]
+    fn a_name_is_shown_with_its_address() {
+        let named = Facts {
+            host: "vpn.example.org".into(),
+            ..facts(PEER, path(1500))
+        };
+        assert_eq!(
+            peer(&named).found,
+            "vpn.example.org is 10.211.55.123:8285, reached from 10.211.55.122"
+        );
+    }
+}

@@ -1,0 +1,391 @@
+//! `fastvpn check`: what it says of hosts that have all, and of hosts from
+//! which something was taken, and that it leaves them as they were.
+
+use std::io::{self, Read};
+use std::net::UdpSocket;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+
+use fastvpn::error::{Error, Result};
+use fastvpn::lab::{Namespace, UNDERLAY_NAME};
+use fastvpn::netlink::Netlink;
+use serde_json::Value;
+use tun_rs::DeviceBuilder;
+
+use crate::errors::{drop_capabilities, forbid_io_uring, hide_devices};
+use crate::support::{
+    FASTVPN, Test, UNDERLAY, check, fail, hosts, is_in_user_namespace, link, stop, tried,
+    tunnel_between, udp, wait_until,
+};
+use crate::tools::{inventory, nothing_left};
+use crate::underlay::{Routed, routed, set_mtu};
+
+/// The tests of this file.
+pub fn tests() -> Vec<Test> {
+    vec![
+        ("check_agrees_with_the_tunnel", agrees_with_the_tunnel),
+        ("check_table_and_json_agree", table_and_json_agree),
+        ("check_leaves_this_host_alone", leaves_this_host_alone),
+        ("check_without_privilege", without_privilege),
+        ("check_without_io_uring", without_io_uring),
+        ("check_without_the_tun_device", without_the_tun_device),
+        ("check_of_a_path_that_shrinks", path_that_shrinks),
+        ("check_of_peers_that_cannot_be", peers_that_cannot_be),
+        ("check_of_what_is_taken", what_is_taken),
+        ("check_of_bad_flags", bad_flags),
+    ]
+}
+
+/// What a check said.
+struct Report {
+    status: Option<i32>,
+    text: String,
+    errors: String,
+}
+
+/// Runs `fastvpn check FLAGS` in a namespace, which must be the same after it.
+/// `arrange` prepares the process.
+fn run(
+    namespace: &Namespace,
+    flags: &str,
+    arrange: impl FnMut() -> io::Result<()> + Send + Sync + 'static,
+) -> Result<Report> {
+    let before = inventory(namespace)?;
+    let mut command = Command::new(FASTVPN);
+    command
+        .arg("check")
+        .args(flags.split_whitespace())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    // SAFETY: all that is passed here makes system calls only; it neither
+    // allocates nor takes locks.
+    unsafe {
+        command.pre_exec(arrange);
+    }
+    let mut child = namespace.spawn(command)?;
+    let read = |pipe: Option<Box<dyn Read>>| {
+        let mut text = String::new();
+        let mut pipe = pipe.ok_or_else(|| Error::new("no pipe"))?;
+        tried("read what the check says", pipe.read_to_string(&mut text))?;
+        Ok::<_, Error>(text)
+    };
+    let process = child.process();
+    let text = read(process.stdout.take().map(|pipe| Box::new(pipe) as _))?;
+    let errors = read(process.stderr.take().map(|pipe| Box::new(pipe) as _))?;
+    let mut status = None;
+    wait_until("the check ends", || {
+        status = child.try_wait()?;
+        Ok(status.is_some())
+    })?;
+    nothing_left(namespace, &before)?;
+    let status = status.and_then(|status| status.code());
+    Ok(Report {
+        status,
+        text,
+        errors,
+    })
+}
+
+/// The items of `fastvpn check --json FLAGS`, which must end with `status`.
+fn items(
+    namespace: &Namespace,
+    flags: &str,
+    status: i32,
+    arrange: impl FnMut() -> io::Result<()> + Send + Sync + 'static,
+) -> Result<Vec<Value>> {
+    let report = run(namespace, &format!("--json {flags}"), arrange)?;
+    check(
+        report.status == Some(status) && report.errors.is_empty(),
+        || format!("{:?}: {}{}", report.status, report.errors, report.text),
+    )?;
+    match serde_json::from_str(&report.text) {
+        Ok(Value::Array(items)) => Ok(items),
+        _ => fail(format!("no JSON array: {}", report.text)),
+    }
+}
+
+fn nothing() -> io::Result<()> {
+    Ok(())
+}
+
+/// One item of all.
+fn item<'a>(items: &'a [Value], name: &str) -> Result<&'a Value> {
+    let found = items.iter().find(|item| item["name"] == name);
+    found.ok_or_else(|| Error::new(format!("no item {name} in {items:?}")))
+}
+
+/// An item must have this status, and these parts in what it says.
+fn expect(items: &[Value], name: &str, status: &str, parts: &[&str]) -> Result<()> {
+    let item = item(items, name)?;
+    let text = item.to_string();
+    check(
+        item["status"] == status && parts.iter().all(|part| text.contains(part)),
+        || format!("{name} is not {status} with {parts:?}: {text}"),
+    )
+}
+
+/// What fastvpn cannot run without, and what every kernel of today has.
+const REQUIRED: [&str; 9] = [
+    "CAP_NET_ADMIN",
+    "open files",
+    "/dev/net/tun",
+    "TUN queues",
+    "TUN TSO",
+    "UDP_SEGMENT",
+    "UDP_GRO",
+    "SO_REUSEPORT",
+    "peer",
+];
+
+fn agrees_with_the_tunnel() -> Result<()> {
+    let hosts = hosts(1500)?;
+    let items = items(&hosts.a, &format!("--peer {}", UNDERLAY[1]), 0, nothing)?;
+    for name in REQUIRED {
+        expect(&items, name, "ok", &[])?;
+    }
+    expect(&items, "path MTU", "ok", &["1500", "MTU 1472"])?;
+    expect(&items, "tunnel address", "ok", &["10.244.55.122/16"])?;
+    expect(&items, "interface", "ok", &[UNDERLAY_NAME, "veth", "1500"])?;
+    expect(&items, "UDP port", "ok", &["8285"])?;
+    expect(&items, "TUN name", "ok", &["fastvpn0"])?;
+    // The tunnel's own words about what it uses.
+    let [a, b] = tunnel_between(&hosts, &["--queues", "2"])?;
+    stop(b)?;
+    let log = stop(a)?.log;
+    for (name, words) in [
+        ("TUN TSO", "TSO"),
+        ("TUN USO", "USO"),
+        ("UDP_SEGMENT", "UDP_SEGMENT"),
+        ("UDP_GRO", "UDP_GRO"),
+    ] {
+        let is_on = log.contains(&format!("{words} on"));
+        let status = if is_on { "ok" } else { "degraded" };
+        expect(&items, name, status, &[])?;
+    }
+    if log.contains("engine: epoll") {
+        expect(&items, "io_uring", "degraded", &["epoll"])?;
+    } else {
+        expect(&items, "TUN reads", "ok", &[])?;
+        let is_on = log.contains("multishot receive on");
+        let status = if is_on { "ok" } else { "degraded" };
+        expect(&items, "multishot receive", status, &[])?;
+    }
+    let is_steered = !log.contains("no eBPF here");
+    for name in ["CAP_BPF", "TUN steering"] {
+        expect(
+            &items,
+            name,
+            if is_steered { "ok" } else { "degraded" },
+            &[],
+        )?;
+    }
+    Ok(())
+}
+
+fn table_and_json_agree() -> Result<()> {
+    let hosts = hosts(1500)?;
+    let flags = "--peer 10.211.55.123 --queues 3";
+    let items = items(&hosts.a, flags, 0, nothing)?;
+    let report = run(&hosts.a, flags, nothing)?;
+    check(report.status == Some(0), || report.errors.clone())?;
+    let mut lines = report.text.lines().peekable();
+    for item in &items {
+        let field = |key: &str| item[key].as_str().unwrap_or_default();
+        let keys = item.as_object().map(|object| object.len());
+        check(keys == Some(5), || format!("{item}"))?;
+        let line = lines.next().unwrap_or_default();
+        let words = [field("status"), field("name"), field("found")];
+        check(
+            line.starts_with(words[0]) && line.ends_with(words[2]) && line.contains(words[1]),
+            || format!("{item} is shown as {line:?}"),
+        )?;
+        for (key, label) in [("cost", "cost: "), ("remedy", "mend: ")] {
+            if item[key].is_null() {
+                continue;
+            }
+            let remark = lines.next().unwrap_or_default().trim_start();
+            check(remark == format!("{label}{}", field(key)), || {
+                format!("{item} is shown with {remark:?}")
+            })?;
+        }
+    }
+    check(lines.next() == Some(""), || report.text.clone())?;
+    let verdict = lines.next().unwrap_or_default();
+    check(verdict.starts_with("fastvpn can run here"), || {
+        verdict.into()
+    })?;
+    // Nobody asked for colour: this is no terminal.
+    check(!report.text.contains('\x1b'), || report.text.clone())
+}
+
+/// In the namespace that the tests themselves run in, with all it has.
+fn leaves_this_host_alone() -> Result<()> {
+    let links = || Netlink::open()?.links();
+    let before = links()?;
+    let output = tried(
+        "run the check",
+        Command::new(FASTVPN).args(["check", "--json"]).output(),
+    )?;
+    check(links()? == before, || "interfaces have changed".into())?;
+    let items: Vec<Value> = serde_json::from_slice(&output.stdout)
+        .map_err(|error| Error::new(format!("no JSON: {error}")))?;
+    // The tests may be root in a user namespace only, and this network is
+    // outside of it.
+    let status = if is_in_user_namespace() {
+        "missing"
+    } else {
+        "ok"
+    };
+    expect(&items, "CAP_NET_ADMIN", status, &[])?;
+    let can_run = items.iter().all(|item| item["status"] != "missing");
+    check(output.status.success() == can_run, || {
+        format!("{} with {items:?}", output.status)
+    })
+}
+
+fn without_privilege() -> Result<()> {
+    let hosts = hosts(1500)?;
+    let helpless = items(&hosts.a, "", 1, drop_capabilities)?;
+    let remedy = ["root", "setcap cap_net_admin"];
+    expect(&helpless, "CAP_NET_ADMIN", "missing", &remedy)?;
+    expect(&helpless, "CAP_BPF", "degraded", &["--queues"])?;
+    for name in ["TUN queues", "TUN TSO", "TUN USO", "TUN steering"] {
+        expect(&helpless, name, "unknown", &["not probed: needs root"])?;
+    }
+    // What takes no rights is probed all the same.
+    for name in ["/dev/net/tun", "UDP_SEGMENT", "UDP_GRO", "SO_REUSEPORT"] {
+        expect(&helpless, name, "ok", &[])?;
+    }
+    let report = run(&hosts.a, "", drop_capabilities)?;
+    let verdict = report.text.lines().last().unwrap_or_default();
+    check(
+        report.status == Some(1) && verdict == "fastvpn cannot run here: CAP_NET_ADMIN.",
+        || report.text.clone(),
+    )
+}
+
+fn without_io_uring() -> Result<()> {
+    let hosts = hosts(1500)?;
+    for (errno, cause) in [
+        (libc::EPERM, "not permitted"),
+        (libc::ENOSYS, "not implemented"),
+    ] {
+        let items = items(&hosts.a, "", 0, move || {
+            forbid_io_uring(libc::SECCOMP_RET_ERRNO | errno as u32)
+        })?;
+        expect(&items, "io_uring", "degraded", &[cause, "epoll", "seccomp"])?;
+        for name in ["io_uring flags", "buffer rings", "TUN reads"] {
+            expect(&items, name, "unknown", &["an earlier step failed"])?;
+        }
+        expect(&items, "TUN queues", "ok", &[])?;
+    }
+    Ok(())
+}
+
+fn without_the_tun_device() -> Result<()> {
+    let hosts = hosts(1500)?;
+    // With the right to it (linux/capability.h) a tunnel makes the device.
+    const CAP_MKNOD: libc::c_ulong = 27;
+    let deviceless = items(&hosts.a, "", 1, || {
+        hide_devices()?;
+        // SAFETY: prctl(2) with plain numbers.
+        match unsafe { libc::prctl(libc::PR_CAPBSET_DROP, CAP_MKNOD, 0, 0, 0) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    })?;
+    let parts = ["no such file", "modprobe tun", "container"];
+    expect(&deviceless, "/dev/net/tun", "missing", &parts)?;
+    expect(&deviceless, "TUN queues", "unknown", &["/dev/net/tun"])?;
+    expect(&deviceless, "TUN reads", "ok", &["from a socket"])?;
+    let mendable = items(&hosts.a, "", 0, hide_devices)?;
+    expect(&mendable, "/dev/net/tun", "degraded", &["CAP_MKNOD"])
+}
+
+/// Of which the host has learnt from a router's ICMP.
+fn path_that_shrinks() -> Result<()> {
+    let Routed { hosts, router } = routed()?;
+    let flags = "--peer 10.211.56.123";
+    let path = |name, status, parts: &[&str]| {
+        expect(&items(&hosts.a, flags, 0, nothing)?, name, status, parts)
+    };
+    path("path MTU", "ok", &["1500", "MTU 1472"])?;
+    for (mtu_bytes, status, tunnel) in [(1400, "ok", "MTU 1372"), (1200, "degraded", "MTU 1172")] {
+        set_mtu(&router, "right", mtu_bytes)?;
+        set_mtu(&hosts.b, UNDERLAY_NAME, mtu_bytes)?;
+        let probe = udp(&hosts.a, UNDERLAY[0], 0)?;
+        tried("connect", probe.connect("10.211.56.123:9"))?;
+        wait_until("the path MTU is known", || is_refused(&probe, mtu_bytes))?;
+        drop(probe);
+        let mtu = mtu_bytes.to_string();
+        path("path MTU", status, &[&mtu, tunnel])?;
+        // The interface itself is as it was.
+        path("interface", "ok", &[UNDERLAY_NAME, "MTU 1500"])?;
+    }
+    Ok(())
+}
+
+/// Sends a datagram one byte longer than a path takes; `EMSGSIZE` says that the
+/// host knows.
+fn is_refused(probe: &UdpSocket, mtu_bytes: u32) -> Result<bool> {
+    let sent = probe.send(&vec![0; mtu_bytes as usize - 28 + 1]);
+    Ok(sent.is_err_and(|error| error.raw_os_error() == Some(libc::EMSGSIZE)))
+}
+
+fn peers_that_cannot_be() -> Result<()> {
+    let hosts = hosts(1500)?;
+    for (peer, part) in [
+        ("10.211.55.122", "this host itself"),
+        ("127.0.0.1", "this host itself"),
+        ("0.0.0.0", "no address of a host"),
+        ("192.0.2.1", "unreachable"),
+        ("no-such-host.invalid", "cannot resolve"),
+    ] {
+        let items = items(&hosts.a, &format!("--peer {peer}"), 1, nothing)?;
+        expect(&items, "peer", "missing", &[part])?;
+    }
+    let taken = "10.244.9.0/24".parse();
+    let taken = taken.map_err(|_| Error::new("bad net"))?;
+    let index = link(&hosts.a, UNDERLAY_NAME)?.index;
+    hosts.a.netlink()?.add_route(taken, None, Some(index))?;
+    let items = items(&hosts.a, "--peer 10.211.55.123", 0, nothing)?;
+    let parts = ["10.244.9.0/24", "--address"];
+    expect(&items, "tunnel address", "degraded", &parts)
+}
+
+fn what_is_taken() -> Result<()> {
+    let hosts = hosts(1500)?;
+    let ends = tunnel_between(&hosts, &["--queues", "1"])?;
+    let running = items(&hosts.a, "", 0, nothing)?;
+    expect(&running, "UDP port", "degraded", &["in use", "--listen"])?;
+    expect(&running, "TUN name", "degraded", &["in use", "--tun"])?;
+    ends.into_iter().try_for_each(|end| stop(end).map(drop))?;
+    // A device that outlives its process; it goes with the namespace.
+    let leave_over = || {
+        let device = DeviceBuilder::new().name("fastvpn0").build_sync()?;
+        device.persist()
+    };
+    tried("leave a TUN device over", hosts.a.run(leave_over))?;
+    let parts = ["left over", "ip link delete fastvpn0"];
+    let stale = items(&hosts.a, "", 0, nothing)?;
+    expect(&stale, "UDP port", "ok", &[])?;
+    expect(&stale, "TUN name", "degraded", &parts)
+}
+
+fn bad_flags() -> Result<()> {
+    let hosts = hosts(1500)?;
+    for (flags, part) in [
+        ("--peer", "--peer"),
+        ("--peer 10.211.55.123:0", "--peer"),
+        ("--queues 0", "--queues"),
+        ("--colour", "--colour"),
+    ] {
+        let report = run(&hosts.a, flags, nothing)?;
+        check(
+            report.status == Some(2) && report.errors.contains(part) && report.text.is_empty(),
+            || format!("{flags}: {:?}: {}", report.status, report.errors),
+        )?;
+    }
+    Ok(())
+}
