@@ -3,7 +3,7 @@
 //!
 //! One ring per worker. A multishot receive on the UDP socket stays armed and
 //! brings trains into provided buffers; the TUN queue is read by system calls
-//! while it has frames, which [`source`] says why, and polled when it has none.
+//! while it has frames (`source.rs` says why) and polled when it has none.
 //! Sends and writes are one request each, submitted in batches; they complete
 //! while they are submitted, since neither may wait. Buffers are owned: a
 //! train or frame that the kernel works on is in the engine's tables and comes
