@@ -270,6 +270,14 @@ impl Engine for Epoll {
         Ok(self.wake_pending || self.next.is_some())
     }
 
+    fn look(&mut self) -> Result<bool> {
+        if self.poll()? {
+            return Ok(true);
+        }
+        self.ask(EpollTimeout::ZERO)?;
+        self.poll()
+    }
+
     fn wait(&mut self) -> Result<()> {
         self.take_error()?;
         let may_go_on =

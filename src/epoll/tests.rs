@@ -309,3 +309,16 @@ proptest! {
         prop_assert!(frames.is_empty() && datagrams.is_empty());
     }
 }
+
+#[test]
+fn looking_hears_of_news() {
+    let mut bench = bench();
+    // Both sides are found empty.
+    assert!(!bench.engine.look().unwrap());
+    write(&bench.device, &[7; 60]).unwrap();
+    assert!(bench.engine.look().unwrap());
+    assert!(matches!(bench.engine.next_event(), Some(Event::Frame(_))));
+    bench.wake.write(1).unwrap();
+    assert!(bench.engine.look().unwrap());
+    assert!(matches!(bench.engine.next_event(), Some(Event::Wake)));
+}

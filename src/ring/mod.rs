@@ -261,8 +261,11 @@ impl Engine for Uring {
     #[inline]
     fn poll(&mut self) -> Result<bool> {
         self.output.take_error()?;
+        // What an earlier call has left in the queue must not wait for output
+        // to come, or the kernel would never hear of it.
+        let has_left_over = !self.ring.submission().is_empty();
         self.arm()?;
-        if self.output.in_flight() > 0 || self.ring.submission().taskrun() {
+        if has_left_over || self.output.in_flight() > 0 || self.ring.submission().taskrun() {
             self.submit_and_reap(0)?;
         }
         self.refill()?;

@@ -55,6 +55,15 @@ pub trait Engine: FrameSink {
     /// As [`Self::wait`].
     fn poll(&mut self) -> Result<bool>;
 
+    /// As [`Self::poll`], for one who does nothing but look: also asks the
+    /// kernel for news where that takes a system call.
+    ///
+    /// # Errors
+    /// As [`Self::wait`].
+    fn look(&mut self) -> Result<bool> {
+        self.poll()
+    }
+
     /// Starts all output given so far and sleeps until there is something new,
     /// as a rule an event.
     ///

@@ -52,7 +52,7 @@ impl Idle {
         };
         let start = Instant::now();
         loop {
-            if engine.poll()? {
+            if engine.look()? {
                 return Ok(());
             }
             if start.elapsed() >= spin {
