@@ -185,6 +185,7 @@ impl Parts {
         let limits = self.setup.limits;
         let shared_counters = Arc::clone(&counters);
         let run = Run {
+            index: self.index,
             commands,
             counters: &counters,
             setup: &self.setup,
@@ -206,6 +207,7 @@ impl Parts {
 
 /// A worker's run, whatever engine it is on.
 struct Run<'a> {
+    index: usize,
     commands: &'a Receiver<Command>,
     counters: &'a Counters,
     setup: &'a Setup,
@@ -228,6 +230,7 @@ impl Run<'_> {
         let table = Arc::clone(&self.setup.table);
         let Setup { tun, busy_poll, .. } = *self.setup;
         let result = worker::run(
+            self.index,
             &mut engine,
             self.commands,
             table,
