@@ -5,6 +5,7 @@
 //! closed, and the ports with their sockets. So nothing is left behind,
 //! however the process ends.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,7 @@ use crossbeam_channel::{Receiver, bounded, select, tick};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
 
-use crate::config::Config;
+use crate::config::{Config, Settled};
 use crate::control::engine::Engine;
 use crate::control::summary;
 use crate::control::workers::{Setup, Workers};
@@ -22,6 +23,7 @@ use crate::netlink::{LinkStats, Netlink};
 use crate::packet::coalesce;
 use crate::packet::train::Limits;
 use crate::ring;
+use crate::transport::path;
 use crate::transport::socket::{self, WorkerSockets};
 use crate::worker::Command;
 use crate::worker::counters::Snapshot;
@@ -41,6 +43,13 @@ const PREDECESSOR_WAIT_STEP: Duration = Duration::from_millis(10);
 /// # Errors
 /// When it cannot be set up, or when the device is taken away.
 pub fn run(config: &Config) -> Result<()> {
+    let [peer] = &config.peers[..] else {
+        return Err(Error::new(format!("{} times --peer", config.peers.len()))
+            .hint("one peer is supported for now"));
+    };
+    let listen = config.listen.map(|listen| listen.ip);
+    let peer = path::resolve(&peer.endpoint.host, peer.endpoint.port, listen)?;
+    let settled = config.settle(&[peer])?;
     let signals = SignalWatch::start()?;
     raise_descriptor_limit();
     let mut netlink = Netlink::open()?;
@@ -48,14 +57,8 @@ pub fn run(config: &Config) -> Result<()> {
         sockets,
         udp,
         device,
-    } = claim_after_predecessor(config, &mut netlink)?;
-    let table = Table::new(
-        config
-            .peers
-            .iter()
-            .map(|&endpoint| Peer { endpoint })
-            .collect(),
-    );
+    } = claim_after_predecessor(config, &settled, &mut netlink)?;
+    let table = Table::new(vec![Peer { endpoint: peer }]);
     let setup = Setup {
         tun: device.offloads,
         limits: Limits {
@@ -72,11 +75,16 @@ pub fn run(config: &Config) -> Result<()> {
         table: Arc::new(table),
     };
     let workers = Workers::start(device.queues, sockets, &setup)?;
-    link::bring_up(&mut netlink, &config.tun, &config.link)?;
-    for peer in &config.peers {
-        link::check_outside(&mut netlink, &config.tun, peer.ip())?;
-    }
-    announce(config, device.offloads, udp, workers.engine());
+    link::bring_up(&mut netlink, &config.tun, &settled.link)?;
+    link::check_outside(&mut netlink, &config.tun, peer.ip())?;
+    announce(
+        config,
+        &settled,
+        peer,
+        device.offloads,
+        udp,
+        workers.engine(),
+    );
     if !device.steered {
         tracing::warn!(
             "no eBPF here (CAP_BPF): the TUN driver picks queues; use the same --queues at both ends"
@@ -115,11 +123,15 @@ struct Claimed {
 /// that was just killed: io_uring lets go of them on a kernel workqueue
 /// (`io_ring_exit_work` in `io_uring/io_uring.c`), some milliseconds after the
 /// process.
-fn claim_after_predecessor(config: &Config, netlink: &mut Netlink) -> Result<Claimed> {
+fn claim_after_predecessor(
+    config: &Config,
+    settled: &Settled,
+    netlink: &mut Netlink,
+) -> Result<Claimed> {
     let deadline = Instant::now() + PREDECESSOR_WAIT_MAX;
     loop {
         let name_taken = netlink.link_index(&config.tun)?.is_some();
-        match claim(config, netlink) {
+        match claim(config, settled, netlink) {
             Err(error)
                 if (name_taken || error.errno() == Some(libc::EADDRINUSE))
                     && Instant::now() < deadline =>
@@ -131,16 +143,16 @@ fn claim_after_predecessor(config: &Config, netlink: &mut Netlink) -> Result<Cla
     }
 }
 
-fn claim(config: &Config, netlink: &mut Netlink) -> Result<Claimed> {
-    if config.address_is_derived {
-        for address in &config.link.addresses {
+fn claim(config: &Config, settled: &Settled, netlink: &mut Netlink) -> Result<Claimed> {
+    if settled.address_is_derived {
+        for address in &settled.link.addresses {
             if let ipnet::IpNet::V4(address) = address {
                 link::check_free(netlink, *address)?;
             }
         }
     }
     // Sockets first: they fail without a trace when the port is in use.
-    let (sockets, udp) = socket::open(config.listen, config.queues, config.wanted.udp)?;
+    let (sockets, udp) = socket::open(settled.listen, config.queues, config.wanted.udp)?;
     let device = tun::create(&config.tun, config.queues, config.wanted.tun)?;
     Ok(Claimed {
         sockets,
@@ -178,8 +190,15 @@ fn read_link_stats(netlink: &mut Netlink, name: &str) -> Option<LinkStats> {
 }
 
 /// Says what is running, and what the kernel lacks.
-fn announce(config: &Config, tun: coalesce::Offloads, udp: socket::Offloads, engine: Engine) {
-    let addresses: Vec<String> = config
+fn announce(
+    config: &Config,
+    settled: &Settled,
+    peer: SocketAddr,
+    tun: coalesce::Offloads,
+    udp: socket::Offloads,
+    engine: Engine,
+) {
+    let addresses: Vec<String> = settled
         .link
         .addresses
         .iter()
@@ -189,7 +208,7 @@ fn announce(config: &Config, tun: coalesce::Offloads, udp: socket::Offloads, eng
         "{}: {}, MTU {}, {} {}",
         config.tun,
         addresses.join(" "),
-        config.link.mtu_bytes,
+        settled.link.mtu_bytes,
         config.queues,
         if config.queues == 1 {
             "queue"
@@ -197,11 +216,9 @@ fn announce(config: &Config, tun: coalesce::Offloads, udp: socket::Offloads, eng
             "queues"
         },
     );
-    for peer in &config.peers {
-        match config.peer_address {
-            Some(address) => tracing::info!("peer {peer}, in the tunnel {address}"),
-            None => tracing::info!("peer {peer}"),
-        }
+    match settled.peer_address {
+        Some(address) => tracing::info!("peer {peer}, in the tunnel {address}"),
+        None => tracing::info!("peer {peer}"),
     }
     let on_off = |on| if on { "on" } else { "off" };
     tracing::info!(
