@@ -190,7 +190,7 @@ pub enum Feature {
 }
 
 /// A host to resolve and a port.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Endpoint {
     /// Address or DNS name.
     pub host: String,

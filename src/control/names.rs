@@ -58,11 +58,6 @@ struct Watched {
     is_resolved: bool,
 }
 
-/// Whether a host is a name rather than an address: addresses never change.
-pub fn is_name(endpoint: &Endpoint) -> bool {
-    endpoint.host.parse::<IpAddr>().is_err() && !endpoint.host.contains('%')
-}
-
 impl Names {
     /// Starts the threads. `listen`: as for [`path::resolve`].
     ///
@@ -204,14 +199,6 @@ mod tests {
                 Some(address) => Ok(address.parse().unwrap()),
                 None => Err(Error::new("no such name")),
             },
-        }
-    }
-
-    #[test]
-    fn only_names_are_looked_after() {
-        assert!(is_name(&name("vpn.example.org")));
-        for address in ["10.0.0.1", "fd00::1", "fe80::1%eth0"] {
-            assert!(!is_name(&name(address)), "{address}");
         }
     }
 

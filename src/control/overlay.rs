@@ -12,6 +12,7 @@ use std::sync::Arc;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::cli::{Endpoint, PeerSpec};
+use crate::config::PEERS_MAX;
 use crate::error::{Error, Result};
 use crate::packet::icmp::TunnelAddresses;
 use crate::packet::prefixes::Prefixes;
@@ -20,8 +21,6 @@ use crate::transport;
 use crate::worker::counters::PeerCounters;
 use crate::worker::table::{self, Table};
 
-/// Most peers, so that a [`NextHop`] names each.
-pub const PEERS_MAX: usize = 65_000;
 
 /// Most prefixes over all peers: bounds the memory that requests can take.
 pub const PREFIXES_MAX: usize = 1_000_000;
@@ -90,7 +89,8 @@ pub struct Changes {
 pub struct Overlay {
     /// By next hop. A peer keeps its place as long as it is there.
     peers: Vec<Option<Peer>>,
-    names: BTreeMap<Endpoint, NextHop>,
+    /// By [`Endpoint::key`].
+    names: BTreeMap<(String, u16), NextHop>,
     prefixes: BTreeMap<IpNet, Behind>,
     /// The lookup structure, until prefixes change.
     built: Option<Arc<Prefixes>>,
@@ -107,6 +107,14 @@ impl Overlay {
             prefixes: BTreeMap::new(),
             built: None,
             workers,
+        }
+    }
+
+    /// Lets `workers` count for each peer, from zero.
+    pub fn count_for(&mut self, workers: usize) {
+        self.workers = workers;
+        for peer in self.peers.iter_mut().flatten() {
+            peer.traffic = traffic(workers);
         }
     }
 
@@ -150,12 +158,12 @@ impl Overlay {
 
     /// The peer of this name.
     pub fn find(&self, name: &Endpoint) -> Option<(NextHop, &Peer)> {
-        let hop = *self.names.get(name)?;
+        let hop = *self.names.get(&name.key())?;
         Some((hop, self.peer(hop)?))
     }
 
     fn hop_of(&self, name: &Endpoint) -> Result<NextHop> {
-        self.names.get(name).copied().ok_or_else(|| {
+        self.names.get(&name.key()).copied().ok_or_else(|| {
             Error::new(format!("there is no peer {name}")).hint("`fastvpn peers` lists them")
         })
     }
@@ -188,7 +196,7 @@ impl Overlay {
     /// it and another have none, or when there are too many.
     pub fn add_peer(&mut self, spec: &PeerSpec, origin: Origin) -> Result<()> {
         let name = &spec.endpoint;
-        if self.names.contains_key(name) {
+        if self.names.contains_key(&name.key()) {
             return Err(Error::new(format!("there is a peer {name} already"))
                 .hint("`fastvpn route add` gives it more prefixes"));
         }
@@ -207,7 +215,7 @@ impl Overlay {
             is_default,
             endpoint: None,
             path_mtu_bytes: None,
-            traffic: (0..self.workers).map(|_| PeerCounters::default()).collect(),
+            traffic: traffic(self.workers),
             prefix_count: 0,
         };
         let free = self.peers.iter().position(Option::is_none);
@@ -216,7 +224,7 @@ impl Overlay {
             self.peers.len() - 1
         });
         self.peers[place] = Some(peer);
-        self.names.insert(name.clone(), place as NextHop);
+        self.names.insert(name.key(), place as NextHop);
         self.built = None;
         self.add_prefixes(name, &spec.prefixes, origin, false)
             .map(drop)
@@ -228,7 +236,7 @@ impl Overlay {
     /// When there is no such peer.
     pub fn remove_peer(&mut self, name: &Endpoint) -> Result<usize> {
         let hop = self.hop_of(name)?;
-        self.names.remove(name);
+        self.names.remove(&name.key());
         self.peers[usize::from(hop)] = None;
         let before = self.prefixes.len();
         self.prefixes.retain(|_, behind| behind.peer != hop);
@@ -314,10 +322,10 @@ impl Overlay {
     /// at run time.
     pub fn configure(&mut self, specs: &[PeerSpec]) -> Result<Changes> {
         let old = self.clone();
-        let wanted: BTreeSet<&Endpoint> = specs.iter().map(|spec| &spec.endpoint).collect();
+        let wanted: BTreeSet<_> = specs.iter().map(|spec| spec.endpoint.key()).collect();
         let gone: Vec<Endpoint> = self
             .peers_by_name()
-            .filter(|peer| peer.origin == Origin::Config && !wanted.contains(&peer.name))
+            .filter(|peer| peer.origin == Origin::Config && !wanted.contains(&peer.name.key()))
             .map(|peer| peer.name.clone())
             .collect();
         for name in &gone {
@@ -347,7 +355,7 @@ impl Overlay {
             let is_default = spec.prefixes.is_empty();
             let other = self
                 .default_peer()
-                .filter(|other| is_default && other.name != spec.endpoint);
+                .filter(|other| is_default && !other.name.is_same(&spec.endpoint));
             if let Some(other) = other {
                 return Err(two_without_prefixes(&other.name, &spec.endpoint));
             }
@@ -362,7 +370,7 @@ impl Overlay {
 
     /// What is different in `new`.
     fn changes_to(&self, new: &Self) -> Changes {
-        let name_of = |overlay: &Self, hop| overlay.peer(hop).map(|peer| peer.name.clone());
+        let name_of = |overlay: &Self, hop| overlay.peer(hop).map(|peer| peer.name.key());
         let mut changes = Changes {
             peers_added: new
                 .names
@@ -455,6 +463,10 @@ impl Overlay {
         });
         Table::new(peers.collect(), prefixes, tunnel_addresses(addresses), is_hop)
     }
+}
+
+fn traffic(workers: usize) -> Arc<[PeerCounters]> {
+    (0..workers).map(|_| PeerCounters::default()).collect()
 }
 
 fn two_without_prefixes(one: &Endpoint, other: &Endpoint) -> Error {
