@@ -108,6 +108,19 @@ fn faults_are_one_line_whatever_they_quote() {
     );
 }
 
+/// However deep a file goes, the stack does not.
+#[test]
+fn depth_is_refused() {
+    for text in [
+        format!("tun = {}", "[".repeat(100_000)),
+        format!("tun = {}", "{a=".repeat(100_000)),
+        format!("tun{} = 1", ".a".repeat(100_000)),
+        format!("[tun{}]", ".a".repeat(100_000)),
+    ] {
+        assert!(fault(text).contains("recur"));
+    }
+}
+
 #[test]
 fn an_empty_file_says_nothing() {
     for text in ["", "\u{feff}# Nothing yet.\n", "\r\n"] {
