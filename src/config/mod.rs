@@ -32,7 +32,7 @@ const QUEUES_DEFAULT_MAX: usize = 4;
 const TXQUEUELEN_DEFAULT: u32 = 1000;
 
 /// What is wanted of a tunnel, checked, with the defaults filled in.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     /// The command line's flags, which a file read again does not override.
     args: TunnelArgs,
