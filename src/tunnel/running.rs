@@ -99,14 +99,14 @@ impl Running {
     pub fn start(config: Config) -> Result<Self> {
         let mut netlink = Netlink::open()?;
         let mut names = Names::start(config.listen.map(|listen| listen.ip))?;
-        let (mut overlay, unresolved) = start::resolve(&config, &mut names)?;
+        let (mut overlay, mut unresolved) = start::resolve(&config, &mut names)?;
         let settled = match config.settle(&start::endpoints(&config, &overlay)) {
             // Why nothing is known of the peers says more than that it is not.
-            Err(error) => return Err(unresolved.unwrap_or(error)),
+            Err(error) => return Err(unresolved.drain(..).next().unwrap_or(error)),
             Ok(settled) => settled,
         };
-        for error in &settled.unreachable {
-            tracing::warn!("{error}");
+        for error in settled.unreachable.iter().chain(&unresolved) {
+            tracing::warn!("{error}; trying again");
         }
         let inherited = match config.takeover {
             true => takeover::ask(&config.control)?,

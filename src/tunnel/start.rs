@@ -22,11 +22,11 @@ const PREDECESSOR_WAIT_STEP: Duration = Duration::from_millis(10);
 const NAMES_WAIT_MAX: Duration = Duration::from_secs(5);
 
 /// The configured peers, with the addresses of those whose names resolve now,
-/// and the first reason why one does not.
+/// and why the others do not.
 ///
 /// # Errors
 /// When the configuration contradicts itself.
-pub fn resolve(config: &Config, names: &mut Names) -> Result<(Overlay, Option<Error>)> {
+pub fn resolve(config: &Config, names: &mut Names) -> Result<(Overlay, Vec<Error>)> {
     let mut overlay = Overlay::new(0);
     for spec in &config.peers {
         overlay.add_peer(spec, Origin::Config)?;
@@ -36,8 +36,8 @@ pub fn resolve(config: &Config, names: &mut Names) -> Result<(Overlay, Option<Er
 }
 
 /// Gives peers that have no address yet theirs, as far as names resolve within
-/// a few seconds; returns the first reason why one does not.
-pub fn resolve_now(overlay: &mut Overlay, names: &mut Names) -> Option<Error> {
+/// a few seconds; tells why the others do not.
+pub fn resolve_now(overlay: &mut Overlay, names: &mut Names) -> Vec<Error> {
     let now = Instant::now();
     let named: Vec<_> = overlay
         .peers()
@@ -47,17 +47,20 @@ pub fn resolve_now(overlay: &mut Overlay, names: &mut Names) -> Option<Error> {
     names.watch(named.iter(), now);
     set_literals(overlay);
     let deadline = now + NAMES_WAIT_MAX;
-    let mut failed = None;
+    let mut failed = Vec::new();
     let mut waiting = named.len();
     while waiting > 0 {
         let now = Instant::now();
         names.tick(now);
         let Ok(answer) = names.answers().recv_timeout(deadline.saturating_duration_since(now))
         else {
-            let name = named.first().map(|name| name.host.clone());
-            failed.get_or_insert(
-                Error::new(format!("cannot resolve peer {}: no answer yet", name.unwrap_or_default()))
-                    .hint("check the name, or give the address"),
+            let first = named.first().map(|name| name.host.as_str());
+            failed.push(
+                Error::new(format!(
+                    "cannot resolve peer {}: no answer yet",
+                    first.unwrap_or_default()
+                ))
+                .hint("check the name, or give the address"),
             );
             break;
         };
@@ -69,10 +72,7 @@ pub fn resolve_now(overlay: &mut Overlay, names: &mut Names) -> Option<Error> {
                     overlay.set_endpoint(hop, Some(endpoint));
                 }
             }
-            Err(error) => {
-                tracing::warn!("{error}; trying again");
-                failed.get_or_insert(error);
-            }
+            Err(error) => failed.push(error),
         }
     }
     failed
