@@ -112,6 +112,10 @@ counters! {
     drop_tun_error,
     /// Either way: packets for which no output buffer was free.
     drop_no_buffer,
+    /// ICMP errors written into the TUN queue about packets that were dropped.
+    icmp_sent,
+    /// ICMP errors that were due, but held back by the rate limit.
+    icmp_suppressed,
     /// Times that a receive stopped for lack of a free buffer and was started
     /// again. Nothing is lost by it.
     rearmed,

@@ -10,6 +10,8 @@ pub mod engine;
 pub mod idle;
 pub mod inbound;
 pub mod outbound;
+pub mod rate;
+pub mod report;
 pub mod table;
 
 use std::sync::Arc;
