@@ -4,12 +4,14 @@
 //! the frame it handed over), [`segment`] (one TSO/USO frame into packets),
 //! [`train`] (packets into one UDP GSO send). Inbound: [`ip`] (does the
 //! datagram hold one whole IP packet?), [`coalesce`] (packets of one flow into
-//! a frame the kernel takes in one write). [`checksum`] serves both.
+//! a frame the kernel takes in one write). [`checksum`] serves both; so does
+//! [`prefixes`] (which next hop has an address?).
 #![forbid(unsafe_code)]
 
 pub mod checksum;
 pub mod coalesce;
 pub mod ip;
+pub mod prefixes;
 pub mod segment;
 pub mod train;
 pub mod virtio;
