@@ -9,10 +9,11 @@ use super::counters::Counters;
 use super::engine::Engine;
 use super::report::Reporter;
 use super::table::Table;
+use crate::packet::hop::{self, Hop};
 use crate::packet::icmp::Problem;
+use crate::packet::ip;
 use crate::packet::segment::Segments;
 use crate::packet::train::{NextHop, TRAIN_BYTES_MAX, Train};
-use crate::packet::{hop, ip, virtio};
 
 /// Next hops whose trains can be open at a time. The oldest makes room.
 pub const OPEN_TRAINS_MAX: usize = 32;
@@ -48,7 +49,8 @@ impl Outbound {
         engine: &mut impl Engine,
     ) {
         counters.tun_frames_read.add(1);
-        let is_spent = table.is_hop() && spend_hop(frame);
+        // What is no packet is left for the next step to refuse.
+        let is_spent = table.is_hop() && hop::decrement_frame(frame) == Some(Hop::Expired);
         let Ok(segments) = Segments::new(frame) else {
             counters.drop_frame_malformed.add(1);
             return;
@@ -171,15 +173,6 @@ impl Outbound {
         self.reporter
             .report(problem, segments, table.addresses(), counters, engine);
     }
-}
-
-/// Takes one hop from a frame's packet; tells whether there was none left. What
-/// is no packet is left for [`Segments`] to refuse.
-fn spend_hop(frame: &mut [u8]) -> bool {
-    let Some(packet) = frame.get_mut(virtio::HEADER_BYTES..) else {
-        return false;
-    };
-    ip::verify(packet).is_ok_and(|version| !hop::decrement(version, packet))
 }
 
 /// What a train toward a peer needs to know of it.
