@@ -4,5 +4,10 @@
 
 pub mod engine;
 pub mod logging;
+pub mod names;
+pub mod overlay;
+pub mod protocol;
+pub mod routes;
+pub mod server;
 pub mod summary;
 pub mod workers;
