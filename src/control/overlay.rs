@@ -195,7 +195,22 @@ impl Overlay {
     /// When it is there already, when one of its prefixes is another's, when
     /// it and another have none, or when there are too many.
     pub fn add_peer(&mut self, spec: &PeerSpec, origin: Origin) -> Result<()> {
-        let name = &spec.endpoint;
+        let is_default = spec.prefixes.is_empty();
+        self.insert_peer(&spec.endpoint, is_default, &spec.prefixes, origin)
+    }
+
+    /// As [`Self::add_peer`]; `is_default` says whether the peer takes what no
+    /// prefix matches, whatever prefixes it has itself.
+    ///
+    /// # Errors
+    /// As [`Self::add_peer`].
+    pub fn insert_peer(
+        &mut self,
+        name: &Endpoint,
+        is_default: bool,
+        prefixes: &[IpNet],
+        origin: Origin,
+    ) -> Result<()> {
         if self.names.contains_key(&name.key()) {
             return Err(Error::new(format!("there is a peer {name} already"))
                 .hint("`fastvpn route add` gives it more prefixes"));
@@ -205,7 +220,6 @@ impl Overlay {
                 "cannot add peer {name}: there are {PEERS_MAX} already"
             )));
         }
-        let is_default = spec.prefixes.is_empty();
         if let Some(other) = self.default_peer().filter(|_| is_default) {
             return Err(two_without_prefixes(&other.name, name));
         }
@@ -226,8 +240,7 @@ impl Overlay {
         self.peers[place] = Some(peer);
         self.names.insert(name.key(), place as NextHop);
         self.built = None;
-        self.add_prefixes(name, &spec.prefixes, origin, false)
-            .map(drop)
+        self.add_prefixes(name, prefixes, origin, false).map(drop)
     }
 
     /// Removes a peer and all its prefixes; tells how many there were.

@@ -85,7 +85,8 @@ pub struct Running {
     pub(super) heard: HashMap<NextHop, Heard>,
     path_cursor: usize,
     netlink: Netlink,
-    pub(super) routes: RouteKeeper,
+    /// `None` once the tunnel has ended.
+    routes: Option<RouteKeeper>,
     pub(super) server: Option<Server>,
     pub(super) started: Instant,
     pub(super) reload_error: Option<String>,
@@ -196,12 +197,12 @@ impl Running {
             heard: HashMap::new(),
             path_cursor: 0,
             netlink,
-            routes,
+            routes: Some(routes),
             server: None,
             started: Instant::now(),
             reload_error: None,
         };
-        running.routes.set(running.kernel_routes(&running.overlay))?;
+        running.routes().set(running.kernel_routes(&running.overlay))?;
         running.check_outside(&running.overlay.clone())?;
         running.serve(listener)?;
         announce::announce(&running);
@@ -233,6 +234,14 @@ impl Running {
     /// Once they have been stopped, which only the end of the run does.
     pub fn workers(&self) -> &Workers {
         self.workers.as_ref().expect("the workers run until the end")
+    }
+
+    /// The keeper of the kernel's routes.
+    ///
+    /// # Panics
+    /// Once it has been stopped, which only the end of the run does.
+    pub(super) fn routes(&self) -> &RouteKeeper {
+        self.routes.as_ref().expect("routes are kept until the end")
     }
 
     /// Waits for what may happen, and sees to it, until the end.
@@ -317,12 +326,12 @@ impl Running {
         self.publish(Arc::new(table));
         let wanted = self.kernel_routes(&next);
         let result = self
-            .routes
+            .routes()
             .set(wanted)
             .and_then(|()| self.check_outside(&next));
         if let Err(error) = result {
             let before = self.kernel_routes(&self.overlay);
-            if let Err(error) = self.routes.set(before) {
+            if let Err(error) = self.routes().set(before) {
                 tracing::error!("{error}");
             }
             self.publish(old_table);
@@ -501,7 +510,9 @@ impl Running {
     /// Ends the tunnel: routes, device and operators' socket go.
     pub fn take_down(mut self) {
         self.stop_workers();
-        self.routes.stop(true);
+        if let Some(routes) = self.routes.take() {
+            routes.stop(true);
+        }
         if let Some(server) = self.server.take() {
             server.close(true);
         }
@@ -509,7 +520,9 @@ impl Running {
 
     /// Ends this process's part in a tunnel that a successor carries on.
     pub(super) fn leave(&mut self) {
-        self.routes.stop(false);
+        if let Some(routes) = self.routes.take() {
+            routes.stop(false);
+        }
         if let Some(server) = self.server.take() {
             server.close(false);
         }

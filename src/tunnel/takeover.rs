@@ -81,10 +81,21 @@ pub struct Manifest {
     pub is_steered: bool,
     /// The addresses that the predecessor gave the device.
     pub addresses: Vec<IpNet>,
-    /// Peers that operators added while it ran, as `--peer` takes them.
-    pub runtime_peers: Vec<String>,
+    /// Peers that operators added while it ran.
+    pub runtime_peers: Vec<RuntimePeer>,
     /// Prefixes that operators gave configured peers, with the peers' names.
     pub runtime_prefixes: Vec<(IpNet, String)>,
+}
+
+/// A peer that operators added.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuntimePeer {
+    /// `HOST:PORT`.
+    pub peer: String,
+    /// Whether it takes what no prefix matches.
+    pub is_default: bool,
+    /// Its prefixes.
+    pub prefixes: Vec<IpNet>,
 }
 
 /// What a successor gets.
@@ -385,7 +396,11 @@ mod tests {
             udp_offloads: [false, true],
             is_steered: true,
             addresses: vec!["10.244.0.1/16".parse().unwrap()],
-            runtime_peers: vec!["10.0.0.9=10.9.0.0/16".into()],
+            runtime_peers: vec![RuntimePeer {
+                peer: "10.0.0.9:8285".into(),
+                is_default: false,
+                prefixes: vec!["10.9.0.0/16".parse().unwrap()],
+            }],
             runtime_prefixes: Vec::new(),
         }
     }
