@@ -11,8 +11,6 @@
 //! thus alike to it: two or three steps, then a search in a few neighbours.
 //!
 
-
-
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::Range;
 
@@ -21,7 +19,7 @@ use ipnet::IpNet;
 use super::train::NextHop;
 
 /// Most ranges that are searched without a further node of the index.
-const LEAF_RANGES_MAX: usize = 8;
+const LEAF_RANGES_MAX: usize = 32;
 
 /// Most bits of an address that one node takes: 512 KiB of slots.
 const STRIDE_BITS_MAX: u32 = 16;

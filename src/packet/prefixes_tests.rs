@@ -105,6 +105,8 @@ fn address() -> impl Strategy<Value = IpAddr> {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
     #[test]
     fn few_prefixes_match_as_a_search_does(
         prefixes in vec(entry(), 0..12),
@@ -115,7 +117,7 @@ proptest! {
 
     #[test]
     fn many_prefixes_match_as_a_search_does(
-        prefixes in vec(entry(), 100..400),
+        prefixes in vec(entry(), 50..200),
         addresses in vec(address(), 64),
     ) {
         let edges = edges(&prefixes);
