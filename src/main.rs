@@ -24,7 +24,7 @@ fn main() -> ExitCode {
         None => Config::from_args(&cli.tunnel).and_then(|config| {
             let log = config.log;
             logging::init(log.verbose, log.quiet, log.format);
-            tunnel::run(&config)
+            tunnel::run(config)
         }),
     };
     match result {

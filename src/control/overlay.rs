@@ -440,7 +440,7 @@ impl Overlay {
     }
 
     /// The workers' table.
-    pub fn table(&mut self, addresses: &[IpNet], is_hop: bool) -> Table {
+    pub fn table(&mut self, addresses: TunnelAddresses, is_hop: bool) -> Table {
         let prefixes = match &self.built {
             Some(built) => Arc::clone(built),
             None => {
@@ -474,7 +474,7 @@ impl Overlay {
                 traffic: Arc::new([]),
             },
         });
-        Table::new(peers.collect(), prefixes, tunnel_addresses(addresses), is_hop)
+        Table::new(peers.collect(), prefixes, addresses, is_hop)
     }
 }
 
@@ -500,8 +500,12 @@ fn inner_mtu_bytes(peer: &Peer) -> usize {
 }
 
 /// The addresses that errors are reported from: the first of each family.
-fn tunnel_addresses(addresses: &[IpNet]) -> TunnelAddresses {
-    let mut found = TunnelAddresses::default();
+/// `accept_local`: the device takes IPv4 packets from there.
+pub fn tunnel_addresses(addresses: &[IpNet], accept_local: bool) -> TunnelAddresses {
+    let mut found = TunnelAddresses {
+        accept_local,
+        ..TunnelAddresses::default()
+    };
     for address in addresses {
         match *address {
             IpNet::V4(v4) => found.v4 = found.v4.or(Some(v4)),

@@ -39,7 +39,7 @@ fn resolve(overlay: &mut Overlay) {
 
 /// What all views of an overlay must agree on.
 fn check(overlay: &mut Overlay) {
-    let table = overlay.table(&[], false);
+    let table = overlay.table(TunnelAddresses::default(), false);
     let mut counts = BTreeMap::new();
     for (prefix, peer, _) in overlay.prefixes() {
         *counts.entry(peer.name.key()).or_insert(0) += 1;
@@ -84,7 +84,7 @@ fn the_longest_prefix_wins_and_the_rest_goes_to_the_peer_without() {
     assert_eq!(to("10.1.7.1"), "10.0.0.2:99");
     assert_eq!(to("fd00:1::1"), "10.0.0.1:8285");
     assert_eq!(to("192.0.2.1"), "[fd00::3]:8285");
-    let table = overlay.table(&[], false);
+    let table = overlay.table(TunnelAddresses::default(), false);
     let (_, rest) = table.peer("192.0.2.1".parse().unwrap()).unwrap();
     assert_eq!(rest.endpoint, "[fd00::3]:8285".parse().ok());
 }
@@ -203,7 +203,7 @@ fn places_are_used_again_and_counters_are_not() {
 fn a_path_limits_what_is_carried_in_one_piece() {
     let mut overlay = overlay(&["10.0.0.1=10.1.0.0/16", "[fd00::2]=10.2.0.0/16"]);
     let mtu = |overlay: &mut Overlay, address: &str| {
-        let table = overlay.table(&[], false);
+        let table = overlay.table(TunnelAddresses::default(), false);
         table.peer(address.parse().unwrap()).unwrap().1.mtu_bytes
     };
     assert_eq!(mtu(&mut overlay, "10.1.0.1"), TRAIN_BYTES_MAX);
@@ -223,9 +223,10 @@ fn a_path_limits_what_is_carried_in_one_piece() {
 #[test]
 fn errors_come_from_the_first_address_of_each_family() {
     let addresses = ["fd00::1/64", "10.244.1.2/16", "10.9.9.9/32"].map(net);
-    let found = tunnel_addresses(&addresses);
+    let found = tunnel_addresses(&addresses, true);
     assert_eq!(found.v4.map(IpNet::V4), Some(addresses[1]));
     assert_eq!(found.v6.map(IpNet::V6), Some(addresses[0]));
+    assert!(found.accept_local);
 }
 
 proptest::proptest! {

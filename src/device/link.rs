@@ -46,13 +46,20 @@ pub fn bring_up(
         .ok_or_else(|| Error::new(format!("interface {name} has disappeared")))?;
     netlink.set_txqueuelen(index, config.txqueuelen)?;
     netlink.set_mtu(index, config.mtu_bytes)?;
-    // What we report to senders comes from our own address by way of the
-    // device, which the kernel else takes for a forgery.
-    if let Err(error) = netlink.accept_local(index) {
-        tracing::debug!("senders will not hear of what cannot be carried: {error}");
-    }
     set_addresses(netlink, index, old.unwrap_or_default(), &config.addresses)?;
     netlink.set_up(index)
+}
+
+/// Lets the device deliver what we report to senders from our own address,
+/// which the kernel else takes for a forgery; tells whether it does.
+pub fn accept_local(netlink: &mut Netlink, name: &str) -> bool {
+    let accepted = netlink.link_index(name).and_then(|index| match index {
+        Some(index) => netlink.accept_local(index),
+        None => Err(Error::new(format!("interface {name} has disappeared"))),
+    });
+    accepted
+        .inspect_err(|error| tracing::debug!("reports come from the address asked for: {error}"))
+        .is_ok()
 }
 
 /// Replaces the `old` addresses of a device by the `new` ones.

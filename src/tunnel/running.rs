@@ -16,14 +16,15 @@ use super::{announce, operator};
 use crate::config::{Config, Settled};
 use crate::control::engine::Engine;
 use crate::control::names::{Answer, Names};
-use crate::control::overlay::Overlay;
-use crate::control::routes::RouteKeeper;
+use crate::control::overlay::{Overlay, tunnel_addresses};
+use crate::control::routes::{AtEnd, RouteKeeper};
 use crate::control::server::{Call, Server};
 use crate::control::workers::{Setup, Workers};
 use crate::device::link;
 use crate::error::{Error, Result};
 use crate::netlink::Netlink;
 use crate::packet::coalesce;
+use crate::packet::icmp::TunnelAddresses;
 use crate::packet::train::{Limits, NextHop};
 use crate::transport::{path, socket};
 use crate::worker::Command;
@@ -85,6 +86,7 @@ pub struct Running {
     pub(super) heard: HashMap<NextHop, Heard>,
     path_cursor: usize,
     netlink: Netlink,
+    accept_local: bool,
     /// `None` once the tunnel has ended.
     routes: Option<RouteKeeper>,
     pub(super) server: Option<Server>,
@@ -151,7 +153,9 @@ impl Running {
         let worker_count = device.queues.len();
         overlay.count_for(worker_count);
         ask_paths(&mut overlay, settled.listen);
-        let table = Arc::new(overlay.table(&settled.link.addresses, config.hop));
+        let accept_local = link::accept_local(&mut netlink, &config.tun);
+        let addresses = tunnel_addresses(&settled.link.addresses, accept_local);
+        let table = Arc::new(overlay.table(addresses, config.hop));
         let setup = Setup {
             tun: device.offloads,
             limits: Limits {
@@ -197,6 +201,7 @@ impl Running {
             heard: HashMap::new(),
             path_cursor: 0,
             netlink,
+            accept_local,
             routes: Some(routes),
             server: None,
             started: Instant::now(),
@@ -322,7 +327,7 @@ impl Running {
         let old_table = Arc::clone(&self.table);
         // Workers first, so that what the kernel sends into the tunnel by a
         // new route has somewhere to go.
-        let table = next.table(&self.settled.link.addresses, self.config.hop);
+        let table = next.table(self.addresses(), self.config.hop);
         self.publish(Arc::new(table));
         let wanted = self.kernel_routes(&next);
         let result = self
@@ -376,10 +381,13 @@ impl Running {
 
     /// Makes the table anew after something but the prefixes has changed.
     pub(super) fn republish(&mut self) {
-        let table = self
-            .overlay
-            .table(&self.settled.link.addresses, self.config.hop);
+        let table = self.overlay.table(self.addresses(), self.config.hop);
         self.publish(Arc::new(table));
+    }
+
+    /// The addresses that errors are reported from.
+    fn addresses(&self) -> TunnelAddresses {
+        tunnel_addresses(&self.settled.link.addresses, self.accept_local)
     }
 
     /// Makes sure that no peer is reached through the tunnel itself.
@@ -511,7 +519,7 @@ impl Running {
     pub fn take_down(mut self) {
         self.stop_workers();
         if let Some(routes) = self.routes.take() {
-            routes.stop(true);
+            routes.stop(AtEnd::Remove);
         }
         if let Some(server) = self.server.take() {
             server.close(true);
@@ -521,7 +529,7 @@ impl Running {
     /// Ends this process's part in a tunnel that a successor carries on.
     pub(super) fn leave(&mut self) {
         if let Some(routes) = self.routes.take() {
-            routes.stop(false);
+            routes.stop(AtEnd::Keep);
         }
         if let Some(server) = self.server.take() {
             server.close(false);
