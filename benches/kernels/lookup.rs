@@ -61,7 +61,7 @@ fn next_hop() -> Kernel {
     let work = move || {
         let found = (0..QUESTIONS).map(|_| {
             let destination = ip::destination(Version::V4, black_box(&packet));
-            black_box(&table).next_hop(destination)
+            black_box(&table).peer(destination)
         });
         found.filter(|hop| black_box(hop).is_some()).count() as u64
     };
@@ -81,9 +81,15 @@ fn sender(peers: usize) -> Kernel {
 
 fn table_of(peers: usize) -> Table {
     let peer = |index| Peer {
-        endpoint: SocketAddr::new(address(index), 8285),
+        endpoint: Some(SocketAddr::new(address(index), 8285)),
+        mtu_bytes: MTU_BYTES,
+        traffic: Arc::new([PeerCounters::default()]),
     };
-    Table::new((0..peers).map(peer).collect())
+    // All goes to the first, as with a single peer.
+    let anywhere = [(IpNet::V4(Default::default()), 0)];
+    let peers = (0..peers).map(peer).collect();
+    let prefixes = Arc::new(Prefixes::new(anywhere));
+    Table::new(peers, prefixes, TunnelAddresses::default(), false)
 }
 
 fn address(index: usize) -> IpAddr {

@@ -6,6 +6,7 @@
 
 mod file;
 mod peers;
+mod reload;
 mod underlay;
 
 use std::path::PathBuf;

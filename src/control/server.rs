@@ -68,7 +68,7 @@ pub enum Call {
 
 /// Where the answer to a request goes. Dropped, it says that there is none.
 #[derive(Debug)]
-pub struct Reply(Sender<Result<Answer, String>>);
+pub struct Reply(Sender<std::result::Result<Answer, String>>);
 
 impl Reply {
     /// Answers. A client that has gone does not hear it.
@@ -335,7 +335,7 @@ impl Shared {
     }
 
     /// Has the control thread answer.
-    fn ask(&self, request: Request) -> Result<Answer, String> {
+    fn ask(&self, request: Request) -> std::result::Result<Answer, String> {
         let (sender, answer) = bounded(1);
         let sent = self
             .calls
@@ -399,7 +399,7 @@ impl LineReader {
     }
 }
 
-fn write_line(stream: &mut UnixStream, result: Result<Answer, String>) -> io::Result<()> {
+fn write_line(stream: &mut UnixStream, result: std::result::Result<Answer, String>) -> io::Result<()> {
     let mut text = serde_json::to_vec(&Line::from(result))?;
     text.push(b'\n');
     let deadline = Instant::now() + ANSWER_TIME_MAX;

@@ -199,11 +199,11 @@ fn try_reload(running: &mut Running) -> Result<Reloaded> {
     }
     let mut next = running.overlay.clone();
     let changes = next.configure(&new.peers)?;
-    let needs_restart = needs_restart(&running.config, &new);
+    let needs_restart = running.config.needs_restart(&new);
     let mut settings_changed = Vec::new();
     let old = running.config.clone();
     let old_link = running.settled.link.clone();
-    running.config = in_force(&old, new);
+    running.config = old.with_changes_of(new);
     let result = apply_link(running, &old, &mut settings_changed)
         .and_then(|()| running.commit(next));
     if let Err(error) = result {
@@ -219,38 +219,6 @@ fn try_reload(running: &mut Running) -> Result<Reloaded> {
         settings_changed,
         needs_restart: needs_restart.into_iter().map(String::from).collect(),
     })
-}
-
-/// The new configuration, but for what only a start can change.
-fn in_force(old: &Config, new: Config) -> Config {
-    Config {
-        peers: new.peers,
-        addresses: new.addresses,
-        routes: new.routes,
-        mtu_bytes: new.mtu_bytes,
-        txqueuelen: new.txqueuelen,
-        hop: new.hop,
-        no_routes: new.no_routes,
-        ..old.clone()
-    }
-}
-
-/// Keys of settings that differ and that only a start can change.
-fn needs_restart(old: &Config, new: &Config) -> Vec<&'static str> {
-    [
-        ("queues", old.queues != new.queues),
-        ("listen", old.listen != new.listen),
-        ("tun", old.tun != new.tun),
-        ("cores", old.cores != new.cores),
-        ("busy-poll", old.busy_poll != new.busy_poll),
-        ("io", old.io != new.io),
-        ("without", old.wanted != new.wanted),
-        ("control", old.control != new.control),
-        ("verbose, quiet, log-format", old.log != new.log),
-    ]
-    .into_iter()
-    .filter_map(|(key, differs)| differs.then_some(key))
-    .collect()
 }
 
 /// Applies the device's settings in which the configuration differs from `old`.
@@ -302,7 +270,7 @@ fn apply_settled(
     if new.link.addresses != link.addresses {
         link::set_addresses(netlink, index, &link.addresses, &new.link.addresses)?;
         link.addresses = new.link.addresses;
-        running.routes().set_addresses(link.addresses.clone());
+        running.restart_routes()?;
         changed.push("address".into());
     }
     Ok(())

@@ -249,6 +249,16 @@ impl Running {
         self.routes.as_ref().expect("routes are kept until the end")
     }
 
+    /// Has the kernel's routes kept for the device's new addresses.
+    pub(super) fn restart_routes(&mut self) -> Result<()> {
+        if let Some(routes) = self.routes.take() {
+            routes.stop(AtEnd::Keep);
+        }
+        let addresses = self.settled.link.addresses.clone();
+        self.routes = Some(RouteKeeper::start(&self.config.tun, addresses)?);
+        Ok(())
+    }
+
     /// Waits for what may happen, and sees to it, until the end.
     ///
     /// # Errors
