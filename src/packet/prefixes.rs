@@ -99,8 +99,17 @@ impl Prefixes {
 
 /// An address as a number in host byte order.
 trait Address: Copy + Ord {
+    /// The first bits, as many as fit a register.
+    type High: Copy + Ord;
+    /// The other ones.
+    type Low: Copy + Ord;
+
     const BITS: u32;
     const ZERO: Self;
+    /// All ones.
+    const MAX: Self;
+
+    fn split(self) -> (Self::High, Self::Low);
 
     /// The address behind this one, or `None` after the last.
     fn next(self) -> Option<Self>;
@@ -112,16 +121,22 @@ trait Address: Copy + Ord {
     fn truncate(self, bits: u32) -> Self;
     /// Whether both have the same bits where `mask` has ones.
     fn is_equal_under(self, other: Self, mask: Self) -> bool;
-    /// All ones.
-    const MAX: Self;
 }
 
 macro_rules! address {
-    ($number:ty) => {
+    ($number:ty, $high:ty, $low:ty, $split:expr) => {
         impl Address for $number {
+            type High = $high;
+            type Low = $low;
+
             const BITS: u32 = <$number>::BITS;
             const ZERO: Self = 0;
             const MAX: Self = <$number>::MAX;
+
+            #[inline]
+            fn split(self) -> ($high, $low) {
+                $split(self)
+            }
 
             fn next(self) -> Option<Self> {
                 self.checked_add(1)
@@ -149,8 +164,8 @@ macro_rules! address {
     };
 }
 
-address!(u32);
-address!(u128);
+address!(u32, u32, (), |bits| (bits, ()));
+address!(u128, u64, u64, |bits| ((bits >> 64) as u64, bits as u64));
 
 /// A prefix as its first and last address.
 struct Prefix<A> {
@@ -193,13 +208,17 @@ struct Node<A> {
 
 /// All addresses of a family, in ranges of one next hop or none.
 #[derive(Clone, Debug)]
-struct Ranges<A> {
-    /// The whole of `starts`.
+struct Ranges<A: Address> {
+    /// All the starts.
     root: Slot,
     nodes: Box<[Node<A>]>,
     slots: Box<[Slot]>,
-    /// First addresses of all ranges but the first, which starts at zero.
-    starts: Box<[A]>,
+    /// First bits of the starts: the first addresses of all ranges but the
+    /// first, which starts at zero. Few prefixes are longer than /64, and so
+    /// their other bits seldom matter: a search reads half as much memory.
+    highs: Box<[A::High]>,
+    /// The other bits of the starts.
+    lows: Box<[A::Low]>,
     /// Next hops of all ranges: one more than there are starts.
     next_hops: Box<[Option<NextHop>]>,
     /// Prefixes that the ranges were made of.
@@ -237,7 +256,8 @@ impl<A: Address> Ranges<A> {
             root,
             nodes: nodes.into(),
             slots: slots.into(),
-            starts: starts.into(),
+            highs: starts.iter().map(|start| start.split().0).collect(),
+            lows: starts.iter().map(|start| start.split().1).collect(),
             next_hops: next_hops.into(),
             prefixes: count,
         }
@@ -267,14 +287,24 @@ impl<A: Address> Ranges<A> {
             let stride = address.low_bits(node.shift) & node.stride_mask;
             slot = self.slots[(node.slots + stride) as usize];
         }
-        let (at, len) = (slot.at as usize, slot.len as usize);
-        at + self.starts[at..at + len].partition_point(|start| *start <= address)
+        let at = slot.at as usize;
+        let part = at..at + slot.len as usize;
+        let (high, low) = address.split();
+        let highs = &self.highs[part.clone()];
+        let before = highs.partition_point(|start| *start < high);
+        if highs.get(before) != Some(&high) {
+            return at + before;
+        }
+        let equal = highs[before..].partition_point(|start| *start == high);
+        let lows = &self.lows[part][before..before + equal];
+        at + before + lows.partition_point(|start| *start <= low)
     }
 
     fn heap_bytes(&self) -> usize {
         size_of_val(&*self.nodes)
             + size_of_val(&*self.slots)
-            + size_of_val(&*self.starts)
+            + size_of_val(&*self.highs)
+            + size_of_val(&*self.lows)
             + size_of_val(&*self.next_hops)
     }
 }
