@@ -8,8 +8,28 @@
 //! ranges to tell apart, and which skips the bits that these have in common
 //! (level and path compression, as in Nilsson and Karlsson's LC-trie, "IP-address
 //! lookup using LC-tries", 1999). Dense and sparse parts of the address space are
-//! thus alike to it: two or three steps, then a search in a few neighbours.
+//! thus alike to it: a few steps, then a search in a few neighbours.
 //!
+//! # Why not a crate
+//!
+//! The bound is 50 ns for one lookup among 100 000 prefixes, and no crate keeps
+//! to it with IPv6. Each figure is the best of several runs on an AMD EPYC with
+//! 1 MiB of L2 cache; the prefixes and addresses are like those of `cargo bench
+//! --bench packet -- prefixes/`, which has the up-to-date figures of this module.
+//!
+//! | IPv4 / IPv6                            | lookup, ns | load, ms | MiB       |
+//! |----------------------------------------|------------|----------|-----------|
+//! | this module                            | 19 / 28    | 5 / 13   | 2.0 / 4.3 |
+//! | iptrie 0.11.2 (level-compressed)       | 28 / 61    | 20 / 26  | 1.9 / 3.2 |
+//! | prefix-trie 0.10.1                     | 45 / 148   | 10 / 21  | 4.3 / 8.3 |
+//! | poptrie 0.2.1                          | 44 / 152   | 35 / 60  | 20 / 35   |
+//! | ts_bart 0.6.1                          | 57 / 153   | 12 / 21  | 7.0 / 9.9 |
+//! | ip_network_table-deps-treebitmap 0.5.0 | 79 / 217   | 10 / 23  | 3.4 / 8.3 |
+//!
+//! These are lookups one after the other that need not wait for each other, as
+//! with the packets of a burst. Where each waits for the one before, this module
+//! takes 46 / 66 ns, iptrie 54 / 79 and prefix-trie 66 / 160. Also, iptrie and
+//! prefix-trie use `unsafe` code.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::Range;
@@ -61,7 +81,10 @@ impl Prefixes {
     }
 
     /// The next hop of the longest prefix that holds the address.
-    #[inline]
+    // Always inline: an `IpAddr` handed over in memory is read back in other
+    // pieces than it was written in, the processor waits for that, and lookups
+    // no longer overlap. With IPv6 they took 70 ns instead of 28.
+    #[inline(always)]
     pub fn lookup(&self, address: IpAddr) -> Option<NextHop> {
         match address {
             IpAddr::V4(address) => self.lookup_v4(address),
@@ -70,13 +93,13 @@ impl Prefixes {
     }
 
     /// As [`lookup`](Self::lookup), of an IPv4 address.
-    #[inline]
+    #[inline(always)]
     pub fn lookup_v4(&self, address: Ipv4Addr) -> Option<NextHop> {
         self.v4.lookup(address.to_bits())
     }
 
     /// As [`lookup`](Self::lookup), of an IPv6 address.
-    #[inline]
+    #[inline(always)]
     pub fn lookup_v6(&self, address: Ipv6Addr) -> Option<NextHop> {
         self.v6.lookup(address.to_bits())
     }
@@ -263,7 +286,7 @@ impl<A: Address> Ranges<A> {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn lookup(&self, address: A) -> Option<NextHop> {
         self.next_hops.get(self.range(address)).copied().flatten()
     }
