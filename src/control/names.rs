@@ -279,7 +279,10 @@ mod tests {
     fn threads_answer() {
         let mut names = Names::start(None).unwrap();
         let now = Instant::now();
-        names.watch([name("localhost"), name("no-such-host.invalid")].iter(), now);
+        names.watch(
+            [name("localhost"), name("no-such-host.invalid")].iter(),
+            now,
+        );
         names.tick(now);
         for _ in 0..2 {
             let answer = names.answers().recv().unwrap();

@@ -21,7 +21,6 @@ use crate::transport;
 use crate::worker::counters::PeerCounters;
 use crate::worker::table::{self, Table};
 
-
 /// Most prefixes over all peers: bounds the memory that requests can take.
 pub const PREFIXES_MAX: usize = 1_000_000;
 
@@ -169,10 +168,7 @@ impl Overlay {
     }
 
     fn default_peer(&self) -> Option<&Peer> {
-        self.peers
-            .iter()
-            .flatten()
-            .find(|peer| peer.is_default)
+        self.peers.iter().flatten().find(|peer| peer.is_default)
     }
 
     /// The peer that packets to `address` go to, and the prefix that says so;

@@ -139,17 +139,30 @@ fn prefixes_move_only_when_asked_to() {
 
 #[test]
 fn a_reload_applies_the_difference_and_leaves_the_operators_additions() {
-    let mut overlay = overlay(&["10.0.0.1=10.1.0.0/16,10.2.0.0/16", "10.0.0.2=10.3.0.0/16", "a"]);
+    let mut overlay = overlay(&[
+        "10.0.0.1=10.1.0.0/16,10.2.0.0/16",
+        "10.0.0.2=10.3.0.0/16",
+        "a",
+    ]);
     let runtime = spec("10.0.0.9=10.9.0.0/16");
     overlay.add_peer(&runtime, Origin::Runtime).unwrap();
     overlay
-        .add_prefixes(&name("10.0.0.1"), &[net("10.8.0.0/16")], Origin::Runtime, false)
+        .add_prefixes(
+            &name("10.0.0.1"),
+            &[net("10.8.0.0/16")],
+            Origin::Runtime,
+            false,
+        )
         .unwrap();
     let traffic = Arc::clone(&overlay.find(&name("10.0.0.1")).unwrap().1.traffic);
 
     // The first loses one prefix to a new one, the second goes, the third is
     // no longer the one without.
-    let new = specs(&["10.0.0.1=10.1.0.0/16", "10.0.0.4=10.2.0.0/16", "A.=10.5.0.0/16"]);
+    let new = specs(&[
+        "10.0.0.1=10.1.0.0/16",
+        "10.0.0.4=10.2.0.0/16",
+        "A.=10.5.0.0/16",
+    ]);
     let changes = overlay.configure(&new).unwrap();
     let expected = Changes {
         peers_added: 1,
@@ -180,7 +193,10 @@ fn a_reload_that_clashes_with_the_operators_additions_is_refused() {
     overlay.add_peer(&runtime, Origin::Runtime).unwrap();
     let clash = overlay.configure(&specs(&["10.0.0.1=10.9.0.0/16"]));
     let text = clash.unwrap_err().to_string();
-    assert!(text.contains("10.9.0.0/16") && text.contains("10.0.0.9"), "{text}");
+    assert!(
+        text.contains("10.9.0.0/16") && text.contains("10.0.0.9"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -211,7 +227,11 @@ fn a_path_limits_what_is_carried_in_one_piece() {
         let (hop, _) = overlay.find(&name(text)).unwrap();
         assert!(overlay.set_path_mtu(hop, 1400));
         assert!(!overlay.set_path_mtu(hop, 1400));
-        let address = if overhead == 28 { "10.1.0.1" } else { "10.2.0.1" };
+        let address = if overhead == 28 {
+            "10.1.0.1"
+        } else {
+            "10.2.0.1"
+        };
         assert_eq!(mtu(&mut overlay, address), 1400 - overhead);
     }
     // Another address, another path.

@@ -204,7 +204,10 @@ fn inode(path: &Path) -> Option<(u64, u64)> {
 }
 
 fn make_directory(path: &Path) -> Result<()> {
-    let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) else {
+    let Some(parent) = path
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty())
+    else {
         return Ok(());
     };
     fs::DirBuilder::new()
@@ -224,10 +227,10 @@ fn remove_stale(path: &Path) -> Result<()> {
         return Ok(());
     };
     if !metadata.file_type().is_socket() {
-        return Err(
-            Error::new(format!("cannot open the operators' socket: {shown} is no socket"))
-                .hint("remove it, or choose another path with --control"),
-        );
+        return Err(Error::new(format!(
+            "cannot open the operators' socket: {shown} is no socket"
+        ))
+        .hint("remove it, or choose another path with --control"));
     }
     match UnixStream::connect(path) {
         Ok(_) => Err(Error::new(format!("another fastvpn serves {shown}"))
@@ -399,7 +402,10 @@ impl LineReader {
     }
 }
 
-fn write_line(stream: &mut UnixStream, result: std::result::Result<Answer, String>) -> io::Result<()> {
+fn write_line(
+    stream: &mut UnixStream,
+    result: std::result::Result<Answer, String>,
+) -> io::Result<()> {
     let mut text = serde_json::to_vec(&Line::from(result))?;
     text.push(b'\n');
     let deadline = Instant::now() + ANSWER_TIME_MAX;

@@ -207,7 +207,13 @@ mod tests {
         assert_eq!((snapshot.packets_sent, snapshot.bytes_sent), (3, 2500));
         assert_eq!(snapshot.drops().next(), None);
         // Only ever shorter, until it is forgotten.
-        refuse(&mut limits, &train(&[1200; 2]), &receiver, libc::EINVAL, &counters);
+        refuse(
+            &mut limits,
+            &train(&[1200; 2]),
+            &receiver,
+            libc::EINVAL,
+            &counters,
+        );
         assert_eq!(limits.get(to).segment_bytes_max, 999);
         limits.reset();
         assert_eq!(limits.get(to), Limits::FULL);
@@ -216,10 +222,15 @@ mod tests {
     #[test]
     fn a_device_without_checksums_gets_no_trains_until_that_is_forgotten() {
         let receiver = receiver();
-        let to = receiver.local_addr().unwrap();
         let mut limits = PathLimits::new(Limits::FULL);
         let counters = Counters::default();
-        refuse(&mut limits, &train(&[100; 3]), &receiver, libc::EIO, &counters);
+        refuse(
+            &mut limits,
+            &train(&[100; 3]),
+            &receiver,
+            libc::EIO,
+            &counters,
+        );
         assert_eq!(limits.get(elsewhere()).segments_max, 1);
         limits.reset();
         assert_eq!(limits.get(elsewhere()), Limits::FULL);
@@ -231,7 +242,13 @@ mod tests {
         let to = receiver.local_addr().unwrap();
         let mut limits = PathLimits::new(Limits::FULL);
         let counters = Counters::default();
-        let arrived = refuse(&mut limits, &train(&[30; 65]), &receiver, libc::EINVAL, &counters);
+        let arrived = refuse(
+            &mut limits,
+            &train(&[30; 65]),
+            &receiver,
+            libc::EINVAL,
+            &counters,
+        );
         assert_eq!(arrived.len(), 65);
         limits.reset();
         assert_eq!(limits.get(to).segments_max, SEGMENTS_MAX_OLD);

@@ -239,7 +239,8 @@ impl Netlink {
                 let request = RouteNetlinkMessage::GetRoute(message);
                 let mut each = |bytes: &[u8]| {
                     // Kernels before 4.20 do not filter by table.
-                    if let Some(entry) = RouteEntry::parse(bytes).filter(|e| e.table == MAIN_TABLE) {
+                    if let Some(entry) = RouteEntry::parse(bytes).filter(|e| e.table == MAIN_TABLE)
+                    {
                         visit(entry);
                     }
                 };

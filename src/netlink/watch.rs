@@ -62,9 +62,8 @@ impl Watch {
     /// # Errors
     /// When the kernel gives no netlink socket or refuses the subscription.
     pub fn open(own: &Netlink) -> Result<Self> {
-        Self::open_socket(own).map_err(|cause| {
-            Error::os("cannot watch routes and links (netlink multicast)", cause)
-        })
+        Self::open_socket(own)
+            .map_err(|cause| Error::os("cannot watch routes and links (netlink multicast)", cause))
     }
 
     fn open_socket(own: &Netlink) -> io::Result<Self> {

@@ -35,7 +35,11 @@ pub fn announce(running: &Running) {
     if count > PEERS_NAMED_MAX {
         tracing::info!("and {} more peers", count - PEERS_NAMED_MAX);
     }
-    tracing::info!("offloads: {}; engine: {}", offloads(running), running.workers().engine());
+    tracing::info!(
+        "offloads: {}; engine: {}",
+        offloads(running),
+        running.workers().engine()
+    );
     lacks(running);
     if !running.is_steered {
         tracing::warn!(

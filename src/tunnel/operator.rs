@@ -81,9 +81,10 @@ fn done(running: &mut Running, request: Request) -> Result<Answer> {
         Request::Peers {} => Answer::Peers(peers(running)),
         Request::RouteList {} => Answer::Routes(routes(&running.overlay)),
         Request::RouteGet { address } => {
-            let (prefix, peer) = running.overlay.route_to(address).ok_or_else(|| {
-                Error::new(format!("no peer has a prefix that {address} is in"))
-            })?;
+            let (prefix, peer) = running
+                .overlay
+                .route_to(address)
+                .ok_or_else(|| Error::new(format!("no peer has a prefix that {address} is in")))?;
             Answer::Found(Found {
                 address,
                 prefix,
@@ -172,9 +173,7 @@ fn check_family(running: &Running, name: &Endpoint) -> Result<()> {
             Err(Error::new(format!("cannot send to {name} from {listen}"))
                 .hint("start with --listen [::] to have peers of both IP versions"))
         }
-        Some(literal)
-            if literal.is_ipv4() && listen.is_ipv6() && !listen.ip().is_unspecified() =>
-        {
+        Some(literal) if literal.is_ipv4() && listen.is_ipv6() && !listen.ip().is_unspecified() => {
             Err(Error::new(format!("cannot send to {name} from {listen}"))
                 .hint("start with --listen [::] to have peers of both IP versions"))
         }
@@ -204,8 +203,8 @@ fn try_reload(running: &mut Running) -> Result<Reloaded> {
     let old = running.config.clone();
     let old_link = running.settled.link.clone();
     running.config = old.with_changes_of(new);
-    let result = apply_link(running, &old, &mut settings_changed)
-        .and_then(|()| running.commit(next));
+    let result =
+        apply_link(running, &old, &mut settings_changed).and_then(|()| running.commit(next));
     if let Err(error) = result {
         let failed = std::mem::replace(&mut running.config, old);
         let _ = apply_link(running, &failed, &mut Vec::new());
@@ -429,11 +428,14 @@ fn manifest(running: &Running) -> Manifest {
             runtime_prefixes.push((prefix, peer.name.to_string()));
         }
     }
-    let runtime_peers = overlay.peers_by_name().filter(runtime).map(|peer| RuntimePeer {
-        peer: peer.name.to_string(),
-        is_default: peer.is_default,
-        prefixes: prefixes_of.remove(&peer.name.key()).unwrap_or_default(),
-    });
+    let runtime_peers = overlay
+        .peers_by_name()
+        .filter(runtime)
+        .map(|peer| RuntimePeer {
+            peer: peer.name.to_string(),
+            is_default: peer.is_default,
+            prefixes: prefixes_of.remove(&peer.name.key()).unwrap_or_default(),
+        });
     Manifest {
         ok: true,
         protocol: PROTOCOL,

@@ -207,7 +207,9 @@ impl Running {
             started: Instant::now(),
             reload_error: None,
         };
-        running.routes().set(running.kernel_routes(&running.overlay))?;
+        running
+            .routes()
+            .set(running.kernel_routes(&running.overlay))?;
         running.check_outside(&running.overlay.clone())?;
         running.serve(listener)?;
         announce::announce(&running);
@@ -238,7 +240,9 @@ impl Running {
     /// # Panics
     /// Once they have been stopped, which only the end of the run does.
     pub fn workers(&self) -> &Workers {
-        self.workers.as_ref().expect("the workers run until the end")
+        self.workers
+            .as_ref()
+            .expect("the workers run until the end")
     }
 
     /// The keeper of the kernel's routes.

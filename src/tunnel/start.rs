@@ -52,7 +52,9 @@ pub fn resolve_now(overlay: &mut Overlay, names: &mut Names) -> Vec<Error> {
     while waiting > 0 {
         let now = Instant::now();
         names.tick(now);
-        let Ok(answer) = names.answers().recv_timeout(deadline.saturating_duration_since(now))
+        let Ok(answer) = names
+            .answers()
+            .recv_timeout(deadline.saturating_duration_since(now))
         else {
             let first = named.first().map(|name| name.host.as_str());
             failed.push(

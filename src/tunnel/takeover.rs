@@ -367,7 +367,11 @@ fn receive_descriptors(stream: &UnixStream) -> io::Result<Vec<OwnedFd>> {
         if let ControlMessageOwned::ScmRights(descriptors) = part {
             // SAFETY: the kernel has just made these descriptors for us;
             // nobody else knows of them.
-            received.extend(descriptors.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+            received.extend(
+                descriptors
+                    .into_iter()
+                    .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
+            );
         }
     }
     let bytes = message.bytes;

@@ -253,7 +253,11 @@ impl Keeper {
         let standings = standings(&mut self.parts, &self.wanted)?;
         let mut repairs = Vec::new();
         let mut postponed: Option<Instant> = None;
-        for prefix in self.wanted.iter().filter(|prefix| !standings.is_right(prefix)) {
+        for prefix in self
+            .wanted
+            .iter()
+            .filter(|prefix| !standings.is_right(prefix))
+        {
             match self.backoff.wait_until(prefix, started) {
                 Some(at) if was_up => {
                     postponed = Some(postponed.map_or(at, |earliest| earliest.min(at)));
@@ -359,7 +363,9 @@ impl Keeper {
         self.up = is_up(&mut self.parts)?;
         let missing: Vec<IpNet> = wanted
             .iter()
-            .filter(|prefix| self.up && !standings.is_right(prefix) && !standings.of(prefix).has_ours)
+            .filter(|prefix| {
+                self.up && !standings.is_right(prefix) && !standings.of(prefix).has_ours
+            })
             .copied()
             .collect();
         let surplus: Vec<RouteChange> = standings
@@ -418,8 +424,7 @@ impl Keeper {
     }
 
     fn delete_all(&mut self, prefixes: &[IpNet]) -> Result<()> {
-        let changes: Vec<RouteChange> =
-            prefixes.iter().copied().map(RouteChange::Delete).collect();
+        let changes: Vec<RouteChange> = prefixes.iter().copied().map(RouteChange::Delete).collect();
         self.parts
             .netlink
             .change_device_routes(self.parts.ours, &changes)?;
@@ -427,7 +432,9 @@ impl Keeper {
     }
 
     fn remove_all(&mut self) -> Result<()> {
-        let owned: Vec<IpNet> = standings(&mut self.parts, &BTreeSet::new())?.ours().collect();
+        let owned: Vec<IpNet> = standings(&mut self.parts, &BTreeSet::new())?
+            .ours()
+            .collect();
         self.delete_all(&owned)
     }
 
