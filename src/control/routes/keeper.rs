@@ -72,6 +72,8 @@ pub struct Keeper {
     wanted: BTreeSet<IpNet>,
     /// Whether the device is up, as far as is known.
     up: bool,
+    /// Whether the device may have lost addresses.
+    addresses_due: bool,
     /// When to compare the table with what is wanted; `None`: no reason to.
     due: Option<Instant>,
     /// The table is not to be compared before.
@@ -100,6 +102,7 @@ impl Keeper {
             parts,
             epoll,
             up,
+            addresses_due: false,
             // They may be overridden.
             due: (!wanted.is_empty()).then(Instant::now),
             wanted,
@@ -199,13 +202,11 @@ impl Keeper {
                 News::Link { index, up } if index == self.parts.ours.oif => {
                     self.note_link(up, now);
                 }
-                News::LinkDeleted { index } if index == self.parts.ours.oif => {
-                    self.note_link(false, now);
-                }
+                News::LinkDeleted { index } if index == self.parts.ours.oif => self.up = false,
                 News::Lost => {
                     tracing::debug!("news of route changes was lost; comparing all routes");
                     // Among it may be that the device was down and is up again.
-                    self.up = false;
+                    self.addresses_due = true;
                     self.compare_at(now);
                 }
                 _ => {}
@@ -242,18 +243,24 @@ impl Keeper {
     fn put_right(&mut self) -> Result<()> {
         let started = Instant::now();
         let was_up = self.up;
-        self.up = is_up(&mut self.parts)?;
-        if !self.up {
+        if !is_up(&mut self.parts)? {
             // News of the link wakes us again.
+            self.note_link(false, started);
             return Ok(());
         }
-        if !was_up {
+        self.up = true;
+        if !was_up || self.addresses_due {
             self.restore_addresses()?;
+            self.addresses_due = false;
         }
         let standings = standings(&mut self.parts, &self.wanted)?;
         let mut repairs = Vec::new();
         let mut postponed: Option<Instant> = None;
-        for prefix in self.wanted.iter().filter(|prefix| !standings.is_right(prefix)) {
+        for prefix in self
+            .wanted
+            .iter()
+            .filter(|prefix| !standings.is_right(prefix))
+        {
             match self.backoff.wait_until(prefix, started) {
                 Some(at) if was_up => {
                     postponed = Some(postponed.map_or(at, |earliest| earliest.min(at)));
@@ -307,8 +314,8 @@ impl Keeper {
             }
         }
         let now = Instant::now();
-        if !in_peace {
-            let count = repairs.len() - failed.len();
+        let count = repairs.len() - failed.len();
+        if !in_peace && count > 0 {
             self.warn(|parts| format!("interface {}: {count} routes put back", parts.name));
         }
         for Repair { prefix, standing } in repairs {
@@ -343,7 +350,7 @@ impl Keeper {
         Ok(())
     }
 
-    fn set(&mut self, wanted: BTreeSet<IpNet>) -> Result<()> {
+    pub(super) fn set(&mut self, wanted: BTreeSet<IpNet>) -> Result<()> {
         let standings = standings(&mut self.parts, &wanted)?;
         let fresh = wanted.difference(&self.wanted);
         let mut blocked = fresh.filter_map(|prefix| {
@@ -356,10 +363,13 @@ impl Keeper {
             return Err(conflict(&mut self.parts, &obstacle, blocked.count()));
         }
         drop(blocked);
-        self.up = is_up(&mut self.parts)?;
+        // That the device is up is taken note of with the news alone, because
+        // more than routes may have to be put back then.
+        let up = is_up(&mut self.parts)?;
+        self.up &= up;
         let missing: Vec<IpNet> = wanted
             .iter()
-            .filter(|prefix| self.up && !standings.is_right(prefix) && !standings.of(prefix).has_ours)
+            .filter(|prefix| up && !standings.is_right(prefix) && !standings.of(prefix).has_ours)
             .copied()
             .collect();
         let surplus: Vec<RouteChange> = standings
@@ -404,6 +414,8 @@ impl Keeper {
             return Ok(());
         };
         self.delete_all(prefixes)?;
+        // Among them may be some that were wanted before.
+        self.compare_at(Instant::now());
         match error.errno() {
             // Taken down since we looked: they come when it is up.
             Some(libc::ENETDOWN) => {
@@ -418,8 +430,7 @@ impl Keeper {
     }
 
     fn delete_all(&mut self, prefixes: &[IpNet]) -> Result<()> {
-        let changes: Vec<RouteChange> =
-            prefixes.iter().copied().map(RouteChange::Delete).collect();
+        let changes: Vec<RouteChange> = prefixes.iter().copied().map(RouteChange::Delete).collect();
         self.parts
             .netlink
             .change_device_routes(self.parts.ours, &changes)?;
@@ -427,7 +438,9 @@ impl Keeper {
     }
 
     fn remove_all(&mut self) -> Result<()> {
-        let owned: Vec<IpNet> = standings(&mut self.parts, &BTreeSet::new())?.ours().collect();
+        let owned: Vec<IpNet> = standings(&mut self.parts, &BTreeSet::new())?
+            .ours()
+            .collect();
         self.delete_all(&owned)
     }
 
@@ -442,11 +455,7 @@ impl Keeper {
 
 /// How the wanted prefixes stand, and all that have routes of ours.
 fn standings(parts: &mut Parts, wanted: &BTreeSet<IpNet>) -> Result<Standings> {
-    let mut standings = Standings::new(parts.ours);
-    parts
-        .netlink
-        .visit_main_routes(&mut |entry| standings.note(entry, wanted))?;
-    Ok(standings)
+    Standings::read(&mut parts.netlink, parts.ours, wanted)
 }
 
 fn is_up(parts: &mut Parts) -> Result<bool> {

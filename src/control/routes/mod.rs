@@ -79,9 +79,9 @@ impl RouteKeeper {
     /// When there is no such device, or no netlink sockets.
     pub fn start(tun: &str, addresses: Vec<IpNet>) -> Result<Self> {
         let mut netlink = Netlink::open()?;
-        let oif = netlink
-            .link_index(tun)?
-            .ok_or_else(|| Error::new(format!("cannot keep routes: there is no interface {tun}")))?;
+        let oif = netlink.link_index(tun)?.ok_or_else(|| {
+            Error::new(format!("cannot keep routes: there is no interface {tun}"))
+        })?;
         let watch = Watch::open(&netlink)?;
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let wake = EventFd::from_value_and_flags(0, flags)
