@@ -20,11 +20,15 @@ use crate::netlink::{DeviceRoute, Netlink, News, RouteChange, RouteEntry, Watch}
 /// Datagrams of news read before commands are looked at again.
 const NEWS_PER_TURN_MAX: usize = 256;
 
-/// After the table was compared, how many times as long as that took it is left
-/// alone, and how long at most: a fifth of one core is what a restless host
-/// with a huge table can cost us.
+/// A comparison is paid for with a rest so many times as long as it took, and
+/// no longer than that: a fifth of one core is what a restless host with a huge
+/// table can cost us.
 const REST_FACTOR: u32 = 4;
 const REST_MAX: Duration = Duration::from_secs(5);
+
+/// Rests may be put off until they come to this, so that the first answers on a
+/// quiet host come at once.
+const CREDIT: Duration = Duration::from_secs(2);
 
 /// How long after a failure of the kernel's the comparison is tried again.
 const RETRY_WAIT: Duration = Duration::from_secs(1);
@@ -76,8 +80,8 @@ pub struct Keeper {
     addresses_due: bool,
     /// When to compare the table with what is wanted; `None`: no reason to.
     due: Option<Instant>,
-    /// The table is not to be compared before.
-    rest_until: Instant,
+    /// When all comparisons so far are paid for.
+    paid_at: Instant,
     backoff: Backoff,
     journal: Journal,
 }
@@ -106,7 +110,7 @@ impl Keeper {
             // They may be overridden.
             due: (!wanted.is_empty()).then(Instant::now),
             wanted,
-            rest_until: Instant::now(),
+            paid_at: Instant::now(),
             backoff: Backoff::default(),
             journal: Journal::default(),
         })
@@ -133,6 +137,7 @@ impl Keeper {
             }
             self.journal.flush(Instant::now());
         };
+        self.journal.end();
         if at_end == AtEnd::Remove
             && let Err(error) = self.remove_all()
         {
@@ -159,7 +164,9 @@ impl Keeper {
     }
 
     fn next_comparison(&self) -> Option<Instant> {
-        Some(self.due?.max(self.rest_until))
+        let due = self.due?;
+        let rested_at = self.paid_at.checked_sub(CREDIT);
+        Some(rested_at.map_or(due, |rested_at| due.max(rested_at)))
     }
 
     fn compare_at(&mut self, at: Instant) {
@@ -251,7 +258,6 @@ impl Keeper {
         self.up = true;
         if !was_up || self.addresses_due {
             self.restore_addresses()?;
-            self.addresses_due = false;
         }
         let standings = standings(&mut self.parts, &self.wanted)?;
         let mut repairs = Vec::new();
@@ -279,7 +285,7 @@ impl Keeper {
             .forget(started, |prefix| self.wanted.contains(prefix));
         let outcome = self.repair(&repairs, was_up);
         let now = Instant::now();
-        self.rest_until = now + ((now - started) * REST_FACTOR).min(REST_MAX);
+        self.paid_at = self.paid_at.max(now) + ((now - started) * REST_FACTOR).min(REST_MAX);
         outcome
     }
 
@@ -334,16 +340,21 @@ impl Keeper {
         Ok(())
     }
 
-    /// Gives the device back the addresses that it has lost.
+    /// Gives the device back the addresses that it has lost. One that it does
+    /// not take (IPv6 may be switched off on it by now) is not tried again: the
+    /// routes are worth having without.
     fn restore_addresses(&mut self) -> Result<()> {
         let index = self.parts.ours.oif;
         let present = self.parts.netlink.addresses()?;
-        for &address in &self.parts.addresses {
+        self.addresses_due = false;
+        for address in self.parts.addresses.clone() {
             if present.contains(&(index, address)) {
                 continue;
             }
             match self.parts.netlink.add_address(index, address) {
-                Err(error) if error.errno() != Some(libc::EEXIST) => return Err(error),
+                Err(error) if error.errno() != Some(libc::EEXIST) => {
+                    self.warn(|_| error.to_string());
+                }
                 _ => {}
             }
         }

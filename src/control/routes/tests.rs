@@ -349,6 +349,36 @@ fn who_insists_is_answered_ever_more_rarely_but_in_the_end() {
 }
 
 #[test]
+fn an_ipv6_route_that_nothing_can_override_is_waited_out() {
+    let mut host = Host::new();
+    let (ours, theirs) = (
+        host.ours,
+        DeviceRoute {
+            oif: host.other,
+            protocol: 3,
+        },
+    );
+    // The same metric and preference as ours, and there first.
+    for owner in [theirs, ours] {
+        let change = [RouteChange::Prepend(net(V6))];
+        let refusals = host.netlink.change_device_routes(owner, &change);
+        assert!(refusals.unwrap().is_empty());
+    }
+    let keeper = host.keeper();
+    keeper.set(set(&[V4, V6])).unwrap();
+    assert_eq!(host.leads_to(V6), Some(host.other));
+    host.netlink
+        .del_route(net(V4), None, Some(host.ours.oif))
+        .unwrap();
+    host.await_ours(V4);
+    assert!(host.has_foreign(V6));
+    let change = [RouteChange::Delete(net(V6))];
+    host.netlink.change_device_routes(theirs, &change).unwrap();
+    host.await_ours(V6);
+    drop(keeper);
+}
+
+#[test]
 fn lost_news_is_made_good() {
     let mut host = Host::new();
     let (commands, receiver) = bounded(4);
