@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -217,7 +218,7 @@ impl Running {
     }
 
     /// Opens the operators' socket, or goes on with the predecessor's.
-    fn serve(&mut self, listener: Option<std::os::fd::OwnedFd>) -> Result<()> {
+    fn serve(&mut self, listener: Option<OwnedFd>) -> Result<()> {
         let path = &self.config.control;
         let server = match listener {
             Some(listener) => Server::from_listener(listener, path),
@@ -531,10 +532,11 @@ impl Running {
 
     /// Ends the tunnel: routes, device and operators' socket go.
     pub fn take_down(mut self) {
-        self.stop_workers();
+        // Its keeper first, which would miss the device.
         if let Some(routes) = self.routes.take() {
             routes.stop(AtEnd::Remove);
         }
+        self.stop_workers();
         if let Some(server) = self.server.take() {
             server.close(true);
         }
