@@ -208,13 +208,22 @@ impl Running {
             started: Instant::now(),
             reload_error: None,
         };
-        running
-            .routes()
-            .set(running.kernel_routes(&running.overlay))?;
-        running.check_outside(&running.overlay.clone())?;
-        running.serve(listener)?;
-        announce::announce(&running);
-        Ok(running)
+        match running.open(listener) {
+            Ok(()) => Ok(running),
+            Err(error) => {
+                running.take_down();
+                Err(error)
+            }
+        }
+    }
+
+    /// The last steps of the start: what the host sees of a tunnel that works.
+    fn open(&mut self, listener: Option<OwnedFd>) -> Result<()> {
+        self.routes().set(self.kernel_routes(&self.overlay))?;
+        self.check_outside(&self.overlay.clone())?;
+        self.serve(listener)?;
+        announce::announce(self);
+        Ok(())
     }
 
     /// Opens the operators' socket, or goes on with the predecessor's.
