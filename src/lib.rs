@@ -18,6 +18,7 @@
 
 pub mod check;
 pub mod cli;
+pub mod client;
 pub mod config;
 pub mod control;
 pub mod demo;

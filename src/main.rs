@@ -7,7 +7,7 @@ use clap::Parser;
 use fastvpn::cli::{Cli, Command};
 use fastvpn::config::Config;
 use fastvpn::control::logging;
-use fastvpn::{check, demo, tunnel};
+use fastvpn::{check, client, demo, tunnel};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -20,11 +20,12 @@ fn main() -> ExitCode {
                 ExitCode::FAILURE
             };
         }
-        None => {
-            let args = &cli.tunnel;
-            logging::init(args.verbose, args.quiet, args.log_format);
-            Config::from_args(args).and_then(|config| tunnel::run(&config))
-        }
+        Some(Command::Client(command)) => client::run(command),
+        None => Config::from_args(&cli.tunnel).and_then(|config| {
+            let log = config.log;
+            logging::init(log.verbose, log.quiet, log.format);
+            tunnel::run(config)
+        }),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

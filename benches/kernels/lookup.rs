@@ -2,11 +2,16 @@
 
 use std::hint::black_box;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
 
+use fastvpn::packet::icmp::TunnelAddresses;
 use fastvpn::packet::ip::{self, Version};
+use fastvpn::packet::prefixes::Prefixes;
 use fastvpn::packet::segment::Segments;
 use fastvpn::packet::{TCP, UDP};
+use fastvpn::worker::counters::PeerCounters;
 use fastvpn::worker::table::{Peer, Table};
+use ipnet::IpNet;
 
 use super::inputs::{self, MTU_BYTES};
 use super::{Case, Kernel};
@@ -61,7 +66,7 @@ fn next_hop() -> Kernel {
     let work = move || {
         let found = (0..QUESTIONS).map(|_| {
             let destination = ip::destination(Version::V4, black_box(&packet));
-            black_box(&table).next_hop(destination)
+            black_box(&table).peer(destination)
         });
         found.filter(|hop| black_box(hop).is_some()).count() as u64
     };
@@ -81,9 +86,15 @@ fn sender(peers: usize) -> Kernel {
 
 fn table_of(peers: usize) -> Table {
     let peer = |index| Peer {
-        endpoint: SocketAddr::new(address(index), 8285),
+        endpoint: Some(SocketAddr::new(address(index), 8285)),
+        mtu_bytes: MTU_BYTES,
+        traffic: Arc::new([PeerCounters::default()]),
     };
-    Table::new((0..peers).map(peer).collect())
+    // All goes to the first, as with a single peer.
+    let anywhere = [(IpNet::V4(Default::default()), 0)];
+    let peers = (0..peers).map(peer).collect();
+    let prefixes = Arc::new(Prefixes::new(anywhere));
+    Table::new(peers, prefixes, TunnelAddresses::default(), false)
 }
 
 fn address(index: usize) -> IpAddr {

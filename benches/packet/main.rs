@@ -7,6 +7,7 @@
 
 #[path = "../kernels/mod.rs"]
 mod kernels;
+mod prefixes;
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -46,5 +47,6 @@ fn main() {
         });
         group.finish();
     }
+    prefixes::bench(&mut criterion);
     criterion.final_summary();
 }

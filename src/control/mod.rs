@@ -1,8 +1,14 @@
 //! The control thread's tools: the choice of an I/O engine, workers started,
-//! told and ended, signals,
-//! logging, and the summary of counters. None of it is in a packet's path.
+//! told and ended; the overlay's state, its peers' names and its kernel routes;
+//! the operators' socket; logging, and the summary of counters. None of it is in
+//! a packet's path.
 
 pub mod engine;
 pub mod logging;
+pub mod names;
+pub mod overlay;
+pub mod protocol;
+pub mod routes;
+pub mod server;
 pub mod summary;
 pub mod workers;

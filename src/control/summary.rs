@@ -25,6 +25,12 @@ pub fn lines(queues: &[Snapshot], link: Option<&LinkStats>) -> Vec<String> {
         drops.push("none".into());
     }
     lines.push(format!("dropped: {}", drops.join(", ")));
+    if total.icmp_sent + total.icmp_suppressed > 0 {
+        lines.push(format!(
+            "told senders by ICMP: {} times, {} left out",
+            total.icmp_sent, total.icmp_suppressed
+        ));
+    }
     lines
 }
 

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -46,15 +47,23 @@ struct Worker {
     counters: Arc<Counters>,
 }
 
+/// How long workers may take to take a new table, and how often they are
+/// asked: they do so the next time they look up from packets.
+const PUBLISH_WAIT_MAX: Duration = Duration::from_secs(5);
+const PUBLISH_WAIT_STEP: Duration = Duration::from_millis(1);
+
 /// The running workers. Dropping them ends them.
 pub struct Workers {
     workers: Vec<Worker>,
+    /// Keeps workers that are ready from starting, until it is dropped.
+    gate: Option<Sender<()>>,
     failures: Receiver<Error>,
     engine: Engine,
 }
 
 impl Workers {
-    /// Starts one worker per queue and waits until all are ready.
+    /// Makes one worker per queue and waits until all are ready. They start
+    /// with [`Self::go`].
     ///
     /// # Errors
     /// The first error of any worker; then all are ended again.
@@ -62,8 +71,10 @@ impl Workers {
         let count = queues.len();
         let (ready_sender, ready) = bounded(count);
         let (failure_sender, failures) = bounded(count);
+        let (gate, start) = bounded::<()>(0);
         let mut workers = Self {
             workers: Vec::with_capacity(count),
+            gate: Some(gate),
             failures,
             engine: setup.engine,
         };
@@ -74,6 +85,7 @@ impl Workers {
                 sockets,
                 setup: setup.clone(),
                 ready: ready_sender.clone(),
+                start: start.clone(),
                 failures: failure_sender.clone(),
             };
             workers.workers.push(parts.spawn()?);
@@ -85,6 +97,24 @@ impl Workers {
                 .map_err(|_| Error::new("a worker thread ended before it was ready"))??;
         }
         Ok(workers)
+    }
+
+    /// Lets the workers start.
+    pub fn go(&mut self) {
+        self.gate = None;
+    }
+
+    /// Gives all workers a new table. Each forwards by it from the next batch
+    /// of packets on.
+    pub fn publish(&self, table: &Arc<Table>) {
+        let deadline = Instant::now() + PUBLISH_WAIT_MAX;
+        while !self.tell(|| Command::Table(Arc::clone(table))) {
+            if Instant::now() > deadline {
+                tracing::error!("a worker does not take the new table: is it stuck?");
+                return;
+            }
+            std::thread::sleep(PUBLISH_WAIT_STEP);
+        }
     }
 
     /// What the workers run on, and what of it is in use.
@@ -120,6 +150,12 @@ impl Workers {
 
 impl Drop for Workers {
     fn drop(&mut self) {
+        // Those that have not started yet find the word to stop first.
+        let gate = self.gate.take();
+        if gate.is_some() {
+            self.tell(|| Command::Stop);
+        }
+        drop(gate);
         while !self.tell(|| Command::Stop) {
             std::thread::sleep(std::time::Duration::from_millis(1));
             if self
@@ -145,6 +181,7 @@ struct Parts {
     sockets: WorkerSockets,
     setup: Setup,
     ready: Sender<Result<Engine>>,
+    start: Receiver<()>,
     failures: Sender<Error>,
 }
 
@@ -185,10 +222,12 @@ impl Parts {
         let limits = self.setup.limits;
         let shared_counters = Arc::clone(&counters);
         let run = Run {
+            index: self.index,
             commands,
             counters: &counters,
             setup: &self.setup,
             ready: self.ready,
+            start: self.start,
             failures: self.failures,
         };
         match self.setup.engine {
@@ -206,10 +245,12 @@ impl Parts {
 
 /// A worker's run, whatever engine it is on.
 struct Run<'a> {
+    index: usize,
     commands: &'a Receiver<Command>,
     counters: &'a Counters,
     setup: &'a Setup,
     ready: Sender<Result<Engine>>,
+    start: Receiver<()>,
     failures: Sender<Error>,
 }
 
@@ -225,9 +266,12 @@ impl Run<'_> {
             }
         };
         let _ = self.ready.send(Ok(in_use(&engine)));
+        // Nothing is ever sent: the gate opens by being dropped.
+        let _ = self.start.recv();
         let table = Arc::clone(&self.setup.table);
         let Setup { tun, busy_poll, .. } = *self.setup;
         let result = worker::run(
+            self.index,
             &mut engine,
             self.commands,
             table,

@@ -31,28 +31,52 @@ pub struct LinkConfig {
 }
 
 /// Configures the device and brings it up. All of it goes with the device.
+/// `old`: the addresses that a predecessor gave it, if it was taken over.
 ///
 /// # Errors
-/// Names the address, route or setting that the kernel refused.
-pub fn bring_up(netlink: &mut Netlink, name: &str, config: &LinkConfig) -> Result<()> {
+/// Names the address or setting that the kernel refused.
+pub fn bring_up(
+    netlink: &mut Netlink,
+    name: &str,
+    config: &LinkConfig,
+    old: Option<&[IpNet]>,
+) -> Result<()> {
     let index = netlink
         .link_index(name)?
         .ok_or_else(|| Error::new(format!("interface {name} has disappeared")))?;
     netlink.set_txqueuelen(index, config.txqueuelen)?;
     netlink.set_mtu(index, config.mtu_bytes)?;
-    for &address in &config.addresses {
-        netlink.add_address(index, address)?;
+    set_addresses(netlink, index, old.unwrap_or_default(), &config.addresses)?;
+    netlink.set_up(index)
+}
+
+/// Lets the device deliver what we report to senders from our own address,
+/// which the kernel else takes for a forgery; tells whether it does.
+pub fn accept_local(netlink: &mut Netlink, name: &str) -> bool {
+    let accepted = netlink.link_index(name).and_then(|index| match index {
+        Some(index) => netlink.accept_local(index),
+        None => Err(Error::new(format!("interface {name} has disappeared"))),
+    });
+    accepted
+        .inspect_err(|error| tracing::debug!("reports come from the address asked for: {error}"))
+        .is_ok()
+}
+
+/// Replaces the `old` addresses of a device by the `new` ones.
+///
+/// # Errors
+/// Names the address that the kernel refused.
+pub fn set_addresses(
+    netlink: &mut Netlink,
+    index: u32,
+    old: &[IpNet],
+    new: &[IpNet],
+) -> Result<()> {
+    for address in new.iter().filter(|address| !old.contains(address)) {
+        netlink.add_address(index, *address)?;
     }
-    netlink.set_up(index)?;
-    for &route in &config.routes {
-        netlink
-            .add_route(route, None, Some(index))
-            .map_err(|error| match error.errno() {
-                Some(libc::EEXIST) => {
-                    error.hint("this host has that route already; leave it out of --route")
-                }
-                _ => error,
-            })?;
+    for address in old.iter().filter(|address| !new.contains(address)) {
+        netlink.del_address(index, *address)?;
     }
     Ok(())
 }

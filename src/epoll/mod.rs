@@ -34,7 +34,7 @@ use crate::error::{Error, Result};
 use crate::io::message::{self, PAYLOAD_START};
 use crate::io::{queue_error, socket_error};
 use crate::packet::coalesce::{Frame, FrameSink};
-use crate::packet::train::{Limits, NextHop, Train};
+use crate::packet::train::{Limits, Train};
 use crate::packet::virtio;
 use crate::transport::socket::WorkerSockets;
 use crate::worker::counters::Counters;
@@ -322,8 +322,8 @@ impl Engine for Epoll {
     }
 
     #[inline]
-    fn limits(&self, next_hop: NextHop) -> Limits {
-        self.output.limits.get(next_hop)
+    fn limits(&self, destination: SocketAddr) -> Limits {
+        self.output.limits.get(destination)
     }
 
     fn reset_limits(&mut self) {

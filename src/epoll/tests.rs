@@ -90,7 +90,7 @@ impl Bench {
 
     fn train(&mut self, sizes: &[usize]) -> Train {
         let mut train = self.engine.take_train().unwrap();
-        train.start(0, self.engine.limits(0));
+        train.start(0, self.engine.limits(([127, 0, 0, 1], 1).into()));
         for (index, &bytes) in sizes.iter().enumerate() {
             train.reserve(bytes).unwrap().fill(index as u8);
         }

@@ -8,7 +8,7 @@ use std::sync::Once;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, SockaddrStorage, sendto};
 
-use crate::packet::train::{Limits, NextHop, Train};
+use crate::packet::train::{Limits, Train};
 use crate::worker::counters::Counters;
 
 /// Older kernels' `UDP_MAX_SEGMENTS`.
@@ -22,8 +22,8 @@ pub struct PathLimits {
     /// Limits of a path that nothing has been learnt of.
     base: Limits,
     full: Limits,
-    /// By next hop, where something has been learnt.
-    paths: Vec<(NextHop, Limits)>,
+    /// By destination, where something has been learnt.
+    paths: Vec<(SocketAddr, Limits)>,
 }
 
 impl PathLimits {
@@ -36,12 +36,12 @@ impl PathLimits {
         }
     }
 
-    /// How long trains toward `next_hop` may be.
+    /// How long trains toward `destination` may be.
     #[inline]
-    pub fn get(&self, next_hop: NextHop) -> Limits {
+    pub fn get(&self, destination: SocketAddr) -> Limits {
         self.paths
             .iter()
-            .find(|(hop, _)| *hop == next_hop)
+            .find(|(to, _)| *to == destination)
             .map_or(self.base, |(_, limits)| *limits)
     }
 
@@ -71,7 +71,7 @@ impl PathLimits {
                 let (sent, no_room) = send_one_by_one(train, to, socket, counters);
                 // What goes through one by one was refused for being a train.
                 if sent > 0 {
-                    self.learn(train, errno);
+                    self.learn(train, to, errno);
                 }
                 no_room
             }
@@ -84,7 +84,7 @@ impl PathLimits {
 
     /// Remembers what the kernel will not take, so that later trains are short
     /// enough from the start.
-    fn learn(&mut self, train: &Train, errno: i32) {
+    fn learn(&mut self, train: &Train, to: SocketAddr, errno: i32) {
         static NO_CHECKSUM_OFFLOAD: Once = Once::new();
         if errno == libc::EIO {
             NO_CHECKSUM_OFFLOAD.call_once(|| {
@@ -101,14 +101,14 @@ impl PathLimits {
             self.full.segments_max = SEGMENTS_MAX_OLD;
             self.paths.clear();
         } else {
-            let mut limits = self.get(train.next_hop());
+            let mut limits = self.get(to);
             let refused_bytes = train.segment_bytes();
             limits.segment_bytes_max = limits.segment_bytes_max.min(refused_bytes - 1);
-            self.paths.retain(|(hop, _)| *hop != train.next_hop());
+            self.paths.retain(|(known, _)| *known != to);
             if self.paths.len() == PATHS_MAX {
                 self.paths.remove(0);
             }
-            self.paths.push((train.next_hop(), limits));
+            self.paths.push((to, limits));
             tracing::debug!(
                 "datagrams over {} bytes are sent alone: the path's MTU is smaller",
                 limits.segment_bytes_max
@@ -152,19 +152,34 @@ mod tests {
 
     use super::*;
 
-    fn train(next_hop: NextHop, sizes: &[usize]) -> Train {
+    fn train(sizes: &[usize]) -> Train {
         let mut train = Train::new(0);
-        train.start(next_hop, Limits::FULL);
+        train.start(7, Limits::FULL);
         for (index, &bytes) in sizes.iter().enumerate() {
             train.reserve(bytes).unwrap().fill(index as u8);
         }
         train
     }
 
-    /// Refuses a train and returns the sizes of the datagrams that arrive.
-    fn refuse(limits: &mut PathLimits, train: &Train, errno: i32, counters: &Counters) -> Vec<u8> {
+    fn receiver() -> UdpSocket {
         let receiver = UdpSocket::bind("127.0.0.1:0").unwrap();
         receiver.set_nonblocking(true).unwrap();
+        receiver
+    }
+
+    fn elsewhere() -> SocketAddr {
+        "127.0.0.1:1".parse().unwrap()
+    }
+
+    /// Refuses a train to `receiver` and returns the first bytes of the
+    /// datagrams that arrive.
+    fn refuse(
+        limits: &mut PathLimits,
+        train: &Train,
+        receiver: &UdpSocket,
+        errno: i32,
+        counters: &Counters,
+    ) -> Vec<u8> {
         let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
         let to = receiver.local_addr().unwrap();
         assert!(!limits.refused(train, to, errno, &sender, counters));
@@ -179,45 +194,70 @@ mod tests {
 
     #[test]
     fn what_is_too_long_for_a_path_is_sent_alone_and_remembered_for_that_path() {
+        let receiver = receiver();
+        let to = receiver.local_addr().unwrap();
         let mut limits = PathLimits::new(Limits::FULL);
         let counters = Counters::default();
-        let refused = train(7, &[1000, 1000, 500]);
-        let arrived = refuse(&mut limits, &refused, libc::EMSGSIZE, &counters);
+        let refused = train(&[1000, 1000, 500]);
+        let arrived = refuse(&mut limits, &refused, &receiver, libc::EMSGSIZE, &counters);
         assert_eq!(arrived, [0, 1, 2]);
-        assert_eq!(limits.get(7).segment_bytes_max, 999);
-        assert_eq!(limits.get(8), Limits::FULL);
+        assert_eq!(limits.get(to).segment_bytes_max, 999);
+        assert_eq!(limits.get(elsewhere()), Limits::FULL);
         let snapshot = counters.snapshot();
         assert_eq!((snapshot.packets_sent, snapshot.bytes_sent), (3, 2500));
         assert_eq!(snapshot.drops().next(), None);
         // Only ever shorter, until it is forgotten.
-        refuse(&mut limits, &train(7, &[1200; 2]), libc::EINVAL, &counters);
-        assert_eq!(limits.get(7).segment_bytes_max, 999);
+        refuse(
+            &mut limits,
+            &train(&[1200; 2]),
+            &receiver,
+            libc::EINVAL,
+            &counters,
+        );
+        assert_eq!(limits.get(to).segment_bytes_max, 999);
         limits.reset();
-        assert_eq!(limits.get(7), Limits::FULL);
+        assert_eq!(limits.get(to), Limits::FULL);
     }
 
     #[test]
     fn a_device_without_checksums_gets_no_trains_until_that_is_forgotten() {
+        let receiver = receiver();
         let mut limits = PathLimits::new(Limits::FULL);
         let counters = Counters::default();
-        refuse(&mut limits, &train(7, &[100; 3]), libc::EIO, &counters);
-        assert_eq!(limits.get(8).segments_max, 1);
+        refuse(
+            &mut limits,
+            &train(&[100; 3]),
+            &receiver,
+            libc::EIO,
+            &counters,
+        );
+        assert_eq!(limits.get(elsewhere()).segments_max, 1);
         limits.reset();
-        assert_eq!(limits.get(8), Limits::FULL);
+        assert_eq!(limits.get(elsewhere()), Limits::FULL);
     }
 
     #[test]
     fn an_older_kernels_limit_is_never_forgotten() {
+        let receiver = receiver();
+        let to = receiver.local_addr().unwrap();
         let mut limits = PathLimits::new(Limits::FULL);
         let counters = Counters::default();
-        let arrived = refuse(&mut limits, &train(7, &[30; 65]), libc::EINVAL, &counters);
+        let arrived = refuse(
+            &mut limits,
+            &train(&[30; 65]),
+            &receiver,
+            libc::EINVAL,
+            &counters,
+        );
         assert_eq!(arrived.len(), 65);
         limits.reset();
-        assert_eq!(limits.get(7).segments_max, SEGMENTS_MAX_OLD);
+        assert_eq!(limits.get(to).segments_max, SEGMENTS_MAX_OLD);
     }
 
     #[test]
     fn what_cannot_go_is_counted_and_teaches_nothing() {
+        let receiver = receiver();
+        let to = receiver.local_addr().unwrap();
         let mut limits = PathLimits::new(Limits::FULL);
         let counters = Counters::default();
         for (sizes, errno) in [
@@ -226,9 +266,9 @@ mod tests {
             // A single datagram is no train that could be taken apart.
             (&[100], libc::EMSGSIZE),
         ] {
-            assert!(refuse(&mut limits, &train(7, sizes), errno, &counters).is_empty());
+            assert!(refuse(&mut limits, &train(sizes), &receiver, errno, &counters).is_empty());
         }
-        assert_eq!(limits.get(7), Limits::FULL);
+        assert_eq!(limits.get(to), Limits::FULL);
         let snapshot = counters.snapshot();
         let dropped = (snapshot.drop_send_error, snapshot.drop_send_full);
         assert_eq!((snapshot.packets_sent, dropped), (0, (3, 2)));
@@ -237,12 +277,13 @@ mod tests {
     #[test]
     fn remembers_a_bounded_number_of_paths() {
         let mut limits = PathLimits::new(Limits::FULL);
-        for next_hop in 0..2 * PATHS_MAX as NextHop {
-            limits.learn(&train(next_hop, &[900; 2]), libc::EMSGSIZE);
+        let to = |port: u16| SocketAddr::from(([127, 0, 0, 1], port));
+        for port in 1..=2 * PATHS_MAX as u16 {
+            limits.learn(&train(&[900; 2]), to(port), libc::EMSGSIZE);
         }
         assert_eq!(limits.paths.len(), PATHS_MAX);
-        assert_eq!(limits.get(0), Limits::FULL);
-        let last = limits.get(2 * PATHS_MAX as NextHop - 1);
+        assert_eq!(limits.get(to(1)), Limits::FULL);
+        let last = limits.get(to(2 * PATHS_MAX as u16));
         assert_eq!(last.segment_bytes_max, 899);
     }
 }

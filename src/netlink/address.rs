@@ -39,6 +39,29 @@ impl Netlink {
         })
     }
 
+    /// Takes an address from an interface, and with it the kernel's route to
+    /// its prefix.
+    ///
+    /// # Errors
+    /// `EADDRNOTAVAIL` when the interface does not have it.
+    pub fn del_address(&mut self, index: u32, address: IpNet) -> Result<()> {
+        let mut message = AddressMessage::default();
+        message.header.index = index;
+        message.header.prefix_len = address.prefix_len();
+        message.header.family = family(&address);
+        message.attributes = vec![
+            AddressAttribute::Local(address.addr()),
+            AddressAttribute::Address(address.addr()),
+        ];
+        self.execute(RouteNetlinkMessage::DelAddress(message), 0)
+            .map_err(|refusal| {
+                let name = self.name_for_error(index);
+                refusal.describe(format!(
+                    "cannot take address {address} from interface {name}"
+                ))
+            })
+    }
+
     /// All addresses of the namespace, each with its interface's index and the
     /// length of its prefix.
     ///

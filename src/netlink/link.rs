@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{
     InfoData, InfoKind, InfoVeth, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
@@ -14,6 +14,17 @@ use crate::error::{Error, Result};
 
 /// Longest interface name in bytes: `IFNAMSIZ` less the terminating zero.
 pub const NAME_BYTES_MAX: usize = libc::IFNAMSIZ - 1;
+
+/// linux/if_link.h and linux/ip.h.
+const IFLA_AF_SPEC: u16 = 26;
+const IFLA_INET_CONF: u16 = 1;
+const IPV4_DEVCONF_ACCEPT_LOCAL: u16 = 23;
+
+/// A netlink attribute whose payload is a multiple of four bytes.
+fn attribute(kind: u16, payload: &[u8]) -> Vec<u8> {
+    let bytes = (payload.len() + 4) as u16;
+    [&bytes.to_ne_bytes(), &kind.to_ne_bytes(), payload].concat()
+}
 
 /// An interface as the kernel lists it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -150,6 +161,23 @@ impl Netlink {
     pub fn set_txqueuelen(&mut self, index: u32, packets: u32) -> Result<()> {
         let what = format!("set transmit queue length {packets} on interface");
         self.set_link_attribute(index, LinkAttribute::TxQueueLen(packets), &what)
+    }
+
+    /// Lets an interface deliver IPv4 packets whose source is an address of this
+    /// host (the sysctl `accept_local`).
+    ///
+    /// # Errors
+    /// When there is no such interface or the kernel refuses.
+    pub fn accept_local(&mut self, index: u32) -> Result<()> {
+        // IFLA_AF_SPEC { AF_INET { IFLA_INET_CONF { ACCEPT_LOCAL: 1 } } }, as
+        // `inet_set_link_af` in net/ipv4/devinet.c reads it. /proc/sys, the
+        // other way, is read-only in many containers.
+        let setting = attribute(IPV4_DEVCONF_ACCEPT_LOCAL, &1u32.to_ne_bytes());
+        let settings = attribute(IFLA_INET_CONF, &setting);
+        let family = attribute(libc::AF_INET as u16, &settings);
+        let families = DefaultNla::new(IFLA_AF_SPEC, family);
+        let what = "accept local sources on interface";
+        self.set_link_attribute(index, LinkAttribute::Other(families), what)
     }
 
     /// Makes an interface a port of a bridge.

@@ -3,7 +3,8 @@
 //!
 //! One [`Netlink`] is one socket and therefore one network namespace: that of
 //! the thread which opened it, whatever namespace the thread enters later.
-//! Operations stand in one file per noun: [`link`], [`address`], [`route`].
+//! Operations stand in one file per noun: [`link`], [`address`], [`route`],
+//! [`device_route`]. What others change is told by [`watch`].
 //!
 //! Every request waits for the kernel's acknowledgement, so when a function
 //! returns `Ok` the change is in force. The errno of a refusal is kept in the
@@ -11,8 +12,11 @@
 //! (`NETLINK_EXT_ACK`), those words become the error's hint.
 
 pub mod address;
+mod batch;
+pub mod device_route;
 pub mod link;
 pub mod route;
+pub mod watch;
 
 use std::io;
 use std::time::Duration;
@@ -27,8 +31,10 @@ use netlink_sys::{Socket, SocketAddr};
 
 use crate::error::{Error, Result};
 
+pub use device_route::{DeviceRoute, RouteChange, RouteEntry};
 pub use link::{Link, LinkStats, Vxlan};
 pub use route::{Route, RouteKind};
+pub use watch::{News, Watch};
 
 /// Bytes of the receive buffer. The kernel fills at most 32 KiB of it per
 /// datagram of a dump (`netlink_dump()` in net/netlink/af_netlink.c).
@@ -47,6 +53,9 @@ const NLMSGERR_ATTR_MSG: u16 = 1;
 /// Bytes of `struct nlmsghdr`, and the alignment of messages in a datagram.
 const HEADER_BYTES: usize = 16;
 const MESSAGE_ALIGN: usize = 4;
+
+/// Message types below it are about the protocol itself (linux/netlink.h).
+const NLMSG_MIN_TYPE: u16 = 0x10;
 
 /// An rtnetlink socket in one network namespace.
 pub struct Netlink {
@@ -158,16 +167,7 @@ impl Netlink {
         message: RouteNetlinkMessage,
         flags: u16,
     ) -> std::result::Result<Answer, Refusal> {
-        self.sequence = self.sequence.wrapping_add(1);
-        let mut header = NetlinkHeader::default();
-        header.flags = flags;
-        header.sequence_number = self.sequence;
-        let mut request = NetlinkMessage::new(header, NetlinkPayload::from(message));
-        request.finalize();
-        let mut bytes = vec![0; request.buffer_len()];
-        request.serialize(&mut bytes);
-        self.socket.send_to(&bytes, &SocketAddr::new(0, 0), 0)?;
-
+        self.send(message, flags)?;
         let mut messages = Vec::new();
         let mut interrupted = false;
         loop {
@@ -193,6 +193,51 @@ impl Netlink {
                 }
             }
         }
+    }
+
+    /// Lists a table object by object without keeping it: `visit` gets each
+    /// object's bytes, without the netlink header. `true` when the table changed
+    /// meanwhile, so that objects may be missing or come twice.
+    fn visit_dump(
+        &mut self,
+        message: RouteNetlinkMessage,
+        visit: &mut dyn FnMut(&[u8]),
+    ) -> std::result::Result<bool, Refusal> {
+        self.send(message, NLM_F_REQUEST | NLM_F_DUMP)?;
+        let mut interrupted = false;
+        loop {
+            let length = self.receive()?;
+            let mut rest = &self.buffer[..length];
+            while let Some((one, tail)) = split_message(rest) {
+                rest = tail;
+                let header = RawHeader::read(one);
+                if header.sequence != self.sequence {
+                    continue;
+                }
+                interrupted |= header.flags & NLM_F_DUMP_INTR != 0;
+                if header.kind >= NLMSG_MIN_TYPE {
+                    visit(&one[HEADER_BYTES..]);
+                } else if let Event::End { .. } = read_message(one, self.sequence)? {
+                    return Ok(interrupted);
+                }
+            }
+        }
+    }
+
+    fn send(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
+        self.sequence = self.sequence.wrapping_add(1);
+        let mut bytes = Vec::new();
+        append_request(&mut bytes, message, flags, self.sequence);
+        self.socket.send_to(&bytes, &SocketAddr::new(0, 0), 0)?;
+        Ok(())
+    }
+
+    /// The socket's address among the kernel's netlink sockets; it stands in
+    /// every notification of a change that this socket asked for.
+    fn port(&self) -> io::Result<u32> {
+        let mut address = SocketAddr::new(0, 0);
+        self.socket.get_address(&mut address)?;
+        Ok(address.port_number())
     }
 
     fn receive(&mut self) -> io::Result<usize> {
@@ -238,6 +283,38 @@ fn split_message(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
     }
     let next = length.next_multiple_of(MESSAGE_ALIGN).min(bytes.len());
     Some((&bytes[..length], &bytes[next..]))
+}
+
+/// `struct nlmsghdr` without its length.
+struct RawHeader {
+    kind: u16,
+    flags: u16,
+    sequence: u32,
+}
+
+impl RawHeader {
+    /// Reads a message that [`split_message`] returned: it has a whole header.
+    fn read(message: &[u8]) -> Self {
+        let short = |at: usize| u16::from_ne_bytes([message[at], message[at + 1]]);
+        Self {
+            kind: short(4),
+            flags: short(6),
+            sequence: u32::from_ne_bytes([message[8], message[9], message[10], message[11]]),
+        }
+    }
+}
+
+/// Puts one request behind those in `bytes`, padded as the kernel wants it.
+fn append_request(bytes: &mut Vec<u8>, message: RouteNetlinkMessage, flags: u16, sequence: u32) {
+    let mut header = NetlinkHeader::default();
+    header.flags = flags;
+    header.sequence_number = sequence;
+    let mut request = NetlinkMessage::new(header, NetlinkPayload::from(message));
+    request.finalize();
+    let start = bytes.len();
+    let length = request.buffer_len();
+    bytes.resize(start + length.next_multiple_of(MESSAGE_ALIGN), 0);
+    request.serialize(&mut bytes[start..start + length]);
 }
 
 fn read_message(bytes: &[u8], sequence: u32) -> std::result::Result<Event, Refusal> {

@@ -167,14 +167,7 @@ impl fmt::Display for RouteKind {
 }
 
 fn route_message(prefix: IpNet, via: Option<IpAddr>, oif: Option<u32>) -> Result<RouteMessage> {
-    let prefix = prefix.trunc();
-    let mut message = RouteMessage::default();
-    message.header.address_family = family(&prefix);
-    message.header.destination_prefix_length = prefix.prefix_len();
-    message.header.table = RouteHeader::RT_TABLE_MAIN;
-    message
-        .attributes
-        .push(RouteAttribute::Destination(prefix.network().into()));
+    let mut message = prefix_message(prefix);
     if let Some(via) = via {
         if via.is_ipv4() != prefix.addr().is_ipv4() {
             return Err(Error::new(format!(
@@ -187,6 +180,19 @@ fn route_message(prefix: IpNet, via: Option<IpAddr>, oif: Option<u32>) -> Result
         message.attributes.push(RouteAttribute::Oif(index));
     }
     Ok(message)
+}
+
+/// A route to a prefix in the main table, without a way to it.
+pub(super) fn prefix_message(prefix: IpNet) -> RouteMessage {
+    let prefix = prefix.trunc();
+    let mut message = RouteMessage::default();
+    message.header.address_family = family(&prefix);
+    message.header.destination_prefix_length = prefix.prefix_len();
+    message.header.table = RouteHeader::RT_TABLE_MAIN;
+    message
+        .attributes
+        .push(RouteAttribute::Destination(prefix.network().into()));
+    message
 }
 
 fn read_route(message: &RouteMessage, routes: &mut Vec<Route>) {

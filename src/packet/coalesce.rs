@@ -72,6 +72,16 @@ impl Frame {
         self.id
     }
 
+    /// Makes the frame one packet as it is, with nothing left to an offload.
+    /// `write` gets the room for it, [`PACKET_BYTES_MAX`] bytes or more, and
+    /// says how many of them it wrote.
+    #[inline]
+    pub fn fill(&mut self, write: impl FnOnce(&mut [u8]) -> usize) {
+        let room = &mut self.bytes[PACKET_START..];
+        self.packet_bytes = write(room).min(PACKET_BYTES_MAX);
+        self.set_header(Header::default());
+    }
+
     #[inline]
     fn packet_mut(&mut self) -> &mut [u8] {
         &mut self.bytes[PACKET_START..PACKET_START + self.packet_bytes]

@@ -77,6 +77,33 @@ pub fn destination(version: Version, packet: &[u8]) -> IpAddr {
     }
 }
 
+/// Source address of a packet that [`verify`] passed.
+#[inline]
+pub fn source(version: Version, packet: &[u8]) -> IpAddr {
+    match version {
+        Version::V4 => {
+            let mut octets = [0; 4];
+            octets.copy_from_slice(&packet[12..16]);
+            IpAddr::V4(Ipv4Addr::from(octets))
+        }
+        Version::V6 => {
+            let mut octets = [0; 16];
+            octets.copy_from_slice(&packet[8..24]);
+            IpAddr::V6(Ipv6Addr::from(octets))
+        }
+    }
+}
+
+/// Whether routers may not cut a packet that [`verify`] passed: those of IPv6
+/// never, those of IPv4 with the flag DF.
+#[inline]
+pub fn is_unfragmentable(version: Version, packet: &[u8]) -> bool {
+    match version {
+        Version::V4 => packet[6] & 0x40 != 0,
+        Version::V6 => true,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -119,11 +146,32 @@ mod tests {
         assert_eq!(verify(&header_too_small), Err(Malformed::Length));
     }
 
+    #[test]
+    fn reads_addresses_and_the_flag_df() {
+        let mut packet = v4(20);
+        packet[12..16].copy_from_slice(&[10, 0, 0, 1]);
+        packet[16..20].copy_from_slice(&[10, 0, 0, 2]);
+        let text = |address: IpAddr| address.to_string();
+        assert_eq!(text(source(Version::V4, &packet)), "10.0.0.1");
+        assert_eq!(text(destination(Version::V4, &packet)), "10.0.0.2");
+        assert!(!is_unfragmentable(Version::V4, &packet));
+        packet[6] = 0x40;
+        assert!(is_unfragmentable(Version::V4, &packet));
+        let mut v6 = vec![0; 40];
+        v6[23] = 1;
+        v6[39] = 2;
+        assert_eq!(text(source(Version::V6, &v6)), "::1");
+        assert_eq!(text(destination(Version::V6, &v6)), "::2");
+        assert!(is_unfragmentable(Version::V6, &v6));
+    }
+
     proptest::proptest! {
         #[test]
         fn never_panics(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..100)) {
             if let Ok(version) = verify(&bytes) {
                 destination(version, &bytes);
+                source(version, &bytes);
+                is_unfragmentable(version, &bytes);
             }
         }
     }

@@ -4,12 +4,18 @@
 //! the frame it handed over), [`segment`] (one TSO/USO frame into packets),
 //! [`train`] (packets into one UDP GSO send). Inbound: [`ip`] (does the
 //! datagram hold one whole IP packet?), [`coalesce`] (packets of one flow into
-//! a frame the kernel takes in one write). [`checksum`] serves both.
+//! a frame the kernel takes in one write). [`checksum`] serves both, and so does
+//! [`prefixes`] (which next hop has an address?). Where the tunnel counts as a
+//! hop, [`hop`] comes before [`segment`]; what cannot be sent on is answered by
+//! [`icmp`].
 #![forbid(unsafe_code)]
 
 pub mod checksum;
 pub mod coalesce;
+pub mod hop;
+pub mod icmp;
 pub mod ip;
+pub mod prefixes;
 pub mod segment;
 pub mod train;
 pub mod virtio;

@@ -17,6 +17,7 @@ mod source;
 mod token;
 
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
@@ -30,7 +31,7 @@ use self::token::Token;
 use crate::device::tun::Queue;
 use crate::error::{Error, Result};
 use crate::packet::coalesce::{Frame, FrameSink};
-use crate::packet::train::{Limits, NextHop, Train};
+use crate::packet::train::{Limits, Train};
 use crate::transport::socket::WorkerSockets;
 use crate::worker::counters::Counters;
 use crate::worker::engine::{Engine, Event, Received, Source};
@@ -307,7 +308,7 @@ impl Engine for Uring {
     }
 
     #[inline]
-    fn send(&mut self, train: Train, destination: std::net::SocketAddr) {
+    fn send(&mut self, train: Train, destination: SocketAddr) {
         if train.count() == 0 {
             self.output.free_trains.push(train);
             return;
@@ -320,8 +321,8 @@ impl Engine for Uring {
     }
 
     #[inline]
-    fn limits(&self, next_hop: NextHop) -> Limits {
-        self.output.limits(next_hop)
+    fn limits(&self, destination: SocketAddr) -> Limits {
+        self.output.limits(destination)
     }
 
     fn reset_limits(&mut self) {

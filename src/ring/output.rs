@@ -11,11 +11,12 @@ use crate::error::{Error, Result};
 use crate::io::message::SendMessage;
 use crate::io::refusal::PathLimits;
 use crate::packet::coalesce::Frame;
-use crate::packet::train::{Limits, NextHop, Train};
+use crate::packet::train::{Limits, Train};
 use crate::worker::counters::Counters;
+use crate::worker::outbound::OPEN_TRAINS_MAX;
 
 /// Trains per worker: those that can be open at a time and a batch under way.
-pub const TRAINS: u16 = 16;
+pub const TRAINS: u16 = OPEN_TRAINS_MAX as u16 + 8;
 /// Frames per worker: the flows that can be open at a time and a batch under way.
 pub const FRAMES: u16 = 64;
 
@@ -132,10 +133,10 @@ impl Output {
         self.free_trains.push(train);
     }
 
-    /// How long trains toward `next_hop` may be.
+    /// How long trains toward `destination` may be.
     #[inline]
-    pub fn limits(&self, next_hop: NextHop) -> Limits {
-        self.paths.get(next_hop)
+    pub fn limits(&self, destination: SocketAddr) -> Limits {
+        self.paths.get(destination)
     }
 
     /// Forgets what has been learnt.

@@ -82,6 +82,12 @@ counters! {
     drop_frame_malformed,
     /// Outbound: packets to which no peer's prefix matches.
     drop_no_route,
+    /// Outbound: packets to a peer whose name has not resolved.
+    drop_peer_unresolved,
+    /// Outbound: packets whose hops were spent (`--hop`).
+    drop_ttl,
+    /// Outbound: unfragmentable packets longer than their peer's path takes.
+    drop_too_big,
     /// Outbound: packets longer than any UDP datagram.
     drop_oversize,
     /// Outbound: packets for which the socket's send buffer had no room.
@@ -90,6 +96,8 @@ counters! {
     drop_send_error,
     /// Inbound: datagrams from an address that is no peer's.
     drop_sender_unknown,
+    /// Inbound: packets from an inner address that is not behind their sender.
+    drop_source_not_allowed,
     /// Inbound: datagrams shorter than the IP header they claim.
     drop_short,
     /// Inbound: datagrams that are neither IPv4 nor IPv6.
@@ -104,9 +112,28 @@ counters! {
     drop_tun_error,
     /// Either way: packets for which no output buffer was free.
     drop_no_buffer,
+    /// ICMP errors written into the TUN queue about packets that were dropped.
+    icmp_sent,
+    /// ICMP errors that were due, but held back by the rate limit.
+    icmp_suppressed,
     /// Times that a receive stopped for lack of a free buffer and was started
     /// again. Nothing is lost by it.
     rearmed,
+}
+
+/// What one worker has carried to and from one peer. Of a cache line of its
+/// own, as another worker writes to the next one.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+pub struct PeerCounters {
+    /// Packets handed over for sending.
+    pub packets_sent: Counter,
+    /// Bytes of those packets.
+    pub bytes_sent: Counter,
+    /// Packets that passed all checks.
+    pub packets_received: Counter,
+    /// Bytes of those packets.
+    pub bytes_received: Counter,
 }
 
 impl Snapshot {

@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use crate::error::Result;
 use crate::packet::coalesce::FrameSink;
-use crate::packet::train::{Limits, NextHop, Train};
+use crate::packet::train::{Limits, Train};
 
 /// A filled receive buffer. Give it back with [`Engine::recycle`].
 #[derive(Debug)]
@@ -24,6 +24,12 @@ impl Received {
     #[inline]
     pub fn bytes(&self) -> &[u8] {
         &self.buffer[self.start..self.end]
+    }
+
+    /// The bytes received, for changing them in place.
+    #[inline]
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.buffer[self.start..self.end]
     }
 }
 
@@ -84,8 +90,8 @@ pub trait Engine: FrameSink {
     /// Sends a train. Trains toward one destination leave in the order given.
     fn send(&mut self, train: Train, destination: SocketAddr);
 
-    /// How long trains toward a next hop may be.
-    fn limits(&self, next_hop: NextHop) -> Limits;
+    /// How long trains toward a destination may be.
+    fn limits(&self, destination: SocketAddr) -> Limits;
 
     /// Forgets what refused sends taught about paths.
     fn reset_limits(&mut self);

@@ -90,7 +90,7 @@ fn adapted(auto: Duration, waited: Duration) -> Duration {
 mod tests {
     use super::*;
     use crate::packet::coalesce::{Frame, FrameSink};
-    use crate::packet::train::{Limits, NextHop, Train};
+    use crate::packet::train::{Limits, Train};
     use crate::worker::engine::{Event, Received, Source};
 
     /// Has an event from the given look on.
@@ -125,7 +125,7 @@ mod tests {
             None
         }
         fn send(&mut self, _: Train, _: std::net::SocketAddr) {}
-        fn limits(&self, _: NextHop) -> Limits {
+        fn limits(&self, _: std::net::SocketAddr) -> Limits {
             Limits::FULL
         }
         fn reset_limits(&mut self) {}

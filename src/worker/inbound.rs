@@ -1,12 +1,12 @@
 //! UDP to TUN: the sender of a received train is checked, each datagram
-//! verified to be one whole IP packet, packets of a flow coalesced, and the
-//! result written to the TUN queue.
+//! verified to be one whole IP packet that its sender may send, packets of a
+//! flow coalesced, and the result written to the TUN queue.
 
 use std::net::IpAddr;
 
 use super::counters::Counters;
 use super::engine::Engine;
-use super::table::Table;
+use super::table::{Peer, Table};
 use crate::packet::coalesce::{Coalescer, Offloads};
 use crate::packet::ip::{self, Malformed};
 
@@ -14,13 +14,17 @@ use crate::packet::ip::{self, Malformed};
 #[derive(Debug)]
 pub struct Inbound {
     coalescer: Coalescer,
+    /// Index of the worker.
+    worker: usize,
 }
 
 impl Inbound {
-    /// `offloads`: the super-packets that the TUN device takes.
-    pub fn new(offloads: Offloads) -> Self {
+    /// `offloads`: the super-packets that the TUN device takes. `worker`: the
+    /// worker's index.
+    pub fn new(offloads: Offloads, worker: usize) -> Self {
         Self {
             coalescer: Coalescer::new(offloads),
+            worker,
         }
     }
 
@@ -48,26 +52,99 @@ impl Inbound {
             counters.drop_short.add(1);
             return;
         }
-        let (mut packets, mut bytes) = (0, 0);
+        let mut allowed = Allowed::none(self.worker);
         for datagram in datagrams {
             match ip::verify(datagram) {
                 Ok(version) => {
-                    packets += 1;
-                    bytes += datagram.len() as u64;
-                    self.coalescer.push(version, datagram, engine);
+                    let source = ip::source(version, datagram);
+                    if allowed.admits(source, sender, table, counters) {
+                        allowed.count(datagram.len());
+                        self.coalescer.push(version, datagram, engine);
+                    } else {
+                        counters.drop_source_not_allowed.add(1);
+                    }
                 }
                 Err(Malformed::Short) => counters.drop_short.add(1),
                 Err(Malformed::Version) => counters.drop_version.add(1),
                 Err(Malformed::Length) => counters.drop_length.add(1),
             }
         }
-        counters.packets_received.add(packets);
-        counters.bytes_received.add(bytes);
+        allowed.settle(counters);
     }
 
     /// Writes all that is still held for merging: no more datagrams are at hand.
     #[inline]
     pub fn flush(&mut self, engine: &mut impl Engine) {
         self.coalescer.flush(engine);
+    }
+}
+
+/// The reverse path check: packets must come from the peer that packets to
+/// their source would go to (RFC 3704, section 2.2). Neighbours in a train
+/// mostly have one source, so the last verdict is kept.
+struct Allowed<'a> {
+    worker: usize,
+    source: Option<IpAddr>,
+    /// The peer behind which `source` is, if it is the sender.
+    peer: Option<&'a Peer>,
+    /// Packets and bytes of this peer that are not in its counters yet.
+    packets: u64,
+    bytes: u64,
+}
+
+impl<'a> Allowed<'a> {
+    #[inline]
+    fn none(worker: usize) -> Self {
+        Self {
+            worker,
+            source: None,
+            peer: None,
+            packets: 0,
+            bytes: 0,
+        }
+    }
+
+    /// Whether a packet from `source` may come from `sender`.
+    #[inline]
+    fn admits(
+        &mut self,
+        source: IpAddr,
+        sender: IpAddr,
+        table: &'a Table,
+        counters: &Counters,
+    ) -> bool {
+        if self.source != Some(source) {
+            self.settle(counters);
+            self.source = Some(source);
+            self.peer = table
+                .peer(source)
+                .map(|(_, peer)| peer)
+                .filter(|peer| peer.endpoint.is_some_and(|to| to.ip() == sender));
+        }
+        self.peer.is_some()
+    }
+
+    #[inline]
+    fn count(&mut self, packet_bytes: usize) {
+        self.packets += 1;
+        self.bytes += packet_bytes as u64;
+    }
+
+    /// Brings the counters up to date.
+    #[inline]
+    fn settle(&mut self, counters: &Counters) {
+        let (packets, bytes) = (
+            std::mem::take(&mut self.packets),
+            std::mem::take(&mut self.bytes),
+        );
+        if packets == 0 {
+            return;
+        }
+        counters.packets_received.add(packets);
+        counters.bytes_received.add(bytes);
+        if let Some(traffic) = self.peer.and_then(|peer| peer.traffic.get(self.worker)) {
+            traffic.packets_received.add(packets);
+            traffic.bytes_received.add(bytes);
+        }
     }
 }

@@ -10,6 +10,8 @@ pub mod engine;
 pub mod idle;
 pub mod inbound;
 pub mod outbound;
+pub mod rate;
+pub mod report;
 pub mod table;
 
 use std::sync::Arc;
@@ -43,11 +45,12 @@ const BATCH_EVENTS_MAX: usize = 64;
 /// that nothing waits behind an endless stream.
 const CARRIED_EVENTS_MAX: usize = 64;
 
-/// Runs a worker until it is told to stop.
+/// Runs the worker with this index until it is told to stop.
 ///
 /// # Errors
 /// When the engine fails for good, such as when the device was deleted.
 pub fn run(
+    index: usize,
     engine: &mut impl Engine,
     commands: &Receiver<Command>,
     mut table: Arc<Table>,
@@ -55,8 +58,8 @@ pub fn run(
     busy_poll: BusyPoll,
     counters: &Counters,
 ) -> Result<()> {
-    let mut outbound = Outbound::new();
-    let mut inbound = Inbound::new(tun);
+    let mut outbound = Outbound::new(index);
+    let mut inbound = Inbound::new(tun, index);
     let mut idle = Idle::new(busy_poll);
     let mut carried = 0;
     loop {
@@ -74,8 +77,8 @@ pub fn run(
             };
             carried += 1;
             match event {
-                Event::Frame(received) => {
-                    outbound.push(received.bytes(), &table, counters, engine);
+                Event::Frame(mut received) => {
+                    outbound.push(received.bytes_mut(), &table, counters, engine);
                     engine.recycle(received, Source::Tun);
                 }
                 Event::Datagrams {
@@ -95,7 +98,12 @@ pub fn run(
                                 inbound.flush(engine);
                                 return Ok(());
                             }
-                            Command::Table(new) => table = new,
+                            Command::Table(new) => {
+                                // What was looked up in the old one leaves
+                                // before what is looked up in the new one.
+                                outbound.flush(engine);
+                                table = new;
+                            }
                             Command::ResetLimits => engine.reset_limits(),
                         }
                     }

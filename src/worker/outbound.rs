@@ -1,58 +1,99 @@
 //! TUN to UDP: a frame from the TUN queue is segmented, its destination looked
 //! up, and every packet appended to its next hop's train. Trains stay open
-//! across the frames of a batch, which is what makes small packets fast.
+//! across the frames of a batch, which is what makes small packets fast. Who
+//! sent what cannot be carried is told so, as any router would.
 
 use std::net::SocketAddr;
 
 use super::counters::Counters;
 use super::engine::Engine;
+use super::report::Reporter;
 use super::table::Table;
+use crate::packet::hop::{self, Hop};
+use crate::packet::icmp::Problem;
 use crate::packet::ip;
 use crate::packet::segment::Segments;
 use crate::packet::train::{NextHop, TRAIN_BYTES_MAX, Train};
 
 /// Next hops whose trains can be open at a time. The oldest makes room.
-pub const OPEN_TRAINS_MAX: usize = 8;
+pub const OPEN_TRAINS_MAX: usize = 32;
 
 /// The trains being filled, at most one per next hop, oldest first.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Outbound {
     open: Vec<(Train, SocketAddr)>,
+    reporter: Reporter,
+    /// Index of the worker.
+    worker: usize,
 }
 
 impl Outbound {
-    /// No train yet, and room for all that can be open.
-    pub fn new() -> Self {
+    /// No train yet, and room for all that can be open. `worker`: the worker's
+    /// index.
+    pub fn new(worker: usize) -> Self {
         Self {
             open: Vec::with_capacity(OPEN_TRAINS_MAX),
+            reporter: Reporter::new(),
+            worker,
         }
     }
 
-    /// Takes in one frame: virtio-net header and packet.
+    /// Takes in one frame: virtio-net header and packet. The packet's hop limit
+    /// is changed in place if the tunnel counts as a hop.
     #[inline]
     pub fn push(
         &mut self,
-        frame: &[u8],
+        frame: &mut [u8],
         table: &Table,
         counters: &Counters,
         engine: &mut impl Engine,
     ) {
         counters.tun_frames_read.add(1);
+        // What is no packet is left for the next step to refuse.
+        let is_spent = table.is_hop() && hop::decrement_frame(frame) == Some(Hop::Expired);
         let Ok(segments) = Segments::new(frame) else {
             counters.drop_frame_malformed.add(1);
             return;
         };
         let count = segments.count();
-        let destination = ip::destination(segments.version(), segments.packet());
-        let Some((next_hop, endpoint)) = table.next_hop(destination) else {
+        let (version, packet) = (segments.version(), segments.packet());
+        if is_spent {
+            counters.drop_ttl.add(count as u64);
+            self.report(Problem::TimeExceeded, &segments, table, counters, engine);
+            return;
+        }
+        let Some((next_hop, peer)) = table.peer(ip::destination(version, packet)) else {
             counters.drop_no_route.add(count as u64);
+            self.report(Problem::NoRoute, &segments, table, counters, engine);
             return;
         };
+        let Some(endpoint) = peer.endpoint else {
+            counters.drop_peer_unresolved.add(count as u64);
+            self.report(Problem::NoRoute, &segments, table, counters, engine);
+            return;
+        };
+        let packet_bytes_max = peer.packet_bytes_max(version);
+        if segments.packet_bytes(0) > packet_bytes_max && ip::is_unfragmentable(version, packet) {
+            counters.drop_too_big.add(count as u64);
+            let mtu_bytes = packet_bytes_max as u32;
+            let problem = Problem::TooBig { mtu_bytes };
+            self.report(problem, &segments, table, counters, engine);
+            return;
+        }
         if segments.packet_bytes(0) > TRAIN_BYTES_MAX {
             counters.drop_oversize.add(count as u64);
             return;
         }
-        let Some(mut index) = self.train_to(next_hop, endpoint, engine) else {
+        if let Some(traffic) = peer.traffic.get(self.worker) {
+            traffic.packets_sent.add(count as u64);
+            traffic.bytes_sent.add(segments.total_bytes() as u64);
+        }
+        let to = NextHopPeer {
+            next_hop,
+            endpoint,
+            mtu_bytes: peer.mtu_bytes,
+        };
+        let Some(mut index) = self.train_to(to, engine) else {
             counters.drop_no_buffer.add(count as u64);
             return;
         };
@@ -63,7 +104,7 @@ impl Outbound {
                 // Full, or of another size: on with the next train.
                 let (train, endpoint) = self.open.remove(index);
                 engine.send(train, endpoint);
-                match self.start_train(next_hop, endpoint, engine) {
+                match self.start_train(to, engine) {
                     Some(fresh) => index = fresh,
                     None => {
                         counters.drop_no_buffer.add((count - packet) as u64);
@@ -95,34 +136,49 @@ impl Outbound {
         }
     }
 
-    /// Index of the open train toward `next_hop`, a fresh one if there is none.
+    /// Index of the open train toward a peer, a fresh one if there is none.
     #[inline]
-    fn train_to(
-        &mut self,
-        next_hop: NextHop,
-        endpoint: SocketAddr,
-        engine: &mut impl Engine,
-    ) -> Option<usize> {
-        let found = self.open.iter().position(|(train, to)| {
+    fn train_to(&mut self, to: NextHopPeer, engine: &mut impl Engine) -> Option<usize> {
+        let found = self.open.iter().position(|(train, endpoint)| {
             // The endpoint of a next hop changes with the table.
-            train.next_hop() == next_hop && *to == endpoint
+            train.next_hop() == to.next_hop && *endpoint == to.endpoint
         });
-        found.or_else(|| self.start_train(next_hop, endpoint, engine))
+        found.or_else(|| self.start_train(to, engine))
     }
 
-    fn start_train(
-        &mut self,
-        next_hop: NextHop,
-        endpoint: SocketAddr,
-        engine: &mut impl Engine,
-    ) -> Option<usize> {
+    fn start_train(&mut self, to: NextHopPeer, engine: &mut impl Engine) -> Option<usize> {
         if self.open.len() == OPEN_TRAINS_MAX {
             let (train, endpoint) = self.open.remove(0);
             engine.send(train, endpoint);
         }
         let mut train = engine.take_train()?;
-        train.start(next_hop, engine.limits(next_hop));
-        self.open.push((train, endpoint));
+        let mut limits = engine.limits(to.endpoint);
+        // What is longer than the path takes travels alone, in fragments.
+        limits.segment_bytes_max = limits.segment_bytes_max.min(to.mtu_bytes);
+        train.start(to.next_hop, limits);
+        self.open.push((train, to.endpoint));
         Some(self.open.len() - 1)
     }
+
+    /// Tells the sender of a frame that is not carried.
+    #[cold]
+    fn report(
+        &mut self,
+        problem: Problem,
+        segments: &Segments<'_>,
+        table: &Table,
+        counters: &Counters,
+        engine: &mut impl Engine,
+    ) {
+        self.reporter
+            .report(problem, segments, table.addresses(), counters, engine);
+    }
+}
+
+/// What a train toward a peer needs to know of it.
+#[derive(Clone, Copy)]
+struct NextHopPeer {
+    next_hop: NextHop,
+    endpoint: SocketAddr,
+    mtu_bytes: usize,
 }

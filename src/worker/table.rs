@@ -1,48 +1,109 @@
-//! The forwarding table: which peer a packet goes to, and which peers may send.
+//! The forwarding table: which peer a packet goes to, and what each peer may
+//! send.
 //!
 //! Workers hold a read-only snapshot; the control thread replaces it as a
-//! whole.
+//! whole ([`super::Command::Table`]), so nothing in a packet's way waits for a
+//! change, and no packet sees half of one.
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
+use super::counters::PeerCounters;
+use crate::packet::icmp::TunnelAddresses;
+use crate::packet::ip::Version;
+use crate::packet::prefixes::Prefixes;
 use crate::packet::train::NextHop;
 
-/// A far end of the tunnel.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Smallest MTU of any IPv6 link (RFC 8200, section 5): packets of this length
+/// are carried whatever the path, in fragments if need be.
+const IPV6_MTU_BYTES_MIN: usize = 1280;
+
+/// A far end of the tunnel, as workers see it.
+#[derive(Clone, Debug)]
 pub struct Peer {
-    /// Where its datagrams go.
-    pub endpoint: SocketAddr,
+    /// Where its datagrams go; `None` while its name does not resolve.
+    pub endpoint: Option<SocketAddr>,
+    /// Longest inner packet that reaches it in one piece: the path MTU less
+    /// the outer headers.
+    pub mtu_bytes: usize,
+    /// What each worker has carried to and from it, by the worker's index.
+    pub traffic: Arc<[PeerCounters]>,
 }
 
-/// A snapshot of all peers.
-#[derive(Clone, Debug)]
+impl Peer {
+    /// Longest packet of this IP version that is not reported as too big.
+    #[inline]
+    pub fn packet_bytes_max(&self, version: Version) -> usize {
+        match version {
+            Version::V4 => self.mtu_bytes,
+            Version::V6 => self.mtu_bytes.max(IPV6_MTU_BYTES_MIN),
+        }
+    }
+}
+
+/// A snapshot of all peers and of the prefixes behind them.
+#[derive(Debug)]
 pub struct Table {
+    /// By next hop.
     peers: Vec<Peer>,
+    prefixes: Arc<Prefixes>,
     /// Addresses that peers send from, sorted.
     senders: Vec<IpAddr>,
+    addresses: TunnelAddresses,
+    is_hop: bool,
 }
 
 impl Table {
-    /// A table of `peers`. The first takes all destinations: prefixes are not
-    /// configurable yet.
-    pub fn new(peers: Vec<Peer>) -> Self {
-        let mut senders: Vec<IpAddr> = peers.iter().map(|peer| peer.endpoint.ip()).collect();
+    /// A table in which `prefixes` lead to `peers` by their index.
+    ///
+    /// `addresses` are this host's in the tunnel, which errors are reported
+    /// from; `is_hop` makes the tunnel count as an IP hop.
+    pub fn new(
+        peers: Vec<Peer>,
+        prefixes: Arc<Prefixes>,
+        addresses: TunnelAddresses,
+        is_hop: bool,
+    ) -> Self {
+        let mut senders: Vec<IpAddr> = peers
+            .iter()
+            .filter_map(|peer| Some(peer.endpoint?.ip()))
+            .collect();
         senders.sort_unstable();
         senders.dedup();
-        Self { peers, senders }
+        Self {
+            peers,
+            prefixes,
+            senders,
+            addresses,
+            is_hop,
+        }
     }
 
-    /// The next hop for an inner destination address.
+    /// The peer with the longest prefix that matches an inner address: where
+    /// packets to it go, and who may send packets from it.
     #[inline]
-    pub fn next_hop(&self, _destination: IpAddr) -> Option<(NextHop, SocketAddr)> {
-        self.peers.first().map(|peer| (0, peer.endpoint))
+    pub fn peer(&self, address: IpAddr) -> Option<(NextHop, &Peer)> {
+        let next_hop = self.prefixes.lookup(address)?;
+        Some((next_hop, self.peers.get(usize::from(next_hop))?))
     }
 
-    /// Whether datagrams from `address` may enter. The source port says
-    /// nothing: a peer's workers send from several.
+    /// Whether any peer sends from `address`. The source port says nothing: a
+    /// peer's workers send from several.
     #[inline]
     pub fn is_sender(&self, address: IpAddr) -> bool {
         self.senders.binary_search(&address).is_ok()
+    }
+
+    /// This host's addresses in the tunnel.
+    #[inline]
+    pub fn addresses(&self) -> &TunnelAddresses {
+        &self.addresses
+    }
+
+    /// Whether packets into the tunnel spend one of their hops.
+    #[inline]
+    pub fn is_hop(&self) -> bool {
+        self.is_hop
     }
 }
 
@@ -50,21 +111,61 @@ impl Table {
 mod tests {
     use super::*;
 
+    fn peer(endpoint: &str) -> Peer {
+        Peer {
+            endpoint: endpoint.parse().ok(),
+            mtu_bytes: 1000,
+            traffic: Arc::new([]),
+        }
+    }
+
+    fn table(peers: &[&str], prefixes: &[(&str, NextHop)]) -> Table {
+        let prefixes = prefixes
+            .iter()
+            .map(|(prefix, hop)| (prefix.parse().unwrap(), *hop));
+        Table::new(
+            peers.iter().map(|endpoint| peer(endpoint)).collect(),
+            Arc::new(Prefixes::new(prefixes)),
+            TunnelAddresses::default(),
+            false,
+        )
+    }
+
     #[test]
     fn knows_its_senders() {
-        let peer = |text: &str| Peer {
-            endpoint: text.parse().unwrap(),
-        };
-        let table = Table::new(vec![peer("10.0.0.2:8285"), peer("[fd00::2]:8285")]);
+        let table = table(&["10.0.0.2:8285", "[fd00::2]:8285", "unresolved"], &[]);
         assert!(table.is_sender("10.0.0.2".parse().unwrap()));
         assert!(table.is_sender("fd00::2".parse().unwrap()));
         assert!(!table.is_sender("10.0.0.3".parse().unwrap()));
-        let (hop, endpoint) = table.next_hop("10.244.1.1".parse().unwrap()).unwrap();
-        assert_eq!((hop, endpoint), (0, "10.0.0.2:8285".parse().unwrap()));
-        assert!(
-            Table::new(vec![])
-                .next_hop("10.0.0.1".parse().unwrap())
-                .is_none()
+        assert!(table.peer("10.0.0.2".parse().unwrap()).is_none());
+    }
+
+    #[test]
+    fn the_longest_prefix_wins() {
+        let table = table(
+            &["10.0.0.2:1", "10.0.0.3:1", "unresolved"],
+            &[
+                ("10.244.0.0/16", 0),
+                ("10.244.7.0/24", 1),
+                ("fd00::/8", 2),
+                // A next hop that is not there leads nowhere.
+                ("10.99.0.0/16", 9),
+            ],
         );
+        let hop = |address: &str| table.peer(address.parse().unwrap()).map(|(hop, _)| hop);
+        assert_eq!(hop("10.244.1.1"), Some(0));
+        assert_eq!(hop("10.244.7.1"), Some(1));
+        assert_eq!(hop("fd01::1"), Some(2));
+        assert_eq!(hop("10.99.1.1"), None);
+        assert_eq!(hop("192.0.2.1"), None);
+        let (_, peer) = table.peer("10.244.7.1".parse().unwrap()).unwrap();
+        assert_eq!(peer.endpoint, "10.0.0.3:1".parse().ok());
+    }
+
+    #[test]
+    fn every_path_carries_the_smallest_ipv6_packets() {
+        let peer = peer("10.0.0.2:1");
+        assert_eq!(peer.packet_bytes_max(Version::V4), 1000);
+        assert_eq!(peer.packet_bytes_max(Version::V6), 1280);
     }
 }

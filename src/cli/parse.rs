@@ -1,173 +1,25 @@
-//! The command line.
+//! Readers of the values of flags and keys. Each says in one line what is wrong
+//! with a text that it does not take.
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::ValueEnum;
 use ipnet::IpNet;
 
+use super::{CoreList, Endpoint, Listen, PeerSpec};
 use crate::transport::DEFAULT_PORT;
 use crate::worker::idle::BusyPoll;
 
-/// Name of the TUN device unless another is given.
-pub const TUN_NAME_DEFAULT: &str = "fastvpn0";
+/// A value, or what is wrong with the text.
+pub(crate) type ParseResult<T> = Result<T, String>;
 
-/// A fast userspace network tunnel: IP packets in plain UDP datagrams.
-///
-/// Run it the same way on both hosts, each naming the other, as in
-/// `fastvpn --queues 4 --peer 10.211.55.123:8285`.
-#[derive(Debug, Parser)]
-#[command(
-    version,
-    args_conflicts_with_subcommands = true,
-    subcommand_negates_reqs = true
-)]
-pub struct Cli {
-    /// What to do other than run a tunnel.
-    #[command(subcommand)]
-    pub command: Option<Command>,
+/// Longest busy polling: a second.
+pub(crate) const BUSY_POLL_US_MAX: u64 = 1_000_000;
 
-    /// The tunnel's options.
-    #[command(flatten)]
-    pub tunnel: TunnelArgs,
-}
-
-/// What to do other than run a tunnel.
-#[derive(Debug, Subcommand)]
-pub enum Command {
-    /// Show a tunnel at work between two network namespaces of this machine
-    Demo(crate::demo::DemoOptions),
-    /// Say what this host offers a tunnel, what is missing, and how to mend it
-    Check(crate::check::CheckOptions),
-}
-
-/// The tunnel's options.
-#[derive(Clone, Debug, Args)]
-pub struct TunnelArgs {
-    /// Workers, each with a TUN queue, a UDP socket and a thread [default: one per core, at most 4]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
-    pub queues: Option<u16>,
-
-    /// The other host: IPv4 or IPv6 address or DNS name, port 8285 unless given
-    #[arg(long, value_name = "HOST[:PORT]", required = true, value_parser = parse_endpoint)]
-    pub peer: Vec<Endpoint>,
-
-    /// Address and UDP port to listen on [default: all addresses, port 8285]
-    #[arg(long, value_name = "ADDR[:PORT]", value_parser = parse_listen)]
-    pub listen: Option<Listen>,
-
-    /// Name of the TUN device
-    #[arg(long, value_name = "NAME", default_value = TUN_NAME_DEFAULT, value_parser = parse_tun_name)]
-    pub tun: String,
-
-    /// MTU of the TUN device in bytes [default: path MTU to the peer less 28 (IPv4) or 48 (IPv6)]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(68..=65507))]
-    pub mtu: Option<u32>,
-
-    /// Address of the TUN device, repeatable [default: 10.244.x.y/16 from the underlay address a.b.x.y]
-    #[arg(long, value_name = "CIDR", value_parser = parse_address)]
-    pub address: Vec<IpNet>,
-
-    /// Route through the tunnel, repeatable; gone again at exit
-    #[arg(long, value_name = "CIDR", value_parser = parse_route)]
-    pub route: Vec<IpNet>,
-
-    /// Pin workers to these cores, as in 0,2-3 [default: no pinning]
-    #[arg(long, value_name = "LIST", value_parser = parse_cores)]
-    pub cores: Option<CoreList>,
-
-    /// Look for arrivals this many microseconds before sleeping: off, auto, or 1 to 1000000
-    #[arg(long, value_name = "US", default_value = "off", value_parser = parse_busy_poll)]
-    pub busy_poll: BusyPoll,
-
-    /// Packets that may wait in a TUN queue for its worker
-    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
-    pub txqueuelen: u32,
-
-    /// How the workers do their I/O
-    #[arg(long, value_enum, value_name = "ENGINE", default_value_t = Io::Auto)]
-    pub io: Io,
-
-    /// Do without some kernel features, as on a kernel that lacks them
-    #[arg(long, value_name = "LIST", value_delimiter = ',')]
-    pub without: Vec<Feature>,
-
-    /// Path of the operators' socket [default: /run/fastvpn/, named after the TUN]
-    #[arg(long, value_name = "PATH")]
-    pub control: Option<PathBuf>,
-
-    /// Say more; twice for even more
-    #[arg(short, long, action = clap::ArgAction::Count, conflicts_with = "quiet")]
-    pub verbose: u8,
-
-    /// Say nothing but warnings and errors
-    #[arg(short, long)]
-    pub quiet: bool,
-
-    /// Form of the log lines
-    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
-    pub log_format: LogFormat,
-}
-
-/// Form of the log lines.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum LogFormat {
-    /// Lines for people.
-    Text,
-    /// One JSON object per line.
-    Json,
-}
-
-/// How the workers do their I/O.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Io {
-    /// By io_uring if the kernel has and allows it, else by epoll
-    Auto,
-    /// By io_uring (Linux 6.1), or not at all
-    Uring,
-    /// By epoll, which any kernel has and allows
-    Epoll,
-}
-
-/// A kernel feature that can be left unused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Feature {
-    /// TCP segmentation offload on the TUN device
-    Tso,
-    /// UDP segmentation offload on the TUN device
-    Uso,
-    /// UDP_SEGMENT on the UDP socket
-    UdpSegment,
-    /// UDP_GRO on the UDP socket
-    UdpGro,
-    /// io_uring's multishot receive on the UDP socket
-    RecvMultishot,
-}
-
-/// A host to resolve and a port.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Endpoint {
-    /// Address or DNS name.
-    pub host: String,
-    /// UDP port.
-    pub port: u16,
-}
-
-/// Where to listen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Listen {
-    /// Address of this host, or the unspecified address for all.
-    pub ip: IpAddr,
-    /// UDP port.
-    pub port: u16,
-}
-
-/// Core numbers, in the order of the workers that get them.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CoreList(pub Vec<usize>);
-
-type ParseResult<T> = Result<T, String>;
+/// Longest host: a DNS name (RFC 1035, section 2.3.4), or an IPv6 address with
+/// its zone.
+const HOST_BYTES_MAX: usize = 255;
 
 /// Splits `host:port`, `[v6]:port`, or a host alone.
 fn split_port(text: &str) -> ParseResult<(&str, u16)> {
@@ -195,7 +47,9 @@ fn split_port(text: &str) -> ParseResult<(&str, u16)> {
 
 pub(crate) fn parse_endpoint(text: &str) -> ParseResult<Endpoint> {
     let (host, port) = split_port(text)?;
-    if host.is_empty() || host.contains(|c: char| c.is_whitespace() || c.is_control() || c == '/') {
+    let bad =
+        |c: char| c.is_whitespace() || c.is_control() || matches!(c, '/' | '=' | ',' | '[' | ']');
+    if host.is_empty() || host.len() > HOST_BYTES_MAX || host.contains(bad) {
         return Err("expected an address or a DNS name, and a port if it is not 8285".into());
     }
     if host.contains(':') && host.parse::<IpAddr>().is_err() && !host.contains('%') {
@@ -207,7 +61,7 @@ pub(crate) fn parse_endpoint(text: &str) -> ParseResult<Endpoint> {
     })
 }
 
-fn parse_listen(text: &str) -> ParseResult<Listen> {
+pub(crate) fn parse_listen(text: &str) -> ParseResult<Listen> {
     if let Ok(address) = text.parse::<SocketAddr>() {
         if address.port() == 0 {
             return Err("0 is no UDP port (1 to 65535)".into());
@@ -224,8 +78,39 @@ fn parse_listen(text: &str) -> ParseResult<Listen> {
     Ok(Listen { ip, port })
 }
 
+/// `HOST[:PORT][=PREFIX[,PREFIX…]]`.
+pub(crate) fn parse_peer(text: &str) -> ParseResult<PeerSpec> {
+    let (endpoint, prefixes) = match text.split_once('=') {
+        None => (text, Vec::new()),
+        Some((endpoint, "")) => {
+            return Err(format!("expected prefixes after {endpoint}="));
+        }
+        Some((endpoint, list)) => {
+            let prefix = |text| parse_route(text).map_err(|error| format!("{text:?}: {error}"));
+            let prefixes: ParseResult<_> = list.split(',').map(prefix).collect();
+            (endpoint, prefixes?)
+        }
+    };
+    Ok(PeerSpec {
+        endpoint: parse_endpoint(endpoint)?,
+        prefixes,
+    })
+}
+
+/// One of the values of an option that has a few.
+pub(crate) fn parse_choice<T: ValueEnum>(text: &str) -> ParseResult<T> {
+    T::from_str(text, false).map_err(|_| {
+        let values = T::value_variants().iter();
+        let names: Vec<String> = values
+            .filter_map(ValueEnum::to_possible_value)
+            .map(|value| value.get_name().to_string())
+            .collect();
+        format!("expected {}", names.join(", "))
+    })
+}
+
 /// What the kernel takes as an interface name (`dev_valid_name`).
-fn parse_tun_name(text: &str) -> ParseResult<String> {
+pub(crate) fn parse_tun_name(text: &str) -> ParseResult<String> {
     let bad = |c: char| c.is_whitespace() || c.is_control() || matches!(c, '/' | ':' | '%');
     if text.is_empty() || text.len() > 15 || text.contains(bad) || text == "." || text == ".." {
         return Err("expected 1 to 15 characters without /, :, % and spaces".into());
@@ -241,7 +126,7 @@ fn parse_cidr(text: &str) -> ParseResult<IpNet> {
         .map_err(|_| "expected ADDRESS/LENGTH, such as 10.244.2.2/24".to_string())
 }
 
-fn parse_address(text: &str) -> ParseResult<IpNet> {
+pub(crate) fn parse_address(text: &str) -> ParseResult<IpNet> {
     let net = parse_cidr(text)?;
     let address = net.addr();
     if address.is_unspecified() || address.is_multicast() {
@@ -250,7 +135,7 @@ fn parse_address(text: &str) -> ParseResult<IpNet> {
     Ok(net)
 }
 
-fn parse_route(text: &str) -> ParseResult<IpNet> {
+pub(crate) fn parse_route(text: &str) -> ParseResult<IpNet> {
     let net = parse_cidr(text)?;
     if net.trunc() != net {
         return Err(format!(
@@ -283,8 +168,8 @@ pub(crate) fn parse_cores(text: &str) -> ParseResult<CoreList> {
     Ok(CoreList(cores))
 }
 
-fn parse_busy_poll(text: &str) -> ParseResult<BusyPoll> {
-    const US_MAX: u64 = 1_000_000;
+pub(crate) fn parse_busy_poll(text: &str) -> ParseResult<BusyPoll> {
+    const US_MAX: u64 = BUSY_POLL_US_MAX;
     match text {
         "off" => Ok(BusyPoll::Off),
         "auto" => Ok(BusyPoll::Auto),
@@ -299,11 +184,54 @@ fn parse_busy_poll(text: &str) -> ParseResult<BusyPoll> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
+    use crate::cli::Io;
 
     #[test]
-    fn the_definition_is_sound() {
-        Cli::command().debug_assert();
+    fn reads_peers_and_gives_their_text_back() {
+        let peer = parse_peer("vpn.example.org:99=10.1.0.0/16,fd00:1::/64").unwrap();
+        assert_eq!(
+            (&peer.endpoint.host[..], peer.endpoint.port),
+            ("vpn.example.org", 99)
+        );
+        assert_eq!(peer.prefixes.len(), 2);
+        for (text, shown) in [
+            ("10.0.0.2", "10.0.0.2:8285"),
+            ("fd00::1=10.1.2.3", "[fd00::1]:8285=10.1.2.3/32"),
+            ("[fe80::1%eth0]:9=::/0", "[fe80::1%eth0]:9=::/0"),
+            (
+                "a.example:9=10.1.0.0/16,10.2.0.0/16",
+                "a.example:9=10.1.0.0/16,10.2.0.0/16",
+            ),
+        ] {
+            let peer = parse_peer(text).unwrap();
+            assert_eq!(peer.to_string(), shown);
+            assert_eq!(parse_peer(shown), Ok(peer));
+        }
+        let bits = parse_peer("10.0.0.2=10.1.2.3/16").unwrap_err();
+        assert!(
+            bits.contains("10.1.2.3/16") && bits.contains("10.1.0.0/16"),
+            "{bits}"
+        );
+        for bad in [
+            "=10.1.0.0/16",
+            "a=",
+            "a=10.1.0.0/16,",
+            "a=b",
+            "a=10.1.0.0/33",
+            "a,b",
+            "[a]]",
+        ] {
+            assert!(parse_peer(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn lists_the_values_there_are() {
+        assert_eq!(parse_choice("epoll"), Ok(Io::Epoll));
+        assert_eq!(
+            parse_choice::<Io>("aio"),
+            Err("expected auto, uring, epoll".into())
+        );
     }
 
     #[test]

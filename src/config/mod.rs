@@ -1,0 +1,249 @@
+//! Flags and a configuration file into one checked configuration.
+//!
+//! [`Config`] is what can be said without a look at the network. Names may not
+//! resolve yet and links may not be up yet; [`Config::settle`] adds what follows
+//! from the peers that can be reached now.
+
+mod file;
+mod peers;
+mod reload;
+mod underlay;
+
+use std::path::PathBuf;
+
+use ipnet::IpNet;
+
+use crate::cli::{
+    CoreList, Feature, Io, Listen, LogFormat, PeerSpec, TUN_NAME_DEFAULT, TunnelArgs,
+};
+use crate::error::{Error, Result};
+use crate::packet::coalesce;
+use crate::ring;
+use crate::transport::socket;
+use crate::worker::idle::BusyPoll;
+pub use file::{FILE_BYTES_MAX, parse_file};
+pub use peers::{PEERS_MAX, check_peers};
+pub use underlay::Settled;
+pub(crate) use underlay::default_mtu_bytes;
+
+/// Queues that are used unless more are asked for.
+const QUEUES_DEFAULT_MAX: usize = 4;
+
+/// Packets that may wait in a TUN queue unless it is said how many.
+const TXQUEUELEN_DEFAULT: u32 = 1000;
+
+/// What is wanted of a tunnel, checked, with the defaults filled in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// The command line's flags, which a file read again does not override.
+    args: TunnelArgs,
+    /// The file that the rest came from.
+    pub config_file: Option<PathBuf>,
+    /// Workers.
+    pub queues: u16,
+    /// The peers, not resolved. No prefix is there twice, no peer either, and
+    /// one peer at most is without prefixes.
+    pub peers: Vec<PeerSpec>,
+    /// Address and port to listen on, if given.
+    pub listen: Option<Listen>,
+    /// Name of the TUN device.
+    pub tun: String,
+    /// MTU of the TUN device in bytes, if given.
+    pub mtu_bytes: Option<u32>,
+    /// Addresses of the TUN device; none to derive one.
+    pub addresses: Vec<IpNet>,
+    /// Routes through the TUN device besides the peers' prefixes.
+    pub routes: Vec<IpNet>,
+    /// Packets that may wait in a TUN queue.
+    pub txqueuelen: u32,
+    /// Whether the kernel's routes are left alone.
+    pub no_routes: bool,
+    /// Whether the tunnel counts as an IP hop.
+    pub hop: bool,
+    /// How long to look for arrivals without sleeping.
+    pub busy_poll: BusyPoll,
+    /// Cores to pin workers to, in turn.
+    pub cores: Option<Vec<usize>>,
+    /// The I/O engine asked for.
+    pub io: Io,
+    /// Kernel features to try.
+    pub wanted: Wanted,
+    /// Path of the operators' socket.
+    pub control: PathBuf,
+    /// Whether that is the default path rather than one that was given.
+    pub control_is_default: bool,
+    /// Whether to take over from the running process.
+    pub takeover: bool,
+    /// What to log, and how.
+    pub log: Log,
+}
+
+/// What to log, and how: the arguments of [`crate::control::logging::init`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Log {
+    /// How much more than usual.
+    pub verbose: u8,
+    /// Warnings and errors alone.
+    pub quiet: bool,
+    /// Form of the lines.
+    pub format: LogFormat,
+}
+
+/// Kernel features to try.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// On the TUN device.
+    pub tun: coalesce::Offloads,
+    /// On the UDP sockets.
+    pub udp: socket::Offloads,
+    /// In io_uring.
+    pub uring: ring::Features,
+}
+
+impl Config {
+    /// Reads the file that the flags name, if any; checks both, and fills in
+    /// what can be known without a look at the network.
+    ///
+    /// # Errors
+    /// One line that names the flag, or the place in the file.
+    pub fn from_args(args: &TunnelArgs) -> Result<Self> {
+        let all = match &args.config {
+            Some(path) => args.over(parse_file(path)?),
+            None => args.clone(),
+        };
+        check_peers(&all.peer)?;
+        let no_routes = all.no_routes.unwrap_or(false);
+        if let Some(route) = all.route.first().filter(|_| no_routes) {
+            return Err(Error::new(format!(
+                "--route {route} and --no-routes contradict each other"
+            ))
+            .hint("leave one of them out"));
+        }
+        let tun = all.tun.unwrap_or_else(|| TUN_NAME_DEFAULT.into());
+        Ok(Self {
+            args: args.clone(),
+            config_file: args.config.clone(),
+            queues: all.queues.unwrap_or_else(default_queues),
+            peers: all.peer,
+            listen: all.listen,
+            mtu_bytes: all.mtu,
+            addresses: all.address,
+            routes: all.route,
+            txqueuelen: all.txqueuelen.unwrap_or(TXQUEUELEN_DEFAULT),
+            no_routes,
+            hop: all.hop.unwrap_or(false),
+            busy_poll: all.busy_poll.unwrap_or(BusyPoll::Off),
+            cores: all.cores.map(checked_cores).transpose()?,
+            io: all.io.unwrap_or_default(),
+            wanted: wanted(&all.without),
+            control_is_default: all.control.is_none(),
+            control: all.control.unwrap_or_else(|| default_control_path(&tun)),
+            tun,
+            takeover: all.takeover.unwrap_or(false),
+            log: Log {
+                verbose: all.verbose,
+                quiet: all.quiet,
+                format: all.log_format.unwrap_or_default(),
+            },
+        })
+    }
+
+    /// The configuration as it would be at a start now: the same flags, and the
+    /// file as it is today.
+    ///
+    /// # Errors
+    /// As [`Self::from_args`].
+    pub fn reread(&self) -> Result<Self> {
+        Self::from_args(&self.args)
+    }
+}
+
+impl TunnelArgs {
+    /// These, and those of `file` for what is not given here.
+    fn over(&self, file: Self) -> Self {
+        let flags = self.clone();
+        let says_how_much = flags.quiet || flags.verbose > 0;
+        let volume = if says_how_much { &flags } else { &file };
+        Self {
+            verbose: volume.verbose,
+            quiet: volume.quiet,
+            config: flags.config,
+            queues: flags.queues.or(file.queues),
+            peer: list(flags.peer, file.peer),
+            listen: flags.listen.or(file.listen),
+            tun: flags.tun.or(file.tun),
+            mtu: flags.mtu.or(file.mtu),
+            address: list(flags.address, file.address),
+            route: list(flags.route, file.route),
+            no_routes: flags.no_routes.or(file.no_routes),
+            hop: flags.hop.or(file.hop),
+            cores: flags.cores.or(file.cores),
+            busy_poll: flags.busy_poll.or(file.busy_poll),
+            txqueuelen: flags.txqueuelen.or(file.txqueuelen),
+            io: flags.io.or(file.io),
+            without: list(flags.without, file.without),
+            control: flags.control.or(file.control),
+            takeover: flags.takeover.or(file.takeover),
+            log_format: flags.log_format.or(file.log_format),
+        }
+    }
+}
+
+/// A list that is given replaces the file's as a whole.
+fn list<T>(flags: Vec<T>, file: Vec<T>) -> Vec<T> {
+    if flags.is_empty() { file } else { flags }
+}
+
+pub(crate) fn default_queues() -> u16 {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    cores.min(QUEUES_DEFAULT_MAX) as u16
+}
+
+fn checked_cores(list: CoreList) -> Result<Vec<usize>> {
+    let available: Vec<usize> = core_affinity::get_core_ids()
+        .unwrap_or_default()
+        .iter()
+        .map(|core| core.id)
+        .collect();
+    if let Some(missing) = list.0.iter().find(|core| !available.contains(core)) {
+        return Err(
+            Error::new(format!("--cores: core {missing} is not available"))
+                .hint(format!("this process may use {available:?}")),
+        );
+    }
+    Ok(list.0)
+}
+
+fn wanted(without: &[Feature]) -> Wanted {
+    let with = |feature| !without.contains(&feature);
+    Wanted {
+        tun: coalesce::Offloads {
+            tcp: with(Feature::Tso),
+            udp: with(Feature::Uso),
+        },
+        udp: socket::Offloads {
+            segment: with(Feature::UdpSegment),
+            gro: with(Feature::UdpGro),
+        },
+        uring: ring::Features {
+            receive_multishot: with(Feature::RecvMultishot),
+        },
+    }
+}
+
+/// `/run/fastvpn/NAME.sock`; in another network namespace than that of the
+/// first process also with the namespace's number, since `/run` may be shared
+/// and the name is unique in its namespace only.
+pub fn default_control_path(tun: &str) -> PathBuf {
+    use std::os::unix::fs::MetadataExt;
+    let inode = |path: &str| std::fs::metadata(path).map(|metadata| metadata.ino()).ok();
+    let own = inode("/proc/self/ns/net");
+    let name = match own {
+        Some(own) if inode("/proc/1/ns/net") != Some(own) => format!("{tun}-{own}.sock"),
+        _ => format!("{tun}.sock"),
+    };
+    PathBuf::from("/run/fastvpn").join(name)
+}
+
+#[cfg(test)]
+mod tests;

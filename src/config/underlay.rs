@@ -1,0 +1,213 @@
+//! What follows from the peers that can be reached now: where to listen, and
+//! the TUN device's address and MTU.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+
+use ipnet::IpNet;
+
+use super::Config;
+use crate::cli::Endpoint;
+use crate::device::link::{self, IPV4_MTU_BYTES_MIN, IPV6_MTU_BYTES_MIN};
+use crate::error::{Error, Result};
+use crate::transport::path::{self, Path};
+use crate::transport::{self, DEFAULT_PORT};
+
+/// Path MTU that is counted on while no path is known: Ethernet's.
+const PATH_MTU_BYTES_DEFAULT: u32 = 1500;
+
+/// What was left open in a [`Config`], for as long as the process runs.
+#[derive(Debug)]
+pub struct Settled {
+    /// Address and port of the UDP sockets.
+    pub listen: SocketAddr,
+    /// MTU, addresses, routes and queue length of the TUN device. The peers'
+    /// prefixes are not among the routes.
+    pub link: link::LinkConfig,
+    /// Whether the address was derived rather than given.
+    pub address_is_derived: bool,
+    /// The tunnel address of the one peer, if this host could derive it too.
+    pub peer_address: Option<IpAddr>,
+    /// Why some peers could not be reached, when others could.
+    pub unreachable: Vec<Error>,
+}
+
+impl Config {
+    /// Asks the kernel for what was left open. `resolved`: the endpoints of the
+    /// peers whose names resolve now.
+    ///
+    /// # Errors
+    /// When a peer is this host or no host at all, when none can be reached
+    /// though some resolve, or when something that has no default without a
+    /// reachable peer was not given.
+    pub fn settle(&self, resolved: &[SocketAddr]) -> Result<Settled> {
+        let listen = self.listen_address(resolved)?;
+        let no_host = |peer: &&SocketAddr| peer.ip().is_unspecified() || peer.ip().is_multicast();
+        if let Some(peer) = resolved.iter().find(no_host) {
+            return Err(Error::new(format!("peer {peer} is no address of a host")));
+        }
+        let (paths, unreachable) = paths(listen, resolved)?;
+        let (addresses, peer_address) = if self.addresses.is_empty() {
+            self.derived_address(&paths)?
+        } else {
+            (self.addresses.clone(), None)
+        };
+        let mtu_bytes = self.tunnel_mtu_bytes(listen, &paths, &addresses)?;
+        Ok(Settled {
+            listen,
+            link: link::LinkConfig {
+                addresses,
+                routes: self.routes.clone(),
+                mtu_bytes,
+                txqueuelen: self.txqueuelen,
+            },
+            address_is_derived: self.addresses.is_empty(),
+            peer_address,
+            unreachable,
+        })
+    }
+
+    /// One family serves all peers: IPv4 alone if no peer will ever have another
+    /// address, or else dual-stack.
+    fn listen_address(&self, resolved: &[SocketAddr]) -> Result<SocketAddr> {
+        let port = self.listen.map_or(DEFAULT_PORT, |listen| listen.port);
+        let ip = match self.listen.map(|listen| listen.ip) {
+            Some(ip) if !ip.is_unspecified() => {
+                if let Some(peer) = resolved.iter().find(|peer| peer.is_ipv6() != ip.is_ipv6()) {
+                    return Err(Error::new(format!(
+                        "--listen {ip} and peer {peer} are of different IP versions"
+                    )));
+                }
+                ip
+            }
+            _ if self.needs_dual_stack(resolved) => Ipv6Addr::UNSPECIFIED.into(),
+            _ => Ipv4Addr::UNSPECIFIED.into(),
+        };
+        Ok(SocketAddr::new(ip, port))
+    }
+
+    fn needs_dual_stack(&self, resolved: &[SocketAddr]) -> bool {
+        if resolved.iter().any(SocketAddr::is_ipv6) {
+            return true;
+        }
+        let is_ipv4 = |endpoint: &Endpoint| endpoint.literal().is_some_and(|peer| peer.is_ipv4());
+        let ipv4_for_good = self.peers.iter().all(|peer| is_ipv4(&peer.endpoint));
+        // A host without IPv6 still has its IPv4 peers.
+        (self.peers.is_empty() || !ipv4_for_good)
+            && UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)).is_ok()
+    }
+
+    /// The address of who reaches the first peer, and what that peer would make
+    /// of its own if it is the only one.
+    fn derived_address(
+        &self,
+        paths: &[(SocketAddr, Path)],
+    ) -> Result<(Vec<IpNet>, Option<IpAddr>)> {
+        let Some(&(first, path)) = paths.first() else {
+            return Err(self.no_address());
+        };
+        let own = link::derive_address(path.local)?;
+        for &(peer, _) in paths {
+            let is_only = self.peers.len() == 1;
+            let far = match link::derive_address(peer.ip()) {
+                Ok(far) => far,
+                Err(error) if is_only => return Err(error),
+                // It must have been given one, as others may have been.
+                Err(_) => continue,
+            };
+            if own == far {
+                return Err(Error::new(format!(
+                    "both {} and the peer {} would derive the tunnel address {}",
+                    path.local,
+                    peer.ip(),
+                    own.addr()
+                ))
+                .hint("give each host an --address"));
+            }
+        }
+        let peer_address = match self.peers.len() {
+            1 => Some(link::derive_address(first.ip())?.addr().into()),
+            _ => None,
+        };
+        Ok((vec![own.into()], peer_address))
+    }
+
+    fn no_address(&self) -> Error {
+        match &self.peers[..] {
+            [] => Error::new("there is no --peer to derive a tunnel address from")
+                .hint("name the other host with --peer, or give this host's --address"),
+            [peer] => Error::new(format!("cannot resolve peer {}", peer.endpoint.host))
+                .hint("check the name; given an --address, the tunnel starts and tries again"),
+            [first, ..] => Error::new(format!(
+                "cannot resolve peer {}, nor any of the other {}",
+                first.endpoint.host,
+                self.peers.len() - 1
+            ))
+            .hint("check the names; given an --address, the tunnel starts and tries again"),
+        }
+    }
+
+    /// As large as the smallest path lets it be.
+    fn tunnel_mtu_bytes(
+        &self,
+        listen: SocketAddr,
+        paths: &[(SocketAddr, Path)],
+        addresses: &[IpNet],
+    ) -> Result<u32> {
+        let of_path = |&(peer, path): &(SocketAddr, Path)| default_mtu_bytes(path, peer.ip());
+        let smallest = paths.iter().min_by_key(|path| of_path(path));
+        let mtu_bytes = self.mtu_bytes.unwrap_or_else(|| match smallest {
+            Some(smallest) => of_path(smallest),
+            None => PATH_MTU_BYTES_DEFAULT - transport::overhead_bytes(listen.ip()),
+        });
+        let prefixes = self.peers.iter().flat_map(|peer| &peer.prefixes);
+        let wants_v6 = addresses
+            .iter()
+            .chain(&self.routes)
+            .chain(prefixes)
+            .find(|net| net.addr().is_ipv6());
+        if let Some(net) = wants_v6.filter(|_| mtu_bytes < IPV6_MTU_BYTES_MIN) {
+            return Err(Error::new(format!(
+                "{net} needs an MTU of {IPV6_MTU_BYTES_MIN} for IPv6, and the tunnel's is {mtu_bytes}"
+            ))
+            .hint("give --mtu 1280: the kernel fragments what the path cannot carry"));
+        }
+        match smallest {
+            Some((peer, path)) if mtu_bytes < IPV4_MTU_BYTES_MIN => Err(Error::new(format!(
+                "the path MTU to {peer} is {}: too small for a tunnel",
+                path.mtu_bytes
+            ))),
+            _ => Ok(mtu_bytes),
+        }
+    }
+}
+
+/// The paths to those that can be reached, and why the others cannot.
+#[expect(clippy::type_complexity, reason = "two lists that belong together")]
+fn paths(
+    listen: SocketAddr,
+    resolved: &[SocketAddr],
+) -> Result<(Vec<(SocketAddr, Path)>, Vec<Error>)> {
+    let mut paths = Vec::new();
+    let mut unreachable = Vec::new();
+    for &peer in resolved {
+        match path::discover(listen.ip(), peer) {
+            Ok(path) if path.local == peer.ip() && listen.port() == peer.port() => {
+                return Err(Error::new(format!("peer {peer} is this host itself"))
+                    .hint("name the other host"));
+            }
+            Ok(path) => paths.push((peer, path)),
+            Err(error) => unreachable.push(error),
+        }
+    }
+    if paths.is_empty() && !unreachable.is_empty() {
+        return Err(unreachable.swap_remove(0));
+    }
+    Ok((paths, unreachable))
+}
+
+/// The TUN device's MTU on this path to `peer`.
+pub(crate) fn default_mtu_bytes(path: Path, peer: IpAddr) -> u32 {
+    // A loopback path has 65536: no datagram is that long.
+    let datagram_bytes_max = path.mtu_bytes.min(65535);
+    datagram_bytes_max.saturating_sub(transport::overhead_bytes(peer))
+}

@@ -1,0 +1,516 @@
+//! The overlay as the control thread knows it: the peers, the prefixes behind
+//! each, and how each is reached.
+//!
+//! A change is made to a copy, which then takes the original's place or is
+//! thrown away: so what is in force is always consistent, whoever asks for
+//! what.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+
+use crate::cli::{Endpoint, PeerSpec};
+use crate::config::PEERS_MAX;
+use crate::error::{Error, Result};
+use crate::packet::icmp::TunnelAddresses;
+use crate::packet::prefixes::Prefixes;
+use crate::packet::train::{NextHop, TRAIN_BYTES_MAX};
+use crate::transport;
+use crate::worker::counters::PeerCounters;
+use crate::worker::table::{self, Table};
+
+/// Most prefixes over all peers: bounds the memory that requests can take.
+pub const PREFIXES_MAX: usize = 1_000_000;
+
+/// Where a peer or a prefix comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// A flag or the configuration file. A reload brings it back or takes it
+    /// away.
+    Config,
+    /// The operators' socket. A reload leaves it.
+    Runtime,
+}
+
+impl Origin {
+    /// As operators read it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Config => "config",
+            Self::Runtime => "runtime",
+        }
+    }
+}
+
+/// A peer.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    /// Host and port as they were given.
+    pub name: Endpoint,
+    /// Who added it.
+    pub origin: Origin,
+    /// It was given no prefixes: it takes what no prefix matches.
+    pub is_default: bool,
+    /// Its address; `None` while its name does not resolve.
+    pub endpoint: Option<SocketAddr>,
+    /// MTU of the path to it in bytes, if the kernel has told.
+    pub path_mtu_bytes: Option<u32>,
+    /// What the workers count for it.
+    pub traffic: Arc<[PeerCounters]>,
+    /// How many prefixes it has.
+    pub prefix_count: usize,
+}
+
+/// A prefix's place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Behind {
+    peer: NextHop,
+    origin: Origin,
+}
+
+/// What changed, in numbers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// Peers that were not there.
+    pub peers_added: usize,
+    /// Peers that are there no more.
+    pub peers_removed: usize,
+    /// Prefixes that were not there, or behind another peer.
+    pub prefixes_added: usize,
+    /// Prefixes that are there no more.
+    pub prefixes_removed: usize,
+}
+
+/// See the module's documentation.
+#[derive(Clone, Debug)]
+pub struct Overlay {
+    /// By next hop. A peer keeps its place as long as it is there.
+    peers: Vec<Option<Peer>>,
+    /// By [`Endpoint::key`].
+    names: BTreeMap<(String, u16), NextHop>,
+    prefixes: BTreeMap<IpNet, Behind>,
+    /// The lookup structure, until prefixes change.
+    built: Option<Arc<Prefixes>>,
+    /// Number of workers: each counts for itself.
+    workers: usize,
+}
+
+impl Overlay {
+    /// No peers yet, and `workers` that will count for each.
+    pub fn new(workers: usize) -> Self {
+        Self {
+            peers: Vec::new(),
+            names: BTreeMap::new(),
+            prefixes: BTreeMap::new(),
+            built: None,
+            workers,
+        }
+    }
+
+    /// Lets `workers` count for each peer, from zero.
+    pub fn count_for(&mut self, workers: usize) {
+        self.workers = workers;
+        for peer in self.peers.iter_mut().flatten() {
+            peer.traffic = traffic(workers);
+        }
+    }
+
+    /// The peers with their next hops, in no particular order.
+    pub fn peers(&self) -> impl Iterator<Item = (NextHop, &Peer)> {
+        self.peers
+            .iter()
+            .enumerate()
+            .filter_map(|(hop, peer)| Some((hop as NextHop, peer.as_ref()?)))
+    }
+
+    /// The peers in the order of their names.
+    pub fn peers_by_name(&self) -> impl Iterator<Item = &Peer> {
+        self.names.values().filter_map(|&hop| self.peer(hop))
+    }
+
+    /// All prefixes in order, with the peer and the origin of each.
+    pub fn prefixes(&self) -> impl Iterator<Item = (IpNet, &Peer, Origin)> {
+        self.prefixes
+            .iter()
+            .filter_map(|(&prefix, behind)| Some((prefix, self.peer(behind.peer)?, behind.origin)))
+    }
+
+    /// Number of peers.
+    pub fn peer_count(&self) -> usize {
+        self.names.len()
+    }
+
+    /// Number of prefixes.
+    pub fn prefix_count(&self) -> usize {
+        self.prefixes.len()
+    }
+
+    fn peer(&self, hop: NextHop) -> Option<&Peer> {
+        self.peers.get(usize::from(hop))?.as_ref()
+    }
+
+    fn peer_mut(&mut self, hop: NextHop) -> Option<&mut Peer> {
+        self.peers.get_mut(usize::from(hop))?.as_mut()
+    }
+
+    /// The peer of this name.
+    pub fn find(&self, name: &Endpoint) -> Option<(NextHop, &Peer)> {
+        let hop = *self.names.get(&name.key())?;
+        Some((hop, self.peer(hop)?))
+    }
+
+    fn hop_of(&self, name: &Endpoint) -> Result<NextHop> {
+        self.names.get(&name.key()).copied().ok_or_else(|| {
+            Error::new(format!("there is no peer {name}")).hint("`fastvpn peers` lists them")
+        })
+    }
+
+    fn default_peer(&self) -> Option<&Peer> {
+        self.peers.iter().flatten().find(|peer| peer.is_default)
+    }
+
+    /// The peer that packets to `address` go to, and the prefix that says so;
+    /// `None` for the peer without prefixes.
+    pub fn route_to(&self, address: IpAddr) -> Option<(Option<IpNet>, &Peer)> {
+        let host = IpNet::from(address);
+        let longest = (0..=host.max_prefix_len()).rev().find_map(|length| {
+            let prefix = IpNet::new(address, length).ok()?.trunc();
+            Some((prefix, self.prefixes.get(&prefix)?))
+        });
+        match longest {
+            Some((prefix, behind)) => Some((Some(prefix), self.peer(behind.peer)?)),
+            None => Some((None, self.default_peer()?)),
+        }
+    }
+
+    /// Adds a peer with its prefixes.
+    ///
+    /// # Errors
+    /// When it is there already, when one of its prefixes is another's, when
+    /// it and another have none, or when there are too many.
+    pub fn add_peer(&mut self, spec: &PeerSpec, origin: Origin) -> Result<()> {
+        let is_default = spec.prefixes.is_empty();
+        self.insert_peer(&spec.endpoint, is_default, &spec.prefixes, origin)
+    }
+
+    /// As [`Self::add_peer`]; `is_default` says whether the peer takes what no
+    /// prefix matches, whatever prefixes it has itself.
+    ///
+    /// # Errors
+    /// As [`Self::add_peer`].
+    pub fn insert_peer(
+        &mut self,
+        name: &Endpoint,
+        is_default: bool,
+        prefixes: &[IpNet],
+        origin: Origin,
+    ) -> Result<()> {
+        if self.names.contains_key(&name.key()) {
+            return Err(Error::new(format!("there is a peer {name} already"))
+                .hint("`fastvpn route add` gives it more prefixes"));
+        }
+        if self.names.len() >= PEERS_MAX {
+            return Err(Error::new(format!(
+                "cannot add peer {name}: there are {PEERS_MAX} already"
+            )));
+        }
+        if let Some(other) = self.default_peer().filter(|_| is_default) {
+            return Err(two_without_prefixes(&other.name, name));
+        }
+        let peer = Peer {
+            name: name.clone(),
+            origin,
+            is_default,
+            endpoint: None,
+            path_mtu_bytes: None,
+            traffic: traffic(self.workers),
+            prefix_count: 0,
+        };
+        let free = self.peers.iter().position(Option::is_none);
+        let place = free.unwrap_or_else(|| {
+            self.peers.push(None);
+            self.peers.len() - 1
+        });
+        self.peers[place] = Some(peer);
+        self.names.insert(name.key(), place as NextHop);
+        self.built = None;
+        self.add_prefixes(name, prefixes, origin, false).map(drop)
+    }
+
+    /// Removes a peer and all its prefixes; tells how many there were.
+    ///
+    /// # Errors
+    /// When there is no such peer.
+    pub fn remove_peer(&mut self, name: &Endpoint) -> Result<usize> {
+        let hop = self.hop_of(name)?;
+        self.names.remove(&name.key());
+        self.peers[usize::from(hop)] = None;
+        let before = self.prefixes.len();
+        self.prefixes.retain(|_, behind| behind.peer != hop);
+        self.built = None;
+        Ok(before - self.prefixes.len())
+    }
+
+    /// Puts prefixes behind a peer; `replace` takes them from others. Tells how
+    /// many were not there before.
+    ///
+    /// # Errors
+    /// When there is no such peer, or another has a prefix and it is not to be
+    /// replaced.
+    pub fn add_prefixes(
+        &mut self,
+        name: &Endpoint,
+        prefixes: &[IpNet],
+        origin: Origin,
+        replace: bool,
+    ) -> Result<usize> {
+        let hop = self.hop_of(name)?;
+        let mut added = 0;
+        for prefix in prefixes.iter().map(IpNet::trunc) {
+            let behind = Behind { peer: hop, origin };
+            match self.prefixes.get(&prefix).copied() {
+                // Whoever configured it still has.
+                Some(old) if old.peer == hop => continue,
+                Some(old) if !replace => {
+                    let other = self.peer(old.peer).map(|peer| &peer.name);
+                    return Err(Error::new(format!(
+                        "prefix {prefix} is given to both {} and {name}",
+                        other.map(ToString::to_string).unwrap_or_default()
+                    ))
+                    .hint("give it to one of them (`route add --replace` moves it)"));
+                }
+                Some(old) => {
+                    if let Some(peer) = self.peer_mut(old.peer) {
+                        peer.prefix_count -= 1;
+                    }
+                }
+                None if self.prefixes.len() >= PREFIXES_MAX => {
+                    return Err(Error::new(format!(
+                        "cannot add prefix {prefix}: there are {PREFIXES_MAX} already"
+                    )));
+                }
+                None => {}
+            }
+            self.prefixes.insert(prefix, behind);
+            if let Some(peer) = self.peer_mut(hop) {
+                peer.prefix_count += 1;
+            }
+            added += 1;
+        }
+        if added > 0 {
+            self.built = None;
+        }
+        Ok(added)
+    }
+
+    /// Removes prefixes, whosever they are.
+    ///
+    /// # Errors
+    /// Names the first one that is not there.
+    pub fn remove_prefixes(&mut self, prefixes: &[IpNet]) -> Result<usize> {
+        for prefix in prefixes.iter().map(IpNet::trunc) {
+            let Some(behind) = self.prefixes.remove(&prefix) else {
+                return Err(Error::new(format!("no peer has the prefix {prefix}"))
+                    .hint("`fastvpn route list` shows who has which"));
+            };
+            if let Some(peer) = self.peer_mut(behind.peer) {
+                peer.prefix_count -= 1;
+            }
+        }
+        self.built = None;
+        Ok(prefixes.len())
+    }
+
+    /// Makes the configured part what `specs` say. What operators added at run
+    /// time stays; peers that stay keep their place, address and counters.
+    ///
+    /// # Errors
+    /// When the new configuration clashes with itself or with what was added
+    /// at run time.
+    pub fn configure(&mut self, specs: &[PeerSpec]) -> Result<Changes> {
+        let old = self.clone();
+        let wanted: BTreeSet<_> = specs.iter().map(|spec| spec.endpoint.key()).collect();
+        let gone: Vec<Endpoint> = self
+            .peers_by_name()
+            .filter(|peer| peer.origin == Origin::Config && !wanted.contains(&peer.name.key()))
+            .map(|peer| peer.name.clone())
+            .collect();
+        for name in &gone {
+            // With the prefixes that were added to it at run time: there is
+            // nobody left to have them.
+            self.remove_peer(name)?;
+        }
+        self.prefixes
+            .retain(|_, behind| behind.origin == Origin::Runtime);
+        let mut counts = vec![0; self.peers.len()];
+        for behind in self.prefixes.values() {
+            counts[usize::from(behind.peer)] += 1;
+        }
+        for (peer, count) in self.peers.iter_mut().zip(counts) {
+            if let Some(peer) = peer {
+                peer.prefix_count = count;
+                // Who is the default one is said anew below.
+                peer.is_default &= peer.origin == Origin::Runtime;
+            }
+        }
+        self.built = None;
+        for spec in specs {
+            let Ok(hop) = self.hop_of(&spec.endpoint) else {
+                self.add_peer(spec, Origin::Config)?;
+                continue;
+            };
+            let is_default = spec.prefixes.is_empty();
+            let other = self
+                .default_peer()
+                .filter(|other| is_default && !other.name.is_same(&spec.endpoint));
+            if let Some(other) = other {
+                return Err(two_without_prefixes(&other.name, &spec.endpoint));
+            }
+            if let Some(peer) = self.peer_mut(hop) {
+                peer.origin = Origin::Config;
+                peer.is_default = is_default;
+            }
+            self.add_prefixes(&spec.endpoint, &spec.prefixes, Origin::Config, false)?;
+        }
+        Ok(old.changes_to(self))
+    }
+
+    /// What is different in `new`.
+    fn changes_to(&self, new: &Self) -> Changes {
+        let name_of = |overlay: &Self, hop| overlay.peer(hop).map(|peer| peer.name.key());
+        let mut changes = Changes {
+            peers_added: new
+                .names
+                .keys()
+                .filter(|name| !self.names.contains_key(name))
+                .count(),
+            peers_removed: self
+                .names
+                .keys()
+                .filter(|name| !new.names.contains_key(name))
+                .count(),
+            ..Changes::default()
+        };
+        for (prefix, behind) in &new.prefixes {
+            let before = self.prefixes.get(prefix).map(|old| name_of(self, old.peer));
+            if before != Some(name_of(new, behind.peer)) {
+                changes.prefixes_added += 1;
+            }
+        }
+        changes.prefixes_removed = self
+            .prefixes
+            .keys()
+            .filter(|prefix| !new.prefixes.contains_key(prefix))
+            .count();
+        changes
+    }
+
+    /// Notes where a peer is; tells whether that is news.
+    pub fn set_endpoint(&mut self, hop: NextHop, endpoint: Option<SocketAddr>) -> bool {
+        match self.peer_mut(hop) {
+            Some(peer) if peer.endpoint != endpoint => {
+                peer.endpoint = endpoint;
+                peer.path_mtu_bytes = None;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Notes the MTU of the path to a peer; tells whether that is news.
+    pub fn set_path_mtu(&mut self, hop: NextHop, mtu_bytes: u32) -> bool {
+        match self.peer_mut(hop) {
+            Some(peer) if peer.path_mtu_bytes != Some(mtu_bytes) => {
+                peer.path_mtu_bytes = Some(mtu_bytes);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// The prefixes that the host's kernel should route into the tunnel.
+    pub fn kernel_routes(&self) -> BTreeSet<IpNet> {
+        self.prefixes.keys().copied().collect()
+    }
+
+    /// The workers' table.
+    pub fn table(&mut self, addresses: TunnelAddresses, is_hop: bool) -> Table {
+        let prefixes = match &self.built {
+            Some(built) => Arc::clone(built),
+            None => {
+                let default = self.peers().find(|(_, peer)| peer.is_default);
+                let anywhere = default.into_iter().flat_map(|(hop, _)| {
+                    [
+                        (IpNet::V4(Ipv4Net::default()), hop),
+                        (IpNet::V6(Ipv6Net::default()), hop),
+                    ]
+                });
+                let given = self
+                    .prefixes
+                    .iter()
+                    .map(|(&prefix, behind)| (prefix, behind.peer));
+                // In case of 0.0.0.0/0, what was given comes last and wins.
+                let built = Arc::new(Prefixes::new(anywhere.chain(given)));
+                self.built = Some(Arc::clone(&built));
+                built
+            }
+        };
+        let peers = self.peers.iter().map(|peer| match peer {
+            Some(peer) => table::Peer {
+                endpoint: peer.endpoint,
+                mtu_bytes: inner_mtu_bytes(peer),
+                traffic: Arc::clone(&peer.traffic),
+            },
+            // A place that is free: no prefix leads there.
+            None => table::Peer {
+                endpoint: None,
+                mtu_bytes: 0,
+                traffic: Arc::new([]),
+            },
+        });
+        Table::new(peers.collect(), prefixes, addresses, is_hop)
+    }
+}
+
+fn traffic(workers: usize) -> Arc<[PeerCounters]> {
+    (0..workers).map(|_| PeerCounters::default()).collect()
+}
+
+fn two_without_prefixes(one: &Endpoint, other: &Endpoint) -> Error {
+    Error::new(format!("both peer {one} and peer {other} have no prefixes"))
+        .hint("give one of them the prefixes behind it, as in HOST=10.1.0.0/16")
+}
+
+/// Longest inner packet that reaches a peer in one piece.
+fn inner_mtu_bytes(peer: &Peer) -> usize {
+    match (peer.endpoint, peer.path_mtu_bytes) {
+        (Some(endpoint), Some(path_mtu_bytes)) => {
+            let overhead_bytes = transport::overhead_bytes(endpoint.ip());
+            path_mtu_bytes.saturating_sub(overhead_bytes) as usize
+        }
+        // Nothing is known yet: nothing is refused.
+        _ => TRAIN_BYTES_MAX,
+    }
+}
+
+/// The addresses that errors are reported from: the first of each family.
+/// `accept_local`: the device takes IPv4 packets from there.
+pub fn tunnel_addresses(addresses: &[IpNet], accept_local: bool) -> TunnelAddresses {
+    let mut found = TunnelAddresses {
+        accept_local,
+        ..TunnelAddresses::default()
+    };
+    for address in addresses {
+        match *address {
+            IpNet::V4(v4) => found.v4 = found.v4.or(Some(v4)),
+            IpNet::V6(v6) => found.v6 = found.v6.or(Some(v6)),
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+#[path = "overlay_tests.rs"]
+mod tests;

@@ -1,0 +1,279 @@
+use super::*;
+use crate::cli::parse::parse_peer;
+
+fn spec(text: &str) -> PeerSpec {
+    parse_peer(text).unwrap()
+}
+
+fn specs(texts: &[&str]) -> Vec<PeerSpec> {
+    texts.iter().map(|text| spec(text)).collect()
+}
+
+fn name(text: &str) -> Endpoint {
+    spec(text).endpoint
+}
+
+fn net(text: &str) -> IpNet {
+    text.parse().unwrap()
+}
+
+fn overlay(texts: &[&str]) -> Overlay {
+    let mut overlay = Overlay::new(2);
+    for text in texts {
+        overlay.add_peer(&spec(text), Origin::Config).unwrap();
+    }
+    resolve(&mut overlay);
+    overlay
+}
+
+/// Every peer at the address that it is named by.
+fn resolve(overlay: &mut Overlay) {
+    let all: Vec<_> = overlay
+        .peers()
+        .filter_map(|(hop, peer)| Some((hop, peer.name.literal()?)))
+        .collect();
+    for (hop, endpoint) in all {
+        overlay.set_endpoint(hop, Some(endpoint));
+    }
+}
+
+/// What all views of an overlay must agree on.
+fn check(overlay: &mut Overlay) {
+    let table = overlay.table(TunnelAddresses::default(), false);
+    let mut counts = BTreeMap::new();
+    for (prefix, peer, _) in overlay.prefixes() {
+        *counts.entry(peer.name.key()).or_insert(0) += 1;
+        let (found, by) = overlay.route_to(prefix.network()).unwrap();
+        let longest = overlay
+            .prefixes()
+            .map(|(other, ..)| other)
+            .filter(|other| other.contains(&prefix.network()))
+            .max_by_key(IpNet::prefix_len);
+        assert_eq!(found, longest);
+        let (hop, in_table) = table.peer(prefix.network()).unwrap();
+        assert_eq!(in_table.endpoint, by.endpoint);
+        assert!(Arc::ptr_eq(&in_table.traffic, &by.traffic));
+        assert_eq!(overlay.find(&by.name).unwrap().0, hop);
+    }
+    for peer in overlay.peers_by_name() {
+        let count = counts.get(&peer.name.key()).copied().unwrap_or(0);
+        assert_eq!(peer.prefix_count, count, "{}", peer.name);
+    }
+    assert_eq!(overlay.peers().count(), overlay.peer_count());
+    assert_eq!(overlay.prefixes().count(), overlay.prefix_count());
+    assert_eq!(overlay.kernel_routes().len(), overlay.prefix_count());
+    let defaults = overlay.peers().filter(|(_, peer)| peer.is_default).count();
+    assert!(defaults <= 1);
+}
+
+fn who(overlay: &Overlay, address: &str) -> Option<String> {
+    let (_, peer) = overlay.route_to(address.parse().unwrap())?;
+    Some(peer.name.to_string())
+}
+
+#[test]
+fn the_longest_prefix_wins_and_the_rest_goes_to_the_peer_without() {
+    let mut overlay = overlay(&[
+        "10.0.0.1=10.1.0.0/16,fd00:1::/32",
+        "10.0.0.2:99=10.1.7.0/24",
+        "[fd00::3]",
+    ]);
+    check(&mut overlay);
+    let to = |address| who(&overlay, address).unwrap();
+    assert_eq!(to("10.1.1.1"), "10.0.0.1:8285");
+    assert_eq!(to("10.1.7.1"), "10.0.0.2:99");
+    assert_eq!(to("fd00:1::1"), "10.0.0.1:8285");
+    assert_eq!(to("192.0.2.1"), "[fd00::3]:8285");
+    let table = overlay.table(TunnelAddresses::default(), false);
+    let (_, rest) = table.peer("192.0.2.1".parse().unwrap()).unwrap();
+    assert_eq!(rest.endpoint, "[fd00::3]:8285".parse().ok());
+}
+
+#[test]
+fn contradictions_name_both_sides() {
+    let mut one = overlay(&["10.0.0.1=10.1.0.0/16", "10.0.0.2"]);
+    let text = |result: Result<()>| result.unwrap_err().to_string();
+    let clash = text(one.add_peer(&spec("10.0.0.3=10.1.0.0/16"), Origin::Runtime));
+    for part in ["10.1.0.0/16", "10.0.0.1:8285", "10.0.0.3:8285"] {
+        assert!(clash.contains(part), "{clash}");
+    }
+    let mut two = overlay(&["10.0.0.1=10.1.0.0/16", "10.0.0.2"]);
+    let clash = text(two.add_peer(&spec("10.0.0.3"), Origin::Runtime));
+    assert!(
+        clash.contains("10.0.0.2:8285") && clash.contains("10.0.0.3:8285"),
+        "{clash}"
+    );
+    let again = text(two.add_peer(&spec("10.0.0.1:8285=10.7.0.0/16"), Origin::Runtime));
+    assert!(again.contains("already"), "{again}");
+    let nobody = text(two.remove_peer(&name("10.9.9.9")).map(drop));
+    assert!(nobody.contains("10.9.9.9:8285"), "{nobody}");
+    let nothing = text(two.remove_prefixes(&[net("10.9.0.0/16")]).map(drop));
+    assert!(nothing.contains("10.9.0.0/16"), "{nothing}");
+}
+
+#[test]
+fn prefixes_move_only_when_asked_to() {
+    let mut overlay = overlay(&["10.0.0.1=10.1.0.0/16,10.2.0.0/16", "10.0.0.2=10.3.0.0/16"]);
+    let (to, prefixes) = (name("10.0.0.2"), [net("10.1.0.0/16"), net("10.4.0.0/16")]);
+    let kept = overlay.clone();
+    assert!(
+        overlay
+            .add_prefixes(&to, &prefixes, Origin::Runtime, false)
+            .is_err()
+    );
+    overlay = kept;
+    let added = overlay.add_prefixes(&to, &prefixes, Origin::Runtime, true);
+    assert_eq!(added.unwrap(), 2);
+    check(&mut overlay);
+    assert_eq!(who(&overlay, "10.1.0.1").unwrap(), "10.0.0.2:8285");
+    // What is there already is no change.
+    let again = overlay.add_prefixes(&to, &prefixes, Origin::Runtime, true);
+    assert_eq!(again.unwrap(), 0);
+    assert_eq!(overlay.remove_prefixes(&prefixes).unwrap(), 2);
+    check(&mut overlay);
+    assert_eq!(who(&overlay, "10.1.0.1"), None);
+    assert_eq!(overlay.remove_peer(&to).unwrap(), 1);
+    check(&mut overlay);
+    assert_eq!(who(&overlay, "10.3.0.1"), None);
+}
+
+#[test]
+fn a_reload_applies_the_difference_and_leaves_the_operators_additions() {
+    let mut overlay = overlay(&[
+        "10.0.0.1=10.1.0.0/16,10.2.0.0/16",
+        "10.0.0.2=10.3.0.0/16",
+        "a",
+    ]);
+    let runtime = spec("10.0.0.9=10.9.0.0/16");
+    overlay.add_peer(&runtime, Origin::Runtime).unwrap();
+    overlay
+        .add_prefixes(
+            &name("10.0.0.1"),
+            &[net("10.8.0.0/16")],
+            Origin::Runtime,
+            false,
+        )
+        .unwrap();
+    let traffic = Arc::clone(&overlay.find(&name("10.0.0.1")).unwrap().1.traffic);
+
+    // The first loses one prefix to a new one, the second goes, the third is
+    // no longer the one without.
+    let new = specs(&[
+        "10.0.0.1=10.1.0.0/16",
+        "10.0.0.4=10.2.0.0/16",
+        "A.=10.5.0.0/16",
+    ]);
+    let changes = overlay.configure(&new).unwrap();
+    let expected = Changes {
+        peers_added: 1,
+        peers_removed: 1,
+        prefixes_added: 2,
+        prefixes_removed: 1,
+    };
+    assert_eq!(changes, expected);
+    resolve(&mut overlay);
+    check(&mut overlay);
+    let to = |address| who(&overlay, address);
+    assert_eq!(to("10.1.0.1").unwrap(), "10.0.0.1:8285");
+    assert_eq!(to("10.2.0.1").unwrap(), "10.0.0.4:8285");
+    assert_eq!(to("10.3.0.1"), None);
+    assert_eq!(to("10.5.0.1").unwrap(), "a:8285");
+    assert_eq!(to("10.8.0.1").unwrap(), "10.0.0.1:8285");
+    assert_eq!(to("10.9.0.1").unwrap(), "10.0.0.9:8285");
+    let (_, kept) = overlay.find(&name("10.0.0.1")).unwrap();
+    assert!(Arc::ptr_eq(&kept.traffic, &traffic), "counters go on");
+    // The same again is no difference.
+    assert_eq!(overlay.configure(&new).unwrap(), Changes::default());
+}
+
+#[test]
+fn a_reload_that_clashes_with_the_operators_additions_is_refused() {
+    let mut overlay = overlay(&["10.0.0.1=10.1.0.0/16"]);
+    let runtime = spec("10.0.0.9=10.9.0.0/16");
+    overlay.add_peer(&runtime, Origin::Runtime).unwrap();
+    let clash = overlay.configure(&specs(&["10.0.0.1=10.9.0.0/16"]));
+    let text = clash.unwrap_err().to_string();
+    assert!(
+        text.contains("10.9.0.0/16") && text.contains("10.0.0.9"),
+        "{text}"
+    );
+}
+
+#[test]
+fn places_are_used_again_and_counters_are_not() {
+    let mut overlay = overlay(&["10.0.0.1=10.1.0.0/16", "10.0.0.2=10.2.0.0/16"]);
+    let (hop, peer) = overlay.find(&name("10.0.0.1")).unwrap();
+    peer.traffic[0].packets_sent.add(7);
+    overlay.remove_peer(&name("10.0.0.1")).unwrap();
+    overlay
+        .add_peer(&spec("10.0.0.3=10.1.0.0/16"), Origin::Runtime)
+        .unwrap();
+    let (again, peer) = overlay.find(&name("10.0.0.3")).unwrap();
+    assert_eq!(again, hop);
+    assert_eq!(peer.traffic[0].packets_sent.get(), 0);
+    resolve(&mut overlay);
+    check(&mut overlay);
+}
+
+#[test]
+fn a_path_limits_what_is_carried_in_one_piece() {
+    let mut overlay = overlay(&["10.0.0.1=10.1.0.0/16", "[fd00::2]=10.2.0.0/16"]);
+    let mtu = |overlay: &mut Overlay, address: &str| {
+        let table = overlay.table(TunnelAddresses::default(), false);
+        table.peer(address.parse().unwrap()).unwrap().1.mtu_bytes
+    };
+    assert_eq!(mtu(&mut overlay, "10.1.0.1"), TRAIN_BYTES_MAX);
+    for (text, overhead) in [("10.0.0.1", 28), ("[fd00::2]", 48)] {
+        let (hop, _) = overlay.find(&name(text)).unwrap();
+        assert!(overlay.set_path_mtu(hop, 1400));
+        assert!(!overlay.set_path_mtu(hop, 1400));
+        let address = if overhead == 28 {
+            "10.1.0.1"
+        } else {
+            "10.2.0.1"
+        };
+        assert_eq!(mtu(&mut overlay, address), 1400 - overhead);
+    }
+    // Another address, another path.
+    let (hop, _) = overlay.find(&name("10.0.0.1")).unwrap();
+    assert!(overlay.set_endpoint(hop, "10.0.0.7:1".parse().ok()));
+    assert_eq!(mtu(&mut overlay, "10.1.0.1"), TRAIN_BYTES_MAX);
+}
+
+#[test]
+fn errors_come_from_the_first_address_of_each_family() {
+    let addresses = ["fd00::1/64", "10.244.1.2/16", "10.9.9.9/32"].map(net);
+    let found = tunnel_addresses(&addresses, true);
+    assert_eq!(found.v4.map(IpNet::V4), Some(addresses[1]));
+    assert_eq!(found.v6.map(IpNet::V6), Some(addresses[0]));
+    assert!(found.accept_local);
+}
+
+proptest::proptest! {
+    /// Whatever is asked for in whatever order: all views agree.
+    #[test]
+    fn stays_consistent(steps in proptest::collection::vec((0..6u8, 0..4u8, 0..6u8), 0..60)) {
+        let mut overlay = Overlay::new(1);
+        for (step, peer, prefix) in steps {
+            let peer = format!("10.0.0.{}", peer + 1);
+            let prefix = net(&format!("10.{}.0.0/{}", prefix / 2, 15 + prefix % 3));
+            let prefix = prefix.trunc();
+            let mut next = overlay.clone();
+            let changed = match step {
+                0 => next.add_peer(&spec(&format!("{peer}={prefix}")), Origin::Config),
+                1 => next.add_peer(&spec(&peer), Origin::Runtime),
+                2 => next.remove_peer(&name(&peer)).map(drop),
+                3 => next
+                    .add_prefixes(&name(&peer), &[prefix], Origin::Runtime, prefix.prefix_len() == 16)
+                    .map(drop),
+                4 => next.remove_prefixes(&[prefix]).map(drop),
+                _ => next.configure(&specs(&[&format!("{peer}={prefix}")])).map(drop),
+            };
+            if changed.is_ok() {
+                overlay = next;
+                resolve(&mut overlay);
+                check(&mut overlay);
+            }
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! Log lines of what happens to the routes, of which there may be many.
+
+use std::time::{Duration, Instant};
+
+/// Lines in one window.
+const LINES_MAX: u32 = 5;
+
+/// The window's length.
+const WINDOW: Duration = Duration::from_secs(10);
+
+/// Lets the first lines of a window pass and counts the others.
+#[derive(Default)]
+pub struct Journal {
+    window: Option<Window>,
+}
+
+struct Window {
+    end: Instant,
+    lines: u32,
+    left_out: u64,
+}
+
+impl Journal {
+    /// Whether a line may be written now; otherwise it is counted.
+    pub fn admits(&mut self, now: Instant) -> bool {
+        self.flush(now);
+        let window = self.window.get_or_insert(Window {
+            end: now + WINDOW,
+            lines: 0,
+            left_out: 0,
+        });
+        if window.lines < LINES_MAX {
+            window.lines += 1;
+            return true;
+        }
+        window.left_out += 1;
+        false
+    }
+
+    /// Ends a window that is over; says how many lines it has left out.
+    pub fn flush(&mut self, now: Instant) {
+        if let Some(window) = self.window.take_if(|window| window.end <= now)
+            && window.left_out > 0
+        {
+            tracing::warn!(
+                "{} more route events in {} s were not logged",
+                window.left_out,
+                WINDOW.as_secs()
+            );
+        }
+    }
+
+    /// When [`flush`](Self::flush) has something to say.
+    pub fn due(&self) -> Option<Instant> {
+        let window = self.window.as_ref()?;
+        (window.left_out > 0).then_some(window.end)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_window_has_few_lines_and_a_count_of_the_others() {
+        let mut journal = Journal::default();
+        let now = Instant::now();
+        let admitted = (0..100).filter(|_| journal.admits(now)).count();
+        assert_eq!(admitted, 5);
+        assert_eq!(journal.due(), Some(now + WINDOW));
+        assert_eq!(journal.window.as_ref().unwrap().left_out, 95);
+        journal.flush(now + WINDOW);
+        assert_eq!(journal.due(), None);
+        assert!(journal.admits(now + WINDOW));
+    }
+}

@@ -1,0 +1,505 @@
+//! The thread that keeps the routes.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, TryRecvError};
+use ipnet::IpNet;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::eventfd::EventFd;
+
+use super::AtEnd;
+use super::backoff::Backoff;
+use super::journal::Journal;
+use super::standing::{Standing, Standings, may_harm};
+use crate::error::{Error, Result};
+use crate::netlink::device_route::MAIN_TABLE;
+use crate::netlink::{DeviceRoute, Netlink, News, RouteChange, RouteEntry, Watch};
+
+/// Datagrams of news read before commands are looked at again.
+const NEWS_PER_TURN_MAX: usize = 256;
+
+/// After the table was compared, how many times as long as that took it is left
+/// alone, and how long at most: a fifth of one core is what a restless host
+/// with a huge table can cost us.
+const REST_FACTOR: u32 = 4;
+const REST_MAX: Duration = Duration::from_secs(5);
+
+/// How long after a failure of the kernel's the comparison is tried again.
+const RETRY_WAIT: Duration = Duration::from_secs(1);
+
+/// What the owner can ask.
+pub enum Command {
+    /// See [`RouteKeeper::set`](super::RouteKeeper::set).
+    Set {
+        /// Masked prefixes.
+        wanted: BTreeSet<IpNet>,
+        /// Takes one answer.
+        answer: Sender<Result<()>>,
+    },
+    /// See [`RouteKeeper::owned`](super::RouteKeeper::owned).
+    Owned {
+        /// Takes one answer.
+        answer: Sender<Result<BTreeSet<IpNet>>>,
+    },
+    /// Ends the thread.
+    End(AtEnd),
+}
+
+/// What the thread starts with.
+pub struct Parts {
+    /// For changes; its changes are not among the news.
+    pub netlink: Netlink,
+    /// What others change.
+    pub watch: Watch,
+    /// How our routes are told from others'.
+    pub ours: DeviceRoute,
+    /// The device's name, for log lines.
+    pub name: String,
+    /// The device's addresses.
+    pub addresses: Vec<IpNet>,
+    /// The owner's commands.
+    pub commands: Receiver<Command>,
+    /// Counts commands, to wake the thread.
+    pub wake: Arc<EventFd>,
+}
+
+/// The thread's state.
+pub struct Keeper {
+    parts: Parts,
+    epoll: Epoll,
+    wanted: BTreeSet<IpNet>,
+    /// Whether the device is up, as far as is known.
+    up: bool,
+    /// When to compare the table with what is wanted; `None`: no reason to.
+    due: Option<Instant>,
+    /// The table is not to be compared before.
+    rest_until: Instant,
+    backoff: Backoff,
+    journal: Journal,
+}
+
+/// What has to be done about a wanted prefix that is not right.
+struct Repair {
+    prefix: IpNet,
+    standing: Standing,
+}
+
+impl Keeper {
+    /// Finds the routes that a predecessor has left.
+    pub fn new(mut parts: Parts) -> Result<Self> {
+        let failed = |errno: nix::errno::Errno| Error::os("cannot create an epoll", errno.into());
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(failed)?;
+        let readable = EpollEvent::new(EpollFlags::EPOLLIN, 0);
+        epoll.add(&parts.wake, readable).map_err(failed)?;
+        epoll.add(&parts.watch, readable).map_err(failed)?;
+        let up = is_up(&mut parts)?;
+        let wanted: BTreeSet<IpNet> = standings(&mut parts, &BTreeSet::new())?.ours().collect();
+        Ok(Self {
+            parts,
+            epoll,
+            up,
+            // They may be overridden.
+            due: (!wanted.is_empty()).then(Instant::now),
+            wanted,
+            rest_until: Instant::now(),
+            backoff: Backoff::default(),
+            journal: Journal::default(),
+        })
+    }
+
+    /// Runs until told to end.
+    pub fn run(mut self) {
+        let at_end = loop {
+            self.wait();
+            if let Some(at_end) = self.take_commands() {
+                break at_end;
+            }
+            if let Err(error) = self.read_news() {
+                tracing::error!("{error}; routes are no longer put back");
+                return;
+            }
+            let now = Instant::now();
+            if self.next_comparison().is_some_and(|due| due <= now) {
+                self.due = None;
+                if let Err(error) = self.put_right() {
+                    self.warn(|_| error.to_string());
+                    self.compare_at(Instant::now() + RETRY_WAIT);
+                }
+            }
+            self.journal.flush(Instant::now());
+        };
+        if at_end == AtEnd::Remove
+            && let Err(error) = self.remove_all()
+        {
+            tracing::warn!("{error}");
+        }
+    }
+
+    /// Sleeps until there is a command, news, or something due.
+    fn wait(&mut self) {
+        let next = [self.next_comparison(), self.journal.due()];
+        let timeout = match next.into_iter().flatten().min() {
+            None => EpollTimeout::NONE,
+            Some(next) => {
+                let wait = next.saturating_duration_since(Instant::now());
+                // Rounded up: a timeout of zero too many would make it spin.
+                let milliseconds = wait.as_millis().saturating_add(1).min(u128::from(u16::MAX));
+                EpollTimeout::from(milliseconds as u16)
+            }
+        };
+        let mut events = [EpollEvent::empty(); 2];
+        // Interrupted or not, everything is looked at.
+        let _ = self.epoll.wait(&mut events, timeout);
+        let _ = self.parts.wake.read();
+    }
+
+    fn next_comparison(&self) -> Option<Instant> {
+        Some(self.due?.max(self.rest_until))
+    }
+
+    fn compare_at(&mut self, at: Instant) {
+        self.due = Some(self.due.map_or(at, |due| due.min(at)));
+    }
+
+    fn take_commands(&mut self) -> Option<AtEnd> {
+        loop {
+            match self.parts.commands.try_recv() {
+                // Nobody waits for an answer that cannot be sent.
+                Ok(Command::Set { wanted, answer }) => {
+                    let _ = answer.try_send(self.set(wanted));
+                }
+                Ok(Command::Owned { answer }) => {
+                    let owned = standings(&mut self.parts, &BTreeSet::new());
+                    let _ = answer.try_send(owned.map(|standings| standings.ours().collect()));
+                }
+                Ok(Command::End(at_end)) => return Some(at_end),
+                Err(TryRecvError::Empty) => return None,
+                Err(TryRecvError::Disconnected) => return Some(AtEnd::Remove),
+            }
+        }
+    }
+
+    fn read_news(&mut self) -> Result<()> {
+        let mut list = Vec::new();
+        // What is left makes the next wait return at once.
+        self.parts
+            .watch
+            .read(NEWS_PER_TURN_MAX, &mut |news| list.push(news))?;
+        let now = Instant::now();
+        for news in list {
+            match news {
+                News::RouteAdded(entry) if may_harm(&entry, self.parts.ours) => {
+                    self.suspect(&entry, now);
+                }
+                News::RouteDeleted(entry) if entry.oif == Some(self.parts.ours.oif) => {
+                    self.suspect(&entry, now);
+                }
+                News::Link { index, up } if index == self.parts.ours.oif => {
+                    self.note_link(up, now);
+                }
+                News::LinkDeleted { index } if index == self.parts.ours.oif => {
+                    self.note_link(false, now);
+                }
+                News::Lost => {
+                    tracing::debug!("news of route changes was lost; comparing all routes");
+                    // Among it may be that the device was down and is up again.
+                    self.up = false;
+                    self.compare_at(now);
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Something has happened to the route of a prefix.
+    fn suspect(&mut self, entry: &RouteEntry, now: Instant) {
+        let prefix = &entry.destination;
+        if self.up && entry.table == MAIN_TABLE && self.wanted.contains(prefix) {
+            let at = self.backoff.wait_until(prefix, now).unwrap_or(now);
+            self.compare_at(at);
+        }
+    }
+
+    fn note_link(&mut self, up: bool, now: Instant) {
+        if self.up && !up {
+            self.up = false;
+            self.warn(|parts| {
+                format!(
+                    "interface {} was taken down: its routes are gone until it is up again",
+                    parts.name
+                )
+            });
+        } else if !self.up && up {
+            self.compare_at(now);
+        }
+    }
+
+    /// Compares the kernel's table with what is wanted, and puts right what
+    /// may be put right now.
+    fn put_right(&mut self) -> Result<()> {
+        let started = Instant::now();
+        let was_up = self.up;
+        self.up = is_up(&mut self.parts)?;
+        if !self.up {
+            // News of the link wakes us again.
+            return Ok(());
+        }
+        if !was_up {
+            self.restore_addresses()?;
+        }
+        let standings = standings(&mut self.parts, &self.wanted)?;
+        let mut repairs = Vec::new();
+        let mut postponed: Option<Instant> = None;
+        for prefix in self
+            .wanted
+            .iter()
+            .filter(|prefix| !standings.is_right(prefix))
+        {
+            match self.backoff.wait_until(prefix, started) {
+                Some(at) if was_up => {
+                    postponed = Some(postponed.map_or(at, |earliest| earliest.min(at)));
+                }
+                _ => repairs.push(Repair {
+                    prefix: *prefix,
+                    standing: standings.of(prefix),
+                }),
+            }
+        }
+        drop(standings);
+        if let Some(at) = postponed {
+            self.compare_at(at);
+        }
+        self.backoff
+            .forget(started, |prefix| self.wanted.contains(prefix));
+        let outcome = self.repair(&repairs, was_up);
+        let now = Instant::now();
+        self.rest_until = now + ((now - started) * REST_FACTOR).min(REST_MAX);
+        outcome
+    }
+
+    /// `in_peace`: the device has not just come up. If it has, that the routes
+    /// are missing is nobody's attack on a prefix.
+    fn repair(&mut self, repairs: &[Repair], in_peace: bool) -> Result<()> {
+        let ours = self.parts.ours;
+        let mut changes = Vec::with_capacity(repairs.len());
+        for repair in repairs {
+            // In IPv4 the only way to the front is to be added again.
+            if repair.standing.has_ours && matches!(repair.prefix, IpNet::V4(_)) {
+                changes.push(RouteChange::Delete(repair.prefix));
+            }
+            changes.push(RouteChange::Prepend(repair.prefix));
+        }
+        let refusals = self.parts.netlink.change_device_routes(ours, &changes)?;
+        let mut failed = BTreeSet::new();
+        for (place, error) in refusals {
+            match (changes[place], error.errno()) {
+                // Somebody was faster; what comes of it is news.
+                (RouteChange::Prepend(_), Some(libc::EEXIST))
+                | (RouteChange::Delete(_), Some(libc::ESRCH)) => {}
+                // The device is down or gone: that is news as well.
+                (_, Some(libc::ENETDOWN | libc::ENODEV)) => {
+                    self.up = false;
+                    return Ok(());
+                }
+                (change, _) => {
+                    failed.insert(change.prefix());
+                    self.warn(|_| error.to_string());
+                }
+            }
+        }
+        let now = Instant::now();
+        if !in_peace {
+            let count = repairs.len() - failed.len();
+            self.warn(|parts| format!("interface {}: {count} routes put back", parts.name));
+        }
+        for Repair { prefix, standing } in repairs {
+            // An IPv6 route that is there and does not win cannot be helped.
+            let hopeless = standing.has_ours && matches!(prefix, IpNet::V6(_));
+            if in_peace || failed.contains(prefix) || hopeless {
+                let again_at = self.backoff.answered(*prefix, now);
+                if failed.contains(prefix) || hopeless {
+                    self.compare_at(again_at.max(now + RETRY_WAIT));
+                }
+            }
+            if in_peace && !failed.contains(prefix) {
+                self.warn(|parts| describe(parts, *prefix, standing, hopeless));
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives the device back the addresses that it has lost.
+    fn restore_addresses(&mut self) -> Result<()> {
+        let index = self.parts.ours.oif;
+        let present = self.parts.netlink.addresses()?;
+        for &address in &self.parts.addresses {
+            if present.contains(&(index, address)) {
+                continue;
+            }
+            match self.parts.netlink.add_address(index, address) {
+                Err(error) if error.errno() != Some(libc::EEXIST) => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn set(&mut self, wanted: BTreeSet<IpNet>) -> Result<()> {
+        let standings = standings(&mut self.parts, &wanted)?;
+        let fresh = wanted.difference(&self.wanted);
+        let mut blocked = fresh.filter_map(|prefix| {
+            let standing = standings.of(prefix);
+            // A predecessor's route, or one that is as good, holds its ground.
+            let free = standing.has_ours || standings.is_right(prefix);
+            standing.obstacle.filter(|_| !free)
+        });
+        if let Some(obstacle) = blocked.next() {
+            return Err(conflict(&mut self.parts, &obstacle, blocked.count()));
+        }
+        drop(blocked);
+        self.up = is_up(&mut self.parts)?;
+        let missing: Vec<IpNet> = wanted
+            .iter()
+            .filter(|prefix| {
+                self.up && !standings.is_right(prefix) && !standings.of(prefix).has_ours
+            })
+            .copied()
+            .collect();
+        let surplus: Vec<RouteChange> = standings
+            .ours()
+            .filter(|prefix| !wanted.contains(prefix))
+            .map(RouteChange::Delete)
+            .collect();
+        drop(standings);
+        self.add_all(&missing)?;
+        let refusals = self
+            .parts
+            .netlink
+            .change_device_routes(self.parts.ours, &surplus)?;
+        let failure = refusals
+            .into_iter()
+            .find(|(_, error)| error.errno() != Some(libc::ESRCH));
+        if let Some((_, error)) = failure {
+            self.delete_all(&missing)?;
+            // Those that were deleted already come back.
+            self.compare_at(Instant::now());
+            return Err(error);
+        }
+        self.wanted = wanted;
+        Ok(())
+    }
+
+    /// Adds routes, all or none.
+    fn add_all(&mut self, prefixes: &[IpNet]) -> Result<()> {
+        // Those that were wanted before may have to go in front of others'.
+        let changes: Vec<RouteChange> = prefixes
+            .iter()
+            .map(|&prefix| match self.wanted.contains(&prefix) {
+                true => RouteChange::Prepend(prefix),
+                false => RouteChange::Add(prefix),
+            })
+            .collect();
+        let refusals = self
+            .parts
+            .netlink
+            .change_device_routes(self.parts.ours, &changes)?;
+        let Some((_, error)) = refusals.into_iter().next() else {
+            return Ok(());
+        };
+        self.delete_all(prefixes)?;
+        match error.errno() {
+            // Taken down since we looked: they come when it is up.
+            Some(libc::ENETDOWN) => {
+                self.up = false;
+                Ok(())
+            }
+            Some(libc::EEXIST) => {
+                Err(error.hint("somebody added a route to this prefix just now; try again"))
+            }
+            _ => Err(error),
+        }
+    }
+
+    fn delete_all(&mut self, prefixes: &[IpNet]) -> Result<()> {
+        let changes: Vec<RouteChange> = prefixes.iter().copied().map(RouteChange::Delete).collect();
+        self.parts
+            .netlink
+            .change_device_routes(self.parts.ours, &changes)?;
+        Ok(())
+    }
+
+    fn remove_all(&mut self) -> Result<()> {
+        let owned: Vec<IpNet> = standings(&mut self.parts, &BTreeSet::new())?
+            .ours()
+            .collect();
+        self.delete_all(&owned)
+    }
+
+    /// Logs a line if there were not too many; it is made only then.
+    fn warn(&mut self, line: impl FnOnce(&mut Parts) -> String) {
+        if self.journal.admits(Instant::now()) {
+            let line = line(&mut self.parts);
+            tracing::warn!("{line}");
+        }
+    }
+}
+
+/// How the wanted prefixes stand, and all that have routes of ours.
+fn standings(parts: &mut Parts, wanted: &BTreeSet<IpNet>) -> Result<Standings> {
+    let mut standings = Standings::new(parts.ours);
+    parts
+        .netlink
+        .visit_main_routes(&mut |entry| standings.note(entry, wanted))?;
+    Ok(standings)
+}
+
+fn is_up(parts: &mut Parts) -> Result<bool> {
+    let link = parts.netlink.link_by_index(parts.ours.oif)?;
+    Ok(link.is_some_and(|link| link.up))
+}
+
+/// What happened to a prefix, and what was done.
+fn describe(parts: &mut Parts, prefix: IpNet, standing: &Standing, hopeless: bool) -> String {
+    let way = standing.winner.map(|winner| way(parts, &winner));
+    let name = &parts.name;
+    match way {
+        None => format!("route {prefix} on {name} was deleted; put back"),
+        Some(way) if hopeless => format!(
+            "route {prefix} on {name} is overridden by one {way} that nothing can override; \
+             remove that (ip -6 route del)"
+        ),
+        Some(way) => {
+            format!("route {prefix} on {name} was overridden by one {way}; put in front of it")
+        }
+    }
+}
+
+/// The error that a route of somebody else's is in the way; `others`: so are
+/// more of them.
+fn conflict(parts: &mut Parts, obstacle: &RouteEntry, others: usize) -> Error {
+    let way = way(parts, obstacle);
+    let more = match others {
+        0 => String::new(),
+        others => format!(" (and {others} more prefixes have routes)"),
+    };
+    Error::new(format!(
+        "route {} exists already {way}{more}",
+        obstacle.destination
+    ))
+    .hint("remove it, give the peer other prefixes, or leave routes alone with --no-routes")
+}
+
+/// Where a route leads, in words.
+fn way(parts: &mut Parts, entry: &RouteEntry) -> String {
+    match entry.oif {
+        _ if !entry.unicast => "that drops packets".to_string(),
+        None => "with several next hops".to_string(),
+        Some(index) => match parts.netlink.link_by_index(index) {
+            Ok(Some(link)) => format!("on {}", link.name),
+            _ => format!("on interface number {index}"),
+        },
+    }
+}

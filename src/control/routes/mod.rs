@@ -1,0 +1,176 @@
+//! The kernel routes to the peers' prefixes, kept: whoever deletes or overrides
+//! one finds it back at once.
+//!
+//! A [`RouteKeeper`] is a thread that sleeps until its owner wants other routes
+//! or the kernel tells of a change by somebody else
+//! ([`Watch`](crate::netlink::Watch)). It then compares the main table with
+//! what is wanted and puts right what differs. It never polls, and no state but
+//! the kernel's own decides what is done, so lost news does no harm.
+//!
+//! Ours are the routes with [`PROTOCOL`] through the tunnel's device in the
+//! main table. All others are left as they are, also those that have overridden
+//! ours: ours goes in front of them. A route that leads into the device anyway,
+//! such as the one that the kernel makes for the device's address, is as good
+//! as ours and none is added to it.
+//!
+//! What cannot be won: IPv4 routes for one type of service, IPv6 routes for
+//! some sources, policy routing rules, longer prefixes, and an IPv6 route with
+//! metric 1 and preference high that was there first.
+//!
+//! - [`keeper`]: the thread.
+//! - [`standing`]: how the prefixes stand in the kernel's table.
+//! - [`backoff`]: how often one prefix is put right in a fight.
+//! - [`journal`]: the log lines, limited.
+
+mod backoff;
+mod journal;
+mod keeper;
+mod standing;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use crossbeam_channel::{Sender, bounded};
+use ipnet::IpNet;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::error::{Error, Result};
+use crate::netlink::{DeviceRoute, Netlink, Watch};
+use keeper::{Command, Keeper};
+
+/// The `rtm_protocol` of our routes (rtnetlink(7)): not one of those that
+/// linux/rtnetlink.h and iproute2's rt_protos assign. `ip route show proto 82`
+/// lists our routes.
+pub const PROTOCOL: u8 = 82;
+
+/// Commands that may wait for the thread.
+const COMMANDS_MAX: usize = 4;
+
+/// What becomes of the routes when their keeper ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AtEnd {
+    /// The tunnel ends: they are deleted.
+    Remove,
+    /// Another process takes the tunnel over: they stay, and its keeper finds
+    /// them by their protocol number.
+    Keep,
+}
+
+/// Keeps the routes of one device. Dropping it removes them.
+pub struct RouteKeeper {
+    commands: Sender<Command>,
+    wake: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl RouteKeeper {
+    /// Starts to keep the routes through the device `tun`, in the calling
+    /// thread's network namespace. Routes of ours that are there already, a
+    /// predecessor's, are kept until [`set`](Self::set) says otherwise; the
+    /// predecessor's keeper must have ended.
+    ///
+    /// `addresses` are put back, too, when the device was taken down and is up
+    /// again: the kernel then forgets those of IPv6.
+    ///
+    /// # Errors
+    /// When there is no such device, or no netlink sockets.
+    pub fn start(tun: &str, addresses: Vec<IpNet>) -> Result<Self> {
+        let mut netlink = Netlink::open()?;
+        let oif = netlink.link_index(tun)?.ok_or_else(|| {
+            Error::new(format!("cannot keep routes: there is no interface {tun}"))
+        })?;
+        let watch = Watch::open(&netlink)?;
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let wake = EventFd::from_value_and_flags(0, flags)
+            .map_err(|errno| Error::os("cannot create an event counter", errno.into()))?;
+        let wake = Arc::new(wake);
+        let (commands, receiver) = bounded(COMMANDS_MAX);
+        let ours = DeviceRoute {
+            oif,
+            protocol: PROTOCOL,
+        };
+        let parts = keeper::Parts {
+            netlink,
+            watch,
+            ours,
+            name: tun.to_string(),
+            addresses,
+            commands: receiver,
+            wake: Arc::clone(&wake),
+        };
+        let keeper = Keeper::new(parts)?;
+        let thread = std::thread::Builder::new()
+            .name("routes".into())
+            .spawn(move || keeper.run())
+            .map_err(|cause| Error::os("cannot start the route keeper's thread", cause))?;
+        Ok(Self {
+            commands,
+            wake,
+            thread: Some(thread),
+        })
+    }
+
+    /// Makes `wanted` the prefixes that have routes: adds those that are
+    /// missing, deletes ours that are not wanted any more, and leaves the
+    /// others alone. When it returns `Ok` the routes are in force; while the
+    /// device is down they come with it.
+    ///
+    /// # Errors
+    /// When somebody else has a route to a prefix that was not wanted before
+    /// (in IPv4 one without a metric, in IPv6 one with a metric up to 1024, the
+    /// usual one); the error names prefix and interface. When the kernel
+    /// refuses. In all cases the routes are then as before.
+    pub fn set(&self, wanted: BTreeSet<IpNet>) -> Result<()> {
+        let wanted = wanted.iter().map(IpNet::trunc).collect();
+        self.ask(|answer| Command::Set { wanted, answer })?
+    }
+
+    /// The prefixes that have routes of ours in the kernel's table now: those
+    /// that are wanted, less those for which another route does as well.
+    ///
+    /// # Errors
+    /// When the kernel refuses to list its routes.
+    pub fn owned(&self) -> Result<BTreeSet<IpNet>> {
+        self.ask(|answer| Command::Owned { answer })?
+    }
+
+    /// Ends the keeper and waits for its end.
+    pub fn stop(mut self, at_end: AtEnd) {
+        self.end(at_end);
+    }
+
+    fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Result<T> {
+        let (sender, answer) = bounded(1);
+        let ended = |_| Error::new("the thread that keeps the routes has ended");
+        self.tell(command(sender)).map_err(ended)?;
+        answer
+            .recv()
+            .map_err(|_| Error::new("the thread that keeps the routes has ended"))
+    }
+
+    fn tell(&self, command: Command) -> std::result::Result<(), ()> {
+        self.commands.send(command).map_err(|_| ())?;
+        // The counter cannot overflow: the thread empties it each time.
+        let _ = self.wake.write(1);
+        Ok(())
+    }
+
+    fn end(&mut self, at_end: AtEnd) {
+        let Some(thread) = self.thread.take() else {
+            return;
+        };
+        let _ = self.tell(Command::End(at_end));
+        if thread.join().is_err() {
+            tracing::error!("the thread that keeps the routes panicked");
+        }
+    }
+}
+
+impl Drop for RouteKeeper {
+    fn drop(&mut self) {
+        self.end(AtEnd::Remove);
+    }
+}

@@ -1,0 +1,429 @@
+//! The operators' socket: requests in, answers out, one JSON object a line
+//! ([`super::protocol`]).
+//!
+//! Each connection has a thread of its own, which reads, hands the request to
+//! the control thread, and writes the answer. So a client that is slow, stuck
+//! or hostile keeps only itself waiting. All of it is bounded: connections,
+//! bytes of a request, and the time that each step may take.
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use std::{fs, net};
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{getsockopt, sockopt};
+use socket2::{Domain, SockAddr, Socket, Type};
+
+use super::protocol::{Answer, Line, Request};
+use crate::error::{Error, Result};
+
+/// Connections at a time. One more is told so and closed.
+pub const CONNECTIONS_MAX: usize = 16;
+
+/// Longest request in bytes: some 200 000 prefixes.
+pub const REQUEST_BYTES_MAX: usize = 4 << 20;
+
+/// How long a client may take for a request, and for reading the answer.
+const REQUEST_TIME_MAX: Duration = Duration::from_secs(30);
+const ANSWER_TIME_MAX: Duration = Duration::from_secs(30);
+
+/// How long a client may read nothing of its answer.
+const WRITE_TIME_MAX: Duration = Duration::from_secs(5);
+
+/// How long the control thread may take for a request.
+const CONTROL_TIME_MAX: Duration = Duration::from_secs(60);
+
+/// How long answers that are under way are waited for at the end.
+const CLOSE_TIME_MAX: Duration = Duration::from_secs(1);
+
+/// Pause after a failed `accept(2)`, as when descriptors have run out.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Stack of a connection's thread. The deepest JSON that is read has 128 levels.
+const STACK_BYTES: usize = 512 << 10;
+
+/// Something that a client wants of the control thread.
+#[derive(Debug)]
+pub enum Call {
+    /// A request to answer.
+    Request(Request, Reply),
+    /// A process that wants to take over ([`crate::tunnel::takeover`]); the
+    /// connection is the control thread's from here on.
+    Takeover {
+        /// The connection, without any answer yet.
+        stream: UnixStream,
+        /// The version that the process speaks.
+        protocol: u32,
+    },
+}
+
+/// Where the answer to a request goes. Dropped, it says that there is none.
+#[derive(Debug)]
+pub struct Reply(Sender<std::result::Result<Answer, String>>);
+
+impl Reply {
+    /// Answers. A client that has gone does not hear it.
+    pub fn send(self, result: Result<Answer>) {
+        let _ = self.0.try_send(result.map_err(|error| error.to_string()));
+    }
+}
+
+/// See the module's documentation. Dropped, it closes and unlinks its socket.
+pub struct Server {
+    calls: Receiver<Call>,
+    shared: Arc<Shared>,
+    accept: Option<JoinHandle<()>>,
+    path: PathBuf,
+    /// Device and inode of the socket's name.
+    inode: Option<(u64, u64)>,
+    unlink: bool,
+}
+
+struct Shared {
+    listener: UnixListener,
+    calls: Sender<Call>,
+    stop: EventFd,
+    stopping: AtomicBool,
+    /// The open connections, for closing them.
+    open: Mutex<Vec<(u64, UnixStream)>>,
+}
+
+impl Server {
+    /// Listens at `path`. What a killed process has left there is replaced.
+    ///
+    /// # Errors
+    /// When another process serves the path, or something else is there, or it
+    /// cannot be made.
+    pub fn start(path: &Path) -> Result<Self> {
+        let shown = path.display();
+        make_directory(path)?;
+        remove_stale(path)?;
+        let listen = || -> io::Result<UnixListener> {
+            let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+            socket.bind(&SockAddr::unix(path)?)?;
+            // Nobody can connect before listen(2).
+            fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+            socket.listen(CONNECTIONS_MAX as i32)?;
+            Ok(UnixListener::from(OwnedFd::from(socket)))
+        };
+        let listener = listen().map_err(|error| {
+            Error::os(format!("cannot open the operators' socket {shown}"), error)
+                .hint("choose another path with --control")
+        })?;
+        Self::serve(listener, path)
+    }
+
+    /// Goes on with a predecessor's listening socket, whose name is `path`.
+    ///
+    /// # Errors
+    /// When there are no more threads or descriptors.
+    pub fn from_listener(listener: OwnedFd, path: &Path) -> Result<Self> {
+        Self::serve(UnixListener::from(listener), path)
+    }
+
+    fn serve(listener: UnixListener, path: &Path) -> Result<Self> {
+        let failed = |error| Error::os("cannot serve the operators' socket", error);
+        listener.set_nonblocking(true).map_err(failed)?;
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let stop = EventFd::from_value_and_flags(0, flags).map_err(|errno| failed(errno.into()))?;
+        let (sender, calls) = bounded(CONNECTIONS_MAX);
+        let shared = Arc::new(Shared {
+            listener,
+            calls: sender,
+            stop,
+            stopping: AtomicBool::new(false),
+            open: Mutex::new(Vec::with_capacity(CONNECTIONS_MAX)),
+        });
+        let accepting = Arc::clone(&shared);
+        let accept = std::thread::Builder::new()
+            .name("operators".into())
+            .spawn(move || accepting.accept())
+            .map_err(failed)?;
+        Ok(Self {
+            calls,
+            shared,
+            accept: Some(accept),
+            path: path.to_path_buf(),
+            inode: inode(path),
+            unlink: true,
+        })
+    }
+
+    /// What clients want.
+    pub fn calls(&self) -> &Receiver<Call> {
+        &self.calls
+    }
+
+    /// The listening socket, for a successor.
+    pub fn listener(&self) -> BorrowedFd<'_> {
+        self.shared.listener.as_fd()
+    }
+
+    /// Closes all connections, after answers that are under way. `unlink`: the
+    /// socket's name goes, too.
+    pub fn close(mut self, unlink: bool) {
+        self.unlink = unlink;
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.shared.stopping.store(true, Ordering::SeqCst);
+        let _ = self.shared.stop.write(1);
+        if let Some(accept) = self.accept.take() {
+            let _ = accept.join();
+        }
+        // Those that wait for a request hear the end of it; those that write
+        // an answer may finish.
+        self.shared.shut_down(net::Shutdown::Read);
+        // Answers to what nobody will do any more.
+        while self.calls.try_recv().is_ok() {}
+        let deadline = Instant::now() + CLOSE_TIME_MAX;
+        while !self.shared.open().is_empty() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.shared.shut_down(net::Shutdown::Both);
+        if self.unlink && self.inode.is_some() && self.inode == inode(&self.path) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn inode(path: &Path) -> Option<(u64, u64)> {
+    let metadata = fs::symlink_metadata(path).ok()?;
+    Some((metadata.dev(), metadata.ino()))
+}
+
+fn make_directory(path: &Path) -> Result<()> {
+    let Some(parent) = path
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty())
+    else {
+        return Ok(());
+    };
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(parent)
+        .map_err(|error| {
+            Error::os(format!("cannot make directory {}", parent.display()), error)
+                .hint("choose another path with --control")
+        })
+}
+
+/// Removes the socket of a process that was killed.
+fn remove_stale(path: &Path) -> Result<()> {
+    let shown = path.display();
+    let Ok(metadata) = fs::symlink_metadata(path) else {
+        return Ok(());
+    };
+    if !metadata.file_type().is_socket() {
+        return Err(Error::new(format!(
+            "cannot open the operators' socket: {shown} is no socket"
+        ))
+        .hint("remove it, or choose another path with --control"));
+    }
+    match UnixStream::connect(path) {
+        Ok(_) => Err(Error::new(format!("another fastvpn serves {shown}"))
+            .hint("choose another --tun or --control, or take over with --takeover")),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path)
+            .map_err(|error| Error::os(format!("cannot remove the dead socket {shown}"), error)),
+        Err(error) => Err(Error::os(format!("cannot tell who serves {shown}"), error)),
+    }
+}
+
+impl Shared {
+    fn open(&self) -> std::sync::MutexGuard<'_, Vec<(u64, UnixStream)>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn shut_down(&self, how: net::Shutdown) {
+        for (_, stream) in self.open().iter() {
+            let _ = stream.shutdown(how);
+        }
+    }
+
+    fn accept(self: Arc<Self>) {
+        for id in 0.. {
+            let mut ready = [
+                PollFd::new(self.listener.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.stop.as_fd(), PollFlags::POLLIN),
+            ];
+            let _ = poll(&mut ready, PollTimeout::NONE);
+            if self.stopping.load(Ordering::SeqCst) {
+                return;
+            }
+            match self.listener.accept() {
+                Ok((stream, _)) => {
+                    if let Err(error) = self.welcome(id, stream) {
+                        tracing::debug!("an operator's connection was lost: {error}");
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => {
+                    tracing::debug!("cannot take an operator's connection: {error}");
+                    std::thread::sleep(ACCEPT_PAUSE);
+                }
+            }
+        }
+    }
+
+    /// Gives a connection its thread, if it may have one.
+    fn welcome(self: &Arc<Self>, id: u64, mut stream: UnixStream) -> io::Result<()> {
+        // Not inherited from the listener, but other systems do.
+        stream.set_nonblocking(false)?;
+        stream.set_write_timeout(Some(WRITE_TIME_MAX))?;
+        let refusal = if !is_trusted(&stream) {
+            Some("only root and the tunnel's own user may ask")
+        } else if self.open().len() >= CONNECTIONS_MAX {
+            Some("too many connections")
+        } else {
+            None
+        };
+        if let Some(reason) = refusal {
+            // A line is always taken whole by a fresh connection's buffer.
+            return write_line(&mut stream, Err(reason.to_string()));
+        }
+        self.open().push((id, stream.try_clone()?));
+        let shared = Arc::clone(self);
+        let spawned = std::thread::Builder::new()
+            .name("operator".into())
+            .stack_size(STACK_BYTES)
+            .spawn(move || {
+                shared.converse(stream);
+                shared.open().retain(|(open, _)| *open != id);
+            });
+        if spawned.is_err() {
+            self.open().retain(|(open, _)| *open != id);
+        }
+        spawned.map(drop)
+    }
+
+    /// Requests and answers, until either side has enough.
+    fn converse(&self, mut stream: UnixStream) {
+        let mut reader = LineReader::default();
+        loop {
+            let line = match reader.next(&mut stream) {
+                Ok(Some(line)) => line,
+                Ok(None) => return,
+                Err(error) => {
+                    if error.kind() == io::ErrorKind::InvalidData {
+                        let _ = write_line(&mut stream, Err(error.to_string()));
+                    }
+                    return;
+                }
+            };
+            let result = match serde_json::from_slice(&line) {
+                Ok(Request::Takeover { protocol }) => {
+                    let _ = self.calls.send(Call::Takeover { stream, protocol });
+                    return;
+                }
+                Ok(request) => self.ask(request),
+                Err(error) => Err(format!("cannot read the request: {error}")),
+            };
+            drop(line);
+            if write_line(&mut stream, result).is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Has the control thread answer.
+    fn ask(&self, request: Request) -> std::result::Result<Answer, String> {
+        let (sender, answer) = bounded(1);
+        let sent = self
+            .calls
+            .send_timeout(Call::Request(request, Reply(sender)), CONTROL_TIME_MAX);
+        if sent.is_err() {
+            return Err("the tunnel is too busy to answer".into());
+        }
+        match answer.recv_timeout(CONTROL_TIME_MAX) {
+            Ok(result) => result,
+            Err(_) => Err("the tunnel gives no answer; it may be ending".into()),
+        }
+    }
+}
+
+/// Root, or who runs the tunnel. The socket's mode says so already; unless
+/// someone has changed it.
+fn is_trusted(stream: &UnixStream) -> bool {
+    let own = nix::unistd::geteuid();
+    getsockopt(stream, sockopt::PeerCredentials)
+        .is_ok_and(|peer| peer.uid() == 0 || peer.uid() == own.as_raw())
+}
+
+/// Cuts a stream into lines of bounded length, each within bounded time.
+#[derive(Default)]
+struct LineReader {
+    /// Bytes behind the last line.
+    rest: Vec<u8>,
+}
+
+impl LineReader {
+    /// The next line, `None` at the end.
+    fn next(&mut self, stream: &mut UnixStream) -> io::Result<Option<Vec<u8>>> {
+        let deadline = Instant::now() + REQUEST_TIME_MAX;
+        let mut line = std::mem::take(&mut self.rest);
+        let mut searched = 0;
+        let mut chunk = [0; 16 << 10];
+        loop {
+            if let Some(end) = line[searched..].iter().position(|byte| *byte == b'\n') {
+                let end = searched + end;
+                self.rest = line.split_off(end + 1);
+                line.truncate(end);
+                return Ok(Some(line));
+            }
+            searched = line.len();
+            if line.len() > REQUEST_BYTES_MAX {
+                let text = format!("a request has at most {REQUEST_BYTES_MAX} bytes");
+                return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            stream.set_read_timeout(Some(left))?;
+            match stream.read(&mut chunk) {
+                Ok(0) => return Ok(None),
+                Ok(bytes) => line.extend_from_slice(&chunk[..bytes]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+fn write_line(
+    stream: &mut UnixStream,
+    result: std::result::Result<Answer, String>,
+) -> io::Result<()> {
+    let mut text = serde_json::to_vec(&Line::from(result))?;
+    text.push(b'\n');
+    let deadline = Instant::now() + ANSWER_TIME_MAX;
+    let mut rest = &text[..];
+    while !rest.is_empty() {
+        if Instant::now() > deadline {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        match stream.write(rest) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(bytes) => rest = &rest[bytes..],
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "server_tests.rs"]
+mod tests;

@@ -1,0 +1,500 @@
+//! What operators and successors ask for, done by the control thread one after
+//! the other.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Instant;
+
+use super::announce;
+use super::running::{End, Running};
+use super::takeover::{Manifest, PROTOCOL, RuntimePeer, Successor, WorkerDescriptors};
+use crate::cli::parse::parse_endpoint;
+use crate::cli::{Endpoint, PeerSpec};
+use crate::config::{Config, Settled};
+use crate::control::overlay::{Changes, Origin, Overlay};
+use crate::control::protocol::{
+    Answer, Changed, Found, PeerStatus, Peers, Reloaded, Request, RouteEntry, Routes, Status,
+};
+use crate::control::server::Call;
+use crate::device::link;
+use crate::device::tun::Queue;
+use crate::error::{Error, Result};
+use crate::netlink::Netlink;
+use crate::transport::socket::WorkerSockets;
+use crate::worker::counters::Snapshot;
+
+/// Descriptors of one worker, kept for a successor.
+pub struct Kept {
+    queue: OwnedFd,
+    receive: OwnedFd,
+    send: Option<OwnedFd>,
+}
+
+/// Further descriptors of what the workers are about to have.
+///
+/// # Errors
+/// When there are no more descriptors.
+pub fn keep(queues: &[Queue], sockets: &[WorkerSockets]) -> Result<Vec<Kept>> {
+    let clone = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned();
+    let pairs = queues.iter().zip(sockets);
+    pairs
+        .map(|(queue, sockets)| {
+            let send = sockets.send.as_ref();
+            Ok(Kept {
+                queue: clone(queue.as_fd())?,
+                receive: clone(sockets.receive.as_fd())?,
+                send: send.map(|send| clone(send.as_fd())).transpose()?,
+            })
+        })
+        .collect::<std::io::Result<_>>()
+        .map_err(|error| {
+            Error::os("cannot duplicate a descriptor", error)
+                .hint("raise the limit on open files (ulimit -n), or ask for fewer --queues")
+        })
+}
+
+/// Sees to a call; `Some` if that ends the run.
+pub fn answer(running: &mut Running, call: Call) -> Option<End> {
+    match call {
+        Call::Takeover { stream, protocol } => match hand_over(running, stream, protocol) {
+            Ok(()) => Some(End::HandedOver),
+            Err(error) => {
+                tracing::error!("not handed over: {error}");
+                None
+            }
+        },
+        Call::Request(Request::Stop {}, reply) => {
+            tracing::debug!("stopped by an operator");
+            reply.send(Ok(Answer::Changed(Changed::default())));
+            Some(End::Stopped)
+        }
+        Call::Request(request, reply) => {
+            reply.send(done(running, request));
+            None
+        }
+    }
+}
+
+fn done(running: &mut Running, request: Request) -> Result<Answer> {
+    Ok(match request {
+        Request::Status {} => Answer::Status(Box::new(status(running))),
+        Request::Peers {} => Answer::Peers(peers(running)),
+        Request::RouteList {} => Answer::Routes(routes(&running.overlay)),
+        Request::RouteGet { address } => {
+            let (prefix, peer) = running
+                .overlay
+                .route_to(address)
+                .ok_or_else(|| Error::new(format!("no peer has a prefix that {address} is in")))?;
+            Answer::Found(Found {
+                address,
+                prefix,
+                peer: peer.name.to_string(),
+                endpoint: peer.endpoint,
+            })
+        }
+        Request::RouteAdd {
+            peer,
+            prefixes,
+            replace,
+        } => {
+            let peer = parse_name(&peer)?;
+            changed(running, |overlay| {
+                let added = overlay.add_prefixes(&peer, &prefixes, Origin::Runtime, replace)?;
+                Ok(Changed {
+                    prefixes_added: added,
+                    ..Changed::default()
+                })
+            })?
+        }
+        Request::RouteDel { prefixes } => changed(running, |overlay| {
+            let removed = overlay.remove_prefixes(&prefixes)?;
+            Ok(Changed {
+                prefixes_removed: removed,
+                ..Changed::default()
+            })
+        })?,
+        Request::PeerAdd { peer, prefixes } => {
+            let spec = PeerSpec {
+                endpoint: parse_name(&peer)?,
+                prefixes,
+            };
+            check_family(running, &spec.endpoint)?;
+            changed(running, |overlay| {
+                overlay.add_peer(&spec, Origin::Runtime)?;
+                Ok(Changed {
+                    peers_added: 1,
+                    prefixes_added: spec.prefixes.len(),
+                    ..Changed::default()
+                })
+            })?
+        }
+        Request::PeerDel { peer } => {
+            let peer = parse_name(&peer)?;
+            changed(running, |overlay| {
+                let removed = overlay.remove_peer(&peer)?;
+                Ok(Changed {
+                    peers_removed: 1,
+                    prefixes_removed: removed,
+                    ..Changed::default()
+                })
+            })?
+        }
+        Request::Reload {} => Answer::Reloaded(reload(running)?),
+        // Both end the run, and are seen to before.
+        Request::Stop {} | Request::Takeover { .. } => {
+            return Err(Error::new("this cannot be asked for here"));
+        }
+    })
+}
+
+fn parse_name(text: &str) -> Result<Endpoint> {
+    parse_endpoint(text).map_err(|error| Error::new(format!("{text:?} is no peer: {error}")))
+}
+
+/// Makes a change to the overlay, all of it or nothing.
+fn changed(
+    running: &mut Running,
+    change: impl FnOnce(&mut Overlay) -> Result<Changed>,
+) -> Result<Answer> {
+    let mut next = running.overlay.clone();
+    let changed = change(&mut next)?;
+    running.commit(next)?;
+    Ok(Answer::Changed(changed))
+}
+
+/// The sockets were opened for the peers of the start.
+fn check_family(running: &Running, name: &Endpoint) -> Result<()> {
+    let listen = running.settled.listen;
+    match name.literal() {
+        Some(literal) if literal.ip().is_unspecified() || literal.ip().is_multicast() => {
+            Err(Error::new(format!("{name} is no address of a host")))
+        }
+        Some(literal) if literal.is_ipv6() && listen.is_ipv4() => {
+            Err(Error::new(format!("cannot send to {name} from {listen}"))
+                .hint("start with --listen [::] to have peers of both IP versions"))
+        }
+        Some(literal) if literal.is_ipv4() && listen.is_ipv6() && !listen.ip().is_unspecified() => {
+            Err(Error::new(format!("cannot send to {name} from {listen}"))
+                .hint("start with --listen [::] to have peers of both IP versions"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Reads the configuration file again and applies what is different.
+///
+/// # Errors
+/// When the file is bad or cannot be applied: nothing has changed then.
+pub fn reload(running: &mut Running) -> Result<Reloaded> {
+    let result = try_reload(running);
+    running.reload_error = result.as_ref().err().map(ToString::to_string);
+    result
+}
+
+fn try_reload(running: &mut Running) -> Result<Reloaded> {
+    let new = running.config.reread()?;
+    for spec in &new.peers {
+        check_family(running, &spec.endpoint)?;
+    }
+    let mut next = running.overlay.clone();
+    let changes = next.configure(&new.peers)?;
+    let needs_restart = running.config.needs_restart(&new);
+    let mut settings_changed = Vec::new();
+    let old = running.config.clone();
+    let old_link = running.settled.link.clone();
+    running.config = old.with_changes_of(new);
+    let result =
+        apply_link(running, &old, &mut settings_changed).and_then(|()| running.commit(next));
+    if let Err(error) = result {
+        let failed = std::mem::replace(&mut running.config, old);
+        let _ = apply_link(running, &failed, &mut Vec::new());
+        running.settled.link = old_link;
+        running.republish();
+        return Err(error);
+    }
+    running.resolve_again();
+    Ok(Reloaded {
+        changed: to_changed(changes),
+        settings_changed,
+        needs_restart: needs_restart.into_iter().map(String::from).collect(),
+    })
+}
+
+/// Applies the device's settings in which the configuration differs from `old`.
+fn apply_link(running: &mut Running, old: &Config, changed: &mut Vec<String>) -> Result<()> {
+    let new = running.config.clone();
+    let mut netlink = Netlink::open()?;
+    let index = netlink
+        .link_index(&new.tun)?
+        .ok_or_else(|| Error::new(format!("interface {} has disappeared", new.tun)))?;
+    if new.txqueuelen != old.txqueuelen {
+        netlink.set_txqueuelen(index, new.txqueuelen)?;
+        running.settled.link.txqueuelen = new.txqueuelen;
+        changed.push("txqueuelen".into());
+    }
+    if new.mtu_bytes != old.mtu_bytes || new.addresses != old.addresses {
+        let resolved: Vec<_> = running
+            .overlay
+            .peers()
+            .filter_map(|(_, peer)| peer.endpoint)
+            .collect();
+        let settled = new.settle(&resolved)?;
+        apply_settled(running, &mut netlink, index, settled, changed)?;
+    }
+    for (key, differs) in [
+        ("hop", new.hop != old.hop),
+        ("no-routes", new.no_routes != old.no_routes),
+        ("route", new.routes != old.routes),
+    ] {
+        if differs {
+            changed.push(key.into());
+        }
+    }
+    Ok(())
+}
+
+fn apply_settled(
+    running: &mut Running,
+    netlink: &mut Netlink,
+    index: u32,
+    new: Settled,
+    changed: &mut Vec<String>,
+) -> Result<()> {
+    let link = &mut running.settled.link;
+    if new.link.mtu_bytes != link.mtu_bytes {
+        netlink.set_mtu(index, new.link.mtu_bytes)?;
+        link.mtu_bytes = new.link.mtu_bytes;
+        changed.push("mtu".into());
+    }
+    if new.link.addresses != link.addresses {
+        link::set_addresses(netlink, index, &link.addresses, &new.link.addresses)?;
+        link.addresses = new.link.addresses;
+        running.restart_routes()?;
+        changed.push("address".into());
+    }
+    Ok(())
+}
+
+fn to_changed(changes: Changes) -> Changed {
+    Changed {
+        prefixes_added: changes.prefixes_added,
+        prefixes_removed: changes.prefixes_removed,
+        peers_added: changes.peers_added,
+        peers_removed: changes.peers_removed,
+    }
+}
+
+/// What a reload came to, for the log.
+pub fn in_words(report: &Reloaded) -> String {
+    let changed = report.changed;
+    let mut words = format!(
+        "peers {} added, {} removed; prefixes {} added, {} removed",
+        changed.peers_added,
+        changed.peers_removed,
+        changed.prefixes_added,
+        changed.prefixes_removed
+    );
+    if !report.settings_changed.is_empty() {
+        words += &format!("; changed: {}", report.settings_changed.join(", "));
+    }
+    if !report.needs_restart.is_empty() {
+        words += &format!("; at the next start: {}", report.needs_restart.join(", "));
+    }
+    words
+}
+
+fn status(running: &Running) -> Status {
+    let snapshots: Vec<Snapshot> = running
+        .workers()
+        .counters()
+        .iter()
+        .map(|worker| worker.snapshot())
+        .collect();
+    let total = snapshots
+        .iter()
+        .fold(Snapshot::default(), |sum, worker| sum.plus(worker));
+    let named = |(name, value): (&str, u64)| (name.replace('_', "-"), value);
+    let is_drop = |name: &str| name.starts_with("drop_");
+    let link = Netlink::open()
+        .ok()
+        .and_then(|mut netlink| super::read_link_stats(&mut netlink, &running.config.tun));
+    let settled = &running.settled;
+    Status {
+        version: env!("CARGO_PKG_VERSION").into(),
+        pid: std::process::id(),
+        uptime_seconds: running.started.elapsed().as_secs(),
+        tun: running.config.tun.clone(),
+        addresses: settled.link.addresses.clone(),
+        mtu_bytes: settled.link.mtu_bytes,
+        listen: settled.listen.to_string(),
+        engine: running.workers().engine().to_string(),
+        offloads: announce::offloads(running),
+        hop: running.config.hop,
+        keeps_routes: !running.config.no_routes,
+        config_file: running
+            .config
+            .config_file
+            .as_ref()
+            .map(|path| path.display().to_string()),
+        reload_error: running.reload_error.clone(),
+        peers: running.overlay.peer_count(),
+        prefixes: running.overlay.prefix_count(),
+        counters: total
+            .iter()
+            .filter(|(name, _)| !is_drop(name))
+            .map(named)
+            .collect(),
+        drops: total.drops().map(named).collect(),
+        tun_queue_drops: link.map_or(0, |link| link.tx_dropped),
+        workers: snapshots
+            .iter()
+            .map(|worker| worker.iter().map(named).collect::<BTreeMap<_, _>>())
+            .collect(),
+    }
+}
+
+fn peers(running: &Running) -> Peers {
+    let now = Instant::now();
+    let status = running.overlay.peers_by_name().map(|peer| {
+        let sum = |count: fn(&crate::worker::counters::PeerCounters) -> u64| {
+            peer.traffic.iter().map(count).sum::<u64>()
+        };
+        let hop = running.overlay.find(&peer.name).map(|(hop, _)| hop);
+        let last = hop.and_then(|hop| running.heard.get(&hop)?.last);
+        PeerStatus {
+            peer: peer.name.to_string(),
+            endpoint: peer.endpoint,
+            origin: peer.origin.as_str().into(),
+            is_default: peer.is_default,
+            prefixes: peer.prefix_count,
+            path_mtu_bytes: peer.path_mtu_bytes,
+            packets_sent: sum(|worker| worker.packets_sent.get()),
+            bytes_sent: sum(|worker| worker.bytes_sent.get()),
+            packets_received: sum(|worker| worker.packets_received.get()),
+            bytes_received: sum(|worker| worker.bytes_received.get()),
+            last_heard_seconds: last.map(|last| (now - last).as_secs()),
+        }
+    });
+    Peers {
+        peers: status.collect(),
+    }
+}
+
+fn routes(overlay: &Overlay) -> Routes {
+    let entries = overlay.prefixes().map(|(prefix, peer, origin)| RouteEntry {
+        prefix,
+        peer: peer.name.to_string(),
+        endpoint: peer.endpoint,
+        origin: origin.as_str().into(),
+    });
+    Routes {
+        routes: entries.collect(),
+    }
+}
+
+fn hand_over(
+    running: &mut Running,
+    stream: std::os::unix::net::UnixStream,
+    protocol: u32,
+) -> Result<()> {
+    let mut successor = Successor::new(stream, protocol)?;
+    let manifest = manifest(running);
+    let workers = running.descriptors().iter().map(|kept| WorkerDescriptors {
+        queue: kept.queue.as_fd(),
+        receive: kept.receive.as_fd(),
+        send: kept.send.as_ref().map(AsFd::as_fd),
+    });
+    let listener = running.server.as_ref().map(|server| server.listener());
+    successor.hand_over(&manifest, workers, listener)?;
+    // From here on there is no way back: what the workers hold is sent, the
+    // rest waits in the kernel for the successor.
+    running.stop_workers();
+    running.leave();
+    if let Err(error) = successor.done() {
+        tracing::error!("{error}");
+    }
+    Ok(())
+}
+
+fn manifest(running: &Running) -> Manifest {
+    let overlay = &running.overlay;
+    let runtime = |peer: &&crate::control::overlay::Peer| peer.origin == Origin::Runtime;
+    let mut prefixes_of: BTreeMap<_, Vec<_>> = BTreeMap::new();
+    let mut runtime_prefixes = Vec::new();
+    for (prefix, peer, origin) in overlay.prefixes() {
+        if peer.origin == Origin::Runtime {
+            prefixes_of.entry(peer.name.key()).or_default().push(prefix);
+        } else if origin == Origin::Runtime {
+            runtime_prefixes.push((prefix, peer.name.to_string()));
+        }
+    }
+    let runtime_peers = overlay
+        .peers_by_name()
+        .filter(runtime)
+        .map(|peer| RuntimePeer {
+            peer: peer.name.to_string(),
+            is_default: peer.is_default,
+            prefixes: prefixes_of.remove(&peer.name.key()).unwrap_or_default(),
+        });
+    Manifest {
+        ok: true,
+        protocol: PROTOCOL,
+        tun: running.config.tun.clone(),
+        workers: running.worker_count as u16,
+        listen: running.settled.listen,
+        tun_offloads: [running.tun_offloads.tcp, running.tun_offloads.udp],
+        udp_offloads: [running.udp_offloads.segment, running.udp_offloads.gro],
+        is_steered: running.is_steered,
+        addresses: running.settled.link.addresses.clone(),
+        runtime_peers: runtime_peers.collect(),
+        runtime_prefixes,
+    }
+}
+
+/// Makes sure that a successor's configuration fits what it takes over.
+///
+/// # Errors
+/// Names the setting that does not.
+pub fn check_inherited(config: &Config, settled: &Settled, manifest: &Manifest) -> Result<()> {
+    let differs = |what: &str, ours: &dyn std::fmt::Display, theirs: &dyn std::fmt::Display| {
+        Err(Error::new(format!(
+            "cannot take over: this process wants {what} {ours}, the running one has {theirs}"
+        ))
+        .hint("stop the running one and start this one without --takeover"))
+    };
+    if config.tun != manifest.tun {
+        return differs("the device", &config.tun, &manifest.tun);
+    }
+    if settled.listen != manifest.listen {
+        return differs("to listen on", &settled.listen, &manifest.listen);
+    }
+    if config.queues != manifest.workers {
+        tracing::warn!(
+            "--queues {} takes effect at the next start: the running process has {}",
+            config.queues,
+            manifest.workers
+        );
+    }
+    Ok(())
+}
+
+/// Adds what operators added to the predecessor, as far as it still fits.
+pub fn inherit(overlay: &mut Overlay, manifest: &Manifest) {
+    for peer in &manifest.runtime_peers {
+        let mut next = overlay.clone();
+        let added = parse_name(&peer.peer).and_then(|name| {
+            next.insert_peer(&name, peer.is_default, &peer.prefixes, Origin::Runtime)
+        });
+        match added {
+            Ok(()) => *overlay = next,
+            Err(error) => tracing::warn!("left out what was added at run time: {error}"),
+        }
+    }
+    for (prefix, peer) in &manifest.runtime_prefixes {
+        let added = parse_name(peer)
+            .and_then(|peer| overlay.add_prefixes(&peer, &[*prefix], Origin::Runtime, false));
+        if let Err(error) = added {
+            tracing::warn!("left out what was added at run time: {error}");
+        }
+    }
+}

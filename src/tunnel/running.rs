@@ -1,0 +1,571 @@
+//! A tunnel that runs: what the control thread holds, what it waits for, and
+//! what it looks after every second.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, never, select, tick};
+use ipnet::IpNet;
+use signal_hook::consts::{SIGHUP, SIGTERM};
+
+use super::start::{self, Claimed};
+use super::takeover::{self, Inherited, Predecessor};
+use super::{announce, operator};
+use crate::config::{Config, Settled};
+use crate::control::engine::Engine;
+use crate::control::names::{Answer, Names};
+use crate::control::overlay::{Overlay, tunnel_addresses};
+use crate::control::routes::{AtEnd, RouteKeeper};
+use crate::control::server::{Call, Server};
+use crate::control::workers::{Setup, Workers};
+use crate::device::link;
+use crate::error::{Error, Result};
+use crate::netlink::Netlink;
+use crate::packet::coalesce;
+use crate::packet::icmp::TunnelAddresses;
+use crate::packet::train::{Limits, NextHop};
+use crate::transport::{path, socket};
+use crate::worker::Command;
+use crate::worker::table::Table;
+
+/// How often trains of full size are tried again on paths that refused them: as
+/// often as the kernel forgets a path MTU (`net.ipv4.route.mtu_expires`).
+const LIMITS_RESET_INTERVAL: Duration = Duration::from_secs(600);
+
+/// How often peers are looked after: who answers, what the paths take.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Most paths that the kernel is asked about at a time. The others have their
+/// turn the next time.
+const PATHS_ASKED_MAX: usize = 256;
+
+/// Tables that workers may still hold on to, until they have taken newer ones.
+const RETIRED_MAX: usize = 64;
+
+/// How the run ended, if not by an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// By a signal or an operator's word.
+    Stopped,
+    /// A successor carries on: device, sockets and routes are its now.
+    HandedOver,
+}
+
+/// What was last heard of a peer.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Heard {
+    received: u64,
+    sent: u64,
+    /// When something came from it.
+    pub(super) last: Option<Instant>,
+    /// Since when we send to it without hearing anything.
+    silent_since: Option<Instant>,
+    /// We have sent to it since the kernel was asked about its path.
+    path_used: bool,
+}
+
+/// See the module's documentation.
+pub struct Running {
+    pub(super) config: Config,
+    pub(super) settled: Settled,
+    pub(super) overlay: Overlay,
+    pub(super) table: Arc<Table>,
+    /// Old tables: the last to let go of one has to free it, and that should
+    /// not be a worker.
+    retired: Vec<Arc<Table>>,
+    /// `None` once they have been stopped.
+    workers: Option<Workers>,
+    pub(super) tun_offloads: coalesce::Offloads,
+    pub(super) udp_offloads: socket::Offloads,
+    pub(super) is_steered: bool,
+    pub(super) worker_count: usize,
+    descriptors: Vec<operator::Kept>,
+    names: Names,
+    pub(super) heard: HashMap<NextHop, Heard>,
+    path_cursor: usize,
+    netlink: Netlink,
+    accept_local: bool,
+    /// `None` once the tunnel has ended.
+    routes: Option<RouteKeeper>,
+    pub(super) server: Option<Server>,
+    pub(super) started: Instant,
+    pub(super) reload_error: Option<String>,
+}
+
+impl Running {
+    /// Sets a tunnel up, or takes it over.
+    ///
+    /// # Errors
+    /// When it cannot be had; then nothing is left behind.
+    pub fn start(config: Config) -> Result<Self> {
+        let mut netlink = Netlink::open()?;
+        let mut names = Names::start(config.listen.map(|listen| listen.ip))?;
+        let (mut overlay, mut unresolved) = start::resolve(&config, &mut names)?;
+        let settled = match config.settle(&start::endpoints(&config, &overlay)) {
+            // Why nothing is known of the peers says more than that it is not.
+            Err(error) => return Err(unresolved.drain(..).next().unwrap_or(error)),
+            Ok(settled) => settled,
+        };
+        for error in settled.unreachable.iter().chain(&unresolved) {
+            tracing::warn!("{error}; trying again");
+        }
+        let inherited = match config.takeover {
+            true => takeover::ask(&config.control)?,
+            false => None,
+        };
+        if let Some(inherited) = &inherited {
+            operator::check_inherited(&config, &settled, &inherited.manifest)?;
+            operator::inherit(&mut overlay, &inherited.manifest);
+            start::resolve_now(&mut overlay, &mut names);
+        } else if config.takeover {
+            tracing::info!("there is no running process to take over from");
+        }
+        let (claimed, predecessor, listener, old_addresses) = match inherited {
+            None => {
+                let claimed = start::claim(&config, &settled, &mut netlink)?;
+                (claimed, None, None, None)
+            }
+            Some(inherited) => {
+                let Inherited {
+                    manifest,
+                    device,
+                    sockets,
+                    udp,
+                    listener,
+                    predecessor,
+                } = inherited;
+                let claimed = Claimed {
+                    sockets,
+                    udp,
+                    device,
+                };
+                let addresses = manifest.addresses;
+                (claimed, Some(predecessor), listener, Some(addresses))
+            }
+        };
+        let Claimed {
+            sockets,
+            udp,
+            device,
+        } = claimed;
+        let worker_count = device.queues.len();
+        overlay.count_for(worker_count);
+        ask_paths(&mut overlay, settled.listen);
+        let accept_local = link::accept_local(&mut netlink, &config.tun);
+        let addresses = tunnel_addresses(&settled.link.addresses, accept_local);
+        let table = Arc::new(overlay.table(addresses, config.hop));
+        let setup = Setup {
+            tun: device.offloads,
+            limits: Limits {
+                segments_max: if udp.segment {
+                    Limits::FULL.segments_max
+                } else {
+                    1
+                },
+                ..Limits::FULL
+            },
+            engine: Engine::choose(config.io, config.wanted.uring),
+            busy_poll: config.busy_poll,
+            cores: config.cores.clone(),
+            table: Arc::clone(&table),
+        };
+        let descriptors = operator::keep(&device.queues, &sockets)?;
+        let (tun_offloads, is_steered) = (device.offloads, device.steered);
+        let mut workers = Workers::start(device.queues, sockets, &setup)?;
+        if let Some(predecessor) = predecessor {
+            hand_over_from(predecessor, &mut workers)?;
+        }
+        workers.go();
+        link::bring_up(
+            &mut netlink,
+            &config.tun,
+            &settled.link,
+            old_addresses.as_deref(),
+        )?;
+        let routes = RouteKeeper::start(&config.tun, settled.link.addresses.clone())?;
+        let mut running = Self {
+            config,
+            settled,
+            overlay,
+            table,
+            retired: Vec::with_capacity(RETIRED_MAX),
+            workers: Some(workers),
+            tun_offloads,
+            udp_offloads: udp,
+            is_steered,
+            worker_count,
+            descriptors,
+            names,
+            heard: HashMap::new(),
+            path_cursor: 0,
+            netlink,
+            accept_local,
+            routes: Some(routes),
+            server: None,
+            started: Instant::now(),
+            reload_error: None,
+        };
+        running
+            .routes()
+            .set(running.kernel_routes(&running.overlay))?;
+        running.check_outside(&running.overlay.clone())?;
+        running.serve(listener)?;
+        announce::announce(&running);
+        Ok(running)
+    }
+
+    /// Opens the operators' socket, or goes on with the predecessor's.
+    fn serve(&mut self, listener: Option<std::os::fd::OwnedFd>) -> Result<()> {
+        let path = &self.config.control;
+        let server = match listener {
+            Some(listener) => Server::from_listener(listener, path),
+            None => Server::start(path),
+        };
+        match server {
+            Ok(server) => self.server = Some(server),
+            // Who asked for none can do without, as where /run cannot be
+            // written to.
+            Err(error) if self.config.control_is_default => {
+                tracing::warn!("no operators' socket: {error}");
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// The workers.
+    ///
+    /// # Panics
+    /// Once they have been stopped, which only the end of the run does.
+    pub fn workers(&self) -> &Workers {
+        self.workers
+            .as_ref()
+            .expect("the workers run until the end")
+    }
+
+    /// The keeper of the kernel's routes.
+    ///
+    /// # Panics
+    /// Once it has been stopped, which only the end of the run does.
+    pub(super) fn routes(&self) -> &RouteKeeper {
+        self.routes.as_ref().expect("routes are kept until the end")
+    }
+
+    /// Has the kernel's routes kept for the device's new addresses.
+    pub(super) fn restart_routes(&mut self) -> Result<()> {
+        if let Some(routes) = self.routes.take() {
+            routes.stop(AtEnd::Keep);
+        }
+        let addresses = self.settled.link.addresses.clone();
+        self.routes = Some(RouteKeeper::start(&self.config.tun, addresses)?);
+        Ok(())
+    }
+
+    /// Waits for what may happen, and sees to it, until the end.
+    ///
+    /// # Errors
+    /// When a worker fails.
+    pub fn run(&mut self, signals: &Receiver<i32>) -> Result<End> {
+        let limits_reset = tick(LIMITS_RESET_INTERVAL);
+        let look = tick(LOOK_INTERVAL);
+        let failures = self.workers().failures().clone();
+        let answers = self.names.answers().clone();
+        let calls = self
+            .server
+            .as_ref()
+            .map_or_else(never, |server| server.calls().clone());
+        loop {
+            select! {
+                recv(signals) -> signal => match signal {
+                    Ok(SIGHUP) => self.reload_by_signal(),
+                    signal => {
+                        let name = if signal == Ok(SIGTERM) { "SIGTERM" } else { "SIGINT" };
+                        tracing::debug!("{name}: stopping");
+                        return Ok(End::Stopped);
+                    }
+                },
+                recv(failures) -> failure => {
+                    return Err(failure.unwrap_or_else(|_| Error::new("all workers have ended")));
+                }
+                recv(calls) -> call => {
+                    if let Ok(call) = call
+                        && let Some(end) = self.answer(call)
+                    {
+                        return Ok(end);
+                    }
+                }
+                recv(answers) -> answer => {
+                    if let Ok(answer) = answer {
+                        self.name_answered(answer);
+                    }
+                }
+                recv(look) -> _ => self.look_after_peers(),
+                recv(limits_reset) -> _ => {
+                    self.workers().tell(|| Command::ResetLimits);
+                }
+            }
+        }
+    }
+
+    fn answer(&mut self, call: Call) -> Option<End> {
+        operator::answer(self, call)
+    }
+
+    fn reload_by_signal(&mut self) {
+        match operator::reload(self) {
+            Ok(report) => tracing::info!("reloaded: {}", operator::in_words(&report)),
+            Err(error) => tracing::error!("not reloaded, nothing has changed: {error}"),
+        }
+    }
+
+    /// The prefixes that the kernel should route into the tunnel.
+    fn kernel_routes(&self, overlay: &Overlay) -> std::collections::BTreeSet<IpNet> {
+        let mut wanted = match self.config.no_routes {
+            true => Default::default(),
+            false => overlay.kernel_routes(),
+        };
+        wanted.extend(self.config.routes.iter().map(IpNet::trunc));
+        wanted
+    }
+
+    /// Puts a changed overlay in force, or leaves everything as it was.
+    ///
+    /// # Errors
+    /// When the kernel refuses a route, or when the way to a peer would lead
+    /// through the tunnel.
+    pub(super) fn commit(&mut self, mut next: Overlay) -> Result<()> {
+        start::set_literals(&mut next);
+        ask_paths(&mut next, self.settled.listen);
+        let old_table = Arc::clone(&self.table);
+        // Workers first, so that what the kernel sends into the tunnel by a
+        // new route has somewhere to go.
+        let table = next.table(self.addresses(), self.config.hop);
+        self.publish(Arc::new(table));
+        let wanted = self.kernel_routes(&next);
+        let result = self
+            .routes()
+            .set(wanted)
+            .and_then(|()| self.check_outside(&next));
+        if let Err(error) = result {
+            let before = self.kernel_routes(&self.overlay);
+            if let Err(error) = self.routes().set(before) {
+                tracing::error!("{error}");
+            }
+            self.publish(old_table);
+            return Err(error);
+        }
+        self.overlay = next;
+        self.watch_names();
+        Ok(())
+    }
+
+    fn watch_names(&mut self) {
+        let now = Instant::now();
+        let names: Vec<_> = self
+            .overlay
+            .peers()
+            .map(|(_, peer)| &peer.name)
+            .filter(|name| name.literal().is_none())
+            .collect();
+        self.names.watch(names.into_iter(), now);
+        self.names.tick(now);
+        let overlay = &self.overlay;
+        self.heard
+            .retain(|&hop, _| overlay.peers().any(|(known, _)| known == hop));
+    }
+
+    /// Asks for all peers' names anew.
+    pub(super) fn resolve_again(&mut self) {
+        self.names.ask_all(Instant::now());
+    }
+
+    /// Gives all workers a new table.
+    fn publish(&mut self, table: Arc<Table>) {
+        let old = std::mem::replace(&mut self.table, Arc::clone(&table));
+        self.workers().publish(&table);
+        self.retired.push(old);
+        self.retired.retain(|old| Arc::strong_count(old) > 1);
+        // A worker that has not looked up for so long will free it.
+        if self.retired.len() >= RETIRED_MAX {
+            self.retired.remove(0);
+        }
+    }
+
+    /// Makes the table anew after something but the prefixes has changed.
+    pub(super) fn republish(&mut self) {
+        let table = self.overlay.table(self.addresses(), self.config.hop);
+        self.publish(Arc::new(table));
+    }
+
+    /// The addresses that errors are reported from.
+    fn addresses(&self) -> TunnelAddresses {
+        tunnel_addresses(&self.settled.link.addresses, self.accept_local)
+    }
+
+    /// Makes sure that no peer is reached through the tunnel itself.
+    fn check_outside(&mut self, overlay: &Overlay) -> Result<()> {
+        overlay
+            .peers()
+            .filter_map(|(_, peer)| peer.endpoint)
+            .try_for_each(|endpoint| {
+                link::check_outside(&mut self.netlink, &self.config.tun, endpoint.ip())
+            })
+    }
+
+    /// A peer's name has an address, or still none.
+    fn name_answered(&mut self, answer: Answer) {
+        if !self.names.heard(&answer, Instant::now()) {
+            return;
+        }
+        let name = &answer.name;
+        let endpoint = match answer.result {
+            Ok(endpoint) => endpoint,
+            Err(error) => {
+                tracing::warn!("{error}; trying again");
+                return;
+            }
+        };
+        let Some((hop, peer)) = self.overlay.find(name) else {
+            return;
+        };
+        let old = peer.endpoint;
+        if old == Some(endpoint) {
+            return;
+        }
+        if let Err(error) = self.check_endpoint(endpoint) {
+            tracing::warn!("peer {name} stays where it was: {error}");
+            return;
+        }
+        match old {
+            Some(old) => tracing::info!("peer {name} has moved from {old} to {endpoint}"),
+            None => tracing::info!("peer {name} is {endpoint}"),
+        }
+        self.overlay.set_endpoint(hop, Some(endpoint));
+        ask_paths(&mut self.overlay, self.settled.listen);
+        self.republish();
+    }
+
+    /// Whether a name's address may be a peer's.
+    fn check_endpoint(&mut self, endpoint: SocketAddr) -> Result<()> {
+        if endpoint.ip().is_unspecified() || endpoint.ip().is_multicast() {
+            return Err(Error::new(format!("{endpoint} is no address of a host")));
+        }
+        link::check_outside(&mut self.netlink, &self.config.tun, endpoint.ip())
+    }
+
+    /// Notes who answers, asks for the names of those who do not, and asks the
+    /// kernel what it has learnt of the paths in use.
+    fn look_after_peers(&mut self) {
+        let now = Instant::now();
+        for (hop, peer) in self.overlay.peers() {
+            let sum = |count: fn(&crate::worker::counters::PeerCounters) -> u64| {
+                peer.traffic.iter().map(count).sum::<u64>()
+            };
+            let received = sum(|worker| worker.packets_received.get());
+            let sent = sum(|worker| worker.packets_sent.get());
+            let heard = self.heard.entry(hop).or_default();
+            heard.path_used |= sent != heard.sent;
+            if received != heard.received {
+                heard.last = Some(now);
+                heard.silent_since = None;
+                self.names.answered(&peer.name);
+            } else if sent != heard.sent && heard.silent_since.is_none() {
+                heard.silent_since = Some(now);
+            }
+            if let Some(since) = heard.silent_since {
+                self.names.silent(&peer.name, now - since, now);
+            }
+            (heard.received, heard.sent) = (received, sent);
+        }
+        self.names.tick(now);
+        self.look_after_paths();
+        self.retired.retain(|old| Arc::strong_count(old) > 1);
+    }
+
+    fn look_after_paths(&mut self) {
+        let used: Vec<_> = self
+            .overlay
+            .peers()
+            .filter(|(hop, _)| self.heard.get(hop).is_some_and(|heard| heard.path_used))
+            .filter_map(|(hop, peer)| Some((hop, peer.endpoint?, peer.path_mtu_bytes)))
+            .collect();
+        if used.is_empty() {
+            return;
+        }
+        self.path_cursor %= used.len();
+        let turn = used.iter().cycle().skip(self.path_cursor);
+        let mut is_news = false;
+        for &(hop, endpoint, known) in turn.take(PATHS_ASKED_MAX.min(used.len())) {
+            if let Some(heard) = self.heard.get_mut(&hop) {
+                heard.path_used = false;
+            }
+            let Ok(path) = path::discover(self.settled.listen.ip(), endpoint) else {
+                continue;
+            };
+            if self.overlay.set_path_mtu(hop, path.mtu_bytes) {
+                is_news = true;
+                tracing::info!(
+                    "the path to {endpoint} takes {} bytes{}",
+                    path.mtu_bytes,
+                    known.map_or_else(String::new, |known| format!(", no longer {known}")),
+                );
+            }
+        }
+        self.path_cursor += PATHS_ASKED_MAX;
+        if is_news {
+            self.republish();
+        }
+    }
+
+    /// The descriptors that a successor gets, and the manifest with them.
+    pub(super) fn descriptors(&self) -> &[operator::Kept] {
+        &self.descriptors
+    }
+
+    /// Ends the workers: they send what they hold.
+    pub(super) fn stop_workers(&mut self) {
+        self.workers = None;
+    }
+
+    /// Ends the tunnel: routes, device and operators' socket go.
+    pub fn take_down(mut self) {
+        self.stop_workers();
+        if let Some(routes) = self.routes.take() {
+            routes.stop(AtEnd::Remove);
+        }
+        if let Some(server) = self.server.take() {
+            server.close(true);
+        }
+    }
+
+    /// Ends this process's part in a tunnel that a successor carries on.
+    pub(super) fn leave(&mut self) {
+        if let Some(routes) = self.routes.take() {
+            routes.stop(AtEnd::Keep);
+        }
+        if let Some(server) = self.server.take() {
+            server.close(false);
+        }
+    }
+}
+
+/// Lets the predecessor stop; on failure ours stop before they have run.
+fn hand_over_from(predecessor: Predecessor, _workers: &mut Workers) -> Result<()> {
+    predecessor.stop()
+}
+
+/// Asks the kernel about paths of which nothing is known.
+fn ask_paths(overlay: &mut Overlay, listen: SocketAddr) {
+    let unknown: Vec<_> = overlay
+        .peers()
+        .filter(|(_, peer)| peer.path_mtu_bytes.is_none())
+        .filter_map(|(hop, peer)| Some((hop, peer.endpoint?)))
+        .collect();
+    for (hop, endpoint) in unknown {
+        if let Ok(path) = path::discover(listen.ip(), endpoint) {
+            overlay.set_path_mtu(hop, path.mtu_bytes);
+        }
+    }
+}

@@ -1,0 +1,494 @@
+//! A running tunnel handed over to another process, which goes on where the
+//! first one stops: the same TUN queues, the same UDP sockets, the same
+//! operators' socket.
+//!
+//! The successor asks over the operators' socket. Both sides then take turns,
+//! so that whoever fails before [`Step::Go`] leaves the tunnel where it was:
+//!
+//! 1. The predecessor sends a [`Manifest`], one line of JSON.
+//! 2. Successor: [`Step::Ready`]. Predecessor: the descriptors, one message for
+//!    each worker and one for the operators' socket (`SCM_RIGHTS`, unix(7)).
+//! 3. The successor makes its workers ready on them. [`Step::Go`].
+//! 4. The predecessor's workers send what they hold and stop. [`Step::Done`].
+//!    Packets wait in the TUN queues and socket buffers meanwhile.
+//! 5. The successor's workers start; the predecessor ends and leaves
+//!    everything in place.
+
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use nix::cmsg_space;
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use serde::{Deserialize, Serialize};
+use socket2::Socket;
+
+use crate::device::tun::{Queue, Tun};
+use crate::error::{Error, Result};
+use crate::packet::coalesce;
+use crate::transport::socket::{self, WorkerSockets};
+use crate::transport::steering::WORKERS_MAX;
+
+/// Version of all this. Processes of different versions do not take over from
+/// each other.
+pub const PROTOCOL: u32 = 1;
+
+/// How long either side waits for the other, before it gives up.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Longest manifest: a million prefixes.
+const MANIFEST_BYTES_MAX: u64 = 128 << 20;
+
+/// Descriptors in one message: TUN queue, shared socket, socket to send from.
+const DESCRIPTORS_MAX: usize = 3;
+
+/// What either side says by one byte.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Step {
+    /// The successor can use what the manifest promises.
+    Ready = b'r',
+    /// Descriptors come with this byte.
+    Descriptors = b'f',
+    /// The successor has all it needs: stop.
+    Go = b'g',
+    /// The predecessor has stopped: start.
+    Done = b'd',
+}
+
+/// What is handed over, in words.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Always true: the form of all answers on the operators' socket.
+    pub ok: bool,
+    /// [`PROTOCOL`].
+    pub protocol: u32,
+    /// Name of the TUN device.
+    pub tun: String,
+    /// Workers, each with descriptors of its own.
+    pub workers: u16,
+    /// Address and port of the UDP sockets.
+    pub listen: SocketAddr,
+    /// Super-packets that the TUN device passes: TCP, UDP.
+    pub tun_offloads: [bool; 2],
+    /// Offloads of the UDP sockets: `UDP_SEGMENT`, `UDP_GRO`.
+    pub udp_offloads: [bool; 2],
+    /// Whether a flow's queue depends on the flow alone.
+    pub is_steered: bool,
+    /// The addresses that the predecessor gave the device.
+    pub addresses: Vec<IpNet>,
+    /// Peers that operators added while it ran.
+    pub runtime_peers: Vec<RuntimePeer>,
+    /// Prefixes that operators gave configured peers, with the peers' names.
+    pub runtime_prefixes: Vec<(IpNet, String)>,
+}
+
+/// A peer that operators added.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuntimePeer {
+    /// `HOST:PORT`.
+    pub peer: String,
+    /// Whether it takes what no prefix matches.
+    pub is_default: bool,
+    /// Its prefixes.
+    pub prefixes: Vec<IpNet>,
+}
+
+/// What a successor gets.
+pub struct Inherited {
+    /// What it is.
+    pub manifest: Manifest,
+    /// The TUN queues.
+    pub device: Tun,
+    /// The workers' sockets.
+    pub sockets: Vec<WorkerSockets>,
+    /// Offloads of the sockets.
+    pub udp: socket::Offloads,
+    /// The operators' socket, if there is one.
+    pub listener: Option<OwnedFd>,
+    /// The predecessor, which still runs.
+    pub predecessor: Predecessor,
+}
+
+/// The running process, as its successor sees it.
+pub struct Predecessor(UnixStream);
+
+impl Predecessor {
+    /// Lets the predecessor stop; returns when it has.
+    ///
+    /// # Errors
+    /// When it does not; it may then run on.
+    pub fn stop(mut self) -> Result<()> {
+        say(&mut self.0, Step::Go)
+            .and_then(|()| hear(&mut self.0, Step::Done))
+            .map_err(|error| Error::os("the running process did not stop for its successor", error))
+    }
+}
+
+/// Asks the process behind the operators' socket at `path` to hand its tunnel
+/// over. `None`: there is none.
+///
+/// # Errors
+/// When it refuses, or does not speak this version.
+pub fn ask(path: &Path) -> Result<Option<Inherited>> {
+    let stream = match UnixStream::connect(path) {
+        Ok(stream) => stream,
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+            ) =>
+        {
+            return Ok(None);
+        }
+        Err(error) => {
+            return Err(Error::os(
+                format!("cannot reach the running process at {}", path.display()),
+                error,
+            ));
+        }
+    };
+    receive(stream).map(Some)
+}
+
+fn failed(error: io::Error) -> Error {
+    let error = match error.kind() {
+        io::ErrorKind::UnexpectedEof => io::Error::other("it has closed the connection"),
+        io::ErrorKind::WouldBlock => io::Error::other("it does not answer"),
+        _ => error,
+    };
+    Error::os("cannot take over from the running process", error)
+}
+
+fn receive(mut stream: UnixStream) -> Result<Inherited> {
+    let bounded = |stream: &UnixStream| {
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))
+    };
+    bounded(&stream).map_err(failed)?;
+    let request = format!("{{\"command\":\"takeover\",\"protocol\":{PROTOCOL}}}\n");
+    stream.write_all(request.as_bytes()).map_err(failed)?;
+    let manifest = read_manifest(&mut stream)?;
+    say(&mut stream, Step::Ready).map_err(failed)?;
+    let mut queues = Vec::new();
+    let mut sockets = Vec::new();
+    for _ in 0..manifest.workers {
+        let mut descriptors = receive_descriptors(&stream).map_err(failed)?.into_iter();
+        let (Some(queue), Some(receive)) = (descriptors.next(), descriptors.next()) else {
+            return Err(failed(io::ErrorKind::InvalidData.into()));
+        };
+        queues.push(Queue::from(queue));
+        sockets.push(WorkerSockets {
+            receive: Socket::from(receive),
+            send: descriptors.next().map(Socket::from),
+        });
+    }
+    let listener = receive_descriptors(&stream)
+        .map_err(failed)?
+        .into_iter()
+        .next();
+    let [tcp, udp] = manifest.tun_offloads;
+    let [segment, gro] = manifest.udp_offloads;
+    Ok(Inherited {
+        device: Tun {
+            queues,
+            offloads: coalesce::Offloads { tcp, udp },
+            steered: manifest.is_steered,
+        },
+        sockets,
+        udp: socket::Offloads { segment, gro },
+        listener,
+        predecessor: Predecessor(stream),
+        manifest,
+    })
+}
+
+/// The line that the predecessor answers with. Byte by byte would do, but it
+/// may be long; nothing follows it before we have answered.
+fn read_manifest(stream: &mut UnixStream) -> Result<Manifest> {
+    /// What any answer has, good or bad.
+    #[derive(Deserialize)]
+    struct Refusal {
+        error: String,
+    }
+    let mut line = Vec::new();
+    let mut chunk = [0; 4096];
+    while line.last() != Some(&b'\n') {
+        match stream.read(&mut chunk) {
+            Ok(0) => return Err(failed(io::ErrorKind::UnexpectedEof.into())),
+            Ok(bytes) => line.extend_from_slice(&chunk[..bytes]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(failed(error)),
+        }
+        if line.len() as u64 > MANIFEST_BYTES_MAX {
+            return Err(failed(io::ErrorKind::InvalidData.into()));
+        }
+    }
+    if let Ok(refusal) = serde_json::from_slice::<Refusal>(&line) {
+        return Err(Error::new(format!(
+            "the running process does not hand over: {}",
+            refusal.error
+        )));
+    }
+    let manifest: Manifest = serde_json::from_slice(&line)
+        .map_err(|error| failed(io::Error::new(io::ErrorKind::InvalidData, error)))?;
+    if manifest.protocol != PROTOCOL || manifest.workers == 0 || manifest.workers > WORKERS_MAX {
+        return Err(
+            Error::new("cannot take over: the running process is of another version")
+                .hint("stop it, and start fastvpn without --takeover"),
+        );
+    }
+    Ok(manifest)
+}
+
+/// The predecessor's side.
+pub struct Successor(UnixStream);
+
+/// The descriptors of one worker.
+pub struct WorkerDescriptors<'a> {
+    /// Its TUN queue.
+    pub queue: BorrowedFd<'a>,
+    /// Its sockets.
+    pub receive: BorrowedFd<'a>,
+    /// Its socket to send from, if it has one.
+    pub send: Option<BorrowedFd<'a>>,
+}
+
+impl Successor {
+    /// Who asked on this connection.
+    ///
+    /// # Errors
+    /// When it speaks another version, or is gone.
+    pub fn new(mut stream: UnixStream, protocol: u32) -> Result<Self> {
+        stream
+            .set_read_timeout(Some(PATIENCE))
+            .and_then(|()| stream.set_write_timeout(Some(PATIENCE)))
+            .map_err(lost)?;
+        if protocol == PROTOCOL {
+            return Ok(Self(stream));
+        }
+        let error = format!("this process hands over by protocol {PROTOCOL}, not {protocol}");
+        let answer = serde_json::json!({ "ok": false, "error": error });
+        let _ = writeln!(stream, "{answer}");
+        Err(Error::new(error))
+    }
+
+    /// Says that nothing is handed over, and why.
+    pub fn refuse(mut self, why: &Error) {
+        let answer = serde_json::json!({ "ok": false, "error": why.to_string() });
+        let _ = writeln!(self.0, "{answer}");
+    }
+
+    /// Hands everything over, and returns when the successor is ready to go on.
+    /// Up to then nothing has changed.
+    ///
+    /// # Errors
+    /// When the successor fails or does not answer.
+    pub fn hand_over<'a>(
+        &mut self,
+        manifest: &Manifest,
+        workers: impl Iterator<Item = WorkerDescriptors<'a>>,
+        listener: Option<BorrowedFd<'_>>,
+    ) -> Result<()> {
+        let stream = &mut self.0;
+        let mut line = serde_json::to_vec(manifest).map_err(|error| lost(error.into()))?;
+        line.push(b'\n');
+        stream.write_all(&line).map_err(lost)?;
+        hear(stream, Step::Ready).map_err(lost)?;
+        for worker in workers {
+            let given = [Some(worker.queue), Some(worker.receive), worker.send];
+            send_descriptors(stream, given.into_iter().flatten()).map_err(lost)?;
+        }
+        send_descriptors(stream, listener.into_iter()).map_err(lost)?;
+        hear(stream, Step::Go).map_err(lost)
+    }
+
+    /// This process has stopped: the successor may start.
+    ///
+    /// # Errors
+    /// When it is gone: then nobody carries the tunnel on.
+    pub fn done(mut self) -> Result<()> {
+        say(&mut self.0, Step::Done).map_err(lost)
+    }
+}
+
+fn lost(error: io::Error) -> Error {
+    Error::os("the process that wanted to take over has failed", error)
+}
+
+fn say(stream: &mut UnixStream, step: Step) -> io::Result<()> {
+    stream.write_all(&[step as u8])
+}
+
+fn hear(stream: &mut UnixStream, step: Step) -> io::Result<()> {
+    let mut byte = [0];
+    stream.read_exact(&mut byte)?;
+    if byte == [step as u8] {
+        Ok(())
+    } else {
+        Err(io::ErrorKind::InvalidData.into())
+    }
+}
+
+fn send_descriptors<'a>(
+    stream: &UnixStream,
+    descriptors: impl Iterator<Item = BorrowedFd<'a>>,
+) -> io::Result<()> {
+    let raw: Vec<RawFd> = descriptors.map(|fd| fd.as_raw_fd()).collect();
+    let rights = [ControlMessage::ScmRights(&raw)];
+    let control: &[ControlMessage<'_>] = if raw.is_empty() { &[] } else { &rights };
+    let byte = [Step::Descriptors as u8];
+    sendmsg::<()>(
+        stream.as_fd().as_raw_fd(),
+        &[IoSlice::new(&byte)],
+        control,
+        MsgFlags::MSG_NOSIGNAL,
+        None,
+    )?;
+    Ok(())
+}
+
+fn receive_descriptors(stream: &UnixStream) -> io::Result<Vec<OwnedFd>> {
+    let mut byte = [0];
+    let mut control = cmsg_space!([RawFd; DESCRIPTORS_MAX]);
+    let mut parts = [IoSliceMut::new(&mut byte)];
+    let message = recvmsg::<()>(
+        stream.as_fd().as_raw_fd(),
+        &mut parts,
+        Some(&mut control),
+        MsgFlags::MSG_CMSG_CLOEXEC,
+    )?;
+    let mut received = Vec::new();
+    for part in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(descriptors) = part {
+            // SAFETY: the kernel has just made these descriptors for us;
+            // nobody else knows of them.
+            received.extend(
+                descriptors
+                    .into_iter()
+                    .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
+            );
+        }
+    }
+    let bytes = message.bytes;
+    if bytes == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    if byte != [Step::Descriptors as u8] {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    Ok(received)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::UdpSocket;
+
+    fn manifest(workers: u16) -> Manifest {
+        Manifest {
+            ok: true,
+            protocol: PROTOCOL,
+            tun: "fastvpn0".into(),
+            workers,
+            listen: "0.0.0.0:8285".parse().unwrap(),
+            tun_offloads: [true, false],
+            udp_offloads: [false, true],
+            is_steered: true,
+            addresses: vec!["10.244.0.1/16".parse().unwrap()],
+            runtime_peers: vec![RuntimePeer {
+                peer: "10.0.0.9:8285".into(),
+                is_default: false,
+                prefixes: vec!["10.9.0.0/16".parse().unwrap()],
+            }],
+            runtime_prefixes: Vec::new(),
+        }
+    }
+
+    /// Eats the request that [`receive`] sends first.
+    fn asked(stream: &mut UnixStream) {
+        let mut byte = [0];
+        while byte != [b'\n'] {
+            stream.read_exact(&mut byte).unwrap();
+        }
+    }
+
+    #[test]
+    fn descriptors_change_hands() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let listener = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let predecessor = std::thread::spawn(move || {
+            let mut stream = ours;
+            asked(&mut stream);
+            let mut successor = Successor::new(stream, PROTOCOL).unwrap();
+            let workers = (0..2).map(|index| WorkerDescriptors {
+                queue: listener.as_fd(),
+                receive: listener.as_fd(),
+                send: (index == 1).then_some(listener.as_fd()),
+            });
+            successor
+                .hand_over(&manifest(2), workers, Some(listener.as_fd()))
+                .unwrap();
+            successor.done().unwrap();
+        });
+        let inherited = receive(theirs).unwrap();
+        assert_eq!(inherited.manifest, manifest(2));
+        assert!(inherited.device.offloads.tcp && !inherited.device.offloads.udp);
+        assert!(!inherited.udp.segment && inherited.udp.gro);
+        assert_eq!(inherited.device.queues.len(), 2);
+        assert!(inherited.listener.is_some());
+        let [first, second] = &inherited.sockets[..] else {
+            panic!("two workers")
+        };
+        let local = |socket: &Socket| socket.local_addr().unwrap().as_socket().unwrap();
+        assert_eq!(local(&first.receive), address);
+        assert!(first.send.is_none() && second.send.is_some());
+        inherited.predecessor.stop().unwrap();
+        predecessor.join().unwrap();
+    }
+
+    #[test]
+    fn who_fails_changes_nothing() {
+        // A successor that goes away when it has seen the manifest.
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        drop(theirs);
+        let mut successor = Successor::new(ours, PROTOCOL).unwrap();
+        let nobody = std::iter::empty();
+        assert!(successor.hand_over(&manifest(1), nobody, None).is_err());
+        // A predecessor that goes away, talks nonsense, or refuses.
+        for (answer, says) in [
+            ("", "closed"),
+            ("nonsense\n", "cannot take over"),
+            ("{\"ok\":false,\"error\":\"busy\"}\n", "busy"),
+        ] {
+            let (mut ours, theirs) = UnixStream::pair().unwrap();
+            ours.write_all(answer.as_bytes()).unwrap();
+            ours.shutdown(std::net::Shutdown::Write).unwrap();
+            let text = receive(theirs).err().unwrap().to_string();
+            assert!(text.contains(says), "{text}");
+        }
+    }
+
+    #[test]
+    fn other_versions_are_told_so() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        assert!(Successor::new(ours, PROTOCOL + 1).is_err());
+        let mut answer = String::new();
+        theirs.read_to_string(&mut answer).unwrap();
+        assert!(answer.contains("\"ok\":false"), "{answer}");
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        let old = Manifest {
+            protocol: PROTOCOL + 1,
+            ..manifest(1)
+        };
+        let line = serde_json::to_string(&old).unwrap() + "\n";
+        ours.write_all(line.as_bytes()).unwrap();
+        let text = receive(theirs).err().unwrap().to_string();
+        assert!(text.contains("another version"), "{text}");
+    }
+}
