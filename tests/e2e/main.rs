@@ -13,8 +13,10 @@ mod errors;
 mod exact;
 mod fallbacks;
 mod hosts;
+mod kernel_routes;
 mod life;
 mod mesh;
+mod names;
 mod operator;
 mod packets;
 mod peers;
@@ -62,6 +64,7 @@ fn main() -> ExitCode {
         sources::tests(),
         underlay::tests(),
         life::tests(),
+        kernel_routes::tests(),
     ];
     let of_uring = [fallbacks::tests_of_uring(), exact::tests_of_uring()];
     let of_no_engine = [
@@ -69,6 +72,8 @@ fn main() -> ExitCode {
         checks::tests(),
         life::tests_of_the_demo(),
         tuning::tests(),
+        kernel_routes::tests_of_no_engine(),
+        names::tests(),
     ];
     // Shown as ignored, never left out in silence.
     let without_uring = fastvpn::ring::probe(URING_FEATURES).is_err();
