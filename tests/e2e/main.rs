@@ -16,7 +16,7 @@ mod hosts;
 mod kernel_routes;
 mod life;
 mod mesh;
-mod names;
+mod named_peers;
 mod operator;
 mod packets;
 mod peers;
@@ -73,7 +73,7 @@ fn main() -> ExitCode {
         life::tests_of_the_demo(),
         tuning::tests(),
         kernel_routes::tests_of_no_engine(),
-        names::tests(),
+        named_peers::tests(),
     ];
     // Shown as ignored, never left out in silence.
     let without_uring = fastvpn::ring::probe(URING_FEATURES).is_err();

@@ -27,12 +27,15 @@ use crate::support::{
 /// The tests of this file.
 pub fn tests() -> Vec<Test> {
     vec![
-        ("a_name_that_resolves_later", a_name_that_resolves_later),
-        ("a_peer_that_moves", a_peer_that_moves),
-        ("a_reload_asks_for_names", a_reload_asks_for_names),
         (
-            "no_name_resolves_at_the_start",
-            no_name_resolves_at_the_start,
+            "a_peer_whose_name_resolves_later",
+            a_peer_whose_name_resolves_later,
+        ),
+        ("a_named_peer_that_moves", a_named_peer_that_moves),
+        ("a_reload_looks_for_named_peers", a_reload_asks_for_names),
+        (
+            "no_peer_resolves_at_the_start",
+            no_peer_resolves_at_the_start,
         ),
     ]
 }
@@ -188,7 +191,7 @@ fn far_end(host: &Namespace, number: u8) -> Result<Tunnel> {
 
 /// One that does not resolve keeps nobody else from working, its packets are
 /// answered, and it works as soon as it can.
-fn a_name_that_resolves_later() -> Result<()> {
+fn a_peer_whose_name_resolves_later() -> Result<()> {
     let etc = Etc::new()?;
     let hosts = Hosts::new()?;
     let [a, b, c] = &hosts.each;
@@ -226,7 +229,7 @@ fn a_name_that_resolves_later() -> Result<()> {
 }
 
 /// Silent for long enough, it is looked for.
-fn a_peer_that_moves() -> Result<()> {
+fn a_named_peer_that_moves() -> Result<()> {
     let etc = Etc::new()?;
     etc.set_names(&[("b.example", underlay(2))])?;
     let hosts = Hosts::new()?;
@@ -252,7 +255,7 @@ fn a_peer_that_moves() -> Result<()> {
 }
 
 /// At once, and without anything sent that could go unanswered.
-fn a_reload_asks_for_names() -> Result<()> {
+fn a_reload_looks_for_named_peers() -> Result<()> {
     const PEER: &str = "b.example:8285";
     let etc = Etc::new()?;
     etc.set_names(&[("b.example", underlay(2))])?;
@@ -293,7 +296,7 @@ fn a_reload_asks_for_names() -> Result<()> {
 
 /// With an address of its own a tunnel starts all the same; without, nothing is
 /// known of which to derive one.
-fn no_name_resolves_at_the_start() -> Result<()> {
+fn no_peer_resolves_at_the_start() -> Result<()> {
     let etc = Etc::new()?;
     let hosts = Hosts::new()?;
     let [a, b, _] = &hosts.each;
