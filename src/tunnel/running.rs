@@ -1,7 +1,7 @@
 //! A tunnel that runs: what the control thread holds, what it waits for, and
 //! what it looks after every second.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -90,6 +90,8 @@ pub struct Running {
     accept_local: bool,
     /// `None` once the tunnel has ended.
     routes: Option<RouteKeeper>,
+    /// What it keeps.
+    routes_set: BTreeSet<IpNet>,
     pub(super) server: Option<Server>,
     pub(super) started: Instant,
     pub(super) reload_error: Option<String>,
@@ -204,6 +206,7 @@ impl Running {
             netlink,
             accept_local,
             routes: Some(routes),
+            routes_set: BTreeSet::new(),
             server: None,
             started: Instant::now(),
             reload_error: None,
@@ -219,7 +222,7 @@ impl Running {
 
     /// The last steps of the start: what the host sees of a tunnel that works.
     fn open(&mut self, listener: Option<OwnedFd>) -> Result<()> {
-        self.routes().set(self.kernel_routes(&self.overlay))?;
+        self.set_routes(self.kernel_routes(&self.overlay))?;
         self.check_outside(&self.overlay.clone())?;
         self.serve(listener)?;
         announce::announce(self);
@@ -269,8 +272,11 @@ impl Running {
             routes.stop(AtEnd::Keep);
         }
         let addresses = self.settled.link.addresses.clone();
-        self.routes = Some(RouteKeeper::start(&self.config.tun, addresses)?);
-        Ok(())
+        let routes = RouteKeeper::start(&self.config.tun, addresses)?;
+        // The new one does not know yet what it is to keep.
+        let result = routes.set(self.routes_set.clone());
+        self.routes = Some(routes);
+        result
     }
 
     /// Waits for what may happen, and sees to it, until the end.
@@ -331,7 +337,7 @@ impl Running {
     }
 
     /// The prefixes that the kernel should route into the tunnel.
-    fn kernel_routes(&self, overlay: &Overlay) -> std::collections::BTreeSet<IpNet> {
+    fn kernel_routes(&self, overlay: &Overlay) -> BTreeSet<IpNet> {
         let mut wanted = match self.config.no_routes {
             true => Default::default(),
             false => overlay.kernel_routes(),
@@ -354,13 +360,12 @@ impl Running {
         let table = next.table(self.addresses(), self.config.hop);
         self.publish(Arc::new(table));
         let wanted = self.kernel_routes(&next);
+        let before = self.routes_set.clone();
         let result = self
-            .routes()
-            .set(wanted)
+            .set_routes(wanted)
             .and_then(|()| self.check_outside(&next));
         if let Err(error) = result {
-            let before = self.kernel_routes(&self.overlay);
-            if let Err(error) = self.routes().set(before) {
+            if let Err(error) = self.set_routes(before) {
                 tracing::error!("{error}");
             }
             self.publish(old_table);
@@ -368,6 +373,16 @@ impl Running {
         }
         self.overlay = next;
         self.watch_names();
+        Ok(())
+    }
+
+    /// Has the kernel's routes changed, unless prefixes have only moved from peer
+    /// to peer.
+    fn set_routes(&mut self, wanted: BTreeSet<IpNet>) -> Result<()> {
+        if self.routes_set != wanted {
+            self.routes().set(wanted.clone())?;
+            self.routes_set = wanted;
+        }
         Ok(())
     }
 
