@@ -36,29 +36,24 @@ impl Connection {
     /// When nobody listens there, or this user may not ask.
     pub(super) fn open(path: &Path, patience: Duration) -> Result<Self> {
         let inode = inode(path);
-        let stream = connect(path, patience).map_err(|error| {
-            let what = format!("no fastvpn answers at {}", path.display());
-            match error.kind() {
-                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
-                    Error::os(what, error).hint("is it running? --tun names another")
-                }
-                io::ErrorKind::PermissionDenied => {
-                    let what = format!("cannot ask the fastvpn at {}", path.display());
-                    Error::os(what, error).hint("run as root, or as the user it runs as")
-                }
-                // The backlog is full: connect(2) waits for SO_SNDTIMEO.
-                io::ErrorKind::WouldBlock => {
-                    Error::new(format!("{what}: it takes no connections")).hint("try again later")
-                }
-                _ => Error::os(what, error).hint("--control names another path"),
-            }
-        })?;
+        let stream = connect(path, patience).map_err(|error| refused(path, error))?;
         Ok(Self {
             stream,
             path: path.to_path_buf(),
             inode,
             patience,
         })
+    }
+
+    /// A connection that is open already.
+    #[cfg(test)]
+    pub(super) fn over(stream: UnixStream, patience: Duration) -> Self {
+        Self {
+            stream,
+            path: PathBuf::new(),
+            inode: None,
+            patience,
+        }
     }
 
     /// Sends a request, a line, and reads the answer, without its line end.
@@ -146,8 +141,8 @@ impl Connection {
         }
     }
 
-    /// Waits until the process at the other end has closed this connection and
-    /// its socket. It removes the socket's name when all else is gone.
+    /// Waits until the process at the other end has closed this connection, and
+    /// its socket is gone or dead: the last things that an ending tunnel sees to.
     ///
     /// # Errors
     /// When that takes longer than `patience`.
@@ -201,6 +196,25 @@ impl Connection {
                 io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound
             )
         )
+    }
+}
+
+/// Why nobody at `path` can be asked.
+pub(super) fn refused(path: &Path, error: io::Error) -> Error {
+    let what = format!("no fastvpn answers at {}", path.display());
+    match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+            Error::os(what, error).hint("is it running? --tun names another")
+        }
+        io::ErrorKind::PermissionDenied => {
+            let what = format!("cannot ask the fastvpn at {}", path.display());
+            Error::os(what, error).hint("run as root, or as the user it runs as")
+        }
+        // The backlog is full: connect(2) waited for as long as SO_SNDTIMEO says.
+        io::ErrorKind::WouldBlock => {
+            Error::new(format!("{what}: it takes no connections")).hint("try again later")
+        }
+        _ => Error::os(what, error).hint("--control names another path"),
     }
 }
 

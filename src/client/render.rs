@@ -478,9 +478,9 @@ WORKER     SENT  PACKETS  RECEIVED  PACKETS  DROPPED
             ],
         };
         let expected = "
-PEER                      ADDRESS         ORIGIN   PREFIXES  PATH MTU     SENT  PACKETS  RECEIVED  PACKETS  LAST HEARD
-10.0.0.2:8285             10.0.0.2:8285   config          1      1500  12.3 GB    1.2 M   84.0 kB      999   3 min ago
-hub.example:9000          [fd00::1]:9000  runtime  the rest         -      0 B        0       0 B        0         now
+PEER                       ADDRESS         ORIGIN   PREFIXES  PATH MTU     SENT  PACKETS  RECEIVED  PACKETS  LAST HEARD
+10.0.0.2:8285              10.0.0.2:8285   config          1      1500  12.3 GB    1.2 M   84.0 kB      999   3 min ago
+hub.example:9000           [fd00::1]:9000  runtime  the rest         -      0 B        0       0 B        0         now
 no\\u{1b}such.invalid:8285  not resolved    config        100         -      0 B        0       0 B        0       never
 ";
         assert_eq!(peers(&all), expected.trim_start_matches('\n'));
