@@ -301,21 +301,22 @@ fn counts(changed: &Changed) -> Vec<String> {
 
 /// What a reload came to, in one line.
 pub(super) fn reloaded(reloaded: &Reloaded) -> String {
-    let mut parts = counts(&reloaded.changed);
+    let mut parts = Vec::new();
+    let counts = counts(&reloaded.changed);
+    if !counts.is_empty() {
+        parts.push(counts.join(", "));
+    }
     if !reloaded.settings_changed.is_empty() {
         parts.push(format!("changed: {}", reloaded.settings_changed.join(", ")));
     }
     if parts.is_empty() {
         parts.push("nothing has changed".into());
     }
-    let mut line = parts.join(", ");
     if !reloaded.needs_restart.is_empty() {
-        line += &format!(
-            "; only after a restart: {}",
-            reloaded.needs_restart.join(", ")
-        );
+        let settings = reloaded.needs_restart.join(", ");
+        parts.push(format!("only after a restart: {settings}"));
     }
-    format!("reloaded: {}\n", printable(&line))
+    format!("reloaded: {}\n", printable(&parts.join("; ")))
 }
 
 #[cfg(test)]
@@ -571,7 +572,7 @@ fd00:1::/64  vpn.invalid:8285 (not resolved)  runtime
         };
         assert_eq!(
             reloaded(&some),
-            "reloaded: 1 peer added, changed: hop, mtu; only after a restart: queues\n"
+            "reloaded: 1 peer added; changed: hop, mtu; only after a restart: queues\n"
         );
         assert_eq!(
             reloaded(&Reloaded::default()),

@@ -159,7 +159,7 @@ fn every_command_is_a_request_and_its_answer_is_shown() {
         "peers_removed":0,"settings_changed":["hop"],"needs_restart":[]}"#;
     let (result, out, sent) = exchange("reload", reloaded.replace('\n', ""));
     assert!(result.is_ok(), "{result:?}");
-    assert_eq!(out, "reloaded: 1 prefix added, changed: hop\n");
+    assert_eq!(out, "reloaded: 1 prefix added; changed: hop\n");
     assert_eq!(sent, json!({"command": "reload"}));
 }
 
@@ -535,4 +535,63 @@ fn client_and_server_understand_each_other() {
     assert!(!place.path().exists());
     control.join().unwrap();
     assert_eq!(out, b"no peers\nstopped\n");
+}
+
+/// The examples are what the program writes and reads, key by key.
+#[test]
+fn the_documented_examples_are_the_protocol() {
+    use crate::control::protocol::{Changed, Found, Peers, Reloaded, Routes, Status};
+    use serde::Serialize;
+
+    fn read_and_written<T: DeserializeOwned + Serialize>(answer: &Value) -> Value {
+        let read: T = serde_json::from_value(answer.clone()).unwrap();
+        let mut written = serde_json::to_value(read).unwrap();
+        written["ok"] = json!(true);
+        written
+    }
+
+    let text = include_str!("../../docs/control.md");
+    let mut seen = Vec::new();
+    for block in text.split("```json\n").skip(1) {
+        let block = block.split("```").next().unwrap();
+        let mut values = serde_json::Deserializer::from_str(block).into_iter::<Value>();
+        let example = values.next().unwrap().unwrap();
+        if example["ok"] == json!(false) {
+            let refusal: Verdict = serde_json::from_value(example).unwrap();
+            assert!(!refusal.ok && refusal.error.is_some());
+            continue;
+        }
+        let request: Request = serde_json::from_value(example.clone()).unwrap();
+        assert_eq!(serde_json::to_value(&request).unwrap(), example);
+        if let Request::Takeover { .. } = request {
+            continue;
+        }
+        let answer = values.next().expect("an answer").unwrap();
+        let written = match request {
+            Request::Status {} => read_and_written::<Status>(&answer),
+            Request::Peers {} => read_and_written::<Peers>(&answer),
+            Request::RouteList {} => read_and_written::<Routes>(&answer),
+            Request::RouteGet { .. } => read_and_written::<Found>(&answer),
+            Request::Reload {} => read_and_written::<Reloaded>(&answer),
+            _ => read_and_written::<Changed>(&answer),
+        };
+        assert_eq!(written, answer);
+        assert!(values.next().is_none(), "more than an answer: {block}");
+        seen.push(example["command"].as_str().unwrap().to_string());
+    }
+    assert_eq!(
+        seen,
+        [
+            "status",
+            "peers",
+            "route-list",
+            "route-get",
+            "route-add",
+            "route-del",
+            "peer-add",
+            "peer-del",
+            "reload",
+            "stop",
+        ]
+    );
 }
