@@ -131,6 +131,14 @@ impl Names {
         }
     }
 
+    /// Whether an answer about this name will come: it has been asked for, or
+    /// will be at a [`Self::tick`] now.
+    pub fn is_expected(&self, name: &Endpoint, now: Instant) -> bool {
+        self.watched.get(name).is_some_and(|watched| {
+            watched.is_asked || watched.next_at.is_some_and(|next_at| next_at <= now)
+        })
+    }
+
     /// The peer of this name has been silent for `silence`, although we send
     /// to it.
     pub fn silent(&mut self, name: &Endpoint, silence: Duration, now: Instant) {
@@ -171,6 +179,22 @@ impl Names {
 }
 
 #[cfg(test)]
+impl Names {
+    /// Names whose threads are the caller: what is asked for, and where the
+    /// answers go.
+    pub(crate) fn without_threads() -> (Self, Receiver<Endpoint>, Sender<Answer>) {
+        let (jobs, asked) = bounded(JOBS_MAX);
+        let (answer, answers) = bounded(JOBS_MAX);
+        let names = Self {
+            jobs,
+            answers,
+            watched: HashMap::new(),
+        };
+        (names, asked, answer)
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
@@ -179,17 +203,6 @@ mod tests {
             host: host.to_string(),
             port: 8285,
         }
-    }
-
-    /// Names whose threads are this test.
-    fn names() -> (Names, Receiver<Endpoint>) {
-        let (jobs, asked) = bounded(JOBS_MAX);
-        let names = Names {
-            jobs,
-            answers: bounded(1).1,
-            watched: HashMap::new(),
-        };
-        (names, asked)
     }
 
     fn answer(host: &str, address: Option<&str>) -> Answer {
@@ -204,7 +217,7 @@ mod tests {
 
     #[test]
     fn what_does_not_resolve_is_asked_for_with_growing_pauses() {
-        let (mut names, asked) = names();
+        let (mut names, asked, _) = Names::without_threads();
         let start = Instant::now();
         names.watch([name("a")].iter(), start);
         let mut now = start;
@@ -236,7 +249,7 @@ mod tests {
 
     #[test]
     fn a_silent_peers_name_is_asked_for_again_but_not_all_the_time() {
-        let (mut names, asked) = names();
+        let (mut names, asked, _) = Names::without_threads();
         let start = Instant::now();
         names.watch([name("a")].iter(), start);
         names.tick(start);
@@ -262,7 +275,7 @@ mod tests {
 
     #[test]
     fn who_is_gone_is_not_asked_for_nor_listened_to() {
-        let (mut names, asked) = names();
+        let (mut names, asked, _) = Names::without_threads();
         let now = Instant::now();
         names.watch([name("a"), name("b")].iter(), now);
         names.watch([name("b")].iter(), now);

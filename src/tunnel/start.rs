@@ -1,9 +1,11 @@
 //! The start of a tunnel: names resolved, port and device claimed or taken
 //! over.
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use crate::cli::Endpoint;
 use crate::config::{Config, Settled};
 use crate::control::names::Names;
 use crate::control::overlay::{Origin, Overlay, Peer};
@@ -36,50 +38,55 @@ pub fn resolve(config: &Config, names: &mut Names) -> Result<(Overlay, Vec<Error
 }
 
 /// Gives peers that have no address yet theirs, as far as names resolve within
-/// a few seconds; tells why the others do not.
+/// a few seconds; tells why the others do not. Names that did not resolve a
+/// moment ago are not waited for again.
 pub fn resolve_now(overlay: &mut Overlay, names: &mut Names) -> Vec<Error> {
     let now = Instant::now();
     set_literals(overlay);
-    let unknown = |peer: &Peer| peer.name.literal().is_none();
+    let is_named = |peer: &&Peer| peer.name.literal().is_none();
     let all = overlay.peers().map(|(_, peer)| peer);
-    names.watch(all.filter(|peer| unknown(peer)).map(|peer| &peer.name), now);
-    let named: Vec<_> = overlay
-        .peers()
-        .filter(|(_, peer)| unknown(peer) && peer.endpoint.is_none())
-        .map(|(_, peer)| peer.name.clone())
+    names.watch(all.filter(is_named).map(|peer| &peer.name), now);
+    let mut waiting: HashSet<Endpoint> = overlay
+        .peers_by_name()
+        .filter(|peer| peer.endpoint.is_none() && names.is_expected(&peer.name, now))
+        .map(|peer| peer.name.clone())
         .collect();
     let deadline = now + NAMES_WAIT_MAX;
-    let mut failed = Vec::new();
-    let mut waiting = named.len();
-    while waiting > 0 {
+    let mut failed: Vec<(Endpoint, Error)> = Vec::new();
+    while !waiting.is_empty() {
         let now = Instant::now();
         names.tick(now);
         let Ok(answer) = names
             .answers()
             .recv_timeout(deadline.saturating_duration_since(now))
         else {
-            let first = named.first().map(|name| name.host.as_str());
-            failed.push(
-                Error::new(format!(
-                    "cannot resolve peer {}: no answer yet",
-                    first.unwrap_or_default()
-                ))
-                .hint("check the name, or give the address"),
+            let late = overlay.peers_by_name().map(|peer| &peer.name);
+            failed.extend(
+                late.filter(|name| waiting.contains(name))
+                    .map(|name| (name.clone(), no_answer_yet(name))),
             );
             break;
         };
-        waiting -= 1;
+        // One that failed may have been asked for again in the meantime: its
+        // answer is not one of those that are still to come.
+        waiting.remove(&answer.name);
         names.heard(&answer, Instant::now());
+        failed.retain(|(name, _)| *name != answer.name);
         match answer.result {
             Ok(endpoint) => {
                 if let Some((hop, _)) = overlay.find(&answer.name) {
                     overlay.set_endpoint(hop, Some(endpoint));
                 }
             }
-            Err(error) => failed.push(error),
+            Err(error) => failed.push((answer.name, error)),
         }
     }
-    failed
+    failed.into_iter().map(|(_, error)| error).collect()
+}
+
+fn no_answer_yet(name: &Endpoint) -> Error {
+    Error::new(format!("cannot resolve peer {}: no answer yet", name.host))
+        .hint("check the name, or give the address")
 }
 
 /// Gives peers whose names are addresses these.
@@ -152,4 +159,106 @@ fn claim_now(config: &Config, settled: &Settled, netlink: &mut Netlink) -> Resul
         udp,
         device,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::names::Answer;
+
+    fn name(host: &str) -> Endpoint {
+        Endpoint {
+            host: host.to_string(),
+            port: 8285,
+        }
+    }
+
+    /// An overlay with peers of these names.
+    fn overlay(hosts: &[&str]) -> Overlay {
+        let mut overlay = Overlay::new(0);
+        for (host, number) in hosts.iter().zip(0..) {
+            let prefix = ipnet::IpNet::from(std::net::IpAddr::from([10, 0, 0, number]));
+            overlay
+                .insert_peer(&name(host), false, &[prefix], Origin::Config)
+                .unwrap();
+        }
+        overlay
+    }
+
+    fn endpoint(overlay: &Overlay, host: &str) -> Option<SocketAddr> {
+        overlay.find(&name(host)).unwrap().1.endpoint
+    }
+
+    fn answer(host: &str, address: Option<&str>) -> Answer {
+        Answer {
+            name: name(host),
+            result: match address {
+                Some(address) => Ok(address.parse().unwrap()),
+                None => Err(Error::new(format!("no {host}"))),
+            },
+        }
+    }
+
+    /// The second answer about one name is not taken for that about another.
+    #[test]
+    fn a_name_that_fails_twice_keeps_no_other_from_being_waited_for() {
+        let (mut names, asked, answers) = Names::without_threads();
+        let mut overlay = overlay(&["bad", "slow", "slower"]);
+        let server = std::thread::spawn(move || {
+            let mut first: Vec<_> = asked.iter().take(3).map(|name| name.host).collect();
+            first.sort();
+            answers.send(answer("bad", None)).unwrap();
+            // Until "bad" is due again, at the next look.
+            std::thread::sleep(Duration::from_millis(1100));
+            answers.send(answer("slow", Some("10.1.0.1:1"))).unwrap();
+            let again = asked.recv().unwrap().host;
+            answers.send(answer(&again, None)).unwrap();
+            answers.send(answer("slower", Some("10.1.0.2:1"))).unwrap();
+            (first, again)
+        });
+        let failed = resolve_now(&mut overlay, &mut names);
+        let (first, again) = server.join().unwrap();
+        assert_eq!(first, ["bad", "slow", "slower"]);
+        assert_eq!(again, "bad");
+        assert_eq!(endpoint(&overlay, "bad"), None);
+        for (host, address) in [("slow", "10.1.0.1:1"), ("slower", "10.1.0.2:1")] {
+            assert_eq!(endpoint(&overlay, host), Some(address.parse().unwrap()));
+        }
+        let failed: Vec<_> = failed.iter().map(ToString::to_string).collect();
+        assert_eq!(failed, ["no bad"]);
+    }
+
+    /// As a successor does, for the peers that it inherits.
+    #[test]
+    fn what_was_asked_for_in_vain_is_not_waited_for_again() {
+        let (mut names, asked, answers) = Names::without_threads();
+        let mut overlay = overlay(&["bad", "good"]);
+        answers.send(answer("bad", None)).unwrap();
+        answers.send(answer("good", Some("10.1.0.1:1"))).unwrap();
+        assert_eq!(resolve_now(&mut overlay, &mut names).len(), 1);
+        assert_eq!(asked.try_iter().count(), 2);
+        assert!(resolve_now(&mut overlay, &mut names).is_empty());
+        assert_eq!(asked.try_iter().count(), 0);
+        // One that is new is.
+        overlay
+            .insert_peer(&name("new"), true, &[], Origin::Runtime)
+            .unwrap();
+        answers.send(answer("new", Some("10.1.0.3:1"))).unwrap();
+        assert!(resolve_now(&mut overlay, &mut names).is_empty());
+        assert_eq!(asked.try_iter().collect::<Vec<_>>(), [name("new")]);
+        assert!(endpoint(&overlay, "new").is_some());
+    }
+
+    #[test]
+    fn who_is_late_is_named() {
+        let (mut names, _asked, answers) = Names::without_threads();
+        let mut overlay = overlay(&["early", "late"]);
+        answers.send(answer("early", Some("10.1.0.1:1"))).unwrap();
+        // Nobody will answer any more, which is as good as too late.
+        drop(answers);
+        let failed = resolve_now(&mut overlay, &mut names);
+        let failed: Vec<_> = failed.iter().map(ToString::to_string).collect();
+        assert_eq!(failed.len(), 1, "{failed:?}");
+        assert!(failed[0].starts_with("cannot resolve peer late: no answer yet"));
+    }
 }
