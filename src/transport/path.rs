@@ -23,7 +23,8 @@ pub struct Path {
 /// family comes first if it is a particular address, else IPv4 does.
 ///
 /// # Errors
-/// When the name does not resolve.
+/// When the name does not resolve, or only to what is no address of a host:
+/// 0.0.0.0 is how some name servers block a name, and would lead to this host.
 pub fn resolve(host: &str, port: u16, listen: Option<IpAddr>) -> Result<SocketAddr> {
     let mut addresses: Vec<SocketAddr> = (host, port)
         .to_socket_addrs()
@@ -32,13 +33,14 @@ pub fn resolve(host: &str, port: u16, listen: Option<IpAddr>) -> Result<SocketAd
                 .hint("check the name, or give the address")
         })?
         .collect();
+    addresses.retain(|address| !address.ip().is_unspecified() && !address.ip().is_multicast());
     let wanted_v6 = listen.is_some_and(|ip| ip.is_ipv6() && !ip.is_unspecified());
     addresses.sort_by_key(|address| address.is_ipv6() != wanted_v6);
     addresses
         .first()
         .copied()
         .map(super::canonical)
-        .ok_or_else(|| Error::new(format!("peer {host} has no address")))
+        .ok_or_else(|| Error::new(format!("peer {host} has no address of a host")))
 }
 
 /// Asks the kernel how it would reach `peer` from `listen`'s address. Nothing
@@ -87,6 +89,15 @@ mod tests {
         .unwrap();
         assert_eq!(path.local, IpAddr::from(Ipv4Addr::LOCALHOST));
         assert!(path.mtu_bytes >= 1280);
+    }
+
+    #[test]
+    fn what_is_no_host_is_no_answer() {
+        for host in ["0.0.0.0", "::", "224.0.0.1", "ff02::1"] {
+            let text = resolve(host, 1, None).unwrap_err().to_string();
+            assert!(text.contains(host), "{text}");
+        }
+        assert!(resolve("127.0.0.1", 1, None).is_ok());
     }
 
     #[test]

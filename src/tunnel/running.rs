@@ -104,7 +104,7 @@ pub struct Running {
     path_cursor: usize,
     netlink: Netlink,
     accept_local: bool,
-    /// `None` once the tunnel has ended.
+    /// `None` once the tunnel has ended, or if it could not be started again.
     routes: Option<RouteKeeper>,
     /// What it keeps.
     routes_set: BTreeSet<IpNet>,
@@ -122,11 +122,16 @@ impl Running {
         let mut netlink = Netlink::open()?;
         let mut names = Names::start(config.listen.map(|listen| listen.ip))?;
         let (mut overlay, mut unresolved) = start::resolve(&config, &mut names)?;
-        let settled = match config.settle(&start::endpoints(&config, &overlay)) {
-            // Why nothing is known of the peers says more than that it is not.
-            Err(error) => return Err(unresolved.drain(..).next().unwrap_or(error)),
-            Ok(settled) => settled,
-        };
+        let endpoints = start::endpoints(&config, &overlay);
+        let settled = config.settle(&endpoints).map_err(|error| {
+            // Why nothing is known of the peers says more than that there is
+            // nothing to derive an address from.
+            let is_for_lack_of_peers = endpoints.is_empty() && config.addresses.is_empty();
+            match unresolved.drain(..).next() {
+                Some(reason) if is_for_lack_of_peers => reason,
+                _ => error,
+            }
+        })?;
         for error in settled.unreachable.iter().chain(&unresolved) {
             tracing::warn!("{error}; trying again");
         }
@@ -289,10 +294,12 @@ impl Running {
 
     /// The keeper of the kernel's routes.
     ///
-    /// # Panics
-    /// Once it has been stopped, which only the end of the run does.
-    pub(super) fn routes(&self) -> &RouteKeeper {
-        self.routes.as_ref().expect("routes are kept until the end")
+    /// # Errors
+    /// When it could not be started again after a change of addresses.
+    fn routes(&self) -> Result<&RouteKeeper> {
+        self.routes.as_ref().ok_or_else(|| {
+            Error::new("the kernel's routes are no longer kept").hint("start the tunnel again")
+        })
     }
 
     /// Has the kernel's routes kept for the device's new addresses.
@@ -409,7 +416,7 @@ impl Running {
     /// to peer.
     fn set_routes(&mut self, wanted: BTreeSet<IpNet>) -> Result<()> {
         if self.routes_set != wanted {
-            self.routes().set(wanted.clone())?;
+            self.routes()?.set(wanted.clone())?;
             self.routes_set = wanted;
         }
         Ok(())
@@ -470,6 +477,14 @@ impl Running {
 
     /// A peer's name has an address, or still none.
     fn name_answered(&mut self, answer: Answer) {
+        let Answer { name, result } = answer;
+        // An address that cannot be the peer's is as good as none: the name is
+        // asked for again until it has another.
+        let result = result.and_then(|endpoint| match self.check_endpoint(endpoint) {
+            Ok(()) => Ok(endpoint),
+            Err(error) => Err(Error::new(format!("cannot use peer {name}: {error}"))),
+        });
+        let answer = Answer { name, result };
         if !self.names.heard(&answer, Instant::now()) {
             return;
         }
@@ -486,10 +501,6 @@ impl Running {
         };
         let old = peer.endpoint;
         if old == Some(endpoint) {
-            return;
-        }
-        if let Err(error) = self.check_endpoint(endpoint) {
-            tracing::warn!("peer {name} stays where it was: {error}");
             return;
         }
         match old {

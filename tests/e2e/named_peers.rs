@@ -31,8 +31,12 @@ pub fn tests() -> Vec<Test> {
             "a_peer_whose_name_resolves_later",
             a_peer_whose_name_resolves_later,
         ),
+        ("a_name_that_is_no_peers", a_name_that_is_no_peers),
         ("a_named_peer_that_moves", a_named_peer_that_moves),
-        ("a_reload_looks_for_named_peers", a_reload_asks_for_names),
+        (
+            "a_reload_looks_for_named_peers",
+            a_reload_looks_for_named_peers,
+        ),
         (
             "no_peer_resolves_at_the_start",
             no_peer_resolves_at_the_start,
@@ -225,6 +229,45 @@ fn a_peer_whose_name_resolves_later() -> Result<()> {
     wait_for(a, tunnel(3))?;
     let ended = stop(near)?;
     check(ended.dropped("peer-unresolved") > 0, || ended.log)?;
+    far.into_iter().try_for_each(|end| stop(end).map(drop))
+}
+
+/// Addresses that cannot be a peer's, at the start and later, are no answers:
+/// the names are asked for until they have others.
+fn a_name_that_is_no_peers() -> Result<()> {
+    const INSIDE: Ipv4Addr = Ipv4Addr::new(10, 244, 0, 77);
+    let etc = Etc::new()?;
+    etc.set_names(&[
+        ("b.example", Ipv4Addr::UNSPECIFIED),
+        ("c.example", INSIDE),
+        ("d.example", underlay(3)),
+    ])?;
+    let hosts = Hosts::new()?;
+    let [a, b, c] = &hosts.each;
+    let near = etc.start(a, "--peer b.example=10.244.0.2/32 --address 10.244.0.1/24")?;
+    etc.wait_for_operators_socket()?;
+    for (name, number) in [("c.example", 3), ("d.example", 4)] {
+        let answer = etc.operator.request(&format!(
+            r#"{{"command":"peer-add","peer":"{name}","prefixes":["{}/32"]}}"#,
+            tunnel(number)
+        ))?;
+        check(answer["ok"] == true, || answer.to_string())?;
+    }
+    wait_until("the last name is resolved", || {
+        Ok(etc.endpoint("d.example:8285")?.is_some())
+    })?;
+    for name in ["b.example:8285", "c.example:8285"] {
+        let endpoint = etc.endpoint(name)?;
+        check(endpoint.is_none(), || format!("{name} is {endpoint:?}"))?;
+    }
+    etc.set_names(&[("b.example", underlay(2)), ("c.example", underlay(3))])?;
+    let far = [far_end(b, 2)?, far_end(c, 3)?];
+    wait_for(a, tunnel(2))?;
+    wait_for(a, tunnel(3))?;
+    let ended = stop(near)?;
+    for reason in ["b.example", "10.244.0.77"] {
+        check(ended.log.contains(reason), || ended.log.clone())?;
+    }
     far.into_iter().try_for_each(|end| stop(end).map(drop))
 }
 
