@@ -35,7 +35,7 @@ pub fn tests() -> Vec<Test> {
 /// The tests of this file that do not.
 pub fn tests_of_no_engine() -> Vec<Test> {
     vec![
-        ("routes_come_and_go", routes_come_and_go),
+        ("kernel_routes_come_and_go", kernel_routes_come_and_go),
         ("deleted_routes_come_back", deleted_routes_come_back),
         ("replaced_routes_come_back", replaced_routes_come_back),
         ("no_routes_are_left_alone", no_routes_are_left_alone),
@@ -181,7 +181,7 @@ fn address_in(prefix: IpNet) -> Result<IpAddr> {
     }
 }
 
-fn routes_come_and_go() -> Result<()> {
+fn kernel_routes_come_and_go() -> Result<()> {
     let host = Host::new()?;
     let tunnel = host.start(&["--route", "10.94.0.0/16"])?;
     let configured = format!("{PREFIXES},10.94.0.0/16");
