@@ -53,6 +53,39 @@ pub fn pair(addresses: &[(IpNet, IpNet)], mtu: u32) -> Result<Pair> {
     Ok(Pair { a, b })
 }
 
+/// Hosts on one switch.
+pub struct Switch {
+    /// The switch: a bridge whose ports are `port0`, `port1` and so on, one for
+    /// each host.
+    pub bridge: Namespace,
+    /// The hosts, whose interfaces are called [`UNDERLAY_NAME`].
+    pub hosts: Vec<Namespace>,
+}
+
+/// Makes as many namespaces as there are lists of addresses, each joined to one
+/// switch by a veth pair of this MTU in bytes.
+///
+/// # Errors
+/// As [`pair`]; when the kernel has no bridges.
+pub fn switch(addresses: &[Vec<IpNet>], mtu: u32) -> Result<Switch> {
+    const BRIDGE_NAME: &str = "switch0";
+    let bridge = Namespace::new()?;
+    let mut netlink = bridge.netlink()?;
+    netlink.create_bridge(BRIDGE_NAME)?;
+    configure(&bridge, BRIDGE_NAME, &[], mtu)?;
+    let index = index_of(&bridge, BRIDGE_NAME)?;
+    let mut hosts = Vec::with_capacity(addresses.len());
+    for (number, addresses) in addresses.iter().enumerate() {
+        let (host, port) = (Namespace::new()?, format!("port{number}"));
+        join(&host, &bridge, UNDERLAY_NAME, &port)?;
+        configure(&bridge, &port, &[], mtu)?;
+        netlink.set_master(index_of(&bridge, &port)?, index)?;
+        configure(&host, UNDERLAY_NAME, addresses, mtu)?;
+        hosts.push(host);
+    }
+    Ok(Switch { bridge, hosts })
+}
+
 /// Puts a container behind a host: a namespace whose interface
 /// [`CONTAINER_NAME`] is joined to the host's interface `host_name`, with
 /// default routes to the host's addresses. Switches forwarding on in the host.
@@ -95,11 +128,16 @@ pub fn join(a: &Namespace, b: &Namespace, name_a: &str, name_b: &str) -> Result<
     a.netlink()?.create_veth(name_a, name_b, Some(b.fd()))
 }
 
-fn configure(namespace: &Namespace, name: &str, addresses: &[IpNet], mtu: u32) -> Result<()> {
-    let mut netlink = namespace.netlink()?;
-    let index = netlink
+fn index_of(namespace: &Namespace, name: &str) -> Result<u32> {
+    namespace
+        .netlink()?
         .link_index(name)?
-        .ok_or_else(|| Error::new(format!("interface {name} has vanished")))?;
+        .ok_or_else(|| Error::new(format!("interface {name} has vanished")))
+}
+
+fn configure(namespace: &Namespace, name: &str, addresses: &[IpNet], mtu: u32) -> Result<()> {
+    let index = index_of(namespace, name)?;
+    let mut netlink = namespace.netlink()?;
     netlink.set_mtu(index, mtu)?;
     netlink.set_up(index)?;
     for address in addresses {

@@ -40,6 +40,23 @@ fn a_pair_has_its_addresses_and_mtu() {
 }
 
 #[test]
+fn all_hosts_on_a_switch_hear_each_other() {
+    let addresses: Vec<_> = (1..=3)
+        .map(|number| vec![net(&format!("10.9.0.{number}/24")), net(&format!("fd00:9::{number}/64"))])
+        .collect();
+    let switch = switch(&addresses, 1400).unwrap();
+    let timeout = Duration::from_secs(10);
+    for host in &switch.hosts {
+        for address in addresses.iter().flatten() {
+            traffic::ping_up_to(5, host, address.addr(), 1300, timeout / 5).unwrap();
+        }
+    }
+    let mut netlink = switch.hosts[2].netlink().unwrap();
+    let index = netlink.link_index(UNDERLAY_NAME).unwrap().unwrap();
+    assert_eq!(netlink.link_by_index(index).unwrap().unwrap().mtu, 1400);
+}
+
+#[test]
 fn what_does_not_exist_is_none_or_a_named_error() {
     let namespace = Namespace::new().unwrap();
     let mut netlink = namespace.netlink().unwrap();

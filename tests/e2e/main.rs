@@ -14,12 +14,16 @@ mod exact;
 mod fallbacks;
 mod hosts;
 mod life;
+mod mesh;
+mod operator;
 mod packets;
 mod peers;
 mod plain_peer;
 mod queues;
 mod raw;
 mod script;
+mod site;
+mod sources;
 mod strangers;
 mod super_packets;
 mod support;
@@ -54,6 +58,8 @@ fn main() -> ExitCode {
         hosts::tests(),
         peers::tests(),
         strangers::tests(),
+        mesh::tests(),
+        sources::tests(),
         underlay::tests(),
         life::tests(),
     ];

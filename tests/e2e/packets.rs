@@ -51,12 +51,28 @@ impl Tap {
         Ok(tap)
     }
 
+    /// A tap on an Ethernet device, which leaves out the link header: it sees
+    /// the IPv4 or IPv6 packets that come out of the device.
+    pub fn on_ethernet(namespace: &Namespace, device: &str, is_v4: bool) -> Result<Self> {
+        let protocol = if is_v4 { libc::ETH_P_IP } else { libc::ETH_P_IPV6 };
+        Self::open_as(Type::DGRAM, namespace, device, protocol)
+    }
+
     fn open(namespace: &Namespace, device: &str, protocol: libc::c_int) -> Result<Self> {
+        Self::open_as(Type::RAW, namespace, device, protocol)
+    }
+
+    fn open_as(
+        kind: Type,
+        namespace: &Namespace,
+        device: &str,
+        protocol: libc::c_int,
+    ) -> Result<Self> {
         let index = wait_until_up(namespace, device)?;
         let open = || {
             // Protocol 0: nothing arrives before it is bound to the device. A TUN
             // has no link header, so the raw kind of socket shows IP packets.
-            let socket = Socket::new(Domain::PACKET, Type::RAW, Some(Protocol::from(0)))?;
+            let socket = Socket::new(Domain::PACKET, kind, Some(Protocol::from(0)))?;
             socket.bind(&link_address(index, protocol)?)?;
             socket.set_read_timeout(Some(ARRIVAL_MAX))?;
             // Without CAP_NET_ADMIN over the machine: as much as there is.
@@ -73,6 +89,34 @@ impl Tap {
         let sent = self.0.send(packet);
         sent.map_err(|cause| Error::os(format!("cannot inject {} bytes", packet.len()), cause))?;
         Ok(())
+    }
+
+    /// The next packet out of the device that is `wanted`, if one comes in time.
+    pub fn next_within(
+        &self,
+        time: Duration,
+        wanted: impl Fn(&[u8]) -> bool,
+    ) -> Result<Option<Vec<u8>>> {
+        use std::io::{ErrorKind, Read};
+        let failed = |cause| Error::os("cannot read from a packet socket", cause);
+        let mut buffer = vec![0; BUFFER_BYTES];
+        let deadline = Instant::now() + time;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            // Zero would mean forever.
+            let left = left.max(Duration::from_millis(1));
+            self.0.set_read_timeout(Some(left)).map_err(failed)?;
+            match (&self.0).read(&mut buffer) {
+                Ok(length) if wanted(&buffer[..length]) => {
+                    buffer.truncate(length);
+                    return Ok(Some(buffer));
+                }
+                Ok(_) => {}
+                Err(cause) if cause.kind() != ErrorKind::WouldBlock => return Err(failed(cause)),
+                Err(_) if Instant::now() >= deadline => return Ok(None),
+                Err(_) => {}
+            }
+        }
     }
 
     /// The next packet out of the device that is `wanted`.
@@ -330,4 +374,53 @@ pub fn source(packet: &[u8]) -> Option<IpAddr> {
         6 => Some(<[u8; 16]>::try_from(packet.get(8..24)?).ok()?.into()),
         _ => None,
     }
+}
+
+/// Destination address of a packet, `None` if it is none.
+pub fn destination(packet: &[u8]) -> Option<IpAddr> {
+    match packet.first()? >> 4 {
+        4 => Some(<[u8; 4]>::try_from(packet.get(16..20)?).ok()?.into()),
+        6 => Some(<[u8; 16]>::try_from(packet.get(24..40)?).ok()?.into()),
+        _ => None,
+    }
+}
+
+/// A UDP packet between addresses of one family, made by hand.
+pub fn udp_packet(source: IpAddr, destination: IpAddr, ports: [u16; 2], payload: &[u8]) -> Vec<u8> {
+    match (source, destination) {
+        (IpAddr::V4(source), IpAddr::V4(destination)) => {
+            let header = V4::new(source, destination, 17);
+            header.packet(&udp(ports, &header.pseudo(), payload))
+        }
+        (IpAddr::V6(source), IpAddr::V6(destination)) => {
+            let header = V6::new(source, destination, 17);
+            header.packet(&udp(ports, &header.pseudo(17), payload))
+        }
+        _ => Vec::new(),
+    }
+}
+
+/// Hop limit of a packet.
+pub fn hop_limit(packet: &[u8]) -> Option<u8> {
+    match packet.first()? >> 4 {
+        4 => packet.get(8).copied(),
+        6 => packet.get(7).copied(),
+        _ => None,
+    }
+}
+
+/// Transport protocol and payload of a packet without options or extensions.
+pub fn transport(packet: &[u8]) -> Option<(u8, &[u8])> {
+    match packet.first()? {
+        0x45 => Some((*packet.get(9)?, packet.get(20..)?)),
+        first if first >> 4 == 6 => Some((*packet.get(6)?, packet.get(40..)?)),
+        _ => None,
+    }
+}
+
+/// Whether this is a UDP packet to `port`.
+pub fn is_udp_to(packet: &[u8], port: u16) -> bool {
+    transport(packet).is_some_and(|(protocol, payload)| {
+        protocol == 17 && payload.get(2..4) == Some(&port.to_be_bytes())
+    })
 }

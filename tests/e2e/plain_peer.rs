@@ -3,7 +3,7 @@
 //! place of either end.
 
 use std::io;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,11 +11,12 @@ use std::thread::JoinHandle;
 
 use fastvpn::error::{Error, Result};
 use fastvpn::lab::{Namespace, Pair};
+use ipnet::IpNet;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tun_rs::SyncDevice;
 
 use crate::datagrams::{Order, exchange, exchange_trains};
-use crate::packets::{BUFFER_BYTES, plain_tun};
+use crate::packets::{BUFFER_BYTES, destination, plain_tun};
 use crate::support::{
     FAMILIES, Test, UNDERLAY, all_cores, check, dual_stack, enlarge_receive_buffer, fail, hosts,
     start_dual_stack, stop_all, wait_for,
@@ -32,14 +33,20 @@ pub fn tests() -> Vec<Test> {
     ]
 }
 
+/// Name of the TUN device of a plain peer.
+const NAME: &str = "plain0";
+
 /// The port that peers use unless told otherwise.
-const PORT: u16 = 8285;
+pub const PORT: u16 = 8285;
 
 /// The underlay's MTU less 28.
 const MTU_BYTES: u32 = 1472;
 
+/// Where a plain peer sends packets to, by their destination.
+pub type Table = Vec<(IpNet, SocketAddr)>;
+
 /// A plain peer, running until it is dropped.
-struct PlainPeer {
+pub struct PlainPeer {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<io::Result<()>>>,
 }
@@ -51,17 +58,35 @@ impl PlainPeer {
             .iter()
             .filter_map(|net| net.parse().ok())
             .collect();
-        let tun = plain_tun(namespace, "plain0", &nets, MTU_BYTES)?;
+        let peer = SocketAddr::from((UNDERLAY[1 - host], PORT));
+        let everything = [IpNet::V4(Default::default()), IpNet::V6(Default::default())];
+        let table = everything.map(|net| (net, peer)).to_vec();
+        Self::start_with(namespace, UNDERLAY[host], &nets, table)
+    }
+
+    /// Starts it at `address`, with addresses of its TUN and routes through it
+    /// to all that is in the table.
+    pub fn start_with(
+        namespace: &Namespace,
+        address: Ipv4Addr,
+        nets: &[IpNet],
+        table: Table,
+    ) -> Result<Self> {
+        let tun = plain_tun(namespace, NAME, nets, MTU_BYTES)?;
+        let mut netlink = namespace.netlink()?;
+        let index = netlink.link_index(NAME)?;
+        for (prefix, _) in table.iter().filter(|(prefix, _)| prefix.prefix_len() > 0) {
+            netlink.add_route(*prefix, None, index)?;
+        }
         let socket = namespace
-            .run(|| UdpSocket::bind((UNDERLAY[host], PORT)))
+            .run(|| UdpSocket::bind((address, PORT)))
             .map_err(|cause| Error::os("no socket for the plain peer", cause))?;
         // Room for what a fast sender has under way.
         enlarge_receive_buffer(&socket, 8 << 20);
-        let peer = SocketAddr::from((UNDERLAY[1 - host], PORT));
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let thread =
-            namespace.spawn_thread("plain-peer", move || carry(&tun, &socket, peer, &stopped))?;
+            namespace.spawn_thread("plain-peer", move || carry(&tun, &socket, &table, &stopped))?;
         Ok(Self {
             stop,
             thread: Some(thread),
@@ -69,7 +94,7 @@ impl PlainPeer {
     }
 
     /// Ends it; an error if it has ended before.
-    fn stop(mut self) -> Result<()> {
+    pub fn stop(mut self) -> Result<()> {
         self.stop.store(true, Ordering::Relaxed);
         match self.thread.take().map(JoinHandle::join) {
             Some(Ok(Ok(()))) => Ok(()),
@@ -92,7 +117,7 @@ impl Drop for PlainPeer {
 fn carry(
     tun: &SyncDevice,
     socket: &UdpSocket,
-    peer: SocketAddr,
+    table: &[(IpNet, SocketAddr)],
     stop: &AtomicBool,
 ) -> io::Result<()> {
     let mut buffer = vec![0; BUFFER_BYTES];
@@ -104,18 +129,27 @@ fn carry(
         ];
         poll(&mut ready, PollTimeout::from(100u8))?;
         if let Some(length) = arrived(tun.recv(&mut buffer))? {
-            // ECONNREFUSED, ENOBUFS: what a network does with a datagram.
-            let _ = socket.send_to(&buffer[..length], peer);
+            let packet = &buffer[..length];
+            if let Some(peer) = destination(packet).and_then(|inner| longest_match(table, inner)) {
+                // ECONNREFUSED, ENOBUFS: what a network does with a datagram.
+                let _ = socket.send_to(packet, peer);
+            }
         }
         if let Some((length, from)) = arrived(socket.recv_from(&mut buffer))? {
             // The port is the sending worker's.
-            if from.ip() == peer.ip() {
+            if table.iter().any(|(_, peer)| peer.ip() == from.ip()) {
                 // EINVAL: no packet.
                 let _ = tun.send(&buffer[..length]);
             }
         }
     }
     Ok(())
+}
+
+fn longest_match(table: &[(IpNet, SocketAddr)], inner: IpAddr) -> Option<SocketAddr> {
+    let matching = table.iter().filter(|(prefix, _)| prefix.contains(&inner));
+    let longest = matching.max_by_key(|(prefix, _)| prefix.prefix_len());
+    longest.map(|(_, peer)| *peer)
 }
 
 fn arrived<T>(result: io::Result<T>) -> io::Result<Option<T>> {

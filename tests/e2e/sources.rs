@@ -1,0 +1,299 @@
+//! Who may send what: a peer's inner packets have to come from an address that
+//! is behind it, by the longest prefix.
+
+use std::io::IoSlice;
+use std::net::{IpAddr, Ipv4Addr, UdpSocket};
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use fastvpn::error::{Error, Result};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+
+use crate::operator::Operator;
+use crate::packets::udp_packet;
+use crate::site::{Site, inside, peer, prefixes, sites, tunnel, underlay};
+use crate::support::{Test, check, stop, tried, udp, wait_until};
+
+/// The tests of this file.
+pub fn tests() -> Vec<Test> {
+    vec![
+        (
+            "a_source_behind_another_peer",
+            a_source_behind_another_peer,
+        ),
+        ("trains_of_mixed_sources", trains_of_mixed_sources),
+        (
+            "sources_follow_the_prefixes",
+            sources_follow_the_prefixes,
+        ),
+    ]
+}
+
+/// The port that the tunnel listens on.
+const PORT: u16 = 8285;
+
+/// Where the packets go inside: a socket at the victim's tunnel address.
+struct Victim<'a> {
+    site: &'a Site,
+    sockets: [UdpSocket; 2],
+}
+
+impl<'a> Victim<'a> {
+    fn new(site: &'a Site) -> Result<Self> {
+        let open = |family: usize| {
+            let socket = udp(&site.host, tunnel(site.number)[family], 0)?;
+            let timeout = Some(Duration::from_millis(100));
+            tried("set a timeout", socket.set_read_timeout(timeout))?;
+            Ok::<_, Error>(socket)
+        };
+        Ok(Self {
+            site,
+            sockets: [open(0)?, open(1)?],
+        })
+    }
+
+    /// A packet from `source` to the socket of its family.
+    fn packet(&self, source: IpAddr, payload: &[u8]) -> Result<Vec<u8>> {
+        let family = usize::from(source.is_ipv6());
+        let port = tried("read an address", self.sockets[family].local_addr())?.port();
+        let to = tunnel(self.site.number)[family];
+        Ok(udp_packet(source, to, [4000, port], payload))
+    }
+
+    /// Takes in what has come; all of it must be `expected`.
+    fn hears_only(&self, family: usize, expected: &[u8]) -> Result<usize> {
+        let mut buffer = [0; 2000];
+        let mut heard = 0;
+        while let Ok((length, from)) = self.sockets[family].recv_from(&mut buffer) {
+            heard += 1;
+            check(buffer[..length] == *expected, || {
+                let said = String::from_utf8_lossy(&buffer[..length]).into_owned();
+                format!("{said:?} came through from {from}")
+            })?;
+        }
+        Ok(heard)
+    }
+}
+
+/// Opens a socket at a site's underlay address, toward the victim's tunnel.
+fn sender(site: &Site, victim: &Site) -> Result<UdpSocket> {
+    let socket = udp(&site.host, underlay(site.number), PORT)?;
+    tried("connect", socket.connect((underlay(victim.number), PORT)))?;
+    Ok(socket)
+}
+
+/// Sends an allowed packet until it is heard. What was sent before, by the same
+/// socket, has then been seen to.
+fn is_heard(victim: &Victim<'_>, from: &UdpSocket, source: IpAddr) -> Result<()> {
+    let packet = victim.packet(source, b"allowed")?;
+    wait_until("an allowed packet arrives", || {
+        tried("send", from.send(&packet))?;
+        Ok(victim.hears_only(usize::from(source.is_ipv6()), b"allowed")? > 0)
+    })
+}
+
+/// Sends `count` packets that must not come through, few at a time.
+fn forge(victim: &Victim<'_>, from: &UdpSocket, source: IpAddr, count: u64) -> Result<()> {
+    let packet = victim.packet(source, b"forged")?;
+    for number in 0..count {
+        tried("send", from.send(&packet))?;
+        if number % 16 == 15 {
+            // Queues on the way are not what is tested.
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+    Ok(())
+}
+
+/// Hosts that only send datagrams stand in for peers: what they say is up to
+/// the test.
+fn a_source_behind_another_peer() -> Result<()> {
+    const FORGED: u64 = 64;
+    let network = sites(4)?;
+    let [site, a, b, stranger] = &network.all[..] else {
+        return Err(Error::new("four sites"));
+    };
+    let operator = Operator::new()?;
+    let socket = operator.socket_text();
+    let peers = [
+        format!("{}={},172.30.0.0/16,fd00:30::/32", underlay(2), prefixes(2)),
+        format!("{}={},172.30.5.0/24,fd00:30:5::/48", underlay(3), prefixes(3)),
+    ];
+    let tunnel_end = site.start(&peers, &["--queues", "2", "--control", &socket])?;
+    operator.wait()?;
+    let victim = Victim::new(site)?;
+    let (from_a, from_b) = (sender(a, site)?, sender(b, site)?);
+    let ip = |text: &str| -> Result<IpAddr> {
+        text.parse().map_err(|_| Error::new(format!("{text} is no address")))
+    };
+    for source in inside(2).into_iter().chain([ip("172.30.9.9")?, ip("fd00:30:9::9")?]) {
+        is_heard(&victim, &from_a, source)?;
+    }
+    for source in inside(3).into_iter().chain([ip("172.30.5.9")?, ip("fd00:30:5::9")?]) {
+        is_heard(&victim, &from_b, source)?;
+    }
+    check(operator.dropped("source-not-allowed")? == 0, || {
+        "what is allowed was counted".into()
+    })?;
+
+    // The other peer's, by its own prefix and by a longer one than ours; the
+    // host's own; nobody's.
+    let mut sent = 0;
+    for source in [
+        inside(3)[0],
+        inside(3)[1],
+        tunnel(3)[0],
+        ip("172.30.5.9")?,
+        ip("fd00:30:5::9")?,
+        tunnel(1)[0],
+        tunnel(1)[1],
+        inside(1)[0],
+        ip("127.0.0.1")?,
+        ip("0.0.0.0")?,
+        ip("192.0.2.7")?,
+        ip("2001:db8::7")?,
+        ip("::1")?,
+    ] {
+        forge(&victim, &from_a, source, FORGED)?;
+        sent += FORGED;
+        // In order behind them.
+        is_heard(&victim, &from_a, inside(2)[usize::from(source.is_ipv6())])?;
+    }
+    // A peer's address is enough of a peer, whatever the port.
+    let other_port = udp(&a.host, underlay(2), 0)?;
+    tried("connect", other_port.connect((underlay(1), PORT)))?;
+    is_heard(&victim, &other_port, inside(2)[0])?;
+    forge(&victim, &other_port, inside(3)[0], FORGED)?;
+    sent += FORGED;
+    is_heard(&victim, &other_port, inside(2)[0])?;
+    let counted = operator.dropped("source-not-allowed")?;
+    check(counted <= sent && counted >= sent / 2, || {
+        format!("{sent} packets from elsewhere, {counted} counted")
+    })?;
+    check(operator.dropped("sender-unknown")? == 0, || {
+        "a peer was taken for a stranger".into()
+    })?;
+
+    // A stranger, whatever source it claims.
+    let from_stranger = sender(stranger, site)?;
+    let mut sent = 0;
+    for source in [inside(2)[0], inside(2)[1], inside(4)[0]] {
+        forge(&victim, &from_stranger, source, FORGED)?;
+        sent += FORGED;
+    }
+    wait_until("the stranger's datagrams are counted", || {
+        forge(&victim, &from_stranger, inside(2)[0], 1)?;
+        sent += 1;
+        Ok(operator.dropped("sender-unknown")? >= 3 * FORGED / 2)
+    })?;
+    for (from, source) in [(&from_a, inside(2)), (&from_b, inside(3))] {
+        is_heard(&victim, from, source[0])?;
+        is_heard(&victim, from, source[1])?;
+    }
+    let ended = stop(tunnel_end)?;
+    let counted = ended.dropped("sender-unknown");
+    check(counted <= sent && counted >= sent / 2, || {
+        format!("{sent} of a stranger:\n{}", ended.log)
+    })?;
+    check(ended.dropped("source-not-allowed") > 0, || ended.log)
+}
+
+/// Sends datagrams of one length as a train, which the kernel delivers whole
+/// (`UDP_SEGMENT`, `UDP_GRO`).
+fn send_train(socket: &UdpSocket, packets: &[Vec<u8>]) -> Result<()> {
+    let bytes = packets.concat();
+    let segment = packets.first().map_or(0, Vec::len) as u16;
+    let control = [ControlMessage::UdpGsoSegments(&segment)];
+    let slices = [IoSlice::new(&bytes)];
+    sendmsg::<()>(socket.as_raw_fd(), &slices, &control, MsgFlags::empty(), None)
+        .map(drop)
+        .map_err(|errno| Error::os("cannot send a train", errno.into()))
+}
+
+/// One datagram of a train does not vouch for the others.
+fn trains_of_mixed_sources() -> Result<()> {
+    const TRAIN: usize = 32;
+    const TRAINS: usize = 20;
+    let network = sites(3)?;
+    let [site, a, _] = &network.all[..] else {
+        return Err(Error::new("three sites"));
+    };
+    let peers = [2, 3].map(peer);
+    let tunnel_end = site.start(&peers, &["--queues", "1"])?;
+    let victim = Victim::new(site)?;
+    let from_a = sender(a, site)?;
+    for family in [0, 1] {
+        let (good, bad) = (inside(2)[family], inside(3)[family]);
+        is_heard(&victim, &from_a, good)?;
+        // Same length, so that they make a train.
+        let [good, bad] = [victim.packet(good, b"allowed")?, victim.packet(bad, b"forgery")?];
+        for pattern in 0..TRAINS {
+            let is_good = |place: usize| match pattern {
+                0 => place == 0,
+                1 => place != 0,
+                2 => place == TRAIN - 1,
+                _ => (place * 7 + pattern) % 5 < 3,
+            };
+            let train: Vec<_> = (0..TRAIN)
+                .map(|place| if is_good(place) { good.clone() } else { bad.clone() })
+                .collect();
+            let wanted = (0..TRAIN).filter(|place| is_good(*place)).count();
+            let mut heard = 0;
+            // A busy machine may lose a train.
+            wait_until("the allowed ones of a train arrive", || {
+                send_train(&from_a, &train)?;
+                heard = victim.hears_only(family, b"allowed")?;
+                Ok(heard > 0)
+            })?;
+            check(heard <= wanted, || {
+                format!("{heard} came through of {wanted}")
+            })?;
+        }
+    }
+    let ended = stop(tunnel_end)?;
+    check(ended.dropped("source-not-allowed") > 0, || ended.log)
+}
+
+/// A change of the prefixes changes who may send what, at once.
+fn sources_follow_the_prefixes() -> Result<()> {
+    let network = sites(3)?;
+    let [site, a, b] = &network.all[..] else {
+        return Err(Error::new("three sites"));
+    };
+    let operator = Operator::new()?;
+    let socket = operator.socket_text();
+    let peers = [2, 3].map(peer);
+    let tunnel_end = site.start(&peers, &["--queues", "2", "--control", &socket])?;
+    operator.wait()?;
+    let victim = Victim::new(site)?;
+    let (from_a, from_b) = (sender(a, site)?, sender(b, site)?);
+    let moving = IpAddr::from(Ipv4Addr::new(172, 30, 5, 9));
+    let is_refused = |from: &UdpSocket, own: IpAddr| -> Result<()> {
+        let before = operator.dropped("source-not-allowed")?;
+        forge(&victim, from, moving, 16)?;
+        is_heard(&victim, from, own)?;
+        let after = operator.dropped("source-not-allowed")?;
+        check(after > before, || "nothing was counted".into())
+    };
+    is_refused(&from_a, inside(2)[0])?;
+    operator.tell(&format!("route add 172.30.0.0/16 --peer {}", underlay(2)))?;
+    is_heard(&victim, &from_a, moving)?;
+    operator.tell(&format!("route add 172.30.5.0/24 --peer {}", underlay(3)))?;
+    is_refused(&from_a, inside(2)[0])?;
+    is_heard(&victim, &from_b, moving)?;
+    operator.tell(&format!("route add 172.30.5.0/24 --peer {} --replace", underlay(2)))?;
+    is_refused(&from_b, inside(3)[0])?;
+    is_heard(&victim, &from_a, moving)?;
+
+    // Who is no peer any more is a stranger.
+    operator.tell(&format!("peer del {}", underlay(2)))?;
+    let before = operator.dropped("sender-unknown")?;
+    wait_until("a former peer is a stranger", || {
+        forge(&victim, &from_a, inside(2)[0], 1)?;
+        Ok(operator.dropped("sender-unknown")? > before)
+    })?;
+    is_heard(&victim, &from_b, inside(3)[0])?;
+    operator.tell(&format!("peer add {}=172.30.0.0/16", underlay(2)))?;
+    is_heard(&victim, &from_a, moving)?;
+    stop(tunnel_end).map(drop)
+}
