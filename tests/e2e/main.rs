@@ -8,7 +8,9 @@
 //! and some of it with a different one at each end, as `mixed::`.
 
 mod checks;
+mod churn;
 mod datagrams;
+mod endpoints;
 mod errors;
 mod exact;
 mod fallbacks;
@@ -16,6 +18,7 @@ mod hosts;
 mod life;
 mod mesh;
 mod operator;
+mod paced;
 mod packets;
 mod peers;
 mod plain_peer;
@@ -60,6 +63,8 @@ fn main() -> ExitCode {
         strangers::tests(),
         mesh::tests(),
         sources::tests(),
+        churn::tests(),
+        endpoints::tests(),
         underlay::tests(),
         life::tests(),
     ];
