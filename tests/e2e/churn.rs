@@ -3,6 +3,8 @@
 
 use std::fmt::Write;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use fastvpn::error::{Error, Result};
 use ipnet::IpNet;
@@ -14,7 +16,9 @@ use crate::site::{
     Site, Sites, all_went_well, peer, prefixes, router, sites, tunnel, underlay,
     wait_for_each_other,
 };
-use crate::support::{Test, Tunnel, check, link, stop, udp, wait_until, without_backlog_drops};
+use crate::support::{
+    Test, Tunnel, check, link, stop, tried, udp, wait_until, without_backlog_drops,
+};
 
 /// The tests of this file.
 pub fn tests() -> Vec<Test> {
@@ -25,6 +29,7 @@ pub fn tests() -> Vec<Test> {
         ("ten_thousand_prefixes_reloaded_under_load", || {
             without_backlog_drops(prefixes_are_reloaded)
         }),
+        ("an_answer_means_in_force", an_answer_means_in_force),
     ]
 }
 
@@ -301,4 +306,86 @@ fn wait_until_answered(operator: &Operator) -> Result<()> {
         Ok(operator.connect().is_ok())
     })?;
     request(operator, &json!({"command": "status"})).map(drop)
+}
+
+/// Whoever has been told that a prefix has moved may count on it: not one packet
+/// that is sent then goes the old way, though the worker is busy.
+fn an_answer_means_in_force() -> Result<()> {
+    const MOVES: u64 = 300;
+    /// Packets that keep the worker busy, and the pause between them. No more
+    /// than it takes in at a time, or it would look up in between.
+    const BURST: usize = 24;
+    const PAUSE: Duration = Duration::from_micros(500);
+    let (network, mut tunnels) = three_peers()?;
+    let operator = Operator::new()?;
+    let socket = operator.socket_text();
+    let asker = &network.all[usize::from(ASKER) - 1];
+    let peers = [FIRST, SECOND, BYSTANDER].map(peer);
+    tunnels.push(asker.start(&peers, &["--queues", "1", "--control", &socket])?);
+    for other in &network.all[1..] {
+        wait_for_each_other(asker, other)?;
+    }
+    wait_until_answered(&operator)?;
+    let to = SocketAddr::new(in_prefix(0, 7), PORT);
+    let any = IpAddr::from(Ipv6Addr::UNSPECIFIED);
+    let sinks = [FIRST, SECOND].map(|number| {
+        let sink = udp(&network.all[usize::from(number) - 1].host, any, PORT)?;
+        tried("set", sink.set_nonblocking(true))?;
+        Ok::<_, Error>((number, sink))
+    });
+    let [first, second] = sinks;
+    let sinks = [first?, second?];
+    let source = udp(&asker.host, tunnel(ASKER)[0], 0)?;
+    let busy = udp(&asker.host, tunnel(ASKER)[0], 0)?;
+    let beside = SocketAddr::new(tunnel(BYSTANDER)[0], 9);
+    let is_over = AtomicBool::new(false);
+    let moves = || -> Result<()> {
+        for number in 0..MOVES {
+            let turn = [FIRST, SECOND][(number % 2) as usize];
+            let change = json!({
+                "command": "route-add", "peer": underlay(turn).to_string(),
+                "prefixes": [prefix(0)], "replace": true,
+            });
+            request(&operator, &change)?;
+            let mut found = None;
+            wait_until("a datagram arrives", || {
+                // The queues on the way may have been full.
+                tried("send", source.send_to(&number.to_le_bytes(), to))?;
+                let deadline = Instant::now() + Duration::from_millis(200);
+                while found.is_none() && Instant::now() < deadline {
+                    let mut bytes = [0; 8];
+                    for (site, sink) in &sinks {
+                        while sink.recv(&mut bytes).is_ok() {
+                            if u64::from_le_bytes(bytes) == number {
+                                found.get_or_insert(*site);
+                            }
+                        }
+                    }
+                    std::thread::sleep(Duration::from_micros(100));
+                }
+                Ok(found.is_some())
+            })?;
+            check(found == Some(turn), || {
+                format!("move {number}: a datagram arrived at {found:?}, not at site {turn}")
+            })?;
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_over.load(Ordering::Relaxed) {
+                for _ in 0..BURST {
+                    let _ = busy.send_to(&[7; 1000], beside);
+                }
+                std::thread::sleep(PAUSE);
+            }
+        });
+        let result = moves();
+        is_over.store(true, Ordering::Relaxed);
+        result
+    })?;
+    for tunnel in tunnels {
+        all_went_well(&stop(tunnel)?)?;
+    }
+    Ok(())
 }
