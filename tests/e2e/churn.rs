@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use fastvpn::error::{Error, Result};
 use ipnet::IpNet;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::operator::Operator;
 use crate::paced::{Marks, Sink, Stream, Streams};
@@ -135,13 +135,6 @@ fn streams(all: &[Site], site_of: [fn(u64) -> u8; 2]) -> Result<Vec<Expected>> {
     Ok(streams)
 }
 
-/// Asks for something that must be done.
-fn request(operator: &Operator, request: &Value) -> Result<Value> {
-    let answer = operator.request(&request.to_string())?;
-    check(answer["ok"] == true, || format!("refused: {answer}"))?;
-    Ok(answer)
-}
-
 /// Four sites of which the three others are up.
 fn three_peers() -> Result<(Sites, Vec<Tunnel>)> {
     let network = sites(BYSTANDER)?;
@@ -242,7 +235,7 @@ fn prefixes_move() -> Result<()> {
     for other in &network.all[1..] {
         wait_for_each_other(asker, other)?;
     }
-    wait_until_answered(&operator)?;
+    operator.wait()?;
     let moving = set(SETS[0]);
     let turn = |round: u64| if round % 2 == 0 { FIRST } else { SECOND };
     under_load(&network, [turn, |_| BYSTANDER], |round| {
@@ -250,7 +243,7 @@ fn prefixes_move() -> Result<()> {
         let change = json!({
             "command": "route-add", "peer": to, "prefixes": moving, "replace": true,
         });
-        let answer = request(&operator, &change)?;
+        let answer = operator.must(&change)?;
         check(answer["prefixes_added"] == CHANGED, || answer.to_string())
     })?;
     stop_all(tunnels)
@@ -286,26 +279,19 @@ fn prefixes_are_reloaded() -> Result<()> {
     for other in &network.all[1..] {
         wait_for_each_other(asker, other)?;
     }
-    wait_until_answered(&operator)?;
+    operator.wait()?;
     let site_of: [fn(u64) -> u8; 2] = [
         |round| if round % 2 == 0 { FIRST } else { SECOND },
         |round| if round % 2 == 0 { SECOND } else { FIRST },
     ];
     under_load(&network, site_of, |round| {
         file(round)?;
-        let answer = request(&operator, &json!({"command": "reload"}))?;
+        let answer = operator.must(&json!({"command": "reload"}))?;
         let changed = if round == 0 { 0 } else { CHANGED };
         let is_so = answer["prefixes_added"] == changed && answer["prefixes_removed"] == changed;
         check(is_so, || answer.to_string())
     })?;
     stop_all(tunnels)
-}
-
-fn wait_until_answered(operator: &Operator) -> Result<()> {
-    wait_until("the operators' socket is there", || {
-        Ok(operator.connect().is_ok())
-    })?;
-    request(operator, &json!({"command": "status"})).map(drop)
 }
 
 /// Whoever has been told that a prefix has moved may count on it: not one packet
@@ -325,7 +311,7 @@ fn an_answer_means_in_force() -> Result<()> {
     for other in &network.all[1..] {
         wait_for_each_other(asker, other)?;
     }
-    wait_until_answered(&operator)?;
+    operator.wait()?;
     let to = SocketAddr::new(in_prefix(0, 7), PORT);
     let any = IpAddr::from(Ipv6Addr::UNSPECIFIED);
     let sinks = [FIRST, SECOND].map(|number| {
@@ -346,7 +332,7 @@ fn an_answer_means_in_force() -> Result<()> {
                 "command": "route-add", "peer": underlay(turn).to_string(),
                 "prefixes": [prefix(0)], "replace": true,
             });
-            request(&operator, &change)?;
+            operator.must(&change)?;
             let mut found = None;
             wait_until("a datagram arrives", || {
                 // The queues on the way may have been full.

@@ -1,15 +1,15 @@
 //! Where peers are: two on one address, and either family over the other.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
-use fastvpn::error::Result;
+use fastvpn::error::{Error, Result};
 use fastvpn::lab::{self, Namespace};
 use ipnet::IpNet;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::datagrams::{Order, exchange, exchange_trains};
 use crate::operator::Operator;
-use crate::site::{MTU_BYTES, all_went_well, sites, underlay, underlay_v6};
+use crate::site::{MTU_BYTES, all_went_well, underlay, underlay_v6};
 use crate::support::{
     Ended, FAMILIES, Test, Tunnel, answers, bulk, check, fail, fastvpn, link, stop, tried, udp,
     wait_for, wait_until,
@@ -36,142 +36,188 @@ const OTHER_PORT: u16 = 9000;
 /// Payload of the largest UDP datagram over IPv4 that the tunnel takes whole.
 const FULL_BYTES: usize = 1444;
 
-/// The peers of a tunnel as its operators see them: by `HOST:PORT`.
-fn peer_counter(operator: &Operator, peer: &str, counter: &str) -> Result<u64> {
-    let answer = operator.request(&json!({"command": "peers"}).to_string())?;
-    let peers = answer["peers"].as_array();
-    let found = peers.and_then(|peers| peers.iter().find(|one| one["peer"] == peer));
-    let value = found.and_then(|found| found[counter].as_u64());
-    value.map_or_else(|| fail(format!("no {counter} of {peer} in {answer}")), Ok)
+/// Datagrams of an exchange, each of another size.
+const DATAGRAMS: u64 = 100;
+
+/// Two processes on one host, each on a port of its own, and one on another
+/// host that has both as peers.
+struct OneAddress {
+    /// What joins the hosts.
+    _bridge: Namespace,
+    /// The host with one process.
+    alone: Namespace,
+    /// The host with two.
+    shared: Namespace,
+    /// What the lone process calls its peers.
+    peers: [String; 2],
+    asker: Operator,
+    answerers: [Operator; 2],
+    tunnels: [Tunnel; 3],
 }
 
-fn request(operator: &Operator, request: &Value) -> Result<Value> {
-    let answer = operator.request(&request.to_string())?;
-    check(answer["ok"] == true, || format!("refused: {answer}"))?;
-    Ok(answer)
+/// Addresses in the tunnel of the lone process and of one of the two, for each
+/// of these.
+const INSIDE: [[Ipv4Addr; 2]; 2] = [
+    [Ipv4Addr::new(10, 244, 1, 1), Ipv4Addr::new(10, 244, 1, 2)],
+    [Ipv4Addr::new(10, 244, 2, 1), Ipv4Addr::new(10, 244, 2, 2)],
+];
+
+impl OneAddress {
+    fn start() -> Result<Self> {
+        let underlays = [1, 2].map(|number| vec![IpNet::new_assert(underlay(number).into(), 24)]);
+        let switch = lab::switch(&underlays, MTU_BYTES)?;
+        let mut hosts = switch.hosts.into_iter();
+        let (Some(alone), Some(shared)) = (hosts.next(), hosts.next()) else {
+            return fail("two hosts");
+        };
+        let [first, second] = INSIDE;
+        let peers = [8285, OTHER_PORT].map(|port| format!("{}:{port}", underlay(2)));
+        let (asker, answerers) = (Operator::new()?, [Operator::new()?, Operator::new()?]);
+        let [one, two] = &peers;
+        let socket = asker.socket_text();
+        let asking = fastvpn(
+            &alone,
+            &format!(
+                "--queues 2 --control {socket} --address {}/32 --address {}/32 \
+                 --peer {one}={}/32 --peer {two}={}/32",
+                first[0], second[0], first[1], second[1],
+            ),
+        )?;
+        let start = |place: usize, tun: &str, port: u16, prefix: &str| {
+            let socket = answerers[place].socket_text();
+            let flags = format!(
+                "--queues 2 --control {socket} --tun {tun} --listen 0.0.0.0:{port} \
+                 --address {}/32 --peer {}={prefix}",
+                INSIDE[place][1],
+                underlay(1),
+            );
+            fastvpn(&shared, &flags)
+        };
+        let tunnels = [
+            asking,
+            // All sources may come to the first: a packet that goes to the wrong
+            // port arrives nevertheless, and is counted there.
+            start(0, "fastvpn0", 8285, "10.244.0.0/16")?,
+            start(1, "fastvpn1", OTHER_PORT, &format!("{}/32", second[0]))?,
+        ];
+        for operator in [&asker, &answerers[0], &answerers[1]] {
+            operator.wait()?;
+        }
+        Ok(Self {
+            _bridge: switch.bridge,
+            alone,
+            shared,
+            peers,
+            asker,
+            answerers,
+            tunnels,
+        })
+    }
+
+    /// Sends from the lone host to the shared one (or back) between the
+    /// addresses of one of the two processes.
+    fn exchange(&self, pair: usize, is_back: bool) -> Result<()> {
+        let sizes: Vec<usize> = (0..DATAGRAMS as usize).map(|n| n * 14).collect();
+        let [near, far] = INSIDE[pair].map(IpAddr::from);
+        let (near, far) = ((&self.alone, near), (&self.shared, far));
+        let (from, to) = if is_back { (far, near) } else { (near, far) };
+        let sent = exchange(from, to, &sizes, Order::Kept)
+            .and_then(|()| exchange_trains(from, to, &trains(FULL_BYTES)));
+        sent.map_err(|error| Error::new(format!("from {} to {}: {error}", from.1, to.1)))
+    }
+
+    /// Packets so far, as the lone process counts them for each peer, and as
+    /// each of the two processes does.
+    fn packets(&self, is_back: bool) -> Result<[u64; 4]> {
+        let (of_peer, of_process) = match is_back {
+            false => ("packets_sent", "packets-received"),
+            true => ("packets_received", "packets-sent"),
+        };
+        let answer = self.asker.must(&json!({"command": "peers"}))?;
+        let count = |name: &String| -> Result<u64> {
+            let peers = answer["peers"].as_array();
+            let found = peers.and_then(|peers| peers.iter().find(|one| one["peer"] == **name));
+            let value = found.and_then(|found| found[of_peer].as_u64());
+            value.map_or_else(|| fail(format!("no {of_peer} of {name} in {answer}")), Ok)
+        };
+        Ok([
+            count(&self.peers[0])?,
+            count(&self.peers[1])?,
+            self.answerers[0].counter(of_process)?,
+            self.answerers[1].counter(of_process)?,
+        ])
+    }
+
+    /// Sends between the addresses of a process, which must go by way of this
+    /// process, or of the other, and of no other.
+    fn exchange_by(&self, pair: usize, is_back: bool, process: usize) -> Result<()> {
+        /// What the hosts say of their own accord.
+        const OTHERS_MAX: u64 = 20;
+        let before = self.packets(is_back)?;
+        self.exchange(pair, is_back)?;
+        let after = self.packets(is_back)?;
+        for (place, (before, after)) in before.into_iter().zip(after).enumerate() {
+            let rose = after - before;
+            let is_right = match place % 2 == process {
+                true => rose >= DATAGRAMS,
+                false => rose < OTHERS_MAX,
+            };
+            check(is_right, || {
+                let who = ["peer", "process"][place / 2];
+                format!(
+                    "pair {pair} by process {process}: {rose} packets at {who} {}",
+                    place % 2
+                )
+            })?;
+        }
+        Ok(())
+    }
 }
 
 /// Two processes share a host's address, and so are told apart by the port on
 /// the way out, and by the inner source on the way in.
 fn two_peers_on_one_address_by_port() -> Result<()> {
-    const DATAGRAMS: u64 = 100;
-    let network = sites(2)?;
-    let [alone, shared] = &network.all[..] else {
-        return fail("two sites");
-    };
-    // Pairs of addresses: the lone host's and the shared one's, of each tunnel.
-    let [first, second]: [[IpAddr; 2]; 2] = [
-        [[10, 244, 1, 1].into(), [10, 244, 1, 2].into()],
-        [[10, 244, 2, 1].into(), [10, 244, 2, 2].into()],
-    ];
-    let operator = Operator::new()?;
-    let socket = operator.socket_text();
-    let (here, there) = (underlay(alone.number), underlay(shared.number));
-    let (one, two) = (format!("{there}:8285"), format!("{there}:{OTHER_PORT}"));
-    let asker = fastvpn(
-        &alone.host,
-        &format!(
-            "--queues 2 --control {socket} --address {}/32 --address {}/32 \
-             --peer {one}={}/32 --peer {two}={}/32",
-            first[0], second[0], first[1], second[1],
-        ),
-    )?;
-    let start = |tun: &str, port: u16, near: IpAddr, far: IpNet| {
-        fastvpn(
-            &shared.host,
-            &format!(
-                "--queues 2 --tun {tun} --listen 0.0.0.0:{port} --address {near}/32 \
-                 --peer {here}={far}"
-            ),
-        )
-    };
-    let all = IpNet::new_assert([10, 244, 0, 0].into(), 16);
-    let tunnels = [
-        start("fastvpn0", 8285, first[1], all)?,
-        start("fastvpn1", OTHER_PORT, second[1], second[0].into())?,
-    ];
-    let (alone, shared): (&Namespace, &Namespace) = (&alone.host, &shared.host);
-    let sizes: Vec<usize> = (0..DATAGRAMS as usize).map(|n| n * 14).collect();
-    for [near, far] in [first, second] {
-        wait_until("both ends are up", || {
-            // From this very address: the other belongs to the other tunnel.
-            Ok(exchange((alone, near), (shared, far), &[1], Order::Kept).is_ok())
-        })?;
-    }
-    let rose = |peer: &str, counter: &str, work: &dyn Fn() -> Result<()>| -> Result<u64> {
-        let before = peer_counter(&operator, peer, counter)?;
-        work()?;
-        Ok(peer_counter(&operator, peer, counter)? - before)
-    };
-    for ([near, far], peer, other) in [(first, &one, &two), (second, &two, &one)] {
-        for (from, to, counter) in [
-            ((alone, near), (shared, far), "packets_sent"),
-            ((shared, far), (alone, near), "packets_received"),
-        ] {
-            let work = || exchange(from, to, &sizes, Order::Kept);
-            let others = || {
-                let rose = rose(peer, counter, &work)?;
-                check(rose >= DATAGRAMS, || {
-                    format!("{peer}: {counter} rose by {rose}")
-                })
-            };
-            // Some neighbour discovery of the hosts' own may come in between.
-            let rose = rose(other, counter, &others)?;
-            check(rose < DATAGRAMS / 2, || {
-                format!("{other}: {counter} rose by {rose}")
-            })?;
-            exchange_trains(from, to, &trains(FULL_BYTES))?;
-        }
+    let set_up = OneAddress::start()?;
+    for pair in [0, 1] {
+        set_up.exchange_by(pair, false, pair)?;
+        set_up.exchange_by(pair, true, pair)?;
     }
 
     // The second's address moves to the first, whose host has it as well, and
-    // back.
-    let move_to = |peer: &str| {
+    // back. The way back does not depend on it: the sender's address is right.
+    let moving = INSIDE[1][1];
+    for process in [0, 1] {
+        let peer = &set_up.peers[process];
         let change = json!({
             "command": "route-add", "peer": peer, "replace": true,
-            "prefixes": [IpNet::from(second[1])],
+            "prefixes": [IpNet::from(IpAddr::from(moving))],
         });
-        request(&operator, &change).map(drop)
-    };
-    for peer in [&one, &two] {
-        move_to(peer)?;
-        let found = json!({"command": "route-get", "address": second[1]});
-        let found = request(&operator, &found)?;
+        set_up.asker.must(&change)?;
+        let found = json!({"command": "route-get", "address": moving});
+        let found = set_up.asker.must(&found)?;
         check(found["peer"] == **peer, || found.to_string())?;
-        let work = || exchange((alone, second[0]), (shared, second[1]), &sizes, Order::Kept);
-        let rose = rose(peer, "packets_sent", &work)?;
-        check(rose >= DATAGRAMS, || {
-            format!("{peer} was sent {rose} packets")
-        })?;
+        set_up.exchange_by(1, false, process)?;
+        set_up.exchange(1, true)?;
     }
 
     // Without the first peer its address is still the second's: no stranger's,
     // but what was behind the first may not come any more.
-    request(&operator, &json!({"command": "peer-del", "peer": one}))?;
-    let source = udp(shared, first[1], 0)?;
-    let dropped = || -> Result<u64> {
-        let status = request(&operator, &json!({"command": "status"}))?;
-        check(status["drops"]["sender-unknown"].is_null(), || {
-            status.to_string()
-        })?;
-        Ok(status["drops"]["source-not-allowed"].as_u64().unwrap_or(0))
-    };
-    let before = dropped()?;
+    let asker = &set_up.asker;
+    asker.must(&json!({"command": "peer-del", "peer": set_up.peers[0]}))?;
+    let source = udp(&set_up.shared, INSIDE[0][1], 0)?;
+    let before = asker.dropped("source-not-allowed")?;
     wait_until("packets from behind no peer are counted", || {
-        tried("send", source.send_to(b"still here?", (first[0], 9)))?;
-        Ok(dropped()? >= before + 10)
+        tried("send", source.send_to(b"still here?", (INSIDE[0][0], 9)))?;
+        Ok(asker.dropped("source-not-allowed")? >= before + 10)
     })?;
-    exchange((shared, second[1]), (alone, second[0]), &sizes, Order::Kept)?;
-
-    let ended = stop(asker)?;
-    check(ended.dropped("sender-unknown") == 0, || ended.log.clone())?;
-    for tunnel in tunnels {
-        let ended = stop(tunnel)?;
-        all_went_well(&ended)?;
-        let (sent, received) = ended.packets("total")?;
-        check(sent >= DATAGRAMS && received >= DATAGRAMS, || ended.log)?;
-    }
-    Ok(())
+    set_up.exchange_by(1, true, 1)?;
+    set_up.exchange_by(1, false, 1)?;
+    let [asking, one, two] = set_up.tunnels;
+    let ended = stop(asking)?;
+    check(ended.dropped("sender-unknown") == 0, || ended.log)?;
+    [one, two]
+        .into_iter()
+        .try_for_each(|tunnel| all_went_well(&stop(tunnel)?))
 }
 
 /// A peer that is reached over IPv4 and has nothing but IPv6 behind it, and one

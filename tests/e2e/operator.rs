@@ -222,3 +222,12 @@ pub fn said(namespace: &Namespace, mut command: Command) -> Result<Said> {
         None => fail("the command did not end"),
     }
 }
+
+impl Operator {
+    /// As [`Operator::request`], for what must be done.
+    pub fn must(&self, request: &Value) -> Result<Value> {
+        let answer = self.request(&request.to_string())?;
+        check(answer["ok"] == true, || format!("refused: {answer}"))?;
+        Ok(answer)
+    }
+}
