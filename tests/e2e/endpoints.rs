@@ -137,8 +137,13 @@ impl OneAddress {
         let count = |name: &String| -> Result<u64> {
             let peers = answer["peers"].as_array();
             let found = peers.and_then(|peers| peers.iter().find(|one| one["peer"] == **name));
-            let value = found.and_then(|found| found[of_peer].as_u64());
-            value.map_or_else(|| fail(format!("no {of_peer} of {name} in {answer}")), Ok)
+            match found {
+                Some(found) => found[of_peer]
+                    .as_u64()
+                    .ok_or_else(|| Error::new(format!("no {of_peer} in {found}"))),
+                // Removed in the meantime.
+                None => Ok(0),
+            }
         };
         Ok([
             count(&self.peers[0])?,
