@@ -11,7 +11,7 @@ use ipnet::IpNet;
 use serde_json::json;
 
 use crate::operator::Operator;
-use crate::paced::{Marks, Sink, Stream, Streams};
+use crate::numbered::{Marks, Sink, Stream, Streams};
 use crate::site::{
     Site, Sites, all_went_well, peer, prefixes, router, sites, tunnel, underlay,
     wait_for_each_other,

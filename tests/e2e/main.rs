@@ -18,7 +18,8 @@ mod hosts;
 mod life;
 mod mesh;
 mod operator;
-mod paced;
+
+mod numbered;
 mod packets;
 mod peers;
 mod plain_peer;

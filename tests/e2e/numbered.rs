@@ -124,7 +124,7 @@ pub struct Streams {
     record: Arc<Mutex<Record>>,
     go_on: Arc<AtomicBool>,
     listen_on: Arc<AtomicBool>,
-    sender: Option<JoinHandle<io::Result<()>>>,
+    sender: Option<JoinHandle<()>>,
     sinks: Vec<JoinHandle<io::Result<()>>>,
 }
 
@@ -160,7 +160,12 @@ impl Streams {
             })
             .collect::<Result<_>>()?;
         let (sending, going_on) = (Arc::clone(&sent), Arc::clone(&go_on));
-        let sender = std::thread::spawn(move || send(&streams, &sending, &going_on));
+        let blaming = Arc::clone(&record);
+        let sender = std::thread::spawn(move || {
+            if let Err(error) = send(&streams, &sending, &going_on) {
+                lock(&blaming).blame(error.to_string());
+            }
+        });
         Ok(Self {
             names,
             sent,
@@ -227,9 +232,6 @@ impl Streams {
     }
 
     fn is_well(&self) -> Result<()> {
-        if self.sender.as_ref().is_some_and(JoinHandle::is_finished) {
-            return fail("sending has ended early");
-        }
         match &self.record().fault {
             Some(fault) => fail(fault.clone()),
             None => Ok(()),
@@ -237,7 +239,7 @@ impl Streams {
     }
 
     fn record(&self) -> MutexGuard<'_, Record> {
-        self.record.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.record)
     }
 
     /// Checks where a stream's datagrams with these numbers arrived, each of
@@ -273,10 +275,8 @@ impl Streams {
     pub fn finish(&mut self) -> Result<Marks> {
         self.go_on.store(false, Ordering::SeqCst);
         if let Some(sender) = self.sender.take() {
-            let sent = sender
-                .join()
-                .map_err(|_| Error::new("the sender panicked"))?;
-            tried("send", sent)?;
+            let panicked = |_| Error::new("the sender panicked");
+            sender.join().map_err(panicked)?;
         }
         let marks = self.wait_until_arrived(&self.marks())?;
         // What comes twice comes late.
@@ -289,6 +289,10 @@ impl Streams {
         self.is_well()?;
         Ok(marks)
     }
+}
+
+fn lock(record: &Mutex<Record>) -> MutexGuard<'_, Record> {
+    record.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Drop for Streams {
@@ -313,7 +317,8 @@ fn send(streams: &[Stream], sent: &[AtomicU64], go_on: &AtomicBool) -> io::Resul
             let to = stream.to[number as usize % stream.to.len()];
             let datagram = datagram_of(place as u64, number);
             stream.socket.send_to(&datagram, to).map_err(|cause| {
-                io::Error::new(cause.kind(), format!("{} to {to}: {cause}", stream.name))
+                let what = format!("cannot send {} to {to}: {cause}", stream.name);
+                io::Error::new(cause.kind(), what)
             })?;
             sent.store(number + 1, Ordering::SeqCst);
         }
@@ -327,8 +332,7 @@ fn listen(sink: &Sink, record: &Mutex<Record>, listen_on: &AtomicBool) -> io::Re
     while listen_on.load(Ordering::SeqCst) {
         match sink.socket.recv(&mut buffer) {
             Ok(length) => {
-                let mut record = record.lock().unwrap_or_else(PoisonError::into_inner);
-                record.note(sink.site, &buffer[..length]);
+                lock(record).note(sink.site, &buffer[..length]);
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
