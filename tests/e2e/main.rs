@@ -13,9 +13,12 @@ mod errors;
 mod exact;
 mod fallbacks;
 mod hosts;
+mod icmp_error;
 mod life;
 mod mesh;
 mod operator;
+mod overlay_errors;
+mod overlay_mtu;
 mod packets;
 mod peers;
 mod plain_peer;
@@ -60,6 +63,8 @@ fn main() -> ExitCode {
         strangers::tests(),
         mesh::tests(),
         sources::tests(),
+        overlay_errors::tests(),
+        overlay_mtu::tests(),
         underlay::tests(),
         life::tests(),
     ];
