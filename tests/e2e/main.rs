@@ -8,6 +8,7 @@
 //! and some of it with a different one at each end, as `mixed::`.
 
 mod checks;
+mod control;
 mod datagrams;
 mod errors;
 mod exact;
@@ -16,6 +17,7 @@ mod hosts;
 mod icmp_error;
 mod life;
 mod mesh;
+mod names;
 mod operator;
 mod overlay_errors;
 mod overlay_mtu;
@@ -24,6 +26,7 @@ mod peers;
 mod plain_peer;
 mod queues;
 mod raw;
+mod routes;
 mod script;
 mod site;
 mod sources;
@@ -74,6 +77,9 @@ fn main() -> ExitCode {
         checks::tests(),
         life::tests_of_the_demo(),
         tuning::tests(),
+        routes::tests(),
+        names::tests(),
+        control::tests(),
     ];
     // Shown as ignored, never left out in silence.
     let without_uring = fastvpn::ring::probe(URING_FEATURES).is_err();
