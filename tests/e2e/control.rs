@@ -66,7 +66,7 @@ fn all_commands() -> Result<()> {
     );
 
     let status = operator.ask("status")?;
-    for (key, value) in [
+    let expected: [(&str, serde_json::Value); 7] = [
         ("pid", tunnels[0].pid().into()),
         ("tun", "fastvpn0".into()),
         ("mtu_bytes", 1472.into()),
@@ -74,8 +74,9 @@ fn all_commands() -> Result<()> {
         ("peers", 2.into()),
         ("prefixes", 4.into()),
         ("hop", false.into()),
-    ] {
-        let found: &serde_json::Value = &status[key];
+    ];
+    for (key, value) in expected {
+        let found = &status[key];
         check(*found == value, || format!("{key} is {found}, not {value}"))?;
     }
     check(operator.counter("packets-sent")? > 0, || status.to_string())?;

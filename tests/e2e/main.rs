@@ -21,11 +21,13 @@ mod names;
 mod operator;
 mod overlay_errors;
 mod overlay_mtu;
+mod paced;
 mod packets;
 mod peers;
 mod plain_peer;
 mod queues;
 mod raw;
+mod reload;
 mod routes;
 mod script;
 mod site;
@@ -33,6 +35,7 @@ mod sources;
 mod strangers;
 mod super_packets;
 mod support;
+mod takeover;
 mod tools;
 mod traffic;
 mod tuning;
@@ -68,6 +71,8 @@ fn main() -> ExitCode {
         sources::tests(),
         overlay_errors::tests(),
         overlay_mtu::tests(),
+        reload::tests(),
+        takeover::tests(),
         underlay::tests(),
         life::tests(),
     ];
@@ -80,6 +85,7 @@ fn main() -> ExitCode {
         routes::tests(),
         names::tests(),
         control::tests(),
+        reload::tests_of_control(),
     ];
     // Shown as ignored, never left out in silence.
     let without_uring = fastvpn::ring::probe(URING_FEATURES).is_err();
@@ -95,7 +101,14 @@ fn main() -> ExitCode {
     }
     for (engines, tests) in [
         (Engines::Uring, of_uring.concat()),
-        (Engines::Mixed, traffic::tests_of_mixed_engines()),
+        (
+            Engines::Mixed,
+            [
+                traffic::tests_of_mixed_engines(),
+                takeover::tests_of_mixed_engines(),
+            ]
+            .concat(),
+        ),
     ] {
         let tests = tests.iter();
         trials.extend(tests.map(|test| trial(engines, test).with_ignored_flag(without_uring)));

@@ -34,6 +34,8 @@ pub const PROGRESS_BYTES: u64 = 4_000_000;
 pub struct Stream {
     go_on: Arc<AtomicBool>,
     arrived: Arc<AtomicU64>,
+    /// The sender's socket, to ask it how it is.
+    socket: TcpStream,
     sender: JoinHandle<io::Result<u64>>,
     receiver: JoinHandle<io::Result<u64>>,
 }
@@ -53,12 +55,14 @@ impl Stream {
             Ok((sender, receiver))
         };
         let (sender, receiver) = tried(&format!("connect to {address}"), connect())?;
+        let socket = tried("duplicate a socket", sender.try_clone())?;
         let go_on = Arc::new(AtomicBool::new(true));
         let arrived = Arc::new(AtomicU64::new(0));
         let (going_on, arriving) = (Arc::clone(&go_on), Arc::clone(&arrived));
         Ok(Self {
             go_on,
             arrived,
+            socket,
             sender: std::thread::spawn(move || send(sender, &going_on)),
             receiver: std::thread::spawn(move || receive(receiver, &arriving)),
         })
@@ -75,6 +79,17 @@ impl Stream {
         })
     }
 
+    /// Bytes that have arrived so far, all of them as they were sent.
+    pub fn arrived_bytes(&self) -> u64 {
+        self.arrived.load(Ordering::Relaxed)
+    }
+
+    /// Segments that were sent more than once.
+    pub fn retransmissions(&self) -> Result<u64> {
+        let count = retransmissions(&self.socket);
+        tried("read the retransmissions", count)
+    }
+
     /// Ends the stream; all that was sent must have arrived.
     pub fn finish(self) -> Result<u64> {
         self.go_on.store(false, Ordering::Relaxed);
@@ -89,6 +104,29 @@ impl Stream {
             format!("sent {sent} bytes, received {received}")
         })?;
         Ok(sent)
+    }
+}
+
+/// `tcpi_total_retrans` of a connection (tcp(7), `TCP_INFO`).
+fn retransmissions(socket: &TcpStream) -> io::Result<u64> {
+    use std::os::fd::AsRawFd;
+    // SAFETY: tcp_info is plain integers, for which all zeros is a value.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut length = size_of_val(&info) as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes to `info`, which has
+    // them, and both outlive the call.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            (&raw mut info).cast(),
+            &raw mut length,
+        )
+    };
+    match result {
+        0 => Ok(info.tcpi_total_retrans.into()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 
