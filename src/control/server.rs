@@ -11,13 +11,14 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use std::{fs, net};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
+use nix::fcntl::{Flock, FlockArg};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{getsockopt, sockopt};
@@ -38,6 +39,10 @@ const ANSWER_TIME_MAX: Duration = Duration::from_secs(30);
 
 /// How long a client may read nothing of its answer.
 const WRITE_TIME_MAX: Duration = Duration::from_secs(5);
+
+/// Bytes of all answers that are being written. Those of one more that is
+/// long wait for nobody: the client is told to come again.
+const ANSWERS_BYTES_MAX: usize = 64 << 20;
 
 /// How long the control thread may take for a request.
 const CONTROL_TIME_MAX: Duration = Duration::from_secs(60);
@@ -95,6 +100,8 @@ struct Shared {
     stopping: AtomicBool,
     /// The open connections, for closing them.
     open: Mutex<Vec<(u64, UnixStream)>>,
+    /// Bytes of answers that are being written.
+    answers_bytes: AtomicUsize,
 }
 
 impl Server {
@@ -105,7 +112,14 @@ impl Server {
     /// cannot be made.
     pub fn start(path: &Path) -> Result<Self> {
         let shown = path.display();
-        make_directory(path)?;
+        let directory = make_directory(path)?;
+        // Two that start at once must not take each other's for a dead one's.
+        let _lock = Flock::lock(directory, FlockArg::LockExclusive).map_err(|(_, errno)| {
+            Error::os(
+                format!("cannot lock the directory of {shown}"),
+                errno.into(),
+            )
+        })?;
         remove_stale(path)?;
         let listen = || -> io::Result<UnixListener> {
             let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
@@ -142,6 +156,7 @@ impl Server {
             stop,
             stopping: AtomicBool::new(false),
             open: Mutex::new(Vec::with_capacity(CONNECTIONS_MAX)),
+            answers_bytes: AtomicUsize::new(0),
         });
         let accepting = Arc::clone(&shared);
         let accept = std::thread::Builder::new()
@@ -203,17 +218,17 @@ fn inode(path: &Path) -> Option<(u64, u64)> {
     Some((metadata.dev(), metadata.ino()))
 }
 
-fn make_directory(path: &Path) -> Result<()> {
-    let Some(parent) = path
-        .parent()
-        .filter(|parent| !parent.as_os_str().is_empty())
-    else {
-        return Ok(());
+/// Makes the directory of a path if it is missing, and opens it.
+fn make_directory(path: &Path) -> Result<fs::File> {
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
     };
     fs::DirBuilder::new()
         .recursive(true)
         .mode(0o755)
         .create(parent)
+        .and_then(|()| fs::File::open(parent))
         .map_err(|error| {
             Error::os(format!("cannot make directory {}", parent.display()), error)
                 .hint("choose another path with --control")
@@ -232,13 +247,24 @@ fn remove_stale(path: &Path) -> Result<()> {
         ))
         .hint("remove it, or choose another path with --control"));
     }
-    match UnixStream::connect(path) {
-        Ok(_) => Err(Error::new(format!("another fastvpn serves {shown}"))
+    match connect_at_once(path) {
+        // Too many wait to be let in: someone is there, if slow.
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(Error::new(format!(
+            "another fastvpn serves {shown}, and is very busy"
+        ))
+        .hint("choose another --tun or --control")),
+        Ok(()) => Err(Error::new(format!("another fastvpn serves {shown}"))
             .hint("choose another --tun or --control, or take over with --takeover")),
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path)
             .map_err(|error| Error::os(format!("cannot remove the dead socket {shown}"), error)),
         Err(error) => Err(Error::os(format!("cannot tell who serves {shown}"), error)),
     }
+}
+
+fn connect_at_once(path: &Path) -> io::Result<()> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.set_nonblocking(true)?;
+    socket.connect(&SockAddr::unix(path)?)
 }
 
 impl Shared {
@@ -324,17 +350,40 @@ impl Shared {
             };
             let result = match serde_json::from_slice(&line) {
                 Ok(Request::Takeover { protocol }) => {
-                    let _ = self.calls.send(Call::Takeover { stream, protocol });
+                    let call = Call::Takeover { stream, protocol };
+                    let _ = self.calls.send_timeout(call, CONTROL_TIME_MAX);
                     return;
                 }
                 Ok(request) => self.ask(request),
                 Err(error) => Err(format!("cannot read the request: {error}")),
             };
             drop(line);
-            if write_line(&mut stream, result).is_err() {
+            if self.write_answer(&mut stream, result).is_err() {
                 return;
             }
         }
+    }
+
+    /// Writes an answer, unless too much is being written.
+    fn write_answer(
+        &self,
+        stream: &mut UnixStream,
+        result: std::result::Result<Answer, String>,
+    ) -> io::Result<()> {
+        let text = to_line(result)?;
+        let bytes = text.len();
+        let before = self.answers_bytes.fetch_add(bytes, Ordering::SeqCst);
+        let written = if before > 0 && before + bytes > ANSWERS_BYTES_MAX {
+            drop(text);
+            write_line(
+                stream,
+                Err("too many long answers under way; try again".into()),
+            )
+        } else {
+            write_all(stream, &text)
+        };
+        self.answers_bytes.fetch_sub(bytes, Ordering::SeqCst);
+        written
     }
 
     /// Has the control thread answer.
@@ -402,14 +451,22 @@ impl LineReader {
     }
 }
 
+fn to_line(result: std::result::Result<Answer, String>) -> io::Result<Vec<u8>> {
+    let mut text = serde_json::to_vec(&Line::from(result))?;
+    text.push(b'\n');
+    Ok(text)
+}
+
 fn write_line(
     stream: &mut UnixStream,
     result: std::result::Result<Answer, String>,
 ) -> io::Result<()> {
-    let mut text = serde_json::to_vec(&Line::from(result))?;
-    text.push(b'\n');
+    write_all(stream, &to_line(result)?)
+}
+
+/// `write_all` within bounded time, however slowly the client reads.
+fn write_all(stream: &mut UnixStream, mut rest: &[u8]) -> io::Result<()> {
     let deadline = Instant::now() + ANSWER_TIME_MAX;
-    let mut rest = &text[..];
     while !rest.is_empty() {
         if Instant::now() > deadline {
             return Err(io::ErrorKind::TimedOut.into());

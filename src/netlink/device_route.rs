@@ -26,7 +26,8 @@ pub const IPV6_METRIC: u32 = 1;
 pub type Refusals = Vec<(usize, Error)>;
 
 /// How often a listing is repeated because the table changed underneath it.
-/// Not for ever: what changed is told by [`Watch`](super::watch::Watch), too.
+/// Not for ever: who needs to know better hears of the changes from
+/// [`Watch`](super::watch::Watch).
 const LISTINGS_MAX: usize = 3;
 
 // Attributes and sizes of linux/rtnetlink.h and linux/icmpv6.h.
@@ -224,27 +225,22 @@ impl Netlink {
         Ok(refusals.into_iter().map(describe).collect())
     }
 
-    /// Shows `visit` every route of the main table, IPv4 before IPv6. Routes to
-    /// the same prefix come in the order in which the kernel looks at them.
-    /// When the table changes meanwhile, routes may come twice or be left out.
+    /// The routes of the main table that `matters` picks, IPv4 before IPv6.
+    /// Routes to the same prefix stand in the order in which the kernel looks
+    /// at them. A table that changes all the time may be listed with gaps.
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn visit_main_routes(&mut self, visit: &mut dyn FnMut(RouteEntry)) -> Result<()> {
+    pub fn main_routes(
+        &mut self,
+        matters: &dyn Fn(&RouteEntry) -> bool,
+    ) -> Result<Vec<RouteEntry>> {
+        let mut routes = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let start = routes.len();
             for _ in 0..LISTINGS_MAX {
-                let mut message = RouteMessage::default();
-                message.header.address_family = family;
-                message.header.table = RouteHeader::RT_TABLE_MAIN;
-                let request = RouteNetlinkMessage::GetRoute(message);
-                let mut each = |bytes: &[u8]| {
-                    // Kernels before 4.20 do not filter by table.
-                    if let Some(entry) = RouteEntry::parse(bytes).filter(|e| e.table == MAIN_TABLE)
-                    {
-                        visit(entry);
-                    }
-                };
-                match self.visit_dump(request, &mut each) {
+                routes.truncate(start);
+                match self.list_main_routes(family, matters, &mut routes) {
                     Ok(true) => continue,
                     Ok(false) => break,
                     // A kernel without IPv6, or a table without routes so far.
@@ -255,6 +251,66 @@ impl Netlink {
                 }
             }
         }
-        Ok(())
+        Ok(routes)
+    }
+
+    /// `true` when the table changed while it was listed.
+    fn list_main_routes(
+        &mut self,
+        family: AddressFamily,
+        matters: &dyn Fn(&RouteEntry) -> bool,
+        routes: &mut Vec<RouteEntry>,
+    ) -> std::result::Result<bool, Refusal> {
+        let mut message = RouteMessage::default();
+        message.header.address_family = family;
+        message.header.table = RouteHeader::RT_TABLE_MAIN;
+        self.visit_dump(RouteNetlinkMessage::GetRoute(message), &mut |bytes| {
+            // Kernels before 4.20 do not filter by table.
+            let entry = RouteEntry::parse(bytes).filter(|entry| entry.table == MAIN_TABLE);
+            routes.extend(entry.filter(matters));
+        })
+    }
+}
+
+/// What somebody else does to a route, with the flags that iproute2 uses.
+#[cfg(test)]
+#[derive(Clone, Copy)]
+pub(crate) enum Meddling {
+    /// `ip route replace`
+    Replace,
+    /// `ip route prepend`
+    Prepend,
+    /// `ip route append`
+    Append,
+}
+
+#[cfg(test)]
+impl Netlink {
+    /// Does as iproute2 does, with protocol "boot". Metric 0 means the usual.
+    pub(crate) fn meddle(
+        &mut self,
+        meddling: Meddling,
+        prefix: IpNet,
+        oif: u32,
+        metric: u32,
+    ) -> Result<()> {
+        use netlink_packet_core::{NLM_F_APPEND, NLM_F_REPLACE};
+        let mut message = prefix_message(prefix);
+        message.header.protocol = RouteProtocol::Boot;
+        message.header.kind = RouteType::Unicast;
+        message.attributes.push(RouteAttribute::Oif(oif));
+        if metric != 0 {
+            message.attributes.push(RouteAttribute::Priority(metric));
+        }
+        if matches!(prefix, IpNet::V4(_)) {
+            message.header.scope = RouteScope::Link;
+        }
+        let flags = match meddling {
+            Meddling::Replace => NLM_F_CREATE | NLM_F_REPLACE,
+            Meddling::Prepend => NLM_F_CREATE,
+            Meddling::Append => NLM_F_CREATE | NLM_F_APPEND,
+        };
+        self.execute(RouteNetlinkMessage::NewRoute(message), flags)
+            .map_err(|refusal| refusal.describe(format!("cannot meddle with {prefix}")))
     }
 }

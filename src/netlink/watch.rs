@@ -90,6 +90,14 @@ impl Watch {
         })
     }
 
+    /// Gives news so little room that some is lost.
+    #[cfg(test)]
+    pub(crate) fn shrink(&self) {
+        SockRef::from(&self.socket)
+            .set_recv_buffer_size(4096)
+            .unwrap();
+    }
+
     /// Reads what has come so far, at most `datagrams_max` datagrams, without
     /// waiting. `true` if there may be more.
     ///
@@ -178,6 +186,8 @@ fn read_link(body: &[u8]) -> Option<(u32, u32)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lab::Namespace;
+    use crate::netlink::device_route::{DeviceRoute, RouteChange};
 
     #[test]
     fn garbage_is_no_news() {
@@ -187,5 +197,56 @@ mod tests {
             message[4..6].copy_from_slice(&kind.to_ne_bytes());
             assert_eq!(read_news(&message), None, "{kind}");
         }
+    }
+
+    fn routes_told(watch: &mut Watch) -> (usize, bool) {
+        let (mut routes, mut lost) = (0, false);
+        let mut count = |news| match news {
+            News::RouteAdded(entry) if entry.protocol == 99 => routes += 1,
+            News::Lost => lost = true,
+            _ => {}
+        };
+        while watch.read(100, &mut count).unwrap() {}
+        (routes, lost)
+    }
+
+    #[test]
+    fn own_changes_are_not_told_those_of_others_are_and_lost_news_is_said_to_be() {
+        let namespace = Namespace::new().unwrap();
+        let mut own = namespace.netlink().unwrap();
+        let mut other = namespace.netlink().unwrap();
+        let mut watch = namespace.run(|| Watch::open(&own)).unwrap();
+        let route = DeviceRoute {
+            oif: own.link_index("lo").unwrap().unwrap(),
+            protocol: 99,
+        };
+        let block = |second: u8| -> Vec<RouteChange> {
+            let prefix = |third| format!("10.{second}.{third}.0/24").parse().unwrap();
+            (0..250)
+                .map(|third| RouteChange::Add(prefix(third)))
+                .collect()
+        };
+        assert!(
+            own.change_device_routes(route, &block(1))
+                .unwrap()
+                .is_empty()
+        );
+        assert_eq!(routes_told(&mut watch), (0, false));
+        assert!(
+            other
+                .change_device_routes(route, &block(2))
+                .unwrap()
+                .is_empty()
+        );
+        assert_eq!(routes_told(&mut watch), (250, false));
+        watch.shrink();
+        assert!(
+            other
+                .change_device_routes(route, &block(3))
+                .unwrap()
+                .is_empty()
+        );
+        let (told, lost) = routes_told(&mut watch);
+        assert!(told < 250 && lost, "{told} {lost}");
     }
 }

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -207,17 +208,26 @@ impl Running {
             started: Instant::now(),
             reload_error: None,
         };
-        running
-            .routes()
-            .set(running.kernel_routes(&running.overlay))?;
-        running.check_outside(&running.overlay.clone())?;
-        running.serve(listener)?;
-        announce::announce(&running);
-        Ok(running)
+        match running.open(listener) {
+            Ok(()) => Ok(running),
+            Err(error) => {
+                running.take_down();
+                Err(error)
+            }
+        }
+    }
+
+    /// The last steps of the start: what the host sees of a tunnel that works.
+    fn open(&mut self, listener: Option<OwnedFd>) -> Result<()> {
+        self.routes().set(self.kernel_routes(&self.overlay))?;
+        self.check_outside(&self.overlay.clone())?;
+        self.serve(listener)?;
+        announce::announce(self);
+        Ok(())
     }
 
     /// Opens the operators' socket, or goes on with the predecessor's.
-    fn serve(&mut self, listener: Option<std::os::fd::OwnedFd>) -> Result<()> {
+    fn serve(&mut self, listener: Option<OwnedFd>) -> Result<()> {
         let path = &self.config.control;
         let server = match listener {
             Some(listener) => Server::from_listener(listener, path),
@@ -531,10 +541,11 @@ impl Running {
 
     /// Ends the tunnel: routes, device and operators' socket go.
     pub fn take_down(mut self) {
-        self.stop_workers();
+        // Its keeper first, which would miss the device.
         if let Some(routes) = self.routes.take() {
             routes.stop(AtEnd::Remove);
         }
+        self.stop_workers();
         if let Some(server) = self.server.take() {
             server.close(true);
         }

@@ -39,11 +39,18 @@ impl Journal {
 
     /// Ends a window that is over; says how many lines it has left out.
     pub fn flush(&mut self, now: Instant) {
-        if let Some(window) = self.window.take_if(|window| window.end <= now)
+        if self.window.as_ref().is_some_and(|window| window.end <= now) {
+            self.end();
+        }
+    }
+
+    /// Ends the window before its time.
+    pub fn end(&mut self) {
+        if let Some(window) = self.window.take()
             && window.left_out > 0
         {
             tracing::warn!(
-                "{} more route events in {} s were not logged",
+                "{} more route events within {} s were not logged",
                 window.left_out,
                 WINDOW.as_secs()
             );

@@ -20,11 +20,15 @@ use crate::netlink::{DeviceRoute, Netlink, News, RouteChange, RouteEntry, Watch}
 /// Datagrams of news read before commands are looked at again.
 const NEWS_PER_TURN_MAX: usize = 256;
 
-/// After the table was compared, how many times as long as that took it is left
-/// alone, and how long at most: a fifth of one core is what a restless host
-/// with a huge table can cost us.
+/// A comparison is paid for with a rest so many times as long as it took, and
+/// no longer than that: a fifth of one core is what a restless host with a huge
+/// table can cost us.
 const REST_FACTOR: u32 = 4;
 const REST_MAX: Duration = Duration::from_secs(5);
+
+/// Rests may be put off until they come to this, so that the first answers on a
+/// quiet host come at once.
+const CREDIT: Duration = Duration::from_secs(2);
 
 /// How long after a failure of the kernel's the comparison is tried again.
 const RETRY_WAIT: Duration = Duration::from_secs(1);
@@ -72,10 +76,12 @@ pub struct Keeper {
     wanted: BTreeSet<IpNet>,
     /// Whether the device is up, as far as is known.
     up: bool,
+    /// Whether the device may have lost addresses.
+    addresses_due: bool,
     /// When to compare the table with what is wanted; `None`: no reason to.
     due: Option<Instant>,
-    /// The table is not to be compared before.
-    rest_until: Instant,
+    /// When all comparisons so far are paid for.
+    paid_at: Instant,
     backoff: Backoff,
     journal: Journal,
 }
@@ -100,10 +106,11 @@ impl Keeper {
             parts,
             epoll,
             up,
+            addresses_due: false,
             // They may be overridden.
             due: (!wanted.is_empty()).then(Instant::now),
             wanted,
-            rest_until: Instant::now(),
+            paid_at: Instant::now(),
             backoff: Backoff::default(),
             journal: Journal::default(),
         })
@@ -130,6 +137,7 @@ impl Keeper {
             }
             self.journal.flush(Instant::now());
         };
+        self.journal.end();
         if at_end == AtEnd::Remove
             && let Err(error) = self.remove_all()
         {
@@ -156,7 +164,9 @@ impl Keeper {
     }
 
     fn next_comparison(&self) -> Option<Instant> {
-        Some(self.due?.max(self.rest_until))
+        let due = self.due?;
+        let rested_at = self.paid_at.checked_sub(CREDIT);
+        Some(rested_at.map_or(due, |rested_at| due.max(rested_at)))
     }
 
     fn compare_at(&mut self, at: Instant) {
@@ -199,13 +209,11 @@ impl Keeper {
                 News::Link { index, up } if index == self.parts.ours.oif => {
                     self.note_link(up, now);
                 }
-                News::LinkDeleted { index } if index == self.parts.ours.oif => {
-                    self.note_link(false, now);
-                }
+                News::LinkDeleted { index } if index == self.parts.ours.oif => self.up = false,
                 News::Lost => {
                     tracing::debug!("news of route changes was lost; comparing all routes");
                     // Among it may be that the device was down and is up again.
-                    self.up = false;
+                    self.addresses_due = true;
                     self.compare_at(now);
                 }
                 _ => {}
@@ -242,12 +250,13 @@ impl Keeper {
     fn put_right(&mut self) -> Result<()> {
         let started = Instant::now();
         let was_up = self.up;
-        self.up = is_up(&mut self.parts)?;
-        if !self.up {
+        if !is_up(&mut self.parts)? {
             // News of the link wakes us again.
+            self.note_link(false, started);
             return Ok(());
         }
-        if !was_up {
+        self.up = true;
+        if !was_up || self.addresses_due {
             self.restore_addresses()?;
         }
         let standings = standings(&mut self.parts, &self.wanted)?;
@@ -276,7 +285,7 @@ impl Keeper {
             .forget(started, |prefix| self.wanted.contains(prefix));
         let outcome = self.repair(&repairs, was_up);
         let now = Instant::now();
-        self.rest_until = now + ((now - started) * REST_FACTOR).min(REST_MAX);
+        self.paid_at = self.paid_at.max(now) + ((now - started) * REST_FACTOR).min(REST_MAX);
         outcome
     }
 
@@ -311,8 +320,8 @@ impl Keeper {
             }
         }
         let now = Instant::now();
-        if !in_peace {
-            let count = repairs.len() - failed.len();
+        let count = repairs.len() - failed.len();
+        if !in_peace && count > 0 {
             self.warn(|parts| format!("interface {}: {count} routes put back", parts.name));
         }
         for Repair { prefix, standing } in repairs {
@@ -331,23 +340,28 @@ impl Keeper {
         Ok(())
     }
 
-    /// Gives the device back the addresses that it has lost.
+    /// Gives the device back the addresses that it has lost. One that it does
+    /// not take (IPv6 may be switched off on it by now) is not tried again: the
+    /// routes are worth having without.
     fn restore_addresses(&mut self) -> Result<()> {
         let index = self.parts.ours.oif;
         let present = self.parts.netlink.addresses()?;
-        for &address in &self.parts.addresses {
+        self.addresses_due = false;
+        for address in self.parts.addresses.clone() {
             if present.contains(&(index, address)) {
                 continue;
             }
             match self.parts.netlink.add_address(index, address) {
-                Err(error) if error.errno() != Some(libc::EEXIST) => return Err(error),
+                Err(error) if error.errno() != Some(libc::EEXIST) => {
+                    self.warn(|_| error.to_string());
+                }
                 _ => {}
             }
         }
         Ok(())
     }
 
-    fn set(&mut self, wanted: BTreeSet<IpNet>) -> Result<()> {
+    pub(super) fn set(&mut self, wanted: BTreeSet<IpNet>) -> Result<()> {
         let standings = standings(&mut self.parts, &wanted)?;
         let fresh = wanted.difference(&self.wanted);
         let mut blocked = fresh.filter_map(|prefix| {
@@ -360,12 +374,13 @@ impl Keeper {
             return Err(conflict(&mut self.parts, &obstacle, blocked.count()));
         }
         drop(blocked);
-        self.up = is_up(&mut self.parts)?;
+        // That the device is up is taken note of with the news alone, because
+        // more than routes may have to be put back then.
+        let up = is_up(&mut self.parts)?;
+        self.up &= up;
         let missing: Vec<IpNet> = wanted
             .iter()
-            .filter(|prefix| {
-                self.up && !standings.is_right(prefix) && !standings.of(prefix).has_ours
-            })
+            .filter(|prefix| up && !standings.is_right(prefix) && !standings.of(prefix).has_ours)
             .copied()
             .collect();
         let surplus: Vec<RouteChange> = standings
@@ -410,6 +425,8 @@ impl Keeper {
             return Ok(());
         };
         self.delete_all(prefixes)?;
+        // Among them may be some that were wanted before.
+        self.compare_at(Instant::now());
         match error.errno() {
             // Taken down since we looked: they come when it is up.
             Some(libc::ENETDOWN) => {
@@ -449,11 +466,7 @@ impl Keeper {
 
 /// How the wanted prefixes stand, and all that have routes of ours.
 fn standings(parts: &mut Parts, wanted: &BTreeSet<IpNet>) -> Result<Standings> {
-    let mut standings = Standings::new(parts.ours);
-    parts
-        .netlink
-        .visit_main_routes(&mut |entry| standings.note(entry, wanted))?;
-    Ok(standings)
+    Standings::read(&mut parts.netlink, parts.ours, wanted)
 }
 
 fn is_up(parts: &mut Parts) -> Result<bool> {
@@ -489,7 +502,7 @@ fn conflict(parts: &mut Parts, obstacle: &RouteEntry, others: usize) -> Error {
         "route {} exists already {way}{more}",
         obstacle.destination
     ))
-    .hint("remove it, give the peer other prefixes, or leave routes alone with --no-routes")
+    .hint("remove it, leave it out of --peer and --route, or leave routes alone with --no-routes")
 }
 
 /// Where a route leads, in words.

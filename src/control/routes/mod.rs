@@ -2,10 +2,10 @@
 //! one finds it back at once.
 //!
 //! A [`RouteKeeper`] is a thread that sleeps until its owner wants other routes
-//! or the kernel tells of a change by somebody else
-//! ([`Watch`](crate::netlink::Watch)). It then compares the main table with
-//! what is wanted and puts right what differs. It never polls, and no state but
-//! the kernel's own decides what is done, so lost news does no harm.
+//! or the kernel tells of a change by somebody else ([`Watch`]). It then
+//! compares the main table with what is wanted and puts right what differs. It
+//! never polls, and no state but the kernel's own decides what is done, so lost
+//! news does no harm.
 //!
 //! Ours are the routes with [`PROTOCOL`] through the tunnel's device in the
 //! main table. All others are left as they are, also those that have overridden
@@ -17,10 +17,10 @@
 //! some sources, policy routing rules, longer prefixes, and an IPv6 route with
 //! metric 1 and preference high that was there first.
 //!
-//! - [`keeper`]: the thread.
-//! - [`standing`]: how the prefixes stand in the kernel's table.
-//! - [`backoff`]: how often one prefix is put right in a fight.
-//! - [`journal`]: the log lines, limited.
+//! - `keeper`: the thread.
+//! - `standing`: how the prefixes stand in the kernel's table.
+//! - `backoff`: how often one prefix is put right in a fight.
+//! - `journal`: the log lines, limited.
 
 mod backoff;
 mod journal;
@@ -73,7 +73,8 @@ impl RouteKeeper {
     /// predecessor's keeper must have ended.
     ///
     /// `addresses` are put back, too, when the device was taken down and is up
-    /// again: the kernel then forgets those of IPv6.
+    /// again: the kernel forgets those of IPv6. So the device should be up and
+    /// have its addresses before this is called.
     ///
     /// # Errors
     /// When there is no such device, or no netlink sockets.

@@ -4,7 +4,8 @@ use std::collections::{BTreeSet, HashMap};
 
 use ipnet::IpNet;
 
-use crate::netlink::{DeviceRoute, RouteEntry};
+use crate::error::Result;
+use crate::netlink::{DeviceRoute, Netlink, RouteEntry};
 
 /// Metric of the IPv6 routes that the kernel makes for an address
 /// (`IP6_RT_PRIO_ADDRCONF`, linux/ipv6_route.h).
@@ -82,21 +83,29 @@ pub struct Standings {
 }
 
 impl Standings {
-    /// Nothing seen so far.
-    pub fn new(ours: DeviceRoute) -> Self {
-        Self {
-            prefixes: HashMap::new(),
-            ours,
-        }
+    /// Reads the kernel's main table.
+    ///
+    /// # Errors
+    /// When the kernel refuses to list it.
+    pub fn read(
+        netlink: &mut Netlink,
+        ours: DeviceRoute,
+        wanted: &BTreeSet<IpNet>,
+    ) -> Result<Self> {
+        let routes = netlink.main_routes(&|entry| {
+            entry.general && (wanted.contains(&entry.destination) || entry.belongs_to(ours))
+        })?;
+        Ok(Self::new(&routes, ours))
     }
 
-    /// Takes in a route, in the kernel's order.
-    pub fn note(&mut self, entry: RouteEntry, wanted: &BTreeSet<IpNet>) {
-        let matters = wanted.contains(&entry.destination) || entry.belongs_to(self.ours);
-        if matters && entry.general {
-            let standing = self.prefixes.entry(entry.destination).or_default();
-            standing.note(entry, self.ours);
+    /// `routes`: those that matter, in the kernel's order.
+    fn new(routes: &[RouteEntry], ours: DeviceRoute) -> Self {
+        let mut prefixes: HashMap<IpNet, Standing> = HashMap::new();
+        for entry in routes {
+            let standing = prefixes.entry(entry.destination).or_default();
+            standing.note(*entry, ours);
         }
+        Self { prefixes, ours }
     }
 
     /// How one prefix stands.
@@ -115,5 +124,79 @@ impl Standings {
             .iter()
             .filter(|(_, standing)| standing.has_ours)
             .map(|(prefix, _)| *prefix)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::netlink::device_route::MAIN_TABLE;
+
+    const OURS: DeviceRoute = DeviceRoute {
+        oif: 7,
+        protocol: 82,
+    };
+
+    fn entry(prefix: &str, oif: u32, protocol: u8, metric: u32) -> RouteEntry {
+        RouteEntry {
+            destination: prefix.parse().unwrap(),
+            table: MAIN_TABLE,
+            protocol,
+            unicast: true,
+            oif: Some(oif),
+            metric,
+            preference: 0,
+            general: true,
+        }
+    }
+
+    fn stand(routes: &[RouteEntry]) -> (bool, Standing) {
+        let standings = Standings::new(routes, OURS);
+        let prefix = routes[0].destination;
+        (standings.is_right(&prefix), standings.of(&prefix))
+    }
+
+    #[test]
+    fn in_ipv4_the_first_without_metric_wins() {
+        let ours = entry("10.1.0.0/16", 7, 82, 0);
+        let foreign = entry("10.1.0.0/16", 3, 3, 0);
+        assert!(stand(&[ours, foreign]).0);
+        let (right, standing) = stand(&[foreign, ours]);
+        assert!(!right && standing.has_ours);
+        assert_eq!(standing.obstacle, Some(foreign));
+        let harmless = entry("10.1.0.0/16", 3, 3, 100);
+        assert_eq!(stand(&[harmless]).1.obstacle, None);
+        assert!(may_harm(&foreign, OURS) && !may_harm(&harmless, OURS));
+    }
+
+    #[test]
+    fn in_ipv6_metric_decides_and_then_preference() {
+        let ours = RouteEntry {
+            preference: 1,
+            ..entry("fd00::/64", 7, 82, 1)
+        };
+        let foreign = entry("fd00::/64", 3, 3, 1);
+        assert!(stand(&[foreign, ours]).0);
+        let strong = RouteEntry {
+            preference: 1,
+            ..foreign
+        };
+        assert!(!stand(&[strong, ours]).0);
+        let usual = entry("fd00::/64", 3, 3, 1024);
+        assert_eq!(stand(&[usual]).1.obstacle, Some(usual));
+        assert!(may_harm(&foreign, OURS) && !may_harm(&usual, OURS));
+    }
+
+    #[test]
+    fn a_route_into_the_device_is_as_good_as_ours_unless_it_drops() {
+        let kernels = entry("10.1.0.0/16", 7, 2, 0);
+        let (right, standing) = stand(&[kernels]);
+        assert!(right && !standing.has_ours && standing.obstacle.is_none());
+        assert!(stand(&[entry("fd00::/64", 7, 2, 256)]).0);
+        let drops = RouteEntry {
+            unicast: false,
+            ..kernels
+        };
+        assert!(!stand(&[drops]).0);
     }
 }
