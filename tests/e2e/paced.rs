@@ -110,7 +110,10 @@ impl Paced {
         Ok(Report {
             sent,
             received,
-            lost: numbers().filter(|(count, _)| **count == 0).map(|(_, number)| number).collect(),
+            lost: numbers()
+                .filter(|(count, _)| **count == 0)
+                .map(|(_, number)| number)
+                .collect(),
             repeated: numbers().map(|(count, _)| count.saturating_sub(1)).sum(),
         })
     }

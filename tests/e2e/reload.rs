@@ -16,12 +16,10 @@ use crate::operator::{Operator, is_refusal, said};
 use crate::paced::Paced;
 use crate::routes::own_routes;
 use crate::site::{
-    Site, addresses, inside, peer, prefixes, sites, tunnel, underlay,
-    wait_for_each_other,
+    Site, addresses, inside, peer, prefixes, sites, tunnel, underlay, wait_for_each_other,
 };
 use crate::support::{
-    FASTVPN, Test, Tunnel, check, fail, link, stop, tried, udp, wait_until,
-    without_backlog_drops,
+    FASTVPN, Test, Tunnel, check, fail, link, stop, tried, udp, wait_until, without_backlog_drops,
 };
 use crate::tools::{Stream, inventory, nothing_left};
 
@@ -48,7 +46,10 @@ pub fn tests() -> Vec<Test> {
 
 /// A peer in a configuration file.
 fn peer_table(endpoint: &str, prefixes: &str) -> String {
-    let list: Vec<_> = prefixes.split(',').map(|prefix| format!("{prefix:?}")).collect();
+    let list: Vec<_> = prefixes
+        .split(',')
+        .map(|prefix| format!("{prefix:?}"))
+        .collect();
     format!(
         "\n[[peer]]\nendpoint = {endpoint:?}\nprefixes = [{}]\n",
         list.join(", ")
@@ -103,7 +104,12 @@ fn a_tunnel_from_a_file() -> Result<()> {
         stop(tunnel)?;
     }
     // Peers on the command line are in place of the file's.
-    let tunnel = start(a, &path, &operator, &["--peer", "10.211.55.99=172.30.0.0/16"])?;
+    let tunnel = start(
+        a,
+        &path,
+        &operator,
+        &["--peer", "10.211.55.99=172.30.0.0/16"],
+    )?;
     let routes = operator.routes()?;
     check(
         routes.len() == 1 && routes[0].1 == "10.211.55.99:8285",
@@ -228,7 +234,11 @@ fn reloads_under_a_tcp_stream() -> Result<()> {
         Stream::start(&b.container, &a.container, inside(1)[1])?,
     ];
     let peers = || -> Result<BTreeSet<String>> {
-        Ok(operator.routes()?.into_iter().map(|(_, peer)| peer).collect())
+        Ok(operator
+            .routes()?
+            .into_iter()
+            .map(|(_, peer)| peer)
+            .collect())
     };
     for round in 0..4 {
         streams.iter().try_for_each(Stream::wait_for_progress)?;
@@ -271,8 +281,12 @@ fn reloads_under_a_tcp_stream() -> Result<()> {
     let text = format!("hop = true\nmtu = 1400\n{}", file(1, &[2, 3]));
     operator.write("fastvpn.toml", &text)?;
     operator.tell("reload")?;
-    check(link(&a.host, "fastvpn0")?.mtu == 1400, || "the MTU stays".into())?;
-    wait_until("the tunnel is a hop", || Ok(hop_limit_between(a, b, 0)? == 61))?;
+    check(link(&a.host, "fastvpn0")?.mtu == 1400, || {
+        "the MTU stays".into()
+    })?;
+    wait_until("the tunnel is a hop", || {
+        Ok(hop_limit_between(a, b, 0)? == 61)
+    })?;
     streams.iter().try_for_each(Stream::wait_for_progress)?;
     for stream in streams {
         stream.finish()?;
@@ -323,7 +337,9 @@ fn a_bad_file_changes_nothing() -> Result<()> {
     // In order behind the signal.
     wait_until("the signal is obeyed", || {
         let status = operator.ask("status")?;
-        Ok(status["reload_error"].as_str().is_some_and(|error| error.contains("what")))
+        Ok(status["reload_error"]
+            .as_str()
+            .is_some_and(|error| error.contains("what")))
     })?;
     unchanged()?;
     stream.wait_for_progress()?;
@@ -333,9 +349,10 @@ fn a_bad_file_changes_nothing() -> Result<()> {
     stream.wait_for_progress()?;
     stream.finish()?;
     let ended = stop(tunnel)?;
-    let told = ended.log.lines().any(|line| {
-        line.contains(&format!("{path}:1:1: ")) && line.contains("what")
-    });
+    let told = ended
+        .log
+        .lines()
+        .any(|line| line.contains(&format!("{path}:1:1: ")) && line.contains("what"));
     check(told, || ended.log.clone())?;
     stop(far).map(drop)
 }
@@ -393,7 +410,7 @@ fn ten_thousand_prefixes_replaced() -> Result<()> {
         text
     };
     let path = operator.write("fastvpn.toml", &in_file(2, 0))?;
-    let tunnel = start(a, &path, &operator, &["--queues", "1"])?;
+    let end = start(a, &path, &operator, &["--queues", "1"])?;
     let others = [b.start(&[peer(1)], &[])?, c.start(&[peer(1)], &[])?];
     wait_for_each_other(a, b)?;
     wait_for_each_other(a, c)?;
@@ -443,7 +460,7 @@ fn ten_thousand_prefixes_replaced() -> Result<()> {
     check(own_routes(&a.host)?.len() == owners.len(), || {
         "the kernel's routes are others".into()
     })?;
-    let ended = stop(tunnel)?;
+    let ended = stop(end)?;
     for reason in ["no-route", "peer-unresolved", "source-not-allowed"] {
         check(ended.dropped(reason) < 50, || ended.log.clone())?;
     }

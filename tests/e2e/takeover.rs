@@ -147,8 +147,16 @@ fn taken_over_twice_in_a_stream() -> Result<()> {
     let before = appearance(&stage.near().host)?;
     let table = stage.operator.routes()?;
     let streams = [
-        Stream::start(&stage.near().container, &stage.far().container, inside(2)[0])?,
-        Stream::start(&stage.far().container, &stage.near().container, inside(1)[1])?,
+        Stream::start(
+            &stage.near().container,
+            &stage.far().container,
+            inside(2)[0],
+        )?,
+        Stream::start(
+            &stage.far().container,
+            &stage.near().container,
+            inside(1)[1],
+        )?,
     ];
     streams.iter().try_for_each(Stream::wait_for_progress)?;
     for _ in 0..2 {
@@ -168,9 +176,13 @@ fn taken_over_twice_in_a_stream() -> Result<()> {
         check(ended.log.contains("total: sent "), || ended.log)?;
         check(stall < STALL_MAX, || format!("stood still for {stall:?}"))?;
         let more = retransmissions(&streams)? - already;
-        check(more < RETRANSMISSIONS_MAX, || format!("{more} retransmissions"))?;
+        check(more < RETRANSMISSIONS_MAX, || {
+            format!("{more} retransmissions")
+        })?;
         let after = appearance(&stage.near().host)?;
-        check(after == before, || format!("{before:?} before, {after:?} after"))?;
+        check(after == before, || {
+            format!("{before:?} before, {after:?} after")
+        })?;
         check(stage.operator.routes()? == table, || "another table".into())?;
     }
     for stream in streams {
@@ -182,7 +194,9 @@ fn taken_over_twice_in_a_stream() -> Result<()> {
     let routes = own_routes(&stage.near().host)?;
     check(routes.len() == 4, || format!("{routes:?}"))?;
     stop(near)?;
-    check(!stage.operator.socket().exists(), || "the socket is left".into())?;
+    check(!stage.operator.socket().exists(), || {
+        "the socket is left".into()
+    })?;
     stop(far).map(drop)
 }
 
@@ -195,7 +209,10 @@ fn taken_over_without_a_loss() -> Result<()> {
     let (a, b) = (stage.near(), stage.far());
     let mut near = Some(near);
     without_backlog_drops(|| {
-        let receivers = [udp(&b.host, tunnel(2)[0], PORT)?, udp(&a.host, tunnel(1)[0], PORT)?];
+        let receivers = [
+            udp(&b.host, tunnel(2)[0], PORT)?,
+            udp(&a.host, tunnel(1)[0], PORT)?,
+        ];
         let [at_b, at_a] = receivers;
         let outbound = udp(&a.host, tunnel(1)[0], 0)?;
         let inbound = udp(&b.host, tunnel(2)[0], 0)?;
@@ -227,16 +244,26 @@ fn successors_that_fail() -> Result<()> {
     let (near, far) = stage.play()?;
     let (pid, before) = (stage.pid()?, appearance(&stage.near().host)?);
     let table = stage.operator.routes()?;
-    let stream = Stream::start(&stage.near().container, &stage.far().container, inside(2)[0])?;
+    let stream = Stream::start(
+        &stage.near().container,
+        &stage.far().container,
+        inside(2)[0],
+    )?;
     stream.wait_for_progress()?;
     let as_before = |what: &str| -> Result<()> {
         stream.wait_for_progress()?;
         // The one that failed may have been waited for.
         stage.operator.wait()?;
-        check(stage.pid()? == pid, || format!("{what}: somebody else answers"))?;
+        check(stage.pid()? == pid, || {
+            format!("{what}: somebody else answers")
+        })?;
         let after = appearance(&stage.near().host)?;
-        check(after == before, || format!("{what}: {before:?}, then {after:?}"))?;
-        check(stage.operator.routes()? == table, || format!("{what}: another table"))
+        check(after == before, || {
+            format!("{what}: {before:?}, then {after:?}")
+        })?;
+        check(stage.operator.routes()? == table, || {
+            format!("{what}: another table")
+        })
     };
     for (flags, status) in [
         ("--queues 0", 2),

@@ -445,10 +445,7 @@ fn link_index(namespace: &Namespace, name: &str) -> Result<u32> {
 /// All routes of the main table, in the order in which the kernel looks at
 /// those to one prefix.
 pub fn main_routes(namespace: &Namespace) -> Result<Vec<RouteEntry>> {
-    let mut routes = Vec::new();
-    let mut netlink = namespace.netlink()?;
-    netlink.visit_main_routes(&mut |route| routes.push(route))?;
-    Ok(routes)
+    namespace.netlink()?.main_routes(&|_| true)
 }
 
 /// Reads a line that must come.
