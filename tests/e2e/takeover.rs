@@ -23,6 +23,7 @@ pub fn tests() -> Vec<Test> {
         ("taken_over_twice_in_a_stream", taken_over_twice_in_a_stream),
         ("taken_over_without_a_loss", taken_over_without_a_loss),
         ("successors_that_fail", successors_that_fail),
+        ("successors_that_are_killed", successors_that_are_killed),
         ("nobody_to_take_over_from", nobody_to_take_over_from),
     ]
 }
@@ -308,33 +309,54 @@ fn successors_that_fail() -> Result<()> {
         drop((client, reader));
         as_before("a successor that died")?;
     }
-    // A real one, killed at any time of its beginning.
-    for milliseconds in [0, 2, 5, 10, 20] {
-        let mut new = stage.start(&["--takeover"])?;
-        std::thread::sleep(Duration::from_millis(milliseconds));
-        if near_is_gone(&stage, pid)? {
-            // It was faster: it has the tunnel, and that is as good.
-            new.child().signal(Signal::SIGTERM);
-            new.wait()?;
-            stream.finish().ok();
-            let ended = near.wait()?;
-            check(ended.status.code() == Some(0), || ended.log)?;
-            return stop(far).map(drop);
-        }
-        new.child().signal(Signal::SIGKILL);
-        new.wait()?;
-        as_before("a successor that was killed")?;
-    }
     stream.finish()?;
     stop(near)?;
     stop(far).map(drop)
 }
 
-/// Whether another process has the tunnel.
-fn near_is_gone(stage: &Stage, pid: Option<u64>) -> Result<bool> {
-    let said = stage.operator.run(&["status", "--json"])?;
-    let answer: serde_json::Value = serde_json::from_str(&said.stdout).unwrap_or_default();
-    Ok(answer["pid"].as_u64() != pid)
+/// However far it has come: either its predecessor still has the tunnel, or it
+/// had it, and it is gone with it. Nothing in between.
+fn successors_that_are_killed() -> Result<()> {
+    let stage = Stage::new()?;
+    let (mut near, far) = stage.play()?;
+    let stream = Stream::start(
+        &stage.near().container,
+        &stage.far().container,
+        inside(2)[0],
+    )?;
+    let mut kept = 0;
+    for milliseconds in [0, 4, 8, 12, 16, 20, 30] {
+        stream.wait_for_progress()?;
+        let (old, before) = (near.pid(), appearance(&stage.near().host)?);
+        let mut new = stage.start(&["--takeover"])?;
+        std::thread::sleep(Duration::from_millis(milliseconds));
+        new.child().signal(Signal::SIGKILL);
+        new.wait()?;
+        let mut is_kept = false;
+        wait_until("the predecessor ends or goes on", || {
+            let has_ended = near.child().try_wait()?.is_some();
+            is_kept = !has_ended && stage.operator.run(&["status"])?.status.success();
+            Ok(has_ended || is_kept)
+        })?;
+        if is_kept {
+            kept += 1;
+            check(stage.pid()? == Some(old.into()), || {
+                "somebody else answers".into()
+            })?;
+            let after = appearance(&stage.near().host)?;
+            check(after == before, || format!("{before:?}, then {after:?}"))?;
+        } else {
+            let ended = near.wait()?;
+            check(ended.status.code() == Some(0), || ended.log)?;
+            near = stage.start(&[])?;
+            stage.operator.wait()?;
+        }
+    }
+    check(kept > 0, || "all were killed too late".into())?;
+    stream.wait_for_progress()?;
+    stream.finish()?;
+    stop(near)?;
+    stop(far).map(drop)
 }
 
 /// A start like any other, also where a killed process has left its socket.
