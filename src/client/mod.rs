@@ -1,12 +1,173 @@
-//! Commands for a running tunnel.
+//! Commands for a running tunnel: one request over its operators' socket
+//! ([`crate::control::protocol`]), one answer, shown as a table or as it came.
 
-use crate::cli::client::ClientCommand;
+mod connection;
+mod render;
+mod table;
+mod text;
+mod units;
+
+use std::io::{self, Write};
+use std::path::Path;
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+use self::connection::Connection;
+use self::text::{printable, printable_json};
+use crate::cli::client::{ClientCommand, PeerCommand, RouteCommand};
+use crate::control::protocol::Request;
+use crate::control::server::REQUEST_BYTES_MAX;
 use crate::error::{Error, Result};
 
-/// Carries out one command.
+/// How long the client waits.
+#[derive(Clone, Copy, Debug)]
+struct Patience {
+    /// For the socket to take a request, for the answer to begin, and then for
+    /// its end.
+    answer: Duration,
+    /// For a process that was told to stop to end.
+    end: Duration,
+}
+
+impl Patience {
+    const DEFAULT: Self = Self {
+        answer: Duration::from_secs(30),
+        end: Duration::from_secs(10),
+    };
+}
+
+/// Carries out one command. What came of it goes to standard output.
 ///
 /// # Errors
-/// Always: none of them is implemented yet.
-pub fn run(_command: &ClientCommand) -> Result<()> {
-    Err(Error::new("not implemented here yet"))
+/// When no tunnel answers, when it refuses, or when it does not answer as it
+/// should. Not when standard output is closed.
+pub fn run(command: &ClientCommand) -> Result<()> {
+    let path = command.target().socket();
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    perform(command, &path, &mut out, Patience::DEFAULT)
 }
+
+/// [`run`] on any socket, with any output.
+fn perform(
+    command: &ClientCommand,
+    path: &Path,
+    out: &mut impl Write,
+    patience: Patience,
+) -> Result<()> {
+    let request = encode(&request(command))?;
+    let mut connection = Connection::open(path, patience.answer)?;
+    let line = connection.ask(&request)?;
+    let verdict: Verdict = parse(&line, path)?;
+    if command.target().json {
+        show(out, |out| writeln!(out, "{}", printable_json(&line)))?;
+    }
+    if !verdict.ok {
+        let reason = verdict.error.as_deref();
+        let reason = reason.unwrap_or("the tunnel refuses, and does not say why");
+        return Err(Error::new(printable(reason)));
+    }
+    if let ClientCommand::Stop(_) = command {
+        connection.wait_for_end(patience.end)?;
+    }
+    if command.target().json {
+        return Ok(());
+    }
+    match command {
+        ClientCommand::Status(_) => render_as(&line, path, out, render::status),
+        ClientCommand::Peers(_) => render_as(&line, path, out, render::peers),
+        ClientCommand::Route(RouteCommand::List(_)) => render_as(&line, path, out, render::routes),
+        ClientCommand::Route(RouteCommand::Get(_)) => render_as(&line, path, out, render::found),
+        ClientCommand::Route(RouteCommand::Add(_) | RouteCommand::Del(_))
+        | ClientCommand::Peer(_) => render_as(&line, path, out, render::changed),
+        ClientCommand::Reload(_) => render_as(&line, path, out, render::reloaded),
+        ClientCommand::Stop(_) => show(out, |out| writeln!(out, "stopped")),
+    }
+}
+
+/// What all answers have. Other fields are for whoever knows them: a newer
+/// tunnel may say more.
+#[derive(Deserialize)]
+struct Verdict {
+    ok: bool,
+    error: Option<String>,
+}
+
+fn request(command: &ClientCommand) -> Request {
+    match command {
+        ClientCommand::Status(_) => Request::Status {},
+        ClientCommand::Peers(_) => Request::Peers {},
+        ClientCommand::Route(RouteCommand::List(_)) => Request::RouteList {},
+        ClientCommand::Route(RouteCommand::Get(args)) => Request::RouteGet {
+            address: args.address,
+        },
+        ClientCommand::Route(RouteCommand::Add(args)) => Request::RouteAdd {
+            peer: args.peer.to_string(),
+            prefixes: args.prefixes.clone(),
+            replace: args.replace,
+        },
+        ClientCommand::Route(RouteCommand::Del(args)) => Request::RouteDel {
+            prefixes: args.prefixes.clone(),
+        },
+        ClientCommand::Peer(PeerCommand::Add(args)) => Request::PeerAdd {
+            peer: args.peer.endpoint.to_string(),
+            prefixes: args.peer.prefixes.clone(),
+        },
+        ClientCommand::Peer(PeerCommand::Del(args)) => Request::PeerDel {
+            peer: args.peer.to_string(),
+        },
+        ClientCommand::Reload(_) => Request::Reload {},
+        ClientCommand::Stop(_) => Request::Stop {},
+    }
+}
+
+/// A request as a line.
+fn encode(request: &Request) -> Result<Vec<u8>> {
+    let mut line = serde_json::to_vec(request)
+        .map_err(|error| Error::os("cannot write the request", error.into()))?;
+    if line.len() > REQUEST_BYTES_MAX {
+        return Err(Error::new(format!(
+            "the request is longer than the {REQUEST_BYTES_MAX} bytes that a tunnel reads"
+        ))
+        .hint("ask for less at a time, or use the configuration file"));
+    }
+    line.push(b'\n');
+    Ok(line)
+}
+
+/// Reads an answer, or a part of it.
+fn parse<T: DeserializeOwned>(line: &str, path: &Path) -> Result<T> {
+    serde_json::from_str(line).map_err(|error| {
+        let shown = path.display();
+        Error::new(format!(
+            "cannot understand the answer at {shown}: {}",
+            printable(&error.to_string())
+        ))
+        .hint("is that a fastvpn of this version?")
+    })
+}
+
+fn render_as<T: DeserializeOwned>(
+    line: &str,
+    path: &Path,
+    out: &mut impl Write,
+    render: impl FnOnce(&T) -> String,
+) -> Result<()> {
+    let text = render(&parse(line, path)?);
+    show(out, |out| out.write_all(text.as_bytes()))
+}
+
+/// Writes and flushes. A reader that has seen enough, such as `head`, is none
+/// of our errors.
+fn show<W: Write>(out: &mut W, write: impl FnOnce(&mut W) -> io::Result<()>) -> Result<()> {
+    match write(out).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Error::os("cannot write to standard output", error))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests;

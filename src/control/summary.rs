@@ -51,18 +51,28 @@ fn traffic(counters: &Snapshot) -> String {
 
 /// Bytes as a person reads them.
 pub fn bytes(count: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
+    scaled(count, &["B", "kB", "MB", "GB", "TB"])
+}
+
+/// A number with a unit as a person reads it. `units`: each a thousand of the
+/// one before; the last one has no end, and an empty one is not shown.
+pub fn scaled(count: u64, units: &[&str]) -> String {
     let mut value = count as f64;
     let mut unit = 0;
-    while value >= 1000.0 && unit + 1 < UNITS.len() {
+    let mut limit = 1000.0;
+    while value >= limit && unit + 1 < units.len() {
         value /= 1000.0;
         unit += 1;
+        // From there on one decimal rounds up to 1000.
+        limit = 999.95;
     }
-    if unit == 0 {
-        format!("{count} B")
+    let name = units.get(unit).copied().unwrap_or_default();
+    let text = if unit == 0 {
+        format!("{count} {name}")
     } else {
-        format!("{value:.1} {}", UNITS[unit])
-    }
+        format!("{value:.1} {name}")
+    };
+    text.trim_end().into()
 }
 
 #[cfg(test)]
@@ -96,6 +106,8 @@ mod tests {
     fn units() {
         assert_eq!(bytes(999), "999 B");
         assert_eq!(bytes(1000), "1.0 kB");
+        assert_eq!(bytes(999_949), "999.9 kB");
+        assert_eq!(bytes(999_950), "1.0 MB");
         assert_eq!(bytes(12_345_678_901), "12.3 GB");
         assert_eq!(bytes(u64::MAX), "18446744.1 TB");
     }

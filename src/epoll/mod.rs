@@ -81,6 +81,11 @@ impl Side {
     fn can_read(&self) -> bool {
         self.ready && !self.free.is_empty()
     }
+
+    /// Nothing is read any more.
+    fn close(&mut self) {
+        self.free.clear();
+    }
 }
 
 /// An engine on epoll; see the module's documentation.
@@ -96,6 +101,8 @@ pub struct Epoll {
     tun_is_next: bool,
     /// What [`Engine::poll`] has found.
     next: Option<Event>,
+    /// Nothing is read any more.
+    is_quiet: bool,
     /// Taken in since the kernel was last asked for news.
     unasked_bytes: usize,
     output: Output,
@@ -130,6 +137,7 @@ impl Epoll {
             udp: Side::new(),
             tun_is_next: true,
             next: None,
+            is_quiet: false,
             unasked_bytes: 0,
             output: Output::new(limits),
             error: None,
@@ -307,7 +315,9 @@ impl Engine for Epoll {
             Source::Tun => &mut self.tun,
             Source::Udp => &mut self.udp,
         };
-        side.free.push(received.buffer);
+        if !self.is_quiet {
+            side.free.push(received.buffer);
+        }
     }
 
     #[inline]
@@ -324,6 +334,12 @@ impl Engine for Epoll {
     #[inline]
     fn limits(&self, destination: SocketAddr) -> Limits {
         self.output.limits.get(destination)
+    }
+
+    fn quiesce(&mut self) {
+        self.tun.close();
+        self.udp.close();
+        self.is_quiet = true;
     }
 
     fn reset_limits(&mut self) {

@@ -62,6 +62,8 @@ pub struct Uring {
     wake: Arc<EventFd>,
     wake_armed: bool,
     wake_pending: bool,
+    /// Nothing new is asked for any more.
+    is_quiet: bool,
     sources: Sources,
     output: Output,
     completions: Vec<cqueue::Entry>,
@@ -92,6 +94,7 @@ impl Uring {
             wake,
             wake_armed: false,
             wake_pending: false,
+            is_quiet: false,
             sources,
             output: Output::new(limits),
             completions: Vec::with_capacity(COMPLETIONS_MAX),
@@ -201,6 +204,9 @@ impl Uring {
 
     /// Starts the requests that are not under way but should be.
     fn arm(&mut self) -> Result<()> {
+        if self.is_quiet {
+            return Ok(());
+        }
         if !self.wake_armed {
             let poll = opcode::PollAdd::new(Fd(self.wake.as_fd().as_raw_fd()), libc::POLLIN as u32);
             self.push(&poll.build().user_data(Token::Wake.to_user_data()))?;
@@ -224,12 +230,38 @@ impl Uring {
     /// Reads ahead what is read by system calls: one frame, one train.
     #[inline]
     fn refill(&mut self) -> Result<()> {
+        if self.is_quiet {
+            return Ok(());
+        }
         self.sources.refill(
             !self.output.blocked,
             self.queue.as_fd(),
             self.sockets.receive.as_fd(),
             &self.counters,
         )
+    }
+
+    /// Starts what is queued, cancels what waits, and takes in the completions
+    /// of both.
+    fn cancel_all(&mut self) {
+        let _ = self.ring.submit();
+        let submitter = self.ring.submitter();
+        match submitter.register_sync_cancel(None, CancelBuilder::any()) {
+            Err(error) if error.raw_os_error() != Some(libc::ENOENT) => {
+                tracing::debug!("cannot cancel io_uring requests: {error}");
+            }
+            _ => {}
+        }
+        for _ in 0..DRAIN_TRIES_MAX {
+            // Cancelled requests complete in task work, which only runs here.
+            let _ = self.reap();
+            if self.is_idle() {
+                break;
+            }
+            let timespec = types::Timespec::new().nsec(DRAIN_WAIT_NS);
+            let args = types::SubmitArgs::new().timespec(&timespec);
+            let _ = self.ring.submitter().submit_with_args(1, &args);
+        }
     }
 
     /// Whether no request is under way.
@@ -325,6 +357,11 @@ impl Engine for Uring {
         self.output.limits(destination)
     }
 
+    fn quiesce(&mut self) {
+        self.is_quiet = true;
+        self.cancel_all();
+    }
+
     fn reset_limits(&mut self) {
         self.output.reset_limits();
     }
@@ -359,24 +396,7 @@ impl Drop for Uring {
     /// own cleaning up, that would come some time after the process has ended,
     /// and a successor would find name and port still in use.
     fn drop(&mut self) {
-        let _ = self.ring.submit();
-        let submitter = self.ring.submitter();
-        match submitter.register_sync_cancel(None, CancelBuilder::any()) {
-            Err(error) if error.raw_os_error() != Some(libc::ENOENT) => {
-                tracing::debug!("cannot cancel io_uring requests: {error}");
-            }
-            _ => {}
-        }
-        for _ in 0..DRAIN_TRIES_MAX {
-            // Cancelled requests complete in task work, which only runs here.
-            let _ = self.reap();
-            if self.is_idle() {
-                break;
-            }
-            let timespec = types::Timespec::new().nsec(DRAIN_WAIT_NS);
-            let args = types::SubmitArgs::new().timespec(&timespec);
-            let _ = self.ring.submitter().submit_with_args(1, &args);
-        }
+        self.cancel_all();
         self.sources.unregister(&self.ring.submitter());
     }
 }

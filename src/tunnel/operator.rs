@@ -2,6 +2,7 @@
 //! the other.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Instant;
 
@@ -164,21 +165,28 @@ fn changed(
 
 /// The sockets were opened for the peers of the start.
 fn check_family(running: &Running, name: &Endpoint) -> Result<()> {
-    let listen = running.settled.listen;
     match name.literal() {
         Some(literal) if literal.ip().is_unspecified() || literal.ip().is_multicast() => {
             Err(Error::new(format!("{name} is no address of a host")))
         }
-        Some(literal) if literal.is_ipv6() && listen.is_ipv4() => {
-            Err(Error::new(format!("cannot send to {name} from {listen}"))
-                .hint("start with --listen [::] to have peers of both IP versions"))
-        }
-        Some(literal) if literal.is_ipv4() && listen.is_ipv6() && !listen.ip().is_unspecified() => {
-            Err(Error::new(format!("cannot send to {name} from {listen}"))
-                .hint("start with --listen [::] to have peers of both IP versions"))
-        }
-        _ => Ok(()),
+        Some(literal) => check_reach(running.settled.listen, literal),
+        None => Ok(()),
     }
+}
+
+/// Whether sockets on `listen` can send to `endpoint`.
+///
+/// # Errors
+/// Names both, when they are of different IP versions.
+pub fn check_reach(listen: SocketAddr, endpoint: SocketAddr) -> Result<()> {
+    let is_dual_stack = listen.is_ipv6() && listen.ip().is_unspecified();
+    if is_dual_stack || listen.is_ipv6() == endpoint.is_ipv6() {
+        return Ok(());
+    }
+    Err(
+        Error::new(format!("cannot send to {endpoint} from {listen}"))
+            .hint("start with --listen [::] to have peers of both IP versions"),
+    )
 }
 
 /// Reads the configuration file again and applies what is different.

@@ -1,7 +1,7 @@
 //! A tunnel that runs: what the control thread holds, what it waits for, and
 //! what it looks after every second.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use ipnet::IpNet;
 use signal_hook::consts::{SIGHUP, SIGTERM};
 
 use super::start::{self, Claimed};
-use super::takeover::{self, Inherited, Predecessor};
+use super::takeover::{self, Inherited};
 use super::{announce, operator};
 use crate::config::{Config, Settled};
 use crate::control::engine::Engine;
@@ -29,6 +29,7 @@ use crate::packet::icmp::TunnelAddresses;
 use crate::packet::train::{Limits, NextHop};
 use crate::transport::{path, socket};
 use crate::worker::Command;
+use crate::worker::counters::PeerCounters;
 use crate::worker::table::Table;
 
 /// How often trains of full size are tried again on paths that refused them: as
@@ -55,8 +56,10 @@ pub enum End {
 }
 
 /// What was last heard of a peer.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(super) struct Heard {
+    /// The peer's counters: another peer in its place has others.
+    traffic: Arc<[PeerCounters]>,
     received: u64,
     sent: u64,
     /// When something came from it.
@@ -65,6 +68,19 @@ pub(super) struct Heard {
     silent_since: Option<Instant>,
     /// We have sent to it since the kernel was asked about its path.
     path_used: bool,
+}
+
+impl Heard {
+    fn new(traffic: &Arc<[PeerCounters]>) -> Self {
+        Self {
+            traffic: Arc::clone(traffic),
+            received: 0,
+            sent: 0,
+            last: None,
+            silent_since: None,
+            path_used: false,
+        }
+    }
 }
 
 /// See the module's documentation.
@@ -90,6 +106,8 @@ pub struct Running {
     accept_local: bool,
     /// `None` once the tunnel has ended.
     routes: Option<RouteKeeper>,
+    /// What it keeps.
+    routes_set: BTreeSet<IpNet>,
     pub(super) server: Option<Server>,
     pub(super) started: Instant,
     pub(super) reload_error: Option<String>,
@@ -175,16 +193,24 @@ impl Running {
         let descriptors = operator::keep(&device.queues, &sockets)?;
         let (tun_offloads, is_steered) = (device.offloads, device.steered);
         let mut workers = Workers::start(device.queues, sockets, &setup)?;
-        if let Some(predecessor) = predecessor {
-            hand_over_from(predecessor, &mut workers)?;
+        let bring_up = |netlink: &mut Netlink| {
+            let old = old_addresses.as_deref();
+            link::bring_up(netlink, &config.tun, &settled.link, old)
+        };
+        let is_successor = predecessor.is_some();
+        match predecessor {
+            Some(predecessor) => {
+                // What can fail fails while the predecessor still carries on.
+                bring_up(&mut netlink)?;
+                predecessor.stop()?;
+                workers.go();
+            }
+            // Frames that come the moment the link is up find their worker.
+            None => {
+                workers.go();
+                bring_up(&mut netlink)?;
+            }
         }
-        workers.go();
-        link::bring_up(
-            &mut netlink,
-            &config.tun,
-            &settled.link,
-            old_addresses.as_deref(),
-        )?;
         let routes = RouteKeeper::start(&config.tun, settled.link.addresses.clone())?;
         let mut running = Self {
             config,
@@ -204,12 +230,18 @@ impl Running {
             netlink,
             accept_local,
             routes: Some(routes),
+            routes_set: BTreeSet::new(),
             server: None,
             started: Instant::now(),
             reload_error: None,
         };
         match running.open(listener) {
             Ok(()) => Ok(running),
+            // There is nobody to go back to, and the tunnel carries.
+            Err(error) if is_successor => {
+                tracing::error!("taken over, but not in full: {error}");
+                Ok(running)
+            }
             Err(error) => {
                 running.take_down();
                 Err(error)
@@ -219,7 +251,7 @@ impl Running {
 
     /// The last steps of the start: what the host sees of a tunnel that works.
     fn open(&mut self, listener: Option<OwnedFd>) -> Result<()> {
-        self.routes().set(self.kernel_routes(&self.overlay))?;
+        self.set_routes(self.kernel_routes(&self.overlay))?;
         self.check_outside(&self.overlay.clone())?;
         self.serve(listener)?;
         announce::announce(self);
@@ -269,8 +301,11 @@ impl Running {
             routes.stop(AtEnd::Keep);
         }
         let addresses = self.settled.link.addresses.clone();
-        self.routes = Some(RouteKeeper::start(&self.config.tun, addresses)?);
-        Ok(())
+        let routes = RouteKeeper::start(&self.config.tun, addresses)?;
+        // The new one does not know yet what it is to keep.
+        let result = routes.set(self.routes_set.clone());
+        self.routes = Some(routes);
+        result
     }
 
     /// Waits for what may happen, and sees to it, until the end.
@@ -331,7 +366,7 @@ impl Running {
     }
 
     /// The prefixes that the kernel should route into the tunnel.
-    fn kernel_routes(&self, overlay: &Overlay) -> std::collections::BTreeSet<IpNet> {
+    fn kernel_routes(&self, overlay: &Overlay) -> BTreeSet<IpNet> {
         let mut wanted = match self.config.no_routes {
             true => Default::default(),
             false => overlay.kernel_routes(),
@@ -354,13 +389,12 @@ impl Running {
         let table = next.table(self.addresses(), self.config.hop);
         self.publish(Arc::new(table));
         let wanted = self.kernel_routes(&next);
+        let before = self.routes_set.clone();
         let result = self
-            .routes()
-            .set(wanted)
+            .set_routes(wanted)
             .and_then(|()| self.check_outside(&next));
         if let Err(error) = result {
-            let before = self.kernel_routes(&self.overlay);
-            if let Err(error) = self.routes().set(before) {
+            if let Err(error) = self.set_routes(before) {
                 tracing::error!("{error}");
             }
             self.publish(old_table);
@@ -368,6 +402,16 @@ impl Running {
         }
         self.overlay = next;
         self.watch_names();
+        Ok(())
+    }
+
+    /// Has the kernel's routes changed, unless prefixes have only moved from peer
+    /// to peer.
+    fn set_routes(&mut self, wanted: BTreeSet<IpNet>) -> Result<()> {
+        if self.routes_set != wanted {
+            self.routes().set(wanted.clone())?;
+            self.routes_set = wanted;
+        }
         Ok(())
     }
 
@@ -462,6 +506,7 @@ impl Running {
         if endpoint.ip().is_unspecified() || endpoint.ip().is_multicast() {
             return Err(Error::new(format!("{endpoint} is no address of a host")));
         }
+        operator::check_reach(self.settled.listen, endpoint)?;
         link::check_outside(&mut self.netlink, &self.config.tun, endpoint.ip())
     }
 
@@ -470,12 +515,16 @@ impl Running {
     fn look_after_peers(&mut self) {
         let now = Instant::now();
         for (hop, peer) in self.overlay.peers() {
-            let sum = |count: fn(&crate::worker::counters::PeerCounters) -> u64| {
-                peer.traffic.iter().map(count).sum::<u64>()
-            };
+            let sum = |count: fn(&PeerCounters) -> u64| peer.traffic.iter().map(count).sum::<u64>();
             let received = sum(|worker| worker.packets_received.get());
             let sent = sum(|worker| worker.packets_sent.get());
-            let heard = self.heard.entry(hop).or_default();
+            let heard = self
+                .heard
+                .entry(hop)
+                .or_insert_with(|| Heard::new(&peer.traffic));
+            if !Arc::ptr_eq(&heard.traffic, &peer.traffic) {
+                *heard = Heard::new(&peer.traffic);
+            }
             heard.path_used |= sent != heard.sent;
             if received != heard.received {
                 heard.last = Some(now);
@@ -560,11 +609,6 @@ impl Running {
             server.close(false);
         }
     }
-}
-
-/// Lets the predecessor stop; on failure ours stop before they have run.
-fn hand_over_from(predecessor: Predecessor, _workers: &mut Workers) -> Result<()> {
-    predecessor.stop()
 }
 
 /// Asks the kernel about paths of which nothing is known.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::config::{Config, Settled};
 use crate::control::names::Names;
-use crate::control::overlay::{Origin, Overlay};
+use crate::control::overlay::{Origin, Overlay, Peer};
 use crate::device::{link, tun};
 use crate::error::{Error, Result};
 use crate::netlink::Netlink;
@@ -39,13 +39,15 @@ pub fn resolve(config: &Config, names: &mut Names) -> Result<(Overlay, Vec<Error
 /// a few seconds; tells why the others do not.
 pub fn resolve_now(overlay: &mut Overlay, names: &mut Names) -> Vec<Error> {
     let now = Instant::now();
+    set_literals(overlay);
+    let unknown = |peer: &Peer| peer.name.literal().is_none();
+    let all = overlay.peers().map(|(_, peer)| peer);
+    names.watch(all.filter(|peer| unknown(peer)).map(|peer| &peer.name), now);
     let named: Vec<_> = overlay
         .peers()
+        .filter(|(_, peer)| unknown(peer) && peer.endpoint.is_none())
         .map(|(_, peer)| peer.name.clone())
-        .filter(|name| name.literal().is_none())
         .collect();
-    names.watch(named.iter(), now);
-    set_literals(overlay);
     let deadline = now + NAMES_WAIT_MAX;
     let mut failed = Vec::new();
     let mut waiting = named.len();

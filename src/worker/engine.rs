@@ -93,6 +93,10 @@ pub trait Engine: FrameSink {
     /// How long trains toward a destination may be.
     fn limits(&self, destination: SocketAddr) -> Limits;
 
+    /// Takes nothing new from the kernel any more. What was taken before is still
+    /// to be asked for, and output is still carried out.
+    fn quiesce(&mut self);
+
     /// Forgets what refused sends taught about paths.
     fn reset_limits(&mut self);
 }

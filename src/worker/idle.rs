@@ -128,6 +128,7 @@ mod tests {
         fn limits(&self, _: std::net::SocketAddr) -> Limits {
             Limits::FULL
         }
+        fn quiesce(&mut self) {}
         fn reset_limits(&mut self) {}
     }
 

@@ -62,6 +62,7 @@ pub fn run(
     let mut inbound = Inbound::new(tun, index);
     let mut idle = Idle::new(busy_poll);
     let mut carried = 0;
+    let mut is_stopping = false;
     loop {
         // While more arrives, what is open may still grow: a frame rarely
         // fills its last train.
@@ -69,8 +70,13 @@ pub fn run(
             outbound.flush(engine);
             inbound.flush(engine);
             carried = 0;
+            if is_stopping && !engine.poll()? {
+                return Ok(());
+            }
         }
-        idle.wait(engine)?;
+        if !is_stopping {
+            idle.wait(engine)?;
+        }
         for _ in 0..BATCH_EVENTS_MAX {
             let Some(event) = engine.next_event() else {
                 break;
@@ -93,10 +99,11 @@ pub fn run(
                 Event::Wake => {
                     for command in commands.try_iter() {
                         match command {
+                            // What has arrived is still carried: a successor
+                            // may go on with what has not.
                             Command::Stop => {
-                                outbound.flush(engine);
-                                inbound.flush(engine);
-                                return Ok(());
+                                is_stopping = true;
+                                engine.quiesce();
                             }
                             Command::Table(new) => {
                                 // What was looked up in the old one leaves
