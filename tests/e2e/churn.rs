@@ -10,8 +10,8 @@ use fastvpn::error::{Error, Result};
 use ipnet::IpNet;
 use serde_json::json;
 
-use crate::operator::Operator;
 use crate::numbered::{Marks, Sink, Stream, Streams};
+use crate::operator::Operator;
 use crate::site::{
     Site, Sites, all_went_well, peer, prefixes, router, sites, tunnel, underlay,
     wait_for_each_other,

@@ -9,28 +9,36 @@
 
 mod checks;
 mod churn;
+mod control;
 mod datagrams;
 mod endpoints;
 mod errors;
 mod exact;
 mod fallbacks;
 mod hosts;
+mod icmp_error;
 mod life;
 mod mesh;
-mod operator;
-
+mod names;
 mod numbered;
+mod operator;
+mod overlay_errors;
+mod overlay_mtu;
+mod paced;
 mod packets;
 mod peers;
 mod plain_peer;
 mod queues;
 mod raw;
+mod reload;
+mod routes;
 mod script;
 mod site;
 mod sources;
 mod strangers;
 mod super_packets;
 mod support;
+mod takeover;
 mod tools;
 mod traffic;
 mod tuning;
@@ -66,6 +74,10 @@ fn main() -> ExitCode {
         sources::tests(),
         churn::tests(),
         endpoints::tests(),
+        overlay_errors::tests(),
+        overlay_mtu::tests(),
+        reload::tests(),
+        takeover::tests(),
         underlay::tests(),
         life::tests(),
     ];
@@ -75,6 +87,10 @@ fn main() -> ExitCode {
         checks::tests(),
         life::tests_of_the_demo(),
         tuning::tests(),
+        routes::tests(),
+        names::tests(),
+        control::tests(),
+        reload::tests_of_control(),
     ];
     // Shown as ignored, never left out in silence.
     let without_uring = fastvpn::ring::probe(URING_FEATURES).is_err();
@@ -90,7 +106,14 @@ fn main() -> ExitCode {
     }
     for (engines, tests) in [
         (Engines::Uring, of_uring.concat()),
-        (Engines::Mixed, traffic::tests_of_mixed_engines()),
+        (
+            Engines::Mixed,
+            [
+                traffic::tests_of_mixed_engines(),
+                takeover::tests_of_mixed_engines(),
+            ]
+            .concat(),
+        ),
     ] {
         let tests = tests.iter();
         trials.extend(tests.map(|test| trial(engines, test).with_ignored_flag(without_uring)));

@@ -66,7 +66,7 @@ impl Operator {
 
     /// Runs `fastvpn WORDS --control SOCKET`.
     pub fn run(&self, words: &[&str]) -> Result<Said> {
-        let mut command = Command::new(FASTVPN);
+        let mut command = Command::new(std::env::var("MESH_CLIENT").unwrap_or(FASTVPN.into())); // TEMPORARY
         command.args(words).arg("--control").arg(self.socket());
         said(&self.desk, command)
     }
@@ -169,7 +169,10 @@ impl Operator {
 
 /// Connects to an operators' socket, with patience.
 pub fn connect(path: &Path) -> Result<UnixStream> {
-    let stream = tried("connect to the operators' socket", UnixStream::connect(path))?;
+    let stream = tried(
+        "connect to the operators' socket",
+        UnixStream::connect(path),
+    )?;
     tried("set a timeout", stream.set_read_timeout(Some(PATIENCE)))?;
     tried("set a timeout", stream.set_write_timeout(Some(PATIENCE)))?;
     Ok(stream)
