@@ -57,7 +57,8 @@ const COVER: [&str; 2] = ["10.64.0.0/10", "fd00:30::/32"];
 
 /// One of the prefixes that change.
 fn prefix(number: u16) -> IpNet {
-    IpNet::new_assert(in_prefix(number, 0), if number % 2 == 0 { 24 } else { 48 })
+    let length = if number.is_multiple_of(2) { 24 } else { 48 };
+    IpNet::new_assert(in_prefix(number, 0), length)
 }
 
 /// An address in it.
@@ -217,6 +218,11 @@ fn stop_all(tunnels: Vec<Tunnel>) -> Result<()> {
     Ok(())
 }
 
+/// The first site and the second one by turns, from round to round.
+fn first_in_turn(round: u64) -> u8 {
+    [FIRST, SECOND][(round % 2) as usize]
+}
+
 /// Two sites have the same prefixes by turns. A shorter one is a third site's:
 /// there one would see a moment without them.
 fn prefixes_move() -> Result<()> {
@@ -237,9 +243,8 @@ fn prefixes_move() -> Result<()> {
     }
     operator.wait()?;
     let moving = set(SETS[0]);
-    let turn = |round: u64| if round % 2 == 0 { FIRST } else { SECOND };
-    under_load(&network, [turn, |_| BYSTANDER], |round| {
-        let to = underlay(turn(round)).to_string();
+    under_load(&network, [first_in_turn, |_| BYSTANDER], |round| {
+        let to = underlay(first_in_turn(round)).to_string();
         let change = json!({
             "command": "route-add", "peer": to, "prefixes": moving, "replace": true,
         });
@@ -280,10 +285,7 @@ fn prefixes_are_reloaded() -> Result<()> {
         wait_for_each_other(asker, other)?;
     }
     operator.wait()?;
-    let site_of: [fn(u64) -> u8; 2] = [
-        |round| if round % 2 == 0 { FIRST } else { SECOND },
-        |round| if round % 2 == 0 { SECOND } else { FIRST },
-    ];
+    let site_of = [first_in_turn, |round| first_in_turn(round + 1)];
     under_load(&network, site_of, |round| {
         file(round)?;
         let answer = operator.must(&json!({"command": "reload"}))?;
