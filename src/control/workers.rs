@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::engine::Engine;
@@ -47,8 +47,8 @@ struct Worker {
     counters: Arc<Counters>,
 }
 
-/// How long workers may take to take a new table, and how often they are
-/// asked: they do so the next time they look up from packets.
+/// How long workers may take to take a new table, and how often they are told
+/// of it if they have not done so with the last ones.
 const PUBLISH_WAIT_MAX: Duration = Duration::from_secs(5);
 const PUBLISH_WAIT_STEP: Duration = Duration::from_millis(1);
 
@@ -104,16 +104,24 @@ impl Workers {
         self.gate = None;
     }
 
-    /// Gives all workers a new table. Each forwards by it from the next batch
-    /// of packets on.
+    /// Gives all workers a new table, and waits until each of them forwards by
+    /// it: nothing that is sent into the tunnel after this goes by an older one.
     pub fn publish(&self, table: &Arc<Table>) {
         let deadline = Instant::now() + PUBLISH_WAIT_MAX;
-        while !self.tell(|| Command::Table(Arc::clone(table))) {
-            if Instant::now() > deadline {
-                tracing::error!("a worker does not take the new table: is it stuck?");
-                return;
+        let (sender, in_force) = bounded(0);
+        let mut all_told = false;
+        while !all_told && Instant::now() < deadline {
+            all_told = self.tell(|| Command::Table(Arc::clone(table), sender.clone()));
+            if !all_told {
+                std::thread::sleep(PUBLISH_WAIT_STEP);
             }
-            std::thread::sleep(PUBLISH_WAIT_STEP);
+        }
+        drop(sender);
+        // Nothing is ever sent: it ends when the last worker has let go, or has
+        // ended itself.
+        let result = in_force.recv_deadline(deadline);
+        if !all_told || result == Err(RecvTimeoutError::Timeout) {
+            tracing::error!("a worker does not take the new table: is it stuck?");
         }
     }
 

@@ -42,7 +42,12 @@ fn a_pair_has_its_addresses_and_mtu() {
 #[test]
 fn all_hosts_on_a_switch_hear_each_other() {
     let addresses: Vec<_> = (1..=3)
-        .map(|number| vec![net(&format!("10.9.0.{number}/24")), net(&format!("fd00:9::{number}/64"))])
+        .map(|number| {
+            vec![
+                net(&format!("10.9.0.{number}/24")),
+                net(&format!("fd00:9::{number}/64")),
+            ]
+        })
         .collect();
     let switch = switch(&addresses, 1400).unwrap();
     let timeout = Duration::from_secs(10);

@@ -14,9 +14,10 @@ pub mod rate;
 pub mod report;
 pub mod table;
 
+use std::convert::Infallible;
 use std::sync::Arc;
 
-use crossbeam_channel::Receiver;
+use crossbeam_channel::{Receiver, Sender};
 
 use self::counters::Counters;
 use self::engine::{Engine, Event, Source};
@@ -32,8 +33,9 @@ use crate::packet::coalesce::Offloads;
 pub enum Command {
     /// End the loop.
     Stop,
-    /// Forward by this table from now on.
-    Table(Arc<Table>),
+    /// Forward by this table from now on, and let go of the sender once that is
+    /// so: who waits for it is told by the channel's end.
+    Table(Arc<Table>, Sender<Infallible>),
     /// Try trains of full size again on all paths.
     ResetLimits,
 }
@@ -105,11 +107,12 @@ pub fn run(
                                 is_stopping = true;
                                 engine.quiesce();
                             }
-                            Command::Table(new) => {
+                            Command::Table(new, in_force) => {
                                 // What was looked up in the old one leaves
                                 // before what is looked up in the new one.
                                 outbound.flush(engine);
                                 table = new;
+                                drop(in_force);
                             }
                             Command::ResetLimits => engine.reset_limits(),
                         }

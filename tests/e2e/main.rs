@@ -8,27 +8,39 @@
 //! and some of it with a different one at each end, as `mixed::`.
 
 mod checks;
+mod churn;
+mod control;
 mod datagrams;
+mod endpoints;
 mod errors;
 mod exact;
 mod fallbacks;
 mod hosts;
+mod icmp_error;
 mod kernel_routes;
 mod life;
 mod mesh;
 mod named_peers;
+mod names;
+mod numbered;
 mod operator;
+mod overlay_errors;
+mod overlay_mtu;
+mod paced;
 mod packets;
 mod peers;
 mod plain_peer;
 mod queues;
 mod raw;
+mod reload;
+mod routes;
 mod script;
 mod site;
 mod sources;
 mod strangers;
 mod super_packets;
 mod support;
+mod takeover;
 mod tools;
 mod traffic;
 mod tuning;
@@ -62,6 +74,12 @@ fn main() -> ExitCode {
         strangers::tests(),
         mesh::tests(),
         sources::tests(),
+        churn::tests(),
+        endpoints::tests(),
+        overlay_errors::tests(),
+        overlay_mtu::tests(),
+        reload::tests(),
+        takeover::tests(),
         underlay::tests(),
         life::tests(),
         kernel_routes::tests(),
@@ -72,8 +90,12 @@ fn main() -> ExitCode {
         checks::tests(),
         life::tests_of_the_demo(),
         tuning::tests(),
+        control::tests(),
         kernel_routes::tests_of_no_engine(),
         named_peers::tests(),
+        names::tests(),
+        reload::tests_of_control(),
+        routes::tests(),
     ];
     // Shown as ignored, never left out in silence.
     let without_uring = fastvpn::ring::probe(URING_FEATURES).is_err();
@@ -89,7 +111,14 @@ fn main() -> ExitCode {
     }
     for (engines, tests) in [
         (Engines::Uring, of_uring.concat()),
-        (Engines::Mixed, traffic::tests_of_mixed_engines()),
+        (
+            Engines::Mixed,
+            [
+                traffic::tests_of_mixed_engines(),
+                takeover::tests_of_mixed_engines(),
+            ]
+            .concat(),
+        ),
     ] {
         let tests = tests.iter();
         trials.extend(tests.map(|test| trial(engines, test).with_ignored_flag(without_uring)));

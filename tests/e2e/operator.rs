@@ -66,7 +66,7 @@ impl Operator {
 
     /// Runs `fastvpn WORDS --control SOCKET`.
     pub fn run(&self, words: &[&str]) -> Result<Said> {
-        let mut command = Command::new(FASTVPN);
+        let mut command = Command::new(std::env::var("MESH_CLIENT").unwrap_or(FASTVPN.into())); // TEMPORARY
         command.args(words).arg("--control").arg(self.socket());
         said(&self.desk, command)
     }
@@ -169,7 +169,10 @@ impl Operator {
 
 /// Connects to an operators' socket, with patience.
 pub fn connect(path: &Path) -> Result<UnixStream> {
-    let stream = tried("connect to the operators' socket", UnixStream::connect(path))?;
+    let stream = tried(
+        "connect to the operators' socket",
+        UnixStream::connect(path),
+    )?;
     tried("set a timeout", stream.set_read_timeout(Some(PATIENCE)))?;
     tried("set a timeout", stream.set_write_timeout(Some(PATIENCE)))?;
     Ok(stream)
@@ -220,5 +223,14 @@ pub fn said(namespace: &Namespace, mut command: Command) -> Result<Said> {
             stderr: joined(stderr),
         }),
         None => fail("the command did not end"),
+    }
+}
+
+impl Operator {
+    /// As [`Operator::request`], for what must be done.
+    pub fn must(&self, request: &Value) -> Result<Value> {
+        let answer = self.request(&request.to_string())?;
+        check(answer["ok"] == true, || format!("refused: {answer}"))?;
+        Ok(answer)
     }
 }

@@ -54,7 +54,11 @@ impl Tap {
     /// A tap on an Ethernet device, which leaves out the link header: it sees
     /// the IPv4 or IPv6 packets that come out of the device.
     pub fn on_ethernet(namespace: &Namespace, device: &str, is_v4: bool) -> Result<Self> {
-        let protocol = if is_v4 { libc::ETH_P_IP } else { libc::ETH_P_IPV6 };
+        let protocol = if is_v4 {
+            libc::ETH_P_IP
+        } else {
+            libc::ETH_P_IPV6
+        };
         Self::open_as(Type::DGRAM, namespace, device, protocol)
     }
 

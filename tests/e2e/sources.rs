@@ -10,22 +10,16 @@ use fastvpn::error::{Error, Result};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 use crate::operator::Operator;
-use crate::packets::udp_packet;
+use crate::packets::{TUNNEL_NAME, udp_packet, wait_until_up};
 use crate::site::{Site, inside, peer, prefixes, sites, tunnel, underlay};
 use crate::support::{Test, check, stop, tried, udp, wait_until};
 
 /// The tests of this file.
 pub fn tests() -> Vec<Test> {
     vec![
-        (
-            "a_source_behind_another_peer",
-            a_source_behind_another_peer,
-        ),
+        ("a_source_behind_another_peer", a_source_behind_another_peer),
         ("trains_of_mixed_sources", trains_of_mixed_sources),
-        (
-            "sources_follow_the_prefixes",
-            sources_follow_the_prefixes,
-        ),
+        ("sources_follow_the_prefixes", sources_follow_the_prefixes),
     ]
 }
 
@@ -40,6 +34,7 @@ struct Victim<'a> {
 
 impl<'a> Victim<'a> {
     fn new(site: &'a Site) -> Result<Self> {
+        wait_until_up(&site.host, TUNNEL_NAME)?;
         let open = |family: usize| {
             let socket = udp(&site.host, tunnel(site.number)[family], 0)?;
             let timeout = Some(Duration::from_millis(100));
@@ -117,19 +112,30 @@ fn a_source_behind_another_peer() -> Result<()> {
     let socket = operator.socket_text();
     let peers = [
         format!("{}={},172.30.0.0/16,fd00:30::/32", underlay(2), prefixes(2)),
-        format!("{}={},172.30.5.0/24,fd00:30:5::/48", underlay(3), prefixes(3)),
+        format!(
+            "{}={},172.30.5.0/24,fd00:30:5::/48",
+            underlay(3),
+            prefixes(3)
+        ),
     ];
     let tunnel_end = site.start(&peers, &["--queues", "2", "--control", &socket])?;
     operator.wait()?;
     let victim = Victim::new(site)?;
     let (from_a, from_b) = (sender(a, site)?, sender(b, site)?);
     let ip = |text: &str| -> Result<IpAddr> {
-        text.parse().map_err(|_| Error::new(format!("{text} is no address")))
+        text.parse()
+            .map_err(|_| Error::new(format!("{text} is no address")))
     };
-    for source in inside(2).into_iter().chain([ip("172.30.9.9")?, ip("fd00:30:9::9")?]) {
+    for source in inside(2)
+        .into_iter()
+        .chain([ip("172.30.9.9")?, ip("fd00:30:9::9")?])
+    {
         is_heard(&victim, &from_a, source)?;
     }
-    for source in inside(3).into_iter().chain([ip("172.30.5.9")?, ip("fd00:30:5::9")?]) {
+    for source in inside(3)
+        .into_iter()
+        .chain([ip("172.30.5.9")?, ip("fd00:30:5::9")?])
+    {
         is_heard(&victim, &from_b, source)?;
     }
     check(operator.dropped("source-not-allowed")? == 0, || {
@@ -205,9 +211,15 @@ fn send_train(socket: &UdpSocket, packets: &[Vec<u8>]) -> Result<()> {
     let segment = packets.first().map_or(0, Vec::len) as u16;
     let control = [ControlMessage::UdpGsoSegments(&segment)];
     let slices = [IoSlice::new(&bytes)];
-    sendmsg::<()>(socket.as_raw_fd(), &slices, &control, MsgFlags::empty(), None)
-        .map(drop)
-        .map_err(|errno| Error::os("cannot send a train", errno.into()))
+    sendmsg::<()>(
+        socket.as_raw_fd(),
+        &slices,
+        &control,
+        MsgFlags::empty(),
+        None,
+    )
+    .map(drop)
+    .map_err(|errno| Error::os("cannot send a train", errno.into()))
 }
 
 /// One datagram of a train does not vouch for the others.
@@ -226,7 +238,10 @@ fn trains_of_mixed_sources() -> Result<()> {
         let (good, bad) = (inside(2)[family], inside(3)[family]);
         is_heard(&victim, &from_a, good)?;
         // Same length, so that they make a train.
-        let [good, bad] = [victim.packet(good, b"allowed")?, victim.packet(bad, b"forgery")?];
+        let [good, bad] = [
+            victim.packet(good, b"allowed")?,
+            victim.packet(bad, b"forgery")?,
+        ];
         for pattern in 0..TRAINS {
             let is_good = |place: usize| match pattern {
                 0 => place == 0,
@@ -235,7 +250,13 @@ fn trains_of_mixed_sources() -> Result<()> {
                 _ => (place * 7 + pattern) % 5 < 3,
             };
             let train: Vec<_> = (0..TRAIN)
-                .map(|place| if is_good(place) { good.clone() } else { bad.clone() })
+                .map(|place| {
+                    if is_good(place) {
+                        good.clone()
+                    } else {
+                        bad.clone()
+                    }
+                })
                 .collect();
             let wanted = (0..TRAIN).filter(|place| is_good(*place)).count();
             let mut heard = 0;
@@ -281,7 +302,10 @@ fn sources_follow_the_prefixes() -> Result<()> {
     operator.tell(&format!("route add 172.30.5.0/24 --peer {}", underlay(3)))?;
     is_refused(&from_a, inside(2)[0])?;
     is_heard(&victim, &from_b, moving)?;
-    operator.tell(&format!("route add 172.30.5.0/24 --peer {} --replace", underlay(2)))?;
+    operator.tell(&format!(
+        "route add 172.30.5.0/24 --peer {} --replace",
+        underlay(2)
+    ))?;
     is_refused(&from_b, inside(3)[0])?;
     is_heard(&victim, &from_a, moving)?;
 

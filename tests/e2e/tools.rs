@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
 use fastvpn::lab::Namespace;
+use fastvpn::netlink::RouteEntry;
 use ipnet::IpNet;
 use netlink_sys::{Socket as NetlinkSocket, SocketAddr as NetlinkAddr};
 use socket2::SockRef;
@@ -33,6 +34,8 @@ pub const PROGRESS_BYTES: u64 = 4_000_000;
 pub struct Stream {
     go_on: Arc<AtomicBool>,
     arrived: Arc<AtomicU64>,
+    /// The sender's socket, to ask it how it is.
+    socket: TcpStream,
     sender: JoinHandle<io::Result<u64>>,
     receiver: JoinHandle<io::Result<u64>>,
 }
@@ -52,12 +55,14 @@ impl Stream {
             Ok((sender, receiver))
         };
         let (sender, receiver) = tried(&format!("connect to {address}"), connect())?;
+        let socket = tried("duplicate a socket", sender.try_clone())?;
         let go_on = Arc::new(AtomicBool::new(true));
         let arrived = Arc::new(AtomicU64::new(0));
         let (going_on, arriving) = (Arc::clone(&go_on), Arc::clone(&arrived));
         Ok(Self {
             go_on,
             arrived,
+            socket,
             sender: std::thread::spawn(move || send(sender, &going_on)),
             receiver: std::thread::spawn(move || receive(receiver, &arriving)),
         })
@@ -74,6 +79,17 @@ impl Stream {
         })
     }
 
+    /// Bytes that have arrived so far, all of them as they were sent.
+    pub fn arrived_bytes(&self) -> u64 {
+        self.arrived.load(Ordering::Relaxed)
+    }
+
+    /// Segments that were sent more than once.
+    pub fn retransmissions(&self) -> Result<u64> {
+        let count = retransmissions(&self.socket);
+        tried("read the retransmissions", count)
+    }
+
     /// Ends the stream; all that was sent must have arrived.
     pub fn finish(self) -> Result<u64> {
         self.go_on.store(false, Ordering::Relaxed);
@@ -88,6 +104,29 @@ impl Stream {
             format!("sent {sent} bytes, received {received}")
         })?;
         Ok(sent)
+    }
+}
+
+/// `tcpi_total_retrans` of a connection (tcp(7), `TCP_INFO`).
+fn retransmissions(socket: &TcpStream) -> io::Result<u64> {
+    use std::os::fd::AsRawFd;
+    // SAFETY: tcp_info is plain integers, for which all zeros is a value.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut length = size_of_val(&info) as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes to `info`, which has
+    // them, and both outlive the call.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            (&raw mut info).cast(),
+            &raw mut length,
+        )
+    };
+    match result {
+        0 => Ok(info.tcpi_total_retrans.into()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 
@@ -241,13 +280,6 @@ pub fn slow_down(namespace: &Namespace, name: &str, bytes_per_second: u32) -> Re
     const TCA_TBF_BURST: u16 = 6;
     const TC_LINKLAYER_ETHERNET: u8 = 1;
 
-    let attribute = |kind: u16, value: &[u8]| {
-        let mut bytes = ((4 + value.len()) as u16).to_ne_bytes().to_vec();
-        bytes.extend(kind.to_ne_bytes());
-        bytes.extend(value);
-        bytes.resize(bytes.len().next_multiple_of(4), 0);
-        bytes
-    };
     // struct tc_tbf_qopt: two struct tc_ratespec, limit, buffer, mtu.
     let mut parameters = vec![0, TC_LINKLAYER_ETHERNET, 0, 0, 0, 0, 0, 0];
     parameters.extend(bytes_per_second.to_ne_bytes());
@@ -297,7 +329,17 @@ fn root_queue(
     message.extend(TC_H_ROOT.to_ne_bytes());
     message.extend([0; 4]);
     message.extend(attributes);
+    transact(namespace, kind, flags, &message)
+}
 
+/// One rtnetlink(7) request and its acknowledgement: what the library has no
+/// use for, and operators do.
+fn transact(
+    namespace: &Namespace,
+    kind: u16,
+    flags: libc::c_int,
+    message: &[u8],
+) -> io::Result<()> {
     let flags = libc::NLM_F_REQUEST | libc::NLM_F_ACK | flags;
     let mut request = ((16 + message.len()) as u32).to_ne_bytes().to_vec();
     request.extend(kind.to_ne_bytes());
@@ -305,7 +347,7 @@ fn root_queue(
     request.extend([0; 8]);
     request.extend(message);
 
-    let transact = || {
+    let exchange = || {
         let mut socket = NetlinkSocket::new(netlink_sys::protocols::NETLINK_ROUTE)?;
         socket.bind_auto()?;
         socket.send_to(&request, &NetlinkAddr::new(0, 0), 0)?;
@@ -319,7 +361,91 @@ fn root_queue(
             None => Err(io::ErrorKind::InvalidData.into()),
         }
     };
-    namespace.run(transact)
+    namespace.run(exchange)
+}
+
+/// A netlink attribute.
+fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+    let mut bytes = ((4 + value.len()) as u16).to_ne_bytes().to_vec();
+    bytes.extend(kind.to_ne_bytes());
+    bytes.extend(value);
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    bytes
+}
+
+/// What an operator does to the kernel's routes with ip(8).
+#[derive(Clone, Copy, Debug)]
+pub enum RouteCommand {
+    /// `ip route add PREFIX dev NAME`.
+    Add,
+    /// `ip route replace PREFIX dev NAME`.
+    Replace,
+    /// `ip route del PREFIX dev NAME`.
+    Delete,
+}
+
+/// As ip(8) with this command, for the main table.
+pub fn ip_route(
+    namespace: &Namespace,
+    command: RouteCommand,
+    prefix: IpNet,
+    device: &str,
+    metric: Option<u32>,
+) -> Result<()> {
+    // linux/rtnetlink.h.
+    const RTA_DST: u16 = 1;
+    const RTA_OIF: u16 = 4;
+    const RTA_PRIORITY: u16 = 6;
+    const RTPROT_BOOT: u8 = 3;
+
+    let (kind, flags) = match command {
+        RouteCommand::Add => (libc::RTM_NEWROUTE, libc::NLM_F_CREATE | libc::NLM_F_EXCL),
+        RouteCommand::Replace => (libc::RTM_NEWROUTE, libc::NLM_F_CREATE | libc::NLM_F_REPLACE),
+        RouteCommand::Delete => (libc::RTM_DELROUTE, 0),
+    };
+    let is_deleted = matches!(command, RouteCommand::Delete);
+    let (family, destination, link) = match prefix {
+        IpNet::V4(net) => (
+            libc::AF_INET,
+            net.network().octets().to_vec(),
+            libc::RT_SCOPE_LINK,
+        ),
+        IpNet::V6(net) => (
+            libc::AF_INET6,
+            net.network().octets().to_vec(),
+            libc::RT_SCOPE_UNIVERSE,
+        ),
+    };
+    let (protocol, scope, unicast) = match is_deleted {
+        true => (0, libc::RT_SCOPE_NOWHERE, 0),
+        false => (RTPROT_BOOT, link, libc::RTN_UNICAST),
+    };
+    // struct rtmsg.
+    let mut message = vec![family as u8, prefix.prefix_len(), 0, 0];
+    message.extend([libc::RT_TABLE_MAIN, protocol, scope, unicast]);
+    message.extend([0; 4]);
+    let index = link_index(namespace, device)?;
+    message.extend(attribute(RTA_DST, &destination));
+    message.extend(attribute(RTA_OIF, &index.to_ne_bytes()));
+    if let Some(metric) = metric {
+        message.extend(attribute(RTA_PRIORITY, &metric.to_ne_bytes()));
+    }
+    transact(namespace, kind, flags, &message).map_err(|cause| {
+        Error::os(
+            format!("cannot {command:?} the route {prefix} dev {device}"),
+            cause,
+        )
+    })
+}
+
+fn link_index(namespace: &Namespace, name: &str) -> Result<u32> {
+    Ok(link(namespace, name)?.index)
+}
+
+/// All routes of the main table, in the order in which the kernel looks at
+/// those to one prefix.
+pub fn main_routes(namespace: &Namespace) -> Result<Vec<RouteEntry>> {
+    namespace.netlink()?.main_routes(&|_| true)
 }
 
 /// Reads a line that must come.

@@ -1,0 +1,392 @@
+//! Peers by name: a name that does not resolve yet, one whose address changes,
+//! a name server that is silent.
+
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::io;
+use std::net::{Ipv4Addr, TcpStream};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use fastvpn::error::{Error, Result};
+use fastvpn::lab::Namespace;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::signal::Signal;
+use tempfile::NamedTempFile;
+
+use crate::operator::Operator;
+use crate::site::{
+    Site, addresses, inside, peer, prefixes, sites, tunnel, underlay, wait_for_each_other,
+};
+use crate::support::{
+    FASTVPN, PATIENCE, Test, Tunnel, check, fail, stop, tried, wait_for, wait_until,
+};
+
+/// The tests of this file, which are about control alone.
+pub fn tests() -> Vec<Test> {
+    vec![
+        ("a_name_that_resolves_later", a_name_that_resolves_later),
+        ("a_name_that_moves", a_name_that_moves),
+        (
+            "a_name_that_moves_and_a_reload",
+            a_name_that_moves_and_a_reload,
+        ),
+        ("a_silent_name_server", a_silent_name_server),
+        ("a_name_that_never_resolves", a_name_that_never_resolves),
+    ]
+}
+
+/// Answers by name; a name that is not there does not exist.
+type Zone = HashMap<String, Ipv4Addr>;
+
+/// A name server at 127.0.0.1 of a namespace (RFC 1035), and the resolver
+/// configuration that leads there.
+struct NameServer {
+    zone: Arc<Mutex<Zone>>,
+    /// Says nothing while this is set.
+    silent: Arc<AtomicBool>,
+    /// All names that were asked for.
+    asked: Arc<Mutex<Vec<String>>>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+    configuration: NamedTempFile,
+}
+
+const RESOLV_CONF: &str = "/etc/resolv.conf";
+
+impl NameServer {
+    fn start(namespace: &Namespace) -> Result<Self> {
+        let socket = crate::support::udp(namespace, Ipv4Addr::LOCALHOST, 53)?;
+        tried(
+            "set a timeout",
+            socket.set_read_timeout(Some(Duration::from_millis(100))),
+        )?;
+        let configuration = tried("make a file", NamedTempFile::new())?;
+        let text = "nameserver 127.0.0.1\noptions timeout:1 attempts:2\n";
+        tried("write a file", std::fs::write(configuration.path(), text))?;
+        let (zone, asked) = (
+            Arc::<Mutex<Zone>>::default(),
+            Arc::<Mutex<Vec<String>>>::default(),
+        );
+        let (stop, silent) = (Arc::<AtomicBool>::default(), Arc::<AtomicBool>::default());
+        let thread = {
+            let (zone, asked) = (Arc::clone(&zone), Arc::clone(&asked));
+            let (stop, silent) = (Arc::clone(&stop), Arc::clone(&silent));
+            std::thread::spawn(move || {
+                let mut query = [0; 512];
+                while !stop.load(Ordering::Relaxed) {
+                    let Ok((length, from)) = socket.recv_from(&mut query) else {
+                        continue;
+                    };
+                    let Some((name, kind, end)) = read_question(&query[..length]) else {
+                        continue;
+                    };
+                    lock(&asked).push(name.clone());
+                    if !silent.load(Ordering::Relaxed) {
+                        let known = lock(&zone).get(&name).copied();
+                        let _ = socket.send_to(&answer(&query[..end], kind, known), from);
+                    }
+                }
+            })
+        };
+        Ok(Self {
+            zone,
+            silent,
+            asked,
+            stop,
+            thread: Some(thread),
+            configuration,
+        })
+    }
+
+    fn set(&self, name: &str, address: Ipv4Addr) {
+        lock(&self.zone).insert(name.to_string(), address);
+    }
+
+    /// How often a name was asked for.
+    fn questions(&self, name: &str) -> usize {
+        lock(&self.asked)
+            .iter()
+            .filter(|asked| *asked == name)
+            .count()
+    }
+
+    /// Starts fastvpn in a mount namespace of its own, where the resolver's
+    /// configuration is this one.
+    fn start_tunnel(&self, site: &Site, peers: &[String], flags: &[&str]) -> Result<Tunnel> {
+        let mut command = Command::new(FASTVPN);
+        command.args(flags);
+        for address in addresses(site.number) {
+            command.args(["--address", &address]);
+        }
+        for peer in peers {
+            command.args(["--peer", peer]);
+        }
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        let path = self.configuration.path().display().to_string();
+        let source = CString::new(path).map_err(|_| Error::new("a path with a zero byte"))?;
+        let own_resolver = move || {
+            let failed = |errno: nix::errno::Errno| io::Error::from_raw_os_error(errno as i32);
+            unshare(CloneFlags::CLONE_NEWNS).map_err(failed)?;
+            let nothing = None::<&std::ffi::CStr>;
+            let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+            mount(nothing, c"/", nothing, private, nothing).map_err(failed)?;
+            let source = Some(source.as_c_str());
+            mount(source, RESOLV_CONF, nothing, MsFlags::MS_BIND, nothing).map_err(failed)
+        };
+        // SAFETY: between fork and exec the closure only makes three system
+        // calls; paths this short are copied to the stack, nothing is allocated.
+        unsafe {
+            command.pre_exec(own_resolver);
+        }
+        Tunnel::spawn(&site.host, command)
+    }
+}
+
+impl Drop for NameServer {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+const HEADER_BYTES: usize = 12;
+const TYPE_A: u16 = 1;
+
+/// Name and type that a query asks for, and where its question ends.
+fn read_question(query: &[u8]) -> Option<(String, u16, usize)> {
+    let mut labels = Vec::new();
+    let mut at = HEADER_BYTES;
+    loop {
+        let length = usize::from(*query.get(at)?);
+        at += 1;
+        if length == 0 {
+            break;
+        }
+        let label = query.get(at..at + length)?;
+        labels.push(String::from_utf8_lossy(label).to_ascii_lowercase());
+        at += length;
+    }
+    let kind = u16::from_be_bytes(query.get(at..at + 2)?.try_into().ok()?);
+    Some((labels.join("."), kind, at + 4))
+}
+
+/// The answer to a query that ends with its question.
+fn answer(query: &[u8], kind: u16, address: Option<Ipv4Addr>) -> Vec<u8> {
+    let found = address.filter(|_| kind == TYPE_A);
+    // No such name is another answer than no such record.
+    let code = if address.is_none() { 3 } else { 0 };
+    let mut answer = query[..2].to_vec();
+    answer.extend([0x84, code, 0, 1, 0, u8::from(found.is_some()), 0, 0, 0, 0]);
+    answer.extend(&query[HEADER_BYTES..]);
+    if let Some(address) = found {
+        // The name as in the question; type A, class IN, no caching, 4 bytes.
+        answer.extend([0xc0, HEADER_BYTES as u8, 0, 1, 0, 1, 0, 0, 0, 0, 0, 4]);
+        answer.extend(address.octets());
+    }
+    answer
+}
+
+const NAME: &str = "far.example";
+
+fn named(number: u8) -> String {
+    format!("{NAME}={}", prefixes(number))
+}
+
+/// The others are there at once; what goes to the one that is not is reported
+/// and counted; it is tried again, not too often, until it resolves.
+fn a_name_that_resolves_later() -> Result<()> {
+    let network = sites(3)?;
+    let [a, b, c] = &network.all[..] else {
+        return Err(Error::new("three sites"));
+    };
+    let names = NameServer::start(&a.host)?;
+    let operator = Operator::new()?;
+    let socket = operator.socket_text();
+    let tunnels = [
+        names.start_tunnel(a, &[named(2), peer(3)], &["--control", &socket])?,
+        b.start(&[peer(1)], &[])?,
+        c.start(&[peer(1)], &[])?,
+    ];
+    wait_for_each_other(a, c)?;
+    operator.wait()?;
+    for address in inside(2) {
+        let connect = || TcpStream::connect_timeout(&(address, 80).into(), PATIENCE);
+        for namespace in [&a.container, &a.host] {
+            let result = namespace.run(connect);
+            let errno = result.as_ref().err().and_then(io::Error::raw_os_error);
+            check(errno == Some(libc::ENETUNREACH), || {
+                format!("{address}: {result:?}")
+            })?;
+        }
+    }
+    check(operator.dropped("peer-unresolved")? >= 4, || {
+        "nothing was counted".into()
+    })?;
+    // Growing pauses: two questions (A, AAAA) each time, twice if need be.
+    wait_until("the name is asked for again", || {
+        Ok(names.questions(NAME) >= 3)
+    })?;
+    names.set(NAME, underlay(2));
+    wait_for_each_other(a, b)?;
+    // An answer that is good is not asked for again.
+    std::thread::sleep(Duration::from_millis(300));
+    let asked = names.questions(NAME);
+    check(asked < 100, || format!("asked {asked} times"))?;
+    std::thread::sleep(Duration::from_secs(3));
+    let later = names.questions(NAME);
+    check(later == asked, || {
+        format!("asked {asked} times, then {later}")
+    })?;
+    tunnels.into_iter().try_for_each(|end| stop(end).map(drop))
+}
+
+/// A tunnel between site 1 and a peer by name, which is at site 2 first and
+/// then at site 3, with site 2's prefixes.
+struct Moving {
+    network: crate::site::Sites,
+    names: NameServer,
+    operator: Operator,
+}
+
+impl Moving {
+    fn start(flags: &[&str]) -> Result<(Self, [Tunnel; 2])> {
+        let network = sites(3)?;
+        let [a, b, _] = &network.all[..] else {
+            return fail("three sites");
+        };
+        let names = NameServer::start(&a.host)?;
+        names.set(NAME, underlay(2));
+        let operator = Operator::new()?;
+        let socket = operator.socket_text();
+        let flags = [&["--control", &socket][..], flags].concat();
+        let tunnels = [
+            names.start_tunnel(a, &[named(2)], &flags)?,
+            b.start(&[peer(1)], &[])?,
+        ];
+        wait_for_each_other(a, b)?;
+        operator.wait()?;
+        let moving = Self {
+            network,
+            names,
+            operator,
+        };
+        Ok((moving, tunnels))
+    }
+
+    /// Lets site 3 be what site 2 was.
+    fn move_on(&self, old: Tunnel) -> Result<Tunnel> {
+        stop(old)?;
+        let c = &self.network.all[2];
+        let [v4, v6] = tunnel(2);
+        let flags = format!("--address {v4}/32 --address {v6}/128 --peer {}", peer(1));
+        let new = crate::support::fastvpn(&c.host, &flags)?;
+        self.names.set(NAME, underlay(3));
+        Ok(new)
+    }
+}
+
+/// A peer that has stopped to answer is looked for.
+fn a_name_that_moves() -> Result<()> {
+    let (moving, [a, b]) = Moving::start(&[])?;
+    let before = moving.names.questions(NAME);
+    let new = moving.move_on(b)?;
+    // Pings are what makes its silence noticed.
+    let host = &moving.network.all[0].host;
+    wait_for(host, tunnel(2)[0])?;
+    check(moving.names.questions(NAME) > before, || {
+        "found without a question".into()
+    })?;
+    wait_for(host, tunnel(2)[1])?;
+    [a, new].into_iter().try_for_each(|end| stop(end).map(drop))
+}
+
+/// An operator need not wait for that.
+fn a_name_that_moves_and_a_reload() -> Result<()> {
+    for by_signal in [false, true] {
+        let configuration = Operator::new()?;
+        let file = configuration.write("fastvpn.toml", "hop = false\n")?;
+        let (moving, [mut a, b]) = Moving::start(&["--config", &file])?;
+        let new = moving.move_on(b)?;
+        let endpoint = || -> Result<String> {
+            let peers = moving.operator.ask("peers")?;
+            Ok(peers["peers"][0]["endpoint"].to_string())
+        };
+        let before = endpoint()?;
+        check(before.contains(&underlay(2).to_string()), || before.clone())?;
+        if by_signal {
+            a.child().signal(Signal::SIGHUP);
+        } else {
+            moving.operator.tell("reload")?;
+        }
+        wait_until("the name is resolved again", || {
+            Ok(endpoint()?.contains(&underlay(3).to_string()))
+        })?;
+        wait_for(&moving.network.all[0].host, tunnel(2)[0])?;
+        [a, new]
+            .into_iter()
+            .try_for_each(|end| stop(end).map(drop))?;
+    }
+    Ok(())
+}
+
+/// Who waits for a name server's answer waits alone.
+fn a_silent_name_server() -> Result<()> {
+    let network = sites(3)?;
+    let [a, _, c] = &network.all[..] else {
+        return Err(Error::new("three sites"));
+    };
+    let names = NameServer::start(&a.host)?;
+    names.silent.store(true, Ordering::Relaxed);
+    let operator = Operator::new()?;
+    let socket = operator.socket_text();
+    let tunnels = [
+        names.start_tunnel(a, &[named(2), peer(3)], &["--control", &socket])?,
+        c.start(&[peer(1)], &[])?,
+    ];
+    wait_for_each_other(a, c)?;
+    operator.wait()?;
+    // Changes and answers go on while there are questions under way.
+    for number in 0..5 {
+        operator.tell(&format!(
+            "peer add late{number}.example=172.30.{number}.0/24"
+        ))?;
+    }
+    let peer_of = operator.peer_of("172.30.3.3")?;
+    check(peer_of == "late3.example:8285", || peer_of.clone())?;
+    wait_until("the new names are asked for", || {
+        Ok((0..5).all(|number| names.questions(&format!("late{number}.example")) > 0))
+    })?;
+    wait_for_each_other(a, c)?;
+    operator.tell("peer del late0.example")?;
+    tunnels.into_iter().try_for_each(|end| stop(end).map(drop))
+}
+
+/// The one peer's name does not resolve: without an address there is nothing to
+/// start with; with one the tunnel waits.
+fn a_name_that_never_resolves() -> Result<()> {
+    let network = sites(2)?;
+    let a = &network.all[0];
+    let names = NameServer::start(&a.host)?;
+    let operator = Operator::new()?;
+    let socket = operator.socket_text();
+    let end = names.start_tunnel(a, &[named(2)], &["--control", &socket])?;
+    operator.wait()?;
+    let peers = operator.ask("peers")?;
+    check(peers["peers"][0]["endpoint"].is_null(), || {
+        peers.to_string()
+    })?;
+    let ended = stop(end)?;
+    check(ended.log.contains(NAME), || ended.log)
+}

@@ -1,0 +1,385 @@
+//! One process takes over from another while traffic flows.
+
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::time::{Duration, Instant};
+
+use fastvpn::error::Result;
+use fastvpn::lab::Namespace;
+use nix::sys::signal::Signal;
+
+use crate::operator::Operator;
+use crate::paced::Paced;
+use crate::routes::own_routes;
+use crate::site::{Site, Sites, inside, peer, sites, tunnel, underlay, wait_for_each_other};
+use crate::support::{
+    Ended, Test, Tunnel, check, fail, link, stop, tried, udp, wait_until, without_backlog_drops,
+};
+use crate::tools::{Stream, inventory, main_routes, nothing_left};
+
+/// The tests of this file.
+pub fn tests() -> Vec<Test> {
+    vec![
+        ("taken_over_twice_in_a_stream", taken_over_twice_in_a_stream),
+        ("taken_over_without_a_loss", taken_over_without_a_loss),
+        ("successors_that_fail", successors_that_fail),
+        ("successors_that_are_killed", successors_that_are_killed),
+        ("nobody_to_take_over_from", nobody_to_take_over_from),
+    ]
+}
+
+/// Those to be run between different engines as well.
+pub fn tests_of_mixed_engines() -> Vec<Test> {
+    vec![("taken_over_twice_in_a_stream", taken_over_twice_in_a_stream)]
+}
+
+/// Two sites; the first one's process is what is taken over.
+struct Stage {
+    network: Sites,
+    operator: Operator,
+}
+
+impl Stage {
+    fn new() -> Result<Self> {
+        Ok(Self {
+            network: sites(2)?,
+            operator: Operator::new()?,
+        })
+    }
+
+    fn near(&self) -> &Site {
+        &self.network.all[0]
+    }
+
+    fn far(&self) -> &Site {
+        &self.network.all[1]
+    }
+
+    /// Starts a process at the near site.
+    fn start(&self, flags: &[&str]) -> Result<Tunnel> {
+        let socket = self.operator.socket_text();
+        let all = [&["--queues", "2", "--control", &socket][..], flags].concat();
+        self.near().start(&[peer(2)], &all)
+    }
+
+    /// Both ends of a tunnel.
+    fn play(&self) -> Result<(Tunnel, Tunnel)> {
+        let far = self.far().start(&[peer(1)], &["--queues", "2"])?;
+        let near = self.start(&[])?;
+        self.operator.wait()?;
+        wait_for_each_other(self.near(), self.far())?;
+        Ok((near, far))
+    }
+
+    /// The process that answers operators.
+    fn pid(&self) -> Result<Option<u64>> {
+        Ok(self.operator.ask("status")?["pid"].as_u64())
+    }
+
+    /// Starts a successor, and waits for the end of its predecessor.
+    fn take_over(&self, old: Tunnel, flags: &[&str]) -> Result<(Tunnel, Ended)> {
+        let new = self.start(&[&["--takeover"], flags].concat())?;
+        let ended = old.wait()?;
+        check(ended.status.code() == Some(0), || {
+            format!("{}:\n{}", ended.status, ended.log)
+        })?;
+        wait_until("the successor answers", || {
+            Ok(self.operator.run(&["status"])?.status.success())
+        })?;
+        check(self.pid()? == Some(new.pid().into()), || {
+            "somebody else answers".into()
+        })?;
+        Ok((new, ended))
+    }
+}
+
+/// What others see of a tunnel: the device, its addresses, routes, and the
+/// number of sockets.
+fn appearance(namespace: &Namespace) -> Result<(u32, BTreeSet<String>, Vec<String>)> {
+    let index = link(namespace, "fastvpn0")?.index;
+    let routes = main_routes(namespace)?;
+    let mut routes: Vec<_> = routes.iter().map(|route| format!("{route:?}")).collect();
+    routes.sort();
+    // Addresses, but not the ports that workers send from.
+    let all = inventory(namespace)?;
+    let lasting = all.into_iter().filter(|item| !item.contains("socket"));
+    Ok((index, lasting.collect(), routes))
+}
+
+/// The longest time in which nothing arrived while work was done.
+fn longest_stall(streams: &[Stream], work: impl FnOnce() -> Result<()> + Send) -> Result<Duration> {
+    std::thread::scope(|scope| {
+        let working = scope.spawn(work);
+        let mut longest = Duration::ZERO;
+        let mut since: Vec<_> = streams
+            .iter()
+            .map(|stream| (stream.arrived_bytes(), Instant::now()))
+            .collect();
+        while !working.is_finished() {
+            for (stream, (bytes, at)) in streams.iter().zip(&mut since) {
+                let now = stream.arrived_bytes();
+                if now == *bytes {
+                    longest = longest.max(at.elapsed());
+                } else {
+                    (*bytes, *at) = (now, Instant::now());
+                }
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        match working.join() {
+            Ok(result) => result.map(|()| longest),
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    })
+}
+
+/// TCP in both directions goes on, as if nothing had happened.
+fn taken_over_twice_in_a_stream() -> Result<()> {
+    /// A connection that has lost more than a window's worth stands still for
+    /// longer.
+    const STALL_MAX: Duration = Duration::from_secs(5);
+    /// More than fits a window of these streams.
+    const RETRANSMISSIONS_MAX: u64 = 1000;
+    let stage = Stage::new()?;
+    let (mut near, far) = stage.play()?;
+    // Changes at run time are handed on, too.
+    let added = format!("route add 172.30.0.0/16 --peer {}", underlay(2));
+    stage.operator.tell(&added)?;
+    let before = appearance(&stage.near().host)?;
+    let table = stage.operator.routes()?;
+    let streams = [
+        Stream::start(
+            &stage.near().container,
+            &stage.far().container,
+            inside(2)[0],
+        )?,
+        Stream::start(
+            &stage.far().container,
+            &stage.near().container,
+            inside(1)[1],
+        )?,
+    ];
+    streams.iter().try_for_each(Stream::wait_for_progress)?;
+    for _ in 0..2 {
+        let retransmissions = |streams: &[Stream; 2]| -> Result<u64> {
+            Ok(streams[0].retransmissions()? + streams[1].retransmissions()?)
+        };
+        let already = retransmissions(&streams)?;
+        let mut next = None;
+        let stall = longest_stall(&streams, || {
+            next = Some(stage.take_over(near, &[])?);
+            streams.iter().try_for_each(Stream::wait_for_progress)
+        })?;
+        let Some((new, ended)) = next else {
+            return fail("no successor");
+        };
+        near = new;
+        check(ended.log.contains("total: sent "), || ended.log)?;
+        check(stall < STALL_MAX, || format!("stood still for {stall:?}"))?;
+        let more = retransmissions(&streams)? - already;
+        check(more < RETRANSMISSIONS_MAX, || {
+            format!("{more} retransmissions")
+        })?;
+        let after = appearance(&stage.near().host)?;
+        check(after == before, || {
+            format!("{before:?} before, {after:?} after")
+        })?;
+        check(stage.operator.routes()? == table, || "another table".into())?;
+    }
+    for stream in streams {
+        stream.finish()?;
+    }
+    wait_for_each_other(stage.near(), stage.far())?;
+    // The successor is a tunnel as any other.
+    stage.operator.tell("route del 172.30.0.0/16")?;
+    let routes = own_routes(&stage.near().host)?;
+    check(routes.len() == 4, || format!("{routes:?}"))?;
+    stop(near)?;
+    check(!stage.operator.socket().exists(), || {
+        "the socket is left".into()
+    })?;
+    stop(far).map(drop)
+}
+
+/// What arrives between the two waits in the kernel: nothing of a slow stream
+/// is lost.
+fn taken_over_without_a_loss() -> Result<()> {
+    const PORT: u16 = 7070;
+    let stage = Stage::new()?;
+    let (near, far) = stage.play()?;
+    let (a, b) = (stage.near(), stage.far());
+    let mut near = Some(near);
+    without_backlog_drops(|| {
+        let receivers = [
+            udp(&b.host, tunnel(2)[0], PORT)?,
+            udp(&a.host, tunnel(1)[0], PORT)?,
+        ];
+        let [at_b, at_a] = receivers;
+        let outbound = udp(&a.host, tunnel(1)[0], 0)?;
+        let inbound = udp(&b.host, tunnel(2)[0], 0)?;
+        let paced = [
+            Paced::start(outbound, (tunnel(2)[0], PORT).into(), vec![at_b])?,
+            Paced::start(inbound, (tunnel(1)[0], PORT).into(), vec![at_a])?,
+        ];
+        for _ in 0..2 {
+            paced[0].wait_for(100)?;
+            if let Some(old) = near.take() {
+                near = Some(stage.take_over(old, &[])?.0);
+            }
+        }
+        paced[1].wait_for(100)?;
+        for stream in paced {
+            stream.finish()?.is_whole()?;
+        }
+        Ok(())
+    })?;
+    if let Some(near) = near {
+        stop(near)?;
+    }
+    stop(far).map(drop)
+}
+
+/// Whoever fails to take over leaves the tunnel with him who has it.
+fn successors_that_fail() -> Result<()> {
+    let stage = Stage::new()?;
+    let (near, far) = stage.play()?;
+    let (pid, before) = (stage.pid()?, appearance(&stage.near().host)?);
+    let table = stage.operator.routes()?;
+    let stream = Stream::start(
+        &stage.near().container,
+        &stage.far().container,
+        inside(2)[0],
+    )?;
+    stream.wait_for_progress()?;
+    let as_before = |what: &str| -> Result<()> {
+        stream.wait_for_progress()?;
+        // The one that failed may have been waited for.
+        stage.operator.wait()?;
+        check(stage.pid()? == pid, || {
+            format!("{what}: somebody else answers")
+        })?;
+        let after = appearance(&stage.near().host)?;
+        check(after == before, || {
+            format!("{what}: {before:?}, then {after:?}")
+        })?;
+        check(stage.operator.routes()? == table, || {
+            format!("{what}: another table")
+        })
+    };
+    for (flags, status) in [
+        ("--queues 0", 2),
+        ("--no-such-flag", 2),
+        ("--config /nonexistent/fastvpn.toml", 1),
+        ("--peer 10.211.55.9=172.18.2.0/24", 1),
+        ("--cores 4095", 1),
+    ] {
+        let mut all = vec!["--takeover"];
+        all.extend(flags.split_whitespace());
+        let ended = stage.start(&all)?.wait()?;
+        check(ended.status.code() == Some(status), || {
+            format!("{flags}: {}:\n{}", ended.status, ended.log)
+        })?;
+        as_before(flags)?;
+    }
+    // Of another version.
+    let answer = stage
+        .operator
+        .request(r#"{"command":"takeover","protocol":4000000000}"#)?;
+    check(answer["ok"] == false && answer["error"].is_string(), || {
+        answer.to_string()
+    })?;
+    as_before("another version")?;
+    // One that dies before anything is settled, after the first answer and
+    // after the descriptors.
+    for steps in [&b""[..], b"r"] {
+        let mut client = stage.operator.connect()?;
+        tried(
+            "ask",
+            writeln!(client, r#"{{"command":"takeover","protocol":1}}"#),
+        )?;
+        let mut reader = BufReader::new(tried("clone", client.try_clone())?);
+        let mut manifest = String::new();
+        tried("read the manifest", reader.read_line(&mut manifest))?;
+        check(manifest.contains("\"ok\":true"), || manifest.clone())?;
+        tried("answer", client.write_all(steps))?;
+        if !steps.is_empty() {
+            // Something comes with the descriptors, which are let go.
+            tried("read", reader.read(&mut [0; 1]).map(drop))?;
+        }
+        drop((client, reader));
+        as_before("a successor that died")?;
+    }
+    stream.finish()?;
+    stop(near)?;
+    stop(far).map(drop)
+}
+
+/// However far it has come: either its predecessor still has the tunnel, or it
+/// had it, and it is gone with it. Nothing in between.
+fn successors_that_are_killed() -> Result<()> {
+    let stage = Stage::new()?;
+    let (mut near, far) = stage.play()?;
+    let stream = Stream::start(
+        &stage.near().container,
+        &stage.far().container,
+        inside(2)[0],
+    )?;
+    let mut kept = 0;
+    for milliseconds in [0, 4, 8, 12, 16, 20, 30] {
+        stream.wait_for_progress()?;
+        let (old, before) = (near.pid(), appearance(&stage.near().host)?);
+        let mut new = stage.start(&["--takeover"])?;
+        std::thread::sleep(Duration::from_millis(milliseconds));
+        new.child().signal(Signal::SIGKILL);
+        new.wait()?;
+        let mut is_kept = false;
+        wait_until("the predecessor ends or goes on", || {
+            let has_ended = near.child().try_wait()?.is_some();
+            is_kept = !has_ended && stage.operator.run(&["status"])?.status.success();
+            Ok(has_ended || is_kept)
+        })?;
+        if is_kept {
+            kept += 1;
+            check(stage.pid()? == Some(old.into()), || {
+                "somebody else answers".into()
+            })?;
+            let after = appearance(&stage.near().host)?;
+            check(after == before, || format!("{before:?}, then {after:?}"))?;
+        } else {
+            let ended = near.wait()?;
+            check(ended.status.code() == Some(0), || ended.log)?;
+            near = stage.start(&[])?;
+            stage.operator.wait()?;
+        }
+    }
+    check(kept > 0, || "all were killed too late".into())?;
+    stream.wait_for_progress()?;
+    stream.finish()?;
+    stop(near)?;
+    stop(far).map(drop)
+}
+
+/// A start like any other, also where a killed process has left its socket.
+fn nobody_to_take_over_from() -> Result<()> {
+    let stage = Stage::new()?;
+    let before = inventory(&stage.near().host)?;
+    let far = stage.far().start(&[peer(1)], &[])?;
+    let near = stage.start(&["--takeover"])?;
+    wait_for_each_other(stage.near(), stage.far())?;
+    stop(near)?;
+    nothing_left(&stage.near().host, &before)?;
+    let mut near = stage.start(&[])?;
+    for flags in [&["--takeover"][..], &[], &["--takeover"]] {
+        wait_for_each_other(stage.near(), stage.far())?;
+        near.child().signal(Signal::SIGKILL);
+        near.wait()?;
+        near = stage.start(flags)?;
+    }
+    wait_for_each_other(stage.near(), stage.far())?;
+    check(stage.pid()? == Some(near.pid().into()), || {
+        "somebody else answers".into()
+    })?;
+    stop(near)?;
+    nothing_left(&stage.near().host, &before)?;
+    stop(far).map(drop)
+}
