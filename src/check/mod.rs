@@ -81,8 +81,9 @@ fn check(options: &CheckOptions) -> Vec<Item> {
     let peer = peer.map(|endpoint| pending::start(move || peer::probe(&endpoint)));
     let rights = rights::probe();
     let may_make_node = rights.has(rights::CAP_MKNOD);
+    let node = tun::probe_node();
     let uring = pending::start(uring::probe);
-    let tun = pending::start(move || tun::probe(queues, may_make_node));
+    let tun = pending::start(move || tun::probe(node, queues, may_make_node));
     let udp = pending::start(udp::probe);
 
     let may_lock = rights.has(rights::CAP_IPC_LOCK) && rights.in_first_user_namespace();

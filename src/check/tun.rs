@@ -38,11 +38,16 @@ pub struct Facts {
     device: Option<Tried<Device>>,
 }
 
-/// Makes a device with at least two queues, if that is possible unseen, and
-/// lets it go again.
-pub fn probe(queues: u16, may_make_node: bool) -> Facts {
+/// Whether the node can be opened. Asked before anything that makes a device:
+/// that makes the node too, where there is none.
+pub fn probe_node() -> Tried<()> {
     let node = OpenOptions::new().read(true).write(true).open(NODE);
-    let node = node.map(drop).map_err(|error| read::errno(&error));
+    node.map(drop).map_err(|error| read::errno(&error))
+}
+
+/// Makes a device with at least two queues, if that is possible unseen, and
+/// lets it go again. `node` is what [`probe_node`] found.
+pub fn probe(node: Tried<()>, queues: u16, may_make_node: bool) -> Facts {
     let device = (node.is_ok() && scratch::enter().is_ok()).then(|| device(queues.max(2)));
     Facts {
         node,

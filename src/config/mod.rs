@@ -9,7 +9,7 @@ mod peers;
 mod reload;
 mod underlay;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 
@@ -231,20 +231,30 @@ fn wanted(without: &[Feature]) -> Wanted {
     }
 }
 
-/// `/run/fastvpn/NAME.sock`; in another network namespace than that of the
-/// first process also with the namespace's number, since `/run` may be shared
-/// and the name is unique in its namespace only.
+/// `/run/fastvpn/NAME.sock`; in another network namespace than the host's also
+/// with the namespace's number, since `/run` may be shared and the name is
+/// unique in its namespace only.
 pub fn default_control_path(tun: &str) -> PathBuf {
-    use std::os::unix::fs::MetadataExt;
-    let inode = |path: &str| std::fs::metadata(path).map(|metadata| metadata.ino()).ok();
-    let own = inode("/proc/self/ns/net");
-    // Who may not look at the first process is a service with few rights rather
-    // than one in a namespace of its own.
-    let name = match (own, inode("/proc/1/ns/net")) {
-        (Some(own), Some(first)) if own != first => format!("{tun}-{own}.sock"),
-        _ => format!("{tun}.sock"),
+    let name = match namespace_of_its_own() {
+        Some(inode) => format!("{tun}-{inode}.sock"),
+        None => format!("{tun}.sock"),
     };
     PathBuf::from("/run/fastvpn").join(name)
+}
+
+/// The number of this process' network namespace, unless it is the host's: that
+/// of the first process, for whoever may look at it (ptrace(2)), as in a
+/// container of its own. For others the kernel's first namespace, the only one
+/// with the settings of net/core/sysctl_net_core.c's `net_core_table`.
+fn namespace_of_its_own() -> Option<u64> {
+    use std::os::unix::fs::MetadataExt;
+    let inode = |path: &str| std::fs::metadata(path).map(|metadata| metadata.ino());
+    let own = inode("/proc/self/ns/net").ok()?;
+    let is_the_hosts = match inode("/proc/1/ns/net") {
+        Ok(first) => own == first,
+        Err(_) => Path::new("/proc/sys/net/core/netdev_budget").exists(),
+    };
+    (!is_the_hosts).then_some(own)
 }
 
 #[cfg(test)]
