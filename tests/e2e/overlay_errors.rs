@@ -11,11 +11,12 @@ use fastvpn::lab::{CONTAINER_NAME, Namespace};
 use crate::icmp_error::{IcmpError, NO_ROUTE, TIME_EXCEEDED};
 use crate::mesh::hop_limit_between;
 use crate::operator::Operator;
-use crate::packets::{Tap, V4, V6, hop_limit, transport, udp, udp_packet};
+use crate::packets::{Tap, V4, V6, hop_limit, is_udp_to, transport, udp, udp_packet};
 use crate::site::{
     Site, all_went_well, full_mesh, inside, peer, router, sites, transfer, tunnel,
     wait_for_each_other,
 };
+use crate::sources::send_train;
 use crate::support::{PATIENCE, Test, check, stop, tried, wait_until};
 
 /// The tests of this file.
@@ -408,6 +409,27 @@ fn hop_limits_of_a_transfer(from: &Site, to: &Site, family: usize) -> Result<(Ve
     })
 }
 
+/// The hop limits with which datagrams come that were sent as one train
+/// (`UDP_SEGMENT`).
+fn hop_limits_of_a_train(from: &Site, to: &Site, family: usize) -> Result<Vec<u8>> {
+    const PORT: u16 = 9876;
+    let tap = Tap::on_ethernet(&to.container, CONTAINER_NAME, family == 0)?;
+    let address = (inside(to.number)[family], PORT);
+    let socket = probe(&from.container, address, 64)?;
+    tried("connect", socket.connect(address))?;
+    let mut seen = std::collections::BTreeSet::new();
+    wait_until("a train arrives", || {
+        // Refused, since nobody listens.
+        let _ = send_train(&socket, &vec![vec![7; 1000]; 40]);
+        let is_it = |packet: &[u8]| is_udp_to(packet, PORT);
+        while let Some(packet) = tap.next_within(Duration::from_millis(50), is_it)? {
+            seen.extend(hop_limit(&packet));
+        }
+        Ok(!seen.is_empty())
+    })?;
+    Ok(seen.into_iter().collect())
+}
+
 /// With `--hop` each crossing costs one, on the way out and only there, of
 /// super-packets as of any other; without it none.
 fn a_tunnel_that_is_a_hop() -> Result<()> {
@@ -436,6 +458,10 @@ fn a_tunnel_that_is_a_hop() -> Result<()> {
                 })?;
                 check(longest > 3000, || {
                     format!("no super-packet: {longest} bytes at most")
+                })?;
+                let seen = hop_limits_of_a_train(&all[from], &all[to], family)?;
+                check(seen == [expected], || {
+                    format!("{hops:?}: a UDP train came with {seen:?}, not {expected}")
                 })?;
             }
         }

@@ -287,7 +287,26 @@ fn reloads_under_a_tcp_stream() -> Result<()> {
     wait_until("the tunnel is a hop", || {
         Ok(hop_limit_between(a, b, 0)? == 61)
     })?;
-    streams.iter().try_for_each(Stream::wait_for_progress)?;
+    let [v4, v6] = addresses(1);
+    let more = [&v4, "10.244.0.101/32", &v6, "fd00:244::101/128"];
+    let addresses_now = || -> Result<BTreeSet<String>> {
+        let index = link(&a.host, "fastvpn0")?.index;
+        let all = a.host.netlink()?.addresses()?;
+        let own = all.into_iter().filter(|(owner, _)| *owner == index);
+        let texts = own.map(|(_, net)| net.to_string());
+        Ok(texts.filter(|net| !net.starts_with("fe80:")).collect())
+    };
+    for list in [&more[..], &[&v4, &v6]] {
+        let expected: BTreeSet<_> = list.iter().map(|net| net.to_string()).collect();
+        let text = file(1, &[2, 3]).replacen(&address_line(1), &format!("address = {list:?}\n"), 1);
+        operator.write("fastvpn.toml", &text)?;
+        operator.tell("reload")?;
+        let found = addresses_now()?;
+        check(found == expected, || format!("{found:?}, not {expected:?}"))?;
+        let wanted: BTreeSet<IpNet> = operator.routes()?.into_iter().map(|(net, _)| net).collect();
+        check(own_routes(&a.host)? == wanted, || "other routes".into())?;
+        streams.iter().try_for_each(Stream::wait_for_progress)?;
+    }
     for stream in streams {
         stream.finish()?;
     }

@@ -8,20 +8,23 @@ use fastvpn::error::Result;
 use fastvpn::lab::Namespace;
 use nix::sys::signal::Signal;
 
+use crate::mesh::hop_limit_between;
 use crate::operator::Operator;
 use crate::paced::Paced;
+use crate::packets::TUNNEL_NAME;
 use crate::routes::own_routes;
 use crate::site::{Site, Sites, inside, peer, sites, tunnel, underlay, wait_for_each_other};
 use crate::support::{
     Ended, Test, Tunnel, check, fail, link, stop, tried, udp, wait_until, without_backlog_drops,
 };
-use crate::tools::{Stream, inventory, main_routes, nothing_left};
+use crate::tools::{RouteCommand, Stream, inventory, ip_route, main_routes, nothing_left};
 
 /// The tests of this file.
 pub fn tests() -> Vec<Test> {
     vec![
         ("taken_over_twice_in_a_stream", taken_over_twice_in_a_stream),
         ("taken_over_without_a_loss", taken_over_without_a_loss),
+        ("a_successor_with_other_flags", a_successor_with_other_flags),
         ("successors_that_fail", successors_that_fail),
         ("successors_that_are_killed", successors_that_are_killed),
         ("nobody_to_take_over_from", nobody_to_take_over_from),
@@ -133,6 +136,25 @@ fn longest_stall(streams: &[Stream], work: impl FnOnce() -> Result<()> + Send) -
     })
 }
 
+/// The kernel's routes are there all the time while work is done.
+fn routes_stay<T: Send>(
+    namespace: &Namespace,
+    work: impl FnOnce() -> Result<T> + Send,
+) -> Result<T> {
+    let wanted = own_routes(namespace)?;
+    std::thread::scope(|scope| {
+        let working = scope.spawn(work);
+        while !working.is_finished() {
+            let own = own_routes(namespace)?;
+            check(own == wanted, || format!("routes {own:?}, not {wanted:?}"))?;
+        }
+        match working.join() {
+            Ok(result) => result,
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    })
+}
+
 /// TCP in both directions goes on, as if nothing had happened.
 fn taken_over_twice_in_a_stream() -> Result<()> {
     /// A connection that has lost more than a window's worth stands still for
@@ -167,7 +189,9 @@ fn taken_over_twice_in_a_stream() -> Result<()> {
         let already = retransmissions(&streams)?;
         let mut next = None;
         let stall = longest_stall(&streams, || {
-            next = Some(stage.take_over(near, &[])?);
+            next = Some(routes_stay(&stage.near().host, || {
+                stage.take_over(near, &[])
+            })?);
             streams.iter().try_for_each(Stream::wait_for_progress)
         })?;
         let Some((new, ended)) = next else {
@@ -194,6 +218,14 @@ fn taken_over_twice_in_a_stream() -> Result<()> {
     stage.operator.tell("route del 172.30.0.0/16")?;
     let routes = own_routes(&stage.near().host)?;
     check(routes.len() == 4, || format!("{routes:?}"))?;
+    for prefix in &routes {
+        let (host, delete) = (&stage.near().host, RouteCommand::Delete);
+        ip_route(host, delete, *prefix, TUNNEL_NAME, None)?;
+    }
+    wait_until("the successor puts routes back", || {
+        Ok(own_routes(&stage.near().host)? == routes)
+    })?;
+    wait_for_each_other(stage.near(), stage.far())?;
     stop(near)?;
     check(!stage.operator.socket().exists(), || {
         "the socket is left".into()
@@ -309,6 +341,46 @@ fn successors_that_fail() -> Result<()> {
         drop((client, reader));
         as_before("a successor that died")?;
     }
+    stream.finish()?;
+    stop(near)?;
+    stop(far).map(drop)
+}
+
+/// What the new flags say counts from then on; what stays is not disturbed.
+fn a_successor_with_other_flags() -> Result<()> {
+    let stage = Stage::new()?;
+    let (near, far) = stage.play()?;
+    let (a, b) = (stage.near(), stage.far());
+    let stream = Stream::start(&a.container, &b.container, inside(2)[0])?;
+    stream.wait_for_progress()?;
+    let before = link(&a.host, TUNNEL_NAME)?;
+    let added = "10.211.55.9=172.30.0.0/16,fd00:30::/32";
+    let flags = ["--peer", added, "--hop", "--mtu", "1400"];
+    let (near, _) = stage.take_over(near, &flags)?;
+    stream.wait_for_progress()?;
+    let after = link(&a.host, TUNNEL_NAME)?;
+    check(after.index == before.index && after.mtu == 1400, || {
+        format!("{after:?}")
+    })?;
+    let routes = own_routes(&a.host)?;
+    check(routes.len() == 6, || format!("{routes:?}"))?;
+    let peer = stage.operator.peer_of("172.30.1.1")?;
+    check(peer == "10.211.55.9:8285", || peer.clone())?;
+    let hop_limit = hop_limit_between(a, b, 0)?;
+    check(hop_limit == 61, || format!("hop limit {hop_limit}"))?;
+    // And back again.
+    let (near, _) = stage.take_over(near, &[])?;
+    stream.wait_for_progress()?;
+    let routes = own_routes(&a.host)?;
+    check(routes.len() == 4, || format!("{routes:?}"))?;
+    check(link(&a.host, TUNNEL_NAME)? == before, || {
+        "another MTU".into()
+    })?;
+    stage
+        .operator
+        .refuses("route get 172.30.1.1", &["172.30.1.1"])?;
+    let hop_limit = hop_limit_between(a, b, 0)?;
+    check(hop_limit == 62, || format!("hop limit {hop_limit}"))?;
     stream.finish()?;
     stop(near)?;
     stop(far).map(drop)
