@@ -499,8 +499,8 @@ fn a_reader_that_has_seen_enough_is_no_error() {
 #[test]
 fn requests_that_no_tunnel_reads_are_not_sent() {
     let prefixes: Vec<ipnet::IpNet> = (0..300_000_u32)
-        .map(|index| std::net::Ipv4Addr::from_bits(0x0a00_0000 + index).into())
-        .map(|address: std::net::Ipv4Addr| ipnet::IpNet::from(std::net::IpAddr::from(address)))
+        .map(|index| std::net::IpAddr::from(std::net::Ipv4Addr::from_bits(0x0a00_0000 + index)))
+        .map(ipnet::IpNet::from)
         .collect();
     let error = encode(&Request::RouteDel { prefixes }).unwrap_err();
     assert!(error.to_string().contains("4194304 bytes"), "{error}");

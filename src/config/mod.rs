@@ -238,8 +238,10 @@ pub fn default_control_path(tun: &str) -> PathBuf {
     use std::os::unix::fs::MetadataExt;
     let inode = |path: &str| std::fs::metadata(path).map(|metadata| metadata.ino()).ok();
     let own = inode("/proc/self/ns/net");
-    let name = match own {
-        Some(own) if inode("/proc/1/ns/net") != Some(own) => format!("{tun}-{own}.sock"),
+    // Who may not look at the first process is a service with few rights rather
+    // than one in a namespace of its own.
+    let name = match (own, inode("/proc/1/ns/net")) {
+        (Some(own), Some(first)) if own != first => format!("{tun}-{own}.sock"),
         _ => format!("{tun}.sock"),
     };
     PathBuf::from("/run/fastvpn").join(name)

@@ -1,5 +1,9 @@
 //! What operators and the running tunnel say to each other: one JSON object a
 //! line, each way. `docs/control.md` describes it for those who write programs.
+//!
+//! Clients skip what they do not know of an answer, so answers may grow. A client
+//! of a later version may still meet an earlier tunnel: give fields that are new a
+//! default (`#[serde(default)]`).
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};

@@ -94,6 +94,16 @@ pub fn source(version: Version, packet: &[u8]) -> IpAddr {
     }
 }
 
+/// Whether two packets of one version that [`verify`] passed have the same
+/// source address.
+#[inline]
+pub fn same_source(version: Version, one: &[u8], other: &[u8]) -> bool {
+    match version {
+        Version::V4 => one[12..16] == other[12..16],
+        Version::V6 => one[8..24] == other[8..24],
+    }
+}
+
 /// Whether routers may not cut a packet that [`verify`] passed: those of IPv6
 /// never, those of IPv4 with the flag DF.
 #[inline]
@@ -155,11 +165,21 @@ mod tests {
         assert_eq!(text(source(Version::V4, &packet)), "10.0.0.1");
         assert_eq!(text(destination(Version::V4, &packet)), "10.0.0.2");
         assert!(!is_unfragmentable(Version::V4, &packet));
+        let mut other = packet.clone();
+        other[16..20].copy_from_slice(&[10, 9, 9, 9]);
+        assert!(same_source(Version::V4, &packet, &other));
+        other[15] ^= 1;
+        assert!(!same_source(Version::V4, &packet, &other));
         packet[6] = 0x40;
         assert!(is_unfragmentable(Version::V4, &packet));
         let mut v6 = vec![0; 40];
         v6[23] = 1;
         v6[39] = 2;
+        let mut other = v6.clone();
+        other[39] ^= 1;
+        assert!(same_source(Version::V6, &v6, &other));
+        other[8] ^= 1;
+        assert!(!same_source(Version::V6, &v6, &other));
         assert_eq!(text(source(Version::V6, &v6)), "::1");
         assert_eq!(text(destination(Version::V6, &v6)), "::2");
         assert!(is_unfragmentable(Version::V6, &v6));

@@ -595,6 +595,9 @@ impl Running {
             routes.stop(AtEnd::Remove);
         }
         self.stop_workers();
+        // The device goes with the last of them, and who has asked for the end
+        // takes the socket's for it.
+        self.descriptors.clear();
         if let Some(server) = self.server.take() {
             server.close(true);
         }

@@ -8,7 +8,7 @@ use super::counters::Counters;
 use super::engine::Engine;
 use super::table::{Peer, Table};
 use crate::packet::coalesce::{Coalescer, Offloads};
-use crate::packet::ip::{self, Malformed};
+use crate::packet::ip::{self, Malformed, Version};
 
 /// The inbound half of a worker.
 #[derive(Debug)]
@@ -56,8 +56,7 @@ impl Inbound {
         for datagram in datagrams {
             match ip::verify(datagram) {
                 Ok(version) => {
-                    let source = ip::source(version, datagram);
-                    if allowed.admits(source, sender, table, counters) {
+                    if allowed.admits(version, datagram, sender, table, counters) {
                         allowed.count(datagram.len());
                         self.coalescer.push(version, datagram, engine);
                     } else {
@@ -84,8 +83,9 @@ impl Inbound {
 /// mostly have one source, so the last verdict is kept.
 struct Allowed<'a> {
     worker: usize,
-    source: Option<IpAddr>,
-    /// The peer behind which `source` is, if it is the sender.
+    /// The packet that the verdict was about.
+    last: Option<(Version, &'a [u8])>,
+    /// The peer behind which its source is, if it is the sender.
     peer: Option<&'a Peer>,
     /// Packets and bytes of this peer that are not in its counters yet.
     packets: u64,
@@ -97,27 +97,31 @@ impl<'a> Allowed<'a> {
     fn none(worker: usize) -> Self {
         Self {
             worker,
-            source: None,
+            last: None,
             peer: None,
             packets: 0,
             bytes: 0,
         }
     }
 
-    /// Whether a packet from `source` may come from `sender`.
+    /// Whether a packet that [`ip::verify`] passed may come from `sender`.
     #[inline]
     fn admits(
         &mut self,
-        source: IpAddr,
+        version: Version,
+        packet: &'a [u8],
         sender: IpAddr,
         table: &'a Table,
         counters: &Counters,
     ) -> bool {
-        if self.source != Some(source) {
+        let is_known = self
+            .last
+            .is_some_and(|(last, other)| last == version && ip::same_source(last, other, packet));
+        if !is_known {
             self.settle(counters);
-            self.source = Some(source);
+            self.last = Some((version, packet));
             self.peer = table
-                .peer(source)
+                .peer(ip::source(version, packet))
                 .map(|(_, peer)| peer)
                 .filter(|peer| peer.endpoint.is_some_and(|to| to.ip() == sender));
         }
