@@ -86,6 +86,7 @@ fn main() -> ExitCode {
         names::tests(),
         control::tests(),
         reload::tests_of_control(),
+        takeover::tests_of_control(),
         overlay_mtu::tests_of_no_engine(),
     ];
     // Shown as ignored, never left out in silence.

@@ -394,6 +394,13 @@ fn the_hosts_own_narrow_way() -> Result<()> {
     let probe = Probe::open(near, neighbour, 0, PMTUDISC_INTERFACE)?;
     probe.passes(wide_bytes)?;
     stream.wait_for_progress()?;
+    // Wide again: whoever tries long packets gets them through.
+    set_mtu(&near.host, UNDERLAY_NAME, MTU_BYTES)?;
+    for family in [0, 1] {
+        let probe = Probe::open(near, neighbour, family, libc::IP_PMTUDISC_PROBE)?;
+        probe.passes(wide_bytes)?;
+    }
+    stream.wait_for_progress()?;
     stream.finish()?;
     tunnels.into_iter().try_for_each(|end| stop(end).map(drop))
 }

@@ -29,6 +29,7 @@ pub fn tests_of_control() -> Vec<Test> {
         ("a_tunnel_from_a_file", a_tunnel_from_a_file),
         ("a_file_with_a_mistake", a_file_with_a_mistake),
         ("peers_that_contradict", peers_that_contradict),
+        ("hangups_without_a_file", hangups_without_a_file),
     ]
 }
 
@@ -203,6 +204,14 @@ fn peers_that_contradict() -> Result<()> {
             "--peer 10.211.55.2=172.30.0.0/16 --peer 10.211.55.2:8285=172.31.0.0/16",
             &["10.211.55.2"],
         ),
+        (
+            "--peer 10.211.55.2=172.30.0.0/16 --peer ::ffff:10.211.55.2=172.31.0.0/16",
+            &["10.211.55.2"],
+        ),
+        (
+            "--peer far.example=172.30.0.0/16 --peer FAR.example.=172.31.0.0/16",
+            &["FAR.example"],
+        ),
     ] {
         let before = inventory(host)?;
         let mut command = Command::new(FASTVPN);
@@ -211,6 +220,35 @@ fn peers_that_contradict() -> Result<()> {
         nothing_left(host, &before)?;
     }
     Ok(())
+}
+
+/// They end other programs; this one has nothing to read, says so, and goes on.
+/// However many there are, the signal to end is obeyed.
+fn hangups_without_a_file() -> Result<()> {
+    let network = sites(2)?;
+    let [a, b] = &network.all[..] else {
+        return fail("two sites");
+    };
+    let operator = Operator::new()?;
+    let socket = operator.socket_text();
+    let mut tunnel = a.start(&[peer(2)], &["--control", &socket])?;
+    let far = b.start(&[peer(1)], &[])?;
+    wait_for_each_other(a, b)?;
+    let table = operator.routes()?;
+    for _ in 0..1000 {
+        tunnel.child().signal(Signal::SIGHUP);
+    }
+    wait_for_each_other(a, b)?;
+    check(operator.routes()? == table, || "another table".into())?;
+    let pid = operator.ask("status")?["pid"].as_u64();
+    check(pid == Some(tunnel.pid().into()), || "not the same".into())?;
+    for _ in 0..1000 {
+        tunnel.child().signal(Signal::SIGHUP);
+    }
+    tunnel.child().signal(Signal::SIGTERM);
+    let ended = tunnel.wait()?;
+    check(ended.status.code() == Some(0), || ended.log)?;
+    stop(far).map(drop)
 }
 
 /// Peers come and go by the file, by a signal and by a command; what stays is

@@ -31,6 +31,11 @@ pub fn tests() -> Vec<Test> {
     ]
 }
 
+/// Those that are about control alone.
+pub fn tests_of_control() -> Vec<Test> {
+    vec![("a_silent_successor", a_silent_successor)]
+}
+
 /// Those to be run between different engines as well.
 pub fn tests_of_mixed_engines() -> Vec<Test> {
     vec![("taken_over_twice_in_a_stream", taken_over_twice_in_a_stream)]
@@ -342,6 +347,35 @@ fn successors_that_fail() -> Result<()> {
         as_before("a successor that died")?;
     }
     stream.finish()?;
+    stop(near)?;
+    stop(far).map(drop)
+}
+
+/// One that asks and then says nothing is given up; what operators want waits so
+/// long, and traffic does not.
+fn a_silent_successor() -> Result<()> {
+    let stage = Stage::new()?;
+    let (near, far) = stage.play()?;
+    let (a, b) = (stage.near(), stage.far());
+    let stream = Stream::start(&a.container, &b.container, inside(2)[0])?;
+    let mut client = stage.operator.connect()?;
+    let question = r#"{"command":"takeover","protocol":1}"#;
+    tried("ask", writeln!(client, "{question}"))?;
+    for _ in 0..3 {
+        stream.wait_for_progress()?;
+    }
+    let routes = own_routes(&a.host)?;
+    stage
+        .operator
+        .tell(&format!("route add 172.30.0.0/16 --peer {}", underlay(2)))?;
+    check(own_routes(&a.host)?.len() == routes.len() + 1, || {
+        "no new route".into()
+    })?;
+    stream.wait_for_progress()?;
+    stream.finish()?;
+    drop(client);
+    let (near, _) = stage.take_over(near, &[])?;
+    wait_for_each_other(a, b)?;
     stop(near)?;
     stop(far).map(drop)
 }
