@@ -46,6 +46,11 @@ pub fn tests() -> Vec<Test> {
             "a_name_that_comes_with_a_reload",
             a_name_that_comes_with_a_reload,
         ),
+        (
+            "a_reload_without_a_name_server",
+            a_reload_without_a_name_server,
+        ),
+        ("names_added_are_handed_over", names_added_are_handed_over),
         ("a_name_that_never_resolves", a_name_that_never_resolves),
     ]
 }
@@ -402,6 +407,67 @@ fn a_takeover_without_a_name_server() -> Result<()> {
     [new, far]
         .into_iter()
         .try_for_each(|end| stop(end).map(drop))
+}
+
+/// No answer is no reason to forget an address.
+fn a_reload_without_a_name_server() -> Result<()> {
+    let configuration = Operator::new()?;
+    let file = configuration.write("fastvpn.toml", "hop = false\n")?;
+    let (moving, tunnels) = Moving::start(&["--config", &file])?;
+    let [a, b, _] = &moving.network.all[..] else {
+        return fail("three sites");
+    };
+    let stream = Stream::start(&a.container, &b.container, inside(2)[0])?;
+    stream.wait_for_progress()?;
+    let before = moving.names.questions(NAME);
+    moving.names.silent.store(true, Ordering::Relaxed);
+    moving.operator.tell("reload")?;
+    wait_until("the name is asked for again", || {
+        Ok(moving.names.questions(NAME) > before)
+    })?;
+    stream.wait_for_progress()?;
+    // That it does not exist any more, neither.
+    lock(&moving.names.zone).clear();
+    moving.names.silent.store(false, Ordering::Relaxed);
+    let before = moving.names.questions(NAME);
+    moving.operator.tell("reload")?;
+    wait_until("the name is asked for again", || {
+        Ok(moving.names.questions(NAME) > before)
+    })?;
+    stream.wait_for_progress()?;
+    stream.finish()?;
+    wait_for_each_other(a, b)?;
+    tunnels.into_iter().try_for_each(|end| stop(end).map(drop))
+}
+
+/// A peer by name that an operator added is the successor's as well.
+fn names_added_are_handed_over() -> Result<()> {
+    let network = sites(3)?;
+    let [a, b, c] = &network.all[..] else {
+        return fail("three sites");
+    };
+    let names = NameServer::start(&a.host)?;
+    names.set(NAME, underlay(2));
+    let operator = Operator::new()?;
+    let socket = operator.socket_text();
+    let flags = ["--control", &socket];
+    let old = names.start_tunnel(a, &[peer(3)], &flags)?;
+    let others = [b.start(&[peer(1)], &[])?, c.start(&[peer(1)], &[])?];
+    operator.wait()?;
+    operator.tell(&format!("peer add {}", named(2)))?;
+    wait_for_each_other(a, b)?;
+    let table = operator.routes()?;
+    let stream = Stream::start(&a.container, &b.container, inside(2)[0])?;
+    stream.wait_for_progress()?;
+    let new = names.start_tunnel(a, &[peer(3)], &[&["--takeover"], &flags[..]].concat())?;
+    let ended = old.wait()?;
+    check(ended.status.code() == Some(0), || ended.log)?;
+    stream.wait_for_progress()?;
+    stream.finish()?;
+    check(operator.routes()? == table, || "another table".into())?;
+    wait_for_each_other(a, b)?;
+    stop(new)?;
+    others.into_iter().try_for_each(|end| stop(end).map(drop))
 }
 
 /// A peer by name that was not there at the start, in a tunnel that had none.

@@ -423,7 +423,7 @@ fn many() -> Vec<String> {
     let mut prefixes = vec!["10.77.0.0/24".to_string()];
     let numbers = (0..10_000_u32).map(|number| {
         let [_, _, high, low] = (number * 16).to_be_bytes();
-        format!("10.{}.{high}.{low}/28", 100 + (number * 16 >> 16))
+        format!("10.{}.{high}.{low}/28", 100 + (number >> 12))
     });
     prefixes.extend(numbers.take(9_999));
     prefixes

@@ -27,6 +27,7 @@ pub fn tests() -> Vec<Test> {
         ("a_successor_with_other_flags", a_successor_with_other_flags),
         ("successors_that_fail", successors_that_fail),
         ("successors_that_are_killed", successors_that_are_killed),
+        ("two_successors_at_once", two_successors_at_once),
         ("nobody_to_take_over_from", nobody_to_take_over_from),
     ]
 }
@@ -462,6 +463,50 @@ fn successors_that_are_killed() -> Result<()> {
     stream.wait_for_progress()?;
     stream.finish()?;
     stop(near)?;
+    stop(far).map(drop)
+}
+
+/// Whatever they do to each other, in the end there is one, and traffic flows.
+fn two_successors_at_once() -> Result<()> {
+    let stage = Stage::new()?;
+    let (near, far) = stage.play()?;
+    let (a, b) = (stage.near(), stage.far());
+    let before = appearance(&a.host)?;
+    let stream = Stream::start(&a.container, &b.container, inside(2)[0])?;
+    let mut all = vec![near];
+    for _ in 0..3 {
+        stream.wait_for_progress()?;
+        all.push(stage.start(&["--takeover"])?);
+        all.push(stage.start(&["--takeover"])?);
+        wait_until("there is one", || {
+            let mut running = 0;
+            for end in &mut all {
+                running += usize::from(end.child().try_wait()?.is_none());
+            }
+            check(running > 0, || "there is none".into())?;
+            Ok(running == 1)
+        })?;
+        let mut last = None;
+        for mut end in all.drain(..) {
+            if end.child().try_wait()?.is_none() {
+                last = Some(end);
+            }
+        }
+        stage.operator.wait()?;
+        check(
+            stage.pid()? == last.as_ref().map(|end| end.pid().into()),
+            || "somebody else answers".into(),
+        )?;
+        all.extend(last);
+        let after = appearance(&a.host)?;
+        check(after == before, || {
+            format!("{before:?} before, {after:?} after")
+        })?;
+    }
+    stream.wait_for_progress()?;
+    stream.finish()?;
+    wait_for_each_other(a, b)?;
+    all.into_iter().try_for_each(|end| stop(end).map(drop))?;
     stop(far).map(drop)
 }
 
