@@ -137,6 +137,15 @@ fn index_of(namespace: &Namespace, name: &str) -> Result<u32> {
 
 fn configure(namespace: &Namespace, name: &str, addresses: &[IpNet], mtu: u32) -> Result<()> {
     let index = index_of(namespace, name)?;
+    if addresses
+        .iter()
+        .any(|address| matches!(address, IpNet::V6(_)))
+    {
+        // Without a link-local address, which waits up to two seconds for
+        // duplicate address detection, the host does not find its neighbours
+        // for packets that it forwards.
+        namespace.sysctl(&format!("net/ipv6/conf/{name}/accept_dad"), "0")?;
+    }
     let mut netlink = namespace.netlink()?;
     netlink.set_mtu(index, mtu)?;
     netlink.set_up(index)?;

@@ -113,6 +113,24 @@ fn all_commands() -> Result<()> {
         || third.to_string(),
     )?;
 
+    // The peers' counters make up the tunnel's, as soon as all is quiet.
+    wait_until("the peers' counters add up", || {
+        let (status, peers) = (operator.ask("status")?, operator.ask("peers")?);
+        let entries = peers["peers"].as_array();
+        let sum =
+            |key: &str| -> Option<u64> { entries?.iter().map(|peer| peer[key].as_u64()).sum() };
+        let counters = [
+            ("packets_sent", "packets-sent"),
+            ("bytes_sent", "bytes-sent"),
+            ("packets_received", "packets-received"),
+            ("bytes_received", "bytes-received"),
+        ];
+        let adds_up = |(of_peer, of_all): (&str, &str)| {
+            sum(of_peer).is_some() && sum(of_peer) == status["counters"][of_all].as_u64()
+        };
+        Ok(counters.into_iter().all(adds_up))
+    })?;
+
     // What goes where, changed in all ways.
     let mut expected: BTreeMap<IpNet, String> = BTreeMap::new();
     for prefix in prefixes(2).split(',') {

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use crate::packets::{checksum, destination, hop_limit, source, transport};
+use crate::packets::{checksum, destination, source, transport};
 
 /// Protocol numbers.
 pub const ICMP: u8 = 1;
@@ -42,8 +42,6 @@ pub struct IcmpError {
     pub quote: Vec<u8>,
     /// Whether all checksums are right.
     pub intact: bool,
-    /// Hop limit with which it came.
-    pub hop_limit: u8,
     /// Length of the whole packet.
     pub packet_bytes: usize,
 }
@@ -78,7 +76,6 @@ impl IcmpError {
             rest: [message[4], message[5], message[6], message[7]],
             quote: message[8..].to_vec(),
             intact: sums_right,
-            hop_limit: hop_limit(packet)?,
             packet_bytes: packet.len(),
         })
     }

@@ -96,6 +96,8 @@ fn main() -> ExitCode {
         names::tests(),
         reload::tests_of_control(),
         routes::tests(),
+        takeover::tests_of_control(),
+        overlay_mtu::tests_of_no_engine(),
     ];
     // Shown as ignored, never left out in silence.
     let without_uring = fastvpn::ring::probe(URING_FEATURES).is_err();

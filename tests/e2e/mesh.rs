@@ -11,11 +11,11 @@ use crate::operator::Operator;
 use crate::packets::{Tap, hop_limit, is_udp_to};
 use crate::plain_peer::{PORT, PlainPeer};
 use crate::site::{
-    ALL_PREFIXES, Site, addresses, all_went_well, inside, peer, peer_v6, prefixes, sites, transfer,
-    tunnel, underlay, underlay_v6, wait_for_each_other,
+    ALL_PREFIXES, Site, addresses, all_went_well, inside, large_ping, peer, peer_v6, prefixes,
+    sites, transfer, tunnel, underlay, underlay_v6, wait_for_each_other,
 };
 use crate::support::{
-    Test, answers, check, enlarge_receive_buffer, link, stop, tried, udp, wait_for, wait_until,
+    Test, check, enlarge_receive_buffer, link, stop, tried, udp, wait_for, wait_until,
 };
 
 /// The tests of this file.
@@ -107,8 +107,8 @@ fn hub_and_spokes() -> Result<()> {
         transfer(from, to, family, 10)?;
     }
     // Longer than any path, there and back.
-    answers(&spokes[0].container, inside(over_v6.number)[0], 20_000)?;
-    answers(&over_v6.container, inside(spokes[1].number)[1], 20_000)?;
+    large_ping(&spokes[0].container, inside(over_v6.number)[0], 20_000)?;
+    large_ping(&over_v6.container, inside(spokes[1].number)[1], 20_000)?;
     for (tunnel, site) in tunnels.into_iter().zip(&network.all) {
         let ended = stop(tunnel)?;
         if site.number == hub.number {

@@ -26,6 +26,7 @@ use crate::site::{
 use crate::support::{
     FASTVPN, PATIENCE, Test, Tunnel, check, fail, stop, tried, wait_for, wait_until,
 };
+use crate::tools::Stream;
 
 /// The tests of this file, which are about control alone.
 pub fn tests() -> Vec<Test> {
@@ -37,6 +38,19 @@ pub fn tests() -> Vec<Test> {
             a_name_that_moves_and_a_reload,
         ),
         ("a_silent_name_server", a_silent_name_server),
+        (
+            "a_takeover_without_a_name_server",
+            a_takeover_without_a_name_server,
+        ),
+        (
+            "a_name_that_comes_with_a_reload",
+            a_name_that_comes_with_a_reload,
+        ),
+        (
+            "a_reload_without_a_name_server",
+            a_reload_without_a_name_server,
+        ),
+        ("names_added_are_handed_over", names_added_are_handed_over),
         ("a_name_that_never_resolves", a_name_that_never_resolves),
     ]
 }
@@ -370,6 +384,119 @@ fn a_silent_name_server() -> Result<()> {
     })?;
     wait_for_each_other(a, c)?;
     operator.tell("peer del late0.example")?;
+    tunnels.into_iter().try_for_each(|end| stop(end).map(drop))
+}
+
+/// The successor knows what its predecessor knew, though nobody tells it.
+fn a_takeover_without_a_name_server() -> Result<()> {
+    let (moving, [old, far]) = Moving::start(&[])?;
+    let [a, b, _] = &moving.network.all[..] else {
+        return fail("three sites");
+    };
+    let stream = Stream::start(&a.container, &b.container, inside(2)[0])?;
+    stream.wait_for_progress()?;
+    moving.names.silent.store(true, Ordering::Relaxed);
+    let socket = moving.operator.socket_text();
+    let flags = ["--takeover", "--control", &socket];
+    let new = moving.names.start_tunnel(a, &[named(2)], &flags)?;
+    let ended = old.wait()?;
+    check(ended.status.code() == Some(0), || ended.log)?;
+    stream.wait_for_progress()?;
+    stream.finish()?;
+    wait_for_each_other(a, b)?;
+    [new, far]
+        .into_iter()
+        .try_for_each(|end| stop(end).map(drop))
+}
+
+/// No answer is no reason to forget an address.
+fn a_reload_without_a_name_server() -> Result<()> {
+    let configuration = Operator::new()?;
+    let file = configuration.write("fastvpn.toml", "hop = false\n")?;
+    let (moving, tunnels) = Moving::start(&["--config", &file])?;
+    let [a, b, _] = &moving.network.all[..] else {
+        return fail("three sites");
+    };
+    let stream = Stream::start(&a.container, &b.container, inside(2)[0])?;
+    stream.wait_for_progress()?;
+    let before = moving.names.questions(NAME);
+    moving.names.silent.store(true, Ordering::Relaxed);
+    moving.operator.tell("reload")?;
+    wait_until("the name is asked for again", || {
+        Ok(moving.names.questions(NAME) > before)
+    })?;
+    stream.wait_for_progress()?;
+    // That it does not exist any more, neither.
+    lock(&moving.names.zone).clear();
+    moving.names.silent.store(false, Ordering::Relaxed);
+    let before = moving.names.questions(NAME);
+    moving.operator.tell("reload")?;
+    wait_until("the name is asked for again", || {
+        Ok(moving.names.questions(NAME) > before)
+    })?;
+    stream.wait_for_progress()?;
+    stream.finish()?;
+    wait_for_each_other(a, b)?;
+    tunnels.into_iter().try_for_each(|end| stop(end).map(drop))
+}
+
+/// A peer by name that an operator added is the successor's as well.
+fn names_added_are_handed_over() -> Result<()> {
+    let network = sites(3)?;
+    let [a, b, c] = &network.all[..] else {
+        return fail("three sites");
+    };
+    let names = NameServer::start(&a.host)?;
+    names.set(NAME, underlay(2));
+    let operator = Operator::new()?;
+    let socket = operator.socket_text();
+    let flags = ["--control", &socket];
+    let old = names.start_tunnel(a, &[peer(3)], &flags)?;
+    let others = [b.start(&[peer(1)], &[])?, c.start(&[peer(1)], &[])?];
+    operator.wait()?;
+    operator.tell(&format!("peer add {}", named(2)))?;
+    wait_for_each_other(a, b)?;
+    let table = operator.routes()?;
+    let stream = Stream::start(&a.container, &b.container, inside(2)[0])?;
+    stream.wait_for_progress()?;
+    let new = names.start_tunnel(a, &[peer(3)], &[&["--takeover"], &flags[..]].concat())?;
+    let ended = old.wait()?;
+    check(ended.status.code() == Some(0), || ended.log)?;
+    stream.wait_for_progress()?;
+    stream.finish()?;
+    check(operator.routes()? == table, || "another table".into())?;
+    wait_for_each_other(a, b)?;
+    stop(new)?;
+    others.into_iter().try_for_each(|end| stop(end).map(drop))
+}
+
+/// A peer by name that was not there at the start, in a tunnel that had none.
+fn a_name_that_comes_with_a_reload() -> Result<()> {
+    let network = sites(3)?;
+    let [a, b, c] = &network.all[..] else {
+        return fail("three sites");
+    };
+    let names = NameServer::start(&a.host)?;
+    let operator = Operator::new()?;
+    let socket = operator.socket_text();
+    let entry = |endpoint: &str, number: u8| {
+        let list: Vec<_> = prefixes(number).split(',').map(String::from).collect();
+        format!("[[peer]]\nendpoint = {endpoint:?}\nprefixes = {list:?}\n")
+    };
+    let text = entry(&underlay(3).to_string(), 3);
+    let file = operator.write("fastvpn.toml", &text)?;
+    let tunnels = [
+        names.start_tunnel(a, &[], &["--config", &file, "--control", &socket])?,
+        b.start(&[peer(1)], &[])?,
+        c.start(&[peer(1)], &[])?,
+    ];
+    wait_for_each_other(a, c)?;
+    operator.write("fastvpn.toml", &format!("{text}{}", entry(NAME, 2)))?;
+    operator.tell("reload")?;
+    wait_until("the name is asked for", || Ok(names.questions(NAME) > 0))?;
+    wait_for_each_other(a, c)?;
+    names.set(NAME, underlay(2));
+    wait_for_each_other(a, b)?;
     tunnels.into_iter().try_for_each(|end| stop(end).map(drop))
 }
 

@@ -66,7 +66,7 @@ impl Operator {
 
     /// Runs `fastvpn WORDS --control SOCKET`.
     pub fn run(&self, words: &[&str]) -> Result<Said> {
-        let mut command = Command::new(std::env::var("MESH_CLIENT").unwrap_or(FASTVPN.into())); // TEMPORARY
+        let mut command = Command::new(FASTVPN);
         command.args(words).arg("--control").arg(self.socket());
         said(&self.desk, command)
     }

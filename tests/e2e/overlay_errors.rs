@@ -11,12 +11,13 @@ use fastvpn::lab::{CONTAINER_NAME, Namespace};
 use crate::icmp_error::{IcmpError, NO_ROUTE, TIME_EXCEEDED};
 use crate::mesh::hop_limit_between;
 use crate::operator::Operator;
-use crate::packets::{Tap, V4, V6, hop_limit, transport, udp, udp_packet};
+use crate::packets::{Tap, V4, V6, hop_limit, is_udp_to, transport, udp, udp_packet};
 use crate::site::{
     Site, all_went_well, full_mesh, inside, peer, router, sites, transfer, tunnel,
     wait_for_each_other,
 };
-use crate::support::{PATIENCE, Test, check, stop, tried, wait_until};
+use crate::sources::send_train;
+use crate::support::{PATIENCE, Test, check, stop, tried, wait_until, without_backlog_drops};
 
 /// The tests of this file.
 pub fn tests() -> Vec<Test> {
@@ -26,6 +27,7 @@ pub fn tests() -> Vec<Test> {
         ("what_is_never_reported", what_is_never_reported),
         ("a_tunnel_that_is_a_hop", a_tunnel_that_is_a_hop),
         ("a_trace_through_hops", a_trace_through_hops),
+        ("hop_limits_of_all_values", hop_limits_of_all_values),
     ]
 }
 
@@ -408,6 +410,27 @@ fn hop_limits_of_a_transfer(from: &Site, to: &Site, family: usize) -> Result<(Ve
     })
 }
 
+/// The hop limits with which datagrams come that were sent as one train
+/// (`UDP_SEGMENT`).
+fn hop_limits_of_a_train(from: &Site, to: &Site, family: usize) -> Result<Vec<u8>> {
+    const PORT: u16 = 9876;
+    let tap = Tap::on_ethernet(&to.container, CONTAINER_NAME, family == 0)?;
+    let address = (inside(to.number)[family], PORT);
+    let socket = probe(&from.container, address, 64)?;
+    tried("connect", socket.connect(address))?;
+    let mut seen = std::collections::BTreeSet::new();
+    wait_until("a train arrives", || {
+        // Refused, since nobody listens.
+        let _ = send_train(&socket, &vec![vec![7; 1000]; 40]);
+        let is_it = |packet: &[u8]| is_udp_to(packet, PORT);
+        while let Some(packet) = tap.next_within(Duration::from_millis(50), is_it)? {
+            seen.extend(hop_limit(&packet));
+        }
+        Ok(!seen.is_empty())
+    })?;
+    Ok(seen.into_iter().collect())
+}
+
 /// With `--hop` each crossing costs one, on the way out and only there, of
 /// super-packets as of any other; without it none.
 fn a_tunnel_that_is_a_hop() -> Result<()> {
@@ -436,6 +459,10 @@ fn a_tunnel_that_is_a_hop() -> Result<()> {
                 })?;
                 check(longest > 3000, || {
                     format!("no super-packet: {longest} bytes at most")
+                })?;
+                let seen = hop_limits_of_a_train(&all[from], &all[to], family)?;
+                check(seen == [expected], || {
+                    format!("{hops:?}: a UDP train came with {seen:?}, not {expected}")
                 })?;
             }
         }
@@ -491,6 +518,68 @@ fn a_trace_through_hops() -> Result<()> {
         check(hop == (counted > 0), || {
             format!("--hop {hop}: {counted} counted")
         })?;
+    }
+    Ok(())
+}
+
+/// One less of whatever there was, every other bit as it was, and checksums that
+/// are right; of 1 and of 0 nothing.
+fn hop_limits_of_all_values() -> Result<()> {
+    let network = sites(2)?;
+    let [a, b] = &network.all[..] else {
+        return Err(Error::new("two sites"));
+    };
+    let tunnels = full_mesh(&network.all, &["--hop", "--queues", "1"])?;
+    wait_for_each_other(a, b)?;
+    for family in [0, 1] {
+        let taps = match family {
+            0 => [Tap::on_tunnel(&a.host)?, Tap::on_tunnel(&b.host)?],
+            _ => [Tap::on_tunnel_v6(&a.host)?, Tap::on_tunnel_v6(&b.host)?],
+        };
+        let [into, out] = taps;
+        // Nobody's, so that no kernel has a say, but behind the two.
+        let make = |hops: u8, number: u16| match (inside(1)[family], inside(2)[family]) {
+            (IpAddr::V4(from), IpAddr::V4(_)) => {
+                let to = Ipv4Addr::new(172, 18, 2, 77);
+                let mut header = V4::new(from, to, 253);
+                header.ttl = hops;
+                header.id = number.wrapping_mul(251);
+                header.tos = number as u8;
+                header.packet(&number.to_be_bytes())
+            }
+            (IpAddr::V6(from), IpAddr::V6(to)) => {
+                let mut header = V6::new(from, to, 253);
+                header.hop_limit = hops;
+                header.packet(&number.to_be_bytes())
+            }
+            _ => Vec::new(),
+        };
+        let is_ours = |packet: &[u8]| transport(packet).is_some_and(|(kind, _)| kind == 253);
+        for hops in [0, 1] {
+            for number in 0..20 {
+                into.inject(&make(hops, number))?;
+            }
+        }
+        // Many sums per hop limit, so that every carry occurs.
+        for number in 0..2550 {
+            let hops = (number % 254 + 2) as u8;
+            let sent = make(hops, number);
+            let expected = make(hops - 1, number);
+            let mut attempts = 0;
+            without_backlog_drops(|| {
+                attempts += 1;
+                into.inject(&sent)?;
+                let arrived = out.next(is_ours)?;
+                // One sent twice may come twice.
+                check(arrived == expected || attempts > 1, || {
+                    format!("hop limit {hops}: arrived {arrived:x?}, not {expected:x?}")
+                })
+            })?;
+        }
+    }
+    for tunnel in tunnels {
+        let ended = stop(tunnel)?;
+        check(ended.dropped("sender-unknown") == 0, || ended.log)?;
     }
     Ok(())
 }

@@ -14,11 +14,11 @@ use nix::{getsockopt_impl, setsockopt_impl, sockopt_impl};
 use crate::icmp_error::{IcmpError, TOO_BIG};
 use crate::packets::Tap;
 use crate::site::{
-    MTU_BYTES, Site, container, inside, prefixes, tunnel, underlay, underlay_v6,
+    MTU_BYTES, Site, container, inside, large_ping, prefixes, tunnel, underlay, underlay_v6,
     wait_for_each_other,
 };
 use crate::support::{
-    Test, Tunnel, answers, bulk, check, enlarge_receive_buffer, link, stop, tried, udp, wait_until,
+    Test, Tunnel, bulk, check, enlarge_receive_buffer, link, stop, tried, udp, wait_until,
 };
 use crate::tools::Stream;
 use crate::underlay::set_mtu;
@@ -27,12 +27,16 @@ use crate::underlay::set_mtu;
 pub fn tests() -> Vec<Test> {
     vec![
         ("one_narrow_path", || one_narrow_path(Underlay::V4)),
-        ("one_narrow_path_over_ipv6", || {
-            one_narrow_path(Underlay::V6)
-        }),
         ("the_hosts_own_narrow_way", the_hosts_own_narrow_way),
         ("too_narrow_for_ipv6_inside", too_narrow_for_ipv6_inside),
     ]
+}
+
+/// Those that are run once, on the default engine.
+pub fn tests_of_no_engine() -> Vec<Test> {
+    vec![("one_narrow_path_over_ipv6", || {
+        one_narrow_path(Underlay::V6)
+    })]
 }
 
 /// What the datagrams travel over.
@@ -246,7 +250,10 @@ impl Probe {
         let timeout = Some(Duration::from_millis(500));
         tried("set a timeout", self.receiver.set_read_timeout(timeout))?;
         wait_until(&format!("a packet of {packet_bytes} bytes passes"), || {
-            let _ = self.send(packet_bytes);
+            // An error that an earlier one brought is told once.
+            if self.send(packet_bytes).is_err() {
+                return Ok(false);
+            }
             let length = self.receiver.recv(&mut buffer);
             Ok(length.is_ok_and(|length| length + headers == packet_bytes as usize))
         })
@@ -293,8 +300,7 @@ fn one_narrow_path(underlay: Underlay) -> Result<()> {
     }
     let streams = [
         Stream::start(&near.container, &far.container, inside(2)[0])?,
-        Stream::start(&near.container, &far.container, inside(2)[1])?,
-        Stream::start(&far.container, &near.container, inside(1)[0])?,
+        Stream::start(&far.container, &near.container, inside(1)[1])?,
         Stream::start(&near.container, &neighbour.container, inside(3)[0])?,
     ];
     streams.iter().try_for_each(Stream::wait_for_progress)?;
@@ -355,11 +361,11 @@ fn one_narrow_path(underlay: Underlay) -> Result<()> {
         stream.finish()?;
     }
     for family in [0, 1] {
-        answers(&near.container, inside(2)[family], 20_000)?;
-        bulk(&near.container, &far.container, inside(2)[family], 10)?;
-        bulk(&far.container, &near.container, inside(1)[family], 10)?;
+        large_ping(&near.container, inside(2)[family], 20_000)?;
+        bulk(&near.container, &far.container, inside(2)[family], 3)?;
+        bulk(&far.container, &near.container, inside(1)[family], 3)?;
         // From the host itself, too.
-        bulk(&near.host, &far.container, inside(2)[family], 10)?;
+        bulk(&near.host, &far.container, inside(2)[family], 3)?;
     }
     let mut ended = Vec::new();
     for tunnel in tunnels {
@@ -387,6 +393,13 @@ fn the_hosts_own_narrow_way() -> Result<()> {
     }
     let probe = Probe::open(near, neighbour, 0, PMTUDISC_INTERFACE)?;
     probe.passes(wide_bytes)?;
+    stream.wait_for_progress()?;
+    // Wide again: whoever tries long packets gets them through.
+    set_mtu(&near.host, UNDERLAY_NAME, MTU_BYTES)?;
+    for family in [0, 1] {
+        let probe = Probe::open(near, neighbour, family, libc::IP_PMTUDISC_PROBE)?;
+        probe.passes(wide_bytes)?;
+    }
     stream.wait_for_progress()?;
     stream.finish()?;
     tunnels.into_iter().try_for_each(|end| stop(end).map(drop))

@@ -29,6 +29,7 @@ pub fn tests_of_control() -> Vec<Test> {
         ("a_tunnel_from_a_file", a_tunnel_from_a_file),
         ("a_file_with_a_mistake", a_file_with_a_mistake),
         ("peers_that_contradict", peers_that_contradict),
+        ("hangups_without_a_file", hangups_without_a_file),
     ]
 }
 
@@ -203,6 +204,14 @@ fn peers_that_contradict() -> Result<()> {
             "--peer 10.211.55.2=172.30.0.0/16 --peer 10.211.55.2:8285=172.31.0.0/16",
             &["10.211.55.2"],
         ),
+        (
+            "--peer 10.211.55.2=172.30.0.0/16 --peer ::ffff:10.211.55.2=172.31.0.0/16",
+            &["10.211.55.2"],
+        ),
+        (
+            "--peer far.example=172.30.0.0/16 --peer FAR.example.=172.31.0.0/16",
+            &["FAR.example"],
+        ),
     ] {
         let before = inventory(host)?;
         let mut command = Command::new(FASTVPN);
@@ -211,6 +220,35 @@ fn peers_that_contradict() -> Result<()> {
         nothing_left(host, &before)?;
     }
     Ok(())
+}
+
+/// They end other programs; this one has nothing to read, says so, and goes on.
+/// However many there are, the signal to end is obeyed.
+fn hangups_without_a_file() -> Result<()> {
+    let network = sites(2)?;
+    let [a, b] = &network.all[..] else {
+        return fail("two sites");
+    };
+    let operator = Operator::new()?;
+    let socket = operator.socket_text();
+    let mut tunnel = a.start(&[peer(2)], &["--control", &socket])?;
+    let far = b.start(&[peer(1)], &[])?;
+    wait_for_each_other(a, b)?;
+    let table = operator.routes()?;
+    for _ in 0..1000 {
+        tunnel.child().signal(Signal::SIGHUP);
+    }
+    wait_for_each_other(a, b)?;
+    check(operator.routes()? == table, || "another table".into())?;
+    let pid = operator.ask("status")?["pid"].as_u64();
+    check(pid == Some(tunnel.pid().into()), || "not the same".into())?;
+    for _ in 0..1000 {
+        tunnel.child().signal(Signal::SIGHUP);
+    }
+    tunnel.child().signal(Signal::SIGTERM);
+    let ended = tunnel.wait()?;
+    check(ended.status.code() == Some(0), || ended.log)?;
+    stop(far).map(drop)
 }
 
 /// Peers come and go by the file, by a signal and by a command; what stays is
@@ -287,7 +325,26 @@ fn reloads_under_a_tcp_stream() -> Result<()> {
     wait_until("the tunnel is a hop", || {
         Ok(hop_limit_between(a, b, 0)? == 61)
     })?;
-    streams.iter().try_for_each(Stream::wait_for_progress)?;
+    let [v4, v6] = addresses(1);
+    let more = [&v4, "10.244.0.101/32", &v6, "fd00:244::101/128"];
+    let addresses_now = || -> Result<BTreeSet<String>> {
+        let index = link(&a.host, "fastvpn0")?.index;
+        let all = a.host.netlink()?.addresses()?;
+        let own = all.into_iter().filter(|(owner, _)| *owner == index);
+        let texts = own.map(|(_, net)| net.to_string());
+        Ok(texts.filter(|net| !net.starts_with("fe80:")).collect())
+    };
+    for list in [&more[..], &[&v4, &v6]] {
+        let expected: BTreeSet<_> = list.iter().map(|net| net.to_string()).collect();
+        let text = file(1, &[2, 3]).replacen(&address_line(1), &format!("address = {list:?}\n"), 1);
+        operator.write("fastvpn.toml", &text)?;
+        operator.tell("reload")?;
+        let found = addresses_now()?;
+        check(found == expected, || format!("{found:?}, not {expected:?}"))?;
+        let wanted: BTreeSet<IpNet> = operator.routes()?.into_iter().map(|(net, _)| net).collect();
+        check(own_routes(&a.host)? == wanted, || "other routes".into())?;
+        streams.iter().try_for_each(Stream::wait_for_progress)?;
+    }
     for stream in streams {
         stream.finish()?;
     }
@@ -366,7 +423,7 @@ fn many() -> Vec<String> {
     let mut prefixes = vec!["10.77.0.0/24".to_string()];
     let numbers = (0..10_000_u32).map(|number| {
         let [_, _, high, low] = (number * 16).to_be_bytes();
-        format!("10.{}.{high}.{low}/28", 100 + (number * 16 >> 16))
+        format!("10.{}.{high}.{low}/28", 100 + (number >> 12))
     });
     prefixes.extend(numbers.take(9_999));
     prefixes

@@ -13,7 +13,7 @@ use nix::sys::signal::Signal;
 use crate::operator::Operator;
 use crate::packets::TUNNEL_NAME;
 use crate::site::{Site, inside, peer, prefixes, sites, underlay, wait_for_each_other};
-use crate::support::{Test, check, link, stop, wait_for, wait_until};
+use crate::support::{Test, check, fastvpn, link, stop, wait_for, wait_until};
 use crate::tools::{RouteCommand, inventory, ip_route, main_routes, nothing_left};
 
 /// The tests of this file, which are about control alone.
@@ -25,6 +25,7 @@ pub fn tests() -> Vec<Test> {
         ("routes_that_others_have", routes_that_others_have),
         ("routes_left_alone", routes_left_alone),
         ("routes_return_with_the_interface", routes_return),
+        ("prefixes_that_swallow_a_peer", prefixes_that_swallow_a_peer),
     ]
 }
 
@@ -138,7 +139,7 @@ fn routes_are_put_back() -> Result<()> {
         })
     };
     let behind = [net("172.18.2.0/24")?, net("fd00:18:2::/64")?];
-    for _ in 0..3 {
+    for _ in 0..2 {
         for (prefix, address) in behind.iter().zip(inside(2)) {
             ip_route(&a.host, RouteCommand::Delete, *prefix, TUNNEL_NAME, None)?;
             is_back(prefix, address)?;
@@ -157,7 +158,7 @@ fn routes_are_put_back() -> Result<()> {
     }
     // Whoever insists is outlasted, and is answered in the end.
     for (prefix, address) in behind.iter().zip(inside(2)) {
-        for _ in 0..100 {
+        for _ in 0..30 {
             // Whether it is there at the moment or not.
             let _ = ip_route(&a.host, RouteCommand::Delete, *prefix, TUNNEL_NAME, None);
         }
@@ -347,4 +348,60 @@ fn routes_return() -> Result<()> {
         wait_for_each_other(a, b)?;
     }
     tunnels.into_iter().try_for_each(|end| stop(end).map(drop))
+}
+
+/// A prefix that leads datagrams to a peer, whichever, into the tunnel itself is
+/// refused, at the start and later.
+fn prefixes_that_swallow_a_peer() -> Result<()> {
+    let routed = crate::underlay::routed()?;
+    let (host, far) = (&routed.hosts.a, "10.211.56.123");
+    let operator = Operator::new()?;
+    let socket = operator.socket_text();
+    let addresses = "--address 10.244.0.1/32";
+    for peers in [
+        format!("--peer {far}=10.211.56.123/32"),
+        format!("--peer {far}=10.244.0.2/32,10.211.56.0/25"),
+        format!("--peer {far}=10.211.56.128/25 --peer 10.211.56.200=172.30.0.0/16"),
+    ] {
+        let before = inventory(host)?;
+        let ended = fastvpn(host, &format!("{addresses} --control {socket} {peers}"))?.wait()?;
+        let is_one_line = ended
+            .log
+            .lines()
+            .filter(|line| line.starts_with("fastvpn: "))
+            .count();
+        check(ended.status.code() == Some(1) && is_one_line == 1, || {
+            format!("{peers}: {}:\n{}", ended.status, ended.log)
+        })?;
+        nothing_left(host, &before)?;
+    }
+    let ends = [
+        fastvpn(
+            host,
+            &format!("{addresses} --control {socket} --peer {far}=10.244.0.2/32"),
+        )?,
+        fastvpn(
+            &routed.hosts.b,
+            "--address 10.244.0.2/32 --peer 10.211.55.122=10.244.0.1/32",
+        )?,
+    ];
+    operator.wait()?;
+    wait_for(host, [10, 244, 0, 2].into())?;
+    let (table, routes) = (operator.routes()?, own_routes(host)?);
+    for words in [
+        format!("route add 10.211.56.123/32 --peer {far}"),
+        format!("route add 10.211.56.0/25 --peer {far}"),
+        "peer add 10.211.56.200=10.211.56.192/26".into(),
+        "peer add 10.211.55.99=10.211.56.123/32".into(),
+        "peer add 10.244.0.2:9=172.30.0.0/16".into(),
+    ] {
+        operator.refuses(&words, &["10.2"])?;
+        let unchanged = operator.routes()? == table && own_routes(host)? == routes;
+        check(unchanged, || format!("{words} has changed something"))?;
+        wait_for(host, [10, 244, 0, 2].into())?;
+    }
+    // Beside it is fine.
+    operator.tell(&format!("route add 10.211.56.128/25 --peer {far}"))?;
+    wait_for(host, [10, 244, 0, 2].into())?;
+    ends.into_iter().try_for_each(|end| stop(end).map(drop))
 }

@@ -2,12 +2,14 @@
 //! and addresses that follow from its number.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::Duration;
 
 use fastvpn::error::Result;
+use fastvpn::lab::traffic::ping;
 use fastvpn::lab::{self, Namespace};
 use ipnet::IpNet;
 
-use crate::support::{Ended, Tunnel, bulk, check, wait_for};
+use crate::support::{Ended, Tunnel, bulk, check, wait_for, wait_until};
 
 /// MTU of the switch and of the containers, in bytes.
 pub const MTU_BYTES: u32 = 1500;
@@ -27,8 +29,8 @@ pub struct Site {
 
 /// All of them.
 pub struct Sites {
-    /// The switch that joins them; site 1 is at `port0`.
-    pub bridge: Namespace,
+    /// The switch that joins them.
+    _bridge: Namespace,
     /// In the order of their numbers.
     pub all: Vec<Site>,
 }
@@ -106,7 +108,7 @@ pub fn sites(count: u8) -> Result<Sites> {
         })
     });
     Ok(Sites {
-        bridge: switch.bridge,
+        _bridge: switch.bridge,
         all: all.collect::<Result<_>>()?,
     })
 }
@@ -158,6 +160,14 @@ pub fn wait_for_each_other(a: &Site, b: &Site) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Pings with `bytes` of payload, more than a packet holds, until an answer
+/// comes: each narrower link on the way costs an attempt.
+pub fn large_ping(from: &Namespace, to: IpAddr, bytes: usize) -> Result<()> {
+    wait_until(&format!("{to} answers a ping of {bytes} bytes"), || {
+        Ok(ping(from, to, bytes, Duration::from_millis(400)).is_ok())
+    })
 }
 
 /// Sends megabytes over TCP from one site's container to another's, IPv4 (0) or

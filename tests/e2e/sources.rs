@@ -12,7 +12,7 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use crate::operator::Operator;
 use crate::packets::{TUNNEL_NAME, udp_packet, wait_until_up};
 use crate::site::{Site, inside, peer, prefixes, sites, tunnel, underlay};
-use crate::support::{Test, check, stop, tried, udp, wait_until};
+use crate::support::{Test, check, stop, tried, udp, wait_until, without_backlog_drops};
 
 /// The tests of this file.
 pub fn tests() -> Vec<Test> {
@@ -206,7 +206,7 @@ fn a_source_behind_another_peer() -> Result<()> {
 
 /// Sends datagrams of one length as a train, which the kernel delivers whole
 /// (`UDP_SEGMENT`, `UDP_GRO`).
-fn send_train(socket: &UdpSocket, packets: &[Vec<u8>]) -> Result<()> {
+pub fn send_train(socket: &UdpSocket, packets: &[Vec<u8>]) -> Result<()> {
     let bytes = packets.concat();
     let segment = packets.first().map_or(0, Vec::len) as u16;
     let control = [ControlMessage::UdpGsoSegments(&segment)];
@@ -259,15 +259,12 @@ fn trains_of_mixed_sources() -> Result<()> {
                 })
                 .collect();
             let wanted = (0..TRAIN).filter(|place| is_good(*place)).count();
-            let mut heard = 0;
-            // A busy machine may lose a train.
-            wait_until("the allowed ones of a train arrive", || {
+            without_backlog_drops(|| {
                 send_train(&from_a, &train)?;
-                heard = victim.hears_only(family, b"allowed")?;
-                Ok(heard > 0)
-            })?;
-            check(heard <= wanted, || {
-                format!("{heard} came through of {wanted}")
+                let heard = victim.hears_only(family, b"allowed")?;
+                check(heard == wanted, || {
+                    format!("{heard} came through of {wanted} allowed ones")
+                })
             })?;
         }
     }

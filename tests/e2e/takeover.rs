@@ -8,24 +8,33 @@ use fastvpn::error::Result;
 use fastvpn::lab::Namespace;
 use nix::sys::signal::Signal;
 
+use crate::mesh::hop_limit_between;
 use crate::operator::Operator;
 use crate::paced::Paced;
+use crate::packets::TUNNEL_NAME;
 use crate::routes::own_routes;
 use crate::site::{Site, Sites, inside, peer, sites, tunnel, underlay, wait_for_each_other};
 use crate::support::{
     Ended, Test, Tunnel, check, fail, link, stop, tried, udp, wait_until, without_backlog_drops,
 };
-use crate::tools::{Stream, inventory, main_routes, nothing_left};
+use crate::tools::{RouteCommand, Stream, inventory, ip_route, main_routes, nothing_left};
 
 /// The tests of this file.
 pub fn tests() -> Vec<Test> {
     vec![
         ("taken_over_twice_in_a_stream", taken_over_twice_in_a_stream),
         ("taken_over_without_a_loss", taken_over_without_a_loss),
+        ("a_successor_with_other_flags", a_successor_with_other_flags),
         ("successors_that_fail", successors_that_fail),
         ("successors_that_are_killed", successors_that_are_killed),
+        ("two_successors_at_once", two_successors_at_once),
         ("nobody_to_take_over_from", nobody_to_take_over_from),
     ]
+}
+
+/// Those that are about control alone.
+pub fn tests_of_control() -> Vec<Test> {
+    vec![("a_silent_successor", a_silent_successor)]
 }
 
 /// Those to be run between different engines as well.
@@ -133,6 +142,25 @@ fn longest_stall(streams: &[Stream], work: impl FnOnce() -> Result<()> + Send) -
     })
 }
 
+/// The kernel's routes are there all the time while work is done.
+fn routes_stay<T: Send>(
+    namespace: &Namespace,
+    work: impl FnOnce() -> Result<T> + Send,
+) -> Result<T> {
+    let wanted = own_routes(namespace)?;
+    std::thread::scope(|scope| {
+        let working = scope.spawn(work);
+        while !working.is_finished() {
+            let own = own_routes(namespace)?;
+            check(own == wanted, || format!("routes {own:?}, not {wanted:?}"))?;
+        }
+        match working.join() {
+            Ok(result) => result,
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    })
+}
+
 /// TCP in both directions goes on, as if nothing had happened.
 fn taken_over_twice_in_a_stream() -> Result<()> {
     /// A connection that has lost more than a window's worth stands still for
@@ -167,7 +195,9 @@ fn taken_over_twice_in_a_stream() -> Result<()> {
         let already = retransmissions(&streams)?;
         let mut next = None;
         let stall = longest_stall(&streams, || {
-            next = Some(stage.take_over(near, &[])?);
+            next = Some(routes_stay(&stage.near().host, || {
+                stage.take_over(near, &[])
+            })?);
             streams.iter().try_for_each(Stream::wait_for_progress)
         })?;
         let Some((new, ended)) = next else {
@@ -194,6 +224,14 @@ fn taken_over_twice_in_a_stream() -> Result<()> {
     stage.operator.tell("route del 172.30.0.0/16")?;
     let routes = own_routes(&stage.near().host)?;
     check(routes.len() == 4, || format!("{routes:?}"))?;
+    for prefix in &routes {
+        let (host, delete) = (&stage.near().host, RouteCommand::Delete);
+        ip_route(host, delete, *prefix, TUNNEL_NAME, None)?;
+    }
+    wait_until("the successor puts routes back", || {
+        Ok(own_routes(&stage.near().host)? == routes)
+    })?;
+    wait_for_each_other(stage.near(), stage.far())?;
     stop(near)?;
     check(!stage.operator.socket().exists(), || {
         "the socket is left".into()
@@ -314,6 +352,75 @@ fn successors_that_fail() -> Result<()> {
     stop(far).map(drop)
 }
 
+/// One that asks and then says nothing is given up; what operators want waits so
+/// long, and traffic does not.
+fn a_silent_successor() -> Result<()> {
+    let stage = Stage::new()?;
+    let (near, far) = stage.play()?;
+    let (a, b) = (stage.near(), stage.far());
+    let stream = Stream::start(&a.container, &b.container, inside(2)[0])?;
+    let mut client = stage.operator.connect()?;
+    let question = r#"{"command":"takeover","protocol":1}"#;
+    tried("ask", writeln!(client, "{question}"))?;
+    for _ in 0..3 {
+        stream.wait_for_progress()?;
+    }
+    let routes = own_routes(&a.host)?;
+    stage
+        .operator
+        .tell(&format!("route add 172.30.0.0/16 --peer {}", underlay(2)))?;
+    check(own_routes(&a.host)?.len() == routes.len() + 1, || {
+        "no new route".into()
+    })?;
+    stream.wait_for_progress()?;
+    stream.finish()?;
+    drop(client);
+    let (near, _) = stage.take_over(near, &[])?;
+    wait_for_each_other(a, b)?;
+    stop(near)?;
+    stop(far).map(drop)
+}
+
+/// What the new flags say counts from then on; what stays is not disturbed.
+fn a_successor_with_other_flags() -> Result<()> {
+    let stage = Stage::new()?;
+    let (near, far) = stage.play()?;
+    let (a, b) = (stage.near(), stage.far());
+    let stream = Stream::start(&a.container, &b.container, inside(2)[0])?;
+    stream.wait_for_progress()?;
+    let before = link(&a.host, TUNNEL_NAME)?;
+    let added = "10.211.55.9=172.30.0.0/16,fd00:30::/32";
+    let flags = ["--peer", added, "--hop", "--mtu", "1400"];
+    let (near, _) = stage.take_over(near, &flags)?;
+    stream.wait_for_progress()?;
+    let after = link(&a.host, TUNNEL_NAME)?;
+    check(after.index == before.index && after.mtu == 1400, || {
+        format!("{after:?}")
+    })?;
+    let routes = own_routes(&a.host)?;
+    check(routes.len() == 6, || format!("{routes:?}"))?;
+    let peer = stage.operator.peer_of("172.30.1.1")?;
+    check(peer == "10.211.55.9:8285", || peer.clone())?;
+    let hop_limit = hop_limit_between(a, b, 0)?;
+    check(hop_limit == 61, || format!("hop limit {hop_limit}"))?;
+    // And back again.
+    let (near, _) = stage.take_over(near, &[])?;
+    stream.wait_for_progress()?;
+    let routes = own_routes(&a.host)?;
+    check(routes.len() == 4, || format!("{routes:?}"))?;
+    check(link(&a.host, TUNNEL_NAME)? == before, || {
+        "another MTU".into()
+    })?;
+    stage
+        .operator
+        .refuses("route get 172.30.1.1", &["172.30.1.1"])?;
+    let hop_limit = hop_limit_between(a, b, 0)?;
+    check(hop_limit == 62, || format!("hop limit {hop_limit}"))?;
+    stream.finish()?;
+    stop(near)?;
+    stop(far).map(drop)
+}
+
 /// However far it has come: either its predecessor still has the tunnel, or it
 /// had it, and it is gone with it. Nothing in between.
 fn successors_that_are_killed() -> Result<()> {
@@ -356,6 +463,50 @@ fn successors_that_are_killed() -> Result<()> {
     stream.wait_for_progress()?;
     stream.finish()?;
     stop(near)?;
+    stop(far).map(drop)
+}
+
+/// Whatever they do to each other, in the end there is one, and traffic flows.
+fn two_successors_at_once() -> Result<()> {
+    let stage = Stage::new()?;
+    let (near, far) = stage.play()?;
+    let (a, b) = (stage.near(), stage.far());
+    let before = appearance(&a.host)?;
+    let stream = Stream::start(&a.container, &b.container, inside(2)[0])?;
+    let mut all = vec![near];
+    for _ in 0..3 {
+        stream.wait_for_progress()?;
+        all.push(stage.start(&["--takeover"])?);
+        all.push(stage.start(&["--takeover"])?);
+        wait_until("there is one", || {
+            let mut running = 0;
+            for end in &mut all {
+                running += usize::from(end.child().try_wait()?.is_none());
+            }
+            check(running > 0, || "there is none".into())?;
+            Ok(running == 1)
+        })?;
+        let mut last = None;
+        for mut end in all.drain(..) {
+            if end.child().try_wait()?.is_none() {
+                last = Some(end);
+            }
+        }
+        stage.operator.wait()?;
+        check(
+            stage.pid()? == last.as_ref().map(|end| end.pid().into()),
+            || "somebody else answers".into(),
+        )?;
+        all.extend(last);
+        let after = appearance(&a.host)?;
+        check(after == before, || {
+            format!("{before:?} before, {after:?} after")
+        })?;
+    }
+    stream.wait_for_progress()?;
+    stream.finish()?;
+    wait_for_each_other(a, b)?;
+    all.into_iter().try_for_each(|end| stop(end).map(drop))?;
     stop(far).map(drop)
 }
 
