@@ -200,10 +200,11 @@ impl Drop for Server {
         // Those that wait for a request hear the end of it; those that write
         // an answer may finish.
         self.shared.shut_down(net::Shutdown::Read);
-        // Answers to what nobody will do any more.
-        while self.calls.try_recv().is_ok() {}
         let deadline = Instant::now() + CLOSE_TIME_MAX;
         while !self.shared.open().is_empty() && Instant::now() < deadline {
+            // Answers to what nobody will do any more; a client may have sent
+            // several requests at once.
+            while self.calls.try_recv().is_ok() {}
             std::thread::sleep(Duration::from_millis(1));
         }
         self.shared.shut_down(net::Shutdown::Both);
@@ -338,7 +339,7 @@ impl Shared {
     fn converse(&self, mut stream: UnixStream) {
         let mut reader = LineReader::default();
         loop {
-            let line = match reader.next(&mut stream) {
+            let line = match reader.next(&mut stream, Instant::now() + REQUEST_TIME_MAX) {
                 Ok(Some(line)) => line,
                 Ok(None) => return,
                 Err(error) => {
@@ -380,7 +381,7 @@ impl Shared {
                 Err("too many long answers under way; try again".into()),
             )
         } else {
-            write_all(stream, &text)
+            write_all(stream, &text, Instant::now() + ANSWER_TIME_MAX)
         };
         self.answers_bytes.fetch_sub(bytes, Ordering::SeqCst);
         written
@@ -419,8 +420,7 @@ struct LineReader {
 
 impl LineReader {
     /// The next line, `None` at the end.
-    fn next(&mut self, stream: &mut UnixStream) -> io::Result<Option<Vec<u8>>> {
-        let deadline = Instant::now() + REQUEST_TIME_MAX;
+    fn next(&mut self, stream: &mut UnixStream, deadline: Instant) -> io::Result<Option<Vec<u8>>> {
         let mut line = std::mem::take(&mut self.rest);
         let mut searched = 0;
         let mut chunk = [0; 16 << 10];
@@ -461,12 +461,12 @@ fn write_line(
     stream: &mut UnixStream,
     result: std::result::Result<Answer, String>,
 ) -> io::Result<()> {
-    write_all(stream, &to_line(result)?)
+    let deadline = Instant::now() + ANSWER_TIME_MAX;
+    write_all(stream, &to_line(result)?, deadline)
 }
 
 /// `write_all` within bounded time, however slowly the client reads.
-fn write_all(stream: &mut UnixStream, mut rest: &[u8]) -> io::Result<()> {
-    let deadline = Instant::now() + ANSWER_TIME_MAX;
+fn write_all(stream: &mut UnixStream, mut rest: &[u8], deadline: Instant) -> io::Result<()> {
     while !rest.is_empty() {
         if Instant::now() > deadline {
             return Err(io::ErrorKind::TimedOut.into());

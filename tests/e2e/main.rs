@@ -17,16 +17,13 @@ mod exact;
 mod fallbacks;
 mod hosts;
 mod icmp_error;
-mod kernel_routes;
 mod life;
 mod mesh;
-mod named_peers;
 mod names;
 mod numbered;
 mod operator;
 mod overlay_errors;
 mod overlay_mtu;
-mod paced;
 mod packets;
 mod peers;
 mod plain_peer;
@@ -35,7 +32,9 @@ mod raw;
 mod reload;
 mod routes;
 mod script;
+mod settings;
 mod site;
+mod soak;
 mod sources;
 mod strangers;
 mod super_packets;
@@ -82,7 +81,6 @@ fn main() -> ExitCode {
         takeover::tests(),
         underlay::tests(),
         life::tests(),
-        kernel_routes::tests(),
     ];
     let of_uring = [fallbacks::tests_of_uring(), exact::tests_of_uring()];
     let of_no_engine = [
@@ -91,10 +89,9 @@ fn main() -> ExitCode {
         life::tests_of_the_demo(),
         tuning::tests(),
         control::tests(),
-        kernel_routes::tests_of_no_engine(),
-        named_peers::tests(),
         names::tests(),
         reload::tests_of_control(),
+        settings::tests(),
         routes::tests(),
         takeover::tests_of_control(),
         overlay_mtu::tests_of_no_engine(),
@@ -118,6 +115,7 @@ fn main() -> ExitCode {
             [
                 traffic::tests_of_mixed_engines(),
                 takeover::tests_of_mixed_engines(),
+                soak::tests(),
             ]
             .concat(),
         ),

@@ -26,7 +26,7 @@ use crate::site::{
 use crate::support::{
     FASTVPN, PATIENCE, Test, Tunnel, check, fail, stop, tried, wait_for, wait_until,
 };
-use crate::tools::Stream;
+use crate::tools::{Stream, inventory, nothing_left};
 
 /// The tests of this file, which are about control alone.
 pub fn tests() -> Vec<Test> {
@@ -52,6 +52,7 @@ pub fn tests() -> Vec<Test> {
         ),
         ("names_added_are_handed_over", names_added_are_handed_over),
         ("a_name_that_never_resolves", a_name_that_never_resolves),
+        ("a_name_that_is_no_peers", a_name_that_is_no_peers),
     ]
 }
 
@@ -133,11 +134,17 @@ impl NameServer {
     /// Starts fastvpn in a mount namespace of its own, where the resolver's
     /// configuration is this one.
     fn start_tunnel(&self, site: &Site, peers: &[String], flags: &[&str]) -> Result<Tunnel> {
+        let mut all: Vec<String> = flags.iter().map(ToString::to_string).collect();
+        for address in addresses(site.number) {
+            all.extend(["--address".into(), address]);
+        }
+        self.start_with(site, peers, &all)
+    }
+
+    /// The same without addresses but those in `flags`.
+    fn start_with(&self, site: &Site, peers: &[String], flags: &[String]) -> Result<Tunnel> {
         let mut command = Command::new(FASTVPN);
         command.args(flags);
-        for address in addresses(site.number) {
-            command.args(["--address", &address]);
-        }
         for peer in peers {
             command.args(["--peer", peer]);
         }
@@ -508,6 +515,11 @@ fn a_name_that_never_resolves() -> Result<()> {
     let names = NameServer::start(&a.host)?;
     let operator = Operator::new()?;
     let socket = operator.socket_text();
+    let before = inventory(&a.host)?;
+    let ended = names.start_with(a, &[named(2)], &[])?.wait()?;
+    let is_refused = ended.status.code() == Some(1) && ended.log.contains(NAME);
+    check(is_refused, || format!("{}:\n{}", ended.status, ended.log))?;
+    nothing_left(&a.host, &before)?;
     let end = names.start_tunnel(a, &[named(2)], &["--control", &socket])?;
     operator.wait()?;
     let peers = operator.ask("peers")?;
@@ -516,4 +528,50 @@ fn a_name_that_never_resolves() -> Result<()> {
     })?;
     let ended = stop(end)?;
     check(ended.log.contains(NAME), || ended.log)
+}
+
+/// Addresses that cannot be a peer's, at the start and later, are no answers:
+/// the names are asked for until they have others.
+fn a_name_that_is_no_peers() -> Result<()> {
+    let network = sites(3)?;
+    let [a, b, c] = &network.all[..] else {
+        return fail("three sites");
+    };
+    let names = NameServer::start(&a.host)?;
+    // Unspecified, and within the tunnel.
+    names.set(NAME, Ipv4Addr::UNSPECIFIED);
+    names.set("inside.example", Ipv4Addr::new(172, 18, 2, 77));
+    names.set("good.example", underlay(3));
+    let operator = Operator::new()?;
+    let socket = operator.socket_text();
+    let near = names.start_tunnel(a, &[named(2)], &["--control", &socket])?;
+    operator.wait()?;
+    operator.tell("peer add inside.example=172.30.0.0/16")?;
+    operator.tell(&format!("peer add good.example:9999={}", prefixes(3)))?;
+    let endpoint = |name: &str| -> Result<serde_json::Value> {
+        let answer = operator.ask("peers")?;
+        let peers = answer["peers"].as_array();
+        let found = peers.and_then(|peers| peers.iter().find(|peer| peer["peer"] == name));
+        let found = found.ok_or_else(|| Error::new(format!("no {name} in {answer}")))?;
+        Ok(found["endpoint"].clone())
+    };
+    wait_until("the last name is resolved", || {
+        Ok(!endpoint("good.example:9999")?.is_null())
+    })?;
+    for name in [&format!("{NAME}:8285"), "inside.example:8285"] {
+        let found = endpoint(name)?;
+        check(found.is_null(), || format!("{name} is {found}"))?;
+    }
+    names.set(NAME, underlay(2));
+    names.set("inside.example", underlay(3));
+    let far = [b.start(&[peer(1)], &[])?, c.start(&[peer(1)], &[])?];
+    wait_for_each_other(a, b)?;
+    wait_until("the other name is resolved", || {
+        Ok(endpoint("inside.example:8285")? == format!("{}:8285", underlay(3)))
+    })?;
+    let ended = stop(near)?;
+    for reason in [NAME, "172.18.2.77"] {
+        check(ended.log.contains(reason), || ended.log.clone())?;
+    }
+    far.into_iter().try_for_each(|end| stop(end).map(drop))
 }

@@ -234,3 +234,13 @@ impl Operator {
         Ok(answer)
     }
 }
+
+/// An answer has these members.
+pub fn has(answer: &Value, members: &[(&str, Value)]) -> Result<()> {
+    for (key, expected) in members {
+        check(answer[key] == *expected, || {
+            format!("{key} is not {expected} in {answer}")
+        })?;
+    }
+    Ok(())
+}

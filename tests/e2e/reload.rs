@@ -1,9 +1,7 @@
 //! The configuration file: what it says counts, what is wrong in it is said
 //! with the place, and it is read again while traffic flows.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::Write;
-use std::net::{IpAddr, Ipv4Addr, UdpSocket};
+use std::collections::BTreeSet;
 use std::process::Command;
 
 use fastvpn::error::{Error, Result};
@@ -13,14 +11,9 @@ use nix::sys::signal::Signal;
 
 use crate::mesh::hop_limit_between;
 use crate::operator::{Operator, is_refusal, said};
-use crate::paced::Paced;
 use crate::routes::own_routes;
-use crate::site::{
-    Site, addresses, inside, peer, prefixes, sites, tunnel, underlay, wait_for_each_other,
-};
-use crate::support::{
-    FASTVPN, Test, Tunnel, check, fail, link, stop, tried, udp, wait_until, without_backlog_drops,
-};
+use crate::site::{Site, addresses, inside, peer, prefixes, sites, underlay, wait_for_each_other};
+use crate::support::{FASTVPN, Test, Tunnel, check, fail, link, stop, tried, wait_until};
 use crate::tools::{Stream, inventory, nothing_left};
 
 /// Those that are about control alone.
@@ -38,10 +31,6 @@ pub fn tests() -> Vec<Test> {
     vec![
         ("reloads_under_a_tcp_stream", reloads_under_a_tcp_stream),
         ("a_bad_file_changes_nothing", a_bad_file_changes_nothing),
-        (
-            "ten_thousand_prefixes_replaced",
-            ten_thousand_prefixes_replaced,
-        ),
     ]
 }
 
@@ -413,114 +402,4 @@ fn a_bad_file_changes_nothing() -> Result<()> {
         .any(|line| line.contains(&format!("{path}:1:1: ")) && line.contains("what"));
     check(told, || ended.log.clone())?;
     stop(far).map(drop)
-}
-
-/// Where packets to the moving prefixes end, at one host or another.
-const MOVING: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
-
-/// 10 000 prefixes, all of which have the address or are beside it.
-fn many() -> Vec<String> {
-    let mut prefixes = vec!["10.77.0.0/24".to_string()];
-    let numbers = (0..10_000_u32).map(|number| {
-        let [_, _, high, low] = (number * 16).to_be_bytes();
-        format!("10.{}.{high}.{low}/28", 100 + (number >> 12))
-    });
-    prefixes.extend(numbers.take(9_999));
-    prefixes
-}
-
-fn moving_sockets(hosts: [&Namespace; 2], port: u16) -> Result<Vec<UdpSocket>> {
-    let open = |host: &Namespace| {
-        let loopback = link(host, "lo")?.index;
-        let _ = host
-            .netlink()?
-            .add_address(loopback, IpNet::from(IpAddr::from(MOVING)));
-        udp(host, MOVING, port)
-    };
-    hosts.into_iter().map(open).collect()
-}
-
-/// Traffic to what stays, and to what moves, while ten times all of it is
-/// replaced: no datagram is lost, none comes twice, and each is where it should.
-fn ten_thousand_prefixes_replaced() -> Result<()> {
-    const ROUNDS: usize = 10;
-    const PORT: u16 = 7007;
-    let network = sites(3)?;
-    let [a, b, c] = &network.all[..] else {
-        return fail("three sites");
-    };
-    let operator = Operator::new()?;
-    let many = many();
-    let in_file = |of: u8, changing: usize| {
-        let mut text = address_line(1);
-        for number in [2, 3] {
-            let mut all = prefixes(number);
-            if number == of {
-                for prefix in &many {
-                    // A different half of them each time, but for the first.
-                    if prefix == &many[0] || prefix.len() % 2 == changing % 2 {
-                        let _ = write!(all, ",{prefix}");
-                    }
-                }
-            }
-            text += &peer_table(&underlay(number).to_string(), &all);
-        }
-        text
-    };
-    let path = operator.write("fastvpn.toml", &in_file(2, 0))?;
-    let end = start(a, &path, &operator, &["--queues", "1"])?;
-    let others = [b.start(&[peer(1)], &[])?, c.start(&[peer(1)], &[])?];
-    wait_for_each_other(a, b)?;
-    wait_for_each_other(a, c)?;
-
-    let work = || -> Result<()> {
-        let source = |address: IpAddr| udp(&a.host, address, 0);
-        let staying = udp(&b.container, inside(2)[0], PORT)?;
-        let to_staying = (inside(2)[0], PORT).into();
-        let staying = Paced::start(source(tunnel(1)[0])?, to_staying, vec![staying])?;
-        let sockets = moving_sockets([&b.host, &c.host], PORT)?;
-        let moving = Paced::start(source(tunnel(1)[0])?, (MOVING, PORT).into(), sockets)?;
-        let stream = Stream::start(&c.container, &a.container, inside(1)[0])?;
-        for round in 0..ROUNDS {
-            moving.wait_for(50)?;
-            let of = if round % 2 == 0 { 3 } else { 2 };
-            if round < ROUNDS / 2 {
-                operator.write("fastvpn.toml", &in_file(of, round))?;
-                operator.tell("reload")?;
-            } else {
-                let host = underlay(of).to_string();
-                let mut words = vec!["route", "add"];
-                words.extend(many.iter().map(String::as_str));
-                words.extend(["--peer", &host, "--replace"]);
-                let said = operator.run(&words)?;
-                check(said.status.success(), || said.stderr.clone())?;
-            }
-            let peer = operator.peer_of(&MOVING.to_string())?;
-            check(peer == format!("{}:8285", underlay(of)), || {
-                format!("{MOVING} goes to {peer}")
-            })?;
-            stream.wait_for_progress()?;
-        }
-        stream.finish()?;
-        let (staying, moving) = (staying.finish()?, moving.finish()?);
-        staying.is_whole()?;
-        moving.is_whole()?;
-        check(moving.received.iter().all(|count| *count > 50), || {
-            format!("{moving:?}")
-        })
-    };
-    without_backlog_drops(work)?;
-
-    let owners: BTreeMap<IpNet, String> = operator.routes()?.into_iter().collect();
-    check(owners.len() == many.len() + 8, || {
-        format!("{} prefixes", owners.len())
-    })?;
-    check(own_routes(&a.host)?.len() == owners.len(), || {
-        "the kernel's routes are others".into()
-    })?;
-    let ended = stop(end)?;
-    for reason in ["no-route", "peer-unresolved", "source-not-allowed"] {
-        check(ended.dropped(reason) < 50, || ended.log.clone())?;
-    }
-    others.into_iter().try_for_each(|end| stop(end).map(drop))
 }

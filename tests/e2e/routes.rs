@@ -63,6 +63,21 @@ fn foreign_routes(namespace: &Namespace) -> Result<BTreeSet<String>> {
     Ok(foreign.map(|route| format!("{route:?}")).collect())
 }
 
+/// The kernel has routes of ours to what is in the table, and to nothing else.
+pub fn kernel_agrees(namespace: &Namespace, operator: &Operator) -> Result<()> {
+    let table = operator.routes()?;
+    let prefixes: BTreeSet<_> = table.iter().map(|(prefix, _)| *prefix).collect();
+    check(prefixes.len() == table.len(), || {
+        format!("a prefix is there twice: {table:?}")
+    })?;
+    let own = own_routes(namespace)?;
+    check(own == prefixes, || {
+        let missing: Vec<_> = prefixes.difference(&own).collect();
+        let extra: Vec<_> = own.difference(&prefixes).collect();
+        format!("no route for {missing:?}, routes for {extra:?}")
+    })
+}
+
 /// Whether packets to `address` go into the tunnel.
 fn goes_in(namespace: &Namespace, address: IpAddr) -> Result<bool> {
     let index = link(namespace, TUNNEL_NAME)?.index;

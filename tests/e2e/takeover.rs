@@ -2,17 +2,19 @@
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use fastvpn::error::Result;
+use fastvpn::error::{Error, Result};
 use fastvpn::lab::Namespace;
 use nix::sys::signal::Signal;
+use serde_json::json;
 
 use crate::mesh::hop_limit_between;
+use crate::numbered::{self, Sink, Streams};
 use crate::operator::Operator;
-use crate::paced::Paced;
 use crate::packets::TUNNEL_NAME;
-use crate::routes::own_routes;
+use crate::routes::{kernel_agrees, own_routes};
 use crate::site::{Site, Sites, inside, peer, sites, tunnel, underlay, wait_for_each_other};
 use crate::support::{
     Ended, Test, Tunnel, check, fail, link, stop, tried, udp, wait_until, without_backlog_drops,
@@ -34,7 +36,10 @@ pub fn tests() -> Vec<Test> {
 
 /// Those that are about control alone.
 pub fn tests_of_control() -> Vec<Test> {
-    vec![("a_silent_successor", a_silent_successor)]
+    vec![
+        ("a_silent_successor", a_silent_successor),
+        ("operators_in_a_takeover", operators_in_a_takeover),
+    ]
 }
 
 /// Those to be run between different engines as well.
@@ -245,31 +250,32 @@ fn taken_over_without_a_loss() -> Result<()> {
     const PORT: u16 = 7070;
     let stage = Stage::new()?;
     let (near, far) = stage.play()?;
-    let (a, b) = (stage.near(), stage.far());
+    let ends = [stage.near(), stage.far()];
     let mut near = Some(near);
     without_backlog_drops(|| {
-        let receivers = [
-            udp(&b.host, tunnel(2)[0], PORT)?,
-            udp(&a.host, tunnel(1)[0], PORT)?,
-        ];
-        let [at_b, at_a] = receivers;
-        let outbound = udp(&a.host, tunnel(1)[0], 0)?;
-        let inbound = udp(&b.host, tunnel(2)[0], 0)?;
-        let paced = [
-            Paced::start(outbound, (tunnel(2)[0], PORT).into(), vec![at_b])?,
-            Paced::start(inbound, (tunnel(1)[0], PORT).into(), vec![at_a])?,
-        ];
+        let mut streams = Vec::new();
+        let mut sinks = Vec::new();
+        for (from, to) in [(ends[0], ends[1]), (ends[1], ends[0])] {
+            let (source, target) = (tunnel(from.number)[0], tunnel(to.number)[0]);
+            streams.push(numbered::Stream {
+                name: format!("site {} to site {}", from.number, to.number),
+                socket: udp(&from.host, source, 0)?,
+                to: vec![(target, PORT).into()],
+            });
+            sinks.push(Sink {
+                site: to.number,
+                socket: udp(&to.host, target, PORT)?,
+            });
+        }
+        let mut streams = Streams::start(streams, sinks)?;
         for _ in 0..2 {
-            paced[0].wait_for(100)?;
+            streams.wait_for_more(100)?;
             if let Some(old) = near.take() {
                 near = Some(stage.take_over(old, &[])?.0);
             }
         }
-        paced[1].wait_for(100)?;
-        for stream in paced {
-            stream.finish()?.is_whole()?;
-        }
-        Ok(())
+        streams.wait_for_more(100)?;
+        streams.finish().map(drop)
     })?;
     if let Some(near) = near {
         stop(near)?;
@@ -532,5 +538,64 @@ fn nobody_to_take_over_from() -> Result<()> {
     })?;
     stop(near)?;
     nothing_left(&stage.near().host, &before)?;
+    stop(far).map(drop)
+}
+
+/// Who asks while the tunnel changes hands is answered by one of the two, or
+/// told that there is no answer; what was answered with "ok" is not lost.
+fn operators_in_a_takeover() -> Result<()> {
+    const PREFIXES_MAX: usize = 10_000;
+    let stage = Stage::new()?;
+    let (near, far) = stage.play()?;
+    let mut near = Some(near);
+    let is_over = AtomicBool::new(false);
+    let add = || -> Result<Vec<String>> {
+        let mut added = Vec::new();
+        for number in 0..PREFIXES_MAX {
+            if is_over.load(Ordering::SeqCst) {
+                return Ok(added);
+            }
+            let prefix = format!("10.{}.{}.0/24", 100 + number / 256, number % 256);
+            let request = json!({
+                "command": "route-add",
+                "peer": underlay(2).to_string(),
+                "prefixes": [prefix],
+            });
+            // Refused or cut off is fair.
+            let Ok(answer) = stage.operator.request(&request.to_string()) else {
+                continue;
+            };
+            if answer["ok"] == true {
+                added.push(prefix);
+            }
+        }
+        fail("too many for one test")
+    };
+    let added = std::thread::scope(|scope| {
+        let adder = scope.spawn(add);
+        let taken = (0..4).try_for_each(|_| {
+            let old = near.take().ok_or_else(|| Error::new("no tunnel"))?;
+            near = Some(stage.take_over(old, &[])?.0);
+            Ok(())
+        });
+        is_over.store(true, Ordering::SeqCst);
+        let added = adder
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        Result::and(taken, added)
+    })?;
+    check(added.len() > 10, || {
+        format!("only {} were added", added.len())
+    })?;
+    let routes = stage.operator.routes()?;
+    let present: BTreeSet<_> = routes.iter().map(|(net, _)| net.to_string()).collect();
+    let lost: Vec<_> = added.iter().filter(|net| !present.contains(*net)).collect();
+    check(lost.is_empty(), || {
+        format!("said to be added, but lost: {lost:?}")
+    })?;
+    kernel_agrees(&stage.near().host, &stage.operator)?;
+    if let Some(near) = near {
+        stop(near)?;
+    }
     stop(far).map(drop)
 }

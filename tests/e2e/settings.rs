@@ -1,0 +1,301 @@
+//! Settings of a configuration file that is read again, and what operators have
+//! added meanwhile.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr};
+
+use fastvpn::error::Result;
+use fastvpn::lab::traffic::ping;
+use fastvpn::lab::{Namespace, Pair};
+use ipnet::IpNet;
+use serde_json::{Value, json};
+
+use crate::operator::{Operator, has};
+use crate::routes::{kernel_agrees, own_routes};
+use crate::support::{TUNNEL, Test, Tunnel, check, fastvpn, hosts, link, stop, wait_for};
+use crate::tools::Stream;
+
+/// The tests of this file, which are about control alone.
+pub fn tests() -> Vec<Test> {
+    vec![
+        ("settings_are_reloaded", settings_are_reloaded),
+        (
+            "a_reload_and_what_operators_added",
+            a_reload_and_what_operators_added,
+        ),
+    ]
+}
+
+/// Host A's address in the tunnel.
+const A_ADDRESS: &str = "10.244.55.122/32";
+
+/// Host B's peer entry, with its tunnel address.
+const PEER_B: &str = "[[peer]]\nendpoint = \"10.211.55.123\"\nprefixes = [\"10.244.55.123/32\", \"172.20.0.0/16\"]\n";
+
+/// Two hosts, host A's tunnel with a file.
+struct Scene {
+    hosts: Pair,
+    operator: Operator,
+    a: Tunnel,
+    b: Tunnel,
+}
+
+const FILE: &str = "fastvpn.toml";
+
+impl Scene {
+    /// `settings` stands in the file in front of the peers, `flags` on the
+    /// command line.
+    fn new(settings: &str, flags: &[&str]) -> Result<Self> {
+        let hosts = hosts(1500)?;
+        let operator = Operator::new()?;
+        let file = operator.write(FILE, &text(settings, ""))?;
+        let socket = operator.socket_text();
+        let given: &[&str] = &["--control", &socket, "--config", &file];
+        let a = Tunnel::start(&hosts.a, &[given, flags].concat())?;
+        let b = fastvpn(&hosts.b, "--peer 10.211.55.122")?;
+        wait_for(&hosts.a, TUNNEL[1].into())?;
+        Ok(Self {
+            hosts,
+            operator,
+            a,
+            b,
+        })
+    }
+
+    /// Reads a new file by command.
+    fn reload(&self, settings: &str, peers: &str) -> Result<Value> {
+        self.operator.write(FILE, &text(settings, peers))?;
+        self.operator.ask("reload")
+    }
+
+    /// All that a reload could change.
+    fn state(&self) -> Result<State> {
+        let link = link(&self.hosts.a, "fastvpn0")?;
+        let answer = self.operator.ask("peers")?;
+        let peers = answer["peers"].as_array().cloned().unwrap_or_default();
+        Ok(State {
+            routes: self.operator.routes()?,
+            peers: peers
+                .iter()
+                .map(|peer| format!("{} {} {}", peer["peer"], peer["origin"], peer["is_default"]))
+                .collect(),
+            kernel: own_routes(&self.hosts.a)?,
+            addresses: addresses(&self.hosts.a)?,
+            mtu_bytes: link.mtu,
+            txqueuelen: link.txqueuelen,
+        })
+    }
+
+    fn is_as(&self, before: &State, why: &str) -> Result<()> {
+        let after = self.state()?;
+        check(after == *before, || {
+            format!("{why}: {before:?} became {after:?}")
+        })
+    }
+
+    fn end(self) -> Result<String> {
+        let ended = stop(self.a)?;
+        stop(self.b)?;
+        Ok(ended.log)
+    }
+}
+
+#[derive(Debug, PartialEq)]
+struct State {
+    routes: Vec<(IpNet, String)>,
+    peers: Vec<String>,
+    kernel: BTreeSet<IpNet>,
+    addresses: BTreeSet<IpNet>,
+    mtu_bytes: u32,
+    txqueuelen: u32,
+}
+
+fn text(settings: &str, peers: &str) -> String {
+    let address = if settings.contains("address") {
+        String::new()
+    } else {
+        format!("address = [\"{A_ADDRESS}\"]\n")
+    };
+    format!("{address}{settings}\n{PEER_B}\n{peers}")
+}
+
+/// A peer that is not there.
+fn peer(endpoint: &str, prefixes: &[&str]) -> String {
+    format!(
+        "[[peer]]\nendpoint = \"{endpoint}\"\nprefixes = {}\n",
+        json!(prefixes)
+    )
+}
+
+fn addresses(host: &Namespace) -> Result<BTreeSet<IpNet>> {
+    let index = link(host, "fastvpn0")?.index;
+    let all = host.netlink()?.addresses()?;
+    let ours = all.into_iter().filter(|(at, net)| {
+        let by_itself = matches!(net, IpNet::V6(net) if net.addr().is_unicast_link_local());
+        *at == index && !by_itself
+    });
+    Ok(ours.map(|(_, net)| net).collect())
+}
+
+/// What a reload can change of the device, and what it names as not to be
+/// changed.
+fn settings_are_reloaded() -> Result<()> {
+    let scene = Scene::new("", &["--txqueuelen", "700"])?;
+    let (hosts, operator) = (&scene.hosts, &scene.operator);
+    let before = scene.state()?;
+    let index = link(&hosts.a, "fastvpn0")?.index;
+    let nets = |texts: &[&str]| -> BTreeSet<IpNet> {
+        texts.iter().filter_map(|text| text.parse().ok()).collect()
+    };
+    let stream = Stream::start(&hosts.a, &hosts.b, TUNNEL[1].into())?;
+    let changes = |settings: &str, changed: Value, needs_restart: Value| -> Result<State> {
+        let answer = scene.reload(settings, "")?;
+        let lists = [
+            ("settings_changed", changed),
+            ("needs_restart", needs_restart),
+        ];
+        has(&answer, &lists)?;
+        stream.wait_for_progress()?;
+        scene.state()
+    };
+    let both = format!("address = [\"{A_ADDRESS}\", \"fd00:244::122/128\"]");
+
+    let state = changes("mtu = 1300", json!(["mtu"]), json!([]))?;
+    check(state.mtu_bytes == 1300, || format!("{state:?}"))?;
+    // A flag is stronger than the file.
+    let state = changes("mtu = 1300\ntxqueuelen = 300", json!([]), json!([]))?;
+    check(state.txqueuelen == 700, || format!("{state:?}"))?;
+    let state = changes(&both, json!(["mtu", "address"]), json!([]))?;
+    check(
+        state.mtu_bytes == 1472 && state.addresses == nets(&[A_ADDRESS, "fd00:244::122/128"]),
+        || format!("{state:?}"),
+    )?;
+    // Routes outlast the addresses that they came after.
+    check(state.kernel == before.kernel, || format!("{state:?}"))?;
+    let state = changes(
+        "route = [\"172.21.0.0/16\", \"fd00:21::/32\"]",
+        json!(["address", "route"]),
+        json!([]),
+    )?;
+    let expected = &before.kernel | &nets(&["172.21.0.0/16", "fd00:21::/32"]);
+    check(state.kernel == expected, || format!("{state:?}"))?;
+    check(state.addresses == before.addresses, || format!("{state:?}"))?;
+    let state = changes("route = [\"172.22.0.0/16\"]", json!(["route"]), json!([]))?;
+    check(
+        state.kernel == &before.kernel | &nets(&["172.22.0.0/16"]),
+        || format!("{state:?}"),
+    )?;
+    let state = changes("", json!(["route"]), json!([]))?;
+    check(state == before, || format!("{state:?}"))?;
+
+    // Named, and nothing else: the tunnel stays what it is.
+    let restart = "queues = 3\nlisten = \"0.0.0.0:9000\"\nbusy-poll = \"auto\"\nverbose = 1\n\
+                   cores = \"0\"\nwithout = [\"uso\"]";
+    let named = json!([
+        "queues",
+        "listen",
+        "cores",
+        "busy-poll",
+        "without",
+        "verbose, quiet, log-format"
+    ]);
+    let state = changes(restart, json!([]), named)?;
+    check(state == before, || format!("{state:?}"))?;
+    let said = operator.tell("reload")?;
+    check(
+        said.contains("busy-poll") && said.contains("listen"),
+        || said,
+    )?;
+    let state = changes("tun = \"other0\"", json!([]), json!(["tun"]))?;
+    check(state == before, || format!("{state:?}"))?;
+    let state = changes("", json!([]), json!([]))?;
+    check(state == before, || format!("{state:?}"))?;
+
+    stream.finish()?;
+    // Last, as there is no way to the other end meanwhile.
+    let answer = scene.reload("no-routes = true", "")?;
+    has(&answer, &[("settings_changed", json!(["no-routes"]))])?;
+    let state = scene.state()?;
+    check(
+        state.kernel.is_empty() && state.routes == before.routes,
+        || format!("{state:?}"),
+    )?;
+    has(&operator.ask("status")?, &[("keeps_routes", json!(false))])?;
+    scene.reload("", "")?;
+    let state = scene.state()?;
+    check(state == before, || format!("{state:?}"))?;
+    check(link(&hosts.a, "fastvpn0")?.index == index, || {
+        "another device".into()
+    })?;
+    wait_for(&hosts.a, TUNNEL[1].into())?;
+    scene.end().map(drop)
+}
+
+/// What operators have added is theirs: a file that wants it for another peer
+/// is refused as a whole.
+fn a_reload_and_what_operators_added() -> Result<()> {
+    let scene = Scene::new("", &[])?;
+    let (hosts, operator) = (&scene.hosts, &scene.operator);
+    operator.tell("peer add 10.211.55.210=10.80.0.0/16")?;
+    operator.tell("route add 10.81.0.0/16 --peer 10.211.55.123")?;
+    let before = scene.state()?;
+    for clash in ["10.80.0.0/16", "10.81.0.0/16"] {
+        let peers = [
+            peer("10.211.55.200", &["10.50.0.0/16"]),
+            peer("10.211.55.201", &["10.51.0.0/16", clash]),
+        ];
+        operator.write(
+            FILE,
+            &text("mtu = 1300\ntxqueuelen = 50\nhop = true", &peers.concat()),
+        )?;
+        operator.refuses("reload", &[clash, "10.211.55.201:8285"])?;
+        scene.is_as(&before, clash)?;
+        has(&operator.ask("status")?, &[("hop", json!(false))])?;
+    }
+    // A second peer for all the rest is one too many, wherever the first is from.
+    operator.tell("peer add 10.211.55.211")?;
+    let before = scene.state()?;
+    operator.write(FILE, &text("", &peer("10.211.55.201", &[])))?;
+    operator.refuses("reload", &["10.211.55.201:8285", "10.211.55.211:8285"])?;
+    scene.is_as(&before, "two for the rest")?;
+    operator.tell("peer del 10.211.55.211")?;
+
+    // The same thing twice is no clash: the file has it from now on.
+    let answer = scene.reload(
+        "",
+        &peer("10.211.55.210", &["10.80.0.0/16", "10.82.0.0/16"]),
+    )?;
+    has(
+        &answer,
+        &[("peers_added", json!(0)), ("prefixes_added", json!(1))],
+    )?;
+    check(
+        operator.peer_of("10.82.0.1")? == "10.211.55.210:8285",
+        || "not there".into(),
+    )?;
+    kernel_agrees(&hosts.a, operator)?;
+    // With the peer that it was added to, it goes.
+    let rest = format!(
+        "address = [\"{A_ADDRESS}\"]\n{}",
+        peer("10.211.55.200", &["10.50.0.0/16"])
+    );
+    operator.write(FILE, &rest)?;
+    let answer = operator.ask("reload")?;
+    check(answer["peers_removed"].as_u64() >= Some(1), || {
+        answer.to_string()
+    })?;
+    check(
+        operator
+            .routes()?
+            .iter()
+            .all(|(prefix, _)| prefix.to_string() != "10.81.0.0/16"),
+        || "a prefix without a peer".into(),
+    )?;
+    kernel_agrees(&hosts.a, operator)?;
+    let far: IpAddr = Ipv4Addr::new(10, 244, 55, 123).into();
+    let silence = ping(&hosts.a, far, 8, std::time::Duration::from_millis(200));
+    check(silence.is_err(), || "a peer that is gone answers".into())?;
+    scene.reload("", "")?;
+    wait_for(&hosts.a, TUNNEL[1].into())?;
+    scene.end().map(drop)
+}
