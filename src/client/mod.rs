@@ -17,7 +17,7 @@ use serde::de::DeserializeOwned;
 use self::connection::Connection;
 use self::text::{printable, printable_json};
 use crate::cli::client::{ClientCommand, PeerCommand, RouteCommand};
-use crate::control::protocol::Request;
+use crate::control::protocol::{Peers, Request};
 use crate::control::server::REQUEST_BYTES_MAX;
 use crate::error::{Error, Result};
 
@@ -47,6 +47,16 @@ pub fn run(command: &ClientCommand) -> Result<()> {
     let path = command.target().socket();
     let mut out = io::BufWriter::new(io::stdout().lock());
     perform(command, &path, &mut out, Patience::DEFAULT)
+}
+
+/// The peers of the tunnel behind the operators' socket at `path`.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) fn peers(path: &Path, patience: Duration) -> Result<Peers> {
+    let request = encode(&Request::Peers {})?;
+    let line = Connection::open(path, patience)?.ask(&request)?;
+    parse(&line, path)
 }
 
 /// [`run`] on any socket, with any output.

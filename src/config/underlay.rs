@@ -191,11 +191,10 @@ fn paths(
     let mut unreachable = Vec::new();
     for &peer in resolved {
         match path::discover(listen.ip(), peer) {
-            Ok(path) if path.local == peer.ip() && listen.port() == peer.port() => {
-                return Err(Error::new(format!("peer {peer} is this host itself"))
-                    .hint("name the other host"));
+            Ok(path) => {
+                path::check_other(listen, peer, path)?;
+                paths.push((peer, path));
             }
-            Ok(path) => paths.push((peer, path)),
             Err(error) => unreachable.push(error),
         }
     }

@@ -76,6 +76,18 @@ pub fn discover(listen: IpAddr, peer: SocketAddr) -> Result<Path> {
     })
 }
 
+/// That `peer`, to which `path` leads from sockets on `listen`, is not this
+/// process.
+///
+/// # Errors
+/// When it is, names it.
+pub fn check_other(listen: SocketAddr, peer: SocketAddr, path: Path) -> Result<()> {
+    if path.local != peer.ip() || listen.port() != peer.port() {
+        return Ok(());
+    }
+    Err(Error::new(format!("peer {peer} is this host itself")).hint("name the other host"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -21,6 +21,7 @@ use crate::device::link;
 use crate::device::tun::Queue;
 use crate::error::{Error, Result};
 use crate::netlink::Netlink;
+use crate::transport::path;
 use crate::transport::socket::WorkerSockets;
 use crate::worker::counters::Snapshot;
 
@@ -174,19 +175,22 @@ fn check_family(running: &Running, name: &Endpoint) -> Result<()> {
     }
 }
 
-/// Whether sockets on `listen` can send to `endpoint`.
+/// Whether sockets on `listen` can send to `endpoint`, and to somebody else.
 ///
 /// # Errors
-/// Names both, when they are of different IP versions.
+/// Names both, when they are of different IP versions, and the endpoint, when it
+/// is this process.
 pub fn check_reach(listen: SocketAddr, endpoint: SocketAddr) -> Result<()> {
     let is_dual_stack = listen.is_ipv6() && listen.ip().is_unspecified();
-    if is_dual_stack || listen.is_ipv6() == endpoint.is_ipv6() {
-        return Ok(());
+    if !is_dual_stack && listen.is_ipv6() != endpoint.is_ipv6() {
+        let error = Error::new(format!("cannot send to {endpoint} from {listen}"));
+        return Err(error.hint("start with --listen [::] to have peers of both IP versions"));
     }
-    Err(
-        Error::new(format!("cannot send to {endpoint} from {listen}"))
-            .hint("start with --listen [::] to have peers of both IP versions"),
-    )
+    // One that cannot be reached now may be later.
+    match path::discover(listen.ip(), endpoint) {
+        Ok(found) => path::check_other(listen, endpoint, found),
+        Err(_) => Ok(()),
+    }
 }
 
 /// Reads the configuration file again and applies what is different.

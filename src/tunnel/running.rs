@@ -11,7 +11,7 @@ use crossbeam_channel::{Receiver, never, select, tick};
 use ipnet::IpNet;
 use signal_hook::consts::{SIGHUP, SIGTERM};
 
-use super::start::{self, Claimed};
+use super::start::{self, Claimed, Known};
 use super::takeover::{self, Inherited};
 use super::{announce, operator};
 use crate::config::{Config, Settled};
@@ -121,7 +121,11 @@ impl Running {
     pub fn start(config: Config) -> Result<Self> {
         let mut netlink = Netlink::open()?;
         let mut names = Names::start(config.listen.map(|listen| listen.ip))?;
-        let (mut overlay, mut unresolved) = start::resolve(&config, &mut names)?;
+        let known = match config.takeover {
+            true => start::ask_predecessor(&config),
+            false => Known::new(),
+        };
+        let (mut overlay, mut unresolved) = start::resolve(&config, &mut names, &known)?;
         let endpoints = start::endpoints(&config, &overlay);
         let settled = config.settle(&endpoints).map_err(|error| {
             // Why nothing is known of the peers says more than that there is
@@ -142,6 +146,7 @@ impl Running {
         if let Some(inherited) = &inherited {
             operator::check_inherited(&config, &settled, &inherited.manifest)?;
             operator::inherit(&mut overlay, &inherited.manifest);
+            start::set_known(&mut overlay, &known);
             start::resolve_now(&mut overlay, &mut names);
         } else if config.takeover {
             tracing::info!("there is no running process to take over from");

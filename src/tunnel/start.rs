@@ -1,11 +1,12 @@
 //! The start of a tunnel: names resolved, port and device claimed or taken
 //! over.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use crate::cli::Endpoint;
+use crate::client;
 use crate::config::{Config, Settled};
 use crate::control::names::Names;
 use crate::control::overlay::{Origin, Overlay, Peer};
@@ -23,16 +24,36 @@ const PREDECESSOR_WAIT_STEP: Duration = Duration::from_millis(10);
 /// waited for while the tunnel runs.
 const NAMES_WAIT_MAX: Duration = Duration::from_secs(5);
 
-/// The configured peers, with the addresses of those whose names resolve now,
-/// and why the others do not.
+/// Addresses of peers by name, `HOST:PORT`, that a predecessor knows.
+pub type Known = HashMap<String, SocketAddr>;
+
+/// What the tunnel that is to be taken over knows of its peers' names. If it
+/// does not say, they are resolved as at any start.
+pub fn ask_predecessor(config: &Config) -> Known {
+    match client::peers(&config.control, PREDECESSOR_WAIT_MAX) {
+        Ok(peers) => peers
+            .peers
+            .into_iter()
+            .filter_map(|peer| Some((peer.peer, peer.endpoint?)))
+            .collect(),
+        Err(error) => {
+            tracing::debug!("{error}");
+            Known::new()
+        }
+    }
+}
+
+/// The configured peers, with the addresses of those that are known or whose
+/// names resolve now, and why the others do not.
 ///
 /// # Errors
 /// When the configuration contradicts itself.
-pub fn resolve(config: &Config, names: &mut Names) -> Result<(Overlay, Vec<Error>)> {
+pub fn resolve(config: &Config, names: &mut Names, known: &Known) -> Result<(Overlay, Vec<Error>)> {
     let mut overlay = Overlay::new(0);
     for spec in &config.peers {
         overlay.add_peer(spec, Origin::Config)?;
     }
+    set_known(&mut overlay, known);
     let failed = resolve_now(&mut overlay, names);
     Ok((overlay, failed))
 }
@@ -87,6 +108,21 @@ pub fn resolve_now(overlay: &mut Overlay, names: &mut Names) -> Vec<Error> {
 fn no_answer_yet(name: &Endpoint) -> Error {
     Error::new(format!("cannot resolve peer {}: no answer yet", name.host))
         .hint("check the name, or give the address")
+}
+
+/// Gives peers the addresses that are known already. Their names are asked for
+/// all the same, but nobody waits for the answers.
+pub fn set_known(overlay: &mut Overlay, known: &Known) {
+    let found: Vec<_> = overlay
+        .peers_by_name()
+        .filter(|peer| peer.endpoint.is_none())
+        .filter_map(|peer| Some((peer.name.clone(), *known.get(&peer.name.to_string())?)))
+        .collect();
+    for (name, endpoint) in found {
+        if let Some((hop, _)) = overlay.find(&name) {
+            overlay.set_endpoint(hop, Some(endpoint));
+        }
+    }
 }
 
 /// Gives peers whose names are addresses these.
@@ -226,6 +262,20 @@ mod tests {
         }
         let failed: Vec<_> = failed.iter().map(ToString::to_string).collect();
         assert_eq!(failed, ["no bad"]);
+    }
+
+    /// Not even a name server that is silent holds up a successor.
+    #[test]
+    fn what_is_known_is_asked_for_but_not_waited_for() {
+        let (mut names, asked, _answers) = Names::without_threads();
+        let mut overlay = overlay(&["known"]);
+        let other = ("other:8285".to_string(), "10.1.0.9:1".parse().unwrap());
+        let known = ("known:8285".to_string(), "10.1.0.1:1".parse().unwrap());
+        set_known(&mut overlay, &Known::from([other, known.clone()]));
+        assert!(resolve_now(&mut overlay, &mut names).is_empty());
+        assert_eq!(endpoint(&overlay, "known"), Some(known.1));
+        names.tick(Instant::now());
+        assert_eq!(asked.try_iter().collect::<Vec<_>>(), [name("known")]);
     }
 
     /// As a successor does, for the peers that it inherits.

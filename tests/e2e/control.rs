@@ -252,7 +252,6 @@ fn commands_that_are_refused() -> Result<()> {
         (format!("peer add {own}=172.30.0.0/16"), vec![&own[..]]),
         ("peer del 10.211.55.99".into(), vec!["10.211.55.99"]),
         ("peer del 10.211.55.2:9".into(), vec!["10.211.55.2:9"]),
-        ("reload".into(), vec!["config"]),
     ] {
         operator.refuses(&words, &parts)?;
         let unchanged = table(&operator)? == before

@@ -12,6 +12,7 @@ use crate::icmp_error::{IcmpError, NO_ROUTE, TIME_EXCEEDED};
 use crate::mesh::hop_limit_between;
 use crate::operator::Operator;
 use crate::packets::{Tap, V4, V6, hop_limit, is_udp_to, transport, udp, udp_packet};
+use crate::routes::goes_in;
 use crate::site::{
     Site, all_went_well, full_mesh, inside, peer, router, sites, transfer, tunnel,
     wait_for_each_other,
@@ -111,7 +112,13 @@ fn nowhere_is_reported() -> Result<()> {
     let site = &network.all[0];
     let flags = [&["--queues", "2"][..], &ROUTES].concat();
     let tunnel_end = site.start(&[peer(2)], &flags)?;
-    crate::packets::wait_until_up(&site.host, "fastvpn0")?;
+    // Until then it is the kernel that knows no way.
+    wait_until("there are routes into the tunnel", || {
+        let lead_in = nowhere().map(|to| goes_in(&site.host, to));
+        lead_in
+            .into_iter()
+            .try_fold(true, |all, one| Ok(all && one?))
+    })?;
     for (family, to) in nowhere().into_iter().enumerate() {
         let tap = Tap::on_ethernet(&site.container, CONTAINER_NAME, to.is_ipv4())?;
         let error = error_about(&site.container, &tap, (to, 4321), 64)?;

@@ -79,9 +79,12 @@ pub fn kernel_agrees(namespace: &Namespace, operator: &Operator) -> Result<()> {
 }
 
 /// Whether packets to `address` go into the tunnel.
-fn goes_in(namespace: &Namespace, address: IpAddr) -> Result<bool> {
-    let index = link(namespace, TUNNEL_NAME)?.index;
-    Ok(namespace.netlink()?.interface_to(address)? == Some(index))
+pub fn goes_in(namespace: &Namespace, address: IpAddr) -> Result<bool> {
+    let mut netlink = namespace.netlink()?;
+    match netlink.link_index(TUNNEL_NAME)? {
+        Some(index) => Ok(netlink.interface_to(address)? == Some(index)),
+        None => Ok(false),
+    }
 }
 
 fn has_exactly(site: &Site, wanted: &BTreeSet<IpNet>) -> Result<()> {

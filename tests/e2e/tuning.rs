@@ -12,6 +12,7 @@ use std::process::{Command, Stdio};
 
 use fastvpn::error::{Error, Result};
 use fastvpn::lab::{Namespace, UNDERLAY_NAME};
+use fastvpn::netlink::Link;
 
 use crate::support::{Test, UNDERLAY, check, fail, fastvpn, hosts, stop, tried, wait_until};
 
@@ -140,6 +141,15 @@ fn queue_length(namespace: &Namespace, interface: &str) -> Result<String> {
         .to_string())
 }
 
+/// Waits until the TUN is there and as it was asked for.
+fn wait_for_queue_length(namespace: &Namespace, length: u32) -> Result<()> {
+    wait_until("the TUN is there", || {
+        let links = namespace.netlink()?.links()?;
+        let is_it = |link: &Link| link.name == "fastvpn0" && link.txqueuelen == length;
+        Ok(links.iter().any(is_it))
+    })
+}
+
 /// Makes the underlay's queue shorter than what is wanted.
 fn shorten_queue(namespace: &Namespace) -> Result<()> {
     let file = format!("/sys/class/net/{UNDERLAY_NAME}/tx_queue_len");
@@ -152,9 +162,7 @@ fn restores() -> Result<()> {
     let hosts = hosts(1500)?;
     shorten_queue(&hosts.a)?;
     let tunnel = fastvpn(&hosts.a, &format!("--peer {} --txqueuelen 55", UNDERLAY[1]))?;
-    wait_until("the TUN is there", || {
-        Ok(hosts.a.netlink()?.link_index("fastvpn0")?.is_some())
-    })?;
+    wait_for_queue_length(&hosts.a, 55)?;
     let before = settings(&hosts.a)?;
 
     for _ in 0..2 {
@@ -214,15 +222,13 @@ fn restores_after_partial() -> Result<()> {
 fn leaves_what_is_gone() -> Result<()> {
     let directory = Directory::new("gone")?;
     let hosts = hosts(1500)?;
-    let start = |length: &str| {
+    let start = |length: u32| {
         let flags = format!("--peer {} --txqueuelen {length}", UNDERLAY[1]);
         let tunnel = fastvpn(&hosts.a, &flags)?;
-        wait_until("the TUN is there", || {
-            Ok(hosts.a.netlink()?.link_index("fastvpn0")?.is_some())
-        })?;
+        wait_for_queue_length(&hosts.a, length)?;
         Ok::<_, Error>(tunnel)
     };
-    let tunnel = start("55")?;
+    let tunnel = start(55)?;
     host(&hosts.a, &directory, "apply --only txqueuelen")?.well()?;
     // Elsewhere the values would mean nothing.
     let elsewhere = host(&hosts.b, &directory, "revert")?;
@@ -232,7 +238,7 @@ fn leaves_what_is_gone() -> Result<()> {
     )?;
     stop(tunnel)?;
     // An interface of the same name, but not the same.
-    let tunnel = start("66")?;
+    let tunnel = start(66)?;
     let said = host(&hosts.a, &directory, "revert")?.well()?;
     check(said.contains("its interface is gone"), || said.clone())?;
     let length = queue_length(&hosts.a, "fastvpn0")?;
