@@ -30,7 +30,11 @@ const RECEIVE_BUFFER_BYTES: usize = 256 * 1024;
 /// Enough bytes to prove that a stream is alive.
 pub const PROGRESS_BYTES: u64 = 4_000_000;
 
-/// A TCP stream that goes on, at a moderate rate, until it is told to end.
+/// Between a block and the next: leaves the machine to others, too.
+const PAUSE: Duration = Duration::from_millis(1);
+
+/// A TCP stream that goes on, at a moderate rate unless it is to be fast, until
+/// it is told to end.
 pub struct Stream {
     go_on: Arc<AtomicBool>,
     arrived: Arc<AtomicU64>,
@@ -43,6 +47,20 @@ pub struct Stream {
 impl Stream {
     /// Connects from `client` to `server`, which has `address`, and sends.
     pub fn start(client: &Namespace, server: &Namespace, address: IpAddr) -> Result<Self> {
+        Self::start_with(client, server, address, Some(PAUSE))
+    }
+
+    /// The same, as fast as it goes.
+    pub fn start_fast(client: &Namespace, server: &Namespace, address: IpAddr) -> Result<Self> {
+        Self::start_with(client, server, address, None)
+    }
+
+    fn start_with(
+        client: &Namespace,
+        server: &Namespace,
+        address: IpAddr,
+        pause: Option<Duration>,
+    ) -> Result<Self> {
         let connect = || {
             let listener = server.run(|| TcpListener::bind((address, 0)))?;
             SockRef::from(&listener).set_recv_buffer_size(RECEIVE_BUFFER_BYTES)?;
@@ -63,7 +81,7 @@ impl Stream {
             go_on,
             arrived,
             socket,
-            sender: std::thread::spawn(move || send(sender, &going_on)),
+            sender: std::thread::spawn(move || send(sender, &going_on, pause)),
             receiver: std::thread::spawn(move || receive(receiver, &arriving)),
         })
     }
@@ -137,13 +155,12 @@ fn block(offset: u64) -> Vec<u8> {
     numbers.flat_map(u64::to_le_bytes).collect()
 }
 
-fn send(mut socket: TcpStream, go_on: &AtomicBool) -> io::Result<u64> {
+fn send(mut socket: TcpStream, go_on: &AtomicBool, pause: Option<Duration>) -> io::Result<u64> {
     let mut sent = 0;
     while go_on.load(Ordering::Relaxed) {
         socket.write_all(&block(sent))?;
         sent += BLOCK_BYTES as u64;
-        // Leaves the machine to others, too.
-        std::thread::sleep(Duration::from_millis(1));
+        pause.map(std::thread::sleep);
     }
     socket.shutdown(Shutdown::Write)?;
     Ok(sent)
