@@ -15,7 +15,7 @@ use ipnet::IpNet;
 use nix::sys::signal::Signal;
 
 use crate::operator::{Operator, connect, said};
-use crate::routes::{kernel_agrees, own_routes};
+use crate::routes::{kernel_agrees, net, own_routes};
 use crate::site::{inside, peer, prefixes, sites, underlay, underlay_v6, wait_for_each_other};
 use crate::support::{FASTVPN, Test, check, fail, fastvpn, hosts, stop, tried, wait_until};
 use crate::tools::{Stream, inventory, nothing_left};
@@ -32,11 +32,6 @@ pub fn tests() -> Vec<Test> {
         ("two_operators_at_once", two_operators_at_once),
         ("hostile_clients", hostile_clients),
     ]
-}
-
-fn net(text: &str) -> Result<IpNet> {
-    text.parse()
-        .map_err(|_| Error::new(format!("{text} is no network")))
 }
 
 /// The table of the tunnel as `prefix: peer`.

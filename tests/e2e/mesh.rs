@@ -27,7 +27,6 @@ pub fn tests() -> Vec<Test> {
             a_full_mesh_with_a_plain_peer,
         ),
         ("the_longest_prefix_wins", the_longest_prefix_wins),
-        ("peers_of_one_address", peers_of_one_address),
     ]
 }
 
@@ -371,36 +370,4 @@ fn the_longest_prefix_wins() -> Result<()> {
     others
         .into_iter()
         .try_for_each(|tunnel| stop(tunnel).map(drop))
-}
-
-/// Two fastvpn on one host, on different ports, are two peers: their packets go
-/// to the port, and come from the address.
-fn peers_of_one_address() -> Result<()> {
-    let network = sites(2)?;
-    let [a, b] = &network.all[..] else {
-        return Err(Error::new("two sites"));
-    };
-    let second: IpAddr = [10, 244, 9, 9].into();
-    let peers = [peer(2), format!("{}:9000={second}/32", underlay(2))];
-    let asker = a.start(&peers, &["--queues", "2"])?;
-    let one = b.start(&[peer(1)], &["--queues", "2"])?;
-    let two = crate::support::fastvpn(
-        &b.host,
-        &format!(
-            "--queues 2 --tun fastvpn1 --listen 0.0.0.0:9000 --address {second}/32 --no-routes --peer {}={}/32",
-            underlay(1),
-            tunnel(1)[0],
-        ),
-    )?;
-    wait_for(&a.host, tunnel(2)[0])?;
-    // The answers go by the host's one route, through the first tunnel.
-    for _ in 0..10 {
-        wait_for(&a.host, second)?;
-    }
-    for tunnel in [asker, one] {
-        all_went_well(&stop(tunnel)?)?;
-    }
-    let ended = stop(two)?;
-    let (_, received) = ended.packets("total")?;
-    check(received >= 10, || ended.log)
 }

@@ -29,7 +29,8 @@ pub fn tests() -> Vec<Test> {
     ]
 }
 
-fn net(text: &str) -> Result<IpNet> {
+/// A prefix in words.
+pub fn net(text: &str) -> Result<IpNet> {
     text.parse()
         .map_err(|_| Error::new(format!("{text} is no network")))
 }

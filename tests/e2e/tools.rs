@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -13,6 +14,7 @@ use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
 use fastvpn::lab::Namespace;
+use fastvpn::lab::traffic::bulk;
 use fastvpn::netlink::RouteEntry;
 use ipnet::IpNet;
 use netlink_sys::{Socket as NetlinkSocket, SocketAddr as NetlinkAddr};
@@ -104,7 +106,7 @@ impl Stream {
 
     /// Segments that were sent more than once.
     pub fn retransmissions(&self) -> Result<u64> {
-        let count = retransmissions(&self.socket);
+        let count = bulk::retransmissions(self.socket.as_fd());
         tried("read the retransmissions", count)
     }
 
@@ -125,29 +127,6 @@ impl Stream {
     }
 }
 
-/// `tcpi_total_retrans` of a connection (tcp(7), `TCP_INFO`).
-fn retransmissions(socket: &TcpStream) -> io::Result<u64> {
-    use std::os::fd::AsRawFd;
-    // SAFETY: tcp_info is plain integers, for which all zeros is a value.
-    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
-    let mut length = size_of_val(&info) as libc::socklen_t;
-    // SAFETY: the kernel writes at most `length` bytes to `info`, which has
-    // them, and both outlive the call.
-    let result = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::IPPROTO_TCP,
-            libc::TCP_INFO,
-            (&raw mut info).cast(),
-            &raw mut length,
-        )
-    };
-    match result {
-        0 => Ok(info.tcpi_total_retrans.into()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
 /// Bytes that are unlike those at any other offset: numbers that count up.
 fn block(offset: u64) -> Vec<u8> {
     let first = offset / 8;
@@ -160,7 +139,9 @@ fn send(mut socket: TcpStream, go_on: &AtomicBool, pause: Option<Duration>) -> i
     while go_on.load(Ordering::Relaxed) {
         socket.write_all(&block(sent))?;
         sent += BLOCK_BYTES as u64;
-        pause.map(std::thread::sleep);
+        if let Some(pause) = pause {
+            std::thread::sleep(pause);
+        }
     }
     socket.shutdown(Shutdown::Write)?;
     Ok(sent)

@@ -269,8 +269,12 @@ fn stopped() -> io::Error {
     io::Error::other("stopped, or another stream failed, or out of time")
 }
 
-/// `tcpi_total_retrans` of a connection (tcp(7), `TCP_INFO`).
-fn retransmissions(socket: BorrowedFd<'_>) -> io::Result<u64> {
+/// `tcpi_total_retrans` of a connection (tcp(7), `TCP_INFO`): segments that it
+/// sent more than once.
+///
+/// # Errors
+/// When `socket` is none of TCP.
+pub fn retransmissions(socket: BorrowedFd<'_>) -> io::Result<u64> {
     // SAFETY: tcp_info is plain integers, for which all zeros is a value. An
     // older kernel fills in less of it than we know.
     let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
