@@ -8,6 +8,7 @@
 //! next process finds dead and replaces.
 
 mod announce;
+mod memory;
 mod operator;
 mod running;
 mod start;
@@ -34,6 +35,7 @@ use crate::worker::counters::{Counters, Snapshot};
 pub fn run(config: Config) -> Result<()> {
     let signals = SignalWatch::start()?;
     raise_descriptor_limit();
+    memory::give_back_large_blocks();
     let tun = config.tun.clone();
     let mut running = Running::start(config)?;
     let counters = running.workers().counters();
