@@ -32,7 +32,7 @@ use self::output::Output;
 use crate::device::tun::Queue;
 use crate::error::{Error, Result};
 use crate::io::message::{self, PAYLOAD_START};
-use crate::io::{queue_error, socket_error};
+use crate::io::{FAILURE_PAUSE, FAILURES_MAX, queue_error, socket_error};
 use crate::packet::coalesce::{Frame, FrameSink};
 use crate::packet::train::{Limits, Train};
 use crate::packet::virtio;
@@ -43,6 +43,10 @@ use crate::worker::engine::{Engine, Event, Received, Source};
 /// Receive buffers on each side: one that waits for the worker, one that the
 /// worker has.
 const BUFFERS: usize = 2;
+
+/// Waits, and the pause in each, for room for the last output.
+const FINISH_TRIES_MAX: usize = 20;
+const FINISH_PAUSE_MS: u8 = 1;
 
 /// Bytes of a receive buffer: the longest frame or datagram with its headers.
 /// The odd cache line keeps the starts of neighbouring buffers from falling
@@ -106,6 +110,8 @@ pub struct Epoll {
     /// Taken in since the kernel was last asked for news.
     unasked_bytes: usize,
     output: Output,
+    /// Reads in a row that failed for no reason known.
+    failures: u32,
     /// The first error met where none could be returned.
     error: Option<Error>,
     counters: Arc<Counters>,
@@ -140,6 +146,7 @@ impl Epoll {
             is_quiet: false,
             unasked_bytes: 0,
             output: Output::new(limits),
+            failures: 0,
             error: None,
             counters,
         })
@@ -202,6 +209,7 @@ impl Epoll {
         match nix::unistd::read(&self.queue, &mut buffer) {
             Ok(end) => {
                 self.unasked_bytes += end.max(EVENT_BYTES_MIN);
+                self.failures = 0;
                 Some(Event::Frame(received(buffer, 0, end)))
             }
             Err(errno) => {
@@ -210,7 +218,7 @@ impl Epoll {
                     libc::EAGAIN => self.tun.ready = false,
                     // A frame that the driver could not describe; it is gone.
                     libc::EINVAL => self.counters.drop_frame_malformed.add(1),
-                    libc::EINTR | libc::ENOMEM => {}
+                    libc::EINTR | libc::ENOMEM => self.failed_oddly(),
                     errno => self.fail(queue_error(errno)),
                 }
                 None
@@ -228,6 +236,7 @@ impl Epoll {
             Ok(Some(message)) => {
                 let payload_bytes = message.end - PAYLOAD_START;
                 self.unasked_bytes += payload_bytes.max(EVENT_BYTES_MIN);
+                self.failures = 0;
                 return Some(Event::Datagrams {
                     received: received(buffer, PAYLOAD_START, message.end),
                     sender: message.sender,
@@ -242,11 +251,20 @@ impl Epoll {
                 }
                 // What the network says of earlier sends (ECONNREFUSED,
                 // EHOSTUNREACH ...) is no reason to stop.
-                _ => {}
+                _ => self.failed_oddly(),
             },
         }
         self.udp.free.push(buffer);
         None
+    }
+
+    /// A read failed, and the next one may do better. It counts as one for the
+    /// purpose of asking the kernel for other news.
+    #[cold]
+    fn failed_oddly(&mut self) {
+        self.counters.receive_failed.add(1);
+        self.failures = self.failures.saturating_add(1);
+        self.unasked_bytes += EVENT_BYTES_MIN;
     }
 
     #[cold]
@@ -288,6 +306,11 @@ impl Engine for Epoll {
 
     fn wait(&mut self) -> Result<()> {
         self.take_error()?;
+        if self.failures >= FAILURES_MAX {
+            // Not as fast as the processor can fail.
+            let pause = EpollTimeout::try_from(FAILURE_PAUSE).unwrap_or(EpollTimeout::ZERO);
+            return self.ask(pause);
+        }
         let may_go_on =
             self.wake_pending || self.next.is_some() || self.udp.can_read() || self.can_read_tun();
         if may_go_on {
@@ -340,6 +363,16 @@ impl Engine for Epoll {
         self.tun.close();
         self.udp.close();
         self.is_quiet = true;
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        for _ in 0..FINISH_TRIES_MAX {
+            if !self.output.is_blocked() {
+                break;
+            }
+            self.ask(FINISH_PAUSE_MS.into())?;
+        }
+        Ok(())
     }
 
     fn reset_limits(&mut self) {

@@ -5,7 +5,16 @@
 pub(crate) mod message;
 pub(crate) mod refusal;
 
+use std::time::Duration;
+
 use crate::error::Error;
+
+/// So many reads in a row that failed, for reasons that pass as a rule, are no
+/// passing matter: from then on there is a pause after each.
+pub(crate) const FAILURES_MAX: u32 = 16;
+
+/// That pause.
+pub(crate) const FAILURE_PAUSE: Duration = Duration::from_millis(1);
 
 /// A TUN queue that fails for good.
 pub(crate) fn queue_error(errno: i32) -> Error {

@@ -61,9 +61,7 @@ pub enum Problem {
     /// code 0), no route to destination (type 1, code 0).
     NoRoute,
     /// Longer than the next hop takes: fragmentation needed (type 3, code 4,
-    /// RFC 1191), packet too big (type 2, RFC 8201). In IPv4 also about
-    /// packets that do not forbid fragmentation: a tunnel does not fragment,
-    /// and a sender that knows the MTU does it itself.
+    /// RFC 1191), packet too big (type 2, RFC 8201).
     TooBig {
         /// The longest packet that it does take. A value under the smallest
         /// that the IP version allows (68, 1280) is reported as that.

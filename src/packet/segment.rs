@@ -219,15 +219,6 @@ impl<'a> Segments<'a> {
         }
     }
 
-    /// Bytes of all packets together.
-    #[inline]
-    pub fn total_bytes(&self) -> usize {
-        match self.plan {
-            Plan::Whole { .. } => self.frame.len(),
-            Plan::Cut { header_bytes, .. } => self.frame.len() + (self.count - 1) * header_bytes,
-        }
-    }
-
     /// Writes packet `index` to `out`, which has [`Self::packet_bytes`] bytes.
     #[inline]
     pub fn write(&self, index: usize, out: &mut [u8]) {

@@ -30,6 +30,7 @@ use self::source::Sources;
 use self::token::Token;
 use crate::device::tun::Queue;
 use crate::error::{Error, Result};
+use crate::io::FAILURE_PAUSE;
 use crate::packet::coalesce::{Frame, FrameSink};
 use crate::packet::train::{Limits, Train};
 use crate::transport::socket::WorkerSockets;
@@ -234,7 +235,7 @@ impl Uring {
             return Ok(());
         }
         self.sources.refill(
-            !self.output.blocked,
+            self.takes_frames(),
             self.queue.as_fd(),
             self.sockets.receive.as_fd(),
             &self.counters,
@@ -272,8 +273,15 @@ impl Uring {
             && self.output.in_flight() == 0
     }
 
+    /// Frames only make more output: none while there is no room for it. The
+    /// last one at the end has no later turn.
+    #[inline]
+    fn takes_frames(&self) -> bool {
+        self.is_quiet || !self.output.blocked
+    }
+
     fn has_event(&self) -> bool {
-        self.wake_pending || self.sources.has_event(!self.output.blocked)
+        self.wake_pending || self.sources.has_event(self.takes_frames())
     }
 
     /// Queues an output request; starts all output when much is staged.
@@ -308,7 +316,16 @@ impl Engine for Uring {
     fn wait(&mut self) -> Result<()> {
         // First without waiting: sends and writes complete in passing, and
         // their completions must not count as news.
-        if self.poll()? || self.sources.may_refill(!self.output.blocked) {
+        if self.poll()? {
+            return Ok(());
+        }
+        if self.sources.is_failing() {
+            // Not as fast as the processor can fail.
+            std::thread::sleep(FAILURE_PAUSE);
+            self.arm()?;
+            return self.submit_and_reap(0);
+        }
+        if self.sources.may_refill(self.takes_frames()) {
             return Ok(());
         }
         self.arm()?;
@@ -322,7 +339,7 @@ impl Engine for Uring {
         }
         let result = self.refill();
         self.output.keep_error(result);
-        self.sources.next_event(!self.output.blocked)
+        self.sources.next_event(self.takes_frames())
     }
 
     #[inline]

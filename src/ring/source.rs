@@ -24,7 +24,7 @@ use super::buffers::BufferRing;
 use super::token::Token;
 use crate::error::Result;
 use crate::io::message::{self, PAYLOAD_START};
-use crate::io::{queue_error, socket_error};
+use crate::io::{FAILURES_MAX, queue_error, socket_error};
 use crate::packet::virtio;
 use crate::worker::counters::Counters;
 use crate::worker::engine::{Event, Received, Source};
@@ -108,6 +108,8 @@ pub struct Sources {
     datagrams: VecDeque<Datagrams>,
     /// Whose turn it is when both sides have something.
     tun_is_next: bool,
+    /// Reads in a row that failed for no reason known.
+    failures: u32,
     /// What the multishot receive was given; the kernel reads it once, at the
     /// start of each request.
     template: Box<libc::msghdr>,
@@ -135,6 +137,7 @@ impl Sources {
             frame: None,
             datagrams: VecDeque::with_capacity(usize::from(MULTISHOT_BUFFERS)),
             tun_is_next: true,
+            failures: 0,
             template: message::receive_template(),
         })
     }
@@ -215,9 +218,13 @@ impl Sources {
                 errno @ (libc::EBADF | libc::ENOTSOCK | libc::EFAULT) => Err(socket_error(errno)),
                 // What the network says of earlier sends (ECONNREFUSED,
                 // EHOSTUNREACH ...) is no reason to stop.
-                _ => Ok(()),
+                _ => {
+                    self.failed_oddly(counters);
+                    Ok(())
+                }
             };
         };
+        self.failures = 0;
         let Some(id) = cqueue::buffer_select(completion.flags()) else {
             return Ok(());
         };
@@ -249,6 +256,18 @@ impl Sources {
             }
         }
         Ok(())
+    }
+
+    /// A read failed, and the next one may do better.
+    #[cold]
+    fn failed_oddly(&mut self, counters: &Counters) {
+        counters.receive_failed.add(1);
+        self.failures = self.failures.saturating_add(1);
+    }
+
+    /// Whether nothing but failures has come of many reads.
+    pub fn is_failing(&self) -> bool {
+        self.failures >= FAILURES_MAX
     }
 
     /// Whether [`Self::next_event`] has one. `with_frames`: also from the TUN.
@@ -325,6 +344,7 @@ impl Sources {
         };
         let errno = match nix::unistd::read(queue, &mut buffer) {
             Ok(end) => {
+                self.failures = 0;
                 self.frame = Some(Received {
                     buffer,
                     start: 0,
@@ -340,7 +360,7 @@ impl Sources {
             libc::EAGAIN => self.tun.ready = false,
             // A frame that the driver could not describe; it is gone.
             libc::EINVAL => counters.drop_frame_malformed.add(1),
-            libc::EINTR | libc::ENOMEM => {}
+            libc::EINTR | libc::ENOMEM => self.failed_oddly(counters),
             errno => return Err(queue_error(errno)),
         }
         Ok(())
@@ -353,8 +373,10 @@ impl Sources {
         let Some((id, mut buffer)) = calls.free.pop() else {
             return Ok(());
         };
+        let mut has_failed = false;
         match message::receive(socket, &mut buffer) {
             Ok(Some(message)) => {
+                self.failures = 0;
                 self.datagrams.push_back(Datagrams {
                     received: Received {
                         buffer,
@@ -373,10 +395,13 @@ impl Sources {
                 errno @ (libc::EBADF | libc::ENOTSOCK | libc::EFAULT | libc::EINVAL) => {
                     return Err(socket_error(errno));
                 }
-                _ => {}
+                _ => has_failed = true,
             },
         }
         calls.free.push((id, buffer));
+        if has_failed {
+            self.failed_oddly(counters);
+        }
         Ok(())
     }
 }

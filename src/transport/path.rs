@@ -33,13 +33,15 @@ pub fn resolve(host: &str, port: u16, listen: Option<IpAddr>) -> Result<SocketAd
                 .hint("check the name, or give the address")
         })?
         .collect();
+    for address in &mut addresses {
+        *address = super::canonical(*address);
+    }
     addresses.retain(|address| !address.ip().is_unspecified() && !address.ip().is_multicast());
     let wanted_v6 = listen.is_some_and(|ip| ip.is_ipv6() && !ip.is_unspecified());
     addresses.sort_by_key(|address| address.is_ipv6() != wanted_v6);
     addresses
         .first()
         .copied()
-        .map(super::canonical)
         .ok_or_else(|| Error::new(format!("peer {host} has no address of a host")))
 }
 

@@ -116,6 +116,8 @@ counters! {
     icmp_sent,
     /// ICMP errors that were due, but held back by the rate limit.
     icmp_suppressed,
+    /// Receives that failed for reasons that pass, such as news of earlier sends.
+    receive_failed,
     /// Times that a receive stopped for lack of a free buffer and was started
     /// again. Nothing is lost by it.
     rearmed,

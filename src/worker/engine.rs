@@ -84,7 +84,7 @@ pub trait Engine: FrameSink {
     fn recycle(&mut self, received: Received, source: Source);
 
     /// An empty train, or `None` when all are under way: the packet is then
-    /// dropped, and the engine counts it.
+    /// dropped, and the caller counts it.
     fn take_train(&mut self) -> Option<Train>;
 
     /// Sends a train. Trains toward one destination leave in the order given.
@@ -96,6 +96,15 @@ pub trait Engine: FrameSink {
     /// Takes nothing new from the kernel any more. What was taken before is still
     /// to be asked for, and output is still carried out.
     fn quiesce(&mut self);
+
+    /// Waits a few milliseconds, if need be, for room for output that was given
+    /// before. To be called last.
+    ///
+    /// # Errors
+    /// As [`Self::wait`].
+    fn finish(&mut self) -> Result<()> {
+        Ok(())
+    }
 
     /// Forgets what refused sends taught about paths.
     fn reset_limits(&mut self);

@@ -40,7 +40,7 @@ impl Idle {
         }
     }
 
-    /// Nothing is at hand and nothing open: sleeps until there is something.
+    /// Sleeps until there is something, unless there is already.
     ///
     /// # Errors
     /// As [`Engine::wait`].

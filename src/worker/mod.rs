@@ -73,7 +73,7 @@ pub fn run(
             inbound.flush(engine);
             carried = 0;
             if is_stopping && !engine.poll()? {
-                return Ok(());
+                return engine.finish();
             }
         }
         if !is_stopping {

@@ -84,10 +84,6 @@ impl Outbound {
             counters.drop_oversize.add(count as u64);
             return;
         }
-        if let Some(traffic) = peer.traffic.get(self.worker) {
-            traffic.packets_sent.add(count as u64);
-            traffic.bytes_sent.add(segments.total_bytes() as u64);
-        }
         let to = NextHopPeer {
             next_hop,
             endpoint,
@@ -97,6 +93,7 @@ impl Outbound {
             counters.drop_no_buffer.add(count as u64);
             return;
         };
+        let (mut packets, mut bytes) = (0, 0);
         for packet in 0..count {
             let packet_bytes = segments.packet_bytes(packet);
             let mut room = self.open[index].0.reserve(packet_bytes);
@@ -115,7 +112,13 @@ impl Outbound {
             }
             if let Some(room) = room {
                 segments.write(packet, room);
+                packets += 1;
+                bytes += packet_bytes as u64;
             }
+        }
+        if let Some(traffic) = peer.traffic.get(self.worker) {
+            traffic.packets_sent.add(packets);
+            traffic.bytes_sent.add(bytes);
         }
     }
 
