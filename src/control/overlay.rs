@@ -83,6 +83,10 @@ pub struct Changes {
     pub prefixes_removed: usize,
 }
 
+/// A next hop that no peer has.
+const NOBODY: NextHop = NextHop::MAX;
+const _: () = assert!(PEERS_MAX < NOBODY as usize);
+
 /// See the module's documentation.
 #[derive(Clone, Debug)]
 pub struct Overlay {
@@ -91,7 +95,9 @@ pub struct Overlay {
     /// By [`Endpoint::key`].
     names: BTreeMap<(String, u16), NextHop>,
     prefixes: BTreeMap<IpNet, Behind>,
-    /// The lookup structure, until prefixes change.
+    /// This host's addresses.
+    own: BTreeSet<IpAddr>,
+    /// The lookup structure, until prefixes or own addresses change.
     built: Option<Arc<Prefixes>>,
     /// Number of workers: each counts for itself.
     workers: usize,
@@ -104,6 +110,7 @@ impl Overlay {
             peers: Vec::new(),
             names: BTreeMap::new(),
             prefixes: BTreeMap::new(),
+            own: BTreeSet::new(),
             built: None,
             workers,
         }
@@ -115,6 +122,18 @@ impl Overlay {
         for peer in self.peers.iter_mut().flatten() {
             peer.traffic = traffic(workers);
         }
+    }
+
+    /// Notes this host's own addresses, on whatever interface: no peer is behind
+    /// them, whatever its prefixes, so that nobody sends in their name. Tells
+    /// whether that is news.
+    pub fn set_own_addresses(&mut self, own: BTreeSet<IpAddr>) -> bool {
+        let is_news = self.own != own;
+        if is_news {
+            self.own = own;
+            self.built = None;
+        }
+        is_news
     }
 
     /// The peers with their next hops, in no particular order.
@@ -451,8 +470,10 @@ impl Overlay {
                     .prefixes
                     .iter()
                     .map(|(&prefix, behind)| (prefix, behind.peer));
-                // In case of 0.0.0.0/0, what was given comes last and wins.
-                let built = Arc::new(Prefixes::new(anywhere.chain(given)));
+                let own = self.own.iter().map(|&own| (IpNet::from(own), NOBODY));
+                // The last of several that are the same wins: 0.0.0.0/0 that was
+                // given, and this host.
+                let built = Arc::new(Prefixes::new(anywhere.chain(given).chain(own)));
                 self.built = Some(Arc::clone(&built));
                 built
             }

@@ -241,6 +241,30 @@ fn a_path_limits_what_is_carried_in_one_piece() {
 }
 
 #[test]
+fn nobody_is_behind_this_hosts_own_addresses() {
+    let mut overlay = overlay(&["10.0.0.1=10.1.0.0/16,10.1.0.7/32,fd00::/16", "10.0.0.2"]);
+    let is_behind = |overlay: &mut Overlay, address: &str| {
+        let table = overlay.table(TunnelAddresses::default(), false);
+        table.peer(address.parse().unwrap()).is_some()
+    };
+    let own = ["10.1.0.7", "10.1.0.8", "fd00::8", "192.0.2.1"];
+    for address in own {
+        assert!(is_behind(&mut overlay, address), "{address}");
+    }
+    let addresses: BTreeSet<IpAddr> = own.iter().map(|own| own.parse().unwrap()).collect();
+    assert!(overlay.set_own_addresses(addresses.clone()));
+    assert!(!overlay.set_own_addresses(addresses));
+    for address in own {
+        assert!(!is_behind(&mut overlay, address), "{address}");
+    }
+    for address in ["10.1.0.9", "fd00::9", "192.0.2.2"] {
+        assert!(is_behind(&mut overlay, address), "{address}");
+    }
+    assert!(overlay.set_own_addresses(BTreeSet::new()));
+    assert!(is_behind(&mut overlay, "10.1.0.7"));
+}
+
+#[test]
 fn errors_come_from_the_first_address_of_each_family() {
     let addresses = ["fd00::1/64", "10.244.1.2/16", "10.9.9.9/32"].map(net);
     let found = tunnel_addresses(&addresses, true);

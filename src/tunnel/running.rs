@@ -2,7 +2,7 @@
 //! what it looks after every second.
 
 use std::collections::{BTreeSet, HashMap};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -81,6 +81,13 @@ impl Heard {
             path_used: false,
         }
     }
+}
+
+/// All addresses of this host, and those that the device has while it is up.
+fn own_addresses(netlink: &mut Netlink, settled: &Settled) -> Result<BTreeSet<IpAddr>> {
+    let present = netlink.addresses()?.into_iter().map(|(_, net)| net);
+    let given = settled.link.addresses.iter().copied();
+    Ok(present.chain(given).map(|net| net.addr()).collect())
 }
 
 /// See the module's documentation.
@@ -184,6 +191,7 @@ impl Running {
         ask_paths(&mut overlay, settled.listen);
         let accept_local = link::accept_local(&mut netlink, &config.tun);
         let addresses = tunnel_addresses(&settled.link.addresses, accept_local);
+        overlay.set_own_addresses(own_addresses(&mut netlink, &settled)?);
         let table = Arc::new(overlay.table(addresses, config.hop));
         let setup = Setup {
             tun: device.offloads,
@@ -556,7 +564,20 @@ impl Running {
         }
         self.names.tick(now);
         self.look_after_paths();
+        self.look_after_own_addresses();
         self.retired.retain(|old| Arc::strong_count(old) > 1);
+    }
+
+    /// Addresses come and go without us.
+    fn look_after_own_addresses(&mut self) {
+        match own_addresses(&mut self.netlink, &self.settled) {
+            Ok(own) => {
+                if self.overlay.set_own_addresses(own) {
+                    self.republish();
+                }
+            }
+            Err(error) => tracing::debug!("{error}"),
+        }
     }
 
     fn look_after_paths(&mut self) {

@@ -11,13 +11,17 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 use crate::operator::Operator;
 use crate::packets::{TUNNEL_NAME, udp_packet, wait_until_up};
-use crate::site::{Site, inside, peer, prefixes, sites, tunnel, underlay};
-use crate::support::{Test, check, stop, tried, udp, wait_until, without_backlog_drops};
+use crate::site::{
+    ALL_PREFIXES, INSIDE_NAME, Site, inside, peer, prefixes, router, sites, tunnel, underlay,
+    underlay_v6,
+};
+use crate::support::{Test, check, link, stop, tried, udp, wait_until, without_backlog_drops};
 
 /// The tests of this file.
 pub fn tests() -> Vec<Test> {
     vec![
         ("a_source_behind_another_peer", a_source_behind_another_peer),
+        ("a_source_that_is_this_host", a_source_that_is_this_host),
         ("trains_of_mixed_sources", trains_of_mixed_sources),
         ("sources_follow_the_prefixes", sources_follow_the_prefixes),
     ]
@@ -96,6 +100,75 @@ fn forge(victim: &Victim<'_>, from: &UdpSocket, source: IpAddr, count: u64) -> R
             // Queues on the way are not what is tested.
             std::thread::sleep(Duration::from_millis(1));
         }
+    }
+    Ok(())
+}
+
+/// A peer may send from anywhere but from this host: its address in the tunnel,
+/// those on other interfaces, and those that it gets while the tunnel runs.
+fn a_source_that_is_this_host() -> Result<()> {
+    const FORGED: u64 = 64;
+    let network = sites(2)?;
+    let [site, a] = &network.all[..] else {
+        return Err(Error::new("two sites"));
+    };
+    let operator = Operator::new()?;
+    let socket = operator.socket_text();
+    // The peer's prefixes are wider than this host's own.
+    for peer in [
+        underlay(2).to_string(),
+        format!("{}={ALL_PREFIXES},10.211.0.0/16", underlay(2)),
+    ] {
+        let flags = ["--queues", "2", "--no-routes", "--control", &socket];
+        let tunnel_end = site.start(&[peer], &flags)?;
+        operator.wait()?;
+        let victim = Victim::new(site)?;
+        let from_a = sender(a, site)?;
+        let other = [tunnel(9)[0], tunnel(9)[1]];
+        for address in other {
+            is_heard(&victim, &from_a, address)?;
+        }
+        let index = link(&site.host, INSIDE_NAME)?.index;
+        let mut netlink = site.host.netlink()?;
+        for address in other {
+            netlink.add_address(index, address.into())?;
+        }
+        wait_until("the new addresses are this host's", || {
+            let before = operator.dropped("source-not-allowed")?;
+            for address in other {
+                let packet = victim.packet(address, b"allowed")?;
+                tried("send", from_a.send(&packet))?;
+            }
+            for family in [0, 1] {
+                victim.hears_only(family, b"allowed")?;
+            }
+            let rose = operator.dropped("source-not-allowed")? - before;
+            Ok(rose == other.len() as u64)
+        })?;
+        let before = operator.dropped("source-not-allowed")?;
+        let mut sent = 0;
+        for source in tunnel(1)
+            .into_iter()
+            .chain(router(1))
+            .chain([underlay(1).into(), underlay_v6(1).into()])
+            .chain(other)
+        {
+            forge(&victim, &from_a, source, FORGED)?;
+            sent += FORGED;
+            // In order behind them.
+            is_heard(&victim, &from_a, inside(2)[usize::from(source.is_ipv6())])?;
+        }
+        let counted = operator.dropped("source-not-allowed")? - before;
+        check(counted <= sent && counted >= sent / 2, || {
+            format!("{sent} packets from this host, {counted} counted")
+        })?;
+        for address in other {
+            netlink.del_address(index, address.into())?;
+        }
+        for address in other {
+            is_heard(&victim, &from_a, address)?;
+        }
+        stop(tunnel_end)?;
     }
     Ok(())
 }
