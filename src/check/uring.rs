@@ -252,7 +252,7 @@ fn tun_queue() -> Result<Queue> {
         mtu_bytes: 1500,
         txqueuelen: 100,
     };
-    link::bring_up(&mut Netlink::open()?, PROBE_NAME, &config, None)?;
+    link::bring_up(&mut Netlink::open()?, PROBE_NAME, &config, &[])?;
     let mut queues = tun.queues.into_iter();
     queues.next().ok_or_else(|| Error::new("no queue"))
 }

@@ -219,7 +219,7 @@ pub(super) fn refused(path: &Path, error: io::Error) -> Error {
 }
 
 /// Connects, and bounds how long this and later writes may take.
-fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream> {
+pub(super) fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     // unix(7) waits as long as SO_SNDTIMEO says while the backlog is full.
     socket.set_write_timeout(Some(patience))?;

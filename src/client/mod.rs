@@ -8,6 +8,7 @@ mod text;
 mod units;
 
 use std::io::{self, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
@@ -47,6 +48,12 @@ pub fn run(command: &ClientCommand) -> Result<()> {
     let path = command.target().socket();
     let mut out = io::BufWriter::new(io::stdout().lock());
     perform(command, &path, &mut out, Patience::DEFAULT)
+}
+
+/// Connects to the operators' socket at `path`, and bounds how long that and
+/// later writes may take.
+pub(crate) fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream> {
+    connection::connect(path, patience)
 }
 
 /// The peers of the tunnel behind the operators' socket at `path`.

@@ -31,7 +31,7 @@ pub struct LinkConfig {
 }
 
 /// Configures the device and brings it up. All of it goes with the device.
-/// `old`: the addresses that a predecessor gave it, if it was taken over.
+/// `old`: the addresses that it has from us already.
 ///
 /// # Errors
 /// Names the address or setting that the kernel refused.
@@ -39,15 +39,58 @@ pub fn bring_up(
     netlink: &mut Netlink,
     name: &str,
     config: &LinkConfig,
-    old: Option<&[IpNet]>,
+    old: &[IpNet],
 ) -> Result<()> {
-    let index = netlink
-        .link_index(name)?
-        .ok_or_else(|| Error::new(format!("interface {name} has disappeared")))?;
+    let index = index_of(netlink, name)?;
     netlink.set_txqueuelen(index, config.txqueuelen)?;
     netlink.set_mtu(index, config.mtu_bytes)?;
-    set_addresses(netlink, index, old.unwrap_or_default(), &config.addresses)?;
+    set_addresses(netlink, index, old, &config.addresses)?;
     netlink.set_up(index)
+}
+
+fn index_of(netlink: &mut Netlink, name: &str) -> Result<u32> {
+    netlink
+        .link_index(name)?
+        .ok_or_else(|| Error::new(format!("interface {name} has disappeared")))
+}
+
+/// Gives the device those of the `new` addresses that it does not have yet, and
+/// takes none away: what a successor can do while its predecessor still carries
+/// the tunnel. Returns them.
+///
+/// # Errors
+/// Names the address that the kernel refused. The device is then as it was.
+pub fn add_addresses(netlink: &mut Netlink, name: &str, new: &[IpNet]) -> Result<Vec<IpNet>> {
+    let index = index_of(netlink, name)?;
+    let present = addresses_of(netlink, index)?;
+    let mut added = Vec::new();
+    for &address in new.iter().filter(|address| !present.contains(address)) {
+        if let Err(error) = netlink.add_address(index, address) {
+            remove_addresses(netlink, name, &added);
+            return Err(error);
+        }
+        added.push(address);
+    }
+    Ok(added)
+}
+
+/// Takes back what [`add_addresses`] gave.
+pub fn remove_addresses(netlink: &mut Netlink, name: &str, added: &[IpNet]) {
+    let removed = index_of(netlink, name).and_then(|index| {
+        added
+            .iter()
+            .try_for_each(|address| netlink.del_address(index, *address))
+    });
+    if let Err(error) = removed {
+        tracing::warn!("{error}");
+    }
+}
+
+fn addresses_of(netlink: &mut Netlink, index: u32) -> Result<Vec<IpNet>> {
+    let all = netlink.addresses()?.into_iter();
+    Ok(all
+        .filter_map(|(owner, net)| (owner == index).then_some(net))
+        .collect())
 }
 
 /// Lets the device deliver what we report to senders from our own address,
@@ -62,21 +105,47 @@ pub fn accept_local(netlink: &mut Netlink, name: &str) -> bool {
         .is_ok()
 }
 
-/// Replaces the `old` addresses of a device by the `new` ones.
+/// Replaces the `old` addresses of a device, as far as it still has them, by the
+/// `new` ones.
 ///
 /// # Errors
-/// Names the address that the kernel refused.
+/// Names the address that the kernel refused. The device has the old ones then.
 pub fn set_addresses(
     netlink: &mut Netlink,
     index: u32,
     old: &[IpNet],
     new: &[IpNet],
 ) -> Result<()> {
+    let result = replace_addresses(netlink, index, old, new);
+    if result.is_err()
+        && let Err(error) = replace_addresses(netlink, index, new, old)
+    {
+        tracing::error!("{error}");
+    }
+    result
+}
+
+fn replace_addresses(
+    netlink: &mut Netlink,
+    index: u32,
+    old: &[IpNet],
+    new: &[IpNet],
+) -> Result<()> {
+    let unless = |errno: i32, result: Result<()>| match result {
+        Err(error) if error.errno() == Some(errno) => Ok(()),
+        other => other,
+    };
     for address in new.iter().filter(|address| !old.contains(address)) {
-        netlink.add_address(index, *address)?;
+        unless(libc::EEXIST, netlink.add_address(index, *address))?;
     }
     for address in old.iter().filter(|address| !new.contains(address)) {
-        netlink.del_address(index, *address)?;
+        unless(libc::EADDRNOTAVAIL, netlink.del_address(index, *address))?;
+    }
+    // In one subnet the first address is the primary one; unless
+    // promote_secondaries says otherwise (ip-sysctl), the others go with it.
+    let present = addresses_of(netlink, index)?;
+    for address in new.iter().filter(|address| !present.contains(address)) {
+        unless(libc::EEXIST, netlink.add_address(index, *address))?;
     }
     Ok(())
 }

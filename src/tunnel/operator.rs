@@ -17,7 +17,7 @@ use crate::control::protocol::{
     Answer, Changed, Found, PeerStatus, Peers, Reloaded, Request, RouteEntry, Routes, Status,
 };
 use crate::control::server::Call;
-use crate::device::link;
+use crate::device::link::{self, LinkConfig};
 use crate::device::tun::Queue;
 use crate::error::{Error, Result};
 use crate::netlink::Netlink;
@@ -218,9 +218,10 @@ fn try_reload(running: &mut Running) -> Result<Reloaded> {
     let result =
         apply_link(running, &old, &mut settings_changed).and_then(|()| running.commit(next));
     if let Err(error) = result {
-        let failed = std::mem::replace(&mut running.config, old);
-        let _ = apply_link(running, &failed, &mut Vec::new());
-        running.settled.link = old_link;
+        running.config = old;
+        if let Err(error) = restore_link(running, old_link) {
+            tracing::error!("the device is not what it was: {error}");
+        }
         running.republish();
         return Err(error);
     }
@@ -230,6 +231,23 @@ fn try_reload(running: &mut Running) -> Result<Reloaded> {
         settings_changed,
         needs_restart: needs_restart.into_iter().map(String::from).collect(),
     })
+}
+
+/// Gives the device its old settings back.
+fn restore_link(running: &mut Running, old: LinkConfig) -> Result<()> {
+    let mut netlink = Netlink::open()?;
+    let index = netlink
+        .link_index(&running.config.tun)?
+        .ok_or_else(|| Error::new(format!("interface {} has disappeared", running.config.tun)))?;
+    netlink.set_txqueuelen(index, old.txqueuelen)?;
+    netlink.set_mtu(index, old.mtu_bytes)?;
+    let tried = std::mem::replace(&mut running.settled.link, old);
+    let addresses = &running.settled.link.addresses;
+    if tried.addresses != *addresses {
+        link::set_addresses(&mut netlink, index, &tried.addresses, addresses)?;
+        running.restart_routes()?;
+    }
+    Ok(())
 }
 
 /// Applies the device's settings in which the configuration differs from `old`.
@@ -420,8 +438,9 @@ fn hand_over(
     successor.hand_over(&manifest, workers, listener)?;
     // From here on there is no way back: what the workers hold is sent, the
     // rest waits in the kernel for the successor.
-    running.stop_workers();
     running.leave();
+    // Last: from here until the successor starts nobody carries packets.
+    running.stop_workers();
     if let Err(error) = successor.done() {
         tracing::error!("{error}");
     }
@@ -493,13 +512,8 @@ pub fn check_inherited(config: &Config, settled: &Settled, manifest: &Manifest) 
 /// Adds what operators added to the predecessor, as far as it still fits.
 pub fn inherit(overlay: &mut Overlay, manifest: &Manifest) {
     for peer in &manifest.runtime_peers {
-        let mut next = overlay.clone();
-        let added = parse_name(&peer.peer).and_then(|name| {
-            next.insert_peer(&name, peer.is_default, &peer.prefixes, Origin::Runtime)
-        });
-        match added {
-            Ok(()) => *overlay = next,
-            Err(error) => tracing::warn!("left out what was added at run time: {error}"),
+        if let Err(error) = inherit_peer(overlay, peer) {
+            tracing::warn!("left out what was added at run time: {error}");
         }
     }
     for (prefix, peer) in &manifest.runtime_prefixes {
@@ -509,4 +523,16 @@ pub fn inherit(overlay: &mut Overlay, manifest: &Manifest) {
             tracing::warn!("left out what was added at run time: {error}");
         }
     }
+}
+
+/// Adds a peer, with all its prefixes or not at all.
+fn inherit_peer(overlay: &mut Overlay, peer: &RuntimePeer) -> Result<()> {
+    let name = parse_name(&peer.peer)?;
+    let is_new = overlay.find(&name).is_none();
+    let added = overlay.insert_peer(&name, peer.is_default, &peer.prefixes, Origin::Runtime);
+    // One that could not have its prefixes is there without them.
+    if added.is_err() && is_new && overlay.find(&name).is_some() {
+        overlay.remove_peer(&name)?;
+    }
+    added
 }

@@ -83,6 +83,11 @@ impl Heard {
     }
 }
 
+/// A successor goes on without something.
+fn not_in_full(error: &Error) {
+    tracing::error!("taken over, but not in full: {error}");
+}
+
 /// All addresses of this host, and those that the device has while it is up.
 fn own_addresses(netlink: &mut Netlink, settled: &Settled) -> Result<BTreeSet<IpAddr>> {
     let present = netlink.addresses()?.into_iter().map(|(_, net)| net);
@@ -161,7 +166,7 @@ impl Running {
         let (claimed, predecessor, listener, old_addresses) = match inherited {
             None => {
                 let claimed = start::claim(&config, &settled, &mut netlink)?;
-                (claimed, None, None, None)
+                (claimed, None, None, Vec::new())
             }
             Some(inherited) => {
                 let Inherited {
@@ -178,7 +183,7 @@ impl Running {
                     device,
                 };
                 let addresses = manifest.addresses;
-                (claimed, Some(predecessor), listener, Some(addresses))
+                (claimed, Some(predecessor), listener, addresses)
             }
         };
         let Claimed {
@@ -212,16 +217,23 @@ impl Running {
         let (tun_offloads, is_steered) = (device.offloads, device.steered);
         let mut workers = Workers::start(device.queues, sockets, &setup)?;
         let bring_up = |netlink: &mut Netlink| {
-            let old = old_addresses.as_deref();
-            link::bring_up(netlink, &config.tun, &settled.link, old)
+            link::bring_up(netlink, &config.tun, &settled.link, &old_addresses)
         };
         let is_successor = predecessor.is_some();
         match predecessor {
             Some(predecessor) => {
-                // What can fail fails while the predecessor still carries on.
-                bring_up(&mut netlink)?;
-                predecessor.stop()?;
+                // What is likely to fail fails while the predecessor still
+                // carries on, and changes nothing that it relies on.
+                let new = &settled.link.addresses;
+                let added = link::add_addresses(&mut netlink, &config.tun, new)?;
+                if let Err(error) = predecessor.stop() {
+                    link::remove_addresses(&mut netlink, &config.tun, &added);
+                    return Err(error);
+                }
                 workers.go();
+                if let Err(error) = bring_up(&mut netlink) {
+                    not_in_full(&error);
+                }
             }
             // Frames that come the moment the link is up find their worker.
             None => {
@@ -229,7 +241,15 @@ impl Running {
                 bring_up(&mut netlink)?;
             }
         }
-        let routes = RouteKeeper::start(&config.tun, settled.link.addresses.clone())?;
+        let routes = RouteKeeper::start(&config.tun, settled.link.addresses.clone());
+        let routes = match routes {
+            Ok(routes) => Some(routes),
+            Err(error) if is_successor => {
+                not_in_full(&error);
+                None
+            }
+            Err(error) => return Err(error),
+        };
         let mut running = Self {
             config,
             settled,
@@ -247,19 +267,18 @@ impl Running {
             path_cursor: 0,
             netlink,
             accept_local,
-            routes: Some(routes),
+            routes,
             routes_set: BTreeSet::new(),
             server: None,
             started: Instant::now(),
             reload_error: None,
         };
-        match running.open(listener) {
+        if is_successor {
+            running.go_on(listener);
+            return Ok(running);
+        }
+        match running.open() {
             Ok(()) => Ok(running),
-            // There is nobody to go back to, and the tunnel carries.
-            Err(error) if is_successor => {
-                tracing::error!("taken over, but not in full: {error}");
-                Ok(running)
-            }
             Err(error) => {
                 running.take_down();
                 Err(error)
@@ -268,12 +287,27 @@ impl Running {
     }
 
     /// The last steps of the start: what the host sees of a tunnel that works.
-    fn open(&mut self, listener: Option<OwnedFd>) -> Result<()> {
+    fn open(&mut self) -> Result<()> {
         self.set_routes(self.kernel_routes(&self.overlay))?;
         self.check_outside(&self.overlay.clone())?;
-        self.serve(listener)?;
+        self.serve(None)?;
         announce::announce(self);
         Ok(())
+    }
+
+    /// The same for a successor: there is nobody to go back to, and the tunnel
+    /// carries, so each step is taken whatever comes of the others. Operators
+    /// first, who can mend the rest.
+    fn go_on(&mut self, listener: Option<OwnedFd>) {
+        let served = self.serve(listener);
+        let routed = self.set_routes(self.kernel_routes(&self.overlay));
+        let checked = self.check_outside(&self.overlay.clone());
+        for result in [served, routed, checked] {
+            if let Err(error) = result {
+                not_in_full(&error);
+            }
+        }
+        announce::announce(self);
     }
 
     /// Opens the operators' socket, or goes on with the predecessor's.

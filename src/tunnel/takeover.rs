@@ -19,7 +19,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use nix::cmsg_space;
@@ -27,6 +27,7 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, s
 use serde::{Deserialize, Serialize};
 use socket2::Socket;
 
+use crate::client;
 use crate::device::tun::{Queue, Tun};
 use crate::error::{Error, Result};
 use crate::packet::coalesce;
@@ -135,7 +136,7 @@ impl Predecessor {
 /// # Errors
 /// When it refuses, or does not speak this version.
 pub fn ask(path: &Path) -> Result<Option<Inherited>> {
-    let stream = match UnixStream::connect(path) {
+    let stream = match client::connect(path, PATIENCE) {
         Ok(stream) => stream,
         Err(error)
             if matches!(
@@ -294,17 +295,18 @@ impl Successor {
         workers: impl Iterator<Item = WorkerDescriptors<'a>>,
         listener: Option<BorrowedFd<'_>>,
     ) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
         let stream = &mut self.0;
         let mut line = serde_json::to_vec(manifest).map_err(|error| lost(error.into()))?;
         line.push(b'\n');
-        stream.write_all(&line).map_err(lost)?;
-        hear(stream, Step::Ready).map_err(lost)?;
+        write_all_until(stream, &line, deadline).map_err(lost)?;
+        hear_until(stream, Step::Ready, deadline).map_err(lost)?;
         for worker in workers {
             let given = [Some(worker.queue), Some(worker.receive), worker.send];
             send_descriptors(stream, given.into_iter().flatten()).map_err(lost)?;
         }
         send_descriptors(stream, listener.into_iter()).map_err(lost)?;
-        hear(stream, Step::Go).map_err(lost)
+        hear_until(stream, Step::Go, deadline).map_err(lost)
     }
 
     /// This process has stopped: the successor may start.
@@ -318,6 +320,34 @@ impl Successor {
 
 fn lost(error: io::Error) -> Error {
     Error::os("the process that wanted to take over has failed", error)
+}
+
+/// As [`hear`], within what is left of the time for all of it.
+fn hear_until(stream: &mut UnixStream, step: Step, deadline: Instant) -> io::Result<()> {
+    stream.set_read_timeout(Some(time_left(deadline)?))?;
+    hear(stream, step)
+}
+
+/// As [`Write::write_all`], however slowly the other side reads.
+fn write_all_until(stream: &mut UnixStream, mut bytes: &[u8], deadline: Instant) -> io::Result<()> {
+    while !bytes.is_empty() {
+        stream.set_write_timeout(Some(time_left(deadline)?))?;
+        match stream.write(bytes) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => bytes = &bytes[written..],
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+fn time_left(deadline: Instant) -> io::Result<Duration> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Err(io::ErrorKind::TimedOut.into());
+    }
+    Ok(left)
 }
 
 fn say(stream: &mut UnixStream, step: Step) -> io::Result<()> {

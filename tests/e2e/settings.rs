@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use fastvpn::error::Result;
 use fastvpn::lab::traffic::ping;
-use fastvpn::lab::{Namespace, Pair};
+use fastvpn::lab::{Namespace, Pair, UNDERLAY_NAME};
 use ipnet::IpNet;
 use serde_json::{Value, json};
 
@@ -19,6 +19,8 @@ use crate::tools::Stream;
 pub fn tests() -> Vec<Test> {
     vec![
         ("settings_are_reloaded", settings_are_reloaded),
+        ("addresses_of_one_subnet", addresses_of_one_subnet),
+        ("a_reload_that_fails_late", a_reload_that_fails_late),
         (
             "a_reload_and_what_operators_added",
             a_reload_and_what_operators_added,
@@ -297,5 +299,73 @@ fn a_reload_and_what_operators_added() -> Result<()> {
     check(silence.is_err(), || "a peer that is gone answers".into())?;
     scene.reload("", "")?;
     wait_for(&hosts.a, TUNNEL[1].into())?;
+    scene.end().map(drop)
+}
+
+/// The first address of a subnet takes the others with it when it goes, unless
+/// somebody sees to that.
+fn addresses_of_one_subnet() -> Result<()> {
+    let scene = Scene::new("", &[])?;
+    let kernel = scene.state()?.kernel;
+    let steps: [&[&str]; 7] = [
+        &["10.250.1.1/24", A_ADDRESS],
+        &["10.250.1.2/24", A_ADDRESS],
+        &["10.250.1.2/24", "10.250.1.3/24", "10.250.1.4/24", A_ADDRESS],
+        &["10.250.1.4/24", A_ADDRESS, "10.250.1.3/24"],
+        &["10.251.1.1/16", "10.251.1.2/16", A_ADDRESS],
+        &["10.250.1.1/24", "fd00:250::1/64", A_ADDRESS],
+        &[A_ADDRESS],
+    ];
+    for addresses in steps {
+        let settings = format!("address = {}", json!(addresses));
+        scene.reload(&settings, "")?;
+        let state = scene.state()?;
+        let wanted: BTreeSet<IpNet> = addresses.iter().flat_map(|text| text.parse()).collect();
+        check(state.addresses == wanted && state.kernel == kernel, || {
+            format!("{settings}: {state:?}")
+        })?;
+        wait_for(&scene.hosts.a, TUNNEL[1].into())?;
+    }
+    // One that somebody has taken away is no reason to refuse the change.
+    scene.reload(&format!("address = {}", json!(steps[0])), "")?;
+    let index = link(&scene.hosts.a, "fastvpn0")?.index;
+    let gone: IpNet = IpNet::new_assert(Ipv4Addr::new(10, 250, 1, 1).into(), 24);
+    scene.hosts.a.netlink()?.del_address(index, gone)?;
+    scene.reload("", "")?;
+    let left = scene.state()?.addresses;
+    check(left.len() == 1, || format!("{left:?}"))?;
+    scene.end().map(drop)
+}
+
+/// What was changed before the kernel refused a route is changed back.
+fn a_reload_that_fails_late() -> Result<()> {
+    let scene = Scene::new("txqueuelen = 500", &[])?;
+    let (host, operator) = (&scene.hosts.a, &scene.operator);
+    let underlay = link(host, UNDERLAY_NAME)?.index;
+    let taken = IpNet::new_assert(Ipv4Addr::new(10, 99, 0, 0).into(), 16);
+    host.netlink()?.add_route(taken, None, Some(underlay))?;
+    let before = scene.state()?;
+    let late = peer("10.211.55.200", &["10.98.0.0/16", "10.99.0.0/16"]);
+    for settings in [
+        "mtu = 1300",
+        "txqueuelen = 77",
+        "address = [\"10.250.1.1/24\"]",
+        "mtu = 1400\nhop = true\naddress = [\"10.250.1.1/24\", \"10.250.1.2/24\", \"fd00:250::1/64\"]",
+    ] {
+        operator.write(FILE, &text(settings, &late))?;
+        operator.refuses("reload", &["10.99.0.0/16"])?;
+        scene.is_as(&before, settings)?;
+        has(&operator.ask("status")?, &[("hop", json!(false))])?;
+        wait_for(host, TUNNEL[1].into())?;
+    }
+    // An address that the kernel refuses comes after one that it takes.
+    host.sysctl("net/ipv6/conf/fastvpn0/disable_ipv6", "1")?;
+    let before = scene.state()?;
+    let settings = format!("address = [{A_ADDRESS:?}, \"10.250.1.1/24\", \"fd00:250::1/64\"]");
+    for _ in 0..2 {
+        operator.write(FILE, &text(&settings, ""))?;
+        operator.refuses("reload", &["fd00:250::1/64"])?;
+        scene.is_as(&before, &settings)?;
+    }
     scene.end().map(drop)
 }

@@ -17,7 +17,8 @@ use crate::packets::TUNNEL_NAME;
 use crate::routes::{kernel_agrees, own_routes};
 use crate::site::{Site, Sites, inside, peer, sites, tunnel, underlay, wait_for_each_other};
 use crate::support::{
-    Ended, Test, Tunnel, check, fail, link, stop, tried, udp, wait_until, without_backlog_drops,
+    Ended, TUNNEL, Test, Tunnel, check, fail, fastvpn, hosts, link, stop, tried, udp, wait_for,
+    wait_until, without_backlog_drops,
 };
 use crate::tools::{RouteCommand, Stream, inventory, ip_route, main_routes, nothing_left};
 
@@ -39,6 +40,10 @@ pub fn tests_of_control() -> Vec<Test> {
     vec![
         ("a_silent_successor", a_silent_successor),
         ("operators_in_a_takeover", operators_in_a_takeover),
+        (
+            "a_successor_that_is_refused_an_address",
+            a_successor_that_is_refused_an_address,
+        ),
     ]
 }
 
@@ -597,5 +602,44 @@ fn operators_in_a_takeover() -> Result<()> {
     if let Some(near) = near {
         stop(near)?;
     }
+    stop(far).map(drop)
+}
+
+/// Its predecessor's device stays as it is, whatever the kernel took first.
+fn a_successor_that_is_refused_an_address() -> Result<()> {
+    let hosts = hosts(1500)?;
+    let operator = Operator::new()?;
+    let socket = operator.socket_text();
+    let peer = "10.211.55.123=10.244.55.123/32";
+    let flags = [
+        "--control",
+        &socket,
+        "--peer",
+        peer,
+        "--address",
+        "10.244.55.122/32",
+    ];
+    let near = Tunnel::start(&hosts.a, &flags)?;
+    let far = fastvpn(&hosts.b, "--peer 10.211.55.122")?;
+    wait_for(&hosts.a, TUNNEL[1].into())?;
+    operator.wait()?;
+    hosts.a.sysctl("net/ipv6/conf/fastvpn0/disable_ipv6", "1")?;
+    let before = (appearance(&hosts.a)?, link(&hosts.a, TUNNEL_NAME)?);
+    for _ in 0..2 {
+        let more =
+            "--takeover --mtu 1300 --txqueuelen 9 --address 10.250.0.9/24 --address fd00:250::9/64";
+        let more: Vec<_> = more.split_whitespace().collect();
+        let ended = Tunnel::start(&hosts.a, &[&flags[..], &more].concat())?.wait()?;
+        let is_refused = ended.status.code() == Some(1) && ended.log.contains("fd00:250::9/64");
+        check(is_refused, || format!("{}:\n{}", ended.status, ended.log))?;
+        let after = (appearance(&hosts.a)?, link(&hosts.a, TUNNEL_NAME)?);
+        check(after == before, || format!("{before:?}, then {after:?}"))?;
+        wait_for(&hosts.a, TUNNEL[1].into())?;
+        let pid = operator.ask("status")?["pid"].as_u64();
+        check(pid == Some(near.pid().into()), || {
+            format!("{pid:?} answers")
+        })?;
+    }
+    stop(near)?;
     stop(far).map(drop)
 }
