@@ -136,6 +136,20 @@ impl Overlay {
         is_news
     }
 
+    /// Makes sure that datagrams to `endpoint` do not come back to sockets on
+    /// `listen`.
+    ///
+    /// # Errors
+    /// When they would, names it.
+    pub fn check_other(&self, listen: SocketAddr, endpoint: SocketAddr) -> Result<()> {
+        let is_same_port = listen.ip().is_unspecified() && listen.port() == endpoint.port();
+        if !is_same_port || !self.own.contains(&endpoint.ip()) {
+            return Ok(());
+        }
+        let error = Error::new(format!("peer {endpoint} is this host itself"));
+        Err(error.hint("name the other host"))
+    }
+
     /// The peers with their next hops, in no particular order.
     pub fn peers(&self) -> impl Iterator<Item = (NextHop, &Peer)> {
         self.peers

@@ -170,7 +170,10 @@ fn check_family(running: &Running, name: &Endpoint) -> Result<()> {
         Some(literal) if literal.ip().is_unspecified() || literal.ip().is_multicast() => {
             Err(Error::new(format!("{name} is no address of a host")))
         }
-        Some(literal) => check_reach(running.settled.listen, literal),
+        Some(literal) => {
+            check_reach(running.settled.listen, literal)?;
+            running.overlay.check_other(running.settled.listen, literal)
+        }
         None => Ok(()),
     }
 }

@@ -151,6 +151,10 @@ impl Running {
         for error in settled.unreachable.iter().chain(&unresolved) {
             tracing::warn!("{error}; trying again");
         }
+        overlay.set_own_addresses(own_addresses(&mut netlink, &settled)?);
+        for &endpoint in &endpoints {
+            overlay.check_other(settled.listen, endpoint)?;
+        }
         let inherited = match config.takeover {
             true => takeover::ask(&config.control)?,
             false => None,
@@ -196,7 +200,6 @@ impl Running {
         ask_paths(&mut overlay, settled.listen);
         let accept_local = link::accept_local(&mut netlink, &config.tun);
         let addresses = tunnel_addresses(&settled.link.addresses, accept_local);
-        overlay.set_own_addresses(own_addresses(&mut netlink, &settled)?);
         let table = Arc::new(overlay.table(addresses, config.hop));
         let setup = Setup {
             tun: device.offloads,
@@ -565,6 +568,7 @@ impl Running {
             return Err(Error::new(format!("{endpoint} is no address of a host")));
         }
         operator::check_reach(self.settled.listen, endpoint)?;
+        self.overlay.check_other(self.settled.listen, endpoint)?;
         link::check_outside(&mut self.netlink, &self.config.tun, endpoint.ip())
     }
 

@@ -153,6 +153,10 @@ fn flags_that_contradict() -> Result<()> {
 
 fn peers_that_cannot_be() -> Result<()> {
     let hosts = hosts(1500)?;
+    // One that the kernel would not choose to send from.
+    let index = link(&hosts.a, "underlay0")?.index;
+    let second = IpNet::new_assert(Ipv4Addr::new(10, 211, 55, 99).into(), 24);
+    hosts.a.netlink()?.add_address(index, second)?;
     refusals(
         &hosts.a,
         "",
@@ -168,6 +172,7 @@ fn peers_that_cannot_be() -> Result<()> {
                 &["10.211.55.122", "this host itself"],
             ),
             ("--peer 127.0.0.1", &["127.0.0.1", "this host itself"]),
+            ("--peer 10.211.55.99", &["10.211.55.99", "this host itself"]),
             ("--peer 0.0.0.0", &["--peer 0.0.0.0"]),
             ("--peer 224.0.0.1", &["--peer 224.0.0.1"]),
             ("--peer 10.211.55.255", &["10.211.55.255"]),
