@@ -131,23 +131,23 @@ fn replace_addresses(
     old: &[IpNet],
     new: &[IpNet],
 ) -> Result<()> {
-    let unless = |errno: i32, result: Result<()>| match result {
-        Err(error) if error.errno() == Some(errno) => Ok(()),
-        other => other,
-    };
-    for address in new.iter().filter(|address| !old.contains(address)) {
-        unless(libc::EEXIST, netlink.add_address(index, *address))?;
-    }
+    add_missing(netlink, index, new)?;
     for address in old.iter().filter(|address| !new.contains(address)) {
-        unless(libc::EADDRNOTAVAIL, netlink.del_address(index, *address))?;
+        match netlink.del_address(index, *address) {
+            // Somebody has taken it away, or it went with another one.
+            Err(error) if error.errno() == Some(libc::EADDRNOTAVAIL) => {}
+            result => result?,
+        }
     }
     // In one subnet the first address is the primary one; unless
     // promote_secondaries says otherwise (ip-sysctl), the others go with it.
+    add_missing(netlink, index, new)
+}
+
+fn add_missing(netlink: &mut Netlink, index: u32, addresses: &[IpNet]) -> Result<()> {
     let present = addresses_of(netlink, index)?;
-    for address in new.iter().filter(|address| !present.contains(address)) {
-        unless(libc::EEXIST, netlink.add_address(index, *address))?;
-    }
-    Ok(())
+    let mut missing = addresses.iter().filter(|net| !present.contains(net));
+    missing.try_for_each(|&net| netlink.add_address(index, net))
 }
 
 /// Makes sure that datagrams to a peer do not themselves go into the tunnel,
