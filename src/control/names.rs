@@ -26,7 +26,7 @@ const RETRY_MIN: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(60);
 
 /// How long a peer that we send to may be silent before its name is asked for
-/// again, and the longest that grows to while asking changes nothing.
+/// again, and the longest pause that this grows to while asking changes nothing.
 const SILENCE_MIN: Duration = Duration::from_secs(10);
 const SILENCE_MAX: Duration = Duration::from_secs(300);
 
@@ -53,7 +53,11 @@ struct Watched {
     is_asked: bool,
     /// When to ask next; `None` while the answer is good.
     next_at: Option<Instant>,
+    /// When it was last asked for.
+    asked_at: Option<Instant>,
     retry: Duration,
+    /// How long its peer has to be silent, and the last question to be past,
+    /// for another one.
     silence: Duration,
     is_resolved: bool,
 }
@@ -102,6 +106,7 @@ impl Names {
             let watched = old.remove(name).unwrap_or(Watched {
                 is_asked: false,
                 next_at: Some(now),
+                asked_at: None,
                 retry: RETRY_MIN,
                 silence: SILENCE_MIN,
                 is_resolved: false,
@@ -126,6 +131,7 @@ impl Names {
             let is_due = watched.next_at.is_some_and(|at| at <= now);
             if is_due && !watched.is_asked && self.jobs.try_send(name.clone()).is_ok() {
                 watched.is_asked = true;
+                watched.asked_at = Some(now);
                 watched.next_at = None;
             }
         }
@@ -146,10 +152,15 @@ impl Names {
             && watched.is_resolved
             && !watched.is_asked
             && watched.next_at.is_none()
-            && silence >= watched.silence
         {
-            watched.next_at = Some(now);
-            watched.silence = (silence * 2).min(SILENCE_MAX).max(watched.silence);
+            // The silence alone would say so for ever once it is long.
+            let unasked = watched
+                .asked_at
+                .map_or(silence, |at| now.saturating_duration_since(at));
+            if silence.min(unasked) >= watched.silence {
+                watched.next_at = Some(now);
+                watched.silence = silence.clamp(SILENCE_MIN, SILENCE_MAX);
+            }
         }
     }
 
@@ -256,7 +267,7 @@ mod tests {
         assert_eq!(asked.try_recv(), Ok(name("a")));
         let mut asked_at = Vec::new();
         names.heard(&answer("a", Some("10.0.0.1:1")), start);
-        for second in 1..=1000 {
+        for second in 1..=2000 {
             let silence = Duration::from_secs(second);
             let now = start + silence;
             names.silent(&name("a"), silence, now);
@@ -266,10 +277,12 @@ mod tests {
                 names.heard(&answer("a", Some("10.0.0.1:1")), now);
             }
         }
-        assert_eq!(asked_at[..5], [10, 20, 40, 80, 160]);
+        let expected = [10, 20, 40, 80, 160, 320, 620, 920, 1220, 1520, 1820];
+        assert_eq!(asked_at, expected);
         names.answered(&name("a"));
-        names.silent(&name("a"), SILENCE_MIN, start);
-        names.tick(start);
+        let later = start + Duration::from_secs(2010);
+        names.silent(&name("a"), SILENCE_MIN, later);
+        names.tick(later);
         assert_eq!(asked.try_recv(), Ok(name("a")));
     }
 
