@@ -115,6 +115,27 @@ fn listens_to_every_family_that_a_peer_may_have() {
 }
 
 #[test]
+fn listens_where_it_is_told_to() {
+    let listen = |flags: &str| {
+        let flags = format!("{flags} --address 10.9.0.1/24");
+        settled(&flags).map(|settled| settled.listen.to_string())
+    };
+    // Whatever the peers are now: more may be added.
+    for peers in ["", "--peer 127.0.0.2", "--peer a.invalid"] {
+        for address in ["0.0.0.0:8285", "[::]:8285", "[::]:99"] {
+            let flags = format!("{peers} --listen {address}");
+            assert_eq!(listen(&flags).unwrap(), address, "{flags}");
+        }
+    }
+    let wrong = listen("--peer ::1 --listen 0.0.0.0")
+        .unwrap_err()
+        .to_string();
+    for part in ["--listen 0.0.0.0", "::1", "--listen [::]"] {
+        assert!(wrong.contains(part), "{wrong}");
+    }
+}
+
+#[test]
 fn one_way_among_many_may_be_closed() {
     // Broadcast addresses take no datagrams (EACCES).
     let flags = "--address 10.9.0.1/24 --peer 127.255.255.255=10.1.0.0/16";
