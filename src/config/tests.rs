@@ -235,6 +235,47 @@ fn a_file_read_again_has_its_say_again() {
 }
 
 #[test]
+fn contradictions_have_their_place() {
+    let error = |text: &str, flags: &str| {
+        let file = file(text);
+        let path = file.path().display().to_string();
+        let error = config(&format!("--config {path} {flags}")).unwrap_err();
+        error.to_string().replace(&path, "FILE")
+    };
+    let starts = |text: &str, flags: &str, start: &str| {
+        let error = error(text, flags);
+        assert!(error.starts_with(start), "{error}");
+    };
+    let cores = "tun = \"a0\"\ncores = \"4000\"";
+    starts(cores, "", "FILE:2:9: core 4000 is not available");
+    starts(cores, "--cores 4001", "--cores: core 4001 is not");
+    let both = "no-routes = true\nroute = [\n  \"10.8.0.0/16\"]";
+    starts(
+        both,
+        "",
+        "FILE:3:3: route 10.8.0.0/16 contradicts no-routes;",
+    );
+    let flag = "--route 10.7.0.0/16";
+    starts(
+        both,
+        flag,
+        "FILE:1:13: no-routes contradicts --route 10.7.0.0/16",
+    );
+    let switch = "--no-routes";
+    starts(
+        both,
+        switch,
+        "FILE:3:3: route 10.8.0.0/16 contradicts --no-routes",
+    );
+    let flags = format!("{switch} {flag}");
+    starts(both, &flags, "--route 10.7.0.0/16 and --no-routes");
+    // A flag may as well take the contradiction away.
+    assert!(config_with(both, "--no-routes=false").is_ok());
+    let core = core_affinity::get_core_ids().unwrap()[0].id;
+    assert!(config_with(cores, &format!("--cores {core}")).is_ok());
+}
+
+#[test]
 fn files_that_are_none() {
     let error = |path: &str| config(&format!("--config {path}")).unwrap_err().to_string();
     let missing = error("/nonexistent/fastvpn.toml");
