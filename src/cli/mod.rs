@@ -83,7 +83,8 @@ pub struct TunnelArgs {
     #[arg(long, value_name = "HOST[:PORT][=PREFIX,...]", value_parser = parse_peer)]
     pub peer: Vec<PeerSpec>,
 
-    /// Address and UDP port to listen on [default: all addresses, port 8285]
+    /// Address and UDP port to listen on: 0.0.0.0 for all of IPv4, [::] for all of both IP versions
+    /// [default: 0.0.0.0 if all peers are IPv4 addresses, else [::]; port 8285]
     #[arg(long, value_name = "ADDR[:PORT]", value_parser = parse_listen)]
     pub listen: Option<Listen>,
 
@@ -265,7 +266,8 @@ impl fmt::Display for PeerSpec {
 /// Where to listen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Listen {
-    /// Address of this host, or the unspecified address for all.
+    /// Address of this host, 0.0.0.0 for all of its IPv4 addresses, or :: for all
+    /// that it has.
     pub ip: IpAddr,
     /// UDP port.
     pub port: u16,

@@ -154,16 +154,18 @@ pub(crate) fn parse_cores(text: &str) -> ParseResult<CoreList> {
     };
     let mut cores = Vec::new();
     for part in text.split(',') {
-        match part.split_once('-') {
-            None => cores.push(number(part)?),
-            Some((first, last)) => {
-                let (first, last) = (number(first)?, number(last)?);
-                if first > last {
-                    return Err(format!("{part:?} counts down"));
-                }
-                cores.extend(first..=last);
-            }
+        let range = match part.split_once('-') {
+            None => number(part).map(|core| core..=core)?,
+            Some((first, last)) => number(first)?..=number(last)?,
+        };
+        if range.is_empty() {
+            return Err(format!("{part:?} counts down"));
         }
+        // Ranges of a few characters each may be repeated without end.
+        if cores.len() + range.clone().count() > CORES_MAX {
+            return Err(format!("the list has more than {CORES_MAX} cores"));
+        }
+        cores.extend(range);
     }
     Ok(CoreList(cores))
 }
@@ -273,6 +275,10 @@ mod tests {
         assert_eq!(parse_cores("0,2-4"), Ok(CoreList(vec![0, 2, 3, 4])));
         for bad in ["", "a", "3-1", "0-99999", "-1"] {
             assert!(parse_cores(bad).is_err(), "{bad:?}");
+        }
+        assert_eq!(parse_cores("0-4095").unwrap().0.len(), 4096);
+        for long in ["0-4095,0", "0-4095,0-4095", &"7,".repeat(4097)] {
+            assert!(parse_cores(long).unwrap_err().contains("more than 4096"));
         }
         assert!(parse_tun_name("sixteen-letters-").is_err());
         assert!(parse_tun_name("a/b").is_err());

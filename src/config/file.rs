@@ -29,11 +29,30 @@ use crate::worker::idle::BusyPoll;
 /// its size in memory, and one that is made to hurt up to 100 times.
 pub const FILE_BYTES_MAX: u64 = 16 << 20;
 
+/// What a file says.
+#[derive(Debug, Default)]
+pub(super) struct Parsed {
+    /// Its settings.
+    pub args: TunnelArgs,
+    /// Where some of them are.
+    pub places: Places,
+}
+
+/// `FILE:LINE:COLUMN` of the settings that are checked only together with the
+/// flags, which may override them; `None` of those that are not there.
+#[derive(Debug, Default)]
+pub(super) struct Places {
+    /// The first of the routes.
+    pub route: Option<String>,
+    pub no_routes: Option<String>,
+    pub cores: Option<String>,
+}
+
 /// Reads a configuration file.
 ///
 /// # Errors
 /// When it cannot be read, or `FILE:LINE:COLUMN: what is wrong`.
-pub fn parse_file(path: &Path) -> Result<TunnelArgs> {
+pub(super) fn parse_file(path: &Path) -> Result<Parsed> {
     parse(&path.display().to_string(), &read(path)?)
 }
 
@@ -62,7 +81,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
 }
 
 /// `name`: of the file, for errors.
-fn parse(name: &str, bytes: &[u8]) -> Result<TunnelArgs> {
+fn parse(name: &str, bytes: &[u8]) -> Result<Parsed> {
     let at = |offset: usize| format!("{name}:{}", Place::of(bytes, offset));
     let text = std::str::from_utf8(bytes).map_err(|error| {
         let place = at(error.valid_up_to());
@@ -78,13 +97,18 @@ fn parse(name: &str, bytes: &[u8]) -> Result<TunnelArgs> {
         let place = at(verbose.span().start);
         return Err(Error::new(format!("{place}: verbose contradicts quiet")));
     }
+    let places = Places {
+        route: file.route.first().map(|route| at(route.span().start)),
+        no_routes: file.no_routes.as_ref().map(|key| at(key.span().start)),
+        cores: file.cores.as_ref().map(|cores| at(cores.span().start)),
+    };
     let spans = PeerSpans::of(&file.peer);
     let args = TunnelArgs::from(file);
     if let Some(fault) = peers::find_fault(&args.peer) {
         let place = at(spans.of_fault(&fault).start);
         return Err(Error::new(format!("{place}: {}", fault.error)));
     }
-    Ok(args)
+    Ok(Parsed { args, places })
 }
 
 /// A line and a column, both from 1; columns are characters.
@@ -137,10 +161,10 @@ struct File {
     #[serde(default)]
     address: Vec<Text<Address>>,
     #[serde(default)]
-    route: Vec<Text<Prefix>>,
-    no_routes: Option<bool>,
+    route: Vec<Spanned<Text<Prefix>>>,
+    no_routes: Option<Spanned<bool>>,
     hop: Option<bool>,
-    cores: Option<Text<CoreList>>,
+    cores: Option<Spanned<Text<CoreList>>>,
     busy_poll: Option<BusyPollKey>,
     txqueuelen: Option<Number<1, { TXQUEUELEN_MAX as u64 }>>,
     io: Option<Text<Io>>,
@@ -168,13 +192,13 @@ impl From<File> for TunnelArgs {
     fn from(file: File) -> Self {
         // Their ranges fit.
         let number = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
+        let prefixes = |spanned: Vec<Spanned<Text<Prefix>>>| {
+            let prefixes = spanned.into_iter().map(|prefix| prefix.into_inner().0.0);
+            prefixes.collect()
+        };
         let peer = |table: PeerTable| PeerSpec {
             endpoint: table.endpoint.into_inner().0,
-            prefixes: table
-                .prefixes
-                .into_iter()
-                .map(|prefix| prefix.into_inner().0.0)
-                .collect(),
+            prefixes: prefixes(table.prefixes),
         };
         Self {
             config: None,
@@ -184,10 +208,10 @@ impl From<File> for TunnelArgs {
             tun: file.tun.map(|text| text.0.0),
             mtu: file.mtu.map(|n| number(n.0)),
             address: file.address.into_iter().map(|text| text.0.0).collect(),
-            route: file.route.into_iter().map(|text| text.0.0).collect(),
-            no_routes: file.no_routes,
+            route: prefixes(file.route),
+            no_routes: file.no_routes.map(Spanned::into_inner),
             hop: file.hop,
-            cores: file.cores.map(|text| text.0),
+            cores: file.cores.map(|text| text.into_inner().0),
             busy_poll: file.busy_poll.map(|key| key.0),
             txqueuelen: file.txqueuelen.map(|n| number(n.0)),
             io: file.io.map(|text| text.0),

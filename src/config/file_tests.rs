@@ -125,7 +125,7 @@ fn depth_is_refused() {
 fn an_empty_file_says_nothing() {
     for text in ["", "\u{feff}# Nothing yet.\n", "\r\n"] {
         assert_eq!(
-            parse("f.toml", text.as_bytes()).unwrap(),
+            parse("f.toml", text.as_bytes()).unwrap().args,
             TunnelArgs::default()
         );
     }
@@ -145,7 +145,7 @@ fn large_tables_load() {
     };
     let peers = (0..PREFIXES).step_by(PREFIXES_PER_PEER as usize);
     let text: String = peers.map(peer).collect();
-    let args = parse("f.toml", text.as_bytes()).unwrap();
+    let args = parse("f.toml", text.as_bytes()).unwrap().args;
     assert_eq!(args.peer.len(), 1000);
     let prefixes = args.peer.iter().flat_map(|peer| &peer.prefixes);
     assert_eq!(prefixes.count(), PREFIXES as usize);
@@ -172,7 +172,7 @@ fn example_in_full() -> String {
 /// As it is, it says no more than who the peers are.
 #[test]
 fn the_example_is_a_file_to_start_from() {
-    let args = parse("example", EXAMPLE.as_bytes()).unwrap();
+    let args = parse("example", EXAMPLE.as_bytes()).unwrap().args;
     assert!(args.peer.len() > 1);
     let peers_alone = TunnelArgs {
         peer: args.peer.clone(),
@@ -185,7 +185,7 @@ fn the_example_is_a_file_to_start_from() {
 #[test]
 fn the_example_has_every_key_and_the_defaults() {
     let text = example_in_full();
-    let full = parse("example", text.as_bytes()).unwrap();
+    let full = parse("example", text.as_bytes()).unwrap().args;
     let table: toml::Table = toml::from_str(&text).unwrap();
     let command = Cli::command();
     for flag in command.get_arguments().filter_map(|flag| flag.get_long()) {

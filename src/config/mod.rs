@@ -21,7 +21,8 @@ use crate::packet::coalesce;
 use crate::ring;
 use crate::transport::socket;
 use crate::worker::idle::BusyPoll;
-pub use file::{FILE_BYTES_MAX, parse_file};
+pub use file::FILE_BYTES_MAX;
+use file::{Parsed, Places, parse_file};
 pub use peers::{PEERS_MAX, check_peers};
 pub use underlay::Settled;
 pub(crate) use underlay::default_mtu_bytes;
@@ -107,18 +108,18 @@ impl Config {
     /// # Errors
     /// One line that names the flag, or the place in the file.
     pub fn from_args(args: &TunnelArgs) -> Result<Self> {
-        let all = match &args.config {
-            Some(path) => args.over(parse_file(path)?),
-            None => args.clone(),
+        let file = match &args.config {
+            Some(path) => parse_file(path)?,
+            None => Parsed::default(),
         };
+        let places = args.places_in_force(file.places);
+        let all = args.over(file.args);
         check_peers(&all.peer)?;
         let no_routes = all.no_routes.unwrap_or(false);
         if let Some(route) = all.route.first().filter(|_| no_routes) {
-            return Err(Error::new(format!(
-                "--route {route} and --no-routes contradict each other"
-            ))
-            .hint("leave one of them out"));
+            return Err(routes_contradict(route, &places));
         }
+        let cores = all.cores.map(|list| checked_cores(list, &places));
         let tun = all.tun.unwrap_or_else(|| TUN_NAME_DEFAULT.into());
         Ok(Self {
             args: args.clone(),
@@ -133,7 +134,7 @@ impl Config {
             no_routes,
             hop: all.hop.unwrap_or(false),
             busy_poll: all.busy_poll.unwrap_or(BusyPoll::Off),
-            cores: all.cores.map(checked_cores).transpose()?,
+            cores: cores.transpose()?,
             io: all.io.unwrap_or_default(),
             wanted: wanted(&all.without),
             control_is_default: all.control.is_none(),
@@ -187,6 +188,15 @@ impl TunnelArgs {
             log_format: flags.log_format.or(file.log_format),
         }
     }
+
+    /// Without those that these override.
+    fn places_in_force(&self, file: Places) -> Places {
+        Places {
+            route: file.route.filter(|_| self.route.is_empty()),
+            no_routes: file.no_routes.filter(|_| self.no_routes.is_none()),
+            cores: file.cores.filter(|_| self.cores.is_none()),
+        }
+    }
 }
 
 /// A list that is given replaces the file's as a whole.
@@ -199,15 +209,27 @@ pub(crate) fn default_queues() -> u16 {
     cores.min(QUEUES_DEFAULT_MAX) as u16
 }
 
-fn checked_cores(list: CoreList) -> Result<Vec<usize>> {
+/// Names each where it is: in the file, or a flag.
+fn routes_contradict(route: &IpNet, places: &Places) -> Error {
+    let what = match (&places.route, &places.no_routes) {
+        (None, None) => format!("--route {route} and --no-routes contradict each other"),
+        (None, Some(place)) => format!("{place}: no-routes contradicts --route {route}"),
+        (Some(place), None) => format!("{place}: route {route} contradicts --no-routes"),
+        (Some(place), Some(_)) => format!("{place}: route {route} contradicts no-routes"),
+    };
+    Error::new(what).hint("leave one of them out")
+}
+
+fn checked_cores(list: CoreList, places: &Places) -> Result<Vec<usize>> {
     let available: Vec<usize> = core_affinity::get_core_ids()
         .unwrap_or_default()
         .iter()
         .map(|core| core.id)
         .collect();
     if let Some(missing) = list.0.iter().find(|core| !available.contains(core)) {
+        let place = places.cores.as_deref().unwrap_or("--cores");
         return Err(
-            Error::new(format!("--cores: core {missing} is not available"))
+            Error::new(format!("{place}: core {missing} is not available"))
                 .hint(format!("this process may use {available:?}")),
         );
     }

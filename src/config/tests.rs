@@ -115,6 +115,27 @@ fn listens_to_every_family_that_a_peer_may_have() {
 }
 
 #[test]
+fn listens_where_it_is_told_to() {
+    let listen = |flags: &str| {
+        let flags = format!("{flags} --address 10.9.0.1/24");
+        settled(&flags).map(|settled| settled.listen.to_string())
+    };
+    // Whatever the peers are now: more may be added.
+    for peers in ["", "--peer 127.0.0.2", "--peer a.invalid"] {
+        for address in ["0.0.0.0:8285", "[::]:8285", "[::]:99"] {
+            let flags = format!("{peers} --listen {address}");
+            assert_eq!(listen(&flags).unwrap(), address, "{flags}");
+        }
+    }
+    let wrong = listen("--peer ::1 --listen 0.0.0.0")
+        .unwrap_err()
+        .to_string();
+    for part in ["--listen 0.0.0.0", "::1", "--listen [::]"] {
+        assert!(wrong.contains(part), "{wrong}");
+    }
+}
+
+#[test]
 fn one_way_among_many_may_be_closed() {
     // Broadcast addresses take no datagrams (EACCES).
     let flags = "--address 10.9.0.1/24 --peer 127.255.255.255=10.1.0.0/16";
@@ -211,6 +232,47 @@ fn a_file_read_again_has_its_say_again() {
     assert_eq!((&again.tun[..], again.queues), ("b0", 2));
     std::fs::write(file.path(), "tun = 1").unwrap();
     assert!(config.reread().is_err());
+}
+
+#[test]
+fn contradictions_have_their_place() {
+    let error = |text: &str, flags: &str| {
+        let file = file(text);
+        let path = file.path().display().to_string();
+        let error = config(&format!("--config {path} {flags}")).unwrap_err();
+        error.to_string().replace(&path, "FILE")
+    };
+    let starts = |text: &str, flags: &str, start: &str| {
+        let error = error(text, flags);
+        assert!(error.starts_with(start), "{error}");
+    };
+    let cores = "tun = \"a0\"\ncores = \"4000\"";
+    starts(cores, "", "FILE:2:9: core 4000 is not available");
+    starts(cores, "--cores 4001", "--cores: core 4001 is not");
+    let both = "no-routes = true\nroute = [\n  \"10.8.0.0/16\"]";
+    starts(
+        both,
+        "",
+        "FILE:3:3: route 10.8.0.0/16 contradicts no-routes;",
+    );
+    let flag = "--route 10.7.0.0/16";
+    starts(
+        both,
+        flag,
+        "FILE:1:13: no-routes contradicts --route 10.7.0.0/16",
+    );
+    let switch = "--no-routes";
+    starts(
+        both,
+        switch,
+        "FILE:3:3: route 10.8.0.0/16 contradicts --no-routes",
+    );
+    let flags = format!("{switch} {flag}");
+    starts(both, &flags, "--route 10.7.0.0/16 and --no-routes");
+    // A flag may as well take the contradiction away.
+    assert!(config_with(both, "--no-routes=false").is_ok());
+    let core = core_affinity::get_core_ids().unwrap()[0].id;
+    assert!(config_with(cores, &format!("--cores {core}")).is_ok());
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use ipnet::IpNet;
 
 use super::Config;
-use crate::cli::Endpoint;
+use crate::cli::{Endpoint, Listen};
 use crate::device::link::{self, IPV4_MTU_BYTES_MIN, IPV6_MTU_BYTES_MIN};
 use crate::error::{Error, Result};
 use crate::transport::path::{self, Path};
@@ -66,22 +66,25 @@ impl Config {
         })
     }
 
-    /// One family serves all peers: IPv4 alone if no peer will ever have another
-    /// address, or else dual-stack.
+    /// What was given, and no other: peers of the other family may come later,
+    /// or are not wanted. Else IPv4 alone if no peer has another address, or may
+    /// have one some day, or else dual-stack.
     fn listen_address(&self, resolved: &[SocketAddr]) -> Result<SocketAddr> {
-        let port = self.listen.map_or(DEFAULT_PORT, |listen| listen.port);
-        let ip = match self.listen.map(|listen| listen.ip) {
-            Some(ip) if !ip.is_unspecified() => {
-                if let Some(peer) = resolved.iter().find(|peer| peer.is_ipv6() != ip.is_ipv6()) {
-                    return Err(Error::new(format!(
-                        "--listen {ip} and peer {peer} are of different IP versions"
-                    )));
-                }
-                ip
-            }
-            _ if self.needs_dual_stack(resolved) => Ipv6Addr::UNSPECIFIED.into(),
-            _ => Ipv4Addr::UNSPECIFIED.into(),
+        let Some(Listen { ip, port }) = self.listen else {
+            let ip = match self.needs_dual_stack(resolved) {
+                true => Ipv6Addr::UNSPECIFIED.into(),
+                false => Ipv4Addr::UNSPECIFIED.into(),
+            };
+            return Ok(SocketAddr::new(ip, DEFAULT_PORT));
         };
+        let is_dual_stack = ip == Ipv6Addr::UNSPECIFIED;
+        let other_family = resolved.iter().find(|peer| peer.is_ipv6() != ip.is_ipv6());
+        if let Some(peer) = other_family.filter(|_| !is_dual_stack) {
+            return Err(Error::new(format!(
+                "--listen {ip} and peer {peer} are of different IP versions"
+            ))
+            .hint("--listen [::] takes both"));
+        }
         Ok(SocketAddr::new(ip, port))
     }
 

@@ -26,7 +26,7 @@ const RETRY_MIN: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(60);
 
 /// How long a peer that we send to may be silent before its name is asked for
-/// again, and the longest that grows to while asking changes nothing.
+/// again, and the longest pause that this grows to while asking changes nothing.
 const SILENCE_MIN: Duration = Duration::from_secs(10);
 const SILENCE_MAX: Duration = Duration::from_secs(300);
 
@@ -35,8 +35,47 @@ const SILENCE_MAX: Duration = Duration::from_secs(300);
 pub struct Answer {
     /// The peer's name.
     pub name: Endpoint,
-    /// Its address, or why there is none.
-    pub result: Result<SocketAddr>,
+    /// Its addresses as of [`path::resolve_all`], or why there are none.
+    pub result: Result<Vec<SocketAddr>>,
+}
+
+/// A peer's `addresses`, of which the best comes first, in the order in which
+/// they are to be tried. Name servers rotate their answers, so a peer stays at
+/// its `current` address while that is among them. If it `is_silent` there, the
+/// others come first, from the next higher address round to the next lower one:
+/// this way each has its turn.
+pub fn in_order(
+    mut addresses: Vec<SocketAddr>,
+    current: Option<SocketAddr>,
+    is_silent: bool,
+) -> Vec<SocketAddr> {
+    if is_silent && current.is_some_and(|current| addresses.contains(&current)) {
+        addresses.sort();
+        let next = addresses.partition_point(|&address| Some(address) <= current);
+        addresses.rotate_left(next);
+    } else {
+        // Stable: the others stay in order.
+        addresses.sort_by_key(|&address| Some(address) != current);
+    }
+    addresses
+}
+
+/// The first address that `check` lets pass, or what it says about the first.
+///
+/// # Errors
+/// When none passes.
+pub fn first_usable(
+    addresses: Vec<SocketAddr>,
+    mut check: impl FnMut(SocketAddr) -> Result<()>,
+) -> Result<SocketAddr> {
+    let mut refusal = None;
+    for address in addresses {
+        match check(address) {
+            Ok(()) => return Ok(address),
+            Err(error) => refusal = refusal.or(Some(error)),
+        }
+    }
+    Err(refusal.unwrap_or_else(|| Error::new("there is no address")))
 }
 
 /// The names that have to be looked after.
@@ -53,8 +92,14 @@ struct Watched {
     is_asked: bool,
     /// When to ask next; `None` while the answer is good.
     next_at: Option<Instant>,
+    /// When it was last asked for.
+    asked_at: Option<Instant>,
     retry: Duration,
+    /// How long its peer has to be silent, and the last question to be past,
+    /// for another one.
     silence: Duration,
+    /// It is asked for because its peer is silent.
+    is_silent: bool,
     is_resolved: bool,
 }
 
@@ -74,7 +119,7 @@ impl Names {
                     // Ends with the channel; one that waits for a name server
                     // then ends with the process.
                     for name in waiting {
-                        let result = path::resolve(&name.host, name.port, listen);
+                        let result = path::resolve_all(&name.host, name.port, listen);
                         if answer.send(Answer { name, result }).is_err() {
                             return;
                         }
@@ -89,7 +134,7 @@ impl Names {
         })
     }
 
-    /// Where answers come in. Each goes to [`Self::heard`].
+    /// Where answers come in. What came of each goes to [`Self::heard`].
     pub fn answers(&self) -> &Receiver<Answer> {
         &self.answers
     }
@@ -102,8 +147,10 @@ impl Names {
             let watched = old.remove(name).unwrap_or(Watched {
                 is_asked: false,
                 next_at: Some(now),
+                asked_at: None,
                 retry: RETRY_MIN,
                 silence: SILENCE_MIN,
+                is_silent: false,
                 is_resolved: false,
             });
             self.watched.insert(name.clone(), watched);
@@ -116,6 +163,7 @@ impl Names {
             watched.next_at = Some(now);
             watched.retry = RETRY_MIN;
             watched.silence = SILENCE_MIN;
+            watched.is_silent = false;
         }
         self.tick(now);
     }
@@ -126,6 +174,7 @@ impl Names {
             let is_due = watched.next_at.is_some_and(|at| at <= now);
             if is_due && !watched.is_asked && self.jobs.try_send(name.clone()).is_ok() {
                 watched.is_asked = true;
+                watched.asked_at = Some(now);
                 watched.next_at = None;
             }
         }
@@ -146,10 +195,16 @@ impl Names {
             && watched.is_resolved
             && !watched.is_asked
             && watched.next_at.is_none()
-            && silence >= watched.silence
         {
-            watched.next_at = Some(now);
-            watched.silence = (silence * 2).min(SILENCE_MAX).max(watched.silence);
+            // The silence alone would say so for ever once it is long.
+            let unasked = watched
+                .asked_at
+                .map_or(silence, |at| now.saturating_duration_since(at));
+            if silence.min(unasked) >= watched.silence {
+                watched.next_at = Some(now);
+                watched.is_silent = true;
+                watched.silence = silence.clamp(SILENCE_MIN, SILENCE_MAX);
+            }
         }
     }
 
@@ -157,19 +212,29 @@ impl Names {
     pub fn answered(&mut self, name: &Endpoint) {
         if let Some(watched) = self.watched.get_mut(name) {
             watched.silence = SILENCE_MIN;
+            watched.is_silent = false;
         }
     }
 
-    /// Takes note of an answer. The name is asked for again later if that was
-    /// no address. `false`: nobody wants to know any more.
-    pub fn heard(&mut self, answer: &Answer, now: Instant) -> bool {
-        let Some(watched) = self.watched.get_mut(&answer.name) else {
+    /// Whether the name is asked for because its peer is silent, until the
+    /// answer has been [`Self::heard`].
+    pub fn is_for_silence(&self, name: &Endpoint) -> bool {
+        self.watched
+            .get(name)
+            .is_some_and(|watched| watched.is_silent)
+    }
+
+    /// Takes note of an answer. The name is asked for again later if there was
+    /// no address that is good. `false`: nobody wants to know any more.
+    pub fn heard(&mut self, name: &Endpoint, is_good: bool, now: Instant) -> bool {
+        let Some(watched) = self.watched.get_mut(name) else {
             return false;
         };
         watched.is_asked = false;
-        if answer.result.is_ok() {
+        if is_good {
             watched.retry = RETRY_MIN;
             watched.is_resolved = true;
+            watched.is_silent = false;
         } else {
             watched.next_at = Some(now + watched.retry);
             watched.retry = (watched.retry * 2).min(RETRY_MAX);
@@ -205,16 +270,6 @@ mod tests {
         }
     }
 
-    fn answer(host: &str, address: Option<&str>) -> Answer {
-        Answer {
-            name: name(host),
-            result: match address {
-                Some(address) => Ok(address.parse().unwrap()),
-                None => Err(Error::new("no such name")),
-            },
-        }
-    }
-
     #[test]
     fn what_does_not_resolve_is_asked_for_with_growing_pauses() {
         let (mut names, asked, _) = Names::without_threads();
@@ -235,14 +290,14 @@ mod tests {
             }
             assert!(asked.is_empty());
             pauses.push((now - from).as_secs());
-            assert!(names.heard(&answer("a", None), now));
+            assert!(names.heard(&name("a"), false, now));
         }
         assert_eq!(pauses, [0, 1, 2, 4, 8, 16, 32, 60, 60]);
         // It resolves at last: no more questions.
         now += Duration::from_secs(60);
         names.tick(now);
         assert_eq!(asked.try_recv(), Ok(name("a")));
-        names.heard(&answer("a", Some("10.0.0.1:1")), now);
+        names.heard(&name("a"), true, now);
         names.tick(now + Duration::from_secs(3600));
         assert!(asked.is_empty());
     }
@@ -255,22 +310,97 @@ mod tests {
         names.tick(start);
         assert_eq!(asked.try_recv(), Ok(name("a")));
         let mut asked_at = Vec::new();
-        names.heard(&answer("a", Some("10.0.0.1:1")), start);
-        for second in 1..=1000 {
+        names.heard(&name("a"), true, start);
+        for second in 1..=2000 {
             let silence = Duration::from_secs(second);
             let now = start + silence;
             names.silent(&name("a"), silence, now);
             names.tick(now);
             if asked.try_recv().is_ok() {
                 asked_at.push(second);
-                names.heard(&answer("a", Some("10.0.0.1:1")), now);
+                names.heard(&name("a"), true, now);
             }
         }
-        assert_eq!(asked_at[..5], [10, 20, 40, 80, 160]);
+        let expected = [10, 20, 40, 80, 160, 320, 620, 920, 1220, 1520, 1820];
+        assert_eq!(asked_at, expected);
         names.answered(&name("a"));
-        names.silent(&name("a"), SILENCE_MIN, start);
-        names.tick(start);
+        let later = start + Duration::from_secs(2010);
+        names.silent(&name("a"), SILENCE_MIN, later);
+        names.tick(later);
         assert_eq!(asked.try_recv(), Ok(name("a")));
+    }
+
+    /// Only the question that silence has brought about, and only while the
+    /// peer is silent.
+    #[test]
+    fn a_silent_peer_is_looked_for_elsewhere() {
+        let (mut names, asked, _) = Names::without_threads();
+        let start = Instant::now();
+        let a = name("a");
+        names.watch([a.clone()].iter(), start);
+        names.tick(start);
+        assert!(!names.is_for_silence(&a));
+        names.heard(&a, true, start);
+        let ask_for_silence = |names: &mut Names, now| {
+            names.silent(&a, SILENCE_MIN, now);
+            names.tick(now);
+            assert!(names.is_for_silence(&a));
+        };
+        let mut now = start + SILENCE_MIN;
+        ask_for_silence(&mut names, now);
+        // No answer is no reason to give up.
+        names.heard(&name("a"), false, now);
+        assert!(names.is_for_silence(&a));
+        names.heard(&a, true, now);
+        assert!(!names.is_for_silence(&a));
+        for who_ends_it in [Names::answered, |names: &mut Names, _: &Endpoint| {
+            names.ask_all(Instant::now());
+        }] {
+            names.ask_all(now);
+            names.heard(&a, true, now);
+            now += SILENCE_MIN;
+            ask_for_silence(&mut names, now);
+            who_ends_it(&mut names, &a);
+            assert!(!names.is_for_silence(&a));
+            names.heard(&a, true, now);
+        }
+        assert!(asked.try_iter().count() > 3);
+    }
+
+    #[test]
+    fn a_peer_stays_where_it_is_unless_it_is_silent() {
+        let address = |last: u8| SocketAddr::from(([10, 0, 0, last], 1));
+        let all = |lasts: &[u8]| lasts.iter().map(|&last| address(last)).collect::<Vec<_>>();
+        let order = |lasts: &[u8], current: Option<u8>, is_silent| {
+            in_order(all(lasts), current.map(address), is_silent)
+        };
+        // However the answer is rotated.
+        assert_eq!(order(&[3, 1, 2], Some(2), false), all(&[2, 3, 1]));
+        assert_eq!(order(&[1, 2, 3], Some(2), false), all(&[2, 1, 3]));
+        for answer in [[3, 1, 2], [1, 2, 3]] {
+            assert_eq!(order(&answer, Some(1), true), all(&[2, 3, 1]));
+            assert_eq!(order(&answer, Some(2), true), all(&[3, 1, 2]));
+            assert_eq!(order(&answer, Some(3), true), all(&[1, 2, 3]));
+        }
+        assert_eq!(order(&[1], Some(1), true), all(&[1]));
+        // One that is elsewhere now is at the best address.
+        for is_silent in [false, true] {
+            assert_eq!(order(&[3, 1, 2], None, is_silent), all(&[3, 1, 2]));
+            assert_eq!(order(&[3, 1, 2], Some(9), is_silent), all(&[3, 1, 2]));
+        }
+    }
+
+    #[test]
+    fn addresses_that_cannot_be_the_peers_are_passed_over() {
+        let all: Vec<SocketAddr> = (1..=3u8).map(|last| ([10, 0, 0, last], 1).into()).collect();
+        let refuse = |address: SocketAddr| Err(Error::new(format!("not {address}")));
+        let found = first_usable(all.clone(), |address| match address == all[1] {
+            true => Ok(()),
+            false => refuse(address),
+        });
+        assert_eq!(found.unwrap(), all[1]);
+        let none = first_usable(all, refuse).unwrap_err().to_string();
+        assert_eq!(none, "not 10.0.0.1:1");
     }
 
     #[test]
@@ -281,9 +411,9 @@ mod tests {
         names.watch([name("b")].iter(), now);
         names.tick(now);
         assert_eq!(asked.try_iter().collect::<Vec<_>>(), [name("b")]);
-        assert!(!names.heard(&answer("a", Some("10.0.0.1:1")), now));
+        assert!(!names.heard(&name("a"), true, now));
         // The operator insists.
-        names.heard(&answer("b", Some("10.0.0.1:1")), now);
+        names.heard(&name("b"), true, now);
         names.ask_all(now);
         assert_eq!(asked.try_recv(), Ok(name("b")));
     }

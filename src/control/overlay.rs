@@ -361,9 +361,17 @@ impl Overlay {
     ///
     /// # Errors
     /// When the new configuration clashes with itself or with what was added
-    /// at run time.
+    /// at run time; nothing has changed then.
     pub fn configure(&mut self, specs: &[PeerSpec]) -> Result<Changes> {
-        let old = self.clone();
+        let mut next = self.clone();
+        next.apply(specs)?;
+        let changes = self.changes_to(&next);
+        *self = next;
+        Ok(changes)
+    }
+
+    /// [`Self::configure`], but half done after an error.
+    fn apply(&mut self, specs: &[PeerSpec]) -> Result<()> {
         let wanted: BTreeSet<_> = specs.iter().map(|spec| spec.endpoint.key()).collect();
         let gone: Vec<Endpoint> = self
             .peers_by_name()
@@ -384,8 +392,9 @@ impl Overlay {
         for (peer, count) in self.peers.iter_mut().zip(counts) {
             if let Some(peer) = peer {
                 peer.prefix_count = count;
-                // Who is the default one is said anew below.
-                peer.is_default &= peer.origin == Origin::Runtime;
+                // Who of those that are wanted is the default one is said anew
+                // below, in whatever order they come.
+                peer.is_default &= !wanted.contains(&peer.name.key());
             }
         }
         self.built = None;
@@ -407,7 +416,7 @@ impl Overlay {
             }
             self.add_prefixes(&spec.endpoint, &spec.prefixes, Origin::Config, false)?;
         }
-        Ok(old.changes_to(self))
+        Ok(())
     }
 
     /// What is different in `new`.

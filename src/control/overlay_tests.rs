@@ -199,6 +199,41 @@ fn a_reload_that_clashes_with_the_operators_additions_is_refused() {
     );
 }
 
+/// In whatever order the file names them.
+#[test]
+fn a_reload_may_give_an_operators_default_peer_prefixes() {
+    for peers in [
+        ["10.0.0.1", "10.0.0.9=10.9.0.0/16"],
+        ["10.0.0.9=10.9.0.0/16", "10.0.0.1"],
+    ] {
+        let mut overlay = overlay(&["10.0.0.1=10.1.0.0/16"]);
+        overlay
+            .add_peer(&spec("10.0.0.9"), Origin::Runtime)
+            .unwrap();
+        overlay.configure(&specs(&peers)).unwrap();
+        resolve(&mut overlay);
+        check(&mut overlay);
+        assert_eq!(who(&overlay, "192.0.2.1").unwrap(), "10.0.0.1:8285");
+        assert_eq!(who(&overlay, "10.9.0.1").unwrap(), "10.0.0.9:8285");
+    }
+    // An operator's that the file says nothing about stays what it is.
+    let mut overlay = overlay(&["10.0.0.1=10.1.0.0/16"]);
+    overlay
+        .add_peer(&spec("10.0.0.9"), Origin::Runtime)
+        .unwrap();
+    let new = specs(&["10.0.0.2=10.2.0.0/16", "10.0.0.1"]);
+    let text = overlay.configure(&new).unwrap_err().to_string();
+    assert!(
+        text.contains("10.0.0.9:8285") && text.contains("10.0.0.1:8285"),
+        "{text}"
+    );
+    // As a whole or not at all.
+    check(&mut overlay);
+    assert_eq!(who(&overlay, "10.1.0.1").unwrap(), "10.0.0.1:8285");
+    assert_eq!(who(&overlay, "10.2.0.1").unwrap(), "10.0.0.9:8285");
+    assert_eq!(overlay.peer_count(), 2);
+}
+
 #[test]
 fn places_are_used_again_and_counters_are_not() {
     let mut overlay = overlay(&["10.0.0.1=10.1.0.0/16", "10.0.0.2=10.2.0.0/16"]);

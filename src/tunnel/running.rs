@@ -16,7 +16,7 @@ use super::takeover::{self, Inherited};
 use super::{announce, operator};
 use crate::config::{Config, Settled};
 use crate::control::engine::Engine;
-use crate::control::names::{Answer, Names};
+use crate::control::names::{self, Answer, Names};
 use crate::control::overlay::{Overlay, tunnel_addresses};
 use crate::control::routes::{AtEnd, RouteKeeper};
 use crate::control::server::{Call, Server};
@@ -528,28 +528,28 @@ impl Running {
     /// A peer's name has an address, or still none.
     fn name_answered(&mut self, answer: Answer) {
         let Answer { name, result } = answer;
-        // An address that cannot be the peer's is as good as none: the name is
+        let Some((hop, peer)) = self.overlay.find(&name) else {
+            return;
+        };
+        let old = peer.endpoint;
+        let is_silent = self.names.is_for_silence(&name);
+        // Addresses that cannot be the peer's are as good as none: the name is
         // asked for again until it has another.
-        let result = result.and_then(|endpoint| match self.check_endpoint(endpoint) {
-            Ok(()) => Ok(endpoint),
-            Err(error) => Err(Error::new(format!("cannot use peer {name}: {error}"))),
+        let result = result.and_then(|addresses| {
+            let addresses = names::in_order(addresses, old, is_silent);
+            names::first_usable(addresses, |endpoint| self.check_endpoint(endpoint))
+                .map_err(|error| Error::new(format!("cannot use peer {name}: {error}")))
         });
-        let answer = Answer { name, result };
-        if !self.names.heard(&answer, Instant::now()) {
+        if !self.names.heard(&name, result.is_ok(), Instant::now()) {
             return;
         }
-        let name = &answer.name;
-        let endpoint = match answer.result {
+        let endpoint = match result {
             Ok(endpoint) => endpoint,
             Err(error) => {
                 tracing::warn!("{error}; trying again");
                 return;
             }
         };
-        let Some((hop, peer)) = self.overlay.find(name) else {
-            return;
-        };
-        let old = peer.endpoint;
         if old == Some(endpoint) {
             return;
         }

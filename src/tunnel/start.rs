@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::cli::Endpoint;
 use crate::client;
 use crate::config::{Config, Settled};
-use crate::control::names::Names;
+use crate::control::names::{self, Names};
 use crate::control::overlay::{Origin, Overlay, Peer};
 use crate::device::{link, tun};
 use crate::error::{Error, Result};
@@ -91,12 +91,13 @@ pub fn resolve_now(overlay: &mut Overlay, names: &mut Names) -> Vec<Error> {
         // One that failed may have been asked for again in the meantime: its
         // answer is not one of those that are still to come.
         waiting.remove(&answer.name);
-        names.heard(&answer, Instant::now());
+        names.heard(&answer.name, answer.result.is_ok(), Instant::now());
         failed.retain(|(name, _)| *name != answer.name);
         match answer.result {
-            Ok(endpoint) => {
-                if let Some((hop, _)) = overlay.find(&answer.name) {
-                    overlay.set_endpoint(hop, Some(endpoint));
+            Ok(addresses) => {
+                if let Some((hop, peer)) = overlay.find(&answer.name) {
+                    let addresses = names::in_order(addresses, peer.endpoint, false);
+                    overlay.set_endpoint(hop, addresses.first().copied());
                 }
             }
             Err(error) => failed.push((answer.name, error)),
@@ -229,7 +230,7 @@ mod tests {
         Answer {
             name: name(host),
             result: match address {
-                Some(address) => Ok(address.parse().unwrap()),
+                Some(address) => Ok(address.split(' ').map(|one| one.parse().unwrap()).collect()),
                 None => Err(Error::new(format!("no {host}"))),
             },
         }
@@ -276,6 +277,35 @@ mod tests {
         assert_eq!(endpoint(&overlay, "known"), Some(known.1));
         names.tick(Instant::now());
         assert_eq!(asked.try_iter().collect::<Vec<_>>(), [name("known")]);
+    }
+
+    /// A successor's peers stay where they are if they may be there.
+    #[test]
+    fn what_is_known_stays_while_it_is_among_the_answers() {
+        let (mut names, _asked, answers) = Names::without_threads();
+        let mut overlay = overlay(&["kept", "moved", "new"]);
+        let known =
+            ["kept", "moved"].map(|host| (format!("{host}:8285"), "10.1.0.2:1".parse().unwrap()));
+        set_known(&mut overlay, &known.into());
+        for (host, addresses) in [
+            ("kept", "10.1.0.3:1 10.1.0.1:1 10.1.0.2:1"),
+            ("moved", "10.1.0.3:1 10.1.0.1:1"),
+            ("new", "10.1.0.3:1 10.1.0.1:1 10.1.0.2:1"),
+        ] {
+            answers.send(answer(host, Some(addresses))).unwrap();
+        }
+        assert!(resolve_now(&mut overlay, &mut names).is_empty());
+        for (host, address) in [
+            ("kept", "10.1.0.2:1"),
+            ("moved", "10.1.0.3:1"),
+            ("new", "10.1.0.3:1"),
+        ] {
+            assert_eq!(
+                endpoint(&overlay, host),
+                Some(address.parse().unwrap()),
+                "{host}"
+            );
+        }
     }
 
     /// As a successor does, for the peers that it inherits.

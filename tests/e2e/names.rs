@@ -37,6 +37,7 @@ pub fn tests() -> Vec<Test> {
             "a_name_that_moves_and_a_reload",
             a_name_that_moves_and_a_reload,
         ),
+        ("a_name_with_two_addresses", a_name_with_two_addresses),
         ("a_silent_name_server", a_silent_name_server),
         (
             "a_takeover_without_a_name_server",
@@ -56,8 +57,8 @@ pub fn tests() -> Vec<Test> {
     ]
 }
 
-/// Answers by name; a name that is not there does not exist.
-type Zone = HashMap<String, Ipv4Addr>;
+/// Answers by name, rotated each time; a name that is not there does not exist.
+type Zone = HashMap<String, Vec<Ipv4Addr>>;
 
 /// A name server at 127.0.0.1 of a namespace (RFC 1035), and the resolver
 /// configuration that leads there.
@@ -103,8 +104,14 @@ impl NameServer {
                     };
                     lock(&asked).push(name.clone());
                     if !silent.load(Ordering::Relaxed) {
-                        let known = lock(&zone).get(&name).copied();
-                        let _ = socket.send_to(&answer(&query[..end], kind, known), from);
+                        let known = lock(&zone).get_mut(&name).map(|addresses| {
+                            if kind == TYPE_A {
+                                addresses.rotate_left(1);
+                            }
+                            addresses.clone()
+                        });
+                        let answer = answer(&query[..end], kind, known.as_deref());
+                        let _ = socket.send_to(&answer, from);
                     }
                 }
             })
@@ -120,7 +127,11 @@ impl NameServer {
     }
 
     fn set(&self, name: &str, address: Ipv4Addr) {
-        lock(&self.zone).insert(name.to_string(), address);
+        self.set_all(name, &[address]);
+    }
+
+    fn set_all(&self, name: &str, addresses: &[Ipv4Addr]) {
+        lock(&self.zone).insert(name.to_string(), addresses.to_vec());
     }
 
     /// How often a name was asked for.
@@ -204,14 +215,14 @@ fn read_question(query: &[u8]) -> Option<(String, u16, usize)> {
 }
 
 /// The answer to a query that ends with its question.
-fn answer(query: &[u8], kind: u16, address: Option<Ipv4Addr>) -> Vec<u8> {
-    let found = address.filter(|_| kind == TYPE_A);
+fn answer(query: &[u8], kind: u16, known: Option<&[Ipv4Addr]>) -> Vec<u8> {
+    let found = known.filter(|_| kind == TYPE_A).unwrap_or_default();
     // No such name is another answer than no such record.
-    let code = if address.is_none() { 3 } else { 0 };
+    let code = if known.is_none() { 3 } else { 0 };
     let mut answer = query[..2].to_vec();
-    answer.extend([0x84, code, 0, 1, 0, u8::from(found.is_some()), 0, 0, 0, 0]);
+    answer.extend([0x84, code, 0, 1, 0, found.len() as u8, 0, 0, 0, 0]);
     answer.extend(&query[HEADER_BYTES..]);
-    if let Some(address) = found {
+    for address in found {
         // The name as in the question; type A, class IN, no caching, 4 bytes.
         answer.extend([0xc0, HEADER_BYTES as u8, 0, 1, 0, 1, 0, 0, 0, 0, 0, 4]);
         answer.extend(address.octets());
@@ -306,16 +317,55 @@ impl Moving {
         Ok((moving, tunnels))
     }
 
-    /// Lets site 3 be what site 2 was.
+    /// Lets site 3 be what site 2 was, and its name say so.
     fn move_on(&self, old: Tunnel) -> Result<Tunnel> {
+        let new = self.replace(old)?;
+        self.names.set(NAME, underlay(3));
+        Ok(new)
+    }
+
+    /// Lets site 3 be what site 2 was.
+    fn replace(&self, old: Tunnel) -> Result<Tunnel> {
         stop(old)?;
         let c = &self.network.all[2];
         let [v4, v6] = tunnel(2);
         let flags = format!("--address {v4}/32 --address {v6}/128 --peer {}", peer(1));
-        let new = crate::support::fastvpn(&c.host, &flags)?;
-        self.names.set(NAME, underlay(3));
-        Ok(new)
+        crate::support::fastvpn(&c.host, &flags)
     }
+
+    /// The named peer's address.
+    fn endpoint(&self) -> Result<String> {
+        let peers = self.operator.ask("peers")?;
+        Ok(peers["peers"][0]["endpoint"].to_string())
+    }
+}
+
+/// A peer that answers stays where it is, whichever of its addresses the name
+/// server begins with; one that has stopped to is looked for at the other.
+fn a_name_with_two_addresses() -> Result<()> {
+    let configuration = Operator::new()?;
+    let file = configuration.write("fastvpn.toml", "hop = false\n")?;
+    let (moving, [a, b]) = Moving::start(&["--config", &file])?;
+    moving.names.set_all(NAME, &[underlay(2), underlay(3)]);
+    let [near, far, _] = &moving.network.all[..] else {
+        return fail("three sites");
+    };
+    let is_at =
+        |number| -> Result<bool> { Ok(moving.endpoint()?.contains(&underlay(number).to_string())) };
+    for _ in 0..3 {
+        let before = moving.names.questions(NAME);
+        moving.operator.tell("reload")?;
+        wait_until("the name is asked for again", || {
+            Ok(moving.names.questions(NAME) > before)
+        })?;
+        wait_for_each_other(near, far)?;
+        check(is_at(2)?, || "a peer that answers was moved".into())?;
+    }
+    let new = moving.replace(b)?;
+    // Pings are what makes its silence noticed.
+    wait_for(&near.host, tunnel(2)[0])?;
+    check(is_at(3)?, || "who answers is not at site 3".into())?;
+    [a, new].into_iter().try_for_each(|end| stop(end).map(drop))
 }
 
 /// A peer that has stopped to answer is looked for.
@@ -340,11 +390,7 @@ fn a_name_that_moves_and_a_reload() -> Result<()> {
         let file = configuration.write("fastvpn.toml", "hop = false\n")?;
         let (moving, [mut a, b]) = Moving::start(&["--config", &file])?;
         let new = moving.move_on(b)?;
-        let endpoint = || -> Result<String> {
-            let peers = moving.operator.ask("peers")?;
-            Ok(peers["peers"][0]["endpoint"].to_string())
-        };
-        let before = endpoint()?;
+        let before = moving.endpoint()?;
         check(before.contains(&underlay(2).to_string()), || before.clone())?;
         if by_signal {
             a.child().signal(Signal::SIGHUP);
@@ -352,7 +398,7 @@ fn a_name_that_moves_and_a_reload() -> Result<()> {
             moving.operator.tell("reload")?;
         }
         wait_until("the name is resolved again", || {
-            Ok(endpoint()?.contains(&underlay(3).to_string()))
+            Ok(moving.endpoint()?.contains(&underlay(3).to_string()))
         })?;
         wait_for(&moving.network.all[0].host, tunnel(2)[0])?;
         [a, new]
