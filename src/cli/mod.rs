@@ -83,8 +83,8 @@ pub struct TunnelArgs {
     #[arg(long, value_name = "HOST[:PORT][=PREFIX,...]", value_parser = parse_peer)]
     pub peer: Vec<PeerSpec>,
 
-    /// Address and UDP port to listen on: 0.0.0.0 for all of IPv4, [::] for all of both IP versions
-    /// [default: 0.0.0.0 if all peers are IPv4 addresses, else [::]; port 8285]
+    /// Address and UDP port to listen on: 0.0.0.0 for all of IPv4, :: for all of both IP versions
+    /// [default: 0.0.0.0 if all peers are IPv4 addresses, else ::; port 8285]
     #[arg(long, value_name = "ADDR[:PORT]", value_parser = parse_listen)]
     pub listen: Option<Listen>,
 

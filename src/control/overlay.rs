@@ -92,6 +92,10 @@ const _: () = assert!(PEERS_MAX < NOBODY as usize);
 pub struct Overlay {
     /// By next hop. A peer keeps its place as long as it is there.
     peers: Vec<Option<Peer>>,
+    /// The places that no peer has.
+    free: BTreeSet<NextHop>,
+    /// The one peer that is the default one.
+    default: Option<NextHop>,
     /// By [`Endpoint::key`].
     names: BTreeMap<(String, u16), NextHop>,
     prefixes: BTreeMap<IpNet, Behind>,
@@ -108,6 +112,8 @@ impl Overlay {
     pub fn new(workers: usize) -> Self {
         Self {
             peers: Vec::new(),
+            free: BTreeSet::new(),
+            default: None,
             names: BTreeMap::new(),
             prefixes: BTreeMap::new(),
             own: BTreeSet::new(),
@@ -194,6 +200,11 @@ impl Overlay {
         Some((hop, self.peer(hop)?))
     }
 
+    /// Whether a peer has this next hop.
+    pub fn has(&self, hop: NextHop) -> bool {
+        self.peer(hop).is_some()
+    }
+
     fn hop_of(&self, name: &Endpoint) -> Result<NextHop> {
         self.names.get(&name.key()).copied().ok_or_else(|| {
             Error::new(format!("there is no peer {name}")).hint("`fastvpn peers` lists them")
@@ -201,7 +212,19 @@ impl Overlay {
     }
 
     fn default_peer(&self) -> Option<&Peer> {
-        self.peers.iter().flatten().find(|peer| peer.is_default)
+        self.peer(self.default?)
+    }
+
+    fn set_default(&mut self, hop: NextHop, is_default: bool) {
+        if let Some(peer) = self.peer_mut(hop) {
+            peer.is_default = is_default;
+        }
+        if is_default {
+            self.default = Some(hop);
+        } else if self.default == Some(hop) {
+            self.default = None;
+        }
+        self.built = None;
     }
 
     /// The peer that packets to `address` go to, and the prefix that says so;
@@ -255,20 +278,20 @@ impl Overlay {
         let peer = Peer {
             name: name.clone(),
             origin,
-            is_default,
+            is_default: false,
             endpoint: None,
             path_mtu_bytes: None,
             traffic: traffic(self.workers),
             prefix_count: 0,
         };
-        let free = self.peers.iter().position(Option::is_none);
-        let place = free.unwrap_or_else(|| {
+        let hop = self.free.pop_first().unwrap_or_else(|| {
             self.peers.push(None);
-            self.peers.len() - 1
+            // There are at most PEERS_MAX.
+            (self.peers.len() - 1) as NextHop
         });
-        self.peers[place] = Some(peer);
-        self.names.insert(name.key(), place as NextHop);
-        self.built = None;
+        self.peers[usize::from(hop)] = Some(peer);
+        self.names.insert(name.key(), hop);
+        self.set_default(hop, is_default);
         self.add_prefixes(name, prefixes, origin, false).map(drop)
     }
 
@@ -277,11 +300,23 @@ impl Overlay {
     /// # Errors
     /// When there is no such peer.
     pub fn remove_peer(&mut self, name: &Endpoint) -> Result<usize> {
-        let hop = self.hop_of(name)?;
-        self.names.remove(&name.key());
-        self.peers[usize::from(hop)] = None;
+        self.remove_peers(std::slice::from_ref(name))
+    }
+
+    /// Removes peers and all their prefixes in one pass over these; tells how
+    /// many there were.
+    fn remove_peers(&mut self, names: &[Endpoint]) -> Result<usize> {
+        for name in names {
+            let hop = self.hop_of(name)?;
+            self.set_default(hop, false);
+            self.names.remove(&name.key());
+            self.peers[usize::from(hop)] = None;
+            self.free.insert(hop);
+        }
         let before = self.prefixes.len();
-        self.prefixes.retain(|_, behind| behind.peer != hop);
+        let peers = &self.peers;
+        self.prefixes
+            .retain(|_, behind| peers[usize::from(behind.peer)].is_some());
         self.built = None;
         Ok(before - self.prefixes.len())
     }
@@ -378,11 +413,9 @@ impl Overlay {
             .filter(|peer| peer.origin == Origin::Config && !wanted.contains(&peer.name.key()))
             .map(|peer| peer.name.clone())
             .collect();
-        for name in &gone {
-            // With the prefixes that were added to it at run time: there is
-            // nobody left to have them.
-            self.remove_peer(name)?;
-        }
+        // With the prefixes that were added to them at run time: there is nobody
+        // left to have them.
+        self.remove_peers(&gone)?;
         self.prefixes
             .retain(|_, behind| behind.origin == Origin::Runtime);
         let mut counts = vec![0; self.peers.len()];
@@ -392,10 +425,16 @@ impl Overlay {
         for (peer, count) in self.peers.iter_mut().zip(counts) {
             if let Some(peer) = peer {
                 peer.prefix_count = count;
-                // Who of those that are wanted is the default one is said anew
-                // below, in whatever order they come.
-                peer.is_default &= !wanted.contains(&peer.name.key());
             }
+        }
+        // Who of those that are wanted is the default one is said anew below, in
+        // whatever order they come.
+        if let Some(hop) = self.default
+            && self
+                .peer(hop)
+                .is_some_and(|peer| wanted.contains(&peer.name.key()))
+        {
+            self.set_default(hop, false);
         }
         self.built = None;
         for spec in specs {
@@ -412,8 +451,8 @@ impl Overlay {
             }
             if let Some(peer) = self.peer_mut(hop) {
                 peer.origin = Origin::Config;
-                peer.is_default = is_default;
             }
+            self.set_default(hop, is_default);
             self.add_prefixes(&spec.endpoint, &spec.prefixes, Origin::Config, false)?;
         }
         Ok(())
@@ -482,8 +521,7 @@ impl Overlay {
         let prefixes = match &self.built {
             Some(built) => Arc::clone(built),
             None => {
-                let default = self.peers().find(|(_, peer)| peer.is_default);
-                let anywhere = default.into_iter().flat_map(|(hop, _)| {
+                let anywhere = self.default.into_iter().flat_map(|hop| {
                     [
                         (IpNet::V4(Ipv4Net::default()), hop),
                         (IpNet::V6(Ipv6Net::default()), hop),

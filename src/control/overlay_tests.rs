@@ -62,8 +62,16 @@ fn check(overlay: &mut Overlay) {
     assert_eq!(overlay.peers().count(), overlay.peer_count());
     assert_eq!(overlay.prefixes().count(), overlay.prefix_count());
     assert_eq!(overlay.kernel_routes().len(), overlay.prefix_count());
-    let defaults = overlay.peers().filter(|(_, peer)| peer.is_default).count();
-    assert!(defaults <= 1);
+    let defaults = overlay.peers().filter(|(_, peer)| peer.is_default);
+    let defaults: Vec<_> = defaults.map(|(hop, _)| hop).collect();
+    assert_eq!(defaults, Vec::from_iter(overlay.default));
+    let hops: BTreeSet<_> = overlay.peers().map(|(hop, _)| hop).collect();
+    for hop in 0..overlay.peers.len() as NextHop {
+        let is_there = hops.contains(&hop);
+        assert_eq!(overlay.has(hop), is_there);
+        assert_eq!(overlay.free.contains(&hop), !is_there);
+    }
+    assert!(!overlay.has(overlay.peers.len() as NextHop));
 }
 
 fn who(overlay: &Overlay, address: &str) -> Option<String> {
@@ -247,6 +255,31 @@ fn places_are_used_again_and_counters_are_not() {
     assert_eq!(again, hop);
     assert_eq!(peer.traffic[0].packets_sent.get(), 0);
     resolve(&mut overlay);
+    check(&mut overlay);
+}
+
+/// However many there are: who is there is looked up, not searched for.
+#[test]
+fn as_many_peers_as_there_may_be_come_and_go() {
+    let peers = |count: usize| -> Vec<PeerSpec> {
+        let spec = |number: u32| PeerSpec {
+            endpoint: Endpoint {
+                host: format!("p{number}.example"),
+                port: 1,
+            },
+            prefixes: vec![IpAddr::from(number.to_be_bytes()).into()],
+        };
+        (0..count as u32).map(spec).collect()
+    };
+    let mut overlay = Overlay::new(0);
+    let added = overlay.configure(&peers(PEERS_MAX)).unwrap();
+    assert_eq!(added.peers_added, PEERS_MAX);
+    assert!(overlay.has(PEERS_MAX as NextHop - 1) && !overlay.has(PEERS_MAX as NextHop));
+    let one_more = overlay.add_peer(&spec("a=10.0.0.0/8"), Origin::Runtime);
+    assert!(one_more.is_err());
+    let gone = overlay.configure(&peers(1)).unwrap();
+    assert_eq!(gone.peers_removed, PEERS_MAX - 1);
+    assert_eq!(gone.prefixes_removed, PEERS_MAX - 1);
     check(&mut overlay);
 }
 

@@ -483,8 +483,7 @@ impl Running {
         self.names.watch(names.into_iter(), now);
         self.names.tick(now);
         let overlay = &self.overlay;
-        self.heard
-            .retain(|&hop, _| overlay.peers().any(|(known, _)| known == hop));
+        self.heard.retain(|&hop, _| overlay.has(hop));
     }
 
     /// Asks for all peers' names anew.
