@@ -10,5 +10,6 @@ pub mod overlay;
 pub mod protocol;
 pub mod routes;
 pub mod server;
+mod socket_name;
 pub mod summary;
 pub mod workers;
