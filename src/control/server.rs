@@ -23,6 +23,7 @@ use nix::sys::socket::{getsockopt, sockopt};
 
 use super::protocol::{Answer, Line, Request};
 use super::socket_name::{self, SocketName};
+use super::turns::Turns;
 use crate::error::{Error, Result};
 
 /// Connections at a time. One more is told so and closed.
@@ -38,9 +39,9 @@ const ANSWER_TIME_MAX: Duration = Duration::from_secs(30);
 /// How long a client may read nothing of its answer.
 const WRITE_TIME_MAX: Duration = Duration::from_secs(5);
 
-/// Bytes of all answers that are being written. Those of one more that is
-/// long wait for nobody: the client is told to come again.
-const ANSWERS_BYTES_MAX: usize = 64 << 20;
+/// Bytes of all long answers that are being written; a single one may be longer.
+/// One that is too much waits for nobody: the client is told to come again.
+const LONG_ANSWERS_BYTES_MAX: usize = 64 << 20;
 
 /// How long the control thread may take for a request.
 const CONTROL_TIME_MAX: Duration = Duration::from_secs(60);
@@ -96,8 +97,11 @@ struct Shared {
     stopping: AtomicBool,
     /// The open connections, for closing them.
     open: Mutex<Vec<(u64, UnixStream)>>,
-    /// Bytes of answers that are being written.
-    answers_bytes: AtomicUsize,
+    /// Who may have a long answer made. More than one at a time would be in
+    /// memory before its length is known.
+    long_answers: Turns,
+    /// Bytes of long answers that are being written. Grows by whose turn it is.
+    long_answers_bytes: AtomicUsize,
 }
 
 impl Server {
@@ -131,7 +135,8 @@ impl Server {
             stop,
             stopping: AtomicBool::new(false),
             open: Mutex::new(Vec::with_capacity(CONNECTIONS_MAX)),
-            answers_bytes: AtomicUsize::new(0),
+            long_answers: Turns::default(),
+            long_answers_bytes: AtomicUsize::new(0),
         });
         // If this fails, it goes while the socket still listens: nobody else
         // takes it for a dead one's meanwhile.
@@ -276,35 +281,46 @@ impl Shared {
                     let _ = self.calls.send_timeout(call, CONTROL_TIME_MAX);
                     return;
                 }
-                Ok(request) => self.ask(request),
+                Ok(request) => {
+                    drop(line);
+                    if self.answer(&mut stream, request).is_err() {
+                        return;
+                    }
+                    continue;
+                }
                 Err(error) => Err(format!("cannot read the request: {error}")),
             };
-            drop(line);
-            if self.write_answer(&mut stream, result).is_err() {
+            if write_line(&mut stream, result).is_err() {
                 return;
             }
         }
     }
 
-    /// Writes an answer, unless too much is being written.
-    fn write_answer(
-        &self,
-        stream: &mut UnixStream,
-        result: std::result::Result<Answer, String>,
-    ) -> io::Result<()> {
-        let text = to_line(result)?;
-        let bytes = text.len();
-        let before = self.answers_bytes.fetch_add(bytes, Ordering::SeqCst);
-        let written = if before > 0 && before + bytes > ANSWERS_BYTES_MAX {
-            drop(text);
-            write_line(
-                stream,
-                Err("too many long answers under way; try again".into()),
-            )
-        } else {
-            write_all(stream, &text, Instant::now() + ANSWER_TIME_MAX)
+    fn answer(&self, stream: &mut UnixStream, request: Request) -> io::Result<()> {
+        if !has_long_answer(&request) {
+            return write_line(stream, self.ask(request));
+        }
+        let under_way = || self.long_answers_bytes.load(Ordering::SeqCst);
+        let refuse = |stream: &mut UnixStream| {
+            let reason = "too many long answers under way; try again";
+            write_line(stream, Err(reason.into()))
         };
-        self.answers_bytes.fetch_sub(bytes, Ordering::SeqCst);
+        let turn = self.long_answers.take(CONTROL_TIME_MAX);
+        let Some(turn) = turn.filter(|_| under_way() < LONG_ANSWERS_BYTES_MAX) else {
+            return refuse(stream);
+        };
+        // The answer itself is gone once it is a text.
+        let text = to_line(self.ask(request))?;
+        let bytes = text.len();
+        if under_way() > 0 && under_way() + bytes > LONG_ANSWERS_BYTES_MAX {
+            drop((text, turn));
+            return refuse(stream);
+        }
+        self.long_answers_bytes.fetch_add(bytes, Ordering::SeqCst);
+        drop(turn);
+        let written = write_all(stream, &text, Instant::now() + ANSWER_TIME_MAX);
+        drop(text);
+        self.long_answers_bytes.fetch_sub(bytes, Ordering::SeqCst);
         written
     }
 
@@ -322,6 +338,11 @@ impl Shared {
             Err(_) => Err("the tunnel gives no answer; it may be ending".into()),
         }
     }
+}
+
+/// Whether the answer grows with the number of peers or prefixes.
+fn has_long_answer(request: &Request) -> bool {
+    matches!(request, Request::Peers {} | Request::RouteList {})
 }
 
 /// Root, or who runs the tunnel. The socket's mode says so already; unless

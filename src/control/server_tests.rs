@@ -242,7 +242,7 @@ fn who_does_not_read_keeps_only_itself_waiting() {
 /// clients together.
 #[test]
 fn long_answers_are_bounded_together() {
-    const HALF_BYTES: usize = ANSWERS_BYTES_MAX / 2 + 1;
+    const HALF_BYTES: usize = LONG_ANSWERS_BYTES_MAX / 2 + 1;
     let served = Served::new(|request| match request {
         Request::Peers {} => Ok(Answer::Status(Box::new(Status {
             offloads: "x".repeat(HALF_BYTES),
@@ -267,6 +267,64 @@ fn long_answers_are_bounded_together() {
         third.send(PEERS);
         third.line().unwrap()["ok"] == true
     });
+}
+
+/// Long answers take memory before their length is known, too.
+#[test]
+fn of_long_answers_one_is_made_at_a_time() {
+    let (_directory, path) = place();
+    let server = Server::start(&path).unwrap();
+    let mut clients = [Client::new(&path), Client::new(&path)];
+    let requests = [PEERS, b"{\"command\":\"route-list\"}\n"];
+    for (client, request) in clients.iter_mut().zip(requests) {
+        client.send(request);
+    }
+    let next = || server.calls().recv_timeout(PATIENCE);
+    let Ok(Call::Request(Request::Peers {} | Request::RouteList {}, first)) = next() else {
+        panic!("no request");
+    };
+    // Others go ahead of the second one.
+    for _ in 0..100 {
+        let mut other = Client::new(&path);
+        other.send(STATUS);
+        match next() {
+            Ok(Call::Request(request @ Request::Status {}, reply)) => reply.send(answer(request)),
+            call => panic!("{call:?}"),
+        }
+        assert_eq!(other.line().unwrap()["tun"], "unit0");
+    }
+    first.send(answer(Request::Peers {}));
+    let Ok(Call::Request(_, second)) = next() else {
+        panic!("no request");
+    };
+    second.send(answer(Request::Peers {}));
+    for mut client in clients {
+        assert_eq!(client.line().unwrap()["ok"], true);
+    }
+}
+
+/// Only what is long itself is refused for want of room; a change that is made
+/// is not said to have failed.
+#[test]
+fn short_answers_have_room_beside_a_long_one() {
+    let served = Served::new(|request| match request {
+        Request::Peers {} => Ok(Answer::Status(Box::new(Status {
+            offloads: "x".repeat(LONG_ANSWERS_BYTES_MAX + 1),
+            ..Status::default()
+        }))),
+        other => answer(other),
+    });
+    let mut lazy = served.client();
+    lazy.send(PEERS);
+    assert_eq!(lazy.0.fill_buf().unwrap()[0], b'{');
+    let mut other = served.client();
+    for _ in 0..10 {
+        other.is_served();
+    }
+    other.send(PEERS);
+    other.is_refused("try again");
+    other.is_served();
+    assert_eq!(lazy.line().unwrap()["ok"], true);
 }
 
 #[test]
