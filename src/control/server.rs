@@ -23,7 +23,7 @@ use nix::sys::socket::{getsockopt, sockopt};
 
 use super::protocol::{Answer, Line, Request};
 use super::socket_name::{self, SocketName};
-use super::turns::Turns;
+use super::turns::{Turn, Turns};
 use crate::error::{Error, Result};
 
 /// Connections at a time. One more is told so and closed.
@@ -67,6 +67,8 @@ pub enum Call {
         stream: UnixStream,
         /// The version that the process speaks.
         protocol: u32,
+        /// Others that want to take over are refused until this is dropped.
+        turn: Turn,
     },
 }
 
@@ -102,6 +104,8 @@ struct Shared {
     long_answers: Turns,
     /// Bytes of long answers that are being written. Grows by whose turn it is.
     long_answers_bytes: AtomicUsize,
+    /// Who may take over.
+    takeovers: Turns,
 }
 
 impl Server {
@@ -137,6 +141,7 @@ impl Server {
             open: Mutex::new(Vec::with_capacity(CONNECTIONS_MAX)),
             long_answers: Turns::default(),
             long_answers_bytes: AtomicUsize::new(0),
+            takeovers: Turns::default(),
         });
         // If this fails, it goes while the socket still listens: nobody else
         // takes it for a dead one's meanwhile.
@@ -277,9 +282,18 @@ impl Shared {
             };
             let result = match serde_json::from_slice(&line) {
                 Ok(Request::Takeover { protocol }) => {
-                    let call = Call::Takeover { stream, protocol };
-                    let _ = self.calls.send_timeout(call, CONTROL_TIME_MAX);
-                    return;
+                    // The connection leaves its place among all; so this is
+                    // what bounds those that wait for the control thread.
+                    if let Some(turn) = self.takeovers.take(Duration::ZERO) {
+                        let call = Call::Takeover {
+                            stream,
+                            protocol,
+                            turn,
+                        };
+                        let _ = self.calls.send_timeout(call, CONTROL_TIME_MAX);
+                        return;
+                    }
+                    Err("another process is taking over already; try again".into())
                 }
                 Ok(request) => {
                     drop(line);

@@ -915,6 +915,7 @@ fn who_takes_over_gets_the_control_thread() {
     let Ok(Call::Takeover {
         mut stream,
         protocol,
+        ..
     }) = server.calls().recv_timeout(PATIENCE)
     else {
         panic!("no call");
@@ -926,6 +927,36 @@ fn who_takes_over_gets_the_control_thread() {
     assert_eq!(client.line().unwrap()["ok"], true);
     client.send(b"g");
     stream.read_exact(&mut [0]).unwrap();
+}
+
+/// They leave the connections' places while they wait, so they have a bound of
+/// their own.
+#[test]
+fn one_may_take_over_at_a_time() {
+    const TAKEOVER: &[u8] = b"{\"command\":\"takeover\",\"protocol\":7}\n";
+    let (_directory, path) = place();
+    let server = Server::start(&path).unwrap();
+    let mut first = Client::new(&path);
+    for _ in 0..3 {
+        first.send(TAKEOVER);
+        wait_until("it waits", || server.calls().len() == 1);
+        let refuses = || {
+            let mut late = Client::new(&path);
+            late.send(TAKEOVER);
+            late.is_refused("taking over already");
+            // It may ask for something else.
+            late.send(b"no request\n");
+            late.is_refused("cannot read the request");
+        };
+        refuses();
+        let Ok(Call::Takeover { turn, stream, .. }) = server.calls().recv_timeout(PATIENCE) else {
+            panic!("no call");
+        };
+        refuses();
+        drop((turn, stream));
+        assert!(first.line().is_none());
+        first = Client::new(&path);
+    }
 }
 
 /// A control thread that drops a request has said all that it will.
