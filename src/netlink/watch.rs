@@ -101,11 +101,22 @@ impl Watch {
             .unwrap();
     }
 
+    /// Puts a socket in its place that cannot be read from.
+    #[cfg(test)]
+    pub(crate) fn break_socket(&mut self) {
+        use std::os::fd::AsRawFd;
+        let (domain, kind) = (socket2::Domain::IPV4, socket2::Type::STREAM);
+        let broken = socket2::Socket::new(domain, kind, None).unwrap();
+        // SAFETY: both are open, and the socket goes on to own its descriptor.
+        let replaced = unsafe { libc::dup2(broken.as_raw_fd(), self.socket.as_raw_fd()) };
+        assert!(replaced >= 0);
+    }
+
     /// Reads what has come so far, at most `datagrams_max` datagrams, without
     /// waiting. `true` if there may be more.
     ///
     /// # Errors
-    /// When the socket fails for good.
+    /// When the socket fails. News may be lost then, also if it works again.
     pub fn read(&mut self, datagrams_max: usize, visit: &mut dyn FnMut(News)) -> Result<bool> {
         for _ in 0..datagrams_max {
             match self

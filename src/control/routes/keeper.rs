@@ -83,6 +83,8 @@ pub struct Keeper {
     addresses_due: bool,
     /// Whether there may be routes of ours that are not wanted.
     strays_due: bool,
+    /// When to listen anew, since listening has failed; `None`: it works.
+    watch_due: Option<Instant>,
     /// When to compare the table with what is wanted; `None`: no reason to.
     due: Option<Instant>,
     /// When all comparisons so far are paid for.
@@ -114,6 +116,7 @@ impl Keeper {
             mtu_bytes: link.map_or(IPV6_MTU_BYTES_MIN, |link| link.mtu),
             addresses_due: false,
             strays_due: false,
+            watch_due: None,
             // They may be overridden.
             due: (!wanted.is_empty()).then(Instant::now),
             wanted,
@@ -130,10 +133,7 @@ impl Keeper {
             if let Some(at_end) = self.take_commands() {
                 break at_end;
             }
-            if let Err(error) = self.read_news() {
-                tracing::error!("{error}; routes are no longer put back");
-                return;
-            }
+            self.keep_listening();
             let now = Instant::now();
             if self.next_comparison().is_some_and(|due| due <= now) {
                 self.due = None;
@@ -154,7 +154,7 @@ impl Keeper {
 
     /// Sleeps until there is a command, news, or something due.
     fn wait(&mut self) {
-        let next = [self.next_comparison(), self.journal.due()];
+        let next = [self.next_comparison(), self.journal.due(), self.watch_due];
         let timeout = match next.into_iter().flatten().min() {
             None => EpollTimeout::NONE,
             Some(next) => {
@@ -196,6 +196,36 @@ impl Keeper {
                 Err(TryRecvError::Disconnected) => return Some(AtEnd::Remove),
             }
         }
+    }
+
+    /// Reads the news. When that fails, it listens anew after a while, for as
+    /// long as it takes: what is amiss may pass, as when memory was short.
+    fn keep_listening(&mut self) {
+        let now = Instant::now();
+        let result = match self.watch_due {
+            None => self.read_news(),
+            Some(due) if due <= now => self.listen_anew(),
+            Some(_) => return,
+        };
+        match result {
+            Ok(()) => self.watch_due = None,
+            Err(error) => {
+                self.warn(|_| format!("{error}; trying again"));
+                // A failed socket would be ready at all times.
+                let _ = self.epoll.delete(&self.parts.watch);
+                self.watch_due = Some(now + RETRY_WAIT);
+            }
+        }
+    }
+
+    fn listen_anew(&mut self) -> Result<()> {
+        self.parts.watch = Watch::open(&self.parts.netlink)?;
+        self.epoll
+            .add(&self.parts.watch, EpollEvent::new(EpollFlags::EPOLLIN, 0))
+            .map_err(|errno| Error::os("cannot wait for changes to routes", errno.into()))?;
+        // Whatever has happened meanwhile, nobody has told.
+        self.note_loss(Instant::now());
+        Ok(())
     }
 
     fn read_news(&mut self) -> Result<()> {

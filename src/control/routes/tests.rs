@@ -398,6 +398,35 @@ fn an_ipv6_route_that_nothing_can_override_is_waited_out() {
     drop(keeper);
 }
 
+/// Listening fails as it does when memory is short, and works again later.
+#[test]
+fn news_is_heard_again_after_a_failure() {
+    let mut host = Host::new();
+    let (mut parts, commands) = host.parts();
+    let wake = Arc::clone(&parts.wake);
+    parts.watch.break_socket();
+    let mut keeper = Keeper::new(parts).unwrap();
+    keeper.set(set(&[V4])).unwrap();
+    let thread = host.namespace.spawn_thread("routes", || keeper.run());
+    let oif = host.ours.oif;
+    for _ in 0..3 {
+        host.netlink.del_route(net(V4), None, Some(oif)).unwrap();
+        host.await_ours(V4);
+    }
+    let ask = |command| {
+        commands.send(command).unwrap();
+        wake.write(1).unwrap();
+    };
+    let (answer, answered) = bounded(1);
+    let wanted = set(&["10.2.0.0/16"]);
+    ask(Command::Set { wanted, answer });
+    answered.recv_timeout(PATIENCE).unwrap().unwrap();
+    assert_eq!(host.owned(), set(&["10.2.0.0/16"]));
+    ask(Command::End(AtEnd::Remove));
+    thread.unwrap().join().unwrap();
+    assert_eq!(host.owned(), set(&[]));
+}
+
 /// The kernel's answers are lost in the midst of a change.
 #[test]
 fn a_change_that_breaks_off_is_taken_back() {
