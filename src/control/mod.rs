@@ -10,5 +10,7 @@ pub mod overlay;
 pub mod protocol;
 pub mod routes;
 pub mod server;
+mod socket_name;
 pub mod summary;
+mod turns;
 pub mod workers;

@@ -7,24 +7,23 @@
 //! bytes of a request, and the time that each step may take.
 
 use std::io::{self, Read, Write};
+use std::net;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use std::{fs, net};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
-use nix::fcntl::{Flock, FlockArg};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{getsockopt, sockopt};
-use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::protocol::{Answer, Line, Request};
+use super::socket_name::{self, SocketName};
+use super::turns::{Turn, Turns};
 use crate::error::{Error, Result};
 
 /// Connections at a time. One more is told so and closed.
@@ -40,9 +39,9 @@ const ANSWER_TIME_MAX: Duration = Duration::from_secs(30);
 /// How long a client may read nothing of its answer.
 const WRITE_TIME_MAX: Duration = Duration::from_secs(5);
 
-/// Bytes of all answers that are being written. Those of one more that is
-/// long wait for nobody: the client is told to come again.
-const ANSWERS_BYTES_MAX: usize = 64 << 20;
+/// Bytes of all long answers that are being written; a single one may be longer.
+/// One that is too much waits for nobody: the client is told to come again.
+const LONG_ANSWERS_BYTES_MAX: usize = 64 << 20;
 
 /// How long the control thread may take for a request.
 const CONTROL_TIME_MAX: Duration = Duration::from_secs(60);
@@ -68,6 +67,8 @@ pub enum Call {
         stream: UnixStream,
         /// The version that the process speaks.
         protocol: u32,
+        /// Others that want to take over are refused until this is dropped.
+        turn: Turn,
     },
 }
 
@@ -84,13 +85,11 @@ impl Reply {
 
 /// See the module's documentation. Dropped, it closes and unlinks its socket.
 pub struct Server {
+    /// Before the socket: as long as it is there, somebody listens.
+    name: SocketName,
     calls: Receiver<Call>,
     shared: Arc<Shared>,
     accept: Option<JoinHandle<()>>,
-    path: PathBuf,
-    /// Device and inode of the socket's name.
-    inode: Option<(u64, u64)>,
-    unlink: bool,
 }
 
 struct Shared {
@@ -100,8 +99,13 @@ struct Shared {
     stopping: AtomicBool,
     /// The open connections, for closing them.
     open: Mutex<Vec<(u64, UnixStream)>>,
-    /// Bytes of answers that are being written.
-    answers_bytes: AtomicUsize,
+    /// Who may have a long answer made. More than one at a time would be in
+    /// memory before its length is known.
+    long_answers: Turns,
+    /// Bytes of long answers that are being written. Grows by whose turn it is.
+    long_answers_bytes: AtomicUsize,
+    /// Who may take over.
+    takeovers: Turns,
 }
 
 impl Server {
@@ -111,29 +115,8 @@ impl Server {
     /// When another process serves the path, or something else is there, or it
     /// cannot be made.
     pub fn start(path: &Path) -> Result<Self> {
-        let shown = path.display();
-        let directory = make_directory(path)?;
-        // Two that start at once must not take each other's for a dead one's.
-        let _lock = Flock::lock(directory, FlockArg::LockExclusive).map_err(|(_, errno)| {
-            Error::os(
-                format!("cannot lock the directory of {shown}"),
-                errno.into(),
-            )
-        })?;
-        remove_stale(path)?;
-        let listen = || -> io::Result<UnixListener> {
-            let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-            socket.bind(&SockAddr::unix(path)?)?;
-            // Nobody can connect before listen(2).
-            fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
-            socket.listen(CONNECTIONS_MAX as i32)?;
-            Ok(UnixListener::from(OwnedFd::from(socket)))
-        };
-        let listener = listen().map_err(|error| {
-            Error::os(format!("cannot open the operators' socket {shown}"), error)
-                .hint("choose another path with --control")
-        })?;
-        Self::serve(listener, path)
+        let (listener, name) = socket_name::listen(path, CONNECTIONS_MAX as i32)?;
+        Self::serve(listener, name)
     }
 
     /// Goes on with a predecessor's listening socket, whose name is `path`.
@@ -141,10 +124,10 @@ impl Server {
     /// # Errors
     /// When there are no more threads or descriptors.
     pub fn from_listener(listener: OwnedFd, path: &Path) -> Result<Self> {
-        Self::serve(UnixListener::from(listener), path)
+        Self::serve(UnixListener::from(listener), SocketName::of_bound(path))
     }
 
-    fn serve(listener: UnixListener, path: &Path) -> Result<Self> {
+    fn serve(listener: UnixListener, name: SocketName) -> Result<Self> {
         let failed = |error| Error::os("cannot serve the operators' socket", error);
         listener.set_nonblocking(true).map_err(failed)?;
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
@@ -156,20 +139,23 @@ impl Server {
             stop,
             stopping: AtomicBool::new(false),
             open: Mutex::new(Vec::with_capacity(CONNECTIONS_MAX)),
-            answers_bytes: AtomicUsize::new(0),
+            long_answers: Turns::default(),
+            long_answers_bytes: AtomicUsize::new(0),
+            takeovers: Turns::default(),
         });
+        // If this fails, it goes while the socket still listens: nobody else
+        // takes it for a dead one's meanwhile.
+        let name = name;
         let accepting = Arc::clone(&shared);
         let accept = std::thread::Builder::new()
             .name("operators".into())
             .spawn(move || accepting.accept())
             .map_err(failed)?;
         Ok(Self {
+            name,
             calls,
             shared,
             accept: Some(accept),
-            path: path.to_path_buf(),
-            inode: inode(path),
-            unlink: true,
         })
     }
 
@@ -186,7 +172,9 @@ impl Server {
     /// Closes all connections, after answers that are under way. `unlink`: the
     /// socket's name goes, too.
     pub fn close(mut self, unlink: bool) {
-        self.unlink = unlink;
+        if !unlink {
+            self.name.leave();
+        }
     }
 }
 
@@ -208,64 +196,7 @@ impl Drop for Server {
             std::thread::sleep(Duration::from_millis(1));
         }
         self.shared.shut_down(net::Shutdown::Both);
-        if self.unlink && self.inode.is_some() && self.inode == inode(&self.path) {
-            let _ = fs::remove_file(&self.path);
-        }
     }
-}
-
-fn inode(path: &Path) -> Option<(u64, u64)> {
-    let metadata = fs::symlink_metadata(path).ok()?;
-    Some((metadata.dev(), metadata.ino()))
-}
-
-/// Makes the directory of a path if it is missing, and opens it.
-fn make_directory(path: &Path) -> Result<fs::File> {
-    let parent = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o755)
-        .create(parent)
-        .and_then(|()| fs::File::open(parent))
-        .map_err(|error| {
-            Error::os(format!("cannot make directory {}", parent.display()), error)
-                .hint("choose another path with --control")
-        })
-}
-
-/// Removes the socket of a process that was killed.
-fn remove_stale(path: &Path) -> Result<()> {
-    let shown = path.display();
-    let Ok(metadata) = fs::symlink_metadata(path) else {
-        return Ok(());
-    };
-    if !metadata.file_type().is_socket() {
-        return Err(Error::new(format!(
-            "cannot open the operators' socket: {shown} is no socket"
-        ))
-        .hint("remove it, or choose another path with --control"));
-    }
-    match connect_at_once(path) {
-        // Too many wait to be let in: someone is there, if slow.
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(Error::new(format!(
-            "another fastvpn serves {shown}, and is very busy"
-        ))
-        .hint("choose another --tun or --control")),
-        Ok(()) => Err(Error::new(format!("another fastvpn serves {shown}"))
-            .hint("choose another --tun or --control, or take over with --takeover")),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path)
-            .map_err(|error| Error::os(format!("cannot remove the dead socket {shown}"), error)),
-        Err(error) => Err(Error::os(format!("cannot tell who serves {shown}"), error)),
-    }
-}
-
-fn connect_at_once(path: &Path) -> io::Result<()> {
-    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-    socket.set_nonblocking(true)?;
-    socket.connect(&SockAddr::unix(path)?)
 }
 
 impl Shared {
@@ -351,39 +282,59 @@ impl Shared {
             };
             let result = match serde_json::from_slice(&line) {
                 Ok(Request::Takeover { protocol }) => {
-                    let call = Call::Takeover { stream, protocol };
-                    let _ = self.calls.send_timeout(call, CONTROL_TIME_MAX);
-                    return;
+                    // The connection leaves its place among all; so this is
+                    // what bounds those that wait for the control thread.
+                    if let Some(turn) = self.takeovers.take(Duration::ZERO) {
+                        let call = Call::Takeover {
+                            stream,
+                            protocol,
+                            turn,
+                        };
+                        let _ = self.calls.send_timeout(call, CONTROL_TIME_MAX);
+                        return;
+                    }
+                    Err("another process is taking over already; try again".into())
                 }
-                Ok(request) => self.ask(request),
+                Ok(request) => {
+                    drop(line);
+                    if self.answer(&mut stream, request).is_err() {
+                        return;
+                    }
+                    continue;
+                }
                 Err(error) => Err(format!("cannot read the request: {error}")),
             };
-            drop(line);
-            if self.write_answer(&mut stream, result).is_err() {
+            if write_line(&mut stream, result).is_err() {
                 return;
             }
         }
     }
 
-    /// Writes an answer, unless too much is being written.
-    fn write_answer(
-        &self,
-        stream: &mut UnixStream,
-        result: std::result::Result<Answer, String>,
-    ) -> io::Result<()> {
-        let text = to_line(result)?;
-        let bytes = text.len();
-        let before = self.answers_bytes.fetch_add(bytes, Ordering::SeqCst);
-        let written = if before > 0 && before + bytes > ANSWERS_BYTES_MAX {
-            drop(text);
-            write_line(
-                stream,
-                Err("too many long answers under way; try again".into()),
-            )
-        } else {
-            write_all(stream, &text, Instant::now() + ANSWER_TIME_MAX)
+    fn answer(&self, stream: &mut UnixStream, request: Request) -> io::Result<()> {
+        if !has_long_answer(&request) {
+            return write_line(stream, self.ask(request));
+        }
+        let under_way = || self.long_answers_bytes.load(Ordering::SeqCst);
+        let refuse = |stream: &mut UnixStream| {
+            let reason = "too many long answers under way; try again";
+            write_line(stream, Err(reason.into()))
         };
-        self.answers_bytes.fetch_sub(bytes, Ordering::SeqCst);
+        let turn = self.long_answers.take(CONTROL_TIME_MAX);
+        let Some(turn) = turn.filter(|_| under_way() < LONG_ANSWERS_BYTES_MAX) else {
+            return refuse(stream);
+        };
+        // The answer itself is gone once it is a text.
+        let text = to_line(self.ask(request))?;
+        let bytes = text.len();
+        if under_way() > 0 && under_way() + bytes > LONG_ANSWERS_BYTES_MAX {
+            drop((text, turn));
+            return refuse(stream);
+        }
+        self.long_answers_bytes.fetch_add(bytes, Ordering::SeqCst);
+        drop(turn);
+        let written = write_all(stream, &text, Instant::now() + ANSWER_TIME_MAX);
+        drop(text);
+        self.long_answers_bytes.fetch_sub(bytes, Ordering::SeqCst);
         written
     }
 
@@ -401,6 +352,11 @@ impl Shared {
             Err(_) => Err("the tunnel gives no answer; it may be ending".into()),
         }
     }
+}
+
+/// Whether the answer grows with the number of peers or prefixes.
+fn has_long_answer(request: &Request) -> bool {
+    matches!(request, Request::Peers {} | Request::RouteList {})
 }
 
 /// Root, or who runs the tunnel. The socket's mode says so already; unless

@@ -1,15 +1,21 @@
 //! The server with a control thread of the tests' own: clients that are many,
 //! slow, hostile or gone, and what is left at the path.
 
+use std::fs;
 use std::io::{BufRead, BufReader};
 use std::net::Shutdown;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::PathBuf;
 use std::sync::mpsc;
 
+use nix::fcntl::{Flock, FlockArg};
 use serde_json::Value;
+use socket2::{Domain, SockAddr, Socket, Type};
 use tempfile::TempDir;
 
 use super::*;
 use crate::control::protocol::{Changed, Found, Status};
+use crate::control::socket_name::inode;
 
 /// How long anything that must happen may take before a test fails.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -70,7 +76,7 @@ impl Drop for Served {
 
 /// Bytes of the answer to `peers` of [`answer`], at least: more than the
 /// socket's buffers hold, many times.
-const LONG_BYTES: usize = 8 << 20;
+const LONG_BYTES: usize = 2 << 20;
 
 /// `status` names this test; `peers` gets a long answer of another kind;
 /// `route-get` gets the address back; everything else is refused.
@@ -236,7 +242,7 @@ fn who_does_not_read_keeps_only_itself_waiting() {
 /// clients together.
 #[test]
 fn long_answers_are_bounded_together() {
-    const HALF_BYTES: usize = ANSWERS_BYTES_MAX / 2 + 1;
+    const HALF_BYTES: usize = LONG_ANSWERS_BYTES_MAX / 2 + 1;
     let served = Served::new(|request| match request {
         Request::Peers {} => Ok(Answer::Status(Box::new(Status {
             offloads: "x".repeat(HALF_BYTES),
@@ -261,6 +267,64 @@ fn long_answers_are_bounded_together() {
         third.send(PEERS);
         third.line().unwrap()["ok"] == true
     });
+}
+
+/// Long answers take memory before their length is known, too.
+#[test]
+fn of_long_answers_one_is_made_at_a_time() {
+    let (_directory, path) = place();
+    let server = Server::start(&path).unwrap();
+    let mut clients = [Client::new(&path), Client::new(&path)];
+    let requests = [PEERS, b"{\"command\":\"route-list\"}\n"];
+    for (client, request) in clients.iter_mut().zip(requests) {
+        client.send(request);
+    }
+    let next = || server.calls().recv_timeout(PATIENCE);
+    let Ok(Call::Request(Request::Peers {} | Request::RouteList {}, first)) = next() else {
+        panic!("no request");
+    };
+    // Others go ahead of the second one.
+    for _ in 0..100 {
+        let mut other = Client::new(&path);
+        other.send(STATUS);
+        match next() {
+            Ok(Call::Request(request @ Request::Status {}, reply)) => reply.send(answer(request)),
+            call => panic!("{call:?}"),
+        }
+        assert_eq!(other.line().unwrap()["tun"], "unit0");
+    }
+    first.send(answer(Request::Peers {}));
+    let Ok(Call::Request(_, second)) = next() else {
+        panic!("no request");
+    };
+    second.send(answer(Request::Peers {}));
+    for mut client in clients {
+        assert_eq!(client.line().unwrap()["ok"], true);
+    }
+}
+
+/// Only what is long itself is refused for want of room; a change that is made
+/// is not said to have failed.
+#[test]
+fn short_answers_have_room_beside_a_long_one() {
+    let served = Served::new(|request| match request {
+        Request::Peers {} => Ok(Answer::Status(Box::new(Status {
+            offloads: "x".repeat(LONG_ANSWERS_BYTES_MAX + 1),
+            ..Status::default()
+        }))),
+        other => answer(other),
+    });
+    let mut lazy = served.client();
+    lazy.send(PEERS);
+    assert_eq!(lazy.0.fill_buf().unwrap()[0], b'{');
+    let mut other = served.client();
+    for _ in 0..10 {
+        other.is_served();
+    }
+    other.send(PEERS);
+    other.is_refused("try again");
+    other.is_served();
+    assert_eq!(lazy.line().unwrap()["ok"], true);
 }
 
 #[test]
@@ -450,6 +514,165 @@ fn a_dead_socket_is_replaced() {
     }
 }
 
+/// What is in a directory.
+fn entries(directory: &TempDir) -> Vec<String> {
+    let name = |entry: io::Result<fs::DirEntry>| entry.unwrap().file_name().into_string().unwrap();
+    let mut names: Vec<_> = fs::read_dir(directory.path()).unwrap().map(name).collect();
+    names.sort();
+    names
+}
+
+fn lock_of(path: &Path) -> PathBuf {
+    path.with_extension("sock.lock")
+}
+
+/// Starts a server on a thread of its own, and waits for what comes of it.
+fn start_in_time(path: &Path) -> Result<Server> {
+    let (sender, started) = mpsc::channel();
+    let path = path.to_path_buf();
+    std::thread::spawn(move || sender.send(Server::start(&path)));
+    started.recv_timeout(PATIENCE).expect("the start ends")
+}
+
+/// Whoever may read the directory may hold a lock on it for ever.
+#[test]
+fn a_lock_on_the_directory_does_not_hold_up_the_start() {
+    let (directory, path) = place();
+    let opened = fs::File::open(directory.path()).unwrap();
+    let Ok(_held) = Flock::lock(opened, FlockArg::LockExclusive) else {
+        panic!("no lock");
+    };
+    let server = start_in_time(&path).unwrap();
+    assert_eq!(entries(&directory), ["test.sock"]);
+    server.close(true);
+    assert!(entries(&directory).is_empty());
+}
+
+#[test]
+fn a_start_that_hangs_is_not_waited_for_forever() {
+    let (_directory, path) = place();
+    let mut options = fs::OpenOptions::new();
+    let file = std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600)
+        .write(true)
+        .create_new(true)
+        .open(lock_of(&path))
+        .unwrap();
+    let Ok(held) = Flock::lock(file, FlockArg::LockExclusive) else {
+        panic!("no lock");
+    };
+    let error = start_in_time(&path).err().unwrap().to_string();
+    assert!(error.contains("test.sock.lock within 1 s"), "{error}");
+    assert!(!path.exists() && lock_of(&path).exists());
+    // One that was killed at it is no hindrance, nor is it left behind.
+    drop(held);
+    let _server = start_in_time(&path).unwrap();
+    assert!(!lock_of(&path).exists());
+}
+
+/// In a directory that all may write to, somebody was there before.
+#[test]
+fn what_others_have_put_at_the_locks_name_is_an_error() {
+    let (directory, path) = place();
+    let lock = lock_of(&path);
+    let refuses = || {
+        let error = start_in_time(&path).err().unwrap().to_string();
+        assert!(error.contains("test.sock.lock"), "{error}");
+        assert!(error.contains("--control"), "{error}");
+        assert_eq!(entries(&directory).last().unwrap(), "test.sock.lock");
+        assert!(!path.exists());
+    };
+    // Others can open it, and lock it.
+    fs::write(&lock, "precious").unwrap();
+    fs::set_permissions(&lock, fs::Permissions::from_mode(0o644)).unwrap();
+    refuses();
+    assert_eq!(fs::read_to_string(&lock).unwrap(), "precious");
+    fs::remove_file(&lock).unwrap();
+    // Nobody has it open at its other end.
+    nix::unistd::mkfifo(&lock, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    refuses();
+    fs::remove_file(&lock).unwrap();
+    let elsewhere = directory.path().join("elsewhere");
+    for is_there in [false, true] {
+        if is_there {
+            fs::write(&elsewhere, "").unwrap();
+            fs::set_permissions(&elsewhere, fs::Permissions::from_mode(0o600)).unwrap();
+        }
+        std::os::unix::fs::symlink(&elsewhere, &lock).unwrap();
+        refuses();
+        assert_eq!(elsewhere.exists(), is_there);
+        fs::remove_file(&lock).unwrap();
+    }
+    // Only root can give a file away.
+    if nix::unistd::geteuid().is_root() {
+        fs::write(&lock, "").unwrap();
+        fs::set_permissions(&lock, fs::Permissions::from_mode(0o600)).unwrap();
+        std::os::unix::fs::chown(&lock, Some(4711), Some(4711)).unwrap();
+        refuses();
+        fs::remove_file(&lock).unwrap();
+        drop(UnixListener::bind(&path).unwrap());
+        std::os::unix::fs::chown(&path, Some(4711), Some(4711)).unwrap();
+        let error = start_in_time(&path).err().unwrap().to_string();
+        assert!(error.contains("another user (number 4711)"), "{error}");
+        assert!(path.exists());
+    }
+}
+
+/// Runs `work` on a thread for which these system calls, and for those that it
+/// starts, fail for want of memory (seccomp(2)).
+fn without_calls<T: Send>(calls: &[libc::c_long], work: impl FnOnce() -> T + Send) -> T {
+    const LOAD_WORD: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
+    const JUMP_IF_EQUAL: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
+    const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
+    let step = |code, jt, k| libc::sock_filter { code, jt, jf: 0, k };
+    // The call's number is the first word of `struct seccomp_data`.
+    let mut program = vec![step(LOAD_WORD, 0, 0)];
+    for (place, call) in calls.iter().enumerate() {
+        let to_refusal = (calls.len() - place) as u8;
+        program.push(step(JUMP_IF_EQUAL, to_refusal, *call as u32));
+    }
+    program.push(step(RETURN, 0, libc::SECCOMP_RET_ALLOW));
+    program.push(step(
+        RETURN,
+        0,
+        libc::SECCOMP_RET_ERRNO | libc::ENOMEM as u32,
+    ));
+    let restricted = move || {
+        let filter = libc::sock_fprog {
+            len: program.len() as u16,
+            filter: program.as_mut_ptr(),
+        };
+        // SAFETY: both read no more than their arguments, of which the filter
+        // and its program live beyond the calls.
+        let is_set = unsafe {
+            libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+                && libc::prctl(
+                    libc::PR_SET_SECCOMP,
+                    libc::SECCOMP_MODE_FILTER,
+                    &raw const filter,
+                ) == 0
+        };
+        assert!(is_set, "no filter: {}", io::Error::last_os_error());
+        work()
+    };
+    std::thread::scope(|scope| scope.spawn(restricted).join().unwrap())
+}
+
+#[test]
+fn a_start_that_fails_leaves_nothing_behind() {
+    let (directory, path) = place();
+    for calls in [
+        &[libc::SYS_listen][..],
+        &[libc::SYS_eventfd2],
+        &[libc::SYS_clone, libc::SYS_clone3],
+    ] {
+        let error = without_calls(calls, || Server::start(&path).err());
+        let error = error.expect("it fails").to_string();
+        assert!(error.contains("the operators' socket"), "{error}");
+        assert!(entries(&directory).is_empty(), "{error}");
+    }
+    drop(Server::start(&path).unwrap());
+}
+
 #[test]
 fn a_live_socket_is_left_alone() {
     let served = Served::new(answer);
@@ -531,11 +754,17 @@ fn paths_that_cannot_be_are_named() {
 #[test]
 fn starts_that_race() {
     let (_directory, path) = place();
-    for _ in 0..20 {
+    let start = std::sync::Barrier::new(8);
+    for _ in 0..50 {
         drop(UnixListener::bind(&path).unwrap());
         let started: Vec<_> = std::thread::scope(|scope| {
-            let starts: Vec<_> = (0..4)
-                .map(|_| scope.spawn(|| Server::start(&path)))
+            let starts: Vec<_> = (0..8)
+                .map(|_| {
+                    scope.spawn(|| {
+                        start.wait();
+                        Server::start(&path)
+                    })
+                })
                 .collect();
             starts
                 .into_iter()
@@ -686,6 +915,7 @@ fn who_takes_over_gets_the_control_thread() {
     let Ok(Call::Takeover {
         mut stream,
         protocol,
+        ..
     }) = server.calls().recv_timeout(PATIENCE)
     else {
         panic!("no call");
@@ -697,6 +927,36 @@ fn who_takes_over_gets_the_control_thread() {
     assert_eq!(client.line().unwrap()["ok"], true);
     client.send(b"g");
     stream.read_exact(&mut [0]).unwrap();
+}
+
+/// They leave the connections' places while they wait, so they have a bound of
+/// their own.
+#[test]
+fn one_may_take_over_at_a_time() {
+    const TAKEOVER: &[u8] = b"{\"command\":\"takeover\",\"protocol\":7}\n";
+    let (_directory, path) = place();
+    let server = Server::start(&path).unwrap();
+    let mut first = Client::new(&path);
+    for _ in 0..3 {
+        first.send(TAKEOVER);
+        wait_until("it waits", || server.calls().len() == 1);
+        let refuses = || {
+            let mut late = Client::new(&path);
+            late.send(TAKEOVER);
+            late.is_refused("taking over already");
+            // It may ask for something else.
+            late.send(b"no request\n");
+            late.is_refused("cannot read the request");
+        };
+        refuses();
+        let Ok(Call::Takeover { turn, stream, .. }) = server.calls().recv_timeout(PATIENCE) else {
+            panic!("no call");
+        };
+        refuses();
+        drop((turn, stream));
+        assert!(first.line().is_none());
+        first = Client::new(&path);
+    }
 }
 
 /// A control thread that drops a request has said all that it will.

@@ -4,7 +4,6 @@ use std::io;
 
 use netlink_packet_core::{NLM_F_ACK, NLM_F_REQUEST};
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_sys::SocketAddr;
 
 use super::{Event, Netlink, RawHeader, Refusal, append_request, read_message, split_message};
 
@@ -45,7 +44,7 @@ impl Netlink {
             }
             let flags = RawHeader::read(&bytes[last_at..]).flags | NLM_F_ACK;
             bytes[last_at + FLAGS_AT..last_at + FLAGS_AT + 2].copy_from_slice(&flags.to_ne_bytes());
-            self.socket.send_to(&bytes, &SocketAddr::new(0, 0), 0)?;
+            self.send_bytes(&bytes)?;
             self.read_answers(first, count, &mut |index, refusal| {
                 refused(done + index, refusal);
             })?;
@@ -78,9 +77,39 @@ impl Netlink {
                     Ok(_) => continue,
                 }
                 if index + 1 == count {
+                    self.is_unread = false;
                     return Ok(());
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lab::Namespace;
+    use crate::netlink::{DeviceRoute, RouteChange};
+
+    #[test]
+    fn answers_that_were_given_up_do_not_hold_up_later_ones() {
+        let namespace = Namespace::new().unwrap();
+        let mut netlink = namespace.netlink().unwrap();
+        let ours = DeviceRoute {
+            oif: netlink.link_index("lo").unwrap().unwrap(),
+            protocol: 99,
+        };
+        netlink.set_up(ours.oif).unwrap();
+        netlink.shrink();
+        let there = RouteChange::Add("10.1.0.0/16".parse().unwrap());
+        let mut change = |changes: &[RouteChange]| netlink.change_device_routes(ours, changes);
+        assert!(change(&[there]).unwrap().is_empty());
+        for third in 0..3 {
+            // More refusals than there is room for.
+            let error = change(&[there; REQUESTS_PER_SEND_MAX]).unwrap_err();
+            assert_eq!(error.errno(), Some(libc::ENOBUFS), "{error}");
+            let other = RouteChange::Add(format!("10.2.{third}.0/24").parse().unwrap());
+            assert!(change(&[other]).unwrap().is_empty());
         }
     }
 }

@@ -54,6 +54,10 @@ const NLMSGERR_ATTR_MSG: u16 = 1;
 const HEADER_BYTES: usize = 16;
 const MESSAGE_ALIGN: usize = 4;
 
+/// Datagrams of answers that nobody waits for any more, read at most before the
+/// next request: those of a table of ten million routes.
+const LATE_DATAGRAMS_MAX: usize = 1 << 16;
+
 /// Message types below it are about the protocol itself (linux/netlink.h).
 const NLMSG_MIN_TYPE: u16 = 0x10;
 
@@ -62,6 +66,8 @@ pub struct Netlink {
     socket: Socket,
     sequence: u32,
     buffer: Vec<u8>,
+    /// Whether the last request was given up before its answer was read whole.
+    is_unread: bool,
 }
 
 /// Why a request failed, before it is known what was to be done to what.
@@ -124,6 +130,7 @@ impl Netlink {
             socket,
             sequence: 0,
             buffer: vec![0; RECEIVE_BYTES],
+            is_unread: false,
         })
     }
 
@@ -184,6 +191,7 @@ impl Netlink {
                     }
                     Event::End { flags } => {
                         interrupted |= flags & NLM_F_DUMP_INTR != 0;
+                        self.is_unread = false;
                         return Ok(if interrupted {
                             Answer::Interrupted
                         } else {
@@ -218,6 +226,7 @@ impl Netlink {
                 if header.kind >= NLMSG_MIN_TYPE {
                     visit(&one[HEADER_BYTES..]);
                 } else if let Event::End { .. } = read_message(one, self.sequence)? {
+                    self.is_unread = false;
                     return Ok(interrupted);
                 }
             }
@@ -228,8 +237,40 @@ impl Netlink {
         self.sequence = self.sequence.wrapping_add(1);
         let mut bytes = Vec::new();
         append_request(&mut bytes, message, flags, self.sequence);
-        self.socket.send_to(&bytes, &SocketAddr::new(0, 0), 0)?;
+        self.send_bytes(&bytes)
+    }
+
+    fn send_bytes(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if self.is_unread {
+            self.discard_answers();
+        }
+        self.is_unread = true;
+        self.socket.send_to(bytes, &SocketAddr::new(0, 0), 0)?;
         Ok(())
+    }
+
+    /// Reads what is left of the answer to a request that was given up. As long
+    /// as any of it waits after an overrun, the kernel drops further answers
+    /// without a word (`netlink_overrun()` in net/netlink/af_netlink.c), and it
+    /// begins no other dump.
+    fn discard_answers(&mut self) {
+        for _ in 0..LATE_DATAGRAMS_MAX {
+            let read = self
+                .socket
+                .recv_from(&mut &mut self.buffer[..], libc::MSG_DONTWAIT);
+            match read.map_err(|error| error.raw_os_error()) {
+                Ok(_) | Err(Some(libc::EINTR | libc::ENOBUFS)) => {}
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// Gives answers so little room that those to many requests are lost.
+    #[cfg(test)]
+    pub(crate) fn shrink(&self) {
+        socket2::SockRef::from(&self.socket)
+            .set_recv_buffer_size(16 << 10)
+            .unwrap();
     }
 
     /// The socket's address among the kernel's netlink sockets; it stands in

@@ -44,6 +44,16 @@ pub struct Route {
     pub table: u32,
 }
 
+/// What the kernel says where there is no route, or one of the types
+/// unreachable, blackhole and prohibit, in this order (`fib_props` in
+/// net/ipv4/fib_semantics.c; `ip6_rt_type_to_error()` in net/ipv6/route.c).
+const NO_WAY: [i32; 4] = [
+    libc::ENETUNREACH,
+    libc::EHOSTUNREACH,
+    libc::EINVAL,
+    libc::EACCES,
+];
+
 impl Netlink {
     /// Adds a route to the main table. Without `via` the destination is on the
     /// link itself.
@@ -121,10 +131,11 @@ impl Netlink {
     }
 
     /// The interface through which the host would reach `address` now, as
-    /// `ip route get` tells; `None` if it would not.
+    /// `ip route get` tells; `None` if it would not, be it that there is no
+    /// route or that the route drops all packets.
     ///
     /// # Errors
-    /// When the kernel refuses for another reason than that there is no route.
+    /// When the kernel refuses for another reason.
     pub fn interface_to(&mut self, address: IpAddr) -> Result<Option<u32>> {
         let mut message = route_message(IpNet::from(address), None, None)?;
         message.header.table = 0;
@@ -139,9 +150,7 @@ impl Netlink {
                     }))
             }
             Ok(_) => Ok(None),
-            Err(refusal) if refusal.is(libc::ENETUNREACH) || refusal.is(libc::EHOSTUNREACH) => {
-                Ok(None)
-            }
+            Err(refusal) if NO_WAY.iter().any(|errno| refusal.is(*errno)) => Ok(None),
             Err(refusal) => Err(refusal.describe(format!("cannot look up the route to {address}"))),
         }
     }
@@ -258,4 +267,52 @@ fn find_gateway(attributes: &[RouteAttribute]) -> Option<IpAddr> {
         RouteAttribute::Gateway(RouteAddress::Inet6(v6)) => Some((*v6).into()),
         _ => None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lab::Namespace;
+
+    /// Adds a route that leads nowhere.
+    fn block(netlink: &mut Netlink, prefix: &str, kind: RouteType) {
+        let mut message = prefix_message(prefix.parse().unwrap());
+        message.header.protocol = RouteProtocol::Static;
+        message.header.kind = kind;
+        let flags = NLM_F_CREATE | NLM_F_EXCL;
+        let added = netlink.execute(RouteNetlinkMessage::NewRoute(message), flags);
+        added.map_err(|refusal| refusal.describe("block")).unwrap();
+    }
+
+    #[test]
+    fn routes_that_drop_packets_are_no_way() {
+        let namespace = Namespace::new().unwrap();
+        let mut netlink = namespace.netlink().unwrap();
+        netlink.create_veth("one", "two", None).unwrap();
+        let one = netlink.link_index("one").unwrap().unwrap();
+        netlink.set_up(one).unwrap();
+        for (prefix, address) in [("10.1.0.0/16", "10.1.2.3"), ("fd01::/64", "fd01::7")] {
+            let address = address.parse().unwrap();
+            assert_eq!(netlink.interface_to(address).unwrap(), None);
+            netlink
+                .add_route(prefix.parse().unwrap(), None, Some(one))
+                .unwrap();
+            assert_eq!(netlink.interface_to(address).unwrap(), Some(one));
+        }
+        for kind in [
+            RouteType::BlackHole,
+            RouteType::Unreachable,
+            RouteType::Prohibit,
+            RouteType::Throw,
+        ] {
+            for (prefix, address) in [("10.1.2.3/32", "10.1.2.3"), ("fd01::7/128", "fd01::7")] {
+                block(&mut netlink, prefix, kind);
+                let way = netlink.interface_to(address.parse().unwrap()).unwrap();
+                assert_eq!(way, None, "{kind:?} {prefix}");
+                netlink
+                    .del_route(prefix.parse().unwrap(), None, None)
+                    .unwrap();
+            }
+        }
+    }
 }

@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
+use netlink_packet_core::NlasIterator;
 use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_ROUTE;
 use nix::sys::socket::{setsockopt, sockopt};
@@ -39,6 +40,8 @@ pub enum News {
         index: u32,
         /// Whether it is administratively up.
         up: bool,
+        /// Its MTU in bytes, if it is told.
+        mtu_bytes: Option<u32>,
     },
     /// An interface is gone.
     LinkDeleted {
@@ -98,11 +101,22 @@ impl Watch {
             .unwrap();
     }
 
+    /// Puts a socket in its place that cannot be read from.
+    #[cfg(test)]
+    pub(crate) fn break_socket(&mut self) {
+        use std::os::fd::AsRawFd;
+        let (domain, kind) = (socket2::Domain::IPV4, socket2::Type::STREAM);
+        let broken = socket2::Socket::new(domain, kind, None).unwrap();
+        // SAFETY: both are open, and the socket goes on to own its descriptor.
+        let replaced = unsafe { libc::dup2(broken.as_raw_fd(), self.socket.as_raw_fd()) };
+        assert!(replaced >= 0);
+    }
+
     /// Reads what has come so far, at most `datagrams_max` datagrams, without
     /// waiting. `true` if there may be more.
     ///
     /// # Errors
-    /// When the socket fails for good.
+    /// When the socket fails. News may be lost then, also if it works again.
     pub fn read(&mut self, datagrams_max: usize, visit: &mut dyn FnMut(News)) -> Result<bool> {
         for _ in 0..datagrams_max {
             match self
@@ -164,7 +178,12 @@ fn read_news(message: &[u8]) -> Option<News> {
         libc::RTM_NEWLINK => {
             let (index, flags) = read_link(body)?;
             let up = flags & libc::IFF_UP as u32 != 0;
-            Some(News::Link { index, up })
+            let mtu_bytes = read_mtu(&body[IFINFOMSG_BYTES..]);
+            Some(News::Link {
+                index,
+                up,
+                mtu_bytes,
+            })
         }
         // A port that leaves a bridge is told as a deleted link, too; the
         // device itself has no family (`br_ifinfo_notify()`).
@@ -181,6 +200,12 @@ fn read_link(body: &[u8]) -> Option<(u32, u32)> {
     let header = body.get(..IFINFOMSG_BYTES)?;
     let word = |at: usize| Some(u32::from_ne_bytes(header[at..at + 4].try_into().ok()?));
     Some((word(4)?, word(8)?))
+}
+
+fn read_mtu(attributes: &[u8]) -> Option<u32> {
+    let mut attributes = NlasIterator::new(attributes).map_while(|attribute| attribute.ok());
+    let mtu = attributes.find(|attribute| attribute.kind() == libc::IFLA_MTU)?;
+    Some(u32::from_ne_bytes(mtu.value().try_into().ok()?))
 }
 
 #[cfg(test)]

@@ -58,7 +58,12 @@ pub fn keep(queues: &[Queue], sockets: &[WorkerSockets]) -> Result<Vec<Kept>> {
 /// Sees to a call; `Some` if that ends the run.
 pub fn answer(running: &mut Running, call: Call) -> Option<End> {
     match call {
-        Call::Takeover { stream, protocol } => match hand_over(running, stream, protocol) {
+        Call::Takeover {
+            stream,
+            protocol,
+            // Until it is over, one way or the other.
+            turn: _turn,
+        } => match hand_over(running, stream, protocol) {
             Ok(()) => Some(End::HandedOver),
             Err(error) => {
                 tracing::error!("not handed over: {error}");

@@ -25,6 +25,7 @@ pub fn tests() -> Vec<Test> {
         ("routes_that_others_have", routes_that_others_have),
         ("routes_left_alone", routes_left_alone),
         ("routes_return_with_the_interface", routes_return),
+        ("routes_without_ipv6", routes_without_ipv6),
         ("prefixes_that_swallow_a_peer", prefixes_that_swallow_a_peer),
     ]
 }
@@ -366,6 +367,47 @@ fn routes_return() -> Result<()> {
         wait_until("the routes are back", || Ok(own_routes(&a.host)? == wanted))?;
         wait_for_each_other(a, b)?;
     }
+    tunnels.into_iter().try_for_each(|end| stop(end).map(drop))
+}
+
+/// The kernel takes IPv6 away from an interface with an MTU below 1280 bytes;
+/// IPv4 goes on as ever, and IPv6 comes back with the MTU.
+fn routes_without_ipv6() -> Result<()> {
+    let network = sites(2)?;
+    let [a, b] = &network.all[..] else {
+        return Err(Error::new("two sites"));
+    };
+    let operator = Operator::new()?;
+    let socket = operator.socket_text();
+    let tunnels = [
+        a.start(&[peer(2)], &["--control", &socket])?,
+        b.start(&[peer(1)], &[])?,
+    ];
+    operator.wait()?;
+    wait_for_each_other(a, b)?;
+    let (both, mut v4) = (nets(&prefixes(2))?, nets(&prefixes(2))?);
+    v4.retain(|prefix| matches!(prefix, IpNet::V4(_)));
+    let link = link(&a.host, TUNNEL_NAME)?;
+    a.host.netlink()?.set_mtu(link.index, 1200)?;
+    check(own_routes(&a.host)? == v4, || {
+        "the kernel has changed".into()
+    })?;
+    for _ in 0..2 {
+        let prefix = net("172.18.2.0/24")?;
+        ip_route(&a.host, RouteCommand::Delete, prefix, TUNNEL_NAME, None)?;
+        wait_until("the IPv4 route is back", || Ok(own_routes(&a.host)? == v4))?;
+        wait_for(&a.container, inside(2)[0])?;
+    }
+    // Operators can change what the kernel takes.
+    operator.tell(&format!("route add 172.30.0.0/16 --peer {}", underlay(2)))?;
+    let more = format!("route add fd00:30::/32 --peer {}", underlay(2));
+    operator.refuses(&more, &["fd00:30::/32", "1280"])?;
+    operator.tell("route del 172.30.0.0/16")?;
+    check(own_routes(&a.host)? == v4, || "routes are left".into())?;
+
+    a.host.netlink()?.set_mtu(link.index, link.mtu)?;
+    wait_until("IPv6 is back", || Ok(own_routes(&a.host)? == both))?;
+    wait_for_each_other(a, b)?;
     tunnels.into_iter().try_for_each(|end| stop(end).map(drop))
 }
 

@@ -13,9 +13,10 @@ use super::AtEnd;
 use super::backoff::Backoff;
 use super::journal::Journal;
 use super::standing::{Standing, Standings, may_harm};
+use crate::device::link::IPV6_MTU_BYTES_MIN;
 use crate::error::{Error, Result};
 use crate::netlink::device_route::MAIN_TABLE;
-use crate::netlink::{DeviceRoute, Netlink, News, RouteChange, RouteEntry, Watch};
+use crate::netlink::{DeviceRoute, Link, Netlink, News, RouteChange, RouteEntry, Watch};
 
 /// Datagrams of news read before commands are looked at again.
 const NEWS_PER_TURN_MAX: usize = 256;
@@ -30,7 +31,7 @@ const REST_MAX: Duration = Duration::from_secs(5);
 /// quiet host come at once.
 const CREDIT: Duration = Duration::from_secs(2);
 
-/// How long after a failure of the kernel's the comparison is tried again.
+/// How long after a failure of the kernel's it is asked again.
 const RETRY_WAIT: Duration = Duration::from_secs(1);
 
 /// What the owner can ask.
@@ -76,8 +77,14 @@ pub struct Keeper {
     wanted: BTreeSet<IpNet>,
     /// Whether the device is up, as far as is known.
     up: bool,
+    /// The device's MTU in bytes, as far as is known.
+    mtu_bytes: u32,
     /// Whether the device may have lost addresses.
     addresses_due: bool,
+    /// Whether there may be routes of ours that are not wanted.
+    strays_due: bool,
+    /// When to listen anew, since listening has failed; `None`: it works.
+    watch_due: Option<Instant>,
     /// When to compare the table with what is wanted; `None`: no reason to.
     due: Option<Instant>,
     /// When all comparisons so far are paid for.
@@ -100,13 +107,16 @@ impl Keeper {
         let readable = EpollEvent::new(EpollFlags::EPOLLIN, 0);
         epoll.add(&parts.wake, readable).map_err(failed)?;
         epoll.add(&parts.watch, readable).map_err(failed)?;
-        let up = is_up(&mut parts)?;
+        let link = device_if_up(&mut parts)?;
         let wanted: BTreeSet<IpNet> = standings(&mut parts, &BTreeSet::new())?.ours().collect();
         Ok(Self {
             parts,
             epoll,
-            up,
+            up: link.is_some(),
+            mtu_bytes: link.map_or(IPV6_MTU_BYTES_MIN, |link| link.mtu),
             addresses_due: false,
+            strays_due: false,
+            watch_due: None,
             // They may be overridden.
             due: (!wanted.is_empty()).then(Instant::now),
             wanted,
@@ -123,10 +133,7 @@ impl Keeper {
             if let Some(at_end) = self.take_commands() {
                 break at_end;
             }
-            if let Err(error) = self.read_news() {
-                tracing::error!("{error}; routes are no longer put back");
-                return;
-            }
+            self.keep_listening();
             let now = Instant::now();
             if self.next_comparison().is_some_and(|due| due <= now) {
                 self.due = None;
@@ -147,7 +154,7 @@ impl Keeper {
 
     /// Sleeps until there is a command, news, or something due.
     fn wait(&mut self) {
-        let next = [self.next_comparison(), self.journal.due()];
+        let next = [self.next_comparison(), self.journal.due(), self.watch_due];
         let timeout = match next.into_iter().flatten().min() {
             None => EpollTimeout::NONE,
             Some(next) => {
@@ -191,6 +198,36 @@ impl Keeper {
         }
     }
 
+    /// Reads the news. When that fails, it listens anew after a while, for as
+    /// long as it takes: what is amiss may pass, as when memory was short.
+    fn keep_listening(&mut self) {
+        let now = Instant::now();
+        let result = match self.watch_due {
+            None => self.read_news(),
+            Some(due) if due <= now => self.listen_anew(),
+            Some(_) => return,
+        };
+        match result {
+            Ok(()) => self.watch_due = None,
+            Err(error) => {
+                self.warn(|_| format!("{error}; trying again"));
+                // A failed socket would be ready at all times.
+                let _ = self.epoll.delete(&self.parts.watch);
+                self.watch_due = Some(now + RETRY_WAIT);
+            }
+        }
+    }
+
+    fn listen_anew(&mut self) -> Result<()> {
+        self.parts.watch = Watch::open(&self.parts.netlink)?;
+        self.epoll
+            .add(&self.parts.watch, EpollEvent::new(EpollFlags::EPOLLIN, 0))
+            .map_err(|errno| Error::os("cannot wait for changes to routes", errno.into()))?;
+        // Whatever has happened meanwhile, nobody has told.
+        self.note_loss(Instant::now());
+        Ok(())
+    }
+
     fn read_news(&mut self) -> Result<()> {
         let mut list = Vec::new();
         // What is left makes the next wait return at once.
@@ -206,15 +243,18 @@ impl Keeper {
                 News::RouteDeleted(entry) if entry.oif == Some(self.parts.ours.oif) => {
                     self.suspect(&entry, now);
                 }
-                News::Link { index, up } if index == self.parts.ours.oif => {
+                News::Link {
+                    index,
+                    up,
+                    mtu_bytes,
+                } if index == self.parts.ours.oif => {
                     self.note_link(up, now);
+                    self.note_mtu(mtu_bytes.unwrap_or(self.mtu_bytes), now);
                 }
                 News::LinkDeleted { index } if index == self.parts.ours.oif => self.up = false,
                 News::Lost => {
                     tracing::debug!("news of route changes was lost; comparing all routes");
-                    // Among it may be that the device was down and is up again.
-                    self.addresses_due = true;
-                    self.compare_at(now);
+                    self.note_loss(now);
                 }
                 _ => {}
             }
@@ -245,27 +285,64 @@ impl Keeper {
         }
     }
 
+    /// Below the least MTU that IPv6 may have, the kernel takes all of it away
+    /// from the device (`addrconf_notify()` in net/ipv6/addrconf.c).
+    fn note_mtu(&mut self, mtu_bytes: u32, now: Instant) {
+        let took_ipv6 = self.takes_ipv6();
+        self.mtu_bytes = mtu_bytes;
+        if took_ipv6 == self.takes_ipv6() {
+            return;
+        }
+        if self.takes_ipv6() {
+            self.addresses_due = true;
+            self.compare_at(now);
+        } else {
+            self.warn(|parts| {
+                format!(
+                    "interface {} has an MTU of {mtu_bytes} bytes now, and IPv6 needs \
+                     {IPV6_MTU_BYTES_MIN}: its IPv6 routes are gone until it has that again",
+                    parts.name
+                )
+            });
+        }
+    }
+
+    fn takes_ipv6(&self) -> bool {
+        self.mtu_bytes >= IPV6_MTU_BYTES_MIN
+    }
+
+    /// Anything may have happened; also that the device was down and is up again.
+    fn note_loss(&mut self, now: Instant) {
+        self.addresses_due = true;
+        self.compare_at(now);
+    }
+
     /// Compares the kernel's table with what is wanted, and puts right what
     /// may be put right now.
     fn put_right(&mut self) -> Result<()> {
         let started = Instant::now();
         let was_up = self.up;
-        if !is_up(&mut self.parts)? {
+        let Some(link) = device_if_up(&mut self.parts)? else {
             // News of the link wakes us again.
             self.note_link(false, started);
             return Ok(());
-        }
+        };
         self.up = true;
+        self.note_mtu(link.mtu, started);
         if !was_up || self.addresses_due {
             self.restore_addresses()?;
         }
         let standings = standings(&mut self.parts, &self.wanted)?;
+        let strays: Vec<IpNet> = standings
+            .ours()
+            .filter(|prefix| self.strays_due && !self.wanted.contains(prefix))
+            .collect();
         let mut repairs = Vec::new();
         let mut postponed: Option<Instant> = None;
         for prefix in self
             .wanted
             .iter()
-            .filter(|prefix| !standings.is_right(prefix))
+            .filter(|prefix| self.has_room_for(prefix) && !standings.is_right(prefix))
         {
             match self.backoff.wait_until(prefix, started) {
                 Some(at) if was_up => {
@@ -283,10 +360,12 @@ impl Keeper {
         }
         self.backoff
             .forget(started, |prefix| self.wanted.contains(prefix));
-        let outcome = self.repair(&repairs, was_up);
+        let repaired = self.repair(&repairs, was_up);
+        let cleared = self.delete_all(&strays);
+        self.strays_due &= cleared.is_err();
         let now = Instant::now();
         self.paid_at = self.paid_at.max(now) + ((now - started) * REST_FACTOR).min(REST_MAX);
-        outcome
+        repaired.and(cleared)
     }
 
     /// `in_peace`: the device has not just come up. If it has, that the routes
@@ -303,16 +382,20 @@ impl Keeper {
         }
         let refusals = self.parts.netlink.change_device_routes(ours, &changes)?;
         let mut failed = BTreeSet::new();
+        // The device may be down or gone: that is news as well. If it is not,
+        // it is the prefix's IP version that it does not take now.
+        let is_missing = |(_, error): &(usize, Error)| {
+            matches!(error.errno(), Some(libc::ENETDOWN | libc::ENODEV))
+        };
+        if refusals.iter().any(is_missing) && device_if_up(&mut self.parts)?.is_none() {
+            self.up = false;
+            return Ok(());
+        }
         for (place, error) in refusals {
             match (changes[place], error.errno()) {
                 // Somebody was faster; what comes of it is news.
                 (RouteChange::Prepend(_), Some(libc::EEXIST))
                 | (RouteChange::Delete(_), Some(libc::ESRCH)) => {}
-                // The device is down or gone: that is news as well.
-                (_, Some(libc::ENETDOWN | libc::ENODEV)) => {
-                    self.up = false;
-                    return Ok(());
-                }
                 (change, _) => {
                     failed.insert(change.prefix());
                     self.warn(|_| error.to_string());
@@ -340,6 +423,11 @@ impl Keeper {
         Ok(())
     }
 
+    /// Whether the device's MTU allows for the prefix's IP version.
+    fn has_room_for(&self, prefix: &IpNet) -> bool {
+        matches!(prefix, IpNet::V4(_)) || self.takes_ipv6()
+    }
+
     /// Gives the device back the addresses that it has lost. One that it does
     /// not take (IPv6 may be switched off on it by now) is not tried again: the
     /// routes are worth having without.
@@ -348,7 +436,7 @@ impl Keeper {
         let present = self.parts.netlink.addresses()?;
         self.addresses_due = false;
         for address in self.parts.addresses.clone() {
-            if present.contains(&(index, address)) {
+            if present.contains(&(index, address)) || !self.has_room_for(&address) {
                 continue;
             }
             match self.parts.netlink.add_address(index, address) {
@@ -376,38 +464,37 @@ impl Keeper {
         drop(blocked);
         // That the device is up is taken note of with the news alone, because
         // more than routes may have to be put back then.
-        let up = is_up(&mut self.parts)?;
+        let link = device_if_up(&mut self.parts)?;
+        let up = link.is_some();
         self.up &= up;
+        let takes_ipv6 = link.is_some_and(|link| link.mtu >= IPV6_MTU_BYTES_MIN);
         let missing: Vec<IpNet> = wanted
             .iter()
             .filter(|prefix| up && !standings.is_right(prefix) && !standings.of(prefix).has_ours)
+            // Those that were wanted before come back with IPv6.
+            .filter(|prefix| {
+                takes_ipv6 || matches!(prefix, IpNet::V4(_)) || !self.wanted.contains(prefix)
+            })
             .copied()
             .collect();
-        let surplus: Vec<RouteChange> = standings
+        let surplus: Vec<IpNet> = standings
             .ours()
             .filter(|prefix| !wanted.contains(prefix))
-            .map(RouteChange::Delete)
             .collect();
         drop(standings);
-        self.add_all(&missing)?;
-        let refusals = self
-            .parts
-            .netlink
-            .change_device_routes(self.parts.ours, &surplus)?;
-        let failure = refusals
-            .into_iter()
-            .find(|(_, error)| error.errno() != Some(libc::ESRCH));
-        if let Some((_, error)) = failure {
-            self.delete_all(&missing)?;
-            // Those that were deleted already come back.
-            self.compare_at(Instant::now());
+        let changed = self
+            .add_all(&missing)
+            .and_then(|()| self.delete_all(&surplus));
+        if let Err(error) = changed {
+            self.undo(&missing);
             return Err(error);
         }
         self.wanted = wanted;
         Ok(())
     }
 
-    /// Adds routes, all or none.
+    /// Adds routes. One that was wanted before and is refused is no error: it is
+    /// tried again.
     fn add_all(&mut self, prefixes: &[IpNet]) -> Result<()> {
         // Those that were wanted before may have to go in front of others'.
         let changes: Vec<RouteChange> = prefixes
@@ -421,31 +508,54 @@ impl Keeper {
             .parts
             .netlink
             .change_device_routes(self.parts.ours, &changes)?;
-        let Some((_, error)) = refusals.into_iter().next() else {
-            return Ok(());
-        };
-        self.delete_all(prefixes)?;
-        // Among them may be some that were wanted before.
-        self.compare_at(Instant::now());
-        match error.errno() {
-            // Taken down since we looked: they come when it is up.
-            Some(libc::ENETDOWN) => {
-                self.up = false;
-                Ok(())
+        for (place, error) in refusals {
+            match (changes[place], error.errno()) {
+                // Taken down since we looked: they come when it is up.
+                (_, Some(libc::ENETDOWN)) => self.up = false,
+                (RouteChange::Prepend(_), _) => self.compare_at(Instant::now() + RETRY_WAIT),
+                (_, Some(libc::EEXIST)) => {
+                    return Err(
+                        error.hint("somebody added a route to this prefix just now; try again")
+                    );
+                }
+                (RouteChange::Add(IpNet::V6(_)), Some(libc::ENODEV)) => {
+                    return Err(error.hint(format!(
+                        "IPv6 needs an MTU of {IPV6_MTU_BYTES_MIN} bytes at least"
+                    )));
+                }
+                _ => return Err(error),
             }
-            Some(libc::EEXIST) => {
-                Err(error.hint("somebody added a route to this prefix just now; try again"))
-            }
-            _ => Err(error),
         }
+        Ok(())
     }
 
+    /// Takes back what a change that has failed may have added. What cannot be
+    /// taken back now, and what it may have deleted, is put right with the next
+    /// comparison.
+    pub(super) fn undo(&mut self, added: &[IpNet]) {
+        let fresh: Vec<IpNet> = added
+            .iter()
+            .filter(|prefix| !self.wanted.contains(prefix))
+            .copied()
+            .collect();
+        if let Err(error) = self.delete_all(&fresh) {
+            self.warn(|_| error.to_string());
+        }
+        self.strays_due = true;
+        self.compare_at(Instant::now());
+    }
+
+    /// Deletes routes, as many as can be; those that are gone are none the worse.
     fn delete_all(&mut self, prefixes: &[IpNet]) -> Result<()> {
         let changes: Vec<RouteChange> = prefixes.iter().copied().map(RouteChange::Delete).collect();
-        self.parts
+        let refusals = self
+            .parts
             .netlink
             .change_device_routes(self.parts.ours, &changes)?;
-        Ok(())
+        let failure = refusals
+            .into_iter()
+            .find(|(_, error)| error.errno() != Some(libc::ESRCH));
+        failure.map_or(Ok(()), |(_, error)| Err(error))
     }
 
     fn remove_all(&mut self) -> Result<()> {
@@ -469,9 +579,10 @@ fn standings(parts: &mut Parts, wanted: &BTreeSet<IpNet>) -> Result<Standings> {
     Standings::read(&mut parts.netlink, parts.ours, wanted)
 }
 
-fn is_up(parts: &mut Parts) -> Result<bool> {
+/// The device, unless it is down or gone.
+fn device_if_up(parts: &mut Parts) -> Result<Option<Link>> {
     let link = parts.netlink.link_by_index(parts.ours.oif)?;
-    Ok(link.is_some_and(|link| link.up))
+    Ok(link.filter(|link| link.up))
 }
 
 /// What happened to a prefix, and what was done.

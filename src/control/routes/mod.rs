@@ -123,7 +123,8 @@ impl RouteKeeper {
     /// When somebody else has a route to a prefix that was not wanted before
     /// (in IPv4 one without a metric, in IPv6 one with a metric up to 1024, the
     /// usual one); the error names prefix and interface. When the kernel
-    /// refuses. In all cases the routes are then as before.
+    /// refuses. In all cases the routes are then as before, or, if the kernel
+    /// takes no changes at all for a while, as soon as it does.
     pub fn set(&self, wanted: BTreeSet<IpNet>) -> Result<()> {
         let wanted = wanted.iter().map(IpNet::trunc).collect();
         self.ask(|answer| Command::Set { wanted, answer })?

@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::bounded;
+use crossbeam_channel::{Sender, bounded};
 use ipnet::{IpNet, Ipv4Net};
-use nix::sys::eventfd::EventFd;
+use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::keeper::{Command, Keeper, Parts};
 use super::{AtEnd, PROTOCOL, RouteKeeper};
@@ -74,6 +74,26 @@ impl Host {
         self.namespace
             .run(|| RouteKeeper::start("tun0", addresses))
             .unwrap()
+    }
+
+    /// What a keeper starts with, and the sender of its commands.
+    fn parts(&self) -> (Parts, Sender<Command>) {
+        let (commands, receiver) = bounded(4);
+        let (netlink, watch) = self.namespace.run(|| {
+            let netlink = Netlink::open().unwrap();
+            let watch = Watch::open(&netlink).unwrap();
+            (netlink, watch)
+        });
+        let parts = Parts {
+            netlink,
+            watch,
+            ours: self.ours,
+            name: "tun0".into(),
+            addresses: Vec::new(),
+            commands: receiver,
+            wake: Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap()),
+        };
+        (parts, commands)
     }
 
     fn main_routes(&mut self) -> Vec<RouteEntry> {
@@ -378,26 +398,108 @@ fn an_ipv6_route_that_nothing_can_override_is_waited_out() {
     drop(keeper);
 }
 
+/// Listening fails as it does when memory is short, and works again later.
+#[test]
+fn news_is_heard_again_after_a_failure() {
+    let mut host = Host::new();
+    let (mut parts, commands) = host.parts();
+    let wake = Arc::clone(&parts.wake);
+    parts.watch.break_socket();
+    let mut keeper = Keeper::new(parts).unwrap();
+    keeper.set(set(&[V4])).unwrap();
+    let thread = host.namespace.spawn_thread("routes", || keeper.run());
+    let oif = host.ours.oif;
+    for _ in 0..3 {
+        host.netlink.del_route(net(V4), None, Some(oif)).unwrap();
+        host.await_ours(V4);
+    }
+    let ask = |command| {
+        commands.send(command).unwrap();
+        wake.write(1).unwrap();
+    };
+    let (answer, answered) = bounded(1);
+    let wanted = set(&["10.2.0.0/16"]);
+    ask(Command::Set { wanted, answer });
+    answered.recv_timeout(PATIENCE).unwrap().unwrap();
+    assert_eq!(host.owned(), set(&["10.2.0.0/16"]));
+    ask(Command::End(AtEnd::Remove));
+    thread.unwrap().join().unwrap();
+    assert_eq!(host.owned(), set(&[]));
+}
+
+/// The kernel's answers are lost in the midst of a change.
+#[test]
+fn a_change_that_breaks_off_is_taken_back() {
+    let mut host = Host::new();
+    let (parts, _commands) = host.parts();
+    parts.netlink.shrink();
+    let mut keeper = Keeper::new(parts).unwrap();
+    keeper.set(set(&[V4])).unwrap();
+    // Without IPv6 each of its routes is refused, and each refusal takes room.
+    host.netlink.set_mtu(host.ours.oif, 1200).unwrap();
+    let mut wanted = many(1000, 100);
+    wanted.extend((0..100).map(|number| net(&format!("fd01:{number:x}::/32"))));
+    let error = keeper.set(wanted).unwrap_err();
+    assert_eq!(error.errno(), Some(libc::ENOBUFS), "{error}");
+    assert_eq!(host.owned(), set(&[V4]));
+    // The late answers do not get in the way of the next change's.
+    keeper.set(set(&[V4, "10.2.0.0/16"])).unwrap();
+    assert_eq!(host.owned(), set(&[V4, "10.2.0.0/16"]));
+}
+
+/// What cannot be taken back at once goes with the next comparison.
+#[test]
+fn what_a_change_has_left_behind_goes() {
+    let mut host = Host::new();
+    let (parts, commands) = host.parts();
+    let wake = Arc::clone(&parts.wake);
+    let mut keeper = Keeper::new(parts).unwrap();
+    keeper.set(set(&[V4])).unwrap();
+    keeper.undo(&[]);
+    let stray = [RouteChange::Add(net("10.2.0.0/16"))];
+    let refusals = host.netlink.change_device_routes(host.ours, &stray);
+    assert!(refusals.unwrap().is_empty());
+    let thread = std::thread::spawn(move || keeper.run());
+    host.wait_for("the stray route", |host| host.owned() == set(&[V4]));
+    commands.send(Command::End(AtEnd::Remove)).unwrap();
+    wake.write(1).unwrap();
+    thread.join().unwrap();
+}
+
+/// Below an MTU of 1280 bytes the device has no IPv6.
+#[test]
+fn ipv4_is_kept_while_the_device_takes_no_ipv6() {
+    let mut host = Host::new();
+    let oif = host.ours.oif;
+    let address = "fd09::1/128";
+    host.netlink.add_address(oif, net(address)).unwrap();
+    let keeper = host.keeper_with(&[address]);
+    keeper.set(set(&[V4, V6])).unwrap();
+    for _ in 0..2 {
+        host.netlink.set_mtu(oif, 1200).unwrap();
+        assert_eq!(host.routes_to(V6), []);
+        host.netlink.del_route(net(V4), None, Some(oif)).unwrap();
+        host.await_ours(V4);
+        // Others can be had meanwhile, but not of IPv6.
+        keeper.set(set(&[V4, V6, "10.2.0.0/16"])).unwrap();
+        let error = keeper.set(set(&[V4, V6, "fd02::/64"])).unwrap_err();
+        assert!(error.to_string().contains("1280"), "{error}");
+        assert_eq!(host.owned(), set(&[V4, "10.2.0.0/16"]));
+        keeper.set(set(&[V4, V6])).unwrap();
+        host.netlink.set_mtu(oif, 1280).unwrap();
+        host.await_ours(V6);
+        assert_eq!(host.owned(), set(&[V4, V6]));
+        let addresses = host.netlink.addresses().unwrap();
+        assert!(addresses.contains(&(oif, net(address))));
+    }
+}
+
 #[test]
 fn lost_news_is_made_good() {
     let mut host = Host::new();
-    let (commands, receiver) = bounded(4);
-    let wake = Arc::new(EventFd::new().unwrap());
-    let (netlink, watch) = host.namespace.run(|| {
-        let netlink = Netlink::open().unwrap();
-        let watch = Watch::open(&netlink).unwrap();
-        (netlink, watch)
-    });
-    watch.shrink();
-    let parts = Parts {
-        netlink,
-        watch,
-        ours: host.ours,
-        name: "tun0".into(),
-        addresses: Vec::new(),
-        commands: receiver,
-        wake: Arc::clone(&wake),
-    };
+    let (parts, commands) = host.parts();
+    parts.watch.shrink();
+    let wake = Arc::clone(&parts.wake);
     let mut keeper = Keeper::new(parts).unwrap();
     keeper.set(set(&[V4])).unwrap();
     // Before the news that matters come a thousand pieces that do not.

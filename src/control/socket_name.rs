@@ -1,0 +1,258 @@
+//! The operators' socket's name in the file system: one process at a time has
+//! it, a dead one's is replaced, and nothing is left of it at the end.
+
+use std::ffi::OsString;
+use std::fs::{DirBuilder, File, OpenOptions, Permissions};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use std::{fs, io};
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use socket2::{Domain, SockAddr, Socket, Type};
+
+use crate::error::{Error, Result};
+
+/// How long others that start at the same path are waited for. Each needs a few
+/// system calls.
+const LOCK_TIME_MAX: Duration = Duration::from_secs(1);
+
+/// Pause between two attempts to get the lock.
+const LOCK_PAUSE: Duration = Duration::from_millis(2);
+
+const ANOTHER_PATH: &str = "choose another path with --control";
+
+/// A socket's name. Dropped, it is removed, if it is still that socket's.
+pub struct SocketName {
+    path: PathBuf,
+    /// Device and inode; none once the name is left to somebody else.
+    inode: Option<(u64, u64)>,
+}
+
+impl SocketName {
+    /// The name of a socket that is bound to `path`.
+    pub fn of_bound(path: &Path) -> Self {
+        Self {
+            path: path.to_path_buf(),
+            inode: inode(path),
+        }
+    }
+
+    /// Leaves the name where it is.
+    pub fn leave(&mut self) {
+        self.inode = None;
+    }
+}
+
+impl Drop for SocketName {
+    fn drop(&mut self) {
+        if self.inode.is_some() && self.inode == inode(&self.path) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Listens at `path`, for its owner alone. What a killed process has left there
+/// is replaced.
+///
+/// # Errors
+/// When another process serves the path or is just starting to, or something
+/// else is there, or it cannot be made.
+pub fn listen(path: &Path, backlog: i32) -> Result<(UnixListener, SocketName)> {
+    make_directory(path)?;
+    // Two that start at once must not take each other's for a dead one's.
+    let _lock = StartLock::take(path)?;
+    remove_stale(path)?;
+    let failed = |error| {
+        let what = format!("cannot open the operators' socket {}", path.display());
+        Error::os(what, error).hint(ANOTHER_PATH)
+    };
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None).map_err(failed)?;
+    let address = SockAddr::unix(path).map_err(failed)?;
+    socket.bind(&address).map_err(failed)?;
+    // Whatever fails from here on takes the name with it.
+    let name = SocketName::of_bound(path);
+    // Nobody can connect before listen(2).
+    fs::set_permissions(path, Permissions::from_mode(0o600)).map_err(failed)?;
+    socket.listen(backlog).map_err(failed)?;
+    Ok((UnixListener::from(OwnedFd::from(socket)), name))
+}
+
+pub(super) fn inode(path: &Path) -> Option<(u64, u64)> {
+    fs::symlink_metadata(path).ok().as_ref().map(identity)
+}
+
+fn identity(metadata: &fs::Metadata) -> (u64, u64) {
+    (metadata.dev(), metadata.ino())
+}
+
+/// Makes the directory of a path if it is missing.
+fn make_directory(path: &Path) -> Result<()> {
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(parent)
+        .map_err(|error| {
+            Error::os(format!("cannot make directory {}", parent.display()), error)
+                .hint(ANOTHER_PATH)
+        })
+}
+
+/// Held while a path is looked at and taken: flock(2) on a file beside it,
+/// which goes with the lock. Not on the directory: anybody who may read that
+/// could hold the lock for ever.
+struct StartLock {
+    path: PathBuf,
+    _file: Flock<File>,
+}
+
+impl StartLock {
+    fn take(socket: &Path) -> Result<Self> {
+        let mut path = OsString::from(socket);
+        path.push(".lock");
+        let path = PathBuf::from(path);
+        let deadline = Instant::now() + LOCK_TIME_MAX;
+        loop {
+            match Flock::lock(open_lock_file(&path)?, FlockArg::LockExclusiveNonblock) {
+                // Who had it before may have removed it since we opened it.
+                Ok(file) if is_at(&file, &path) => return Ok(Self { path, _file: file }),
+                Ok(_) | Err((_, Errno::EWOULDBLOCK)) => {}
+                Err((_, errno)) => {
+                    let what = format!("cannot lock {}", path.display());
+                    return Err(Error::os(what, errno.into()).hint(ANOTHER_PATH));
+                }
+            }
+            if Instant::now() > deadline {
+                return Err(Error::new(format!(
+                    "cannot lock {} within {} s: another process that starts holds it",
+                    path.display(),
+                    LOCK_TIME_MAX.as_secs()
+                ))
+                .hint("end that process, or choose another path with --control"));
+            }
+            std::thread::sleep(LOCK_PAUSE);
+        }
+    }
+}
+
+impl Drop for StartLock {
+    fn drop(&mut self) {
+        // Still locked, so that nobody else's is removed.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Opens a file that nobody else can open, or can have made: in a directory that
+/// all may write to, such as /tmp, somebody may have been there before.
+fn open_lock_file(path: &Path) -> Result<File> {
+    let shown = path.display();
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        // Without waiting for the other end of a pipe.
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(path)
+        .map_err(|error| {
+            Error::os(format!("cannot open the lock file {shown}"), error).hint(ANOTHER_PATH)
+        })?;
+    let is_private = file.metadata().is_ok_and(|metadata| {
+        metadata.is_file()
+            && metadata.uid() == nix::unistd::geteuid().as_raw()
+            && metadata.mode() & 0o077 == 0
+    });
+    if is_private {
+        return Ok(file);
+    }
+    Err(
+        Error::new(format!("{shown} is no lock file that is this user's alone"))
+            .hint("remove it, or choose another path with --control"),
+    )
+}
+
+fn is_at(file: &File, path: &Path) -> bool {
+    let own = file.metadata().ok().as_ref().map(identity);
+    own.is_some() && own == inode(path)
+}
+
+/// Removes the socket of a process that was killed.
+fn remove_stale(path: &Path) -> Result<()> {
+    let shown = path.display();
+    let Ok(metadata) = fs::symlink_metadata(path) else {
+        return Ok(());
+    };
+    if !metadata.file_type().is_socket() {
+        return Err(Error::new(format!(
+            "cannot open the operators' socket: {shown} is no socket"
+        ))
+        .hint("remove it, or choose another path with --control"));
+    }
+    match connect_at_once(path) {
+        // Too many wait to be let in: someone is there, if slow.
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(Error::new(format!(
+            "another fastvpn serves {shown}, and is very busy"
+        ))
+        .hint("choose another --tun or --control")),
+        Ok(()) => Err(Error::new(format!("another fastvpn serves {shown}"))
+            .hint("choose another --tun or --control, or take over with --takeover")),
+        Err(error) if error.kind() != io::ErrorKind::ConnectionRefused => {
+            Err(Error::os(format!("cannot tell who serves {shown}"), error))
+        }
+        // Root may remove everybody's, but it is not for us to tidy up.
+        Err(_) if metadata.uid() != nix::unistd::geteuid().as_raw() => Err(Error::new(format!(
+            "the dead socket {shown} is that of another user (number {})",
+            metadata.uid()
+        ))
+        .hint("remove it, or choose another path with --control")),
+        Err(_) => fs::remove_file(path)
+            .map_err(|error| Error::os(format!("cannot remove the dead socket {shown}"), error)),
+    }
+}
+
+fn connect_at_once(path: &Path) -> io::Result<()> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.set_nonblocking(true)?;
+    socket.connect(&SockAddr::unix(path)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    /// Also where the file that was opened has been removed before it is locked.
+    #[test]
+    fn one_at_a_time_has_the_lock() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("test.sock");
+        let holders = AtomicUsize::new(0);
+        let work = || {
+            for _ in 0..2000 {
+                // Whoever is out of luck for long is told so.
+                let Ok(lock) = StartLock::take(&path) else {
+                    continue;
+                };
+                assert_eq!(holders.fetch_add(1, Ordering::SeqCst), 0);
+                std::thread::yield_now();
+                holders.fetch_sub(1, Ordering::SeqCst);
+                drop(lock);
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(work);
+            }
+        });
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+}
