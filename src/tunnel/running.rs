@@ -575,6 +575,7 @@ impl Running {
     /// kernel what it has learnt of the paths in use.
     fn look_after_peers(&mut self) {
         let now = Instant::now();
+        let mut has_received = false;
         for (hop, peer) in self.overlay.peers() {
             let sum = |count: fn(&PeerCounters) -> u64| peer.traffic.iter().map(count).sum::<u64>();
             let received = sum(|worker| worker.packets_received.get());
@@ -588,6 +589,7 @@ impl Running {
             }
             heard.path_used |= sent != heard.sent;
             if received != heard.received {
+                has_received = true;
                 heard.last = Some(now);
                 heard.silent_since = None;
                 self.names.answered(&peer.name);
@@ -601,11 +603,13 @@ impl Running {
         }
         self.names.tick(now);
         self.look_after_paths();
-        self.look_after_own_addresses();
+        if has_received {
+            self.look_after_own_addresses();
+        }
         self.retired.retain(|old| Arc::strong_count(old) > 1);
     }
 
-    /// Addresses come and go without us.
+    /// Addresses come and go without us. An idle tunnel need not know.
     fn look_after_own_addresses(&mut self) {
         match own_addresses(&mut self.netlink, &self.settled) {
             Ok(own) => {
