@@ -520,7 +520,7 @@ impl Running {
             .peers()
             .filter_map(|(_, peer)| peer.endpoint)
             .try_for_each(|endpoint| {
-                link::check_outside(&mut self.netlink, &self.config.tun, endpoint.ip())
+                link::check_outside(&mut self.netlink, &self.config.tun, endpoint)
             })
     }
 
@@ -568,7 +568,7 @@ impl Running {
         }
         operator::check_reach(self.settled.listen, endpoint)?;
         self.overlay.check_other(self.settled.listen, endpoint)?;
-        link::check_outside(&mut self.netlink, &self.config.tun, endpoint.ip())
+        link::check_outside(&mut self.netlink, &self.config.tun, endpoint)
     }
 
     /// Notes who answers, asks for the names of those who do not, and asks the
