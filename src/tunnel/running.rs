@@ -352,11 +352,33 @@ impl Running {
         })
     }
 
-    /// Has the kernel's routes kept for the device's new addresses.
-    pub(super) fn restart_routes(&mut self) -> Result<()> {
+    /// Replaces the device's addresses. Their keeper ends before, which would put
+    /// the old ones back, and another keeps those that the device has then.
+    ///
+    /// # Errors
+    /// When the kernel refuses an address: the device has the old ones then. When
+    /// there is no other keeper to be had.
+    pub(super) fn change_addresses(
+        &mut self,
+        netlink: &mut Netlink,
+        index: u32,
+        old: &[IpNet],
+        new: Vec<IpNet>,
+    ) -> Result<()> {
         if let Some(routes) = self.routes.take() {
             routes.stop(AtEnd::Keep);
         }
+        let changed = link::set_addresses(netlink, index, old, &new);
+        self.settled.link.addresses = match changed {
+            Ok(()) => new,
+            Err(_) => old.to_vec(),
+        };
+        let kept = self.start_routes();
+        changed.and(kept)
+    }
+
+    /// Has the kernel's routes kept again, for the device's present addresses.
+    fn start_routes(&mut self) -> Result<()> {
         let addresses = self.settled.link.addresses.clone();
         let routes = RouteKeeper::start(&self.config.tun, addresses)?;
         // The new one does not know yet what it is to keep.

@@ -1,5 +1,6 @@
 //! The kernel routes to the peers' prefixes, kept: whoever deletes or overrides
-//! one finds it back at once.
+//! one finds it back at once. So are the device's addresses, with the last of
+//! which the kernel would drop the routes.
 //!
 //! A [`RouteKeeper`] is a thread that sleeps until its owner wants other routes
 //! or the kernel tells of a change by somebody else ([`Watch`]). It then
@@ -72,9 +73,10 @@ impl RouteKeeper {
     /// predecessor's, are kept until [`set`](Self::set) says otherwise; the
     /// predecessor's keeper must have ended.
     ///
-    /// `addresses` are put back, too, when the device was taken down and is up
-    /// again: the kernel forgets those of IPv6. So the device should be up and
-    /// have its addresses before this is called.
+    /// `addresses` are put back, too, when somebody takes them from the device,
+    /// and when the device was taken down and is up again: the kernel forgets
+    /// those of IPv6. So the device should be up and have its addresses before
+    /// this is called, and its keeper ends before it is given others.
     ///
     /// # Errors
     /// When there is no such device, or no netlink sockets.
@@ -128,15 +130,6 @@ impl RouteKeeper {
     pub fn set(&self, wanted: BTreeSet<IpNet>) -> Result<()> {
         let wanted = wanted.iter().map(IpNet::trunc).collect();
         self.ask(|answer| Command::Set { wanted, answer })?
-    }
-
-    /// The prefixes that have routes of ours in the kernel's table now: those
-    /// that are wanted, less those for which another route does as well.
-    ///
-    /// # Errors
-    /// When the kernel refuses to list its routes.
-    pub fn owned(&self) -> Result<BTreeSet<IpNet>> {
-        self.ask(|answer| Command::Owned { answer })?
     }
 
     /// Ends the keeper and waits for its end.
