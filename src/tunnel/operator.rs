@@ -400,6 +400,7 @@ fn peers(running: &Running) -> Peers {
         PeerStatus {
             peer: peer.name.to_string(),
             endpoint: peer.endpoint,
+            is_suspended: peer.is_suspended,
             origin: peer.origin.as_str().into(),
             is_default: peer.is_default,
             prefixes: peer.prefix_count,

@@ -59,6 +59,9 @@ pub struct Parts {
     pub name: String,
     /// The device's addresses.
     pub addresses: Vec<IpNet>,
+    /// Tells the owner that something about the host has changed. It has room
+    /// for one piece of news: a second one says nothing more.
+    pub changes: Sender<()>,
     /// The owner's commands.
     pub commands: Receiver<Command>,
     /// Counts commands, to wake the thread.
@@ -228,6 +231,9 @@ impl Keeper {
         self.parts
             .watch
             .read(NEWS_PER_TURN_MAX, &mut |news| list.push(news))?;
+        if !list.is_empty() {
+            self.tell_owner();
+        }
         let now = Instant::now();
         for news in list {
             match news {
@@ -315,6 +321,12 @@ impl Keeper {
     fn note_loss(&mut self, now: Instant) {
         self.addresses_due = true;
         self.compare_at(now);
+        self.tell_owner();
+    }
+
+    /// The owner comes to it when it has the time.
+    fn tell_owner(&self) {
+        let _ = self.parts.changes.try_send(());
     }
 
     /// Compares the kernel's table with what is wanted, and puts right what
@@ -365,6 +377,10 @@ impl Keeper {
         self.addresses_backoff
             .forget(started, |address| addresses.contains(address));
         let repaired = self.repair(&repairs, in_peace);
+        if !repairs.is_empty() {
+            // The way to somebody may lead into the device again.
+            self.tell_owner();
+        }
         let cleared = self.delete_all(&strays);
         self.strays_due &= cleared.is_err();
         let now = Instant::now();

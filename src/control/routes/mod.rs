@@ -4,8 +4,9 @@
 //!
 //! A [`RouteKeeper`] is a thread that sleeps until its owner wants other routes
 //! or the kernel tells of a change by somebody else ([`Watch`]). It then
-//! compares the main table with what is wanted and puts right what differs. It
-//! never polls, and no state but the kernel's own decides what is done, so lost
+//! compares the main table with what is wanted and puts right what differs. As
+//! it hears of all changes, it tells its owner that there are some. It never
+//! polls, and no state but the kernel's own decides what is done, so lost
 //! news does no harm.
 //!
 //! Ours are the routes with [`PROTOCOL`] through the tunnel's device in the
@@ -78,9 +79,13 @@ impl RouteKeeper {
     /// those of IPv6. So the device should be up and have its addresses before
     /// this is called, and its keeper ends before it is given others.
     ///
+    /// `changes` is sent to when others have changed links, addresses or routes,
+    /// whichever, of the namespace. Room for one is enough: news that finds none
+    /// is left out.
+    ///
     /// # Errors
     /// When there is no such device, or no netlink sockets.
-    pub fn start(tun: &str, addresses: Vec<IpNet>) -> Result<Self> {
+    pub fn start(tun: &str, addresses: Vec<IpNet>, changes: Sender<()>) -> Result<Self> {
         let mut netlink = Netlink::open()?;
         let oif = netlink.link_index(tun)?.ok_or_else(|| {
             Error::new(format!("cannot keep routes: there is no interface {tun}"))
@@ -101,6 +106,7 @@ impl RouteKeeper {
             ours,
             name: tun.to_string(),
             addresses,
+            changes,
             commands: receiver,
             wake: Arc::clone(&wake),
         };

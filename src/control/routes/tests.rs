@@ -72,7 +72,7 @@ impl Host {
     fn keeper_with(&self, addresses: &[&str]) -> RouteKeeper {
         let addresses = addresses.iter().copied().map(net).collect();
         self.namespace
-            .run(|| RouteKeeper::start("tun0", addresses))
+            .run(|| RouteKeeper::start("tun0", addresses, bounded(1).0))
             .unwrap()
     }
 
@@ -90,6 +90,7 @@ impl Host {
             ours: self.ours,
             name: "tun0".into(),
             addresses: Vec::new(),
+            changes: bounded(1).0,
             commands: receiver,
             wake: Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap()),
         };
@@ -289,6 +290,24 @@ fn routes_and_addresses_survive_the_addresses_being_taken_away() {
     host.netlink.del_address(oif, addresses[2]).unwrap();
     let present = host.netlink.addresses().unwrap();
     assert!(!present.contains(&(oif, addresses[2])));
+}
+
+#[test]
+fn the_owner_is_told_of_changes_wherever_they_are() {
+    let mut host = Host::new();
+    let (changed, changes) = bounded(1);
+    let keeper = host
+        .namespace
+        .run(|| RouteKeeper::start("tun0", Vec::new(), changed))
+        .unwrap();
+    keeper.set(set(&[V4])).unwrap();
+    let told = || changes.recv_timeout(PATIENCE).unwrap();
+    let (other, address) = (host.other, net("10.9.0.1/32"));
+    host.netlink.add_address(other, address).unwrap();
+    told();
+    host.netlink.set_down(other).unwrap();
+    told();
+    drop(keeper);
 }
 
 #[test]
