@@ -1,7 +1,7 @@
 //! Addresses, MTU and routes of the TUN device, and the address that a tunnel
 //! gives itself when it was given none.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use ipnet::{IpNet, Ipv4Net};
 
@@ -155,11 +155,12 @@ fn add_missing(netlink: &mut Netlink, index: u32, addresses: &[IpNet]) -> Result
 ///
 /// # Errors
 /// Names the peer if they would.
-pub fn check_outside(netlink: &mut Netlink, name: &str, peer: IpAddr) -> Result<()> {
+pub fn check_outside(netlink: &mut Netlink, name: &str, peer: SocketAddr) -> Result<()> {
     let own = netlink.link_index(name)?;
-    if own.is_some() && netlink.interface_to(peer)? == own {
+    if own.is_some() && netlink.interface_to_endpoint(peer)? == own {
         return Err(Error::new(format!(
-            "the way to peer {peer} would lead through the tunnel itself"
+            "the way to peer {} would lead through the tunnel itself",
+            peer.ip()
         ))
         .hint("choose an --address and --route that do not cover the peer, or add a route to it first"));
     }

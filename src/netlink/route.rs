@@ -1,7 +1,7 @@
 //! Routes: which packets leave by which interface.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
@@ -137,7 +137,24 @@ impl Netlink {
     /// # Errors
     /// When the kernel refuses for another reason.
     pub fn interface_to(&mut self, address: IpAddr) -> Result<Option<u32>> {
-        let mut message = route_message(IpNet::from(address), None, None)?;
+        self.find_way(address, None)
+    }
+
+    /// As [`Self::interface_to`], for datagrams to `endpoint`: a link-local
+    /// address with a zone leads nowhere but through that.
+    ///
+    /// # Errors
+    /// As [`Self::interface_to`].
+    pub fn interface_to_endpoint(&mut self, endpoint: SocketAddr) -> Result<Option<u32>> {
+        let zone = match endpoint {
+            SocketAddr::V6(endpoint) => Some(endpoint.scope_id()).filter(|zone| *zone != 0),
+            SocketAddr::V4(_) => None,
+        };
+        self.find_way(endpoint.ip(), zone)
+    }
+
+    fn find_way(&mut self, address: IpAddr, oif: Option<u32>) -> Result<Option<u32>> {
+        let mut message = route_message(IpNet::from(address), None, oif)?;
         message.header.table = 0;
         match self.get(RouteNetlinkMessage::GetRoute(message)) {
             Ok(Some(RouteNetlinkMessage::NewRoute(route))) => {

@@ -8,6 +8,7 @@
 //! next process finds dead and replaces.
 
 mod announce;
+mod host;
 mod memory;
 mod operator;
 mod running;
