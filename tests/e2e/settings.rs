@@ -192,14 +192,15 @@ fn settings_are_reloaded() -> Result<()> {
 
     // Named, and nothing else: the tunnel stays what it is.
     let restart = "queues = 3\nlisten = \"0.0.0.0:9000\"\nbusy-poll = \"auto\"\nverbose = 1\n\
-                   cores = \"0\"\nwithout = [\"uso\"]";
+                   log-format = \"json\"\ncores = \"0\"\nwithout = [\"uso\"]";
     let named = json!([
         "queues",
         "listen",
         "cores",
         "busy-poll",
         "without",
-        "verbose, quiet, log-format"
+        "verbose",
+        "log-format"
     ]);
     let state = changes(restart, json!([]), named)?;
     check(state == before, || format!("{state:?}"))?;
@@ -262,14 +263,25 @@ fn a_reload_and_what_operators_added() -> Result<()> {
     scene.is_as(&before, "two for the rest")?;
     operator.tell("peer del 10.211.55.211")?;
 
-    // The same thing twice is no clash: the file has it from now on.
+    // The same thing twice is no clash: the file has it from now on, and what
+    // it drops later is gone.
+    operator.tell("route add 10.83.0.0/16 --peer 10.211.55.210")?;
+    let answer = scene.reload(
+        "",
+        &peer("10.211.55.210", &["10.80.0.0/16", "10.83.0.0/16"]),
+    )?;
+    has(&answer, &[("prefixes_added", json!(0))])?;
     let answer = scene.reload(
         "",
         &peer("10.211.55.210", &["10.80.0.0/16", "10.82.0.0/16"]),
     )?;
     has(
         &answer,
-        &[("peers_added", json!(0)), ("prefixes_added", json!(1))],
+        &[
+            ("peers_added", json!(0)),
+            ("prefixes_added", json!(1)),
+            ("prefixes_removed", json!(1)),
+        ],
     )?;
     check(
         operator.peer_of("10.82.0.1")? == "10.211.55.210:8285",
