@@ -10,6 +10,8 @@
 mod announce;
 mod memory;
 mod operator;
+mod reach;
+mod reload;
 mod running;
 mod start;
 pub mod takeover;

@@ -13,7 +13,7 @@ use signal_hook::consts::{SIGHUP, SIGTERM};
 
 use super::start::{self, Claimed, Known};
 use super::takeover::{self, Inherited};
-use super::{announce, operator};
+use super::{announce, operator, reach, reload};
 use crate::config::{Config, Settled};
 use crate::control::engine::Engine;
 use crate::control::names::{self, Answer, Names};
@@ -416,8 +416,8 @@ impl Running {
     }
 
     fn reload_by_signal(&mut self) {
-        match operator::reload(self) {
-            Ok(report) => tracing::info!("reloaded: {}", operator::in_words(&report)),
+        match reload::reload(self) {
+            Ok(report) => tracing::info!("reloaded: {}", reload::in_words(&report)),
             Err(error) => tracing::error!("not reloaded, nothing has changed: {error}"),
         }
     }
@@ -536,7 +536,7 @@ impl Running {
         // asked for again until it has another.
         let result = result.and_then(|addresses| {
             let addresses = names::in_order(addresses, old, is_silent);
-            names::first_usable(addresses, |endpoint| self.check_endpoint(endpoint))
+            names::first_usable(addresses, |endpoint| self.check_answer(endpoint))
                 .map_err(|error| Error::new(format!("cannot use peer {name}: {error}")))
         });
         if !self.names.heard(&name, result.is_ok(), Instant::now()) {
@@ -561,13 +561,15 @@ impl Running {
         self.republish();
     }
 
+    /// Whether an address may be a peer's. Whether the way to it leads through
+    /// the tunnel is another question, which depends on the routes.
+    pub(super) fn check_endpoint(&self, endpoint: SocketAddr) -> Result<()> {
+        reach::check_endpoint(self.settled.listen, &self.overlay, endpoint)
+    }
+
     /// Whether a name's address may be a peer's.
-    fn check_endpoint(&mut self, endpoint: SocketAddr) -> Result<()> {
-        if endpoint.ip().is_unspecified() || endpoint.ip().is_multicast() {
-            return Err(Error::new(format!("{endpoint} is no address of a host")));
-        }
-        operator::check_reach(self.settled.listen, endpoint)?;
-        self.overlay.check_other(self.settled.listen, endpoint)?;
+    fn check_answer(&mut self, endpoint: SocketAddr) -> Result<()> {
+        self.check_endpoint(endpoint)?;
         link::check_outside(&mut self.netlink, &self.config.tun, endpoint.ip())
     }
 

@@ -30,6 +30,7 @@ mod plain_peer;
 mod queues;
 mod raw;
 mod reload;
+mod reload_device;
 mod routes;
 mod script;
 mod settings;
@@ -92,6 +93,7 @@ fn main() -> ExitCode {
         names::tests(),
         reload::tests_of_control(),
         settings::tests(),
+        reload_device::tests(),
         routes::tests(),
         takeover::tests_of_control(),
         overlay_mtu::tests_of_no_engine(),
