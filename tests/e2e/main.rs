@@ -31,6 +31,7 @@ mod queues;
 mod raw;
 mod reload;
 mod reload_device;
+mod requests;
 mod routes;
 mod script;
 mod settings;
@@ -90,6 +91,7 @@ fn main() -> ExitCode {
         life::tests_of_the_demo(),
         tuning::tests(),
         control::tests(),
+        requests::tests(),
         names::tests(),
         reload::tests_of_control(),
         settings::tests(),
