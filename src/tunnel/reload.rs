@@ -72,8 +72,10 @@ impl Plan {
         if let Err(error) = result.and_then(|()| running.commit(self.overlay)) {
             running.config = old_config;
             running.settled.link = old_link;
-            device.change_back();
-            if has_new_addresses && let Err(error) = running.restart_routes() {
+            // Routes may have gone with an address, or with all of IPv6.
+            if device.change_back()
+                && let Err(error) = running.restart_routes()
+            {
                 tracing::error!("{error}");
             }
             return Err(error);
@@ -95,7 +97,8 @@ fn settings_changed(old: (&Config, &LinkConfig), new: (&Config, &LinkConfig)) ->
         ("route", old.routes != new.routes),
     ]
     .into_iter()
-    .filter_map(|(key, differs)| differs.then(|| key.to_string()))
+    .filter(|(_, differs)| *differs)
+    .map(|(key, _)| key.to_string())
     .collect()
 }
 
@@ -168,8 +171,9 @@ impl Device {
         Ok(())
     }
 
-    /// Undoes the steps that were taken.
-    fn change_back(mut self) {
+    /// Undoes the steps that were taken; tells whether there were any.
+    fn change_back(mut self) -> bool {
+        let has_changed = !self.undo.is_empty();
         let (netlink, index) = (&mut self.netlink, self.index);
         for step in self.undo.into_iter().rev() {
             let undone = match step {
@@ -181,6 +185,7 @@ impl Device {
                 tracing::error!("the device is not what it was: {error}");
             }
         }
+        has_changed
     }
 }
 

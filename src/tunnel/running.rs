@@ -359,8 +359,14 @@ impl Running {
         }
         let addresses = self.settled.link.addresses.clone();
         let routes = RouteKeeper::start(&self.config.tun, addresses)?;
-        // The new one does not know yet what it is to keep.
-        let result = routes.set(self.routes_set.clone());
+        // The new one does not know yet what it is to keep. IPv6 that the device
+        // has no room for any more is on its way out.
+        let takes_v6 = self.settled.link.mtu_bytes >= link::IPV6_MTU_BYTES_MIN;
+        let kept = self.routes_set.iter().copied();
+        let result = routes.set(
+            kept.filter(|net| takes_v6 || net.addr().is_ipv4())
+                .collect(),
+        );
         self.routes = Some(routes);
         result
     }

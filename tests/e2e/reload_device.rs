@@ -19,6 +19,10 @@ pub fn tests() -> Vec<Test> {
         ("a_reload_to_another_path", a_reload_to_another_path),
         ("what_was_set_by_hand_stays", what_was_set_by_hand_stays),
         ("an_mtu_too_small_for_ipv6", an_mtu_too_small_for_ipv6),
+        (
+            "a_refused_reload_without_ipv6",
+            a_refused_reload_without_ipv6,
+        ),
     ]
 }
 
@@ -157,10 +161,10 @@ fn an_mtu_too_small_for_ipv6() -> Result<()> {
         operator.refuses("reload", &["fd05::/64", "1280"])?;
         scene.is_as(&small, settings)?;
     }
-    // There and back again, with an address that must be away in time.
+    // There and back again, with what must be away in time.
     let with_v6 = "address = [\"10.244.55.122/32\", \"fd00:244::122/128\"]";
     for _ in 0..2 {
-        scene.reload(with_v6, "")?;
+        scene.reload(with_v6, &peer("10.211.55.200", &["fd05::/64"]))?;
         let state = scene.state()?;
         check(
             state.addresses.len() == 2 && state.mtu_bytes == before.mtu_bytes,
@@ -173,4 +177,27 @@ fn an_mtu_too_small_for_ipv6() -> Result<()> {
     scene.is_as(&before, "as at the start")?;
     wait_for(&scene.hosts.a, TUNNEL[1].into())?;
     scene.end().map(drop)
+}
+
+/// The kernel has forgotten all IPv6 of the device when the reload is refused.
+fn a_refused_reload_without_ipv6() -> Result<()> {
+    let with_v6 = "address = [\"10.244.55.122/32\", \"fd00:244::122/128\"]";
+    for settings in ["", with_v6] {
+        let scene = Scene::new("", &[])?;
+        let (host, operator) = (&scene.hosts.a, &scene.operator);
+        let underlay = link(host, UNDERLAY_NAME)?.index;
+        let taken = net("10.99.0.0/16")?;
+        host.netlink()?.add_route(taken, None, Some(underlay))?;
+        scene.reload(settings, &peer("10.211.55.200", &["fd05::/64"]))?;
+        let before = scene.state()?;
+        let late = peer("10.211.55.201", &["10.99.0.0/16"]);
+        for _ in 0..3 {
+            operator.write(FILE, &text("mtu = 1200", &late))?;
+            operator.refuses("reload", &["10.99.0.0/16"])?;
+            scene.is_as(&before, settings)?;
+        }
+        wait_for(host, TUNNEL[1].into())?;
+        scene.end()?;
+    }
+    Ok(())
 }
