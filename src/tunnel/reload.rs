@@ -160,26 +160,53 @@ impl Device {
         if new.addresses == old.addresses {
             return Ok(());
         }
-        let is_meant = |net: &IpNet| old.addresses.contains(net) || new.addresses.contains(net);
-        let all = self.netlink.addresses()?.into_iter();
-        let old: Vec<IpNet> = all
-            .filter_map(|(owner, net)| (owner == self.index && is_meant(&net)).then_some(net))
-            .collect();
+        let present = self.addresses()?;
+        let is_ours = |net: &&IpNet| old.addresses.contains(net) || new.addresses.contains(net);
+        let ours: Vec<IpNet> = present.iter().filter(is_ours).copied().collect();
         let new = new.addresses.clone();
-        link::set_addresses(&mut self.netlink, self.index, &old, &new)?;
-        self.undo.push(Undo::Addresses { old, new });
+        link::set_addresses(&mut self.netlink, self.index, &ours, &new)?;
+        self.undo.push(Undo::Addresses { old: present, new });
+        Ok(())
+    }
+
+    /// The device's addresses in the kernel's order, but for those that the
+    /// kernel gives it by itself.
+    fn addresses(&mut self) -> Result<Vec<IpNet>> {
+        let is_given = |net: &IpNet| match net {
+            IpNet::V4(_) => true,
+            IpNet::V6(net) => !net.addr().is_unicast_link_local(),
+        };
+        let all = self.netlink.addresses()?.into_iter();
+        let own = all.filter_map(|(owner, net)| (owner == self.index).then_some(net));
+        Ok(own.filter(is_given).collect())
+    }
+
+    fn change_addresses_back(&mut self, old: &[IpNet], new: &[IpNet]) -> Result<()> {
+        let (netlink, index) = (&mut self.netlink, self.index);
+        link::set_addresses(netlink, index, new, old)?;
+        // The first IPv4 address is the one that the host sends from.
+        let v4 = |nets: Vec<IpNet>| -> Vec<IpNet> {
+            let all = nets.into_iter();
+            all.filter(|net| net.addr().is_ipv4() && old.contains(net))
+                .collect()
+        };
+        let (before, now) = (v4(old.to_vec()), v4(self.addresses()?));
+        if now != before {
+            let (netlink, index) = (&mut self.netlink, self.index);
+            link::set_addresses(netlink, index, &now, &[])?;
+            link::set_addresses(netlink, index, &[], &before)?;
+        }
         Ok(())
     }
 
     /// Undoes the steps that were taken; tells whether there were any.
     fn change_back(mut self) -> bool {
         let has_changed = !self.undo.is_empty();
-        let (netlink, index) = (&mut self.netlink, self.index);
-        for step in self.undo.into_iter().rev() {
+        for step in std::mem::take(&mut self.undo).into_iter().rev() {
             let undone = match step {
-                Undo::Txqueuelen(old) => netlink.set_txqueuelen(index, old),
-                Undo::MtuBytes(old) => netlink.set_mtu(index, old),
-                Undo::Addresses { old, new } => link::set_addresses(netlink, index, &new, &old),
+                Undo::Txqueuelen(old) => self.netlink.set_txqueuelen(self.index, old),
+                Undo::MtuBytes(old) => self.netlink.set_mtu(self.index, old),
+                Undo::Addresses { old, new } => self.change_addresses_back(&old, &new),
             };
             if let Err(error) = undone {
                 tracing::error!("the device is not what it was: {error}");

@@ -81,18 +81,6 @@ fn long_requests_together() -> Result<()> {
         ),
         (
             longest(
-                "{\"command\":\"peers\",\"prefixes\":[\"::/0\"",
-                ",\"::/0\"",
-                "]}",
-            ),
-            false,
-        ),
-        (
-            longest("{\"command\":\"peer-del\",\"peer\":\"", "\\u0001", "\"}"),
-            false,
-        ),
-        (
-            longest(
                 "{\"command\":\"route-add\",\"peer\":\"10.211.55.2\",\"prefixes\":[\"10.9.0.0/16\"",
                 ",\"10.9.0.0/16\"",
                 "]}",
