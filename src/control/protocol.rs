@@ -85,7 +85,11 @@ impl Request {
 
 /// The `command` of a [`Request`].
 #[derive(Clone, Copy, Deserialize)]
-#[serde(variant_identifier, rename_all = "kebab-case")]
+#[serde(
+    variant_identifier,
+    rename_all = "kebab-case",
+    expecting = "the name of a command"
+)]
 enum Command {
     Status,
     Peers,
