@@ -3,6 +3,7 @@
 //! The data path has no errors of this kind; it counts
 //! (see [`crate::worker::counters`]).
 
+use std::borrow::Cow;
 use std::fmt;
 use std::io;
 
@@ -96,9 +97,35 @@ pub fn cause_text(cause: &io::Error) -> String {
     }
 }
 
+/// A text from elsewhere for an error's line: of a long one, both ends.
+pub fn shortened(text: &str) -> Cow<'_, str> {
+    const END_CHARS_MAX: usize = 150;
+    let nth = |(at, _): (usize, char)| at;
+    let first = text.char_indices().nth(END_CHARS_MAX).map(nth);
+    let last = text.char_indices().nth_back(END_CHARS_MAX - 1).map(nth);
+    match (first, last) {
+        (Some(first), Some(last)) if first < last => {
+            format!("{}…{}", &text[..first], &text[last..]).into()
+        }
+        _ => text.into(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_a_long_text_both_ends_are_shown() {
+        for short in [String::new(), "ä".repeat(300)] {
+            assert_eq!(shortened(&short), short);
+        }
+        let ends = ["ä".repeat(150), "ö".repeat(150)];
+        assert_eq!(
+            shortened(&ends.join("x".repeat(5000).as_str())),
+            ends.join("…")
+        );
+    }
 
     #[test]
     fn reads_as_one_line() {

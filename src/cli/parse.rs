@@ -1,7 +1,7 @@
 //! Readers of the values of flags and keys. Each says in one line what is wrong
 //! with a text that it does not take.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use clap::ValueEnum;
@@ -46,19 +46,32 @@ fn split_port(text: &str) -> ParseResult<(&str, u16)> {
 }
 
 pub(crate) fn parse_endpoint(text: &str) -> ParseResult<Endpoint> {
+    // First of all, so that nothing of any length is said again.
+    if text.len() > HOST_BYTES_MAX + "[]:65535".len() {
+        return Err(format!("a host has at most {HOST_BYTES_MAX} bytes"));
+    }
     let (host, port) = split_port(text)?;
     let bad =
         |c: char| c.is_whitespace() || c.is_control() || matches!(c, '/' | '=' | ',' | '[' | ']');
     if host.is_empty() || host.len() > HOST_BYTES_MAX || host.contains(bad) {
         return Err("expected an address or a DNS name, and a port if it is not 8285".into());
     }
-    if host.contains(':') && host.parse::<IpAddr>().is_err() && !host.contains('%') {
+    if (host.contains(':') || host.contains('%')) && !is_ipv6(host) {
         return Err(format!("{host:?} is no IPv6 address"));
     }
     Ok(Endpoint {
         host: host.to_string(),
         port,
     })
+}
+
+/// Whether a host is an IPv6 address, with its zone or without.
+fn is_ipv6(host: &str) -> bool {
+    let (address, has_zone) = match host.split_once('%') {
+        Some((address, zone)) => (address, !zone.is_empty()),
+        None => (host, true),
+    };
+    has_zone && address.parse::<Ipv6Addr>().is_ok()
 }
 
 pub(crate) fn parse_listen(text: &str) -> ParseResult<Listen> {
@@ -136,14 +149,17 @@ pub(crate) fn parse_address(text: &str) -> ParseResult<IpNet> {
 }
 
 pub(crate) fn parse_route(text: &str) -> ParseResult<IpNet> {
-    let net = parse_cidr(text)?;
-    if net.trunc() != net {
-        return Err(format!(
-            "bits beyond the prefix length; did you mean {}?",
-            net.trunc()
-        ));
+    checked_route(parse_cidr(text)?)
+}
+
+/// A prefix as it is, unless it is an address with a length.
+pub(crate) fn checked_route(net: IpNet) -> ParseResult<IpNet> {
+    match net.trunc() {
+        prefix if prefix == net => Ok(net),
+        prefix => Err(format!(
+            "bits beyond the prefix length; did you mean {prefix}?"
+        )),
     }
-    Ok(net)
 }
 
 pub(crate) fn parse_cores(text: &str) -> ParseResult<CoreList> {
@@ -222,8 +238,17 @@ mod tests {
             "a=10.1.0.0/33",
             "a,b",
             "[a]]",
+            "a%eth0",
+            "10.0.0.2%eth0",
+            "a:%eth0:b",
+            "[fe80::1%]",
         ] {
             assert!(parse_peer(bad).is_err(), "{bad:?}");
+        }
+        // What is too long is not said again.
+        let long = "9".repeat(1 << 20);
+        for long in [long.clone(), format!("a:{long}"), format!("[a]{long}")] {
+            assert!(parse_endpoint(&long).unwrap_err().len() < 100);
         }
     }
 

@@ -561,7 +561,7 @@ fn the_documented_examples_are_the_protocol() {
             assert!(!refusal.ok && refusal.error.is_some());
             continue;
         }
-        let request: Request = serde_json::from_value(example.clone()).unwrap();
+        let request = Request::read(example.to_string().as_bytes()).unwrap();
         assert_eq!(serde_json::to_value(&request).unwrap(), example);
         if let Request::Takeover { .. } = request {
             continue;

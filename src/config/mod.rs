@@ -24,8 +24,8 @@ use crate::worker::idle::BusyPoll;
 pub use file::FILE_BYTES_MAX;
 use file::{Parsed, Places, parse_file};
 pub use peers::{PEERS_MAX, check_peers};
-pub use underlay::Settled;
 pub(crate) use underlay::default_mtu_bytes;
+pub use underlay::{Settled, check_ipv6_mtu};
 
 /// Queues that are used unless more are asked for.
 const QUEUES_DEFAULT_MAX: usize = 4;

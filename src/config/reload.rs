@@ -30,7 +30,9 @@ impl Config {
             ("io", self.io != new.io),
             ("without", self.wanted != new.wanted),
             ("control", self.control != new.control),
-            ("verbose, quiet, log-format", self.log != new.log),
+            ("verbose", self.log.verbose != new.log.verbose),
+            ("quiet", self.log.quiet != new.log.quiet),
+            ("log-format", self.log.format != new.log.format),
         ]
         .into_iter()
         .filter_map(|(key, differs)| differs.then_some(key))

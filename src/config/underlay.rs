@@ -51,7 +51,10 @@ impl Config {
         } else {
             (self.addresses.clone(), None)
         };
-        let mtu_bytes = self.tunnel_mtu_bytes(listen, &paths, &addresses)?;
+        let mtu_bytes = self.tunnel_mtu_bytes(listen, &paths)?;
+        let prefixes = self.peers.iter().flat_map(|peer| &peer.prefixes);
+        let inside = addresses.iter().chain(&self.routes).chain(prefixes);
+        check_ipv6_mtu(mtu_bytes, inside.copied())?;
         Ok(Settled {
             listen,
             link: link::LinkConfig {
@@ -63,6 +66,51 @@ impl Config {
             address_is_derived: self.addresses.is_empty(),
             peer_address,
             unreachable,
+        })
+    }
+
+    /// The device's settings once this configuration, read again, takes `old`'s
+    /// place in a tunnel that runs. What both say alike stays as it is
+    /// `in_force`; what is left open now is asked of the kernel as at a start.
+    /// `resolved`: the endpoints of this configuration's peers; `prefixes`: what
+    /// will be behind all peers.
+    ///
+    /// # Errors
+    /// When something was left open and none of the peers that resolve can be
+    /// reached, or when the MTU is too small for what is inside.
+    pub fn settle_again(
+        &self,
+        old: &Self,
+        in_force: &Settled,
+        resolved: &[SocketAddr],
+        prefixes: impl Iterator<Item = IpNet>,
+    ) -> Result<link::LinkConfig> {
+        let (is_same_mtu, is_same_address) = (
+            self.mtu_bytes == old.mtu_bytes,
+            self.addresses == old.addresses,
+        );
+        let derives_mtu = !is_same_mtu && self.mtu_bytes.is_none();
+        let derives_address = !is_same_address && self.addresses.is_empty();
+        let (paths, _) = match derives_mtu || derives_address {
+            true => paths(in_force.listen, resolved)?,
+            false => Default::default(),
+        };
+        let addresses = match derives_address {
+            _ if is_same_address => in_force.link.addresses.clone(),
+            true => self.derived_address(&paths)?.0,
+            false => self.addresses.clone(),
+        };
+        let mtu_bytes = match is_same_mtu {
+            true => in_force.link.mtu_bytes,
+            false => self.tunnel_mtu_bytes(in_force.listen, &paths)?,
+        };
+        let given = addresses.iter().chain(&self.routes).copied();
+        check_ipv6_mtu(mtu_bytes, given.chain(prefixes))?;
+        Ok(link::LinkConfig {
+            addresses,
+            routes: self.routes.clone(),
+            mtu_bytes,
+            txqueuelen: self.txqueuelen,
         })
     }
 
@@ -149,31 +197,14 @@ impl Config {
         }
     }
 
-    /// As large as the smallest path lets it be.
-    fn tunnel_mtu_bytes(
-        &self,
-        listen: SocketAddr,
-        paths: &[(SocketAddr, Path)],
-        addresses: &[IpNet],
-    ) -> Result<u32> {
+    /// What was given, or as large as the smallest path lets it be.
+    fn tunnel_mtu_bytes(&self, listen: SocketAddr, paths: &[(SocketAddr, Path)]) -> Result<u32> {
         let of_path = |&(peer, path): &(SocketAddr, Path)| default_mtu_bytes(path, peer.ip());
         let smallest = paths.iter().min_by_key(|path| of_path(path));
         let mtu_bytes = self.mtu_bytes.unwrap_or_else(|| match smallest {
             Some(smallest) => of_path(smallest),
             None => PATH_MTU_BYTES_DEFAULT - transport::overhead_bytes(listen.ip()),
         });
-        let prefixes = self.peers.iter().flat_map(|peer| &peer.prefixes);
-        let wants_v6 = addresses
-            .iter()
-            .chain(&self.routes)
-            .chain(prefixes)
-            .find(|net| net.addr().is_ipv6());
-        if let Some(net) = wants_v6.filter(|_| mtu_bytes < IPV6_MTU_BYTES_MIN) {
-            return Err(Error::new(format!(
-                "{net} needs an MTU of {IPV6_MTU_BYTES_MIN} for IPv6, and the tunnel's is {mtu_bytes}"
-            ))
-            .hint("give --mtu 1280: the kernel fragments what the path cannot carry"));
-        }
         match smallest {
             Some((peer, path)) if mtu_bytes < IPV4_MTU_BYTES_MIN => Err(Error::new(format!(
                 "the path MTU to {peer} is {}: too small for a tunnel",
@@ -182,6 +213,25 @@ impl Config {
             _ => Ok(mtu_bytes),
         }
     }
+}
+
+/// Makes sure that IPv6 works with the MTU if it is `inside` the tunnel: a device
+/// with a smaller one has no IPv6 addresses and routes.
+///
+/// # Errors
+/// Names an IPv6 address or prefix, and the MTU.
+pub fn check_ipv6_mtu(mtu_bytes: u32, inside: impl IntoIterator<Item = IpNet>) -> Result<()> {
+    if mtu_bytes >= IPV6_MTU_BYTES_MIN {
+        return Ok(());
+    }
+    let mut inside = inside.into_iter();
+    let Some(net) = inside.find(|net| net.addr().is_ipv6()) else {
+        return Ok(());
+    };
+    Err(Error::new(format!(
+        "{net} needs an MTU of {IPV6_MTU_BYTES_MIN} for IPv6, and the tunnel's is {mtu_bytes}"
+    ))
+    .hint("give --mtu 1280: the kernel fragments what the path cannot carry"))
 }
 
 /// The paths to those that can be reached, and why the others cannot.

@@ -355,8 +355,14 @@ impl Overlay {
         for prefix in prefixes.iter().map(IpNet::trunc) {
             let behind = Behind { peer: hop, origin };
             match self.prefixes.get(&prefix).copied() {
-                // Whoever configured it still has.
-                Some(old) if old.peer == hop => continue,
+                // Whoever configured it still has; and what was added at run
+                // time is configured once the file has it.
+                Some(old) if old.peer == hop => {
+                    if origin == Origin::Config {
+                        self.prefixes.insert(prefix, behind);
+                    }
+                    continue;
+                }
                 Some(old) if !replace => {
                     let other = self.peer(old.peer).map(|peer| &peer.name);
                     return Err(Error::new(format!(
@@ -407,8 +413,8 @@ impl Overlay {
         Ok(prefixes.len())
     }
 
-    /// Makes the configured part what `specs` say. What operators added at run
-    /// time stays; peers that stay keep their place, address and counters.
+    /// Makes the configured part what `specs` say, also what operators had added
+    /// of it. The rest of what they added stays; peers that stay keep their place, address and counters.
     ///
     /// # Errors
     /// When the new configuration clashes with itself or with what was added

@@ -194,6 +194,35 @@ fn a_reload_applies_the_difference_and_leaves_the_operators_additions() {
     assert_eq!(overlay.configure(&new).unwrap(), Changes::default());
 }
 
+/// Also to what takes it away again.
+#[test]
+fn what_the_file_has_is_the_files_whoever_added_it() {
+    let mut overlay = overlay(&["10.0.0.1=10.1.0.0/16"]);
+    let runtime = [net("10.5.0.0/16"), net("10.6.0.0/16")];
+    let first = name("10.0.0.1");
+    overlay
+        .add_prefixes(&first, &runtime, Origin::Runtime, false)
+        .unwrap();
+    overlay
+        .add_peer(&spec("10.0.0.2=10.7.0.0/16"), Origin::Runtime)
+        .unwrap();
+    let all = specs(&["10.0.0.1=10.1.0.0/16,10.5.0.0/16", "10.0.0.2=10.7.0.0/16"]);
+    assert_eq!(overlay.configure(&all).unwrap(), Changes::default());
+    let origins: Vec<_> = overlay.prefixes().map(|(_, _, origin)| origin).collect();
+    let (config, runtime) = (Origin::Config, Origin::Runtime);
+    assert_eq!(origins, [config, config, runtime, config]);
+    let changes = overlay.configure(&specs(&["10.0.0.1=10.1.0.0/16"]));
+    let expected = Changes {
+        peers_removed: 1,
+        prefixes_removed: 2,
+        ..Changes::default()
+    };
+    assert_eq!(changes.unwrap(), expected);
+    assert!(overlay.route_to("10.5.0.1".parse().unwrap()).is_none());
+    let kept = overlay.route_to("10.6.0.1".parse().unwrap()).unwrap();
+    assert_eq!(kept.0, Some(net("10.6.0.0/16")));
+}
+
 #[test]
 fn a_reload_that_clashes_with_the_operators_additions_is_refused() {
     let mut overlay = overlay(&["10.0.0.1=10.1.0.0/16"]);

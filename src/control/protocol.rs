@@ -9,11 +9,13 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::error::shortened;
 
 /// What an operator may ask for.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "command", rename_all = "kebab-case")]
 pub enum Request {
     /// How the tunnel is doing: [`Status`].
     Status {},
@@ -63,6 +65,127 @@ pub enum Request {
         /// The version of what follows.
         protocol: u32,
     },
+}
+
+impl Request {
+    /// Reads a request's line.
+    ///
+    /// # Errors
+    /// What is wrong with it, in one line of bounded length.
+    pub fn read(line: &[u8]) -> Result<Self, String> {
+        // serde would take an array for the keys' values in their order.
+        if line.trim_ascii_start().first() != Some(&b'{') {
+            return Err("expected an object with a `command`".into());
+        }
+        let keys: Result<Keys, _> = serde_json::from_slice(line);
+        keys.map_err(|error| shortened(&error.to_string()).into_owned())?
+            .into_request()
+    }
+}
+
+/// The `command` of a [`Request`].
+#[derive(Clone, Copy, Deserialize)]
+#[serde(
+    variant_identifier,
+    rename_all = "kebab-case",
+    expecting = "the name of a command"
+)]
+enum Command {
+    Status,
+    Peers,
+    RouteList,
+    RouteGet,
+    RouteAdd,
+    RouteDel,
+    PeerAdd,
+    PeerDel,
+    Reload,
+    Stop,
+    Takeover,
+}
+
+/// All keys that requests have. serde could tell requests apart by their tag
+/// itself, but would first hold everything else of one as a tree, at fifteen
+/// times the length of its text.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Keys {
+    command: Command,
+    #[serde(default, deserialize_with = "not_null")]
+    address: Option<IpAddr>,
+    #[serde(default, deserialize_with = "not_null")]
+    peer: Option<String>,
+    #[serde(default, deserialize_with = "not_null")]
+    prefixes: Option<Vec<IpNet>>,
+    #[serde(default, deserialize_with = "not_null")]
+    replace: Option<bool>,
+    #[serde(default, deserialize_with = "not_null")]
+    protocol: Option<u32>,
+}
+
+/// A key is absent, or it has a value.
+fn not_null<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
+    from: D,
+) -> Result<Option<T>, D::Error> {
+    T::deserialize(from).map(Some)
+}
+
+impl Keys {
+    /// The request that has these keys, and no others.
+    fn into_request(mut self) -> Result<Request, String> {
+        let request = match self.command {
+            Command::Status => Request::Status {},
+            Command::Peers => Request::Peers {},
+            Command::RouteList => Request::RouteList {},
+            Command::RouteGet => Request::RouteGet {
+                address: needed("address", &mut self.address)?,
+            },
+            Command::RouteAdd => Request::RouteAdd {
+                peer: needed("peer", &mut self.peer)?,
+                prefixes: needed("prefixes", &mut self.prefixes)?,
+                replace: self.replace.take().unwrap_or_default(),
+            },
+            Command::RouteDel => Request::RouteDel {
+                prefixes: needed("prefixes", &mut self.prefixes)?,
+            },
+            Command::PeerAdd => Request::PeerAdd {
+                peer: needed("peer", &mut self.peer)?,
+                prefixes: self.prefixes.take().unwrap_or_default(),
+            },
+            Command::PeerDel => Request::PeerDel {
+                peer: needed("peer", &mut self.peer)?,
+            },
+            Command::Reload => Request::Reload {},
+            Command::Stop => Request::Stop {},
+            Command::Takeover => Request::Takeover {
+                protocol: needed("protocol", &mut self.protocol)?,
+            },
+        };
+        match self.any() {
+            Some(key) => Err(format!("this command has no key `{key}`")),
+            None => Ok(request),
+        }
+    }
+
+    /// A key that nothing has been made of.
+    fn any(&self) -> Option<&'static str> {
+        let given = [
+            ("address", self.address.is_some()),
+            ("peer", self.peer.is_some()),
+            ("prefixes", self.prefixes.is_some()),
+            ("replace", self.replace.is_some()),
+            ("protocol", self.protocol.is_some()),
+        ];
+        given
+            .into_iter()
+            .find_map(|(key, is_given)| is_given.then_some(key))
+    }
+}
+
+fn needed<T>(key: &str, value: &mut Option<T>) -> Result<T, String> {
+    value
+        .take()
+        .ok_or_else(|| format!("this command needs a `{key}`"))
 }
 
 /// The tunnel, in numbers.
@@ -250,6 +373,73 @@ impl From<Result<Answer, String>> for Line {
         match result {
             Ok(answer) => Self::Done { ok: true, answer },
             Err(error) => Self::Failed { ok: false, error },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_clients_write_is_what_the_tunnel_reads() {
+        let peer = String::from("10.0.0.1");
+        let prefixes = vec!["10.1.0.0/16".parse().unwrap()];
+        for request in [
+            Request::Status {},
+            Request::Peers {},
+            Request::RouteList {},
+            Request::RouteGet {
+                address: "fd00::1".parse().unwrap(),
+            },
+            Request::RouteAdd {
+                peer: peer.clone(),
+                prefixes: prefixes.clone(),
+                replace: true,
+            },
+            Request::RouteDel {
+                prefixes: prefixes.clone(),
+            },
+            Request::PeerAdd {
+                peer: peer.clone(),
+                prefixes,
+            },
+            Request::PeerDel { peer },
+            Request::Reload {},
+            Request::Stop {},
+            Request::Takeover { protocol: 7 },
+        ] {
+            let line = serde_json::to_vec(&request).unwrap();
+            assert_eq!(Request::read(&line), Ok(request));
+        }
+    }
+
+    #[test]
+    fn keys_may_be_left_out_where_there_is_a_default() {
+        let read = |line: &str| Request::read(line.as_bytes());
+        let added = read(r#" {"peer":"a","command":"peer-add"}"#).unwrap();
+        assert!(matches!(added, Request::PeerAdd { prefixes, .. } if prefixes.is_empty()));
+        let added = read(r#"{"prefixes":[],"peer":"a","command":"route-\u0061dd"}"#).unwrap();
+        assert!(matches!(added, Request::RouteAdd { replace: false, .. }));
+    }
+
+    #[test]
+    fn says_what_is_wrong() {
+        for (line, parts) in [
+            (r#"["status"]"#, &["object"][..]),
+            (r#"{"command":"sudo"}"#, &["sudo", "route-add", "column"]),
+            (r#"{"command":"stop","force":1}"#, &["force", "column"]),
+            (r#"{"command":"stop","peer":"a"}"#, &["`peer`"]),
+            (r#"{"command":"route-del"}"#, &["`prefixes`"]),
+            (r#"{"command":"stop","command":"stop"}"#, &["duplicate"]),
+            (r#"{"peer":"a"}"#, &["`command`"]),
+            (
+                r#"{"command":"route-get","address":7}"#,
+                &["7", "IP address"],
+            ),
+        ] {
+            let error = Request::read(line.as_bytes()).unwrap_err();
+            assert!(parts.iter().all(|part| error.contains(part)), "{error}");
         }
     }
 }

@@ -32,6 +32,10 @@ pub const CONNECTIONS_MAX: usize = 16;
 /// Longest request in bytes: some 200 000 prefixes.
 pub const REQUEST_BYTES_MAX: usize = 4 << 20;
 
+/// Longer requests are read one at a time: until it is done, one takes several
+/// times its length.
+const LONG_REQUEST_BYTES: usize = 64 << 10;
+
 /// How long a client may take for a request, and for reading the answer.
 const REQUEST_TIME_MAX: Duration = Duration::from_secs(30);
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(30);
@@ -43,14 +47,17 @@ const WRITE_TIME_MAX: Duration = Duration::from_secs(5);
 /// One that is too much waits for nobody: the client is told to come again.
 const LONG_ANSWERS_BYTES_MAX: usize = 64 << 20;
 
-/// How long the control thread may take for a request.
-const CONTROL_TIME_MAX: Duration = Duration::from_secs(60);
+/// How long a request that has arrived may take until it is answered, with the
+/// time in which it waits for others.
+const DONE_TIME_MAX: Duration = Duration::from_secs(60);
 
 /// How long answers that are under way are waited for at the end.
 const CLOSE_TIME_MAX: Duration = Duration::from_secs(1);
 
 /// Pause after a failed `accept(2)`, as when descriptors have run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+const TOO_BUSY: &str = "the tunnel is too busy to answer";
 
 /// Stack of a connection's thread. The deepest JSON that is read has 128 levels.
 const STACK_BYTES: usize = 512 << 10;
@@ -74,12 +81,17 @@ pub enum Call {
 
 /// Where the answer to a request goes. Dropped, it says that there is none.
 #[derive(Debug)]
-pub struct Reply(Sender<std::result::Result<Answer, String>>);
+pub struct Reply {
+    answer: Sender<std::result::Result<Answer, String>>,
+    /// A long request's, of which the next one is read when this one is done.
+    _turn: Option<Turn>,
+}
 
 impl Reply {
     /// Answers. A client that has gone does not hear it.
     pub fn send(self, result: Result<Answer>) {
-        let _ = self.0.try_send(result.map_err(|error| error.to_string()));
+        let result = result.map_err(|error| error.to_string());
+        let _ = self.answer.try_send(result);
     }
 }
 
@@ -99,6 +111,8 @@ struct Shared {
     stopping: AtomicBool,
     /// The open connections, for closing them.
     open: Mutex<Vec<(u64, UnixStream)>>,
+    /// Who may have a long request read and done.
+    long_requests: Turns,
     /// Who may have a long answer made. More than one at a time would be in
     /// memory before its length is known.
     long_answers: Turns,
@@ -139,24 +153,26 @@ impl Server {
             stop,
             stopping: AtomicBool::new(false),
             open: Mutex::new(Vec::with_capacity(CONNECTIONS_MAX)),
+            long_requests: Turns::default(),
             long_answers: Turns::default(),
             long_answers_bytes: AtomicUsize::new(0),
             takeovers: Turns::default(),
         });
-        // If this fails, it goes while the socket still listens: nobody else
-        // takes it for a dead one's meanwhile.
-        let name = name;
-        let accepting = Arc::clone(&shared);
+        // Before the last step, so that a failure ends it as any end does: the
+        // name goes while the socket still listens.
+        let mut server = Self {
+            name,
+            calls,
+            shared,
+            accept: None,
+        };
+        let accepting = Arc::clone(&server.shared);
         let accept = std::thread::Builder::new()
             .name("operators".into())
             .spawn(move || accepting.accept())
             .map_err(failed)?;
-        Ok(Self {
-            name,
-            calls,
-            shared,
-            accept: Some(accept),
-        })
+        server.accept = Some(accept);
+        Ok(server)
     }
 
     /// What clients want.
@@ -280,8 +296,9 @@ impl Shared {
                     return;
                 }
             };
-            let result = match serde_json::from_slice(&line) {
-                Ok(Request::Takeover { protocol }) => {
+            let deadline = Instant::now() + DONE_TIME_MAX;
+            let result = match self.read(line, deadline) {
+                Ok((Request::Takeover { protocol }, _)) => {
                     // The connection leaves its place among all; so this is
                     // what bounds those that wait for the control thread.
                     if let Some(turn) = self.takeovers.take(Duration::ZERO) {
@@ -290,19 +307,23 @@ impl Shared {
                             protocol,
                             turn,
                         };
-                        let _ = self.calls.send_timeout(call, CONTROL_TIME_MAX);
+                        let _ = self.calls.send_deadline(call, deadline);
                         return;
                     }
                     Err("another process is taking over already; try again".into())
                 }
-                Ok(request) => {
-                    drop(line);
-                    if self.answer(&mut stream, request).is_err() {
+                Ok((request, turn)) => {
+                    let asked = Asked {
+                        request,
+                        turn,
+                        deadline,
+                    };
+                    if self.answer(&mut stream, asked).is_err() {
                         return;
                     }
                     continue;
                 }
-                Err(error) => Err(format!("cannot read the request: {error}")),
+                Err(error) => Err(error),
             };
             if write_line(&mut stream, result).is_err() {
                 return;
@@ -310,21 +331,36 @@ impl Shared {
         }
     }
 
-    fn answer(&self, stream: &mut UnixStream, request: Request) -> io::Result<()> {
-        if !has_long_answer(&request) {
-            return write_line(stream, self.ask(request));
+    /// What a line asks for; with a long one's turn, once it has come.
+    fn read(
+        &self,
+        line: Vec<u8>,
+        deadline: Instant,
+    ) -> std::result::Result<(Request, Option<Turn>), String> {
+        let turn = match line.len() > LONG_REQUEST_BYTES {
+            true => Some(self.long_requests.take(left(deadline)).ok_or(TOO_BUSY)?),
+            false => None,
+        };
+        let request = Request::read(&line);
+        let request = request.map_err(|error| format!("cannot read the request: {error}"))?;
+        Ok((request, turn))
+    }
+
+    fn answer(&self, stream: &mut UnixStream, asked: Asked) -> io::Result<()> {
+        if !has_long_answer(&asked.request) {
+            return write_line(stream, self.ask(asked));
         }
         let under_way = || self.long_answers_bytes.load(Ordering::SeqCst);
         let refuse = |stream: &mut UnixStream| {
             let reason = "too many long answers under way; try again";
             write_line(stream, Err(reason.into()))
         };
-        let turn = self.long_answers.take(CONTROL_TIME_MAX);
+        let turn = self.long_answers.take(left(asked.deadline));
         let Some(turn) = turn.filter(|_| under_way() < LONG_ANSWERS_BYTES_MAX) else {
             return refuse(stream);
         };
         // The answer itself is gone once it is a text.
-        let text = to_line(self.ask(request))?;
+        let text = to_line(self.ask(asked))?;
         let bytes = text.len();
         if under_way() > 0 && under_way() + bytes > LONG_ANSWERS_BYTES_MAX {
             drop((text, turn));
@@ -339,19 +375,34 @@ impl Shared {
     }
 
     /// Has the control thread answer.
-    fn ask(&self, request: Request) -> std::result::Result<Answer, String> {
+    fn ask(&self, asked: Asked) -> std::result::Result<Answer, String> {
         let (sender, answer) = bounded(1);
-        let sent = self
-            .calls
-            .send_timeout(Call::Request(request, Reply(sender)), CONTROL_TIME_MAX);
-        if sent.is_err() {
-            return Err("the tunnel is too busy to answer".into());
+        let reply = Reply {
+            answer: sender,
+            _turn: asked.turn,
+        };
+        let call = Call::Request(asked.request, reply);
+        if self.calls.send_deadline(call, asked.deadline).is_err() {
+            return Err(TOO_BUSY.into());
         }
-        match answer.recv_timeout(CONTROL_TIME_MAX) {
+        match answer.recv_deadline(asked.deadline) {
             Ok(result) => result,
             Err(_) => Err("the tunnel gives no answer; it may be ending".into()),
         }
     }
+}
+
+/// A request on its way to the control thread.
+struct Asked {
+    request: Request,
+    /// A long request's.
+    turn: Option<Turn>,
+    /// When it must have been answered.
+    deadline: Instant,
+}
+
+fn left(deadline: Instant) -> Duration {
+    deadline.saturating_duration_since(Instant::now())
 }
 
 /// Whether the answer grows with the number of peers or prefixes.
@@ -392,7 +443,7 @@ impl LineReader {
                 let text = format!("a request has at most {REQUEST_BYTES_MAX} bytes");
                 return Err(io::Error::new(io::ErrorKind::InvalidData, text));
             }
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = left(deadline);
             if left.is_zero() {
                 return Err(io::ErrorKind::TimedOut.into());
             }

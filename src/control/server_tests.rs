@@ -350,6 +350,15 @@ fn garbage_is_answered_and_forgotten() {
         "{\"command\":\"status\"}\0".into(),
         "{\"command\":\"status\",\"command\":\"stop\"}".into(),
         "{\"command\":\"status\",\"more\":1}".into(),
+        "{\"command\":\"status\",\"peer\":\"10.0.0.1\"}".into(),
+        "{\"command\":\"route-get\"}".into(),
+        "{\"command\":\"route-get\",\"address\":null}".into(),
+        "{\"command\":\"route-get\",\"address\":1e999}".into(),
+        "{\"command\":\"peer-add\",\"peer\":\"a\",\"prefixes\":null}".into(),
+        "[\"status\"]".into(),
+        "[\"route-get\",\"10.0.0.1\"]".into(),
+        "{\"command\":{\"status\":null}}".into(),
+        "{\"command\":0}".into(),
         "{\"command\":\"sudo\"}".into(),
         "{\"command\":[\"stop\"]}".into(),
         "{\"command\":\"route-get\",\"address\":\"10.0.0.256\"}".into(),
@@ -380,6 +389,55 @@ fn garbage_is_answered_and_forgotten() {
         client.is_refused("cannot read the request");
     }
     client.is_served();
+    // However much there is that cannot be read, little of it is said again.
+    for long in ["{\"command\":\"", "{\"command\":\"status\",\""] {
+        client.send(format!("{long}{}\":1}}\n", "x".repeat(1 << 20)).as_bytes());
+        let error = client.line().unwrap()["error"].to_string();
+        assert!(
+            error.len() < 1000 && error.contains("line 1 column"),
+            "{error}"
+        );
+    }
+    client.is_served();
+}
+
+/// In memory they are many times as long as on the wire.
+#[test]
+fn of_long_requests_one_is_read_at_a_time() {
+    let (_directory, path) = place();
+    let server = Server::start(&path).unwrap();
+    let prefixes = vec!["10.0.0.0/8"; LONG_REQUEST_BYTES / 12];
+    let long = serde_json::json!({"command": "route-del", "prefixes": prefixes});
+    let mut clients = [(); 3].map(|()| Client::new(&path));
+    for client in &mut clients {
+        client.send(format!("{long}\n").as_bytes());
+    }
+    for left in (0..clients.len()).rev() {
+        let Ok(Call::Request(Request::RouteDel { prefixes }, reply)) =
+            server.calls().recv_timeout(PATIENCE)
+        else {
+            panic!("no request");
+        };
+        assert_eq!(prefixes.len(), LONG_REQUEST_BYTES / 12);
+        // Short ones pass by.
+        let mut other = Client::new(&path);
+        other.send(STATUS);
+        match server.calls().recv_timeout(PATIENCE) {
+            Ok(Call::Request(Request::Status {}, reply)) => reply.send(answer(Request::Status {})),
+            call => panic!("{call:?}, with {left} left"),
+        }
+        assert_eq!(other.line().unwrap()["ok"], true);
+        assert!(
+            server
+                .calls()
+                .recv_timeout(Duration::from_millis(100))
+                .is_err()
+        );
+        reply.send(Ok(Answer::Changed(Changed::default())));
+    }
+    for client in &mut clients {
+        assert_eq!(client.line().unwrap()["ok"], true);
+    }
 }
 
 #[test]

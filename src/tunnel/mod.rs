@@ -11,6 +11,8 @@ mod announce;
 mod host;
 mod memory;
 mod operator;
+mod reach;
+mod reload;
 mod running;
 mod start;
 pub mod takeover;

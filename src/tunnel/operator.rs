@@ -2,26 +2,26 @@
 //! the other.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Instant;
 
+use ipnet::IpNet;
+
 use super::announce;
+use super::reload::reload;
 use super::running::{End, Running};
 use super::takeover::{Manifest, PROTOCOL, RuntimePeer, Successor, WorkerDescriptors};
-use crate::cli::parse::parse_endpoint;
+use crate::cli::parse::{checked_route, parse_endpoint};
 use crate::cli::{Endpoint, PeerSpec};
-use crate::config::{Config, Settled};
-use crate::control::overlay::{Changes, Origin, Overlay};
+use crate::config::{Config, Settled, check_ipv6_mtu};
+use crate::control::overlay::{Origin, Overlay};
 use crate::control::protocol::{
-    Answer, Changed, Found, PeerStatus, Peers, Reloaded, Request, RouteEntry, Routes, Status,
+    Answer, Changed, Found, PeerStatus, Peers, Request, RouteEntry, Routes, Status,
 };
 use crate::control::server::Call;
-use crate::device::link::LinkConfig;
 use crate::device::tun::Queue;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shortened};
 use crate::netlink::Netlink;
-use crate::transport::path;
 use crate::transport::socket::WorkerSockets;
 use crate::worker::counters::Snapshot;
 
@@ -105,6 +105,7 @@ fn done(running: &mut Running, request: Request) -> Result<Answer> {
             replace,
         } => {
             let peer = parse_name(&peer)?;
+            check_new_prefixes(running, &prefixes)?;
             changed(running, |overlay| {
                 let added = overlay.add_prefixes(&peer, &prefixes, Origin::Runtime, replace)?;
                 Ok(Changed {
@@ -113,19 +114,25 @@ fn done(running: &mut Running, request: Request) -> Result<Answer> {
                 })
             })?
         }
-        Request::RouteDel { prefixes } => changed(running, |overlay| {
-            let removed = overlay.remove_prefixes(&prefixes)?;
-            Ok(Changed {
-                prefixes_removed: removed,
-                ..Changed::default()
-            })
-        })?,
+        Request::RouteDel { prefixes } => {
+            prefixes.iter().try_for_each(check_prefix)?;
+            changed(running, |overlay| {
+                let removed = overlay.remove_prefixes(&prefixes)?;
+                Ok(Changed {
+                    prefixes_removed: removed,
+                    ..Changed::default()
+                })
+            })?
+        }
         Request::PeerAdd { peer, prefixes } => {
             let spec = PeerSpec {
                 endpoint: parse_name(&peer)?,
                 prefixes,
             };
-            check_family(running, &spec.endpoint)?;
+            if let Some(endpoint) = spec.endpoint.literal() {
+                running.check_endpoint(endpoint)?;
+            }
+            check_new_prefixes(running, &spec.prefixes)?;
             changed(running, |overlay| {
                 overlay.add_peer(&spec, Origin::Runtime)?;
                 Ok(Changed {
@@ -155,7 +162,11 @@ fn done(running: &mut Running, request: Request) -> Result<Answer> {
 }
 
 fn parse_name(text: &str) -> Result<Endpoint> {
-    parse_endpoint(text).map_err(|error| Error::new(format!("{text:?} is no peer: {error}")))
+    parse_endpoint(text).map_err(|error| {
+        // Escapes are longer than what they stand for.
+        let quoted = format!("{:?}", shortened(text));
+        Error::new(format!("{} is no peer: {error}", shortened(&quoted)))
+    })
 }
 
 /// Makes a change to the overlay, all of it or nothing.
@@ -169,174 +180,15 @@ fn changed(
     Ok(Answer::Changed(changed))
 }
 
-/// The sockets were opened for the peers of the start.
-fn check_family(running: &Running, name: &Endpoint) -> Result<()> {
-    match name.literal() {
-        Some(literal) if literal.ip().is_unspecified() || literal.ip().is_multicast() => {
-            Err(Error::new(format!("{name} is no address of a host")))
-        }
-        Some(literal) => {
-            check_reach(running.settled.listen, literal)?;
-            running.overlay.check_other(running.settled.listen, literal)
-        }
-        None => Ok(()),
-    }
+fn check_prefix(prefix: &IpNet) -> Result<()> {
+    let checked = checked_route(*prefix).map(drop);
+    checked.map_err(|error| Error::new(format!("{prefix}: {error}")))
 }
 
-/// Whether sockets on `listen` can send to `endpoint`, and to somebody else.
-///
-/// # Errors
-/// Names both, when they are of different IP versions, and the endpoint, when it
-/// is this process.
-pub fn check_reach(listen: SocketAddr, endpoint: SocketAddr) -> Result<()> {
-    let is_dual_stack = listen.is_ipv6() && listen.ip().is_unspecified();
-    if !is_dual_stack && listen.is_ipv6() != endpoint.is_ipv6() {
-        let error = Error::new(format!("cannot send to {endpoint} from {listen}"));
-        return Err(error.hint("start with --listen [::] to have peers of both IP versions"));
-    }
-    // One that cannot be reached now may be later.
-    match path::discover(listen.ip(), endpoint) {
-        Ok(found) => path::check_other(listen, endpoint, found),
-        Err(_) => Ok(()),
-    }
-}
-
-/// Reads the configuration file again and applies what is different.
-///
-/// # Errors
-/// When the file is bad or cannot be applied: nothing has changed then.
-pub fn reload(running: &mut Running) -> Result<Reloaded> {
-    let result = try_reload(running);
-    running.reload_error = result.as_ref().err().map(ToString::to_string);
-    result
-}
-
-fn try_reload(running: &mut Running) -> Result<Reloaded> {
-    let new = running.config.reread()?;
-    for spec in &new.peers {
-        check_family(running, &spec.endpoint)?;
-    }
-    let mut next = running.overlay.clone();
-    let changes = next.configure(&new.peers)?;
-    let needs_restart = running.config.needs_restart(&new);
-    let mut settings_changed = Vec::new();
-    let old = running.config.clone();
-    let old_link = running.settled.link.clone();
-    running.config = old.with_changes_of(new);
-    let result =
-        apply_link(running, &old, &mut settings_changed).and_then(|()| running.commit(next));
-    if let Err(error) = result {
-        running.config = old;
-        if let Err(error) = restore_link(running, old_link) {
-            tracing::error!("the device is not what it was: {error}");
-        }
-        running.republish();
-        return Err(error);
-    }
-    running.resolve_again();
-    Ok(Reloaded {
-        changed: to_changed(changes),
-        settings_changed,
-        needs_restart: needs_restart.into_iter().map(String::from).collect(),
-    })
-}
-
-/// Gives the device its old settings back.
-fn restore_link(running: &mut Running, old: LinkConfig) -> Result<()> {
-    let mut netlink = Netlink::open()?;
-    let index = netlink
-        .link_index(&running.config.tun)?
-        .ok_or_else(|| Error::new(format!("interface {} has disappeared", running.config.tun)))?;
-    netlink.set_txqueuelen(index, old.txqueuelen)?;
-    netlink.set_mtu(index, old.mtu_bytes)?;
-    let tried = std::mem::replace(&mut running.settled.link, old);
-    let addresses = running.settled.link.addresses.clone();
-    if tried.addresses != addresses {
-        running.change_addresses(&mut netlink, index, &tried.addresses, addresses)?;
-    }
-    Ok(())
-}
-
-/// Applies the device's settings in which the configuration differs from `old`.
-fn apply_link(running: &mut Running, old: &Config, changed: &mut Vec<String>) -> Result<()> {
-    let new = running.config.clone();
-    let mut netlink = Netlink::open()?;
-    let index = netlink
-        .link_index(&new.tun)?
-        .ok_or_else(|| Error::new(format!("interface {} has disappeared", new.tun)))?;
-    if new.txqueuelen != old.txqueuelen {
-        netlink.set_txqueuelen(index, new.txqueuelen)?;
-        running.settled.link.txqueuelen = new.txqueuelen;
-        changed.push("txqueuelen".into());
-    }
-    if new.mtu_bytes != old.mtu_bytes || new.addresses != old.addresses {
-        let resolved: Vec<_> = running
-            .overlay
-            .peers()
-            .filter_map(|(_, peer)| peer.endpoint)
-            .collect();
-        let settled = new.settle(&resolved)?;
-        apply_settled(running, &mut netlink, index, settled, changed)?;
-    }
-    for (key, differs) in [
-        ("hop", new.hop != old.hop),
-        ("no-routes", new.no_routes != old.no_routes),
-        ("route", new.routes != old.routes),
-    ] {
-        if differs {
-            changed.push(key.into());
-        }
-    }
-    Ok(())
-}
-
-fn apply_settled(
-    running: &mut Running,
-    netlink: &mut Netlink,
-    index: u32,
-    new: Settled,
-    changed: &mut Vec<String>,
-) -> Result<()> {
-    let link = &mut running.settled.link;
-    if new.link.mtu_bytes != link.mtu_bytes {
-        netlink.set_mtu(index, new.link.mtu_bytes)?;
-        link.mtu_bytes = new.link.mtu_bytes;
-        changed.push("mtu".into());
-    }
-    if new.link.addresses != link.addresses {
-        let old = link.addresses.clone();
-        running.change_addresses(netlink, index, &old, new.link.addresses)?;
-        changed.push("address".into());
-    }
-    Ok(())
-}
-
-fn to_changed(changes: Changes) -> Changed {
-    Changed {
-        prefixes_added: changes.prefixes_added,
-        prefixes_removed: changes.prefixes_removed,
-        peers_added: changes.peers_added,
-        peers_removed: changes.peers_removed,
-    }
-}
-
-/// What a reload came to, for the log.
-pub fn in_words(report: &Reloaded) -> String {
-    let changed = report.changed;
-    let mut words = format!(
-        "peers {} added, {} removed; prefixes {} added, {} removed",
-        changed.peers_added,
-        changed.peers_removed,
-        changed.prefixes_added,
-        changed.prefixes_removed
-    );
-    if !report.settings_changed.is_empty() {
-        words += &format!("; changed: {}", report.settings_changed.join(", "));
-    }
-    if !report.needs_restart.is_empty() {
-        words += &format!("; at the next start: {}", report.needs_restart.join(", "));
-    }
-    words
+/// Makes sure that the tunnel can have these prefixes.
+fn check_new_prefixes(running: &Running, prefixes: &[IpNet]) -> Result<()> {
+    prefixes.iter().try_for_each(check_prefix)?;
+    check_ipv6_mtu(running.settled.link.mtu_bytes, prefixes.iter().copied())
 }
 
 fn status(running: &Running) -> Status {

@@ -14,7 +14,7 @@ use signal_hook::consts::{SIGHUP, SIGTERM};
 use super::host::{HostNews, own_addresses};
 use super::start::{self, Claimed, Known};
 use super::takeover::{self, Inherited};
-use super::{announce, operator};
+use super::{announce, operator, reach, reload};
 use crate::config::{Config, Settled};
 use crate::control::engine::Engine;
 use crate::control::names::{self, Answer, Names};
@@ -351,37 +351,31 @@ impl Running {
         })
     }
 
-    /// Replaces the device's addresses. Their keeper ends before, which would put
-    /// the old ones back, and another keeps those that the device has then.
-    ///
-    /// # Errors
-    /// When the kernel refuses an address: the device has the old ones then. When
-    /// there is no other keeper to be had.
-    pub(super) fn change_addresses(
-        &mut self,
-        netlink: &mut Netlink,
-        index: u32,
-        old: &[IpNet],
-        new: Vec<IpNet>,
-    ) -> Result<()> {
+    /// Leaves the device's routes and addresses as they are, until
+    /// [`Self::start_routes`]: for who changes the addresses, which their keeper
+    /// would put back.
+    pub(super) fn stop_routes(&mut self) {
         if let Some(routes) = self.routes.take() {
             routes.stop(AtEnd::Keep);
         }
-        let changed = link::set_addresses(netlink, index, old, &new);
-        self.settled.link.addresses = match changed {
-            Ok(()) => new,
-            Err(_) => old.to_vec(),
-        };
-        let kept = self.start_routes();
-        changed.and(kept)
     }
 
-    /// Has the kernel's routes kept again, for the device's present addresses.
-    fn start_routes(&mut self) -> Result<()> {
+    /// Has the kernel's routes kept again, and the addresses that the device is to
+    /// have now.
+    ///
+    /// # Errors
+    /// When there is no other keeper to be had, or it cannot set the routes.
+    pub(super) fn start_routes(&mut self) -> Result<()> {
         let addresses = self.settled.link.addresses.clone();
         let routes = RouteKeeper::start(&self.config.tun, addresses, self.host.sender())?;
-        // The new one does not know yet what it is to keep.
-        let result = routes.set(self.routes_set.clone());
+        // The new one does not know yet what it is to keep. IPv6 that the device
+        // has no room for any more is on its way out.
+        let takes_v6 = self.settled.link.mtu_bytes >= link::IPV6_MTU_BYTES_MIN;
+        let kept = self.routes_set.iter().copied();
+        let result = routes.set(
+            kept.filter(|net| takes_v6 || net.addr().is_ipv4())
+                .collect(),
+        );
         self.routes = Some(routes);
         result
     }
@@ -440,8 +434,8 @@ impl Running {
     }
 
     fn reload_by_signal(&mut self) {
-        match operator::reload(self) {
-            Ok(report) => tracing::info!("reloaded: {}", operator::in_words(&report)),
+        match reload::reload(self) {
+            Ok(report) => tracing::info!("reloaded: {}", reload::in_words(&report)),
             Err(error) => tracing::error!("not reloaded, nothing has changed: {error}"),
         }
     }
@@ -551,7 +545,7 @@ impl Running {
         // asked for again until it has another.
         let result = result.and_then(|addresses| {
             let addresses = names::in_order(addresses, old, is_silent);
-            names::first_usable(addresses, |endpoint| self.check_endpoint(endpoint))
+            names::first_usable(addresses, |endpoint| self.check_answer(endpoint))
                 .map_err(|error| Error::new(format!("cannot use peer {name}: {error}")))
         });
         if !self.names.heard(&name, result.is_ok(), Instant::now()) {
@@ -576,13 +570,15 @@ impl Running {
         self.republish();
     }
 
+    /// Whether an address may be a peer's. Whether the way to it leads through
+    /// the tunnel is another question, which depends on the routes.
+    pub(super) fn check_endpoint(&self, endpoint: SocketAddr) -> Result<()> {
+        reach::check_endpoint(self.settled.listen, &self.overlay, endpoint)
+    }
+
     /// Whether a name's address may be a peer's.
-    fn check_endpoint(&mut self, endpoint: SocketAddr) -> Result<()> {
-        if endpoint.ip().is_unspecified() || endpoint.ip().is_multicast() {
-            return Err(Error::new(format!("{endpoint} is no address of a host")));
-        }
-        operator::check_reach(self.settled.listen, endpoint)?;
-        self.overlay.check_other(self.settled.listen, endpoint)?;
+    fn check_answer(&mut self, endpoint: SocketAddr) -> Result<()> {
+        self.check_endpoint(endpoint)?;
         link::check_outside(&mut self.netlink, &self.config.tun, endpoint)
     }
 

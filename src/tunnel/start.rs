@@ -143,7 +143,7 @@ pub fn endpoints(config: &Config, overlay: &Overlay) -> Vec<SocketAddr> {
     config
         .peers
         .iter()
-        .filter_map(|spec| overlay.find(&spec.endpoint)?.1.endpoint)
+        .filter_map(|spec| overlay.find(&spec.endpoint)?.1.endpoint_in_use())
         .collect()
 }
 

@@ -30,6 +30,8 @@ mod plain_peer;
 mod queues;
 mod raw;
 mod reload;
+mod reload_device;
+mod requests;
 mod routes;
 mod script;
 mod settings;
@@ -90,9 +92,11 @@ fn main() -> ExitCode {
         life::tests_of_the_demo(),
         tuning::tests(),
         control::tests(),
+        requests::tests(),
         names::tests(),
         reload::tests_of_control(),
         settings::tests(),
+        reload_device::tests(),
         routes::tests(),
         surroundings::tests(),
         takeover::tests_of_control(),

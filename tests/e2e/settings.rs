@@ -35,19 +35,20 @@ const A_ADDRESS: &str = "10.244.55.122/32";
 const PEER_B: &str = "[[peer]]\nendpoint = \"10.211.55.123\"\nprefixes = [\"10.244.55.123/32\", \"172.20.0.0/16\"]\n";
 
 /// Two hosts, host A's tunnel with a file.
-struct Scene {
-    hosts: Pair,
-    operator: Operator,
+pub struct Scene {
+    pub hosts: Pair,
+    pub operator: Operator,
     a: Tunnel,
     b: Tunnel,
 }
 
-const FILE: &str = "fastvpn.toml";
+/// The file's name.
+pub const FILE: &str = "fastvpn.toml";
 
 impl Scene {
     /// `settings` stands in the file in front of the peers, `flags` on the
     /// command line.
-    fn new(settings: &str, flags: &[&str]) -> Result<Self> {
+    pub fn new(settings: &str, flags: &[&str]) -> Result<Self> {
         let hosts = hosts(1500)?;
         let operator = Operator::new()?;
         let file = operator.write(FILE, &text(settings, ""))?;
@@ -65,13 +66,13 @@ impl Scene {
     }
 
     /// Reads a new file by command.
-    fn reload(&self, settings: &str, peers: &str) -> Result<Value> {
+    pub fn reload(&self, settings: &str, peers: &str) -> Result<Value> {
         self.operator.write(FILE, &text(settings, peers))?;
         self.operator.ask("reload")
     }
 
     /// All that a reload could change.
-    fn state(&self) -> Result<State> {
+    pub fn state(&self) -> Result<State> {
         let link = link(&self.hosts.a, "fastvpn0")?;
         let answer = self.operator.ask("peers")?;
         let peers = answer["peers"].as_array().cloned().unwrap_or_default();
@@ -88,31 +89,35 @@ impl Scene {
         })
     }
 
-    fn is_as(&self, before: &State, why: &str) -> Result<()> {
+    /// All of it is as it was.
+    pub fn is_as(&self, before: &State, why: &str) -> Result<()> {
         let after = self.state()?;
         check(after == *before, || {
             format!("{why}: {before:?} became {after:?}")
         })
     }
 
-    fn end(self) -> Result<String> {
+    /// Stops both tunnels; host A's log.
+    pub fn end(self) -> Result<String> {
         let ended = stop(self.a)?;
         stop(self.b)?;
         Ok(ended.log)
     }
 }
 
+/// What a reload could change.
 #[derive(Debug, PartialEq)]
-struct State {
+pub struct State {
     routes: Vec<(IpNet, String)>,
     peers: Vec<String>,
     kernel: BTreeSet<IpNet>,
-    addresses: BTreeSet<IpNet>,
-    mtu_bytes: u32,
-    txqueuelen: u32,
+    pub addresses: BTreeSet<IpNet>,
+    pub mtu_bytes: u32,
+    pub txqueuelen: u32,
 }
 
-fn text(settings: &str, peers: &str) -> String {
+/// A file: `settings`, host B, and further `peers`.
+pub fn text(settings: &str, peers: &str) -> String {
     let address = if settings.contains("address") {
         String::new()
     } else {
@@ -122,7 +127,7 @@ fn text(settings: &str, peers: &str) -> String {
 }
 
 /// A peer that is not there.
-fn peer(endpoint: &str, prefixes: &[&str]) -> String {
+pub fn peer(endpoint: &str, prefixes: &[&str]) -> String {
     format!(
         "[[peer]]\nendpoint = \"{endpoint}\"\nprefixes = {}\n",
         json!(prefixes)
@@ -192,14 +197,15 @@ fn settings_are_reloaded() -> Result<()> {
 
     // Named, and nothing else: the tunnel stays what it is.
     let restart = "queues = 3\nlisten = \"0.0.0.0:9000\"\nbusy-poll = \"auto\"\nverbose = 1\n\
-                   cores = \"0\"\nwithout = [\"uso\"]";
+                   log-format = \"json\"\ncores = \"0\"\nwithout = [\"uso\"]";
     let named = json!([
         "queues",
         "listen",
         "cores",
         "busy-poll",
         "without",
-        "verbose, quiet, log-format"
+        "verbose",
+        "log-format"
     ]);
     let state = changes(restart, json!([]), named)?;
     check(state == before, || format!("{state:?}"))?;
@@ -262,14 +268,25 @@ fn a_reload_and_what_operators_added() -> Result<()> {
     scene.is_as(&before, "two for the rest")?;
     operator.tell("peer del 10.211.55.211")?;
 
-    // The same thing twice is no clash: the file has it from now on.
+    // The same thing twice is no clash: the file has it from now on, and what
+    // it drops later is gone.
+    operator.tell("route add 10.83.0.0/16 --peer 10.211.55.210")?;
+    let answer = scene.reload(
+        "",
+        &peer("10.211.55.210", &["10.80.0.0/16", "10.83.0.0/16"]),
+    )?;
+    has(&answer, &[("prefixes_added", json!(0))])?;
     let answer = scene.reload(
         "",
         &peer("10.211.55.210", &["10.80.0.0/16", "10.82.0.0/16"]),
     )?;
     has(
         &answer,
-        &[("peers_added", json!(0)), ("prefixes_added", json!(1))],
+        &[
+            ("peers_added", json!(0)),
+            ("prefixes_added", json!(1)),
+            ("prefixes_removed", json!(1)),
+        ],
     )?;
     check(
         operator.peer_of("10.82.0.1")? == "10.211.55.210:8285",
