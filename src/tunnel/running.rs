@@ -2,7 +2,7 @@
 //! what it looks after every second.
 
 use std::collections::{BTreeSet, HashMap};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,25 +11,26 @@ use crossbeam_channel::{Receiver, never, select, tick};
 use ipnet::IpNet;
 use signal_hook::consts::{SIGHUP, SIGTERM};
 
-use super::start::{self, Claimed, Known};
+use super::handover::{self, Handover};
+use super::start::{self, Claimed, Prepared, own_addresses};
 use super::takeover::{self, Inherited};
-use super::{announce, operator};
+use super::{announce, inherit, operator};
 use crate::config::{Config, Settled};
-use crate::control::engine::Engine;
 use crate::control::names::{self, Answer, Names};
 use crate::control::overlay::{Overlay, tunnel_addresses};
-use crate::control::routes::{AtEnd, RouteKeeper};
-use crate::control::server::{Call, Server};
+use crate::control::protocol::Request;
+use crate::control::routes::{self, AtEnd, RouteKeeper};
+use crate::control::server::{Call, Reply, Server};
 use crate::control::workers::{Setup, Workers};
 use crate::device::link;
 use crate::error::{Error, Result};
 use crate::netlink::Netlink;
 use crate::packet::coalesce;
 use crate::packet::icmp::TunnelAddresses;
-use crate::packet::train::{Limits, NextHop};
+use crate::packet::train::NextHop;
 use crate::transport::{path, socket};
 use crate::worker::Command;
-use crate::worker::counters::PeerCounters;
+use crate::worker::counters::{Counters, PeerCounters};
 use crate::worker::table::Table;
 
 /// How often trains of full size are tried again on paths that refused them: as
@@ -83,18 +84,6 @@ impl Heard {
     }
 }
 
-/// A successor goes on without something.
-fn not_in_full(error: &Error) {
-    tracing::error!("taken over, but not in full: {error}");
-}
-
-/// All addresses of this host, and those that the device has while it is up.
-fn own_addresses(netlink: &mut Netlink, settled: &Settled) -> Result<BTreeSet<IpAddr>> {
-    let present = netlink.addresses()?.into_iter().map(|(_, net)| net);
-    let given = settled.link.addresses.iter().copied();
-    Ok(present.chain(given).map(|net| net.addr()).collect())
-}
-
 /// See the module's documentation.
 pub struct Running {
     pub(super) config: Config,
@@ -110,7 +99,11 @@ pub struct Running {
     pub(super) udp_offloads: socket::Offloads,
     pub(super) is_steered: bool,
     pub(super) worker_count: usize,
-    descriptors: Vec<operator::Kept>,
+    /// The workers', also of those that come after them.
+    counters: Vec<Arc<Counters>>,
+    /// What the workers were started with.
+    setup: Setup,
+    descriptors: Arc<Vec<handover::Kept>>,
     names: Names,
     pub(super) heard: HashMap<NextHop, Heard>,
     path_cursor: usize,
@@ -118,9 +111,18 @@ pub struct Running {
     accept_local: bool,
     /// `None` once the tunnel has ended, or if it could not be started again.
     routes: Option<RouteKeeper>,
-    /// What it keeps.
-    routes_set: BTreeSet<IpNet>,
+    /// What it was told to keep.
+    routes_kept: BTreeSet<IpNet>,
+    /// Prefixes that have no route into the tunnel because a peer would have
+    /// been reached through it.
+    routes_withheld: BTreeSet<IpNet>,
     pub(super) server: Option<Server>,
+    /// While a successor gets ready.
+    pub(super) handover: Option<Handover>,
+    /// What has to wait for the end of that: one request of a connection.
+    pub(super) postponed: Vec<(Request, Reply)>,
+    /// The same for a reload by signal.
+    is_reload_due: bool,
     pub(super) started: Instant,
     pub(super) reload_error: Option<String>,
 }
@@ -131,65 +133,76 @@ impl Running {
     /// # Errors
     /// When it cannot be had; then nothing is left behind.
     pub fn start(config: Config) -> Result<Self> {
-        let mut netlink = Netlink::open()?;
-        let mut names = Names::start(config.listen.map(|listen| listen.ip))?;
-        let known = match config.takeover {
-            true => start::ask_predecessor(&config),
-            false => Known::new(),
-        };
-        let (mut overlay, mut unresolved) = start::resolve(&config, &mut names, &known)?;
-        let endpoints = start::endpoints(&config, &overlay);
-        let settled = config.settle(&endpoints).map_err(|error| {
-            // Why nothing is known of the peers says more than that there is
-            // nothing to derive an address from.
-            let is_for_lack_of_peers = endpoints.is_empty() && config.addresses.is_empty();
-            match unresolved.drain(..).next() {
-                Some(reason) if is_for_lack_of_peers => reason,
-                _ => error,
-            }
-        })?;
-        for error in settled.unreachable.iter().chain(&unresolved) {
-            tracing::warn!("{error}; trying again");
+        let prepared = start::prepare(config)?;
+        if !prepared.config.takeover {
+            return Self::start_fresh(prepared);
         }
-        overlay.set_own_addresses(own_addresses(&mut netlink, &settled)?);
-        for &endpoint in &endpoints {
-            overlay.check_other(settled.listen, endpoint)?;
-        }
-        let inherited = match config.takeover {
-            true => takeover::ask(&config.control)?,
-            false => None,
-        };
-        if let Some(inherited) = &inherited {
-            operator::check_inherited(&config, &settled, &inherited.manifest)?;
-            operator::inherit(&mut overlay, &inherited.manifest);
-            start::set_known(&mut overlay, &known);
-            start::resolve_now(&mut overlay, &mut names);
-        } else if config.takeover {
-            tracing::info!("there is no running process to take over from");
-        }
-        let (claimed, predecessor, listener, old_addresses) = match inherited {
+        match takeover::ask(&prepared.config.control)? {
+            Some(inherited) => Self::take_over(prepared, inherited),
             None => {
-                let claimed = start::claim(&config, &settled, &mut netlink)?;
-                (claimed, None, None, Vec::new())
+                tracing::info!("there is no running process to take over from");
+                Self::start_fresh(prepared)
             }
-            Some(inherited) => {
-                let Inherited {
-                    manifest,
-                    device,
-                    sockets,
-                    udp,
-                    listener,
-                    predecessor,
-                } = inherited;
-                let claimed = Claimed {
-                    sockets,
-                    udp,
-                    device,
-                };
-                let addresses = manifest.addresses;
-                (claimed, Some(predecessor), listener, addresses)
+        }
+    }
+
+    fn start_fresh(mut prepared: Prepared) -> Result<Self> {
+        let (config, settled) = (&prepared.config, &prepared.settled);
+        let claimed = start::claim(config, settled, &mut prepared.netlink)?;
+        let mut running = Self::ready(prepared, claimed)?;
+        match running.open() {
+            Ok(()) => Ok(running),
+            Err(error) => {
+                running.take_down();
+                Err(error)
             }
+        }
+    }
+
+    /// What is likely to fail fails while the predecessor still carries the
+    /// tunnel, and changes nothing that it relies on.
+    fn take_over(mut prepared: Prepared, inherited: Inherited) -> Result<Self> {
+        let Inherited {
+            manifest,
+            device,
+            sockets,
+            udp,
+            listener,
+            predecessor,
+        } = inherited;
+        inherit::check(&prepared.config, &prepared.settled, &manifest)?;
+        inherit::keep_wanted(&mut prepared.config.wanted, &manifest);
+        inherit::inherit(&mut prepared.overlay, &manifest);
+        prepared.resolve_now();
+        let claimed = Claimed {
+            sockets,
+            udp,
+            device,
         };
+        let mut running = Self::ready(prepared, claimed)?;
+        running.check_routes()?;
+        let tun = running.config.tun.clone();
+        let new = &running.settled.link.addresses;
+        let added = link::add_addresses(&mut running.netlink, &tun, new)?;
+        if let Err(error) = predecessor.stop() {
+            link::remove_addresses(&mut running.netlink, &tun, &added);
+            return Err(error);
+        }
+        running.go_on(&manifest.addresses, listener);
+        Ok(running)
+    }
+
+    /// Everything but what others see of it: workers that wait for the word to
+    /// start.
+    fn ready(prepared: Prepared, claimed: Claimed) -> Result<Self> {
+        let Prepared {
+            config,
+            settled,
+            mut overlay,
+            mut netlink,
+            names,
+            ..
+        } = prepared;
         let Claimed {
             sockets,
             udp,
@@ -201,96 +214,60 @@ impl Running {
         let accept_local = link::accept_local(&mut netlink, &config.tun);
         let addresses = tunnel_addresses(&settled.link.addresses, accept_local);
         let table = Arc::new(overlay.table(addresses, config.hop));
-        let setup = Setup {
-            tun: device.offloads,
-            limits: Limits {
-                segments_max: if udp.segment {
-                    Limits::FULL.segments_max
-                } else {
-                    1
-                },
-                ..Limits::FULL
-            },
-            engine: Engine::choose(config.io, config.wanted.uring),
-            busy_poll: config.busy_poll,
-            cores: config.cores.clone(),
-            table: Arc::clone(&table),
-        };
-        let descriptors = operator::keep(&device.queues, &sockets)?;
-        let (tun_offloads, is_steered) = (device.offloads, device.steered);
-        let mut workers = Workers::start(device.queues, sockets, &setup)?;
-        let bring_up = |netlink: &mut Netlink| {
-            link::bring_up(netlink, &config.tun, &settled.link, &old_addresses)
-        };
-        let is_successor = predecessor.is_some();
-        match predecessor {
-            Some(predecessor) => {
-                // What is likely to fail fails while the predecessor still
-                // carries on, and changes nothing that it relies on.
-                let new = &settled.link.addresses;
-                let added = link::add_addresses(&mut netlink, &config.tun, new)?;
-                if let Err(error) = predecessor.stop() {
-                    link::remove_addresses(&mut netlink, &config.tun, &added);
-                    return Err(error);
-                }
-                workers.go();
-                if let Err(error) = bring_up(&mut netlink) {
-                    not_in_full(&error);
-                }
-            }
-            // Frames that come the moment the link is up find their worker.
-            None => {
-                workers.go();
-                bring_up(&mut netlink)?;
-            }
-        }
-        let routes = RouteKeeper::start(&config.tun, settled.link.addresses.clone());
-        let routes = match routes {
-            Ok(routes) => Some(routes),
-            Err(error) if is_successor => {
-                not_in_full(&error);
-                None
-            }
-            Err(error) => return Err(error),
-        };
-        let mut running = Self {
+        let setup = start::setup(&config, device.offloads, udp, &table);
+        let descriptors = handover::keep(&device.queues, &sockets)?;
+        let counters = std::iter::repeat_with(Arc::default).take(worker_count);
+        let counters: Vec<_> = counters.collect();
+        let workers = Workers::start(device.queues, sockets, counters.clone(), &setup)?;
+        Ok(Self {
             config,
             settled,
             overlay,
             table,
             retired: Vec::with_capacity(RETIRED_MAX),
             workers: Some(workers),
-            tun_offloads,
+            counters,
+            setup,
+            tun_offloads: device.offloads,
             udp_offloads: udp,
-            is_steered,
+            is_steered: device.steered,
             worker_count,
-            descriptors,
+            descriptors: Arc::new(descriptors),
             names,
             heard: HashMap::new(),
             path_cursor: 0,
             netlink,
             accept_local,
-            routes,
-            routes_set: BTreeSet::new(),
+            routes: None,
+            routes_kept: BTreeSet::new(),
+            routes_withheld: BTreeSet::new(),
             server: None,
+            handover: None,
+            postponed: Vec::new(),
+            is_reload_due: false,
             started: Instant::now(),
             reload_error: None,
-        };
-        if is_successor {
-            running.go_on(listener);
-            return Ok(running);
-        }
-        match running.open() {
-            Ok(()) => Ok(running),
-            Err(error) => {
-                running.take_down();
-                Err(error)
-            }
+        })
+    }
+
+    fn let_workers_go(&mut self) {
+        if let Some(workers) = &mut self.workers {
+            workers.go();
         }
     }
 
-    /// The last steps of the start: what the host sees of a tunnel that works.
+    fn bring_up(&mut self, old_addresses: &[IpNet]) -> Result<()> {
+        let (tun, link) = (&self.config.tun, &self.settled.link);
+        link::bring_up(&mut self.netlink, tun, link, old_addresses)
+    }
+
+    /// What the host sees of a tunnel.
     fn open(&mut self) -> Result<()> {
+        // Frames that come the moment the link is up find their worker.
+        self.let_workers_go();
+        self.bring_up(&[])?;
+        let addresses = self.settled.link.addresses.clone();
+        self.routes = Some(RouteKeeper::start(&self.config.tun, addresses)?);
         self.set_routes(self.kernel_routes(&self.overlay))?;
         self.check_outside(&self.overlay.clone())?;
         self.serve(None)?;
@@ -298,19 +275,96 @@ impl Running {
         Ok(())
     }
 
-    /// The same for a successor: there is nobody to go back to, and the tunnel
-    /// carries, so each step is taken whatever comes of the others. Operators
-    /// first, who can mend the rest.
-    fn go_on(&mut self, listener: Option<OwnedFd>) {
+    /// Whether the kernel's routes will be what is wanted, and no peer in the
+    /// tunnel, as far as can be told while a predecessor's are in force.
+    ///
+    /// # Errors
+    /// Names the route that is in the way, or the peer.
+    fn check_routes(&mut self) -> Result<()> {
+        let (wanted, tun) = (self.kernel_routes(&self.overlay), &self.config.tun);
+        let addresses = &self.settled.link.addresses;
+        let endpoints = self.overlay.peers().filter_map(|(_, peer)| peer.endpoint);
+        for endpoint in endpoints {
+            let peer = endpoint.ip();
+            link::check_will_be_outside(&mut self.netlink, tun, peer, addresses, &wanted)?;
+        }
+        routes::check_free(&mut self.netlink, tun, &wanted)
+    }
+
+    /// [`Self::open`] for a successor: there is nobody to go back to, and the
+    /// tunnel carries, so each step is taken whatever comes of the others.
+    /// Operators before routes, which they can mend.
+    fn go_on(&mut self, old_addresses: &[IpNet], listener: Option<OwnedFd>) {
+        self.let_workers_go();
+        let brought_up = self.bring_up(old_addresses);
         let served = self.serve(listener);
-        let routed = self.set_routes(self.kernel_routes(&self.overlay));
-        let checked = self.check_outside(&self.overlay.clone());
-        for result in [served, routed, checked] {
+        let routed = self.take_routes_on();
+        let withheld = self.withhold_routes();
+        for result in [brought_up, served, routed, withheld] {
             if let Err(error) = result {
-                not_in_full(&error);
+                tracing::error!("taken over, but not in full: {error}");
             }
         }
         announce::announce(self);
+    }
+
+    /// Goes on keeping the kernel's routes where another keeper has stopped.
+    fn take_routes_on(&mut self) -> Result<()> {
+        self.routes_kept = self.kernel_routes(&self.overlay);
+        let addresses = self.settled.link.addresses.clone();
+        let routes = RouteKeeper::start(&self.config.tun, addresses)?;
+        let result = routes.go_on(self.routes_kept.clone());
+        self.routes = Some(routes);
+        result
+    }
+
+    /// Takes away the routes that lead to a peer, if it is reached through the
+    /// tunnel itself.
+    ///
+    /// # Errors
+    /// Names the peer, whether that has helped or not.
+    fn withhold_routes(&mut self) -> Result<()> {
+        let endpoints: Vec<_> = self
+            .overlay
+            .peers()
+            .filter_map(|(_, peer)| peer.endpoint)
+            .collect();
+        let mut result = Ok(());
+        for endpoint in endpoints {
+            let tun = &self.config.tun;
+            let checked = link::check_outside(&mut self.netlink, tun, endpoint.ip());
+            if checked.is_err() {
+                let peer = endpoint.ip();
+                for prefix in self.routes_kept.iter().filter(|net| net.contains(&peer)) {
+                    tracing::warn!("no route {prefix} until there is another way to peer {peer}");
+                    self.routes_withheld.insert(*prefix);
+                }
+            }
+            result = result.and(checked);
+        }
+        if result.is_err() {
+            self.set_routes(self.kernel_routes(&self.overlay))?;
+        }
+        result
+    }
+
+    /// Adds the routes that were withheld if there is another way to the peers
+    /// by now.
+    fn look_after_withheld(&mut self) {
+        if self.routes_withheld.is_empty() {
+            return;
+        }
+        let withheld = std::mem::take(&mut self.routes_withheld);
+        let added = self
+            .check_routes()
+            .and_then(|()| self.set_routes(self.kernel_routes(&self.overlay)));
+        match added {
+            Ok(()) => tracing::info!("there are other ways to all peers: no route is left out"),
+            Err(error) => {
+                tracing::debug!("{error}");
+                self.routes_withheld = withheld;
+            }
+        }
     }
 
     /// Opens the operators' socket, or goes on with the predecessor's.
@@ -335,11 +389,17 @@ impl Running {
     /// The workers.
     ///
     /// # Panics
-    /// Once they have been stopped, which only the end of the run does.
+    /// Once they have been stopped: at the end of the run, or when the tunnel is
+    /// left to a successor, before anything else is done.
     pub fn workers(&self) -> &Workers {
         self.workers
             .as_ref()
             .expect("the workers run until the end")
+    }
+
+    /// The workers' counters, in the order of their queues.
+    pub fn counters(&self) -> &[Arc<Counters>] {
+        &self.counters
     }
 
     /// The keeper of the kernel's routes.
@@ -360,7 +420,7 @@ impl Running {
         let addresses = self.settled.link.addresses.clone();
         let routes = RouteKeeper::start(&self.config.tun, addresses)?;
         // The new one does not know yet what it is to keep.
-        let result = routes.set(self.routes_set.clone());
+        let result = routes.set(self.routes_kept.clone());
         self.routes = Some(routes);
         result
     }
@@ -372,15 +432,21 @@ impl Running {
     pub fn run(&mut self, signals: &Receiver<i32>) -> Result<End> {
         let limits_reset = tick(LIMITS_RESET_INTERVAL);
         let look = tick(LOOK_INTERVAL);
-        let failures = self.workers().failures().clone();
         let answers = self.names.answers().clone();
-        let calls = self
-            .server
-            .as_ref()
-            .map_or_else(never, |server| server.calls().clone());
         loop {
+            // These are others after a takeover that came to nothing.
+            let failures = self.workers().failures().clone();
+            let calls = self
+                .server
+                .as_ref()
+                .map_or_else(never, |server| server.calls().clone());
+            let ready = self
+                .handover
+                .as_ref()
+                .map_or_else(never, |handover| handover.ready().clone());
             select! {
                 recv(signals) -> signal => match signal {
+                    Ok(SIGHUP) if self.handover.is_some() => self.is_reload_due = true,
                     Ok(SIGHUP) => self.reload_by_signal(),
                     signal => {
                         let name = if signal == Ok(SIGTERM) { "SIGTERM" } else { "SIGINT" };
@@ -395,6 +461,12 @@ impl Running {
                     if let Ok(call) = call
                         && let Some(end) = self.answer(call)
                     {
+                        return Ok(end);
+                    }
+                }
+                recv(ready) -> ready => {
+                    let ready = ready.unwrap_or_else(|_| Err(Error::new("its thread has ended")));
+                    if let Some(end) = handover::end(self, ready)? {
                         return Ok(end);
                     }
                 }
@@ -415,6 +487,14 @@ impl Running {
         operator::answer(self, call)
     }
 
+    /// Does what had to wait while a successor got ready.
+    pub(super) fn catch_up(&mut self) {
+        operator::catch_up(self);
+        if std::mem::take(&mut self.is_reload_due) {
+            self.reload_by_signal();
+        }
+    }
+
     fn reload_by_signal(&mut self) {
         match operator::reload(self) {
             Ok(report) => tracing::info!("reloaded: {}", operator::in_words(&report)),
@@ -429,6 +509,7 @@ impl Running {
             false => overlay.kernel_routes(),
         };
         wanted.extend(self.config.routes.iter().map(IpNet::trunc));
+        wanted.retain(|prefix| !self.routes_withheld.contains(prefix));
         wanted
     }
 
@@ -446,7 +527,7 @@ impl Running {
         let table = next.table(self.addresses(), self.config.hop);
         self.publish(Arc::new(table));
         let wanted = self.kernel_routes(&next);
-        let before = self.routes_set.clone();
+        let before = self.routes_kept.clone();
         let result = self
             .set_routes(wanted)
             .and_then(|()| self.check_outside(&next));
@@ -465,9 +546,9 @@ impl Running {
     /// Has the kernel's routes changed, unless prefixes have only moved from peer
     /// to peer.
     fn set_routes(&mut self, wanted: BTreeSet<IpNet>) -> Result<()> {
-        if self.routes_set != wanted {
+        if self.routes_kept != wanted {
             self.routes()?.set(wanted.clone())?;
-            self.routes_set = wanted;
+            self.routes_kept = wanted;
         }
         Ok(())
     }
@@ -603,6 +684,7 @@ impl Running {
         }
         self.names.tick(now);
         self.look_after_paths();
+        self.look_after_withheld();
         if has_received {
             self.look_after_own_addresses();
         }
@@ -656,9 +738,23 @@ impl Running {
         }
     }
 
-    /// The descriptors that a successor gets, and the manifest with them.
-    pub(super) fn descriptors(&self) -> &[operator::Kept] {
+    /// The descriptors that a successor gets.
+    pub(super) fn descriptors(&self) -> &Arc<Vec<handover::Kept>> {
         &self.descriptors
+    }
+
+    /// The operators' socket once more, if there is one.
+    pub(super) fn listener(&self) -> Result<Option<OwnedFd>> {
+        let server = self.server.as_ref();
+        let listener = server.map(|server| server.listener().try_clone_to_owned());
+        listener
+            .transpose()
+            .map_err(|error| Error::os("cannot duplicate the operators' socket", error))
+    }
+
+    /// The addresses that the device has now.
+    pub(super) fn device_addresses(&mut self) -> Result<Vec<IpNet>> {
+        link::addresses(&mut self.netlink, &self.config.tun)
     }
 
     /// Ends the workers: they send what they hold.
@@ -668,6 +764,8 @@ impl Running {
 
     /// Ends the tunnel: routes, device and operators' socket go.
     pub fn take_down(mut self) {
+        self.handover = None;
+        self.postponed.clear();
         // Its keeper first, which would miss the device.
         if let Some(routes) = self.routes.take() {
             routes.stop(AtEnd::Remove);
@@ -675,7 +773,7 @@ impl Running {
         self.stop_workers();
         // The device goes with the last of them, and who has asked for the end
         // takes the socket's for it.
-        self.descriptors.clear();
+        self.descriptors = Arc::default();
         if let Some(server) = self.server.take() {
             server.close(true);
         }
@@ -689,6 +787,32 @@ impl Running {
         if let Some(server) = self.server.take() {
             server.close(false);
         }
+    }
+
+    /// Whether the tunnel was left, all of it, for a successor.
+    pub(super) fn has_left(&self) -> bool {
+        self.workers.is_none()
+    }
+
+    /// Takes the tunnel back after it was left. `listener`: the operators'
+    /// socket.
+    ///
+    /// # Errors
+    /// When it cannot carry packets or answer operators any more.
+    pub(super) fn resume(&mut self, listener: Option<OwnedFd>) -> Result<()> {
+        // First, so that the socket's name goes if the rest fails.
+        if listener.is_some() {
+            self.serve(listener)?;
+        }
+        let (queues, sockets) = handover::for_workers(&self.descriptors)?;
+        self.setup.table = Arc::clone(&self.table);
+        let counters = self.counters.clone();
+        self.workers = Some(Workers::start(queues, sockets, counters, &self.setup)?);
+        self.let_workers_go();
+        if let Err(error) = self.take_routes_on() {
+            tracing::error!("{error}");
+        }
+        Ok(())
     }
 }
 

@@ -15,6 +15,7 @@ mod endpoints;
 mod errors;
 mod exact;
 mod fallbacks;
+mod handover;
 mod hosts;
 mod icmp_error;
 mod life;
@@ -79,6 +80,7 @@ fn main() -> ExitCode {
         overlay_mtu::tests(),
         reload::tests(),
         takeover::tests(),
+        handover::tests(),
         underlay::tests(),
         life::tests(),
     ];
@@ -94,6 +96,7 @@ fn main() -> ExitCode {
         settings::tests(),
         routes::tests(),
         takeover::tests_of_control(),
+        handover::tests_of_control(),
         overlay_mtu::tests_of_no_engine(),
     ];
     // Shown as ignored, never left out in silence.
