@@ -1,5 +1,9 @@
 //! What a successor makes of its predecessor's manifest.
 
+use std::collections::BTreeMap;
+
+use ipnet::IpNet;
+
 use super::operator::parse_name;
 use super::takeover::{Manifest, RuntimePeer};
 use crate::config::{Config, Settled, Wanted};
@@ -57,30 +61,145 @@ pub fn keep_wanted(wanted: &mut Wanted, manifest: &Manifest) {
     }
 }
 
-/// Adds what operators added to the predecessor, as far as it still fits.
+/// Adds what operators added to the predecessor. Their word is the later one:
+/// prefixes that the configuration gives to other peers are taken from these.
 pub fn inherit(overlay: &mut Overlay, manifest: &Manifest) {
     for peer in &manifest.runtime_peers {
         if let Err(error) = inherit_peer(overlay, peer) {
-            tracing::warn!("left out what was added at run time: {error}");
+            left_out(&error);
         }
     }
+    let mut prefixes: BTreeMap<&str, Vec<IpNet>> = BTreeMap::new();
     for (prefix, peer) in &manifest.runtime_prefixes {
-        let added = parse_name(peer)
-            .and_then(|peer| overlay.add_prefixes(&peer, &[*prefix], Origin::Runtime, false));
-        if let Err(error) = added {
-            tracing::warn!("left out what was added at run time: {error}");
+        prefixes.entry(peer).or_default().push(*prefix);
+    }
+    for (peer, prefixes) in prefixes {
+        if let Err(error) = inherit_prefixes(overlay, peer, &prefixes) {
+            left_out(&error);
         }
     }
 }
 
-/// Adds a peer, with all its prefixes or not at all.
+fn left_out(error: &Error) {
+    tracing::warn!("left out some of what was added at run time: {error}");
+}
+
 fn inherit_peer(overlay: &mut Overlay, peer: &RuntimePeer) -> Result<()> {
     let name = parse_name(&peer.peer)?;
-    let is_new = overlay.find(&name).is_none();
-    let added = overlay.insert_peer(&name, peer.is_default, &peer.prefixes, Origin::Runtime);
-    // One that could not have its prefixes is there without them.
-    if added.is_err() && is_new && overlay.find(&name).is_some() {
-        overlay.remove_peer(&name)?;
+    // One that is configured by now is what the configuration makes of it, with
+    // these prefixes besides; as after a reload.
+    if overlay.find(&name).is_none() {
+        let added = overlay.insert_peer(&name, peer.is_default, &[], Origin::Runtime);
+        match added {
+            // Another one takes what no prefix matches now.
+            Err(error) if peer.is_default => {
+                left_out(&error);
+                overlay.insert_peer(&name, false, &[], Origin::Runtime)?;
+            }
+            result => result?,
+        }
     }
-    added
+    inherit_prefixes(overlay, &peer.peer, &peer.prefixes)
+}
+
+fn inherit_prefixes(overlay: &mut Overlay, peer: &str, prefixes: &[IpNet]) -> Result<()> {
+    let name = parse_name(peer)?;
+    let added = overlay.add_prefixes(&name, prefixes, Origin::Runtime, true);
+    added.map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::parse::parse_peer;
+
+    fn overlay(peers: &[&str]) -> Overlay {
+        let mut overlay = Overlay::new(0);
+        for peer in peers {
+            let spec = parse_peer(peer).unwrap();
+            overlay.add_peer(&spec, Origin::Config).unwrap();
+        }
+        overlay
+    }
+
+    fn manifest(peers: &[(&str, bool, &[&str])], prefixes: &[(&str, &str)]) -> Manifest {
+        let net = |text: &&str| text.parse().unwrap();
+        Manifest {
+            ok: true,
+            protocol: 0,
+            tun: String::new(),
+            workers: 1,
+            listen: "0.0.0.0:1".parse().unwrap(),
+            tun_offloads: [true; 2],
+            udp_offloads: [true; 2],
+            tun_wanted: [true; 2],
+            udp_wanted: [true; 2],
+            is_steered: true,
+            addresses: Vec::new(),
+            runtime_peers: peers
+                .iter()
+                .map(|(peer, is_default, prefixes)| RuntimePeer {
+                    peer: (*peer).into(),
+                    is_default: *is_default,
+                    prefixes: prefixes.iter().map(net).collect(),
+                })
+                .collect(),
+            runtime_prefixes: prefixes
+                .iter()
+                .map(|(prefix, peer)| (net(prefix), (*peer).into()))
+                .collect(),
+        }
+    }
+
+    fn shown(overlay: &Overlay) -> Vec<String> {
+        overlay
+            .prefixes()
+            .map(|(prefix, peer, origin)| format!("{prefix} {} {}", peer.name, origin.as_str()))
+            .collect()
+    }
+
+    #[test]
+    fn what_operators_added_goes_before_the_configuration() {
+        let mut overlay = overlay(&["a:1=10.1.0.0/16,10.2.0.0/16", "b:1=10.3.0.0/16"]);
+        let peers: &[(&str, bool, &[&str])] = &[("c:1", false, &["10.1.0.0/16", "10.9.0.0/16"])];
+        let prefixes = [
+            ("10.2.0.0/16", "b:1"),
+            ("10.4.0.0/16", "gone:1"),
+            ("10.5.0.0/16", "a:1"),
+        ];
+        inherit(&mut overlay, &manifest(peers, &prefixes));
+        assert_eq!(
+            shown(&overlay),
+            [
+                "10.1.0.0/16 c:1 runtime",
+                "10.2.0.0/16 b:1 runtime",
+                "10.3.0.0/16 b:1 config",
+                "10.5.0.0/16 a:1 runtime",
+                "10.9.0.0/16 c:1 runtime",
+            ]
+        );
+    }
+
+    #[test]
+    fn no_peer_is_dropped_for_what_clashes() {
+        let mut overlay = overlay(&["a:1", "b:1=10.3.0.0/16"]);
+        let peers: &[(&str, bool, &[&str])] = &[
+            ("b:1", true, &["10.8.0.0/16"]),
+            ("c:1", true, &["10.9.0.0/16"]),
+        ];
+        inherit(&mut overlay, &manifest(peers, &[]));
+        assert_eq!(
+            shown(&overlay),
+            [
+                "10.3.0.0/16 b:1 config",
+                "10.8.0.0/16 b:1 runtime",
+                "10.9.0.0/16 c:1 runtime",
+            ]
+        );
+        let defaults = overlay.peers_by_name().filter(|peer| peer.is_default);
+        assert_eq!(
+            defaults.map(|peer| &peer.name.host).collect::<Vec<_>>(),
+            ["a"]
+        );
+    }
 }

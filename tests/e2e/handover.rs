@@ -44,6 +44,7 @@ pub fn tests_of_control() -> Vec<Test> {
             a_successor_that_finds_a_peer_in_the_tunnel,
         ),
         ("a_successor_without_routes", a_successor_without_routes),
+        ("what_operators_said_goes_on", what_operators_said_goes_on),
         (
             "nobody_waits_for_a_silent_successor",
             nobody_waits_for_a_silent_successor,
@@ -170,6 +171,23 @@ fn a_successor_without_routes() -> Result<()> {
     let routes = own_routes(host)?;
     check(routes == before, || format!("{routes:?}, not {before:?}"))?;
     wait_for_each_other(stage.near(), stage.far())?;
+    stop(near)?;
+    stop(far).map(drop)
+}
+
+/// What they moved stays where they moved it, and whom they added stays.
+fn what_operators_said_goes_on() -> Result<()> {
+    let stage = Stage::new()?;
+    let (near, far) = stage.play()?;
+    stage.operator.tell("peer add 10.211.55.9=172.29.0.0/16")?;
+    stage
+        .operator
+        .tell("route add 172.18.2.0/24 --peer 10.211.55.9 --replace")?;
+    let table = stage.operator.routes()?;
+    let (near, _) = stage.take_over(near, &[])?;
+    let after = stage.operator.routes()?;
+    check(after == table, || format!("{table:?}, then {after:?}"))?;
+    kernel_agrees(&stage.near().host, &stage.operator)?;
     stop(near)?;
     stop(far).map(drop)
 }
