@@ -335,7 +335,10 @@ impl Successor {
         if protocol == PROTOCOL {
             return Ok(Self(stream));
         }
-        let error = format!("this process hands over by protocol {PROTOCOL}, not {protocol}");
+        let error = format!(
+            "this process hands over by protocol {PROTOCOL}, not {protocol}; \
+             stop it, and start the other without --takeover"
+        );
         let answer = serde_json::json!({ "ok": false, "error": error });
         let _ = writeln!(stream, "{answer}");
         Err(Error::new(error))
