@@ -14,6 +14,7 @@ use fastvpn::lab::traffic::{
 use fastvpn::lab::{Child, Pair, cpu_ns, rss_bytes, rss_peak_bytes};
 
 use crate::contenders::Link;
+use crate::contenders::overlay::{CHANGE_INTERVAL, Changes};
 use crate::traffic::{Direction, Kind};
 
 /// Bytes of a ping-pong's request and of its answer.
@@ -85,6 +86,18 @@ impl Stage<'_> {
     /// # Errors
     /// When traffic fails, or is damaged on its way (see [`is_damage`]).
     pub fn sample(&self, kind: Kind) -> Result<Sample> {
+        let changes = || self.link.changes.as_ref().map(Changes::made).transpose();
+        let before = changes()?;
+        let sample = self.sample_of(kind)?;
+        // A figure beside changes that nobody made would be of something else.
+        let none = before.is_some() && changes()? == before;
+        if none && kind != Kind::Memory && self.method.time > CHANGE_INTERVAL {
+            return Err(Error::new("no prefixes changed meanwhile"));
+        }
+        Ok(sample)
+    }
+
+    fn sample_of(&self, kind: Kind) -> Result<Sample> {
         match kind {
             Kind::Tcp { streams, direction } => self.tcp(streams, direction),
             Kind::Udp { bytes } => self.udp(bytes),

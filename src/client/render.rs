@@ -1,7 +1,6 @@
 //! Answers as a person reads them.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 
 use super::table::{Side, Table};
 use super::text::printable;
@@ -205,7 +204,7 @@ pub(super) fn peers(peers: &Peers) -> String {
     for peer in &peers.peers {
         table.push([
             peer.peer.clone(),
-            address(peer.endpoint),
+            address(peer),
             peer.origin.clone(),
             behind(peer),
             peer.path_mtu_bytes
@@ -220,8 +219,12 @@ pub(super) fn peers(peers: &Peers) -> String {
     table.text()
 }
 
-fn address(endpoint: Option<SocketAddr>) -> String {
-    endpoint.map_or(NOT_RESOLVED.into(), |endpoint| endpoint.to_string())
+fn address(peer: &PeerStatus) -> String {
+    match peer.endpoint {
+        None => NOT_RESOLVED.into(),
+        Some(endpoint) if peer.is_suspended => format!("{endpoint} (suspended)"),
+        Some(endpoint) => endpoint.to_string(),
+    }
 }
 
 /// How many prefixes a peer has. The one that was given none takes the rest,
@@ -492,6 +495,12 @@ no\\u{1b}such.invalid:8285  not resolved    config        100         -      0 B
             ..PeerStatus::default()
         };
         assert_eq!(behind(&both), "2 + the rest");
+        let suspended = PeerStatus {
+            endpoint: "10.0.0.2:8285".parse().ok(),
+            is_suspended: true,
+            ..PeerStatus::default()
+        };
+        assert_eq!(address(&suspended), "10.0.0.2:8285 (suspended)");
     }
 
     #[test]

@@ -253,6 +253,9 @@ fn wanted(without: &[Feature]) -> Wanted {
     }
 }
 
+/// Where operators' sockets are, unless something else is asked for.
+pub const CONTROL_DIRECTORY: &str = "/run/fastvpn";
+
 /// `/run/fastvpn/NAME.sock`; in another network namespace than the host's also
 /// with the namespace's number, since `/run` may be shared and the name is
 /// unique in its namespace only.
@@ -261,7 +264,7 @@ pub fn default_control_path(tun: &str) -> PathBuf {
         Some(inode) => format!("{tun}-{inode}.sock"),
         None => format!("{tun}.sock"),
     };
-    PathBuf::from("/run/fastvpn").join(name)
+    Path::new(CONTROL_DIRECTORY).join(name)
 }
 
 /// The number of this process' network namespace, unless it is the host's: that

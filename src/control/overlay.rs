@@ -55,12 +55,21 @@ pub struct Peer {
     pub is_default: bool,
     /// Its address; `None` while its name does not resolve.
     pub endpoint: Option<SocketAddr>,
+    /// The way there leads through the tunnel itself, so nothing is sent.
+    pub is_suspended: bool,
     /// MTU of the path to it in bytes, if the kernel has told.
     pub path_mtu_bytes: Option<u32>,
     /// What the workers count for it.
     pub traffic: Arc<[PeerCounters]>,
     /// How many prefixes it has.
     pub prefix_count: usize,
+}
+
+impl Peer {
+    /// Where its datagrams go now, if anywhere.
+    pub fn endpoint_in_use(&self) -> Option<SocketAddr> {
+        self.endpoint.filter(|_| !self.is_suspended)
+    }
 }
 
 /// A prefix's place.
@@ -205,6 +214,12 @@ impl Overlay {
         self.peer(hop).is_some()
     }
 
+    /// The peer with this next hop, if something can be sent to it now.
+    pub fn in_use(&self, hop: NextHop) -> Option<&Peer> {
+        self.peer(hop)
+            .filter(|peer| peer.endpoint_in_use().is_some())
+    }
+
     fn hop_of(&self, name: &Endpoint) -> Result<NextHop> {
         self.names.get(&name.key()).copied().ok_or_else(|| {
             Error::new(format!("there is no peer {name}")).hint("`fastvpn peers` lists them")
@@ -280,6 +295,7 @@ impl Overlay {
             origin,
             is_default: false,
             endpoint: None,
+            is_suspended: false,
             path_mtu_bytes: None,
             traffic: traffic(self.workers),
             prefix_count: 0,
@@ -493,6 +509,21 @@ impl Overlay {
         match self.peer_mut(hop) {
             Some(peer) if peer.endpoint != endpoint => {
                 peer.endpoint = endpoint;
+                peer.is_suspended = false;
+                peer.path_mtu_bytes = None;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Notes whether the way to a peer leads through the tunnel itself; tells
+    /// whether that is news. What was known of the path is that of another way
+    /// then.
+    pub fn set_suspended(&mut self, hop: NextHop, is_suspended: bool) -> bool {
+        match self.peer_mut(hop) {
+            Some(peer) if peer.is_suspended != is_suspended => {
+                peer.is_suspended = is_suspended;
                 peer.path_mtu_bytes = None;
                 true
             }
@@ -541,7 +572,7 @@ impl Overlay {
         };
         let peers = self.peers.iter().map(|peer| match peer {
             Some(peer) => table::Peer {
-                endpoint: peer.endpoint,
+                endpoint: peer.endpoint_in_use(),
                 mtu_bytes: inner_mtu_bytes(peer),
                 traffic: Arc::clone(&peer.traffic),
             },

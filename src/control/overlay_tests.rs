@@ -309,6 +309,31 @@ fn a_path_limits_what_is_carried_in_one_piece() {
 }
 
 #[test]
+fn nothing_goes_to_who_is_suspended_until_it_ends_or_the_peer_has_moved() {
+    let mut overlay = overlay(&["10.0.0.1=10.1.0.0/16", "10.0.0.2=10.2.0.0/16"]);
+    let (hop, _) = overlay.find(&name("10.0.0.1")).unwrap();
+    let sent_to = |overlay: &mut Overlay, address: &str| {
+        let table = overlay.table(TunnelAddresses::default(), false);
+        table.peer(address.parse().unwrap()).unwrap().1.endpoint
+    };
+    let there = sent_to(&mut overlay, "10.1.0.1");
+    assert!(there.is_some() && overlay.in_use(hop).is_some());
+    overlay.set_path_mtu(hop, 1400);
+    assert!(overlay.set_suspended(hop, true));
+    assert!(!overlay.set_suspended(hop, true));
+    assert_eq!(sent_to(&mut overlay, "10.1.0.1"), None);
+    assert!(sent_to(&mut overlay, "10.2.0.1").is_some() && overlay.in_use(hop).is_none());
+    let (_, peer) = overlay.find(&name("10.0.0.1")).unwrap();
+    assert_eq!((peer.endpoint, peer.path_mtu_bytes), (there, None));
+    assert!(overlay.set_suspended(hop, false));
+    assert_eq!(sent_to(&mut overlay, "10.1.0.1"), there);
+    overlay.set_suspended(hop, true);
+    let elsewhere = "10.0.0.7:1".parse().ok();
+    overlay.set_endpoint(hop, elsewhere);
+    assert_eq!(sent_to(&mut overlay, "10.1.0.1"), elsewhere);
+}
+
+#[test]
 fn nobody_is_behind_this_hosts_own_addresses() {
     let mut overlay = overlay(&["10.0.0.1=10.1.0.0/16,10.1.0.7/32,fd00::/16", "10.0.0.2"]);
     let is_behind = |overlay: &mut Overlay, address: &str| {

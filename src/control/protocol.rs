@@ -122,6 +122,10 @@ pub struct PeerStatus {
     pub peer: String,
     /// Its address; none while its name does not resolve.
     pub endpoint: Option<SocketAddr>,
+    /// Whether nothing is sent there, as the way would lead through the tunnel
+    /// itself.
+    #[serde(default)]
+    pub is_suspended: bool,
     /// `config` or `runtime`.
     pub origin: String,
     /// Whether it takes what no prefix matches.

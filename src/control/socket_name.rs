@@ -14,6 +14,7 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use socket2::{Domain, SockAddr, Socket, Type};
 
+use crate::config::CONTROL_DIRECTORY;
 use crate::error::{Error, Result};
 
 /// How long others that start at the same path are waited for. Each needs a few
@@ -22,6 +23,9 @@ const LOCK_TIME_MAX: Duration = Duration::from_secs(1);
 
 /// Pause between two attempts to get the lock.
 const LOCK_PAUSE: Duration = Duration::from_millis(2);
+
+/// Most sockets of other namespaces that a start looks at.
+const OTHERS_MAX: usize = 64;
 
 const ANOTHER_PATH: &str = "choose another path with --control";
 
@@ -56,7 +60,8 @@ impl Drop for SocketName {
 }
 
 /// Listens at `path`, for its owner alone. What a killed process has left there
-/// is replaced.
+/// is replaced; and in the directory that is ours, some of what those in other
+/// network namespaces have left is removed.
 ///
 /// # Errors
 /// When another process serves the path or is just starting to, or something
@@ -64,7 +69,7 @@ impl Drop for SocketName {
 pub fn listen(path: &Path, backlog: i32) -> Result<(UnixListener, SocketName)> {
     make_directory(path)?;
     // Two that start at once must not take each other's for a dead one's.
-    let _lock = StartLock::take(path)?;
+    let _lock = StartLock::take(path, LOCK_TIME_MAX)?;
     remove_stale(path)?;
     let failed = |error| {
         let what = format!("cannot open the operators' socket {}", path.display());
@@ -78,6 +83,11 @@ pub fn listen(path: &Path, backlog: i32) -> Result<(UnixListener, SocketName)> {
     // Nobody can connect before listen(2).
     fs::set_permissions(path, Permissions::from_mode(0o600)).map_err(failed)?;
     socket.listen(backlog).map_err(failed)?;
+    if let Some(directory) = path.parent()
+        && directory == Path::new(CONTROL_DIRECTORY)
+    {
+        remove_dead_of_namespaces(directory);
+    }
     Ok((UnixListener::from(OwnedFd::from(socket)), name))
 }
 
@@ -114,11 +124,12 @@ struct StartLock {
 }
 
 impl StartLock {
-    fn take(socket: &Path) -> Result<Self> {
+    /// Waits no longer than this for others.
+    fn take(socket: &Path, time_max: Duration) -> Result<Self> {
         let mut path = OsString::from(socket);
         path.push(".lock");
         let path = PathBuf::from(path);
-        let deadline = Instant::now() + LOCK_TIME_MAX;
+        let deadline = Instant::now() + time_max;
         loop {
             match Flock::lock(open_lock_file(&path)?, FlockArg::LockExclusiveNonblock) {
                 // Who had it before may have removed it since we opened it.
@@ -129,11 +140,11 @@ impl StartLock {
                     return Err(Error::os(what, errno.into()).hint(ANOTHER_PATH));
                 }
             }
-            if Instant::now() > deadline {
+            if Instant::now() >= deadline {
                 return Err(Error::new(format!(
                     "cannot lock {} within {} s: another process that starts holds it",
                     path.display(),
-                    LOCK_TIME_MAX.as_secs()
+                    time_max.as_secs()
                 ))
                 .hint("end that process, or choose another path with --control"));
             }
@@ -218,6 +229,44 @@ fn remove_stale(path: &Path) -> Result<()> {
     }
 }
 
+/// Removes dead sockets with the number of a network namespace in their names.
+/// Once that is gone nobody would replace them: the next one has another number.
+fn remove_dead_of_namespaces(directory: &Path) {
+    let Ok(entries) = fs::read_dir(directory) else {
+        return;
+    };
+    let paths = entries.flatten().map(|entry| entry.path());
+    for path in paths.filter(|path| is_of_namespace(path)).take(OTHERS_MAX) {
+        if !is_dead(&path) {
+            continue;
+        }
+        // One that is not listened at yet looks dead, too, but not to who has the
+        // lock.
+        if let Ok(_lock) = StartLock::take(&path, Duration::ZERO)
+            && is_dead(&path)
+        {
+            let _ = fs::remove_file(&path);
+        }
+    }
+}
+
+/// Whether it is called `NAME-NUMBER.sock`.
+fn is_of_namespace(path: &Path) -> bool {
+    let number = path
+        .file_name()
+        .and_then(|name| name.to_str()?.strip_suffix(".sock")?.rsplit_once('-'));
+    number.is_some_and(|(_, number)| number.parse::<u64>().is_ok())
+}
+
+/// Whether it is a socket of this user's at which nobody listens.
+fn is_dead(path: &Path) -> bool {
+    let is_own_socket = fs::symlink_metadata(path).is_ok_and(|metadata| {
+        metadata.file_type().is_socket() && metadata.uid() == nix::unistd::geteuid().as_raw()
+    });
+    let refused = io::ErrorKind::ConnectionRefused;
+    is_own_socket && connect_at_once(path).is_err_and(|error| error.kind() == refused)
+}
+
 fn connect_at_once(path: &Path) -> io::Result<()> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.set_nonblocking(true)?;
@@ -239,7 +288,7 @@ mod tests {
         let work = || {
             for _ in 0..2000 {
                 // Whoever is out of luck for long is told so.
-                let Ok(lock) = StartLock::take(&path) else {
+                let Ok(lock) = StartLock::take(&path, LOCK_TIME_MAX) else {
                     continue;
                 };
                 assert_eq!(holders.fetch_add(1, Ordering::SeqCst), 0);
@@ -254,5 +303,32 @@ mod tests {
             }
         });
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn dead_sockets_of_other_namespaces_go_and_nothing_else() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        // A listener that is dropped leaves its name behind.
+        let bind = |name: &str| UnixListener::bind(path(name)).unwrap();
+        for name in ["vpn0-4026531840.sock", "vpn1-7.sock", "starts-8.sock"] {
+            drop(bind(name));
+        }
+        for name in ["vpn0.sock", "my-vpn.sock", "vpn0-9.sock.old"] {
+            drop(bind(name));
+        }
+        let _alive = bind("alive-10.sock");
+        fs::write(path("file-11.sock"), "").unwrap();
+        let starts = StartLock::take(&path("starts-8.sock"), LOCK_TIME_MAX).unwrap();
+        remove_dead_of_namespaces(directory.path());
+        drop(starts);
+        let mut left: Vec<_> = fs::read_dir(directory.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        left.sort();
+        let expected = "alive-10.sock file-11.sock my-vpn.sock starts-8.sock vpn0-9.sock.old \
+                        vpn0.sock";
+        assert_eq!(left.join(" "), expected);
     }
 }

@@ -2,7 +2,7 @@
 //! gives itself when it was given none.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use ipnet::{IpNet, Ipv4Net};
 
@@ -170,10 +170,10 @@ fn add_missing(netlink: &mut Netlink, index: u32, addresses: &[IpNet]) -> Result
 ///
 /// # Errors
 /// Names the peer if they would.
-pub fn check_outside(netlink: &mut Netlink, name: &str, peer: IpAddr) -> Result<()> {
+pub fn check_outside(netlink: &mut Netlink, name: &str, peer: SocketAddr) -> Result<()> {
     let own = netlink.link_index(name)?;
-    if own.is_some() && netlink.interface_to(peer)? == own {
-        return Err(inside(peer));
+    if own.is_some() && netlink.interface_to_endpoint(peer)? == own {
+        return Err(inside(peer.ip()));
     }
     Ok(())
 }
@@ -186,32 +186,36 @@ fn inside(peer: IpAddr) -> Error {
 }
 
 /// As [`check_outside`], before the device has these addresses and `routes`:
-/// whether a peer would be reached through it then. What it has now, and will
-/// have no more, says nothing.
+/// whether a peer that is reached otherwise now would be reached through it then.
 ///
 /// # Errors
 /// Names the peer if it would.
 pub fn check_will_be_outside(
     netlink: &mut Netlink,
     name: &str,
-    peer: IpAddr,
+    peer: SocketAddr,
     addresses: &[IpNet],
     routes: &BTreeSet<IpNet>,
 ) -> Result<()> {
-    let covering = addresses.iter().filter(|subnet| subnet.contains(&peer));
+    let address = peer.ip();
+    let covering = addresses.iter().filter(|subnet| subnet.contains(&address));
     let subnet_length = covering.map(IpNet::prefix_len).max();
-    let route_length = longest_match(routes, peer);
+    let route_length = longest_match(routes, address);
     if subnet_length.is_none() && route_length.is_none() {
         return Ok(());
     }
     let own = netlink.link_index(name)?;
+    if let SocketAddr::V6(peer) = peer
+        && peer.scope_id() != 0
+        && Some(peer.scope_id()) != own
+    {
+        return Ok(());
+    }
     let is_inside = match netlink.way_to(peer)? {
         Way::None => true,
         Way::Dropped => false,
-        Way::Route(route) if route.oif == own => {
-            let stays = |subnet: &IpNet| subnet.trunc() == route.destination;
-            routes.contains(&route.destination) || addresses.iter().any(stays)
-        }
+        // It is already, and nothing is sent to it.
+        Way::Route(route) if route.oif == own => false,
         // A rule that comes before the main table leads elsewhere.
         Way::Route(route) if ![MAIN_TABLE, DEFAULT_TABLE].contains(&route.table) => false,
         // Of two as long, the kernel's for an address comes last, and ours first.
@@ -221,7 +225,7 @@ pub fn check_will_be_outside(
         }
     };
     match is_inside {
-        true => Err(inside(peer)),
+        true => Err(inside(address)),
         false => Ok(()),
     }
 }

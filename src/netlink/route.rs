@@ -1,7 +1,7 @@
 //! Routes: which packets leave by which interface.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
@@ -148,7 +148,20 @@ impl Netlink {
     /// # Errors
     /// When the kernel refuses for another reason.
     pub fn interface_to(&mut self, address: IpAddr) -> Result<Option<u32>> {
-        let mut message = route_message(IpNet::from(address), None, None)?;
+        self.find_way(address, None)
+    }
+
+    /// As [`Self::interface_to`], for datagrams to `endpoint`: a link-local
+    /// address with a zone leads nowhere but through that.
+    ///
+    /// # Errors
+    /// As [`Self::interface_to`].
+    pub fn interface_to_endpoint(&mut self, endpoint: SocketAddr) -> Result<Option<u32>> {
+        self.find_way(endpoint.ip(), zone(endpoint))
+    }
+
+    fn find_way(&mut self, address: IpAddr, oif: Option<u32>) -> Result<Option<u32>> {
+        let mut message = route_message(IpNet::from(address), None, oif)?;
         message.header.table = 0;
         match self.get(RouteNetlinkMessage::GetRoute(message)) {
             Ok(Some(RouteNetlinkMessage::NewRoute(route))) => {
@@ -166,13 +179,14 @@ impl Netlink {
         }
     }
 
-    /// The route by which the host would reach `address` now, as `ip route get
+    /// The route by which the host would reach `endpoint` now, as `ip route get
     /// fibmatch` tells.
     ///
     /// # Errors
     /// When the kernel refuses for another reason than that there is no way.
-    pub fn way_to(&mut self, address: IpAddr) -> Result<Way> {
-        let mut message = route_message(IpNet::from(address), None, None)?;
+    pub fn way_to(&mut self, endpoint: SocketAddr) -> Result<Way> {
+        let address = endpoint.ip();
+        let mut message = route_message(IpNet::from(address), None, zone(endpoint))?;
         message.header.table = 0;
         // Of IPv6 the table is told without being asked for.
         message.header.flags = match address {
@@ -198,6 +212,14 @@ impl Netlink {
             .map(|index| format!(" on interface {}", self.name_for_error(index)))
             .unwrap_or_default();
         via + &oif
+    }
+}
+
+/// The interface that an endpoint's address is good for, if it is not for all.
+fn zone(endpoint: SocketAddr) -> Option<u32> {
+    match endpoint {
+        SocketAddr::V6(endpoint) => Some(endpoint.scope_id()).filter(|zone| *zone != 0),
+        SocketAddr::V4(_) => None,
     }
 }
 
@@ -331,12 +353,12 @@ mod tests {
         for (prefix, address) in [("10.1.0.0/16", "10.1.2.3"), ("fd01::/64", "fd01::7")] {
             let address = address.parse().unwrap();
             assert_eq!(netlink.interface_to(address).unwrap(), None);
-            assert_eq!(netlink.way_to(address).unwrap(), Way::None);
+            assert_eq!(netlink.way_to((address, 1).into()).unwrap(), Way::None);
             netlink
                 .add_route(prefix.parse().unwrap(), None, Some(one))
                 .unwrap();
             assert_eq!(netlink.interface_to(address).unwrap(), Some(one));
-            let Way::Route(route) = netlink.way_to(address).unwrap() else {
+            let Way::Route(route) = netlink.way_to((address, 1).into()).unwrap() else {
                 panic!("no route to {address}")
             };
             assert_eq!(route.destination.to_string(), prefix);
@@ -354,7 +376,8 @@ mod tests {
                 assert_eq!(way, None, "{kind:?} {prefix}");
                 // What the type throw finds elsewhere, here nothing, is no drop.
                 if kind != RouteType::Throw {
-                    let way = netlink.way_to(address.parse().unwrap()).unwrap();
+                    let address: IpAddr = address.parse().unwrap();
+                    let way = netlink.way_to((address, 1).into()).unwrap();
                     assert!(matches!(way, Way::Dropped), "{kind:?} {prefix}: {way:?}");
                 }
                 netlink

@@ -1,5 +1,5 @@
-//! What others change: notifications of routes and links, as `ip monitor`
-//! shows them.
+//! What others change: notifications of routes, addresses and links, as
+//! `ip monitor` shows them.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -24,6 +24,9 @@ const PORT_AT: u32 = 12;
 // Of `struct ifinfomsg` (linux/rtnetlink.h).
 const IFINFOMSG_BYTES: usize = 16;
 
+// Of `struct ifaddrmsg` (linux/if_addr.h).
+const IFADDRMSG_BYTES: usize = 8;
+
 /// One piece of news.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum News {
@@ -31,9 +34,14 @@ pub enum News {
     /// nothing.
     RouteAdded(RouteEntry),
     /// A route was deleted. For IPv4 routes that go because an interface goes
-    /// down there is no such news (`fib_sync_down_dev()` in
-    /// net/ipv4/fib_semantics.c).
+    /// down or loses its last IPv4 address there is no such news
+    /// (`fib_sync_down_dev()` in net/ipv4/fib_semantics.c).
     RouteDeleted(RouteEntry),
+    /// An interface has got or lost an address, or an address has changed.
+    Address {
+        /// The interface's index.
+        index: u32,
+    },
     /// An interface was made or has changed.
     Link {
         /// Its index.
@@ -52,7 +60,7 @@ pub enum News {
     Lost,
 }
 
-/// A socket that hears of changes to routes and links in its namespace.
+/// A socket that hears of changes to routes, addresses and links in its namespace.
 pub struct Watch {
     socket: Socket,
     buffer: Vec<u8>,
@@ -65,8 +73,10 @@ impl Watch {
     /// # Errors
     /// When the kernel gives no netlink socket or refuses the subscription.
     pub fn open(own: &Netlink) -> Result<Self> {
-        Self::open_socket(own)
-            .map_err(|cause| Error::os("cannot watch routes and links (netlink multicast)", cause))
+        Self::open_socket(own).map_err(|cause| {
+            let what = "cannot watch routes, addresses and links (netlink multicast)";
+            Error::os(what, cause)
+        })
     }
 
     fn open_socket(own: &Netlink) -> io::Result<Self> {
@@ -82,6 +92,8 @@ impl Watch {
         socket.bind_auto()?;
         for group in [
             libc::RTNLGRP_LINK,
+            libc::RTNLGRP_IPV4_IFADDR,
+            libc::RTNLGRP_IPV6_IFADDR,
             libc::RTNLGRP_IPV4_ROUTE,
             libc::RTNLGRP_IPV6_ROUTE,
         ] {
@@ -175,6 +187,11 @@ fn read_news(message: &[u8]) -> Option<News> {
     match RawHeader::read(message).kind {
         libc::RTM_NEWROUTE => RouteEntry::parse(body).map(News::RouteAdded),
         libc::RTM_DELROUTE => RouteEntry::parse(body).map(News::RouteDeleted),
+        libc::RTM_NEWADDR | libc::RTM_DELADDR => {
+            let header = body.get(..IFADDRMSG_BYTES)?;
+            let index = u32::from_ne_bytes(header[4..].try_into().ok()?);
+            Some(News::Address { index })
+        }
         libc::RTM_NEWLINK => {
             let (index, flags) = read_link(body)?;
             let up = flags & libc::IFF_UP as u32 != 0;
@@ -217,8 +234,13 @@ mod tests {
     #[test]
     fn garbage_is_no_news() {
         assert_eq!(read_news(&[0; HEADER_BYTES]), None);
-        for kind in [libc::RTM_NEWROUTE, libc::RTM_NEWLINK, libc::RTM_DELLINK] {
-            let mut message = vec![0; HEADER_BYTES + 8];
+        for kind in [
+            libc::RTM_NEWROUTE,
+            libc::RTM_NEWADDR,
+            libc::RTM_NEWLINK,
+            libc::RTM_DELLINK,
+        ] {
+            let mut message = vec![0; HEADER_BYTES + 7];
             message[4..6].copy_from_slice(&kind.to_ne_bytes());
             assert_eq!(read_news(&message), None, "{kind}");
         }

@@ -9,6 +9,7 @@
 
 mod announce;
 mod handover;
+mod host;
 mod inherit;
 mod memory;
 mod operator;

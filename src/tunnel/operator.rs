@@ -14,7 +14,7 @@ use crate::control::protocol::{
     Answer, Changed, Found, PeerStatus, Peers, Reloaded, Request, RouteEntry, Routes, Status,
 };
 use crate::control::server::Call;
-use crate::device::link::{self, LinkConfig};
+use crate::device::link::LinkConfig;
 use crate::error::{Error, Result};
 use crate::netlink::Netlink;
 use crate::transport::path;
@@ -243,10 +243,9 @@ fn restore_link(running: &mut Running, old: LinkConfig) -> Result<()> {
     netlink.set_txqueuelen(index, old.txqueuelen)?;
     netlink.set_mtu(index, old.mtu_bytes)?;
     let tried = std::mem::replace(&mut running.settled.link, old);
-    let addresses = &running.settled.link.addresses;
-    if tried.addresses != *addresses {
-        link::set_addresses(&mut netlink, index, &tried.addresses, addresses)?;
-        running.restart_routes()?;
+    let addresses = running.settled.link.addresses.clone();
+    if tried.addresses != addresses {
+        running.change_addresses(&mut netlink, index, &tried.addresses, addresses)?;
     }
     Ok(())
 }
@@ -298,9 +297,8 @@ fn apply_settled(
         changed.push("mtu".into());
     }
     if new.link.addresses != link.addresses {
-        link::set_addresses(netlink, index, &link.addresses, &new.link.addresses)?;
-        link.addresses = new.link.addresses;
-        running.restart_routes()?;
+        let old = link.addresses.clone();
+        running.change_addresses(netlink, index, &old, new.link.addresses)?;
         changed.push("address".into());
     }
     Ok(())
@@ -394,6 +392,7 @@ fn peers(running: &Running) -> Peers {
         PeerStatus {
             peer: peer.name.to_string(),
             endpoint: peer.endpoint,
+            is_suspended: peer.is_suspended,
             origin: peer.origin.as_str().into(),
             is_default: peer.is_default,
             prefixes: peer.prefix_count,

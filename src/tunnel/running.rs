@@ -14,8 +14,9 @@ use ipnet::IpNet;
 use signal_hook::consts::{SIGHUP, SIGTERM};
 
 use super::handover::{self, Handover};
+use super::host::{HostNews, own_addresses};
 use super::operator;
-use super::start::{self, own_addresses};
+use super::start;
 use crate::config::{Config, Settled};
 use crate::control::names::{self, Answer, Names};
 use crate::control::overlay::{Overlay, tunnel_addresses};
@@ -108,15 +109,13 @@ pub struct Running {
     names: Names,
     pub(super) heard: HashMap<NextHop, Heard>,
     path_cursor: usize,
-    netlink: Netlink,
+    pub(super) host: HostNews,
+    pub(super) netlink: Netlink,
     accept_local: bool,
     /// `None` once the tunnel has ended, or if it could not be started again.
     routes: Option<RouteKeeper>,
     /// What it was told to keep.
     routes_kept: BTreeSet<IpNet>,
-    /// Prefixes that have no route into the tunnel because a peer would have
-    /// been reached through it.
-    routes_withheld: BTreeSet<IpNet>,
     pub(super) server: Option<Server>,
     /// While a successor gets ready.
     pub(super) handover: Option<Handover>,
@@ -174,13 +173,35 @@ impl Running {
         })
     }
 
-    /// Has the kernel's routes kept for the device's new addresses.
-    pub(super) fn restart_routes(&mut self) -> Result<()> {
+    /// Replaces the device's addresses. Their keeper ends before, which would put
+    /// the old ones back, and another keeps those that the device has then.
+    ///
+    /// # Errors
+    /// When the kernel refuses an address: the device has the old ones then. When
+    /// there is no other keeper to be had.
+    pub(super) fn change_addresses(
+        &mut self,
+        netlink: &mut Netlink,
+        index: u32,
+        old: &[IpNet],
+        new: Vec<IpNet>,
+    ) -> Result<()> {
         if let Some(routes) = self.routes.take() {
             routes.stop(AtEnd::Keep);
         }
+        let changed = link::set_addresses(netlink, index, old, &new);
+        self.settled.link.addresses = match changed {
+            Ok(()) => new,
+            Err(_) => old.to_vec(),
+        };
+        let kept = self.start_routes();
+        changed.and(kept)
+    }
+
+    /// Has the kernel's routes kept again, for the device's present addresses.
+    fn start_routes(&mut self) -> Result<()> {
         let addresses = self.settled.link.addresses.clone();
-        let routes = RouteKeeper::start(&self.config.tun, addresses)?;
+        let routes = RouteKeeper::start(&self.config.tun, addresses, self.host.sender())?;
         // The new one does not know yet what it is to keep.
         let result = routes.set(self.routes_kept.clone());
         self.routes = Some(routes);
@@ -206,6 +227,7 @@ impl Running {
                 .handover
                 .as_ref()
                 .map_or_else(never, |handover| handover.ready().clone());
+            let (host_news, host_due) = (self.host.news(), self.host.due());
             select! {
                 recv(signals) -> signal => match signal {
                     Ok(SIGHUP) if self.handover.is_some() => self.is_reload_due = true,
@@ -237,6 +259,8 @@ impl Running {
                         self.name_answered(answer);
                     }
                 }
+                recv(host_news) -> _ => self.host.note(Instant::now()),
+                recv(host_due) -> _ => self.look_at_host(),
                 recv(look) -> _ => self.look_after_peers(),
                 recv(limits_reset) -> _ => {
                     self.workers().tell(|| Command::ResetLimits);
@@ -271,7 +295,6 @@ impl Running {
             false => overlay.kernel_routes(),
         };
         wanted.extend(self.config.routes.iter().map(IpNet::trunc));
-        wanted.retain(|prefix| !self.routes_withheld.contains(prefix));
         wanted
     }
 
@@ -282,6 +305,7 @@ impl Running {
     /// through the tunnel.
     pub(super) fn commit(&mut self, mut next: Overlay) -> Result<()> {
         start::set_literals(&mut next);
+        next.set_own_addresses(own_addresses(&mut self.netlink, &self.settled)?);
         ask_paths(&mut next, self.settled.listen);
         let old_table = Arc::clone(&self.table);
         // Workers first, so that what the kernel sends into the tunnel by a
@@ -357,16 +381,6 @@ impl Running {
         tunnel_addresses(&self.settled.link.addresses, self.accept_local)
     }
 
-    /// Makes sure that no peer is reached through the tunnel itself.
-    fn check_outside(&mut self, overlay: &Overlay) -> Result<()> {
-        overlay
-            .peers()
-            .filter_map(|(_, peer)| peer.endpoint)
-            .try_for_each(|endpoint| {
-                link::check_outside(&mut self.netlink, &self.config.tun, endpoint.ip())
-            })
-    }
-
     /// A peer's name has an address, or still none.
     fn name_answered(&mut self, answer: Answer) {
         let Answer { name, result } = answer;
@@ -411,14 +425,13 @@ impl Running {
         }
         operator::check_reach(self.settled.listen, endpoint)?;
         self.overlay.check_other(self.settled.listen, endpoint)?;
-        link::check_outside(&mut self.netlink, &self.config.tun, endpoint.ip())
+        link::check_outside(&mut self.netlink, &self.config.tun, endpoint)
     }
 
     /// Notes who answers, asks for the names of those who do not, and asks the
     /// kernel what it has learnt of the paths in use.
     fn look_after_peers(&mut self) {
         let now = Instant::now();
-        let mut has_received = false;
         for (hop, peer) in self.overlay.peers() {
             let sum = |count: fn(&PeerCounters) -> u64| peer.traffic.iter().map(count).sum::<u64>();
             let received = sum(|worker| worker.packets_received.get());
@@ -432,7 +445,6 @@ impl Running {
             }
             heard.path_used |= sent != heard.sent;
             if received != heard.received {
-                has_received = true;
                 heard.last = Some(now);
                 heard.silent_since = None;
                 self.names.answered(&peer.name);
@@ -446,42 +458,41 @@ impl Running {
         }
         self.names.tick(now);
         self.look_after_paths();
-        self.look_after_withheld();
-        if has_received {
-            self.look_after_own_addresses();
+        if self.routes.is_none() {
+            // There is nobody who would tell of changes.
+            self.host.note(now);
         }
         self.retired.retain(|old| Arc::strong_count(old) > 1);
     }
 
-    /// Addresses come and go without us. An idle tunnel need not know.
-    fn look_after_own_addresses(&mut self) {
-        match own_addresses(&mut self.netlink, &self.settled) {
-            Ok(own) => {
-                if self.overlay.set_own_addresses(own) {
-                    self.republish();
-                }
-            }
-            Err(error) => tracing::debug!("{error}"),
-        }
-    }
-
+    /// Also whether they lead outside: not all that decides on it is told, such
+    /// as policy rules.
     fn look_after_paths(&mut self) {
+        let is_used = |hop| self.heard.get(&hop).is_some_and(|heard| heard.path_used);
         let used: Vec<_> = self
             .overlay
             .peers()
-            .filter(|(hop, _)| self.heard.get(hop).is_some_and(|heard| heard.path_used))
-            .filter_map(|(hop, peer)| Some((hop, peer.endpoint?, peer.path_mtu_bytes)))
+            .filter(|&(hop, peer)| peer.is_suspended || is_used(hop))
+            .filter_map(|(hop, peer)| Some((hop, peer.endpoint?)))
             .collect();
         if used.is_empty() {
             return;
         }
         self.path_cursor %= used.len();
         let turn = used.iter().cycle().skip(self.path_cursor);
-        let mut is_news = false;
-        for &(hop, endpoint, known) in turn.take(PATHS_ASKED_MAX.min(used.len())) {
+        let turn: Vec<_> = turn
+            .take(PATHS_ASKED_MAX.min(used.len()))
+            .copied()
+            .collect();
+        let mut is_news = self.look_at_ways(&turn);
+        for (hop, endpoint) in turn {
             if let Some(heard) = self.heard.get_mut(&hop) {
                 heard.path_used = false;
             }
+            let Some(peer) = self.overlay.in_use(hop) else {
+                continue;
+            };
+            let known = peer.path_mtu_bytes;
             let Ok(path) = path::discover(self.settled.listen.ip(), endpoint) else {
                 continue;
             };
@@ -574,16 +585,18 @@ impl Running {
         if let Err(error) = self.take_routes_on() {
             tracing::error!("{error}");
         }
+        // Nobody has told of changes meanwhile.
+        self.host.note(Instant::now());
         Ok(())
     }
 }
 
 /// Asks the kernel about paths of which nothing is known.
-fn ask_paths(overlay: &mut Overlay, listen: SocketAddr) {
+pub(super) fn ask_paths(overlay: &mut Overlay, listen: SocketAddr) {
     let unknown: Vec<_> = overlay
         .peers()
         .filter(|(_, peer)| peer.path_mtu_bytes.is_none())
-        .filter_map(|(hop, peer)| Some((hop, peer.endpoint?)))
+        .filter_map(|(hop, peer)| Some((hop, peer.endpoint_in_use()?)))
         .collect();
     for (hop, endpoint) in unknown {
         if let Ok(path) = path::discover(listen.ip(), endpoint) {

@@ -1,11 +1,12 @@
 //! The start of a tunnel: names resolved, port and device claimed or taken
 //! over.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
-use std::net::{IpAddr, SocketAddr};
+use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::host::own_addresses;
 use crate::cli::Endpoint;
 use crate::client;
 use crate::config::{Config, Settled};
@@ -110,16 +111,6 @@ pub fn prepare(config: Config) -> Result<Prepared> {
         names,
         known,
     })
-}
-
-/// All addresses of this host, and those that the device has while it is up.
-///
-/// # Errors
-/// When the kernel refuses to list them.
-pub fn own_addresses(netlink: &mut Netlink, settled: &Settled) -> Result<BTreeSet<IpAddr>> {
-    let present = netlink.addresses()?.into_iter().map(|(_, net)| net);
-    let given = settled.link.addresses.iter().copied();
-    Ok(present.chain(given).map(|net| net.addr()).collect())
 }
 
 /// What all workers have in common.

@@ -82,7 +82,8 @@ counters! {
     drop_frame_malformed,
     /// Outbound: packets to which no peer's prefix matches.
     drop_no_route,
-    /// Outbound: packets to a peer whose name has not resolved.
+    /// Outbound: packets to a peer whose name has not resolved, or to
+    /// whom the way leads through the tunnel itself.
     drop_peer_unresolved,
     /// Outbound: packets whose hops were spent (`--hop`).
     drop_ttl,

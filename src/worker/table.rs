@@ -21,7 +21,8 @@ const IPV6_MTU_BYTES_MIN: usize = 1280;
 /// A far end of the tunnel, as workers see it.
 #[derive(Clone, Debug)]
 pub struct Peer {
-    /// Where its datagrams go; `None` while its name does not resolve.
+    /// Where its datagrams go; `None` while its name does not resolve, or while
+    /// they would come back into the tunnel.
     pub endpoint: Option<SocketAddr>,
     /// Longest inner packet that reaches it in one piece: the path MTU less
     /// the outer headers.

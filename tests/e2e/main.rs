@@ -40,6 +40,7 @@ mod sources;
 mod strangers;
 mod super_packets;
 mod support;
+mod surroundings;
 mod takeover;
 mod tools;
 mod traffic;
@@ -95,6 +96,7 @@ fn main() -> ExitCode {
         reload::tests_of_control(),
         settings::tests(),
         routes::tests(),
+        surroundings::tests(),
         takeover::tests_of_control(),
         handover::tests_of_control(),
         overlay_mtu::tests_of_no_engine(),

@@ -68,6 +68,7 @@ pub fn start_and_set_up(
         address: TUNNEL[1].into(),
         processes: daemons.map(|daemon| vec![daemon.child]),
         configuration: None,
+        changes: None,
     })
 }
 

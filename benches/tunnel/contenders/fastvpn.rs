@@ -10,7 +10,7 @@ use super::{Contender, Link, UNDERLAY, daemon};
 use crate::variant::{self, Variant};
 
 /// The program that was built together with this bench.
-const PROGRAM: &str = env!("CARGO_BIN_EXE_fastvpn");
+pub(super) const PROGRAM: &str = env!("CARGO_BIN_EXE_fastvpn");
 
 /// Key, title and flags of those that are always compared.
 const BUILT_IN: [(&str, &str, &str); 4] = [

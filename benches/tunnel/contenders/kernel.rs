@@ -41,6 +41,7 @@ impl Contender for Veth {
             address: UNDERLAY[1].into(),
             processes: Default::default(),
             configuration: None,
+            changes: None,
         })
     }
 }
@@ -80,6 +81,7 @@ impl Contender for Vxlan {
             address: TUNNEL[1].into(),
             processes: Default::default(),
             configuration: None,
+            changes: None,
         })
     }
 }

@@ -7,6 +7,7 @@ pub mod kernel;
 pub mod one_packet;
 pub mod openvpn;
 pub mod others;
+pub mod overlay;
 pub mod tinc;
 pub mod wireguard_go;
 
@@ -17,6 +18,7 @@ use ::fastvpn::lab::{Child, Pair};
 use tempfile::TempDir;
 
 pub use others::others;
+use overlay::{Changes, Overlay};
 
 /// Addresses of host `a` and host `b` on the cable between them, in one /24.
 pub const UNDERLAY: [Ipv4Addr; 2] = [
@@ -44,6 +46,8 @@ pub const TUNNEL_PREFIX: u8 = 16;
 pub struct Link {
     /// Address of host `b` at the far end of the link, as host `a` reaches it.
     pub address: IpAddr,
+    /// What keeps changing while the link is up.
+    pub changes: Option<Changes>,
     /// Processes that carry the link, at host `a` and at host `b`; empty when
     /// the kernel does it.
     pub processes: [Vec<Child>; 2],
@@ -78,6 +82,8 @@ pub fn all() -> Result<Vec<Box<dyn Contender>>> {
     for contender in fastvpn::built_in()? {
         all.push(Box::new(contender));
     }
+    all.push(Box::new(Overlay::Prefixes));
+    all.push(Box::new(Overlay::Changes));
     all.push(Box::new(one_packet::OnePacket));
     all.extend(others());
     Ok(all)

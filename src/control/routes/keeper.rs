@@ -50,11 +50,6 @@ pub enum Command {
         /// Takes one answer.
         answer: Sender<Result<()>>,
     },
-    /// See [`RouteKeeper::owned`](super::RouteKeeper::owned).
-    Owned {
-        /// Takes one answer.
-        answer: Sender<Result<BTreeSet<IpNet>>>,
-    },
     /// Ends the thread.
     End(AtEnd),
 }
@@ -71,6 +66,9 @@ pub struct Parts {
     pub name: String,
     /// The device's addresses.
     pub addresses: Vec<IpNet>,
+    /// Tells the owner that something about the host has changed. It has room
+    /// for one piece of news: a second one says nothing more.
+    pub changes: Sender<()>,
     /// The owner's commands.
     pub commands: Receiver<Command>,
     /// Counts commands, to wake the thread.
@@ -97,6 +95,8 @@ pub struct Keeper {
     /// When all comparisons so far are paid for.
     paid_at: Instant,
     backoff: Backoff,
+    /// The same for the device's addresses.
+    addresses_backoff: Backoff,
     journal: Journal,
 }
 
@@ -129,6 +129,7 @@ impl Keeper {
             wanted,
             paid_at: Instant::now(),
             backoff: Backoff::default(),
+            addresses_backoff: Backoff::default(),
             journal: Journal::default(),
         })
     }
@@ -197,10 +198,6 @@ impl Keeper {
                 Ok(Command::GoOn { wanted, answer }) => {
                     let _ = answer.try_send(self.go_on(wanted));
                 }
-                Ok(Command::Owned { answer }) => {
-                    let owned = standings(&mut self.parts, &BTreeSet::new());
-                    let _ = answer.try_send(owned.map(|standings| standings.ours().collect()));
-                }
                 Ok(Command::End(at_end)) => return Some(at_end),
                 Err(TryRecvError::Empty) => return None,
                 Err(TryRecvError::Disconnected) => return Some(AtEnd::Remove),
@@ -244,6 +241,9 @@ impl Keeper {
         self.parts
             .watch
             .read(NEWS_PER_TURN_MAX, &mut |news| list.push(news))?;
+        if !list.is_empty() {
+            self.tell_owner();
+        }
         let now = Instant::now();
         for news in list {
             match news {
@@ -260,6 +260,12 @@ impl Keeper {
                 } if index == self.parts.ours.oif => {
                     self.note_link(up, now);
                     self.note_mtu(mtu_bytes.unwrap_or(self.mtu_bytes), now);
+                }
+                // With its last IPv4 address the device has lost all IPv4 routes,
+                // of which nothing is told.
+                News::Address { index } if index == self.parts.ours.oif => {
+                    self.addresses_due = true;
+                    self.compare_at(now);
                 }
                 News::LinkDeleted { index } if index == self.parts.ours.oif => self.up = false,
                 News::Lost => {
@@ -325,6 +331,12 @@ impl Keeper {
     fn note_loss(&mut self, now: Instant) {
         self.addresses_due = true;
         self.compare_at(now);
+        self.tell_owner();
+    }
+
+    /// The owner comes to it when it has the time.
+    fn tell_owner(&self) {
+        let _ = self.parts.changes.try_send(());
     }
 
     /// Compares the kernel's table with what is wanted, and puts right what
@@ -339,8 +351,9 @@ impl Keeper {
         };
         self.up = true;
         self.note_mtu(link.mtu, started);
+        let mut in_peace = was_up;
         if !was_up || self.addresses_due {
-            self.restore_addresses()?;
+            in_peace &= !self.restore_addresses(was_up, started)?;
         }
         let standings = standings(&mut self.parts, &self.wanted)?;
         let strays: Vec<IpNet> = standings
@@ -355,7 +368,7 @@ impl Keeper {
             .filter(|prefix| self.has_room_for(prefix) && !standings.is_right(prefix))
         {
             match self.backoff.wait_until(prefix, started) {
-                Some(at) if was_up => {
+                Some(at) if in_peace => {
                     postponed = Some(postponed.map_or(at, |earliest| earliest.min(at)));
                 }
                 _ => repairs.push(Repair {
@@ -370,7 +383,14 @@ impl Keeper {
         }
         self.backoff
             .forget(started, |prefix| self.wanted.contains(prefix));
-        let repaired = self.repair(&repairs, was_up);
+        let addresses = &self.parts.addresses;
+        self.addresses_backoff
+            .forget(started, |address| addresses.contains(address));
+        let repaired = self.repair(&repairs, in_peace);
+        if !repairs.is_empty() {
+            // The way to somebody may lead into the device again.
+            self.tell_owner();
+        }
         let cleared = self.delete_all(&strays);
         self.strays_due &= cleared.is_err();
         let now = Instant::now();
@@ -378,8 +398,14 @@ impl Keeper {
         repaired.and(cleared)
     }
 
-    /// `in_peace`: the device has not just come up. If it has, that the routes
-    /// are missing is nobody's attack on a prefix.
+    /// `in_peace`: the device has not just come up, nor had it lost addresses.
+    ///
+    /// Who gets a backoff, and who a log line: what has gone with the device or
+    /// its addresses is nobody's attack on a prefix, so it is put back whatever
+    /// was before, counts for nothing, and has one line for all. What somebody
+    /// has done to a prefix in peace counts for that prefix's backoff, and has a
+    /// line of its own. A prefix that cannot be put right counts at all times,
+    /// and is tried again when its backoff allows it, and not at once.
     fn repair(&mut self, repairs: &[Repair], in_peace: bool) -> Result<()> {
         let ours = self.parts.ours;
         let mut changes = Vec::with_capacity(repairs.len());
@@ -438,25 +464,42 @@ impl Keeper {
         matches!(prefix, IpNet::V4(_)) || self.takes_ipv6()
     }
 
-    /// Gives the device back the addresses that it has lost. One that it does
-    /// not take (IPv6 may be switched off on it by now) is not tried again: the
-    /// routes are worth having without.
-    fn restore_addresses(&mut self) -> Result<()> {
+    /// Gives the device back the addresses that it has lost; tells whether there
+    /// were any. One that it does not take (IPv6 may be switched off on it by
+    /// now) is not tried again until its addresses change: the routes are worth
+    /// having without.
+    ///
+    /// If the device was up, somebody has taken them away: that counts for their
+    /// backoff, as with routes, and each has a line.
+    fn restore_addresses(&mut self, was_up: bool, now: Instant) -> Result<bool> {
         let index = self.parts.ours.oif;
         let present = self.parts.netlink.addresses()?;
         self.addresses_due = false;
+        let mut had_lost_any = false;
         for address in self.parts.addresses.clone() {
             if present.contains(&(index, address)) || !self.has_room_for(&address) {
                 continue;
+            }
+            had_lost_any = true;
+            if was_up {
+                if let Some(at) = self.addresses_backoff.wait_until(&address, now) {
+                    self.addresses_due = true;
+                    self.compare_at(at);
+                    continue;
+                }
+                self.addresses_backoff.answered(address, now);
             }
             match self.parts.netlink.add_address(index, address) {
                 Err(error) if error.errno() != Some(libc::EEXIST) => {
                     self.warn(|_| error.to_string());
                 }
+                _ if was_up => self.warn(|parts| {
+                    format!("address {address} on {} was gone; put back", parts.name)
+                }),
                 _ => {}
             }
         }
-        Ok(())
+        Ok(had_lost_any)
     }
 
     pub(super) fn set(&mut self, wanted: BTreeSet<IpNet>) -> Result<()> {

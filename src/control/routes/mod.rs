@@ -1,10 +1,12 @@
 //! The kernel routes to the peers' prefixes, kept: whoever deletes or overrides
-//! one finds it back at once.
+//! one finds it back at once. So are the device's addresses, with the last of
+//! which the kernel would drop the routes.
 //!
 //! A [`RouteKeeper`] is a thread that sleeps until its owner wants other routes
 //! or the kernel tells of a change by somebody else ([`Watch`]). It then
-//! compares the main table with what is wanted and puts right what differs. It
-//! never polls, and no state but the kernel's own decides what is done, so lost
+//! compares the main table with what is wanted and puts right what differs. As
+//! it hears of all changes, it tells its owner that there are some. It never
+//! polls, and no state but the kernel's own decides what is done, so lost
 //! news does no harm.
 //!
 //! Ours are the routes with [`PROTOCOL`] through the tunnel's device in the
@@ -92,13 +94,18 @@ impl RouteKeeper {
     /// predecessor's, are kept until [`set`](Self::set) says otherwise; the
     /// predecessor's keeper must have ended.
     ///
-    /// `addresses` are put back, too, when the device was taken down and is up
-    /// again: the kernel forgets those of IPv6. So the device should be up and
-    /// have its addresses before this is called.
+    /// `addresses` are put back, too, when somebody takes them from the device,
+    /// and when the device was taken down and is up again: the kernel forgets
+    /// those of IPv6. So the device should be up and have its addresses before
+    /// this is called, and its keeper ends before it is given others.
+    ///
+    /// `changes` is sent to when others have changed links, addresses or routes,
+    /// whichever, of the namespace. Room for one is enough: news that finds none
+    /// is left out.
     ///
     /// # Errors
     /// When there is no such device, or no netlink sockets.
-    pub fn start(tun: &str, addresses: Vec<IpNet>) -> Result<Self> {
+    pub fn start(tun: &str, addresses: Vec<IpNet>, changes: Sender<()>) -> Result<Self> {
         let mut netlink = Netlink::open()?;
         let oif = netlink.link_index(tun)?.ok_or_else(|| {
             Error::new(format!("cannot keep routes: there is no interface {tun}"))
@@ -119,6 +126,7 @@ impl RouteKeeper {
             ours,
             name: tun.to_string(),
             addresses,
+            changes,
             commands: receiver,
             wake: Arc::clone(&wake),
         };
@@ -159,15 +167,6 @@ impl RouteKeeper {
     pub fn go_on(&self, wanted: BTreeSet<IpNet>) -> Result<()> {
         let wanted = wanted.iter().map(IpNet::trunc).collect();
         self.ask(|answer| Command::GoOn { wanted, answer })?
-    }
-
-    /// The prefixes that have routes of ours in the kernel's table now: those
-    /// that are wanted, less those for which another route does as well.
-    ///
-    /// # Errors
-    /// When the kernel refuses to list its routes.
-    pub fn owned(&self) -> Result<BTreeSet<IpNet>> {
-        self.ask(|answer| Command::Owned { answer })?
     }
 
     /// Ends the keeper and waits for its end.

@@ -72,7 +72,7 @@ impl Host {
     fn keeper_with(&self, addresses: &[&str]) -> RouteKeeper {
         let addresses = addresses.iter().copied().map(net).collect();
         self.namespace
-            .run(|| RouteKeeper::start("tun0", addresses))
+            .run(|| RouteKeeper::start("tun0", addresses, bounded(1).0))
             .unwrap()
     }
 
@@ -90,6 +90,7 @@ impl Host {
             ours: self.ours,
             name: "tun0".into(),
             addresses: Vec::new(),
+            changes: bounded(1).0,
             commands: receiver,
             wake: Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap()),
         };
@@ -165,7 +166,6 @@ fn routes_are_added_and_deleted_by_the_difference() {
     assert_eq!(host.leads_to(V4), Some(host.ours.oif));
     assert_eq!(host.leads_to(V6), Some(host.ours.oif));
     keeper.set(set(&[V6, "10.3.0.0/16"])).unwrap();
-    assert_eq!(keeper.owned().unwrap(), set(&[V6, "10.3.0.0/16"]));
     assert_eq!(host.owned(), set(&[V6, "10.3.0.0/16"]));
     drop(keeper);
     assert_eq!(host.owned(), set(&[]));
@@ -263,6 +263,53 @@ fn routes_and_addresses_survive_the_device_being_down() {
     }
 }
 
+/// With its last IPv4 address the kernel drops all IPv4 routes of a device, and
+/// tells nobody.
+#[test]
+fn routes_and_addresses_survive_the_addresses_being_taken_away() {
+    let mut host = Host::new();
+    let oif = host.ours.oif;
+    let addresses = ["10.9.0.1/24", "10.9.0.2/24", "fd09::1/64"].map(net);
+    for address in addresses {
+        host.netlink.add_address(oif, address).unwrap();
+    }
+    let keeper = host.keeper_with(&["10.9.0.1/24", "10.9.0.2/24", "fd09::1/64"]);
+    keeper.set(set(&[V4, V6])).unwrap();
+    for _ in 0..6 {
+        // The second IPv4 address may go with the first one.
+        for address in addresses {
+            let _ = host.netlink.del_address(oif, address);
+        }
+        host.wait_for("all addresses and routes", |host| {
+            let present = host.netlink.addresses().unwrap();
+            let is_there = |address: &IpNet| present.contains(&(oif, *address));
+            addresses.iter().all(is_there) && host.owned() == set(&[V4, V6])
+        });
+    }
+    keeper.stop(AtEnd::Keep);
+    host.netlink.del_address(oif, addresses[2]).unwrap();
+    let present = host.netlink.addresses().unwrap();
+    assert!(!present.contains(&(oif, addresses[2])));
+}
+
+#[test]
+fn the_owner_is_told_of_changes_wherever_they_are() {
+    let mut host = Host::new();
+    let (changed, changes) = bounded(1);
+    let keeper = host
+        .namespace
+        .run(|| RouteKeeper::start("tun0", Vec::new(), changed))
+        .unwrap();
+    keeper.set(set(&[V4])).unwrap();
+    let told = || changes.recv_timeout(PATIENCE).unwrap();
+    let (other, address) = (host.other, net("10.9.0.1/32"));
+    host.netlink.add_address(other, address).unwrap();
+    told();
+    host.netlink.set_down(other).unwrap();
+    told();
+    drop(keeper);
+}
+
 #[test]
 fn a_foreign_route_is_a_conflict_and_nothing_is_half_done() {
     let mut host = Host::new();
@@ -305,7 +352,7 @@ fn routes_of_others_through_the_device_are_left_alone() {
     keeper.set(set(&[])).unwrap();
     keeper.set(set(&["10.9.0.0/24", V4])).unwrap();
     assert_eq!(host.main_routes(), before);
-    assert_eq!(keeper.owned().unwrap(), set(&[]));
+    assert_eq!(host.owned(), set(&[]));
     // When the kernel's is deleted or overridden, ours takes its place.
     host.netlink
         .del_route(net("10.9.0.0/24"), None, Some(oif))
@@ -313,7 +360,7 @@ fn routes_of_others_through_the_device_are_left_alone() {
     host.await_ours("10.9.0.0/24");
     host.meddle(Meddling::Prepend, V4, 0);
     host.await_ours(V4);
-    assert_eq!(keeper.owned().unwrap(), set(&["10.9.0.0/24", V4]));
+    assert_eq!(host.owned(), set(&["10.9.0.0/24", V4]));
     drop(keeper);
     assert_eq!(host.routes_to(V4).len(), 2);
 }

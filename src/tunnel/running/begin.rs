@@ -1,5 +1,4 @@
-//! How a tunnel begins to run: set up, or taken over from another process; and
-//! with what routes, where that was not to be known before.
+//! How a tunnel begins to run: set up, or taken over from another process.
 
 use std::collections::{BTreeSet, HashMap};
 use std::os::fd::OwnedFd;
@@ -15,6 +14,7 @@ use crate::control::routes::{self, RouteKeeper};
 use crate::control::workers::Workers;
 use crate::device::link;
 use crate::error::Result;
+use crate::tunnel::host::HostNews;
 use crate::tunnel::start::{self, Claimed, Prepared};
 use crate::tunnel::takeover::{self, Inherited};
 use crate::tunnel::{announce, handover, inherit};
@@ -128,11 +128,11 @@ impl Running {
             names,
             heard: HashMap::new(),
             path_cursor: 0,
+            host: HostNews::new(),
             netlink,
             accept_local,
             routes: None,
             routes_kept: BTreeSet::new(),
-            routes_withheld: BTreeSet::new(),
             server: None,
             handover: None,
             postponed: Vec::new(),
@@ -159,7 +159,8 @@ impl Running {
         self.let_workers_go();
         self.bring_up(&[])?;
         let addresses = self.settled.link.addresses.clone();
-        self.routes = Some(RouteKeeper::start(&self.config.tun, addresses)?);
+        let routes = RouteKeeper::start(&self.config.tun, addresses, self.host.sender())?;
+        self.routes = Some(routes);
         self.set_routes(self.kernel_routes(&self.overlay))?;
         self.check_outside(&self.overlay.clone())?;
         self.serve(None)?;
@@ -177,8 +178,7 @@ impl Running {
         let addresses = &self.settled.link.addresses;
         let endpoints = self.overlay.peers().filter_map(|(_, peer)| peer.endpoint);
         for endpoint in endpoints {
-            let peer = endpoint.ip();
-            link::check_will_be_outside(&mut self.netlink, tun, peer, addresses, &wanted)?;
+            link::check_will_be_outside(&mut self.netlink, tun, endpoint, addresses, &wanted)?;
         }
         routes::check_free(&mut self.netlink, tun, &wanted)
     }
@@ -191,8 +191,9 @@ impl Running {
         let brought_up = self.bring_up(old_addresses);
         let served = self.serve(listener);
         let routed = self.take_routes_on();
-        let withheld = self.withhold_routes();
-        for result in [brought_up, served, routed, withheld] {
+        // Who cannot be reached from outside is suspended, and no more.
+        self.look_at_host();
+        for result in [brought_up, served, routed] {
             if let Err(error) = result {
                 tracing::error!("taken over, but not in full: {error}");
             }
@@ -204,58 +205,9 @@ impl Running {
     pub(super) fn take_routes_on(&mut self) -> Result<()> {
         self.routes_kept = self.kernel_routes(&self.overlay);
         let addresses = self.settled.link.addresses.clone();
-        let routes = RouteKeeper::start(&self.config.tun, addresses)?;
+        let routes = RouteKeeper::start(&self.config.tun, addresses, self.host.sender())?;
         let result = routes.go_on(self.routes_kept.clone());
         self.routes = Some(routes);
         result
-    }
-
-    /// Takes away the routes that lead to a peer, if it is reached through the
-    /// tunnel itself.
-    ///
-    /// # Errors
-    /// Names the peer, whether that has helped or not.
-    fn withhold_routes(&mut self) -> Result<()> {
-        let endpoints: Vec<_> = self
-            .overlay
-            .peers()
-            .filter_map(|(_, peer)| peer.endpoint)
-            .collect();
-        let mut result = Ok(());
-        for endpoint in endpoints {
-            let tun = &self.config.tun;
-            let checked = link::check_outside(&mut self.netlink, tun, endpoint.ip());
-            if checked.is_err() {
-                let peer = endpoint.ip();
-                for prefix in self.routes_kept.iter().filter(|net| net.contains(&peer)) {
-                    tracing::warn!("no route {prefix} until there is another way to peer {peer}");
-                    self.routes_withheld.insert(*prefix);
-                }
-            }
-            result = result.and(checked);
-        }
-        if result.is_err() {
-            self.set_routes(self.kernel_routes(&self.overlay))?;
-        }
-        result
-    }
-
-    /// Adds the routes that were withheld if there is another way to the peers
-    /// by now.
-    pub(super) fn look_after_withheld(&mut self) {
-        if self.routes_withheld.is_empty() {
-            return;
-        }
-        let withheld = std::mem::take(&mut self.routes_withheld);
-        let added = self
-            .check_routes()
-            .and_then(|()| self.set_routes(self.kernel_routes(&self.overlay)));
-        match added {
-            Ok(()) => tracing::info!("there are other ways to all peers: no route is left out"),
-            Err(error) => {
-                tracing::debug!("{error}");
-                self.routes_withheld = withheld;
-            }
-        }
     }
 }

@@ -1,6 +1,7 @@
-//! That the bench's links over other people's tunnels are what they seem: they
-//! carry TCP both ways and every byte of it, in packets that fit the cable, and
-//! leave nothing behind. One that is not installed is shown as ignored.
+//! That the bench's links over other people's tunnels, and over fastvpn's own with
+//! many and with changing prefixes, are what they seem: they carry TCP both ways
+//! and every byte of it, in packets that fit the cable, and leave nothing behind.
+//! One that is not installed is shown as ignored.
 
 // The bench uses what these tests do not, and without the harness nothing runs
 // the tests of its modules; tests/bench_parts.rs does.
@@ -15,10 +16,11 @@ use std::fs;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use contenders::{
     Contender, TUNNEL, UNDERLAY, UNDERLAY_MTU_BYTES, UNDERLAY_PREFIX, others::others,
+    overlay::Overlay,
 };
 use fastvpn::lab::traffic::{Between, Bulk, BulkLimit, Watch, ping, tcp_bulk};
 use fastvpn::lab::{self, Namespace, Pair, UNDERLAY_NAME};
@@ -32,6 +34,7 @@ const ETHERNET_HEADER_BYTES: u64 = 14;
 const PING_HEADER_BYTES: usize = 20 + 8;
 const PING_TIMEOUT: Duration = Duration::from_secs(1);
 const PINGS_MAX: usize = 10;
+const GONE_MAX: Duration = Duration::from_secs(5);
 
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
@@ -41,7 +44,7 @@ fn main() -> ExitCode {
         eprintln!("the tests of other tunnels cannot run: {error}");
         return ExitCode::FAILURE;
     }
-    let trials = others().into_iter().map(|contender| {
+    let trials = tested().into_iter().map(|contender| {
         let missing = contender.missing();
         let kind = missing.clone().unwrap_or_default();
         let name = contender.key();
@@ -52,8 +55,15 @@ fn main() -> ExitCode {
     libtest_mimic::run(&arguments, trials.collect()).exit_code()
 }
 
+fn tested() -> Vec<Box<dyn Contender>> {
+    let mut tested = others();
+    tested.push(Box::new(Overlay::Prefixes));
+    tested.push(Box::new(Overlay::Changes));
+    tested
+}
+
 fn check(key: &str) -> Result<(), Failed> {
-    let contender: Box<dyn Contender> = others()
+    let contender: Box<dyn Contender> = tested()
         .into_iter()
         .find(|contender| contender.key() == key)
         .ok_or("gone")?;
@@ -70,6 +80,13 @@ fn check(key: &str) -> Result<(), Failed> {
         if fragments != 0 {
             return Err(format!("{fragments} packets were cut to fit the cable").into());
         }
+    }
+    if let Some(changes) = &link.changes {
+        let made = changes.made()?;
+        if made == 0 {
+            return Err("no prefixes have changed".into());
+        }
+        println!("prefixes changed {made} times meanwhile");
     }
     leaves_nothing(&pair, link)
 }
@@ -145,10 +162,18 @@ fn leaves_nothing(pair: &Pair, link: contenders::Link) -> Result<(), Failed> {
     if !traces.is_empty() {
         return Err(format!("left behind: {traces:?}").into());
     }
+    // The kernel closes what a killed io_uring holds a moment after the process.
+    let deadline = Instant::now() + GONE_MAX;
     for host in [&pair.a, &pair.b] {
-        let links = host.netlink()?.links()?;
-        if links.len() != 2 {
-            return Err(format!("interfaces left behind: {links:?}").into());
+        loop {
+            let links = host.netlink()?.links()?;
+            if links.len() == 2 {
+                break;
+            }
+            if Instant::now() > deadline {
+                return Err(format!("interfaces left behind: {links:?}").into());
+            }
+            std::thread::sleep(Duration::from_millis(10));
         }
     }
     Ok(())

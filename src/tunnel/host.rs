@@ -1,0 +1,210 @@
+//! The host around a running tunnel: its own addresses, and the ways to the
+//! peers. Both change without us, and are looked at again when the kernel tells
+//! that something has ([`RouteKeeper`](crate::control::routes::RouteKeeper)).
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, at, bounded, never};
+
+use super::running::{Running, ask_paths};
+use crate::config::Settled;
+use crate::control::overlay::Overlay;
+use crate::device::link;
+use crate::error::Result;
+use crate::netlink::Netlink;
+use crate::packet::train::NextHop;
+use crate::worker::Command;
+
+/// How long after the first piece of news the host is looked at: what belongs
+/// together, as all that goes with an interface, is told piece by piece.
+const NEWS_WAIT: Duration = Duration::from_millis(50);
+
+/// A look is paid for with a rest so many times as long as it took, and of
+/// [`REST_MIN`] at least: hosts whose routes change all the time are not looked
+/// at all the time.
+const REST_FACTOR: u32 = 10;
+const REST_MIN: Duration = Duration::from_secs(1);
+
+/// Peers that are named one by one in the log. More are counted.
+const PEERS_NAMED_MAX: usize = 8;
+
+/// When the host is to be looked at.
+pub struct HostNews {
+    sender: Sender<()>,
+    receiver: Receiver<()>,
+    /// When the next look is due; `None`: nothing has changed.
+    due: Option<Instant>,
+    rested_at: Instant,
+}
+
+impl HostNews {
+    /// A first look is due at once.
+    pub fn new() -> Self {
+        // A second piece of news says nothing more.
+        let (sender, receiver) = bounded(1);
+        let now = Instant::now();
+        Self {
+            sender,
+            receiver,
+            due: Some(now),
+            rested_at: now,
+        }
+    }
+
+    /// Takes news.
+    pub fn sender(&self) -> Sender<()> {
+        self.sender.clone()
+    }
+
+    /// Gives the news, unless a look is due anyway: so news wakes nobody more
+    /// often than looks are taken.
+    pub fn news(&self) -> Receiver<()> {
+        match self.due {
+            Some(_) => never(),
+            None => self.receiver.clone(),
+        }
+    }
+
+    /// Gives the time when a look is due.
+    pub fn due(&self) -> Receiver<Instant> {
+        self.due.map_or_else(never, at)
+    }
+
+    /// Notes that something has changed.
+    pub fn note(&mut self, now: Instant) {
+        let at = (now + NEWS_WAIT).max(self.rested_at);
+        self.due.get_or_insert(at);
+    }
+
+    /// Notes a look that began at `started` and ends `now`.
+    fn looked(&mut self, started: Instant, now: Instant) {
+        self.due = None;
+        self.rested_at = now + ((now - started) * REST_FACTOR).max(REST_MIN);
+    }
+}
+
+/// All addresses of this host, and those that the device has while it is up.
+pub fn own_addresses(netlink: &mut Netlink, settled: &Settled) -> Result<BTreeSet<IpAddr>> {
+    let present = netlink.addresses()?.into_iter().map(|(_, net)| net);
+    let given = settled.link.addresses.iter().copied();
+    Ok(present.chain(given).map(|net| net.addr()).collect())
+}
+
+impl Running {
+    /// Looks at this host's addresses and at the ways to all peers.
+    pub(super) fn look_at_host(&mut self) {
+        let started = Instant::now();
+        let mut is_news = match own_addresses(&mut self.netlink, &self.settled) {
+            Ok(own) => self.overlay.set_own_addresses(own),
+            Err(error) => {
+                tracing::debug!("{error}");
+                false
+            }
+        };
+        let peers: Vec<_> = self
+            .overlay
+            .peers()
+            .filter_map(|(hop, peer)| Some((hop, peer.endpoint?)))
+            .collect();
+        is_news |= self.look_at_ways(&peers);
+        if is_news {
+            self.republish();
+        }
+        self.host.looked(started, Instant::now());
+    }
+
+    /// Suspends those of the peers to whom the way leads through the tunnel
+    /// itself, where each datagram would be wrapped again and again, and ends
+    /// the suspension of those to whom it leads outside again. Tells whether the
+    /// workers need a new table for it.
+    pub(super) fn look_at_ways(&mut self, peers: &[(NextHop, SocketAddr)]) -> bool {
+        let Ok(Some(own)) = self.netlink.link_index(&self.config.tun) else {
+            return false;
+        };
+        let (mut suspended, mut resumed) = (Vec::new(), Vec::new());
+        for &(hop, endpoint) in peers {
+            match self.netlink.interface_to_endpoint(endpoint) {
+                Ok(way) => {
+                    let is_inside = way == Some(own);
+                    if self.overlay.set_suspended(hop, is_inside) {
+                        let news = if is_inside {
+                            &mut suspended
+                        } else {
+                            &mut resumed
+                        };
+                        news.push(endpoint);
+                    }
+                }
+                Err(error) => tracing::debug!("{error}"),
+            }
+        }
+        for endpoint in suspended.iter().take(PEERS_NAMED_MAX) {
+            tracing::warn!(
+                "the way to peer {endpoint} leads through the tunnel itself: nothing is sent to it \
+                 until there is another"
+            );
+        }
+        for endpoint in resumed.iter().take(PEERS_NAMED_MAX) {
+            tracing::info!("the way to peer {endpoint} leads outside the tunnel again");
+        }
+        for (news, what) in [(&suspended, "through the tunnel"), (&resumed, "outside")] {
+            if news.len() > PEERS_NAMED_MAX {
+                let more = news.len() - PEERS_NAMED_MAX;
+                tracing::info!("the ways to {more} more peers lead {what}, too");
+            }
+        }
+        if !resumed.is_empty() {
+            ask_paths(&mut self.overlay, self.settled.listen);
+            // What was learnt of the way through the tunnel says nothing of this.
+            self.workers().tell(|| Command::ResetLimits);
+        }
+        !(suspended.is_empty() && resumed.is_empty())
+    }
+
+    /// Makes sure that no peer is reached through the tunnel itself, but for
+    /// those that are suspended for that anyway.
+    pub(super) fn check_outside(&mut self, overlay: &Overlay) -> Result<()> {
+        overlay
+            .peers()
+            .filter_map(|(_, peer)| peer.endpoint_in_use())
+            .try_for_each(|endpoint| {
+                link::check_outside(&mut self.netlink, &self.config.tun, endpoint)
+            })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn news_is_waited_for_together_and_looks_have_a_rest() {
+        let mut host = HostNews::new();
+        let started = Instant::now();
+        host.due().recv_timeout(REST_MIN).unwrap();
+        host.looked(started, started);
+        assert!(host.due().try_recv().is_err());
+        for _ in 0..3 {
+            let _ = host.sender().try_send(());
+        }
+        host.news().try_recv().unwrap();
+        // Not before the rest is over, and then soon.
+        host.note(started);
+        assert_eq!(host.due, Some(started + REST_MIN));
+        host.note(started + REST_MIN);
+        assert_eq!(host.due, Some(started + REST_MIN));
+        // Further news waits for the look.
+        let _ = host.sender().try_send(());
+        assert!(host.news().try_recv().is_err());
+        let later = started + 10 * REST_MIN;
+        host.looked(started, later);
+        host.news().try_recv().unwrap();
+        host.note(later);
+        assert_eq!(host.due, Some(later + 100 * REST_MIN));
+        host.looked(started, started);
+        host.note(later);
+        assert_eq!(host.due, Some(later + NEWS_WAIT));
+    }
+}
