@@ -12,5 +12,5 @@ pub mod routes;
 pub mod server;
 mod socket_name;
 pub mod summary;
-mod turns;
+pub(crate) mod turns;
 pub mod workers;

@@ -44,7 +44,6 @@ struct Worker {
     thread: JoinHandle<()>,
     commands: Sender<Command>,
     wake: Arc<EventFd>,
-    counters: Arc<Counters>,
 }
 
 /// How long workers may take to take a new table, and how often they are told
@@ -62,12 +61,17 @@ pub struct Workers {
 }
 
 impl Workers {
-    /// Makes one worker per queue and waits until all are ready. They start
-    /// with [`Self::go`].
+    /// Makes one worker per queue, with these sockets and counters, and waits
+    /// until all are ready. They start with [`Self::go`].
     ///
     /// # Errors
     /// The first error of any worker; then all are ended again.
-    pub fn start(queues: Vec<Queue>, sockets: Vec<WorkerSockets>, setup: &Setup) -> Result<Self> {
+    pub fn start(
+        queues: Vec<Queue>,
+        sockets: Vec<WorkerSockets>,
+        counters: Vec<Arc<Counters>>,
+        setup: &Setup,
+    ) -> Result<Self> {
         let count = queues.len();
         let (ready_sender, ready) = bounded(count);
         let (failure_sender, failures) = bounded(count);
@@ -78,11 +82,13 @@ impl Workers {
             failures,
             engine: setup.engine,
         };
-        for (index, (queue, sockets)) in queues.into_iter().zip(sockets).enumerate() {
+        let all = queues.into_iter().zip(sockets).zip(counters);
+        for (index, ((queue, sockets), counters)) in all.enumerate() {
             let parts = Parts {
                 index,
                 queue,
                 sockets,
+                counters,
                 setup: setup.clone(),
                 ready: ready_sender.clone(),
                 start: start.clone(),
@@ -135,14 +141,6 @@ impl Workers {
         &self.failures
     }
 
-    /// The workers' counters, in the order of their queues.
-    pub fn counters(&self) -> Vec<Arc<Counters>> {
-        self.workers
-            .iter()
-            .map(|worker| Arc::clone(&worker.counters))
-            .collect()
-    }
-
     /// Tells all workers. A worker that has not taken its last commands yet is
     /// left out rather than waited for; `false` then.
     pub fn tell(&self, command: impl Fn() -> Command) -> bool {
@@ -187,6 +185,7 @@ struct Parts {
     index: usize,
     queue: Queue,
     sockets: WorkerSockets,
+    counters: Arc<Counters>,
     setup: Setup,
     ready: Sender<Result<Engine>>,
     start: Receiver<()>,
@@ -202,11 +201,10 @@ impl Parts {
                 .hint("raise the limit on open files (ulimit -n), or ask for fewer --queues")
         })?;
         let wake = Arc::new(wake);
-        let counters = Arc::new(Counters::default());
-        let (worker_wake, worker_counters) = (Arc::clone(&wake), Arc::clone(&counters));
+        let worker_wake = Arc::clone(&wake);
         let thread = std::thread::Builder::new()
             .name(format!("fastvpn-{}", self.index))
-            .spawn(move || self.work(&receiver, worker_wake, worker_counters))
+            .spawn(move || self.work(&receiver, worker_wake))
             .map_err(|error| {
                 Error::os("cannot start a worker thread", error)
                     .hint("raise the limit on processes (ulimit -u), or ask for fewer --queues")
@@ -215,18 +213,22 @@ impl Parts {
             thread,
             commands,
             wake,
-            counters,
         })
     }
 
-    fn work(self, commands: &Receiver<Command>, wake: Arc<EventFd>, counters: Arc<Counters>) {
+    fn work(self, commands: &Receiver<Command>, wake: Arc<EventFd>) {
         if let Some(cores) = self.setup.cores.as_ref().filter(|cores| !cores.is_empty()) {
             let id = cores[self.index % cores.len()];
             if !core_affinity::set_for_current(core_affinity::CoreId { id }) {
                 tracing::warn!("cannot pin worker {} to core {id}", self.index);
             }
         }
-        let Self { queue, sockets, .. } = self;
+        let Self {
+            queue,
+            sockets,
+            counters,
+            ..
+        } = self;
         let limits = self.setup.limits;
         let shared_counters = Arc::clone(&counters);
         let run = Run {

@@ -1,15 +1,21 @@
 //! Addresses, MTU and routes of the TUN device, and the address that a tunnel
 //! gives itself when it was given none.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use ipnet::{IpNet, Ipv4Net};
 
 use crate::error::{Error, Result};
-use crate::netlink::Netlink;
+use crate::netlink::device_route::MAIN_TABLE;
+use crate::netlink::{Netlink, Way};
 
 /// Smallest MTU that IPv6 works with (RFC 8200, section 5).
 pub const IPV6_MTU_BYTES_MIN: u32 = 1280;
+
+/// The table that is looked up after the main one (`RT_TABLE_DEFAULT`,
+/// linux/rtnetlink.h).
+const DEFAULT_TABLE: u32 = 253;
 
 /// Smallest MTU that IPv4 works with (RFC 791).
 pub const IPV4_MTU_BYTES_MIN: u32 = 68;
@@ -86,6 +92,15 @@ pub fn remove_addresses(netlink: &mut Netlink, name: &str, added: &[IpNet]) {
     }
 }
 
+/// The addresses that the device has.
+///
+/// # Errors
+/// When there is no such device, or the kernel refuses.
+pub fn addresses(netlink: &mut Netlink, name: &str) -> Result<Vec<IpNet>> {
+    let index = index_of(netlink, name)?;
+    addresses_of(netlink, index)
+}
+
 fn addresses_of(netlink: &mut Netlink, index: u32) -> Result<Vec<IpNet>> {
     let all = netlink.addresses()?.into_iter();
     Ok(all
@@ -158,13 +173,69 @@ fn add_missing(netlink: &mut Netlink, index: u32, addresses: &[IpNet]) -> Result
 pub fn check_outside(netlink: &mut Netlink, name: &str, peer: SocketAddr) -> Result<()> {
     let own = netlink.link_index(name)?;
     if own.is_some() && netlink.interface_to_endpoint(peer)? == own {
-        return Err(Error::new(format!(
-            "the way to peer {} would lead through the tunnel itself",
-            peer.ip()
-        ))
-        .hint("choose an --address and --route that do not cover the peer, or add a route to it first"));
+        return Err(inside(peer.ip()));
     }
     Ok(())
+}
+
+fn inside(peer: IpAddr) -> Error {
+    Error::new(format!(
+        "the way to peer {peer} would lead through the tunnel itself"
+    ))
+    .hint("choose an --address and --route that do not cover the peer, or add a route to it first")
+}
+
+/// As [`check_outside`], before the device has these addresses and `routes`:
+/// whether a peer that is reached otherwise now would be reached through it then.
+///
+/// # Errors
+/// Names the peer if it would.
+pub fn check_will_be_outside(
+    netlink: &mut Netlink,
+    name: &str,
+    peer: SocketAddr,
+    addresses: &[IpNet],
+    routes: &BTreeSet<IpNet>,
+) -> Result<()> {
+    let address = peer.ip();
+    let covering = addresses.iter().filter(|subnet| subnet.contains(&address));
+    let subnet_length = covering.map(IpNet::prefix_len).max();
+    let route_length = longest_match(routes, address);
+    if subnet_length.is_none() && route_length.is_none() {
+        return Ok(());
+    }
+    let own = netlink.link_index(name)?;
+    if let SocketAddr::V6(peer) = peer
+        && peer.scope_id() != 0
+        && Some(peer.scope_id()) != own
+    {
+        return Ok(());
+    }
+    let is_inside = match netlink.way_to(peer)? {
+        Way::None => true,
+        Way::Dropped => false,
+        // It is already, and nothing is sent to it.
+        Way::Route(route) if route.oif == own => false,
+        // A rule that comes before the main table leads elsewhere.
+        Way::Route(route) if ![MAIN_TABLE, DEFAULT_TABLE].contains(&route.table) => false,
+        // Of two as long, the kernel's for an address comes last, and ours first.
+        Way::Route(route) => {
+            let length = Some(route.destination.prefix_len());
+            route_length >= length || subnet_length > length
+        }
+    };
+    match is_inside {
+        true => Err(inside(address)),
+        false => Ok(()),
+    }
+}
+
+/// Length of the longest of the prefixes that `address` is in.
+fn longest_match(prefixes: &BTreeSet<IpNet>, address: IpAddr) -> Option<u8> {
+    let host = IpNet::from(address);
+    (0..=host.max_prefix_len()).rev().find(|&length| {
+        IpNet::new(address, length).is_ok_and(|prefix| prefixes.contains(&prefix.trunc()))
+    })
 }
 
 /// The tunnel address of the host with the underlay address `underlay`:

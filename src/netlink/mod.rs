@@ -33,7 +33,7 @@ use crate::error::{Error, Result};
 
 pub use device_route::{DeviceRoute, RouteChange, RouteEntry};
 pub use link::{Link, LinkStats, Vxlan};
-pub use route::{Route, RouteKind};
+pub use route::{Route, RouteKind, Way};
 pub use watch::{News, Watch};
 
 /// Bytes of the receive buffer. The kernel fills at most 32 KiB of it per

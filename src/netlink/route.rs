@@ -44,6 +44,17 @@ pub struct Route {
     pub table: u32,
 }
 
+/// How the host would reach an address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Way {
+    /// By this route. Of several next hops it has the first.
+    Route(Route),
+    /// There is a route, which drops all packets.
+    Dropped,
+    /// There is none.
+    None,
+}
+
 /// What the kernel says where there is no route, or one of the types
 /// unreachable, blackhole and prohibit, in this order (`fib_props` in
 /// net/ipv4/fib_semantics.c; `ip6_rt_type_to_error()` in net/ipv6/route.c).
@@ -146,11 +157,7 @@ impl Netlink {
     /// # Errors
     /// As [`Self::interface_to`].
     pub fn interface_to_endpoint(&mut self, endpoint: SocketAddr) -> Result<Option<u32>> {
-        let zone = match endpoint {
-            SocketAddr::V6(endpoint) => Some(endpoint.scope_id()).filter(|zone| *zone != 0),
-            SocketAddr::V4(_) => None,
-        };
-        self.find_way(endpoint.ip(), zone)
+        self.find_way(endpoint.ip(), zone(endpoint))
     }
 
     fn find_way(&mut self, address: IpAddr, oif: Option<u32>) -> Result<Option<u32>> {
@@ -172,12 +179,47 @@ impl Netlink {
         }
     }
 
+    /// The route by which the host would reach `endpoint` now, as `ip route get
+    /// fibmatch` tells.
+    ///
+    /// # Errors
+    /// When the kernel refuses for another reason than that there is no way.
+    pub fn way_to(&mut self, endpoint: SocketAddr) -> Result<Way> {
+        let address = endpoint.ip();
+        let mut message = route_message(IpNet::from(address), None, zone(endpoint))?;
+        message.header.table = 0;
+        // Of IPv6 the table is told without being asked for.
+        message.header.flags = match address {
+            IpAddr::V4(_) => RouteFlags::FibMatch | RouteFlags::LookupTable,
+            IpAddr::V6(_) => RouteFlags::FibMatch,
+        };
+        match self.get(RouteNetlinkMessage::GetRoute(message)) {
+            Ok(Some(RouteNetlinkMessage::NewRoute(found))) => {
+                let mut routes = Vec::new();
+                read_route(&found, &mut routes);
+                Ok(routes.into_iter().next().map_or(Way::None, Way::Route))
+            }
+            Ok(_) => Ok(Way::None),
+            Err(refusal) if refusal.is(libc::ENETUNREACH) => Ok(Way::None),
+            Err(refusal) if NO_WAY.iter().any(|errno| refusal.is(*errno)) => Ok(Way::Dropped),
+            Err(refusal) => Err(refusal.describe(format!("cannot look up the route to {address}"))),
+        }
+    }
+
     fn hop_for_error(&mut self, via: Option<IpAddr>, oif: Option<u32>) -> String {
         let via = via.map(|via| format!(" via {via}")).unwrap_or_default();
         let oif = oif
             .map(|index| format!(" on interface {}", self.name_for_error(index)))
             .unwrap_or_default();
         via + &oif
+    }
+}
+
+/// The interface that an endpoint's address is good for, if it is not for all.
+fn zone(endpoint: SocketAddr) -> Option<u32> {
+    match endpoint {
+        SocketAddr::V6(endpoint) => Some(endpoint.scope_id()).filter(|zone| *zone != 0),
+        SocketAddr::V4(_) => None,
     }
 }
 
@@ -311,10 +353,16 @@ mod tests {
         for (prefix, address) in [("10.1.0.0/16", "10.1.2.3"), ("fd01::/64", "fd01::7")] {
             let address = address.parse().unwrap();
             assert_eq!(netlink.interface_to(address).unwrap(), None);
+            assert_eq!(netlink.way_to((address, 1).into()).unwrap(), Way::None);
             netlink
                 .add_route(prefix.parse().unwrap(), None, Some(one))
                 .unwrap();
             assert_eq!(netlink.interface_to(address).unwrap(), Some(one));
+            let Way::Route(route) = netlink.way_to((address, 1).into()).unwrap() else {
+                panic!("no route to {address}")
+            };
+            assert_eq!(route.destination.to_string(), prefix);
+            assert_eq!((route.oif, route.table), (Some(one), 254));
         }
         for kind in [
             RouteType::BlackHole,
@@ -326,6 +374,12 @@ mod tests {
                 block(&mut netlink, prefix, kind);
                 let way = netlink.interface_to(address.parse().unwrap()).unwrap();
                 assert_eq!(way, None, "{kind:?} {prefix}");
+                // What the type throw finds elsewhere, here nothing, is no drop.
+                if kind != RouteType::Throw {
+                    let address: IpAddr = address.parse().unwrap();
+                    let way = netlink.way_to((address, 1).into()).unwrap();
+                    assert!(matches!(way, Way::Dropped), "{kind:?} {prefix}: {way:?}");
+                }
                 netlink
                     .del_route(prefix.parse().unwrap(), None, None)
                     .unwrap();

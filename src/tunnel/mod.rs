@@ -8,7 +8,9 @@
 //! next process finds dead and replaces.
 
 mod announce;
+mod handover;
 mod host;
+mod inherit;
 mod memory;
 mod operator;
 mod reach;
@@ -41,7 +43,7 @@ pub fn run(config: Config) -> Result<()> {
     memory::give_back_large_blocks();
     let tun = config.tun.clone();
     let mut running = Running::start(config)?;
-    let counters = running.workers().counters();
+    let counters = running.counters().to_vec();
     let end = running.run(&signals.received);
     match end {
         // The successor counts from zero; what this process has seen is told.

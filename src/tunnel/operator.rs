@@ -1,59 +1,24 @@
-//! What operators and successors ask for, done by the control thread one after
-//! the other.
+//! What operators ask for, done by the control thread one after the other.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, OwnedFd};
 use std::time::Instant;
 
 use ipnet::IpNet;
 
-use super::announce;
 use super::reload::reload;
 use super::running::{End, Running};
-use super::takeover::{Manifest, PROTOCOL, RuntimePeer, Successor, WorkerDescriptors};
+use super::{announce, handover};
 use crate::cli::parse::{checked_route, parse_endpoint};
 use crate::cli::{Endpoint, PeerSpec};
-use crate::config::{Config, Settled, check_ipv6_mtu};
+use crate::config::check_ipv6_mtu;
 use crate::control::overlay::{Origin, Overlay};
 use crate::control::protocol::{
     Answer, Changed, Found, PeerStatus, Peers, Request, RouteEntry, Routes, Status,
 };
 use crate::control::server::Call;
-use crate::device::tun::Queue;
 use crate::error::{Error, Result, shortened};
 use crate::netlink::Netlink;
-use crate::transport::socket::WorkerSockets;
 use crate::worker::counters::Snapshot;
-
-/// Descriptors of one worker, kept for a successor.
-pub struct Kept {
-    queue: OwnedFd,
-    receive: OwnedFd,
-    send: Option<OwnedFd>,
-}
-
-/// Further descriptors of what the workers are about to have.
-///
-/// # Errors
-/// When there are no more descriptors.
-pub fn keep(queues: &[Queue], sockets: &[WorkerSockets]) -> Result<Vec<Kept>> {
-    let clone = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned();
-    let pairs = queues.iter().zip(sockets);
-    pairs
-        .map(|(queue, sockets)| {
-            let send = sockets.send.as_ref();
-            Ok(Kept {
-                queue: clone(queue.as_fd())?,
-                receive: clone(sockets.receive.as_fd())?,
-                send: send.map(|send| clone(send.as_fd())).transpose()?,
-            })
-        })
-        .collect::<std::io::Result<_>>()
-        .map_err(|error| {
-            Error::os("cannot duplicate a descriptor", error)
-                .hint("raise the limit on open files (ulimit -n), or ask for fewer --queues")
-        })
-}
 
 /// Sees to a call; `Some` if that ends the run.
 pub fn answer(running: &mut Running, call: Call) -> Option<End> {
@@ -61,24 +26,48 @@ pub fn answer(running: &mut Running, call: Call) -> Option<End> {
         Call::Takeover {
             stream,
             protocol,
-            // Until it is over, one way or the other.
-            turn: _turn,
-        } => match hand_over(running, stream, protocol) {
-            Ok(()) => Some(End::HandedOver),
-            Err(error) => {
-                tracing::error!("not handed over: {error}");
-                None
-            }
-        },
+            turn,
+        } => {
+            handover::begin(running, stream, protocol, turn);
+            None
+        }
         Call::Request(Request::Stop {}, reply) => {
             tracing::debug!("stopped by an operator");
             reply.send(Ok(Answer::Changed(Changed::default())));
             Some(End::Stopped)
         }
         Call::Request(request, reply) => {
-            reply.send(done(running, request));
+            if running.handover.is_some() && is_change(&request) {
+                running.postponed.push((request, reply));
+            } else {
+                reply.send(done(running, request));
+            }
             None
         }
+    }
+}
+
+/// Whether a successor that has been told already what there is would miss it.
+fn is_change(request: &Request) -> bool {
+    match request {
+        Request::RouteAdd { .. }
+        | Request::RouteDel { .. }
+        | Request::PeerAdd { .. }
+        | Request::PeerDel { .. }
+        | Request::Reload {} => true,
+        Request::Status {}
+        | Request::Peers {}
+        | Request::RouteList {}
+        | Request::RouteGet { .. }
+        | Request::Stop {}
+        | Request::Takeover { .. } => false,
+    }
+}
+
+/// Does what had to wait while the tunnel might have changed hands.
+pub fn catch_up(running: &mut Running) {
+    for (request, reply) in std::mem::take(&mut running.postponed) {
+        reply.send(done(running, request));
     }
 }
 
@@ -161,7 +150,11 @@ fn done(running: &mut Running, request: Request) -> Result<Answer> {
     })
 }
 
-fn parse_name(text: &str) -> Result<Endpoint> {
+/// A peer's name as operators write it.
+///
+/// # Errors
+/// When it is none.
+pub fn parse_name(text: &str) -> Result<Endpoint> {
     parse_endpoint(text).map_err(|error| {
         // Escapes are longer than what they stand for.
         let quoted = format!("{:?}", shortened(text));
@@ -193,7 +186,6 @@ fn check_new_prefixes(running: &Running, prefixes: &[IpNet]) -> Result<()> {
 
 fn status(running: &Running) -> Status {
     let snapshots: Vec<Snapshot> = running
-        .workers()
         .counters()
         .iter()
         .map(|worker| worker.snapshot())
@@ -279,119 +271,4 @@ fn routes(overlay: &Overlay) -> Routes {
     Routes {
         routes: entries.collect(),
     }
-}
-
-fn hand_over(
-    running: &mut Running,
-    stream: std::os::unix::net::UnixStream,
-    protocol: u32,
-) -> Result<()> {
-    let mut successor = Successor::new(stream, protocol)?;
-    let manifest = manifest(running);
-    let workers = running.descriptors().iter().map(|kept| WorkerDescriptors {
-        queue: kept.queue.as_fd(),
-        receive: kept.receive.as_fd(),
-        send: kept.send.as_ref().map(AsFd::as_fd),
-    });
-    let listener = running.server.as_ref().map(|server| server.listener());
-    successor.hand_over(&manifest, workers, listener)?;
-    // From here on there is no way back: what the workers hold is sent, the
-    // rest waits in the kernel for the successor.
-    running.leave();
-    // Last: from here until the successor starts nobody carries packets.
-    running.stop_workers();
-    if let Err(error) = successor.done() {
-        tracing::error!("{error}");
-    }
-    Ok(())
-}
-
-fn manifest(running: &Running) -> Manifest {
-    let overlay = &running.overlay;
-    let runtime = |peer: &&crate::control::overlay::Peer| peer.origin == Origin::Runtime;
-    let mut prefixes_of: BTreeMap<_, Vec<_>> = BTreeMap::new();
-    let mut runtime_prefixes = Vec::new();
-    for (prefix, peer, origin) in overlay.prefixes() {
-        if peer.origin == Origin::Runtime {
-            prefixes_of.entry(peer.name.key()).or_default().push(prefix);
-        } else if origin == Origin::Runtime {
-            runtime_prefixes.push((prefix, peer.name.to_string()));
-        }
-    }
-    let runtime_peers = overlay
-        .peers_by_name()
-        .filter(runtime)
-        .map(|peer| RuntimePeer {
-            peer: peer.name.to_string(),
-            is_default: peer.is_default,
-            prefixes: prefixes_of.remove(&peer.name.key()).unwrap_or_default(),
-        });
-    Manifest {
-        ok: true,
-        protocol: PROTOCOL,
-        tun: running.config.tun.clone(),
-        workers: running.worker_count as u16,
-        listen: running.settled.listen,
-        tun_offloads: [running.tun_offloads.tcp, running.tun_offloads.udp],
-        udp_offloads: [running.udp_offloads.segment, running.udp_offloads.gro],
-        is_steered: running.is_steered,
-        addresses: running.settled.link.addresses.clone(),
-        runtime_peers: runtime_peers.collect(),
-        runtime_prefixes,
-    }
-}
-
-/// Makes sure that a successor's configuration fits what it takes over.
-///
-/// # Errors
-/// Names the setting that does not.
-pub fn check_inherited(config: &Config, settled: &Settled, manifest: &Manifest) -> Result<()> {
-    let differs = |what: &str, ours: &dyn std::fmt::Display, theirs: &dyn std::fmt::Display| {
-        Err(Error::new(format!(
-            "cannot take over: this process wants {what} {ours}, the running one has {theirs}"
-        ))
-        .hint("stop the running one and start this one without --takeover"))
-    };
-    if config.tun != manifest.tun {
-        return differs("the device", &config.tun, &manifest.tun);
-    }
-    if settled.listen != manifest.listen {
-        return differs("to listen on", &settled.listen, &manifest.listen);
-    }
-    if config.queues != manifest.workers {
-        tracing::warn!(
-            "--queues {} takes effect at the next start: the running process has {}",
-            config.queues,
-            manifest.workers
-        );
-    }
-    Ok(())
-}
-
-/// Adds what operators added to the predecessor, as far as it still fits.
-pub fn inherit(overlay: &mut Overlay, manifest: &Manifest) {
-    for peer in &manifest.runtime_peers {
-        if let Err(error) = inherit_peer(overlay, peer) {
-            tracing::warn!("left out what was added at run time: {error}");
-        }
-    }
-    for (prefix, peer) in &manifest.runtime_prefixes {
-        let added = parse_name(peer)
-            .and_then(|peer| overlay.add_prefixes(&peer, &[*prefix], Origin::Runtime, false));
-        if let Err(error) = added {
-            tracing::warn!("left out what was added at run time: {error}");
-        }
-    }
-}
-
-/// Adds a peer, with all its prefixes or not at all.
-fn inherit_peer(overlay: &mut Overlay, peer: &RuntimePeer) -> Result<()> {
-    let name = parse_name(&peer.peer)?;
-    let is_new = overlay.find(&name).is_none();
-    let added = overlay.insert_peer(&name, peer.is_default, &peer.prefixes, Origin::Runtime);
-    // One that could not have its prefixes is there without them.
-    if added.is_err() && is_new && overlay.find(&name).is_some() {
-        overlay.remove_peer(&name)?;
-    }
-    added
 }

@@ -1,6 +1,8 @@
 //! A tunnel that runs: what the control thread holds, what it waits for, and
 //! what it looks after every second.
 
+mod begin;
+
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -11,26 +13,25 @@ use crossbeam_channel::{Receiver, never, select, tick};
 use ipnet::IpNet;
 use signal_hook::consts::{SIGHUP, SIGTERM};
 
+use super::handover::{self, Handover};
 use super::host::{HostNews, own_addresses};
-use super::start::{self, Claimed, Known};
-use super::takeover::{self, Inherited};
-use super::{announce, operator, reach, reload};
+use super::{operator, reach, reload, start};
 use crate::config::{Config, Settled};
-use crate::control::engine::Engine;
 use crate::control::names::{self, Answer, Names};
 use crate::control::overlay::{Overlay, tunnel_addresses};
+use crate::control::protocol::Request;
 use crate::control::routes::{AtEnd, RouteKeeper};
-use crate::control::server::{Call, Server};
+use crate::control::server::{Call, Reply, Server};
 use crate::control::workers::{Setup, Workers};
 use crate::device::link;
 use crate::error::{Error, Result};
 use crate::netlink::Netlink;
 use crate::packet::coalesce;
 use crate::packet::icmp::TunnelAddresses;
-use crate::packet::train::{Limits, NextHop};
+use crate::packet::train::NextHop;
 use crate::transport::{path, socket};
 use crate::worker::Command;
-use crate::worker::counters::PeerCounters;
+use crate::worker::counters::{Counters, PeerCounters};
 use crate::worker::table::Table;
 
 /// How often trains of full size are tried again on paths that refused them: as
@@ -84,11 +85,6 @@ impl Heard {
     }
 }
 
-/// A successor goes on without something.
-fn not_in_full(error: &Error) {
-    tracing::error!("taken over, but not in full: {error}");
-}
-
 /// See the module's documentation.
 pub struct Running {
     pub(super) config: Config,
@@ -104,7 +100,11 @@ pub struct Running {
     pub(super) udp_offloads: socket::Offloads,
     pub(super) is_steered: bool,
     pub(super) worker_count: usize,
-    descriptors: Vec<operator::Kept>,
+    /// The workers', also of those that come after them.
+    counters: Vec<Arc<Counters>>,
+    /// What the workers were started with.
+    setup: Setup,
+    descriptors: Arc<Vec<handover::Kept>>,
     names: Names,
     pub(super) heard: HashMap<NextHop, Heard>,
     path_cursor: usize,
@@ -113,205 +113,20 @@ pub struct Running {
     accept_local: bool,
     /// `None` once the tunnel has ended, or if it could not be started again.
     routes: Option<RouteKeeper>,
-    /// What it keeps.
-    routes_set: BTreeSet<IpNet>,
+    /// What it was told to keep.
+    routes_kept: BTreeSet<IpNet>,
     pub(super) server: Option<Server>,
+    /// While a successor gets ready.
+    pub(super) handover: Option<Handover>,
+    /// What has to wait for the end of that: one request of a connection.
+    pub(super) postponed: Vec<(Request, Reply)>,
+    /// The same for a reload by signal.
+    is_reload_due: bool,
     pub(super) started: Instant,
     pub(super) reload_error: Option<String>,
 }
 
 impl Running {
-    /// Sets a tunnel up, or takes it over.
-    ///
-    /// # Errors
-    /// When it cannot be had; then nothing is left behind.
-    pub fn start(config: Config) -> Result<Self> {
-        let mut netlink = Netlink::open()?;
-        let mut names = Names::start(config.listen.map(|listen| listen.ip))?;
-        let known = match config.takeover {
-            true => start::ask_predecessor(&config),
-            false => Known::new(),
-        };
-        let (mut overlay, mut unresolved) = start::resolve(&config, &mut names, &known)?;
-        let endpoints = start::endpoints(&config, &overlay);
-        let settled = config.settle(&endpoints).map_err(|error| {
-            // Why nothing is known of the peers says more than that there is
-            // nothing to derive an address from.
-            let is_for_lack_of_peers = endpoints.is_empty() && config.addresses.is_empty();
-            match unresolved.drain(..).next() {
-                Some(reason) if is_for_lack_of_peers => reason,
-                _ => error,
-            }
-        })?;
-        for error in settled.unreachable.iter().chain(&unresolved) {
-            tracing::warn!("{error}; trying again");
-        }
-        overlay.set_own_addresses(own_addresses(&mut netlink, &settled)?);
-        for &endpoint in &endpoints {
-            overlay.check_other(settled.listen, endpoint)?;
-        }
-        let inherited = match config.takeover {
-            true => takeover::ask(&config.control)?,
-            false => None,
-        };
-        if let Some(inherited) = &inherited {
-            operator::check_inherited(&config, &settled, &inherited.manifest)?;
-            operator::inherit(&mut overlay, &inherited.manifest);
-            start::set_known(&mut overlay, &known);
-            start::resolve_now(&mut overlay, &mut names);
-        } else if config.takeover {
-            tracing::info!("there is no running process to take over from");
-        }
-        let (claimed, predecessor, listener, old_addresses) = match inherited {
-            None => {
-                let claimed = start::claim(&config, &settled, &mut netlink)?;
-                (claimed, None, None, Vec::new())
-            }
-            Some(inherited) => {
-                let Inherited {
-                    manifest,
-                    device,
-                    sockets,
-                    udp,
-                    listener,
-                    predecessor,
-                } = inherited;
-                let claimed = Claimed {
-                    sockets,
-                    udp,
-                    device,
-                };
-                let addresses = manifest.addresses;
-                (claimed, Some(predecessor), listener, addresses)
-            }
-        };
-        let Claimed {
-            sockets,
-            udp,
-            device,
-        } = claimed;
-        let worker_count = device.queues.len();
-        overlay.count_for(worker_count);
-        ask_paths(&mut overlay, settled.listen);
-        let accept_local = link::accept_local(&mut netlink, &config.tun);
-        let addresses = tunnel_addresses(&settled.link.addresses, accept_local);
-        let table = Arc::new(overlay.table(addresses, config.hop));
-        let setup = Setup {
-            tun: device.offloads,
-            limits: Limits {
-                segments_max: if udp.segment {
-                    Limits::FULL.segments_max
-                } else {
-                    1
-                },
-                ..Limits::FULL
-            },
-            engine: Engine::choose(config.io, config.wanted.uring),
-            busy_poll: config.busy_poll,
-            cores: config.cores.clone(),
-            table: Arc::clone(&table),
-        };
-        let descriptors = operator::keep(&device.queues, &sockets)?;
-        let (tun_offloads, is_steered) = (device.offloads, device.steered);
-        let mut workers = Workers::start(device.queues, sockets, &setup)?;
-        let bring_up = |netlink: &mut Netlink| {
-            link::bring_up(netlink, &config.tun, &settled.link, &old_addresses)
-        };
-        let is_successor = predecessor.is_some();
-        match predecessor {
-            Some(predecessor) => {
-                // What is likely to fail fails while the predecessor still
-                // carries on, and changes nothing that it relies on.
-                let new = &settled.link.addresses;
-                let added = link::add_addresses(&mut netlink, &config.tun, new)?;
-                if let Err(error) = predecessor.stop() {
-                    link::remove_addresses(&mut netlink, &config.tun, &added);
-                    return Err(error);
-                }
-                workers.go();
-                if let Err(error) = bring_up(&mut netlink) {
-                    not_in_full(&error);
-                }
-            }
-            // Frames that come the moment the link is up find their worker.
-            None => {
-                workers.go();
-                bring_up(&mut netlink)?;
-            }
-        }
-        let host = HostNews::new();
-        let addresses = settled.link.addresses.clone();
-        let routes = RouteKeeper::start(&config.tun, addresses, host.sender());
-        let routes = match routes {
-            Ok(routes) => Some(routes),
-            Err(error) if is_successor => {
-                not_in_full(&error);
-                None
-            }
-            Err(error) => return Err(error),
-        };
-        let mut running = Self {
-            config,
-            settled,
-            overlay,
-            table,
-            retired: Vec::with_capacity(RETIRED_MAX),
-            workers: Some(workers),
-            tun_offloads,
-            udp_offloads: udp,
-            is_steered,
-            worker_count,
-            descriptors,
-            names,
-            heard: HashMap::new(),
-            path_cursor: 0,
-            host,
-            netlink,
-            accept_local,
-            routes,
-            routes_set: BTreeSet::new(),
-            server: None,
-            started: Instant::now(),
-            reload_error: None,
-        };
-        if is_successor {
-            running.go_on(listener);
-            return Ok(running);
-        }
-        match running.open() {
-            Ok(()) => Ok(running),
-            Err(error) => {
-                running.take_down();
-                Err(error)
-            }
-        }
-    }
-
-    /// The last steps of the start: what the host sees of a tunnel that works.
-    fn open(&mut self) -> Result<()> {
-        self.set_routes(self.kernel_routes(&self.overlay))?;
-        self.check_outside(&self.overlay.clone())?;
-        self.serve(None)?;
-        announce::announce(self);
-        Ok(())
-    }
-
-    /// The same for a successor: there is nobody to go back to, and the tunnel
-    /// carries, so each step is taken whatever comes of the others. Operators
-    /// first, who can mend the rest.
-    fn go_on(&mut self, listener: Option<OwnedFd>) {
-        let served = self.serve(listener);
-        let routed = self.set_routes(self.kernel_routes(&self.overlay));
-        // Who cannot be reached from outside is suspended, and no more.
-        self.look_at_host();
-        for result in [served, routed] {
-            if let Err(error) = result {
-                not_in_full(&error);
-            }
-        }
-        announce::announce(self);
-    }
-
     /// Opens the operators' socket, or goes on with the predecessor's.
     fn serve(&mut self, listener: Option<OwnedFd>) -> Result<()> {
         let path = &self.config.control;
@@ -334,11 +149,17 @@ impl Running {
     /// The workers.
     ///
     /// # Panics
-    /// Once they have been stopped, which only the end of the run does.
+    /// Once they have been stopped: at the end of the run, or when the tunnel is
+    /// left to a successor, before anything else is done.
     pub fn workers(&self) -> &Workers {
         self.workers
             .as_ref()
             .expect("the workers run until the end")
+    }
+
+    /// The workers' counters, in the order of their queues.
+    pub fn counters(&self) -> &[Arc<Counters>] {
+        &self.counters
     }
 
     /// The keeper of the kernel's routes.
@@ -371,7 +192,7 @@ impl Running {
         // The new one does not know yet what it is to keep. IPv6 that the device
         // has no room for any more is on its way out.
         let takes_v6 = self.settled.link.mtu_bytes >= link::IPV6_MTU_BYTES_MIN;
-        let kept = self.routes_set.iter().copied();
+        let kept = self.routes_kept.iter().copied();
         let result = routes.set(
             kept.filter(|net| takes_v6 || net.addr().is_ipv4())
                 .collect(),
@@ -387,16 +208,22 @@ impl Running {
     pub fn run(&mut self, signals: &Receiver<i32>) -> Result<End> {
         let limits_reset = tick(LIMITS_RESET_INTERVAL);
         let look = tick(LOOK_INTERVAL);
-        let failures = self.workers().failures().clone();
         let answers = self.names.answers().clone();
-        let calls = self
-            .server
-            .as_ref()
-            .map_or_else(never, |server| server.calls().clone());
         loop {
+            // These are others after a takeover that came to nothing.
+            let failures = self.workers().failures().clone();
+            let calls = self
+                .server
+                .as_ref()
+                .map_or_else(never, |server| server.calls().clone());
+            let ready = self
+                .handover
+                .as_ref()
+                .map_or_else(never, |handover| handover.ready().clone());
             let (host_news, host_due) = (self.host.news(), self.host.due());
             select! {
                 recv(signals) -> signal => match signal {
+                    Ok(SIGHUP) if self.handover.is_some() => self.is_reload_due = true,
                     Ok(SIGHUP) => self.reload_by_signal(),
                     signal => {
                         let name = if signal == Ok(SIGTERM) { "SIGTERM" } else { "SIGINT" };
@@ -411,6 +238,12 @@ impl Running {
                     if let Ok(call) = call
                         && let Some(end) = self.answer(call)
                     {
+                        return Ok(end);
+                    }
+                }
+                recv(ready) -> ready => {
+                    let ready = ready.unwrap_or_else(|_| Err(Error::new("its thread has ended")));
+                    if let Some(end) = handover::end(self, ready)? {
                         return Ok(end);
                     }
                 }
@@ -431,6 +264,14 @@ impl Running {
 
     fn answer(&mut self, call: Call) -> Option<End> {
         operator::answer(self, call)
+    }
+
+    /// Does what had to wait while a successor got ready.
+    pub(super) fn catch_up(&mut self) {
+        operator::catch_up(self);
+        if std::mem::take(&mut self.is_reload_due) {
+            self.reload_by_signal();
+        }
     }
 
     fn reload_by_signal(&mut self) {
@@ -465,7 +306,7 @@ impl Running {
         let table = next.table(self.addresses(), self.config.hop);
         self.publish(Arc::new(table));
         let wanted = self.kernel_routes(&next);
-        let before = self.routes_set.clone();
+        let before = self.routes_kept.clone();
         let result = self
             .set_routes(wanted)
             .and_then(|()| self.check_outside(&next));
@@ -484,9 +325,9 @@ impl Running {
     /// Has the kernel's routes changed, unless prefixes have only moved from peer
     /// to peer.
     fn set_routes(&mut self, wanted: BTreeSet<IpNet>) -> Result<()> {
-        if self.routes_set != wanted {
+        if self.routes_kept != wanted {
             self.routes()?.set(wanted.clone())?;
-            self.routes_set = wanted;
+            self.routes_kept = wanted;
         }
         Ok(())
     }
@@ -665,9 +506,23 @@ impl Running {
         }
     }
 
-    /// The descriptors that a successor gets, and the manifest with them.
-    pub(super) fn descriptors(&self) -> &[operator::Kept] {
+    /// The descriptors that a successor gets.
+    pub(super) fn descriptors(&self) -> &Arc<Vec<handover::Kept>> {
         &self.descriptors
+    }
+
+    /// The operators' socket once more, if there is one.
+    pub(super) fn listener(&self) -> Result<Option<OwnedFd>> {
+        let server = self.server.as_ref();
+        let listener = server.map(|server| server.listener().try_clone_to_owned());
+        listener
+            .transpose()
+            .map_err(|error| Error::os("cannot duplicate the operators' socket", error))
+    }
+
+    /// The addresses that the device has now.
+    pub(super) fn device_addresses(&mut self) -> Result<Vec<IpNet>> {
+        link::addresses(&mut self.netlink, &self.config.tun)
     }
 
     /// Ends the workers: they send what they hold.
@@ -677,6 +532,8 @@ impl Running {
 
     /// Ends the tunnel: routes, device and operators' socket go.
     pub fn take_down(mut self) {
+        self.handover = None;
+        self.postponed.clear();
         // Its keeper first, which would miss the device.
         if let Some(routes) = self.routes.take() {
             routes.stop(AtEnd::Remove);
@@ -684,7 +541,7 @@ impl Running {
         self.stop_workers();
         // The device goes with the last of them, and who has asked for the end
         // takes the socket's for it.
-        self.descriptors.clear();
+        self.descriptors = Arc::default();
         if let Some(server) = self.server.take() {
             server.close(true);
         }
@@ -698,6 +555,34 @@ impl Running {
         if let Some(server) = self.server.take() {
             server.close(false);
         }
+    }
+
+    /// Whether the tunnel was left, all of it, for a successor.
+    pub(super) fn has_left(&self) -> bool {
+        self.workers.is_none()
+    }
+
+    /// Takes the tunnel back after it was left. `listener`: the operators'
+    /// socket.
+    ///
+    /// # Errors
+    /// When it cannot carry packets or answer operators any more.
+    pub(super) fn resume(&mut self, listener: Option<OwnedFd>) -> Result<()> {
+        // First, so that the socket's name goes if the rest fails.
+        if listener.is_some() {
+            self.serve(listener)?;
+        }
+        let (queues, sockets) = handover::for_workers(&self.descriptors)?;
+        self.setup.table = Arc::clone(&self.table);
+        let counters = self.counters.clone();
+        self.workers = Some(Workers::start(queues, sockets, counters, &self.setup)?);
+        self.let_workers_go();
+        if let Err(error) = self.take_routes_on() {
+            tracing::error!("{error}");
+        }
+        // Nobody has told of changes meanwhile.
+        self.host.note(Instant::now());
+        Ok(())
     }
 }
 

@@ -3,17 +3,24 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::host::own_addresses;
 use crate::cli::Endpoint;
 use crate::client;
 use crate::config::{Config, Settled};
+use crate::control::engine::Engine;
 use crate::control::names::{self, Names};
 use crate::control::overlay::{Origin, Overlay, Peer};
+use crate::control::workers::Setup;
 use crate::device::{link, tun};
 use crate::error::{Error, Result};
 use crate::netlink::Netlink;
+use crate::packet::coalesce;
+use crate::packet::train::Limits;
 use crate::transport::socket::{self, WorkerSockets};
+use crate::worker::table::Table;
 
 /// How long, and how often, a killed predecessor's port and device are waited
 /// for. Longer than the kernel takes; short enough for who has mistyped.
@@ -40,6 +47,93 @@ pub fn ask_predecessor(config: &Config) -> Known {
             tracing::debug!("{error}");
             Known::new()
         }
+    }
+}
+
+/// What any start begins with: what is wanted, and what follows from it here
+/// and now.
+pub struct Prepared {
+    /// The configuration.
+    pub config: Config,
+    /// What it left open.
+    pub settled: Settled,
+    /// The configured peers.
+    pub overlay: Overlay,
+    /// In the tunnel's network namespace.
+    pub netlink: Netlink,
+    /// Asks for the peers' names.
+    pub names: Names,
+    known: Known,
+}
+
+impl Prepared {
+    /// Gives peers that were added since their addresses.
+    pub fn resolve_now(&mut self) {
+        set_known(&mut self.overlay, &self.known);
+        resolve_now(&mut self.overlay, &mut self.names);
+    }
+}
+
+/// Looks the peers up and settles what the configuration leaves open.
+///
+/// # Errors
+/// When the configuration cannot be had on this host.
+pub fn prepare(config: Config) -> Result<Prepared> {
+    let mut netlink = Netlink::open()?;
+    let mut names = Names::start(config.listen.map(|listen| listen.ip))?;
+    let known = match config.takeover {
+        true => ask_predecessor(&config),
+        false => Known::new(),
+    };
+    let (mut overlay, mut unresolved) = resolve(&config, &mut names, &known)?;
+    let endpoints = endpoints(&config, &overlay);
+    let settled = config.settle(&endpoints).map_err(|error| {
+        // Why nothing is known of the peers says more than that there is
+        // nothing to derive an address from.
+        let is_for_lack_of_peers = endpoints.is_empty() && config.addresses.is_empty();
+        match unresolved.drain(..).next() {
+            Some(reason) if is_for_lack_of_peers => reason,
+            _ => error,
+        }
+    })?;
+    for error in settled.unreachable.iter().chain(&unresolved) {
+        tracing::warn!("{error}; trying again");
+    }
+    overlay.set_own_addresses(own_addresses(&mut netlink, &settled)?);
+    for &endpoint in &endpoints {
+        overlay.check_other(settled.listen, endpoint)?;
+    }
+    Ok(Prepared {
+        config,
+        settled,
+        overlay,
+        netlink,
+        names,
+        known,
+    })
+}
+
+/// What all workers have in common.
+pub fn setup(
+    config: &Config,
+    tun: coalesce::Offloads,
+    udp: socket::Offloads,
+    table: &Arc<Table>,
+) -> Setup {
+    Setup {
+        tun,
+        limits: Limits {
+            segments_max: if udp.segment {
+                Limits::FULL.segments_max
+            } else {
+                1
+            },
+            ..Limits::FULL
+        },
+        engine: Engine::choose(config.io, config.wanted.uring),
+        busy_poll: config.busy_poll,
+        cores: config.cores.clone(),
+        table: Arc::clone(table),
     }
 }
 

@@ -2,20 +2,33 @@
 //! first one stops: the same TUN queues, the same UDP sockets, the same
 //! operators' socket.
 //!
-//! The successor asks over the operators' socket. Both sides then take turns,
-//! so that whoever fails before [`Step::Go`] leaves the tunnel where it was:
+//! The successor asks over the operators' socket. Both sides then take turns:
 //!
 //! 1. The predecessor sends a [`Manifest`], one line of JSON.
 //! 2. Successor: [`Step::Ready`]. Predecessor: the descriptors, one message for
 //!    each worker and one for the operators' socket (`SCM_RIGHTS`, unix(7)).
 //! 3. The successor makes its workers ready on them. [`Step::Go`].
-//! 4. The predecessor's workers send what they hold and stop. [`Step::Done`].
-//!    Packets wait in the TUN queues and socket buffers meanwhile.
-//! 5. The successor's workers start; the predecessor ends and leaves
-//!    everything in place.
+//! 4. Predecessor: [`Step::Stopping`], at once. Its workers send what they hold
+//!    and stop. [`Step::Done`]. Packets wait in the TUN queues and socket
+//!    buffers meanwhile.
+//! 5. Successor: [`Step::Taken`], and its workers start. The predecessor ends
+//!    and leaves everything in place.
+//!
+//! Both have all descriptors from the second step on, so that either can carry
+//! on when the other dies, and the steps say which of them does:
+//!
+//! - The successor fails before [`Step::Taken`], or is silent for too long: the
+//!   predecessor runs on, or starts its workers again. It settles that by
+//!   closing the connection to what it has not read by then, so that a
+//!   successor that is only late cannot take the tunnel any more, and hears
+//!   [`Step::Kept`].
+//! - The predecessor dies before [`Step::Stopping`]: the successor fails. What
+//!   ended the connection may be that the predecessor runs on.
+//! - The predecessor dies after that, without [`Step::Kept`]: the successor
+//!   carries on. Only what the predecessor's workers held is lost.
 
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
-use std::net::SocketAddr;
+use std::net::{Shutdown, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -36,10 +49,17 @@ use crate::transport::steering::WORKERS_MAX;
 
 /// Version of all this. Processes of different versions do not take over from
 /// each other.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
 /// How long either side waits for the other, before it gives up.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long the successor waits for the predecessor to stop: its keeper of
+/// routes may be at a large table, and its workers at what they hold.
+const STOP_TIME_MAX: Duration = Duration::from_secs(30);
+
+/// How long the predecessor waits, stopped, for the successor to start.
+const TAKE_TIME_MAX: Duration = Duration::from_secs(5);
 
 /// Longest manifest: a million prefixes.
 const MANIFEST_BYTES_MAX: u64 = 128 << 20;
@@ -57,8 +77,14 @@ pub enum Step {
     Descriptors = b'f',
     /// The successor has all it needs: stop.
     Go = b'g',
+    /// The predecessor stops.
+    Stopping = b's',
     /// The predecessor has stopped: start.
     Done = b'd',
+    /// The successor starts: end.
+    Taken = b't',
+    /// The predecessor has started again.
+    Kept = b'k',
 }
 
 /// What is handed over, in words.
@@ -78,6 +104,10 @@ pub struct Manifest {
     pub tun_offloads: [bool; 2],
     /// Offloads of the UDP sockets: `UDP_SEGMENT`, `UDP_GRO`.
     pub udp_offloads: [bool; 2],
+    /// Which of the device's were asked of the kernel.
+    pub tun_wanted: [bool; 2],
+    /// Which of the sockets' were asked of the kernel.
+    pub udp_wanted: [bool; 2],
     /// Whether a flow's queue depends on the flow alone.
     pub is_steered: bool,
     /// The addresses that the predecessor gave the device.
@@ -119,14 +149,39 @@ pub struct Inherited {
 pub struct Predecessor(UnixStream);
 
 impl Predecessor {
-    /// Lets the predecessor stop; returns when it has.
+    /// Lets the predecessor stop; returns when the tunnel is this process's,
+    /// because the predecessor has left it or has died.
     ///
     /// # Errors
-    /// When it does not; it may then run on.
+    /// When it does not stop; it then runs on.
     pub fn stop(mut self) -> Result<()> {
-        say(&mut self.0, Step::Go)
-            .and_then(|()| hear(&mut self.0, Step::Done))
-            .map_err(|error| Error::os("the running process did not stop for its successor", error))
+        self.try_stop().map_err(|error| {
+            let what = "the running process did not stop for its successor";
+            Error::os(what, in_words(error))
+        })
+    }
+
+    fn try_stop(&mut self) -> io::Result<()> {
+        let stream = &mut self.0;
+        say(stream, Step::Go)?;
+        hear(stream, Step::Stopping)?;
+        stream.set_read_timeout(Some(STOP_TIME_MAX))?;
+        match hear_or_end(stream)? {
+            Some(byte) if byte == Step::Done as u8 => {}
+            Some(_) => return Err(io::ErrorKind::InvalidData.into()),
+            None => {
+                tracing::warn!("the process that was to be taken over from has died; going on");
+                return Ok(());
+            }
+        }
+        if say(stream, Step::Taken).is_ok() {
+            return Ok(());
+        }
+        // It has died, or did not wait any longer.
+        match hear_or_end(stream)? {
+            None => Ok(()),
+            Some(_) => Err(io::Error::other("it did not wait for us any longer")),
+        }
     }
 }
 
@@ -157,12 +212,20 @@ pub fn ask(path: &Path) -> Result<Option<Inherited>> {
 }
 
 fn failed(error: io::Error) -> Error {
-    let error = match error.kind() {
-        io::ErrorKind::UnexpectedEof => io::Error::other("it has closed the connection"),
-        io::ErrorKind::WouldBlock => io::Error::other("it does not answer"),
+    Error::os("cannot take over from the running process", in_words(error))
+}
+
+/// What became of the other side.
+fn in_words(error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof
+        | io::ErrorKind::BrokenPipe
+        | io::ErrorKind::ConnectionReset => io::Error::other("it has closed the connection"),
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+            io::Error::other("it does not answer")
+        }
         _ => error,
-    };
-    Error::os("cannot take over from the running process", error)
+    }
 }
 
 fn receive(mut stream: UnixStream) -> Result<Inherited> {
@@ -272,16 +335,13 @@ impl Successor {
         if protocol == PROTOCOL {
             return Ok(Self(stream));
         }
-        let error = format!("this process hands over by protocol {PROTOCOL}, not {protocol}");
+        let error = format!(
+            "this process hands over by protocol {PROTOCOL}, not {protocol}; \
+             stop it, and start the other without --takeover"
+        );
         let answer = serde_json::json!({ "ok": false, "error": error });
         let _ = writeln!(stream, "{answer}");
         Err(Error::new(error))
-    }
-
-    /// Says that nothing is handed over, and why.
-    pub fn refuse(mut self, why: &Error) {
-        let answer = serde_json::json!({ "ok": false, "error": why.to_string() });
-        let _ = writeln!(self.0, "{answer}");
     }
 
     /// Hands everything over, and returns when the successor is ready to go on.
@@ -309,17 +369,43 @@ impl Successor {
         hear_until(stream, Step::Go, deadline).map_err(lost)
     }
 
-    /// This process has stopped: the successor may start.
+    /// Tells the successor that this process stops now.
     ///
     /// # Errors
-    /// When it is gone: then nobody carries the tunnel on.
-    pub fn done(mut self) -> Result<()> {
-        say(&mut self.0, Step::Done).map_err(lost)
+    /// When it is gone.
+    pub fn stopping(&mut self) -> Result<()> {
+        say(&mut self.0, Step::Stopping).map_err(lost)
+    }
+
+    /// This process has stopped: lets the successor start; returns when it does.
+    ///
+    /// # Errors
+    /// When it does not, and never will: this process has to carry on.
+    pub fn done(self) -> Result<()> {
+        self.done_within(TAKE_TIME_MAX)
+    }
+
+    fn done_within(mut self, time_max: Duration) -> Result<()> {
+        let stream = &mut self.0;
+        let deadline = Instant::now() + time_max;
+        let heard =
+            say(stream, Step::Done).and_then(|()| hear_until(stream, Step::Taken, deadline));
+        let Err(error) = heard else {
+            return Ok(());
+        };
+        // What it has said by now counts. More it cannot say.
+        let _ = stream.shutdown(Shutdown::Read);
+        if hear(stream, Step::Taken).is_ok() {
+            return Ok(());
+        }
+        let _ = say(stream, Step::Kept);
+        Err(lost(error))
     }
 }
 
 fn lost(error: io::Error) -> Error {
-    Error::os("the process that wanted to take over has failed", error)
+    let what = "the process that wanted to take over has failed";
+    Error::os(what, in_words(error))
 }
 
 /// As [`hear`], within what is left of the time for all of it.
@@ -361,6 +447,23 @@ fn hear(stream: &mut UnixStream, step: Step) -> io::Result<()> {
         Ok(())
     } else {
         Err(io::ErrorKind::InvalidData.into())
+    }
+}
+
+/// The next byte; `None` if the other side has ended.
+fn hear_or_end(stream: &mut UnixStream) -> io::Result<Option<u8>> {
+    let mut byte = [0];
+    match stream.read_exact(&mut byte) {
+        Ok(()) => Ok(Some(byte[0])),
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset
+            ) =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(error),
     }
 }
 
@@ -428,6 +531,8 @@ mod tests {
             listen: "0.0.0.0:8285".parse().unwrap(),
             tun_offloads: [true, false],
             udp_offloads: [false, true],
+            tun_wanted: [true, true],
+            udp_wanted: [false, true],
             is_steered: true,
             addresses: vec!["10.244.0.1/16".parse().unwrap()],
             runtime_peers: vec![RuntimePeer {
@@ -464,6 +569,7 @@ mod tests {
             successor
                 .hand_over(&manifest(2), workers, Some(listener.as_fd()))
                 .unwrap();
+            successor.stopping().unwrap();
             successor.done().unwrap();
         });
         let inherited = receive(theirs).unwrap();
@@ -480,6 +586,53 @@ mod tests {
         assert!(first.send.is_none() && second.send.is_some());
         inherited.predecessor.stop().unwrap();
         predecessor.join().unwrap();
+    }
+
+    /// Both sides, as they are before [`Step::Go`].
+    fn ready() -> (Successor, Predecessor) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        for stream in [&ours, &theirs] {
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        }
+        (Successor(ours), Predecessor(theirs))
+    }
+
+    /// Whatever the predecessor has said before it dies: who has heard that it
+    /// stops goes on, who has not does not.
+    #[test]
+    fn a_predecessor_that_dies_is_outlived() {
+        for (said, carries_on) in [("", false), ("s", true), ("sd", true), ("sk", false)] {
+            let (mut ours, predecessor) = ready();
+            let successor = std::thread::spawn(move || predecessor.stop());
+            hear(&mut ours.0, Step::Go).unwrap();
+            ours.0.write_all(said.as_bytes()).unwrap();
+            drop(ours);
+            let result = successor.join().unwrap();
+            assert_eq!(result.is_ok(), carries_on, "{said:?}: {result:?}");
+        }
+    }
+
+    /// Either the predecessor hears that its successor starts, or the successor
+    /// hears that it must not.
+    #[test]
+    fn a_late_successor_does_not_start() {
+        let (mut ours, mut predecessor) = ready();
+        ours.stopping().unwrap();
+        let late = ours.done_within(Duration::from_millis(20));
+        let error = late.unwrap_err().to_string();
+        assert!(error.contains("does not answer"), "{error}");
+        hear(&mut predecessor.0, Step::Stopping).unwrap();
+        hear(&mut predecessor.0, Step::Done).unwrap();
+        assert!(say(&mut predecessor.0, Step::Taken).is_err());
+        hear(&mut predecessor.0, Step::Kept).unwrap();
+        // One that is gone is not waited for, one that has just said so counts.
+        let (ours, predecessor) = ready();
+        drop(predecessor);
+        assert!(ours.done().is_err());
+        let (ours, mut predecessor) = ready();
+        say(&mut predecessor.0, Step::Taken).unwrap();
+        drop(predecessor);
+        ours.done().unwrap();
     }
 
     #[test]

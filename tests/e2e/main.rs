@@ -15,6 +15,7 @@ mod endpoints;
 mod errors;
 mod exact;
 mod fallbacks;
+mod handover;
 mod hosts;
 mod icmp_error;
 mod life;
@@ -82,6 +83,7 @@ fn main() -> ExitCode {
         overlay_mtu::tests(),
         reload::tests(),
         takeover::tests(),
+        handover::tests(),
         underlay::tests(),
         life::tests(),
     ];
@@ -100,6 +102,7 @@ fn main() -> ExitCode {
         routes::tests(),
         surroundings::tests(),
         takeover::tests_of_control(),
+        handover::tests_of_control(),
         overlay_mtu::tests_of_no_engine(),
     ];
     // Shown as ignored, never left out in silence.

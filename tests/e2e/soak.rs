@@ -195,7 +195,7 @@ impl Soak {
             0 => b"{\"command\":".to_vec(),
             1 => b"\xff\0[[[[\n".repeat(100),
             2 => b"{\"command\":\"route-list\"}\n".repeat(1000),
-            3 => b"{\"command\":\"takeover\",\"protocol\":1}\n".to_vec(),
+            3 => b"{\"command\":\"takeover\",\"protocol\":2}\n".to_vec(),
             _ => vec![b' '; 1 << 20],
         };
         tried("set a timeout", client.set_write_timeout(Some(TICK)))?;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use fastvpn::error::{Error, Result};
 use fastvpn::lab::Namespace;
+use fastvpn::tunnel::takeover::PROTOCOL;
 use nix::sys::signal::Signal;
 use serde_json::json;
 
@@ -53,36 +54,40 @@ pub fn tests_of_mixed_engines() -> Vec<Test> {
 }
 
 /// Two sites; the first one's process is what is taken over.
-struct Stage {
+pub struct Stage {
     network: Sites,
-    operator: Operator,
+    /// Of the first site.
+    pub operator: Operator,
 }
 
 impl Stage {
-    fn new() -> Result<Self> {
+    /// Without processes.
+    pub fn new() -> Result<Self> {
         Ok(Self {
             network: sites(2)?,
             operator: Operator::new()?,
         })
     }
 
-    fn near(&self) -> &Site {
+    /// Whose process is taken over.
+    pub fn near(&self) -> &Site {
         &self.network.all[0]
     }
 
-    fn far(&self) -> &Site {
+    /// The other.
+    pub fn far(&self) -> &Site {
         &self.network.all[1]
     }
 
     /// Starts a process at the near site.
-    fn start(&self, flags: &[&str]) -> Result<Tunnel> {
+    pub fn start(&self, flags: &[&str]) -> Result<Tunnel> {
         let socket = self.operator.socket_text();
         let all = [&["--queues", "2", "--control", &socket][..], flags].concat();
         self.near().start(&[peer(2)], &all)
     }
 
     /// Both ends of a tunnel.
-    fn play(&self) -> Result<(Tunnel, Tunnel)> {
+    pub fn play(&self) -> Result<(Tunnel, Tunnel)> {
         let far = self.far().start(&[peer(1)], &["--queues", "2"])?;
         let near = self.start(&[])?;
         self.operator.wait()?;
@@ -91,12 +96,12 @@ impl Stage {
     }
 
     /// The process that answers operators.
-    fn pid(&self) -> Result<Option<u64>> {
+    pub fn pid(&self) -> Result<Option<u64>> {
         Ok(self.operator.ask("status")?["pid"].as_u64())
     }
 
     /// Starts a successor, and waits for the end of its predecessor.
-    fn take_over(&self, old: Tunnel, flags: &[&str]) -> Result<(Tunnel, Ended)> {
+    pub fn take_over(&self, old: Tunnel, flags: &[&str]) -> Result<(Tunnel, Ended)> {
         let new = self.start(&[&["--takeover"], flags].concat())?;
         let ended = old.wait()?;
         check(ended.status.code() == Some(0), || {
@@ -114,7 +119,7 @@ impl Stage {
 
 /// What others see of a tunnel: the device, its addresses, routes, and the
 /// number of sockets.
-fn appearance(namespace: &Namespace) -> Result<(u32, BTreeSet<String>, Vec<String>)> {
+pub fn appearance(namespace: &Namespace) -> Result<(u32, BTreeSet<String>, Vec<String>)> {
     let index = link(namespace, "fastvpn0")?.index;
     let routes = main_routes(namespace)?;
     let mut routes: Vec<_> = routes.iter().map(|route| format!("{route:?}")).collect();
@@ -344,7 +349,7 @@ fn successors_that_fail() -> Result<()> {
         let mut client = stage.operator.connect()?;
         tried(
             "ask",
-            writeln!(client, r#"{{"command":"takeover","protocol":1}}"#),
+            writeln!(client, r#"{{"command":"takeover","protocol":{PROTOCOL}}}"#),
         )?;
         let mut reader = BufReader::new(tried("clone", client.try_clone())?);
         let mut manifest = String::new();
@@ -363,15 +368,15 @@ fn successors_that_fail() -> Result<()> {
     stop(far).map(drop)
 }
 
-/// One that asks and then says nothing is given up; what operators want waits so
-/// long, and traffic does not.
+/// One that asks and then says nothing is given up; what operators want to change
+/// waits so long, and traffic does not.
 fn a_silent_successor() -> Result<()> {
     let stage = Stage::new()?;
     let (near, far) = stage.play()?;
     let (a, b) = (stage.near(), stage.far());
     let stream = Stream::start(&a.container, &b.container, inside(2)[0])?;
     let mut client = stage.operator.connect()?;
-    let question = r#"{"command":"takeover","protocol":1}"#;
+    let question = format!(r#"{{"command":"takeover","protocol":{PROTOCOL}}}"#);
     tried("ask", writeln!(client, "{question}"))?;
     for _ in 0..3 {
         stream.wait_for_progress()?;

@@ -43,6 +43,13 @@ pub enum Command {
         /// Takes one answer.
         answer: Sender<Result<()>>,
     },
+    /// See [`RouteKeeper::go_on`](super::RouteKeeper::go_on).
+    GoOn {
+        /// Masked prefixes.
+        wanted: BTreeSet<IpNet>,
+        /// Takes one answer.
+        answer: Sender<Result<()>>,
+    },
     /// Ends the thread.
     End(AtEnd),
 }
@@ -187,6 +194,9 @@ impl Keeper {
                 // Nobody waits for an answer that cannot be sent.
                 Ok(Command::Set { wanted, answer }) => {
                     let _ = answer.try_send(self.set(wanted));
+                }
+                Ok(Command::GoOn { wanted, answer }) => {
+                    let _ = answer.try_send(self.go_on(wanted));
                 }
                 Ok(Command::End(at_end)) => return Some(at_end),
                 Err(TryRecvError::Empty) => return None,
@@ -495,16 +505,7 @@ impl Keeper {
     pub(super) fn set(&mut self, wanted: BTreeSet<IpNet>) -> Result<()> {
         let standings = standings(&mut self.parts, &wanted)?;
         let fresh = wanted.difference(&self.wanted);
-        let mut blocked = fresh.filter_map(|prefix| {
-            let standing = standings.of(prefix);
-            // A predecessor's route, or one that is as good, holds its ground.
-            let free = standing.has_ours || standings.is_right(prefix);
-            standing.obstacle.filter(|_| !free)
-        });
-        if let Some(obstacle) = blocked.next() {
-            return Err(conflict(&mut self.parts, &obstacle, blocked.count()));
-        }
-        drop(blocked);
+        check_free(&mut self.parts.netlink, &standings, fresh)?;
         // That the device is up is taken note of with the news alone, because
         // more than routes may have to be put back then.
         let link = device_if_up(&mut self.parts)?;
@@ -534,6 +535,18 @@ impl Keeper {
         }
         self.wanted = wanted;
         Ok(())
+    }
+
+    /// [`Self::set`]; if that fails, all are wanted nevertheless, as they would
+    /// be if what is in the way had come a moment later.
+    fn go_on(&mut self, wanted: BTreeSet<IpNet>) -> Result<()> {
+        let result = self.set(wanted.clone());
+        if result.is_err() {
+            self.wanted = wanted;
+            self.strays_due = true;
+            self.compare_at(Instant::now());
+        }
+        result
     }
 
     /// Adds routes. One that was wanted before and is refused is no error: it is
@@ -617,6 +630,27 @@ impl Keeper {
     }
 }
 
+/// Makes sure that nobody's route is in the way of one to any of the prefixes.
+///
+/// # Errors
+/// Names the first one with such a route.
+pub fn check_free<'a>(
+    netlink: &mut Netlink,
+    standings: &Standings,
+    prefixes: impl Iterator<Item = &'a IpNet>,
+) -> Result<()> {
+    let mut blocked = prefixes.filter_map(|prefix| {
+        let standing = standings.of(prefix);
+        // A predecessor's route, or one that is as good, holds its ground.
+        let free = standing.has_ours || standings.is_right(prefix);
+        standing.obstacle.filter(|_| !free)
+    });
+    match blocked.next() {
+        Some(obstacle) => Err(conflict(netlink, &obstacle, blocked.count())),
+        None => Ok(()),
+    }
+}
+
 /// How the wanted prefixes stand, and all that have routes of ours.
 fn standings(parts: &mut Parts, wanted: &BTreeSet<IpNet>) -> Result<Standings> {
     Standings::read(&mut parts.netlink, parts.ours, wanted)
@@ -630,7 +664,9 @@ fn device_if_up(parts: &mut Parts) -> Result<Option<Link>> {
 
 /// What happened to a prefix, and what was done.
 fn describe(parts: &mut Parts, prefix: IpNet, standing: &Standing, hopeless: bool) -> String {
-    let way = standing.winner.map(|winner| way(parts, &winner));
+    let way = standing
+        .winner
+        .map(|winner| way(&mut parts.netlink, &winner));
     let name = &parts.name;
     match way {
         None => format!("route {prefix} on {name} was deleted; put back"),
@@ -646,8 +682,8 @@ fn describe(parts: &mut Parts, prefix: IpNet, standing: &Standing, hopeless: boo
 
 /// The error that a route of somebody else's is in the way; `others`: so are
 /// more of them.
-fn conflict(parts: &mut Parts, obstacle: &RouteEntry, others: usize) -> Error {
-    let way = way(parts, obstacle);
+fn conflict(netlink: &mut Netlink, obstacle: &RouteEntry, others: usize) -> Error {
+    let way = way(netlink, obstacle);
     let more = match others {
         0 => String::new(),
         others => format!(" (and {others} more prefixes have routes)"),
@@ -660,11 +696,11 @@ fn conflict(parts: &mut Parts, obstacle: &RouteEntry, others: usize) -> Error {
 }
 
 /// Where a route leads, in words.
-fn way(parts: &mut Parts, entry: &RouteEntry) -> String {
+fn way(netlink: &mut Netlink, entry: &RouteEntry) -> String {
     match entry.oif {
         _ if !entry.unicast => "that drops packets".to_string(),
         None => "with several next hops".to_string(),
-        Some(index) => match parts.netlink.link_by_index(index) {
+        Some(index) => match netlink.link_by_index(index) {
             Ok(Some(link)) => format!("on {}", link.name),
             _ => format!("on interface number {index}"),
         },

@@ -42,6 +42,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use crate::error::{Error, Result};
 use crate::netlink::{DeviceRoute, Netlink, Watch};
 use keeper::{Command, Keeper};
+use standing::Standings;
 
 /// The `rtm_protocol` of our routes (rtnetlink(7)): not one of those that
 /// linux/rtnetlink.h and iproute2's rt_protos assign. `ip route show proto 82`
@@ -66,6 +67,25 @@ pub struct RouteKeeper {
     commands: Sender<Command>,
     wake: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// Makes sure that a keeper for the device `tun` could [`set`](RouteKeeper::set)
+/// these prefixes now, as far as others' routes go.
+///
+/// # Errors
+/// When one of them is in the way; names prefix and interface. When the kernel
+/// refuses to list its routes.
+pub fn check_free(netlink: &mut Netlink, tun: &str, wanted: &BTreeSet<IpNet>) -> Result<()> {
+    let Some(oif) = netlink.link_index(tun)? else {
+        return Err(Error::new(format!("interface {tun} has disappeared")));
+    };
+    let ours = DeviceRoute {
+        oif,
+        protocol: PROTOCOL,
+    };
+    let wanted = wanted.iter().map(IpNet::trunc).collect();
+    let standings = Standings::read(netlink, ours, &wanted)?;
+    keeper::check_free(netlink, &standings, wanted.iter())
 }
 
 impl RouteKeeper {
@@ -136,6 +156,17 @@ impl RouteKeeper {
     pub fn set(&self, wanted: BTreeSet<IpNet>) -> Result<()> {
         let wanted = wanted.iter().map(IpNet::trunc).collect();
         self.ask(|answer| Command::Set { wanted, answer })?
+    }
+
+    /// As [`set`](Self::set), for who goes on with a predecessor's routes and has
+    /// nothing to go back to: after an error, too, these are the prefixes that
+    /// are kept from now on. What was in the way is got round as soon as can be.
+    ///
+    /// # Errors
+    /// As [`set`](Self::set).
+    pub fn go_on(&self, wanted: BTreeSet<IpNet>) -> Result<()> {
+        let wanted = wanted.iter().map(IpNet::trunc).collect();
+        self.ask(|answer| Command::GoOn { wanted, answer })?
     }
 
     /// Ends the keeper and waits for its end.

@@ -384,6 +384,36 @@ fn a_successor_finds_its_predecessors_routes() {
     assert!(host.has_foreign(V4));
 }
 
+/// What is in the way is no reason to forget what is wanted.
+#[test]
+fn a_successor_goes_round_what_is_in_the_way() {
+    let mut host = Host::new();
+    for prefix in [V4, V6] {
+        host.meddle(Meddling::Append, prefix, 0);
+    }
+    let keeper = host.keeper();
+    keeper.set(set(&["10.7.0.0/16"])).unwrap();
+    let wanted = set(&[V4, V6, "10.8.0.0/16"]);
+    let mut netlink = host.namespace.netlink().unwrap();
+    let free = super::check_free(&mut netlink, "tun0", &wanted).unwrap_err();
+    let error = keeper.go_on(wanted.clone()).unwrap_err();
+    for error in [free.to_string(), error.to_string()] {
+        assert!(error.contains("exists already on other0"), "{error}");
+    }
+    for prefix in &wanted {
+        host.await_ours(&prefix.to_string());
+    }
+    host.wait_for("10.7.0.0/16", |host| {
+        host.routes_to("10.7.0.0/16").is_empty()
+    });
+    assert!(host.has_foreign(V4) && host.has_foreign(V6));
+    super::check_free(&mut netlink, "tun0", &wanted).unwrap();
+    // What has nothing to do with it can be changed.
+    let more = &wanted | &set(&["10.9.0.0/16"]);
+    keeper.set(more.clone()).unwrap();
+    assert_eq!(host.owned(), more);
+}
+
 #[test]
 fn who_insists_is_answered_ever_more_rarely_but_in_the_end() {
     let mut host = Host::new();

@@ -1,0 +1,262 @@
+//! The predecessor's side of a takeover ([`super::takeover`]).
+//!
+//! A thread of its own serves the successor until that is ready, so that the
+//! control thread goes on with what it does. Only changes that the successor
+//! would miss wait: operators', and reloads.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use crossbeam_channel::{Receiver, bounded};
+use ipnet::IpNet;
+use socket2::Socket;
+
+use super::running::{End, Running};
+use super::takeover::{Manifest, PROTOCOL, RuntimePeer, Successor, WorkerDescriptors};
+use crate::control::overlay::{Origin, Peer};
+use crate::control::turns::Turn;
+use crate::device::link;
+use crate::device::tun::Queue;
+use crate::error::{Error, Result};
+use crate::netlink::Netlink;
+use crate::transport::socket::WorkerSockets;
+
+/// Descriptors of one worker, kept for a successor.
+pub struct Kept {
+    queue: OwnedFd,
+    receive: OwnedFd,
+    send: Option<OwnedFd>,
+}
+
+impl Kept {
+    /// What a worker needs, over again.
+    fn of(
+        queue: BorrowedFd<'_>,
+        receive: BorrowedFd<'_>,
+        send: Option<BorrowedFd<'_>>,
+    ) -> io::Result<Self> {
+        Ok(Self {
+            queue: queue.try_clone_to_owned()?,
+            receive: receive.try_clone_to_owned()?,
+            send: send.map(|send| send.try_clone_to_owned()).transpose()?,
+        })
+    }
+}
+
+/// Further descriptors of what the workers are about to have.
+///
+/// # Errors
+/// When there are no more descriptors.
+pub fn keep(queues: &[Queue], sockets: &[WorkerSockets]) -> Result<Vec<Kept>> {
+    let pairs = queues.iter().zip(sockets);
+    pairs
+        .map(|(queue, sockets)| {
+            let send = sockets.send.as_ref().map(AsFd::as_fd);
+            Kept::of(queue.as_fd(), sockets.receive.as_fd(), send)
+        })
+        .collect::<io::Result<_>>()
+        .map_err(no_descriptors)
+}
+
+/// What workers that start again need.
+///
+/// # Errors
+/// When there are no more descriptors.
+pub fn for_workers(kept: &[Kept]) -> Result<(Vec<Queue>, Vec<WorkerSockets>)> {
+    let split = kept.iter().map(|kept| {
+        let send = kept.send.as_ref().map(AsFd::as_fd);
+        let copy = Kept::of(kept.queue.as_fd(), kept.receive.as_fd(), send)?;
+        let sockets = WorkerSockets {
+            receive: copy.receive.into(),
+            send: copy.send.map(Socket::from),
+        };
+        Ok((Queue::from(copy.queue), sockets))
+    });
+    split.collect::<io::Result<_>>().map_err(no_descriptors)
+}
+
+fn no_descriptors(error: io::Error) -> Error {
+    Error::os("cannot duplicate a descriptor", error)
+        .hint("raise the limit on open files (ulimit -n), or ask for fewer --queues")
+}
+
+/// A successor that is not ready yet. Dropped, it is broken off.
+pub struct Handover {
+    /// The thread's connection.
+    stream: UnixStream,
+    thread: Option<JoinHandle<()>>,
+    ready: Receiver<Result<Successor>>,
+    /// The device's when it began.
+    addresses: Vec<IpNet>,
+    /// Others that want to take over are refused until it is over.
+    _turn: Turn,
+}
+
+impl Handover {
+    fn start(running: &mut Running, stream: UnixStream, protocol: u32, turn: Turn) -> Result<Self> {
+        let failed = |error| Error::os("cannot serve a successor", error);
+        let addresses = running.device_addresses()?;
+        let manifest = manifest(running);
+        let listener = running.listener()?;
+        let descriptors = Arc::clone(running.descriptors());
+        let for_thread = stream.try_clone().map_err(failed)?;
+        let (sender, ready) = bounded(1);
+        let serve = move || {
+            let listener = listener.as_ref().map(AsFd::as_fd);
+            let result = serve(for_thread, protocol, &manifest, &descriptors, listener);
+            let _ = sender.send(result);
+        };
+        let thread = std::thread::Builder::new()
+            .name("handover".into())
+            .spawn(serve)
+            .map_err(failed)?;
+        Ok(Self {
+            stream,
+            thread: Some(thread),
+            ready,
+            addresses,
+            _turn: turn,
+        })
+    }
+
+    /// Where it says once that the successor is ready, or has failed.
+    pub fn ready(&self) -> &Receiver<Result<Successor>> {
+        &self.ready
+    }
+}
+
+impl Drop for Handover {
+    fn drop(&mut self) {
+        let _ = self.stream.shutdown(Shutdown::Both);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread that serves a successor panicked");
+        }
+    }
+}
+
+fn serve(
+    stream: UnixStream,
+    protocol: u32,
+    manifest: &Manifest,
+    descriptors: &[Kept],
+    listener: Option<BorrowedFd<'_>>,
+) -> Result<Successor> {
+    let mut successor = Successor::new(stream, protocol)?;
+    let workers = descriptors.iter().map(|kept| WorkerDescriptors {
+        queue: kept.queue.as_fd(),
+        receive: kept.receive.as_fd(),
+        send: kept.send.as_ref().map(AsFd::as_fd),
+    });
+    successor.hand_over(manifest, workers, listener)?;
+    Ok(successor)
+}
+
+/// Begins to serve a successor.
+pub fn begin(running: &mut Running, stream: UnixStream, protocol: u32, turn: Turn) {
+    match Handover::start(running, stream, protocol, turn) {
+        Ok(handover) => running.handover = Some(handover),
+        Err(error) => not_handed_over(&error),
+    }
+}
+
+fn not_handed_over(error: &Error) {
+    tracing::error!("not handed over: {error}");
+}
+
+/// Leaves the tunnel to a successor that is `ready`; if that comes to nothing,
+/// the tunnel runs on.
+///
+/// # Errors
+/// When it cannot.
+pub fn end(running: &mut Running, ready: Result<Successor>) -> Result<Option<End>> {
+    let handover = running.handover.take();
+    let mut listener = None;
+    let left = ready.and_then(|successor| {
+        listener = running.listener()?;
+        leave_to(running, successor)
+    });
+    let Err(error) = left else {
+        return Ok(Some(End::HandedOver));
+    };
+    not_handed_over(&error);
+    if running.has_left() {
+        running.resume(listener)?;
+        tracing::warn!("carrying on");
+    }
+    if let Some(handover) = handover {
+        take_back_addresses(running, &handover.addresses);
+    }
+    running.catch_up();
+    Ok(None)
+}
+
+fn leave_to(running: &mut Running, mut successor: Successor) -> Result<()> {
+    successor.stopping()?;
+    // Who waits is told that there will be no answer.
+    running.postponed.clear();
+    running.leave();
+    // Last: from here until the successor starts nobody carries packets.
+    running.stop_workers();
+    successor.done()
+}
+
+/// Takes from the device what the successor has given it. Who runs the tunnel
+/// from now on does not have those addresses.
+fn take_back_addresses(running: &mut Running, before: &[IpNet]) {
+    let taken = running.device_addresses().and_then(|present| {
+        let added: Vec<_> = present
+            .into_iter()
+            .filter(|net| !before.contains(net))
+            .filter(|net| !running.settled.link.addresses.contains(net))
+            .collect();
+        link::remove_addresses(&mut Netlink::open()?, &running.config.tun, &added);
+        Ok(())
+    });
+    if let Err(error) = taken {
+        tracing::warn!("{error}");
+    }
+}
+
+fn manifest(running: &Running) -> Manifest {
+    let (overlay, wanted) = (&running.overlay, &running.config.wanted);
+    let runtime = |peer: &&Peer| peer.origin == Origin::Runtime;
+    let mut prefixes_of: BTreeMap<_, Vec<_>> = BTreeMap::new();
+    let mut runtime_prefixes = Vec::new();
+    for (prefix, peer, origin) in overlay.prefixes() {
+        if peer.origin == Origin::Runtime {
+            prefixes_of.entry(peer.name.key()).or_default().push(prefix);
+        } else if origin == Origin::Runtime {
+            runtime_prefixes.push((prefix, peer.name.to_string()));
+        }
+    }
+    let runtime_peers = overlay
+        .peers_by_name()
+        .filter(runtime)
+        .map(|peer| RuntimePeer {
+            peer: peer.name.to_string(),
+            is_default: peer.is_default,
+            prefixes: prefixes_of.remove(&peer.name.key()).unwrap_or_default(),
+        });
+    Manifest {
+        ok: true,
+        protocol: PROTOCOL,
+        tun: running.config.tun.clone(),
+        workers: running.worker_count as u16,
+        listen: running.settled.listen,
+        tun_offloads: [running.tun_offloads.tcp, running.tun_offloads.udp],
+        udp_offloads: [running.udp_offloads.segment, running.udp_offloads.gro],
+        tun_wanted: [wanted.tun.tcp, wanted.tun.udp],
+        udp_wanted: [wanted.udp.segment, wanted.udp.gro],
+        is_steered: running.is_steered,
+        addresses: running.settled.link.addresses.clone(),
+        runtime_peers: runtime_peers.collect(),
+        runtime_prefixes,
+    }
+}

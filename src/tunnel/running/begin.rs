@@ -1,0 +1,213 @@
+//! How a tunnel begins to run: set up, or taken over from another process.
+
+use std::collections::{BTreeSet, HashMap};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+use ipnet::IpNet;
+
+use super::{RETIRED_MAX, Running, ask_paths};
+use crate::config::Config;
+use crate::control::overlay::tunnel_addresses;
+use crate::control::routes::{self, RouteKeeper};
+use crate::control::workers::Workers;
+use crate::device::link;
+use crate::error::Result;
+use crate::tunnel::host::HostNews;
+use crate::tunnel::start::{self, Claimed, Prepared};
+use crate::tunnel::takeover::{self, Inherited};
+use crate::tunnel::{announce, handover, inherit};
+
+impl Running {
+    /// Sets a tunnel up, or takes it over.
+    ///
+    /// # Errors
+    /// When it cannot be had; then nothing is left behind.
+    pub fn start(config: Config) -> Result<Self> {
+        let prepared = start::prepare(config)?;
+        if !prepared.config.takeover {
+            return Self::start_fresh(prepared);
+        }
+        match takeover::ask(&prepared.config.control)? {
+            Some(inherited) => Self::take_over(prepared, inherited),
+            None => {
+                tracing::info!("there is no running process to take over from");
+                Self::start_fresh(prepared)
+            }
+        }
+    }
+
+    fn start_fresh(mut prepared: Prepared) -> Result<Self> {
+        let (config, settled) = (&prepared.config, &prepared.settled);
+        let claimed = start::claim(config, settled, &mut prepared.netlink)?;
+        let mut running = Self::ready(prepared, claimed)?;
+        match running.open() {
+            Ok(()) => Ok(running),
+            Err(error) => {
+                running.take_down();
+                Err(error)
+            }
+        }
+    }
+
+    /// What is likely to fail fails while the predecessor still carries the
+    /// tunnel, and changes nothing that it relies on.
+    fn take_over(mut prepared: Prepared, inherited: Inherited) -> Result<Self> {
+        let Inherited {
+            manifest,
+            device,
+            sockets,
+            udp,
+            listener,
+            predecessor,
+        } = inherited;
+        inherit::check(&prepared.config, &prepared.settled, &manifest)?;
+        inherit::keep_wanted(&mut prepared.config.wanted, &manifest);
+        inherit::inherit(&mut prepared.overlay, &manifest);
+        prepared.resolve_now();
+        let claimed = Claimed {
+            sockets,
+            udp,
+            device,
+        };
+        let mut running = Self::ready(prepared, claimed)?;
+        running.check_routes()?;
+        let tun = running.config.tun.clone();
+        let new = &running.settled.link.addresses;
+        let added = link::add_addresses(&mut running.netlink, &tun, new)?;
+        if let Err(error) = predecessor.stop() {
+            link::remove_addresses(&mut running.netlink, &tun, &added);
+            return Err(error);
+        }
+        running.go_on(&manifest.addresses, listener);
+        Ok(running)
+    }
+
+    /// Everything but what others see of it: workers that wait for the word to
+    /// start.
+    fn ready(prepared: Prepared, claimed: Claimed) -> Result<Self> {
+        let Prepared {
+            config,
+            settled,
+            mut overlay,
+            mut netlink,
+            names,
+            ..
+        } = prepared;
+        let Claimed {
+            sockets,
+            udp,
+            device,
+        } = claimed;
+        let worker_count = device.queues.len();
+        overlay.count_for(worker_count);
+        ask_paths(&mut overlay, settled.listen);
+        let accept_local = link::accept_local(&mut netlink, &config.tun);
+        let addresses = tunnel_addresses(&settled.link.addresses, accept_local);
+        let table = Arc::new(overlay.table(addresses, config.hop));
+        let setup = start::setup(&config, device.offloads, udp, &table);
+        let descriptors = handover::keep(&device.queues, &sockets)?;
+        let counters = std::iter::repeat_with(Arc::default).take(worker_count);
+        let counters: Vec<_> = counters.collect();
+        let workers = Workers::start(device.queues, sockets, counters.clone(), &setup)?;
+        Ok(Self {
+            config,
+            settled,
+            overlay,
+            table,
+            retired: Vec::with_capacity(RETIRED_MAX),
+            workers: Some(workers),
+            counters,
+            setup,
+            tun_offloads: device.offloads,
+            udp_offloads: udp,
+            is_steered: device.steered,
+            worker_count,
+            descriptors: Arc::new(descriptors),
+            names,
+            heard: HashMap::new(),
+            path_cursor: 0,
+            host: HostNews::new(),
+            netlink,
+            accept_local,
+            routes: None,
+            routes_kept: BTreeSet::new(),
+            server: None,
+            handover: None,
+            postponed: Vec::new(),
+            is_reload_due: false,
+            started: Instant::now(),
+            reload_error: None,
+        })
+    }
+
+    pub(super) fn let_workers_go(&mut self) {
+        if let Some(workers) = &mut self.workers {
+            workers.go();
+        }
+    }
+
+    fn bring_up(&mut self, old_addresses: &[IpNet]) -> Result<()> {
+        let (tun, link) = (&self.config.tun, &self.settled.link);
+        link::bring_up(&mut self.netlink, tun, link, old_addresses)
+    }
+
+    /// What the host sees of a tunnel.
+    fn open(&mut self) -> Result<()> {
+        // Frames that come the moment the link is up find their worker.
+        self.let_workers_go();
+        self.bring_up(&[])?;
+        let addresses = self.settled.link.addresses.clone();
+        let routes = RouteKeeper::start(&self.config.tun, addresses, self.host.sender())?;
+        self.routes = Some(routes);
+        self.set_routes(self.kernel_routes(&self.overlay))?;
+        self.check_outside(&self.overlay.clone())?;
+        self.serve(None)?;
+        announce::announce(self);
+        Ok(())
+    }
+
+    /// Whether the kernel's routes will be what is wanted, and no peer in the
+    /// tunnel, as far as can be told while a predecessor's are in force.
+    ///
+    /// # Errors
+    /// Names the route that is in the way, or the peer.
+    fn check_routes(&mut self) -> Result<()> {
+        let (wanted, tun) = (self.kernel_routes(&self.overlay), &self.config.tun);
+        let addresses = &self.settled.link.addresses;
+        let endpoints = self.overlay.peers().filter_map(|(_, peer)| peer.endpoint);
+        for endpoint in endpoints {
+            link::check_will_be_outside(&mut self.netlink, tun, endpoint, addresses, &wanted)?;
+        }
+        routes::check_free(&mut self.netlink, tun, &wanted)
+    }
+
+    /// [`Self::open`] for a successor: there is nobody to go back to, and the
+    /// tunnel carries, so each step is taken whatever comes of the others.
+    /// Operators before routes, which they can mend.
+    fn go_on(&mut self, old_addresses: &[IpNet], listener: Option<OwnedFd>) {
+        self.let_workers_go();
+        let brought_up = self.bring_up(old_addresses);
+        let served = self.serve(listener);
+        let routed = self.take_routes_on();
+        // Who cannot be reached from outside is suspended, and no more.
+        self.look_at_host();
+        for result in [brought_up, served, routed] {
+            if let Err(error) = result {
+                tracing::error!("taken over, but not in full: {error}");
+            }
+        }
+        announce::announce(self);
+    }
+
+    /// Goes on keeping the kernel's routes where another keeper has stopped.
+    pub(super) fn take_routes_on(&mut self) -> Result<()> {
+        self.routes_kept = self.kernel_routes(&self.overlay);
+        let addresses = self.settled.link.addresses.clone();
+        let routes = RouteKeeper::start(&self.config.tun, addresses, self.host.sender())?;
+        let result = routes.go_on(self.routes_kept.clone());
+        self.routes = Some(routes);
+        result
+    }
+}

@@ -1,0 +1,362 @@
+//! Takeovers that do not go as they should: by the wrong configuration, or
+//! because one of the two dies.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use fastvpn::error::{Error, Result};
+use fastvpn::tunnel::takeover::PROTOCOL;
+use ipnet::IpNet;
+use nix::sys::signal::Signal;
+use serde_json::json;
+
+use crate::packets::TUNNEL_NAME;
+use crate::routes::{kernel_agrees, net, own_routes};
+use crate::site::{inside, underlay, wait_for_each_other};
+use crate::support::{PATIENCE, Test, Tunnel, check, link, stop, tried, wait_until};
+use crate::takeover::{Stage, appearance};
+use crate::tools::{RouteCommand, Stream, ip_route};
+
+/// The tests of this file.
+pub fn tests() -> Vec<Test> {
+    vec![
+        (
+            "successors_that_die_after_the_word",
+            successors_that_die_after_the_word,
+        ),
+        (
+            "a_predecessor_that_dies_after_the_word",
+            a_predecessor_that_dies_after_the_word,
+        ),
+    ]
+}
+
+/// Those that are about control alone.
+pub fn tests_of_control() -> Vec<Test> {
+    vec![
+        (
+            "successors_with_bad_configurations",
+            successors_with_bad_configurations,
+        ),
+        (
+            "a_successor_that_finds_a_peer_in_the_tunnel",
+            a_successor_that_finds_a_peer_in_the_tunnel,
+        ),
+        ("a_successor_without_routes", a_successor_without_routes),
+        ("what_operators_said_goes_on", what_operators_said_goes_on),
+        (
+            "nobody_waits_for_a_silent_successor",
+            nobody_waits_for_a_silent_successor,
+        ),
+    ]
+}
+
+/// Name of the interface toward the other sites.
+fn outside_name(stage: &Stage) -> Result<String> {
+    let mut netlink = stage.near().host.netlink()?;
+    let index = netlink.interface_to(underlay(2).into())?;
+    let links = netlink.links()?;
+    let found = links.into_iter().find(|link| Some(link.index) == index);
+    Ok(found.map(|link| link.name).unwrap_or_default())
+}
+
+/// What a plain start would refuse leaves the tunnel with who has it.
+fn successors_with_bad_configurations() -> Result<()> {
+    let stage = Stage::new()?;
+    let (near, far) = stage.play()?;
+    let host = &stage.near().host;
+    let outside = outside_name(&stage)?;
+    ip_route(
+        host,
+        RouteCommand::Add,
+        net("172.29.0.0/16")?,
+        &outside,
+        None,
+    )?;
+    ip_route(
+        host,
+        RouteCommand::Add,
+        net("fd00:29::/32")?,
+        &outside,
+        None,
+    )?;
+    let (pid, before) = (stage.pid()?, appearance(host)?);
+    let through_itself = "lead through the tunnel itself";
+    for (flag, value, says) in [
+        ("--route", format!("{}/32", underlay(2)), through_itself),
+        ("--route", "10.211.55.0/25".into(), through_itself),
+        ("--address", "10.211.55.100/25".into(), through_itself),
+        (
+            "--route",
+            "172.29.0.0/16".into(),
+            "172.29.0.0/16 exists already on",
+        ),
+        (
+            "--route",
+            "fd00:29::/32".into(),
+            "fd00:29::/32 exists already on",
+        ),
+    ] {
+        let ended = stage.start(&["--takeover", flag, &value])?.wait()?;
+        let is_refused = ended.status.code() == Some(1) && ended.log.contains(says);
+        check(is_refused, || {
+            format!("{flag} {value}: {}:\n{}", ended.status, ended.log)
+        })?;
+        // The one that failed may have been waited for.
+        stage.operator.wait()?;
+        check(stage.pid()? == pid, || "somebody else answers".into())?;
+        let after = appearance(host)?;
+        check(after == before, || {
+            format!("{flag} {value}: {before:?}, then {after:?}")
+        })?;
+        wait_for_each_other(stage.near(), stage.far())?;
+    }
+    // One that covers the peer, but less closely than its own route, is fine.
+    let (near, _) = stage.take_over(near, &["--route", "10.211.0.0/16"])?;
+    wait_for_each_other(stage.near(), stage.far())?;
+    stop(near)?;
+    stop(far).map(drop)
+}
+
+/// Which nobody could know before: it was its predecessor's route that led there.
+/// That peer is sent nothing until there is another way to it, and all else goes on.
+fn a_successor_that_finds_a_peer_in_the_tunnel() -> Result<()> {
+    let stage = Stage::new()?;
+    let far = stage
+        .far()
+        .start(&[crate::site::peer(1)], &["--queues", "2"])?;
+    let near = stage.start(&["--route", "10.5.0.0/16"])?;
+    stage.operator.wait()?;
+    let host = &stage.near().host;
+    let flags = ["--mtu", "1400", "--peer", "10.5.0.9=172.30.0.0/16"];
+    let flags = [&flags[..], &["--route", "10.4.0.0/15"]].concat();
+    let (near, _) = stage.take_over(near, &flags)?;
+    wait_for_each_other(stage.near(), stage.far())?;
+    let is_suspended = || -> Result<bool> {
+        let answer = stage.operator.ask("peers")?;
+        let peers = answer["peers"].as_array().cloned().unwrap_or_default();
+        let peer = peers.iter().find(|peer| peer["peer"] == "10.5.0.9:8285");
+        Ok(peer.is_some_and(|peer| peer["is_suspended"] == true))
+    };
+    check(is_suspended()?, || "it is not suspended".into())?;
+    // What has nothing to do with it can be changed.
+    let added = format!("route add 172.31.0.0/16 --peer {}", underlay(2));
+    stage.operator.tell(&added)?;
+    let outside = outside_name(&stage)?;
+    ip_route(host, RouteCommand::Add, net("10.5.0.9/32")?, &outside, None)?;
+    wait_until("the peer is reached", || Ok(!is_suspended()?))?;
+    stop(near)?;
+    stop(far).map(drop)
+}
+
+/// Not even its predecessor's.
+fn a_successor_without_routes() -> Result<()> {
+    let stage = Stage::new()?;
+    let (near, far) = stage.play()?;
+    let host = &stage.near().host;
+    let before = own_routes(host)?;
+    let (near, _) = stage.take_over(near, &["--no-routes", "--without", "uso"])?;
+    let routes = own_routes(host)?;
+    check(routes.is_empty(), || format!("{routes:?}"))?;
+    let (near, ended) = stage.take_over(near, &[])?;
+    let is_told = ended
+        .log
+        .contains("--without uso takes effect at the next start");
+    check(is_told, || ended.log)?;
+    let routes = own_routes(host)?;
+    check(routes == before, || format!("{routes:?}, not {before:?}"))?;
+    wait_for_each_other(stage.near(), stage.far())?;
+    stop(near)?;
+    stop(far).map(drop)
+}
+
+/// What they moved stays where they moved it, and whom they added stays.
+fn what_operators_said_goes_on() -> Result<()> {
+    let stage = Stage::new()?;
+    let (near, far) = stage.play()?;
+    stage.operator.tell("peer add 10.211.55.9=172.29.0.0/16")?;
+    stage
+        .operator
+        .tell("route add 172.18.2.0/24 --peer 10.211.55.9 --replace")?;
+    let table = stage.operator.routes()?;
+    let (near, _) = stage.take_over(near, &[])?;
+    let after = stage.operator.routes()?;
+    check(after == table, || format!("{table:?}, then {after:?}"))?;
+    kernel_agrees(&stage.near().host, &stage.operator)?;
+    stop(near)?;
+    stop(far).map(drop)
+}
+
+/// A successor, step by step.
+struct Script {
+    stream: UnixStream,
+}
+
+impl Script {
+    /// Asks until the one before is over.
+    fn ask(stage: &Stage) -> Result<Self> {
+        let question = json!({"command": "takeover", "protocol": PROTOCOL});
+        let mut asked = None;
+        wait_until("a successor may ask", || {
+            let mut stream = stage.operator.connect()?;
+            tried("ask", writeln!(stream, "{question}"))?;
+            let mut manifest = String::new();
+            let mut reader = BufReader::new(&stream);
+            tried("read the manifest", reader.read_line(&mut manifest))?;
+            let may = manifest.contains("\"ok\":true");
+            asked = may.then_some(Self { stream });
+            Ok(may)
+        })?;
+        asked.ok_or_else(|| Error::new("nobody was asked"))
+    }
+
+    fn say(&mut self, bytes: &[u8]) -> Result<()> {
+        tried("say", self.stream.write_all(bytes))
+    }
+
+    fn hear(&mut self, wanted: &[u8]) -> Result<()> {
+        let mut bytes = vec![0; wanted.len()];
+        tried("hear", self.stream.read_exact(&mut bytes))?;
+        check(bytes == wanted, || format!("{bytes:?}, not {wanted:?}"))
+    }
+
+    /// Up to the word that its predecessor shall stop. Descriptors come with the
+    /// bytes, two workers' and the operators' socket, and are let go.
+    fn get_ready(&mut self) -> Result<()> {
+        self.say(b"r")?;
+        self.hear(b"fff")
+    }
+}
+
+/// However far it has come, up to its last word, its predecessor carries on: with
+/// the same device, addresses, routes, operators' socket and counters.
+fn successors_that_die_after_the_word() -> Result<()> {
+    let stage = Stage::new()?;
+    let (near, far) = stage.play()?;
+    let (a, b) = (stage.near(), stage.far());
+    let stream = Stream::start(&a.container, &b.container, inside(2)[0])?;
+    stream.wait_for_progress()?;
+    let (pid, before) = (stage.pid()?, appearance(&a.host)?);
+    let table = stage.operator.routes()?;
+    let sent = stage.operator.counter("packets-sent")?;
+    for (heard, gives_address, is_silent) in [
+        ("", true, false),
+        ("s", true, false),
+        ("sd", false, false),
+        ("sd", false, true),
+    ] {
+        let mut successor = Script::ask(&stage)?;
+        successor.get_ready()?;
+        if gives_address {
+            let index = link(&a.host, TUNNEL_NAME)?.index;
+            let given: IpNet = net("10.250.0.9/24")?;
+            a.host.netlink()?.add_address(index, given)?;
+        }
+        successor.say(b"g")?;
+        successor.hear(heard.as_bytes())?;
+        if is_silent {
+            successor.hear(b"k")?;
+            check(successor.say(b"t").is_err(), || "both carry on".into())?;
+        }
+        drop(successor);
+        stream.wait_for_progress()?;
+        wait_for_each_other(a, b)?;
+        stage.operator.wait()?;
+        check(stage.pid()? == pid, || "somebody else answers".into())?;
+        wait_until("all is as before", || Ok(appearance(&a.host)? == before))?;
+        check(stage.operator.routes()? == table, || "another table".into())?;
+    }
+    check(stage.operator.counter("packets-sent")? > sent, || {
+        "it counts from zero".into()
+    })?;
+    // It is a tunnel as any other: routes are kept, and it can be taken over.
+    let routes = own_routes(&a.host)?;
+    for prefix in &routes {
+        ip_route(&a.host, RouteCommand::Delete, *prefix, TUNNEL_NAME, None)?;
+    }
+    wait_until("routes are put back", || Ok(own_routes(&a.host)? == routes))?;
+    let (near, _) = stage.take_over(near, &[])?;
+    stream.wait_for_progress()?;
+    stream.finish()?;
+    stop(near)?;
+    check(!stage.operator.socket().exists(), || {
+        "the socket is left".into()
+    })?;
+    stop(far).map(drop)
+}
+
+/// Its successor carries on.
+fn a_predecessor_that_dies_after_the_word() -> Result<()> {
+    /// Answers that a client does not read keep the end waiting.
+    const PREFIXES: usize = 10_000;
+    let stage = Stage::new()?;
+    let (mut near, far) = stage.play()?;
+    let prefixes: Vec<_> = (0..PREFIXES)
+        .map(|number| format!("11.{}.{}.0/24", number / 256, number % 256))
+        .collect();
+    let request = json!({
+        "command": "route-add",
+        "peer": underlay(2).to_string(),
+        "prefixes": prefixes,
+    });
+    let answer = stage.operator.request(&request.to_string())?;
+    check(answer["ok"] == true, || answer.to_string())?;
+    let mut stuck = stage.operator.connect()?;
+    tried("ask", writeln!(stuck, r#"{{"command":"route-list"}}"#))?;
+    tried("read", stuck.read_exact(&mut [0]))?;
+    let new = stage.start(&["--takeover"])?;
+    wait_until("the keeper of its routes has ended", || {
+        let has_ended = near.child().try_wait()?.is_some();
+        Ok(has_ended || !has_thread(&near, "routes"))
+    })?;
+    near.child().signal(Signal::SIGKILL);
+    near.wait()?;
+    drop(stuck);
+    stage.operator.wait()?;
+    check(stage.pid()? == Some(new.pid().into()), || {
+        "somebody else answers".into()
+    })?;
+    wait_for_each_other(stage.near(), stage.far())?;
+    kernel_agrees(&stage.near().host, &stage.operator)?;
+    stop(new)?;
+    stop(far).map(drop)
+}
+
+fn has_thread(tunnel: &Tunnel, name: &str) -> bool {
+    let Ok(tasks) = std::fs::read_dir(format!("/proc/{}/task", tunnel.pid())) else {
+        return false;
+    };
+    tasks.flatten().any(|task| {
+        let comm = std::fs::read_to_string(task.path().join("comm"));
+        comm.is_ok_and(|comm| comm.trim() == name)
+    })
+}
+
+/// Who asks a question is answered, and who wants the end has it.
+fn nobody_waits_for_a_silent_successor() -> Result<()> {
+    let stage = Stage::new()?;
+    let (near, far) = stage.play()?;
+    for reaches in [&b""[..], b"r"] {
+        let mut successor = Script::ask(&stage)?;
+        successor.say(reaches)?;
+        for question in ["status", "peers", "route list"] {
+            stage.operator.tell(question)?;
+        }
+        // So nobody has given it up yet.
+        successor.say(if reaches.is_empty() { b"r" } else { b"" })?;
+        successor.hear(b"fff")?;
+    }
+    let mut successor = Script::ask(&stage)?;
+    successor.get_ready()?;
+    let asked = Instant::now();
+    stop(near)?;
+    check(asked.elapsed() < PATIENCE_WITH_SUCCESSORS / 2, || {
+        format!("the end took {:?}", asked.elapsed())
+    })?;
+    stop(far).map(drop)
+}
+
+/// After which a silent successor is given up.
+const PATIENCE_WITH_SUCCESSORS: Duration = Duration::from_secs(10);
+const _: () = assert!(PATIENCE.as_secs() > PATIENCE_WITH_SUCCESSORS.as_secs());
