@@ -4,6 +4,7 @@
 //! a packet's path.
 
 pub mod engine;
+pub(crate) mod journal;
 pub mod logging;
 pub mod names;
 pub mod overlay;

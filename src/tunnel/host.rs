@@ -10,6 +10,7 @@ use crossbeam_channel::{Receiver, Sender, at, bounded, never};
 
 use super::running::{Running, ask_paths};
 use crate::config::Settled;
+use crate::control::journal::Journal;
 use crate::control::overlay::Overlay;
 use crate::device::link;
 use crate::error::Result;
@@ -27,9 +28,6 @@ const NEWS_WAIT: Duration = Duration::from_millis(50);
 const REST_FACTOR: u32 = 10;
 const REST_MIN: Duration = Duration::from_secs(1);
 
-/// Peers that are named one by one in the log. More are counted.
-const PEERS_NAMED_MAX: usize = 8;
-
 /// When the host is to be looked at.
 pub struct HostNews {
     sender: Sender<()>,
@@ -37,6 +35,7 @@ pub struct HostNews {
     /// When the next look is due; `None`: nothing has changed.
     due: Option<Instant>,
     rested_at: Instant,
+    journal: Journal,
 }
 
 impl HostNews {
@@ -50,6 +49,7 @@ impl HostNews {
             receiver,
             due: Some(now),
             rested_at: now,
+            journal: Journal::new("changes of ways to peers"),
         }
     }
 
@@ -78,6 +78,11 @@ impl HostNews {
         self.due.get_or_insert(at);
     }
 
+    /// Says how many log lines were left out lately, if it is time.
+    pub fn flush_log(&mut self, now: Instant) {
+        self.journal.flush(now);
+    }
+
     /// Notes a look that began at `started` and ends `now`.
     fn looked(&mut self, started: Instant, now: Instant) {
         self.due = None;
@@ -96,7 +101,9 @@ impl Running {
     /// Looks at this host's addresses and at the ways to all peers.
     pub(super) fn look_at_host(&mut self) {
         let started = Instant::now();
-        let mut is_news = match own_addresses(&mut self.netlink, &self.settled) {
+        let own = own_addresses(&mut self.netlink, &self.settled);
+        let has_failed = own.is_err();
+        let mut is_news = match own {
             Ok(own) => self.overlay.set_own_addresses(own),
             Err(error) => {
                 tracing::debug!("{error}");
@@ -113,6 +120,9 @@ impl Running {
             self.republish();
         }
         self.host.looked(started, Instant::now());
+        if has_failed {
+            self.host.note(Instant::now());
+        }
     }
 
     /// Suspends those of the peers to whom the way leads through the tunnel
@@ -123,44 +133,40 @@ impl Running {
         let Ok(Some(own)) = self.netlink.link_index(&self.config.tun) else {
             return false;
         };
-        let (mut suspended, mut resumed) = (Vec::new(), Vec::new());
+        let (mut is_news, mut has_resumed) = (false, false);
         for &(hop, endpoint) in peers {
-            match self.netlink.interface_to_endpoint(endpoint) {
-                Ok(way) => {
-                    let is_inside = way == Some(own);
-                    if self.overlay.set_suspended(hop, is_inside) {
-                        let news = if is_inside {
-                            &mut suspended
-                        } else {
-                            &mut resumed
-                        };
-                        news.push(endpoint);
-                    }
+            let way = match self.netlink.interface_to_endpoint(endpoint) {
+                Ok(way) => way,
+                Err(error) => {
+                    tracing::debug!("{error}");
+                    continue;
                 }
-                Err(error) => tracing::debug!("{error}"),
+            };
+            let is_inside = way == Some(own);
+            if !self.overlay.set_suspended(hop, is_inside) {
+                continue;
+            }
+            is_news = true;
+            has_resumed |= !is_inside;
+            if !self.host.journal.admits(Instant::now()) {
+                continue;
+            }
+            match is_inside {
+                true => tracing::warn!(
+                    "the way to peer {endpoint} leads through the tunnel itself: nothing is \
+                     sent to it until there is another"
+                ),
+                false => {
+                    tracing::info!("the way to peer {endpoint} leads outside the tunnel again");
+                }
             }
         }
-        for endpoint in suspended.iter().take(PEERS_NAMED_MAX) {
-            tracing::warn!(
-                "the way to peer {endpoint} leads through the tunnel itself: nothing is sent to it \
-                 until there is another"
-            );
-        }
-        for endpoint in resumed.iter().take(PEERS_NAMED_MAX) {
-            tracing::info!("the way to peer {endpoint} leads outside the tunnel again");
-        }
-        for (news, what) in [(&suspended, "through the tunnel"), (&resumed, "outside")] {
-            if news.len() > PEERS_NAMED_MAX {
-                let more = news.len() - PEERS_NAMED_MAX;
-                tracing::info!("the ways to {more} more peers lead {what}, too");
-            }
-        }
-        if !resumed.is_empty() {
+        if has_resumed {
             ask_paths(&mut self.overlay, self.settled.listen);
             // What was learnt of the way through the tunnel says nothing of this.
             self.workers().tell(|| Command::ResetLimits);
         }
-        !(suspended.is_empty() && resumed.is_empty())
+        is_news
     }
 
     /// Makes sure that no peer is reached through the tunnel itself, but for

@@ -168,7 +168,7 @@ impl Running {
     /// When it could not be started again after a change of addresses.
     fn routes(&self) -> Result<&RouteKeeper> {
         self.routes.as_ref().ok_or_else(|| {
-            Error::new("the kernel's routes are no longer kept").hint("start the tunnel again")
+            Error::new("the kernel's routes are not kept just now").hint("try again later")
         })
     }
 
@@ -193,12 +193,26 @@ impl Running {
         // has no room for any more is on its way out.
         let takes_v6 = self.settled.link.mtu_bytes >= link::IPV6_MTU_BYTES_MIN;
         let kept = self.routes_kept.iter().copied();
-        let result = routes.set(
+        let result = routes.resume(
             kept.filter(|net| takes_v6 || net.addr().is_ipv4())
                 .collect(),
         );
         self.routes = Some(routes);
+        // Nobody has told of changes meanwhile.
+        self.host.note(Instant::now());
         result
+    }
+
+    /// Tries again to have a keeper, as when there were no descriptors to be had.
+    fn keep_routes_again(&mut self, now: Instant) {
+        match self.start_routes() {
+            Ok(()) => tracing::info!("the kernel's routes are kept again"),
+            Err(error) => {
+                tracing::debug!("{error}");
+                // There may be nobody who would tell of changes.
+                self.host.note(now);
+            }
+        }
     }
 
     /// Waits for what may happen, and sees to it, until the end.
@@ -453,9 +467,9 @@ impl Running {
         }
         self.names.tick(now);
         self.look_after_paths();
+        self.host.flush_log(now);
         if self.routes.is_none() {
-            // There is nobody who would tell of changes.
-            self.host.note(now);
+            self.keep_routes_again(now);
         }
         self.retired.retain(|old| Arc::strong_count(old) > 1);
     }

@@ -11,8 +11,8 @@ use nix::sys::eventfd::EventFd;
 
 use super::AtEnd;
 use super::backoff::Backoff;
-use super::journal::Journal;
 use super::standing::{Standing, Standings, may_harm};
+use crate::control::journal::Journal;
 use crate::device::link::IPV6_MTU_BYTES_MIN;
 use crate::error::{Error, Result};
 use crate::netlink::device_route::MAIN_TABLE;
@@ -38,6 +38,13 @@ const RETRY_WAIT: Duration = Duration::from_secs(1);
 pub enum Command {
     /// See [`RouteKeeper::set`](super::RouteKeeper::set).
     Set {
+        /// Masked prefixes.
+        wanted: BTreeSet<IpNet>,
+        /// Takes one answer.
+        answer: Sender<Result<()>>,
+    },
+    /// See [`RouteKeeper::resume`](super::RouteKeeper::resume).
+    Resume {
         /// Masked prefixes.
         wanted: BTreeSet<IpNet>,
         /// Takes one answer.
@@ -121,16 +128,16 @@ impl Keeper {
             epoll,
             up: link.is_some(),
             mtu_bytes: link.map_or(IPV6_MTU_BYTES_MIN, |link| link.mtu),
-            addresses_due: false,
+            // Until now nobody has kept anything.
+            addresses_due: true,
             strays_due: false,
             watch_due: None,
-            // They may be overridden.
-            due: (!wanted.is_empty()).then(Instant::now),
+            due: Some(Instant::now()),
             wanted,
             paid_at: Instant::now(),
             backoff: Backoff::default(),
             addresses_backoff: Backoff::default(),
-            journal: Journal::default(),
+            journal: Journal::new("route events"),
         })
     }
 
@@ -194,6 +201,9 @@ impl Keeper {
                 // Nobody waits for an answer that cannot be sent.
                 Ok(Command::Set { wanted, answer }) => {
                     let _ = answer.try_send(self.set(wanted));
+                }
+                Ok(Command::Resume { wanted, answer }) => {
+                    let _ = answer.try_send(self.resume(wanted));
                 }
                 Ok(Command::GoOn { wanted, answer }) => {
                     let _ = answer.try_send(self.go_on(wanted));
@@ -352,7 +362,8 @@ impl Keeper {
         self.up = true;
         self.note_mtu(link.mtu, started);
         let mut in_peace = was_up;
-        if !was_up || self.addresses_due {
+        self.addresses_due |= !was_up;
+        if self.addresses_due {
             in_peace &= !self.restore_addresses(was_up, started)?;
         }
         let standings = standings(&mut self.parts, &self.wanted)?;
@@ -464,10 +475,10 @@ impl Keeper {
         matches!(prefix, IpNet::V4(_)) || self.takes_ipv6()
     }
 
-    /// Gives the device back the addresses that it has lost; tells whether there
-    /// were any. One that it does not take (IPv6 may be switched off on it by
-    /// now) is not tried again until its addresses change: the routes are worth
-    /// having without.
+    /// Gives the device back the addresses that it has lost; tells whether it got
+    /// any. One that it does not take (IPv6 may be switched off on it by now) is
+    /// not tried again until its addresses change: the routes are worth having
+    /// without. Nor is one of IPv6 that it has with another prefix length.
     ///
     /// If the device was up, somebody has taken them away: that counts for their
     /// backoff, as with routes, and each has a line.
@@ -475,12 +486,11 @@ impl Keeper {
         let index = self.parts.ours.oif;
         let present = self.parts.netlink.addresses()?;
         self.addresses_due = false;
-        let mut had_lost_any = false;
+        let mut was_given_any = false;
         for address in self.parts.addresses.clone() {
             if present.contains(&(index, address)) || !self.has_room_for(&address) {
                 continue;
             }
-            had_lost_any = true;
             if was_up {
                 if let Some(at) = self.addresses_backoff.wait_until(&address, now) {
                     self.addresses_due = true;
@@ -490,16 +500,25 @@ impl Keeper {
                 self.addresses_backoff.answered(address, now);
             }
             match self.parts.netlink.add_address(index, address) {
-                Err(error) if error.errno() != Some(libc::EEXIST) => {
+                Ok(()) => {
+                    was_given_any = true;
+                    if was_up {
+                        self.warn(|parts| {
+                            format!("address {address} on {} was gone; put back", parts.name)
+                        });
+                    }
+                }
+                Err(error) if error.errno() == Some(libc::EEXIST) => {}
+                Err(error) => {
+                    if matches!(error.errno(), Some(libc::ENOBUFS | libc::ENOMEM)) {
+                        self.addresses_due = true;
+                        self.compare_at(now + RETRY_WAIT);
+                    }
                     self.warn(|_| error.to_string());
                 }
-                _ if was_up => self.warn(|parts| {
-                    format!("address {address} on {} was gone; put back", parts.name)
-                }),
-                _ => {}
             }
         }
-        Ok(had_lost_any)
+        Ok(was_given_any)
     }
 
     pub(super) fn set(&mut self, wanted: BTreeSet<IpNet>) -> Result<()> {
@@ -535,6 +554,16 @@ impl Keeper {
         }
         self.wanted = wanted;
         Ok(())
+    }
+
+    /// [`Self::set`] for prefixes that were wanted before.
+    fn resume(&mut self, wanted: BTreeSet<IpNet>) -> Result<()> {
+        self.wanted.extend(&wanted);
+        let result = self.set(wanted);
+        if result.is_err() {
+            self.compare_at(Instant::now());
+        }
+        result
     }
 
     /// [`Self::set`]; if that fails, all are wanted nevertheless, as they would

@@ -22,10 +22,8 @@
 //! - `keeper`: the thread.
 //! - `standing`: how the prefixes stand in the kernel's table.
 //! - `backoff`: how often one prefix is put right in a fight.
-//! - `journal`: the log lines, limited.
 
 mod backoff;
-mod journal;
 mod keeper;
 mod standing;
 #[cfg(test)]
@@ -156,6 +154,17 @@ impl RouteKeeper {
     pub fn set(&self, wanted: BTreeSet<IpNet>) -> Result<()> {
         let wanted = wanted.iter().map(IpNet::trunc).collect();
         self.ask(|answer| Command::Set { wanted, answer })?
+    }
+
+    /// As [`set`](Self::set), for prefixes that another keeper of this process has
+    /// kept until now: they are not new, so no route of somebody else's is in
+    /// their way. After an error, too, they are kept.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn resume(&self, wanted: BTreeSet<IpNet>) -> Result<()> {
+        let wanted = wanted.iter().map(IpNet::trunc).collect();
+        self.ask(|answer| Command::Resume { wanted, answer })?
     }
 
     /// As [`set`](Self::set), for who goes on with a predecessor's routes and has

@@ -292,6 +292,47 @@ fn routes_and_addresses_survive_the_addresses_being_taken_away() {
     assert!(!present.contains(&(oif, addresses[2])));
 }
 
+/// With its last address the device loses its IPv4 routes, and somebody else
+/// takes the place of one.
+#[test]
+fn what_is_lost_between_two_keepers_comes_back() {
+    let mut host = Host::new();
+    let (oif, address) = (host.ours.oif, net("10.9.0.1/24"));
+    host.netlink.add_address(oif, address).unwrap();
+    let keeper = host.keeper_with(&["10.9.0.1/24"]);
+    keeper.set(set(&[V4, V6])).unwrap();
+    keeper.stop(AtEnd::Keep);
+    host.netlink.del_address(oif, address).unwrap();
+    host.meddle(Meddling::Append, V4, 0);
+    let keeper = host.keeper_with(&["10.9.0.1/24"]);
+    keeper.resume(set(&[V4, V6])).unwrap();
+    assert_eq!(host.owned(), set(&[V4, V6]));
+    host.await_ours(V4);
+    host.wait_for("the address", |host| {
+        host.netlink.addresses().unwrap().contains(&(oif, address))
+    });
+    assert!(host.has_foreign(V4));
+}
+
+#[test]
+fn ipv6_that_is_away_between_two_keepers_comes_back_with_the_mtu() {
+    let mut host = Host::new();
+    let keeper = host.keeper();
+    keeper.set(set(&[V4, V6])).unwrap();
+    host.netlink.set_mtu(host.ours.oif, 1000).unwrap();
+    keeper.stop(AtEnd::Keep);
+    let keeper = host.keeper();
+    keeper.resume(set(&[V4, V6])).unwrap();
+    assert_eq!(host.owned(), set(&[V4]));
+    // A change that fails leaves it so.
+    let taken = "10.7.0.0/16";
+    host.meddle(Meddling::Append, taken, 0);
+    keeper.set(set(&[V4, V6, taken])).unwrap_err();
+    host.netlink.set_mtu(host.ours.oif, 1500).unwrap();
+    host.await_ours(V6);
+    assert_eq!(host.owned(), set(&[V4, V6]));
+}
+
 #[test]
 fn the_owner_is_told_of_changes_wherever_they_are() {
     let mut host = Host::new();

@@ -1,4 +1,4 @@
-//! Log lines of what happens to the routes, of which there may be many.
+//! Log lines of what others do to the host, of which there may be many.
 
 use std::time::{Duration, Instant};
 
@@ -9,8 +9,9 @@ const LINES_MAX: u32 = 5;
 const WINDOW: Duration = Duration::from_secs(10);
 
 /// Lets the first lines of a window pass and counts the others.
-#[derive(Default)]
 pub struct Journal {
+    /// What the lines are about, in the plural.
+    what: &'static str,
     window: Option<Window>,
 }
 
@@ -21,6 +22,11 @@ struct Window {
 }
 
 impl Journal {
+    /// An empty one. `what`: what its lines are about, in the plural.
+    pub fn new(what: &'static str) -> Self {
+        Self { what, window: None }
+    }
+
     /// Whether a line may be written now; otherwise it is counted.
     pub fn admits(&mut self, now: Instant) -> bool {
         self.flush(now);
@@ -50,8 +56,9 @@ impl Journal {
             && window.left_out > 0
         {
             tracing::warn!(
-                "{} more route events within {} s were not logged",
+                "{} more {} within {} s were not logged",
                 window.left_out,
+                self.what,
                 WINDOW.as_secs()
             );
         }
@@ -70,7 +77,7 @@ mod tests {
 
     #[test]
     fn a_window_has_few_lines_and_a_count_of_the_others() {
-        let mut journal = Journal::default();
+        let mut journal = Journal::new("events");
         let now = Instant::now();
         let admitted = (0..100).filter(|_| journal.admits(now)).count();
         assert_eq!(admitted, 5);
