@@ -186,7 +186,8 @@ fn inside(peer: IpAddr) -> Error {
 }
 
 /// As [`check_outside`], before the device has these addresses and `routes`:
-/// whether a peer that is reached otherwise now would be reached through it then.
+/// whether a peer would be reached through it then. `is_suspended`: nothing is
+/// sent to the peer while it is, so that it may as well stay so.
 ///
 /// # Errors
 /// Names the peer if it would.
@@ -196,6 +197,7 @@ pub fn check_will_be_outside(
     peer: SocketAddr,
     addresses: &[IpNet],
     routes: &BTreeSet<IpNet>,
+    is_suspended: bool,
 ) -> Result<()> {
     let address = peer.ip();
     let covering = addresses.iter().filter(|subnet| subnet.contains(&address));
@@ -214,8 +216,12 @@ pub fn check_will_be_outside(
     let is_inside = match netlink.way_to(peer)? {
         Way::None => true,
         Way::Dropped => false,
-        // It is already, and nothing is sent to it.
-        Way::Route(route) if route.oif == own => false,
+        // It is already. What leads there may go with who has the tunnel now; if it
+        // stays, or something longer comes, it will be.
+        Way::Route(route) if route.oif == own => {
+            let length = Some(route.destination.prefix_len());
+            !is_suspended && (route_length >= length || subnet_length >= length)
+        }
         // A rule that comes before the main table leads elsewhere.
         Way::Route(route) if ![MAIN_TABLE, DEFAULT_TABLE].contains(&route.table) => false,
         // Of two as long, the kernel's for an address comes last, and ours first.
