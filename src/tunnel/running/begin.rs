@@ -65,7 +65,8 @@ impl Running {
         } = inherited;
         inherit::check(&prepared.config, &prepared.settled, &manifest)?;
         inherit::keep_wanted(&mut prepared.config.wanted, &manifest);
-        inherit::inherit(&mut prepared.overlay, &manifest);
+        let mtu_bytes = prepared.settled.link.mtu_bytes;
+        inherit::inherit(&mut prepared.overlay, &manifest, mtu_bytes)?;
         prepared.resolve_now();
         let suspended = std::mem::take(&mut prepared.suspended);
         let (overlay, netlink) = (&mut prepared.overlay, &mut prepared.netlink);
