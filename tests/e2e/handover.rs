@@ -11,10 +11,13 @@ use ipnet::IpNet;
 use nix::sys::signal::Signal;
 use serde_json::json;
 
+use crate::operator::Operator;
 use crate::packets::TUNNEL_NAME;
 use crate::routes::{kernel_agrees, net, own_routes};
 use crate::site::{inside, underlay, wait_for_each_other};
-use crate::support::{PATIENCE, Test, Tunnel, check, link, stop, tried, wait_until};
+use crate::support::{
+    PATIENCE, TUNNEL, Test, Tunnel, check, fastvpn, hosts, link, stop, tried, wait_for, wait_until,
+};
 use crate::takeover::{Stage, appearance};
 use crate::tools::{RouteCommand, Stream, ip_route};
 
@@ -44,6 +47,10 @@ pub fn tests_of_control() -> Vec<Test> {
             a_successor_that_finds_a_peer_in_the_tunnel,
         ),
         ("a_successor_without_routes", a_successor_without_routes),
+        (
+            "successors_with_and_without_ipv6",
+            successors_with_and_without_ipv6,
+        ),
         ("what_operators_said_goes_on", what_operators_said_goes_on),
         (
             "nobody_waits_for_a_silent_successor",
@@ -168,6 +175,55 @@ fn a_successor_without_routes() -> Result<()> {
     check(routes == before, || format!("{routes:?}, not {before:?}"))?;
     wait_for_each_other(stage.near(), stage.far())?;
     stop(near)?;
+    stop(far).map(drop)
+}
+
+/// What the kernel would refuse of the device as it is comes with its new
+/// settings, and what it would silently forget holds up a successor.
+fn successors_with_and_without_ipv6() -> Result<()> {
+    let hosts = hosts(1500)?;
+    let operator = Operator::new()?;
+    let start = |flags: &str| {
+        let always = "--peer 10.211.55.123=10.244.55.123/32 --address 10.244.55.122/32";
+        fastvpn(
+            &hosts.a,
+            &format!("--control {} {always} {flags}", operator.socket_text()),
+        )
+    };
+    let mut near = start("--mtu 1200")?;
+    let far = fastvpn(&hosts.b, "--peer 10.211.55.122")?;
+    wait_for(&hosts.a, TUNNEL[1].into())?;
+    operator.wait()?;
+    let with_v6 = |length: u8| format!("--mtu 1400 --address fd00:244::122/{length}");
+    for (flags, length) in [
+        (with_v6(64), Some(64)),
+        (with_v6(48), Some(48)),
+        ("--mtu 1200".into(), None),
+        (with_v6(128), Some(128)),
+    ] {
+        let new = start(&format!("--takeover {flags}"))?;
+        near.wait()?;
+        near = new;
+        wait_until("the successor has its addresses", || {
+            let given = hosts.a.netlink()?.addresses()?.into_iter();
+            let mut given = given.filter(|(_, net)| net.to_string().starts_with("fd00:244::122/"));
+            let present = given.next().map(|(_, net)| net.prefix_len());
+            Ok(present == length && given.next().is_none())
+        })?;
+        wait_for(&hosts.a, TUNNEL[1].into())?;
+        operator.wait()?;
+    }
+    operator.tell("route add fd01::/64 --peer 10.211.55.123")?;
+    let before = (appearance(&hosts.a)?, link(&hosts.a, TUNNEL_NAME)?);
+    let refused = start("--takeover --mtu 1200")?.wait()?;
+    let is_refused =
+        refused.status.code() == Some(1) && refused.log.contains("fd01::/64 needs an MTU of 1280");
+    check(is_refused, || refused.log)?;
+    operator.wait()?;
+    let after = (appearance(&hosts.a)?, link(&hosts.a, TUNNEL_NAME)?);
+    check(after == before, || format!("{before:?}, then {after:?}"))?;
+    let ended = stop(near)?;
+    check(!ended.log.contains("not in full"), || ended.log)?;
     stop(far).map(drop)
 }
 

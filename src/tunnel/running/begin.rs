@@ -79,8 +79,9 @@ impl Running {
         let mut running = Self::ready(prepared, claimed)?;
         running.check_routes(&suspended)?;
         let tun = running.config.tun.clone();
-        let new = &running.settled.link.addresses;
-        let added = link::add_addresses(&mut running.netlink, &tun, new)?;
+        let (old, new) = (&manifest.addresses, &running.settled.link.addresses);
+        let added = link::addresses_to_add(&mut running.netlink, &tun, old, new)?;
+        link::add_addresses(&mut running.netlink, &tun, &added)?;
         if let Err(error) = predecessor.stop() {
             link::remove_addresses(&mut running.netlink, &tun, &added);
             return Err(error);
