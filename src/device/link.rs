@@ -113,15 +113,6 @@ pub fn remove_addresses(netlink: &mut Netlink, name: &str, added: &[IpNet]) {
     }
 }
 
-/// The addresses that the device has.
-///
-/// # Errors
-/// When there is no such device, or the kernel refuses.
-pub fn addresses(netlink: &mut Netlink, name: &str) -> Result<Vec<IpNet>> {
-    let index = index_of(netlink, name)?;
-    addresses_of(netlink, index)
-}
-
 fn addresses_of(netlink: &mut Netlink, index: u32) -> Result<Vec<IpNet>> {
     let all = netlink.addresses()?.into_iter();
     Ok(all

@@ -16,7 +16,8 @@ use crate::packets::TUNNEL_NAME;
 use crate::routes::{kernel_agrees, net, own_routes};
 use crate::site::{inside, underlay, wait_for_each_other};
 use crate::support::{
-    PATIENCE, TUNNEL, Test, Tunnel, check, fastvpn, hosts, link, stop, tried, wait_for, wait_until,
+    PATIENCE, TUNNEL, Test, Tunnel, check, fail, fastvpn, hosts, link, stop, tried, wait_for,
+    wait_until,
 };
 use crate::takeover::{Stage, appearance};
 use crate::tools::{RouteCommand, Stream, ip_route};
@@ -52,6 +53,7 @@ pub fn tests_of_control() -> Vec<Test> {
             successors_with_and_without_ipv6,
         ),
         ("what_operators_said_goes_on", what_operators_said_goes_on),
+        ("a_reload_in_a_takeover", a_reload_in_a_takeover),
         (
             "nobody_waits_for_a_silent_successor",
             nobody_waits_for_a_silent_successor,
@@ -244,6 +246,56 @@ fn what_operators_said_goes_on() -> Result<()> {
     stop(far).map(drop)
 }
 
+/// A signal that comes while a successor gets ready, which has read the file
+/// already, is not lost: whoever carries on reloads.
+fn a_reload_in_a_takeover() -> Result<()> {
+    let hosts = hosts(1500)?;
+    let operator = Operator::new()?;
+    let write = |prefix: &str| {
+        let text = format!(
+            "address = [\"10.244.1.1/32\"]\n[[peer]]\nendpoint = \"10.211.55.123\"\n\
+             prefixes = [\"{prefix}\"]\n"
+        );
+        operator.write("fastvpn.toml", &text)
+    };
+    let has = |prefix: &str| -> Result<bool> {
+        let wanted = net(prefix)?;
+        Ok(operator.routes()?.iter().any(|(net, _)| *net == wanted))
+    };
+    let file = write("10.1.0.0/16")?;
+    let flags = format!("--control {} --config {file}", operator.socket_text());
+    let mut near = fastvpn(&hosts.a, &flags)?;
+    operator.wait()?;
+    // It may be that a successor is quicker than its being stopped.
+    for number in 2..20 {
+        let mut new = fastvpn(&hosts.a, &format!("{flags} --takeover"))?;
+        wait_until("a successor is served", || {
+            Ok(has_thread(&near, "handover") || near.child().try_wait()?.is_some())
+        })?;
+        new.child().signal(Signal::SIGSTOP);
+        // What it had said before is heard by then.
+        std::thread::sleep(Duration::from_millis(200));
+        let is_held = has_thread(&near, "handover");
+        let prefix = format!("10.{number}.0.0/16");
+        if is_held {
+            write(&prefix)?;
+            near.child().signal(Signal::SIGHUP);
+            std::thread::sleep(Duration::from_millis(500));
+            check(!has(&prefix)?, || "it does not wait".into())?;
+        }
+        new.child().signal(Signal::SIGCONT);
+        near.wait()?;
+        near = new;
+        operator.wait()?;
+        if is_held {
+            wait_until("the file is read again", || has(&prefix))?;
+            let ended = stop(near)?;
+            return check(ended.log.contains("reloaded: "), || ended.log);
+        }
+    }
+    fail("no successor could be held up")
+}
+
 /// A successor, step by step.
 struct Script {
     stream: UnixStream,
@@ -283,6 +335,10 @@ impl Script {
         self.say(b"r")?;
         self.hear(b"fff")
     }
+
+    fn will_add(&mut self, addresses: &[IpNet]) -> Result<()> {
+        self.say(format!("{}\n", json!(addresses)).as_bytes())
+    }
 }
 
 /// However far it has come, up to its last word, its predecessor carries on: with
@@ -296,6 +352,9 @@ fn successors_that_die_after_the_word() -> Result<()> {
     let (pid, before) = (stage.pid()?, appearance(&a.host)?);
     let table = stage.operator.routes()?;
     let sent = stage.operator.counter("packets-sent")?;
+    let given = net("10.250.0.9/24")?;
+    let by_hand = net("10.250.1.9/24")?;
+    let index = link(&a.host, TUNNEL_NAME)?.index;
     for (heard, gives_address, is_silent) in [
         ("", true, false),
         ("s", true, false),
@@ -304,11 +363,12 @@ fn successors_that_die_after_the_word() -> Result<()> {
     ] {
         let mut successor = Script::ask(&stage)?;
         successor.get_ready()?;
-        if gives_address {
-            let index = link(&a.host, TUNNEL_NAME)?.index;
-            let given: IpNet = net("10.250.0.9/24")?;
-            a.host.netlink()?.add_address(index, given)?;
+        let adding: &[IpNet] = if gives_address { &[given] } else { &[] };
+        successor.will_add(adding)?;
+        for address in adding {
+            a.host.netlink()?.add_address(index, *address)?;
         }
+        a.host.netlink()?.add_address(index, by_hand)?;
         successor.say(b"g")?;
         successor.hear(heard.as_bytes())?;
         if is_silent {
@@ -320,6 +380,15 @@ fn successors_that_die_after_the_word() -> Result<()> {
         wait_for_each_other(a, b)?;
         stage.operator.wait()?;
         check(stage.pid()? == pid, || "somebody else answers".into())?;
+        // What others have given the device meanwhile is theirs.
+        wait_until("the successor's address is gone", || {
+            let present = a.host.netlink()?.addresses()?;
+            check(present.contains(&(index, by_hand)), || {
+                format!("{by_hand} is gone: {present:?}")
+            })?;
+            Ok(!present.contains(&(index, given)))
+        })?;
+        a.host.netlink()?.del_address(index, by_hand)?;
         wait_until("all is as before", || Ok(appearance(&a.host)? == before))?;
         check(stage.operator.routes()? == table, || "another table".into())?;
     }

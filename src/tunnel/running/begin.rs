@@ -61,7 +61,7 @@ impl Running {
             sockets,
             udp,
             listener,
-            predecessor,
+            mut predecessor,
         } = inherited;
         inherit::check(&prepared.config, &prepared.settled, &manifest)?;
         inherit::keep_wanted(&mut prepared.config.wanted, &manifest);
@@ -81,12 +81,16 @@ impl Running {
         let tun = running.config.tun.clone();
         let (old, new) = (&manifest.addresses, &running.settled.link.addresses);
         let added = link::addresses_to_add(&mut running.netlink, &tun, old, new)?;
+        predecessor.will_add(&added)?;
         link::add_addresses(&mut running.netlink, &tun, &added)?;
-        if let Err(error) = predecessor.stop() {
-            link::remove_addresses(&mut running.netlink, &tun, &added);
-            return Err(error);
-        }
+        let stopped = predecessor
+            .stop()
+            .inspect_err(|_| link::remove_addresses(&mut running.netlink, &tun, &added));
+        let is_reload_due = stopped?;
         running.go_on(&manifest.addresses, listener);
+        if is_reload_due {
+            running.reload_by_signal();
+        }
         Ok(running)
     }
 
