@@ -80,6 +80,15 @@ impl Prepared {
         set_known(&mut self.overlay, &self.known);
         resolve_now(&mut self.overlay, &mut self.names);
     }
+
+    /// Forgets to whom the way led through a device that goes with a process that
+    /// is not there any more.
+    pub fn suspend_nobody(&mut self) {
+        let hops: Vec<_> = self.overlay.peers().map(|(hop, _)| hop).collect();
+        for hop in hops {
+            self.overlay.set_suspended(hop, false);
+        }
+    }
 }
 
 /// Looks the peers up and settles what the configuration leaves open.

@@ -26,7 +26,7 @@ impl Running {
     /// # Errors
     /// When it cannot be had; then nothing is left behind.
     pub fn start(config: Config) -> Result<Self> {
-        let prepared = start::prepare(config)?;
+        let mut prepared = start::prepare(config)?;
         if !prepared.config.takeover {
             return Self::start_fresh(prepared);
         }
@@ -34,6 +34,7 @@ impl Running {
             Some(inherited) => Self::take_over(prepared, inherited),
             None => {
                 tracing::info!("there is no running process to take over from");
+                prepared.suspend_nobody();
                 Self::start_fresh(prepared)
             }
         }
