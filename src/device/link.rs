@@ -60,45 +60,57 @@ fn index_of(netlink: &mut Netlink, name: &str) -> Result<u32> {
         .ok_or_else(|| Error::new(format!("interface {name} has disappeared")))
 }
 
-/// Gives the device those of the `new` addresses that it does not have yet, and
-/// takes none away: what a successor can do while its predecessor still carries
-/// the tunnel. Returns them.
-///
-/// # Errors
-/// Names the address that the kernel refused. The device is then as it was.
-pub fn add_addresses(netlink: &mut Netlink, name: &str, new: &[IpNet]) -> Result<Vec<IpNet>> {
-    let index = index_of(netlink, name)?;
-    let present = addresses_of(netlink, index)?;
-    let mut added = Vec::new();
-    for &address in new.iter().filter(|address| !present.contains(address)) {
-        if let Err(error) = netlink.add_address(index, address) {
-            remove_addresses(netlink, name, &added);
-            return Err(error);
-        }
-        added.push(address);
-    }
-    Ok(added)
-}
-
-/// Takes back what [`add_addresses`] gave.
-pub fn remove_addresses(netlink: &mut Netlink, name: &str, added: &[IpNet]) {
-    let removed = index_of(netlink, name).and_then(|index| {
-        added
-            .iter()
-            .try_for_each(|address| netlink.del_address(index, *address))
-    });
-    if let Err(error) = removed {
-        tracing::warn!("{error}");
-    }
-}
-
-/// The addresses that the device has.
+/// Those of the `new` addresses that a successor can give the device while its
+/// predecessor, who gave it the `old` ones, still carries the tunnel: that takes
+/// none away. The others come with [`bring_up`].
 ///
 /// # Errors
 /// When there is no such device, or the kernel refuses.
-pub fn addresses(netlink: &mut Netlink, name: &str) -> Result<Vec<IpNet>> {
+pub fn addresses_to_add(
+    netlink: &mut Netlink,
+    name: &str,
+    old: &[IpNet],
+    new: &[IpNet],
+) -> Result<Vec<IpNet>> {
     let index = index_of(netlink, name)?;
-    addresses_of(netlink, index)
+    let present = addresses_of(netlink, index)?;
+    let link = netlink.link_by_index(index)?;
+    let takes_v6 = link.is_some_and(|link| link.mtu >= IPV6_MTU_BYTES_MIN);
+    let can_be_added = |address: &&IpNet| {
+        let is_v4 = address.addr().is_ipv4();
+        let is_free = !old.iter().any(|old| excludes(old, address));
+        !present.contains(address) && (is_v4 || takes_v6 && is_free)
+    };
+    Ok(new.iter().filter(can_be_added).copied().collect())
+}
+
+/// Gives the device these addresses, which it does not have.
+///
+/// # Errors
+/// Names the address that the kernel refused. The device is then as it was.
+pub fn add_addresses(netlink: &mut Netlink, name: &str, addresses: &[IpNet]) -> Result<()> {
+    let index = index_of(netlink, name)?;
+    for (count, &address) in addresses.iter().enumerate() {
+        if let Err(error) = netlink.add_address(index, address) {
+            remove_addresses(netlink, name, &addresses[..count]);
+            return Err(error);
+        }
+    }
+    Ok(())
+}
+
+/// Whether a device cannot have both: an IPv6 address is there once, whatever the
+/// length of its prefix (`ipv6_add_addr` in net/ipv6/addrconf.c).
+fn excludes(one: &IpNet, other: &IpNet) -> bool {
+    one != other && one.addr() == other.addr() && one.addr().is_ipv6()
+}
+
+/// Takes back what [`add_addresses`] gave, as far as it is still there.
+pub fn remove_addresses(netlink: &mut Netlink, name: &str, added: &[IpNet]) {
+    let removed = index_of(netlink, name).and_then(|index| remove_present(netlink, index, added));
+    if let Err(error) = removed {
+        tracing::warn!("{error}");
+    }
 }
 
 fn addresses_of(netlink: &mut Netlink, index: u32) -> Result<Vec<IpNet>> {
@@ -146,17 +158,29 @@ fn replace_addresses(
     old: &[IpNet],
     new: &[IpNet],
 ) -> Result<()> {
-    add_missing(netlink, index, new)?;
-    for address in old.iter().filter(|address| !new.contains(address)) {
-        match netlink.del_address(index, *address) {
-            // Somebody has taken it away, or it went with another one.
-            Err(error) if error.errno() == Some(libc::EADDRNOTAVAIL) => {}
-            result => result?,
+    let (mut in_the_way, mut gone) = (Vec::new(), Vec::new());
+    for old in old.iter().filter(|address| !new.contains(address)) {
+        match new.iter().any(|new| excludes(old, new)) {
+            true => in_the_way.push(*old),
+            false => gone.push(*old),
         }
     }
+    remove_present(netlink, index, &in_the_way)?;
+    add_missing(netlink, index, new)?;
+    remove_present(netlink, index, &gone)?;
     // In one subnet the first address is the primary one; unless
     // promote_secondaries says otherwise (ip-sysctl), the others go with it.
     add_missing(netlink, index, new)
+}
+
+fn remove_present(netlink: &mut Netlink, index: u32, addresses: &[IpNet]) -> Result<()> {
+    addresses
+        .iter()
+        .try_for_each(|address| match netlink.del_address(index, *address) {
+            // Somebody has taken it away, or it went with another one.
+            Err(error) if error.errno() == Some(libc::EADDRNOTAVAIL) => Ok(()),
+            result => result,
+        })
 }
 
 fn add_missing(netlink: &mut Netlink, index: u32, addresses: &[IpNet]) -> Result<()> {
@@ -186,7 +210,8 @@ fn inside(peer: IpAddr) -> Error {
 }
 
 /// As [`check_outside`], before the device has these addresses and `routes`:
-/// whether a peer that is reached otherwise now would be reached through it then.
+/// whether a peer would be reached through it then. `is_suspended`: nothing is
+/// sent to the peer while it is, so that it may as well stay so.
 ///
 /// # Errors
 /// Names the peer if it would.
@@ -196,6 +221,7 @@ pub fn check_will_be_outside(
     peer: SocketAddr,
     addresses: &[IpNet],
     routes: &BTreeSet<IpNet>,
+    is_suspended: bool,
 ) -> Result<()> {
     let address = peer.ip();
     let covering = addresses.iter().filter(|subnet| subnet.contains(&address));
@@ -214,8 +240,12 @@ pub fn check_will_be_outside(
     let is_inside = match netlink.way_to(peer)? {
         Way::None => true,
         Way::Dropped => false,
-        // It is already, and nothing is sent to it.
-        Way::Route(route) if route.oif == own => false,
+        // It is already. What leads there may go with who has the tunnel now; if it
+        // stays, or something longer comes, it will be.
+        Way::Route(route) if route.oif == own => {
+            let length = Some(route.destination.prefix_len());
+            !is_suspended && (route_length >= length || subnet_length >= length)
+        }
         // A rule that comes before the main table leads elsewhere.
         Way::Route(route) if ![MAIN_TABLE, DEFAULT_TABLE].contains(&route.table) => false,
         // Of two as long, the kernel's for an address comes last, and ours first.

@@ -9,7 +9,7 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Receiver, bounded};
@@ -23,7 +23,6 @@ use crate::control::turns::Turn;
 use crate::device::link;
 use crate::device::tun::Queue;
 use crate::error::{Error, Result};
-use crate::netlink::Netlink;
 use crate::transport::socket::WorkerSockets;
 
 /// Descriptors of one worker, kept for a successor.
@@ -91,8 +90,9 @@ pub struct Handover {
     stream: UnixStream,
     thread: Option<JoinHandle<()>>,
     ready: Receiver<Result<Successor>>,
-    /// The device's when it began.
-    addresses: Vec<IpNet>,
+    /// The addresses that the successor is about to give the device, or has given
+    /// it, once it has said so.
+    adding: Arc<OnceLock<Vec<IpNet>>>,
     /// Others that want to take over are refused until it is over.
     _turn: Turn,
 }
@@ -100,15 +100,18 @@ pub struct Handover {
 impl Handover {
     fn start(running: &mut Running, stream: UnixStream, protocol: u32, turn: Turn) -> Result<Self> {
         let failed = |error| Error::os("cannot serve a successor", error);
-        let addresses = running.device_addresses()?;
         let manifest = manifest(running);
         let listener = running.listener()?;
         let descriptors = Arc::clone(running.descriptors());
         let for_thread = stream.try_clone().map_err(failed)?;
         let (sender, ready) = bounded(1);
+        let adding = Arc::new(OnceLock::new());
+        let for_serving = Arc::clone(&adding);
         let serve = move || {
             let listener = listener.as_ref().map(AsFd::as_fd);
-            let result = serve(for_thread, protocol, &manifest, &descriptors, listener);
+            let result = Successor::new(for_thread, protocol).and_then(|successor| {
+                serve(successor, &manifest, &descriptors, listener, &for_serving)
+            });
             let _ = sender.send(result);
         };
         let thread = std::thread::Builder::new()
@@ -119,7 +122,7 @@ impl Handover {
             stream,
             thread: Some(thread),
             ready,
-            addresses,
+            adding,
             _turn: turn,
         })
     }
@@ -142,19 +145,18 @@ impl Drop for Handover {
 }
 
 fn serve(
-    stream: UnixStream,
-    protocol: u32,
+    mut successor: Successor,
     manifest: &Manifest,
     descriptors: &[Kept],
     listener: Option<BorrowedFd<'_>>,
+    adding: &OnceLock<Vec<IpNet>>,
 ) -> Result<Successor> {
-    let mut successor = Successor::new(stream, protocol)?;
     let workers = descriptors.iter().map(|kept| WorkerDescriptors {
         queue: kept.queue.as_fd(),
         receive: kept.receive.as_fd(),
         send: kept.send.as_ref().map(AsFd::as_fd),
     });
-    successor.hand_over(manifest, workers, listener)?;
+    successor.hand_over(manifest, workers, listener, adding)?;
     Ok(successor)
 }
 
@@ -190,8 +192,8 @@ pub fn end(running: &mut Running, ready: Result<Successor>) -> Result<Option<End
         running.resume(listener)?;
         tracing::warn!("carrying on");
     }
-    if let Some(handover) = handover {
-        take_back_addresses(running, &handover.addresses);
+    if let Some(added) = handover.as_ref().and_then(|handover| handover.adding.get()) {
+        take_back_addresses(running, added);
     }
     running.catch_up();
     Ok(None)
@@ -204,24 +206,16 @@ fn leave_to(running: &mut Running, mut successor: Successor) -> Result<()> {
     running.leave();
     // Last: from here until the successor starts nobody carries packets.
     running.stop_workers();
-    successor.done()
+    successor.done(running.is_reload_due)
 }
 
 /// Takes from the device what the successor has given it. Who runs the tunnel
 /// from now on does not have those addresses.
-fn take_back_addresses(running: &mut Running, before: &[IpNet]) {
-    let taken = running.device_addresses().and_then(|present| {
-        let added: Vec<_> = present
-            .into_iter()
-            .filter(|net| !before.contains(net))
-            .filter(|net| !running.settled.link.addresses.contains(net))
-            .collect();
-        link::remove_addresses(&mut Netlink::open()?, &running.config.tun, &added);
-        Ok(())
-    });
-    if let Err(error) = taken {
-        tracing::warn!("{error}");
-    }
+fn take_back_addresses(running: &mut Running, added: &[IpNet]) {
+    let own = &running.settled.link.addresses;
+    let others = added.iter().filter(|net| !own.contains(net));
+    let others: Vec<_> = others.copied().collect();
+    link::remove_addresses(&mut running.netlink, &running.config.tun, &others);
 }
 
 fn manifest(running: &Running) -> Manifest {

@@ -97,6 +97,31 @@ pub fn own_addresses(netlink: &mut Netlink, settled: &Settled) -> Result<BTreeSe
     Ok(present.chain(given).map(|net| net.addr()).collect())
 }
 
+/// Suspends the peers to whom the way leads through the device `tun`, and no
+/// others: for a successor, before its workers send anything. Returns the peers'
+/// addresses.
+pub fn suspend_inside(overlay: &mut Overlay, netlink: &mut Netlink, tun: &str) -> Vec<SocketAddr> {
+    let Ok(Some(own)) = netlink.link_index(tun) else {
+        return Vec::new();
+    };
+    let peers: Vec<_> = overlay
+        .peers()
+        .filter_map(|(hop, peer)| Some((hop, peer.endpoint?)))
+        .collect();
+    let mut inside = Vec::new();
+    for (hop, endpoint) in peers {
+        match netlink.interface_to_endpoint(endpoint) {
+            Ok(way) => {
+                let is_inside = way == Some(own);
+                overlay.set_suspended(hop, is_inside);
+                inside.extend(is_inside.then_some(endpoint));
+            }
+            Err(error) => tracing::debug!("{error}"),
+        }
+    }
+    inside
+}
+
 impl Running {
     /// Looks at this host's addresses and at the ways to all peers.
     pub(super) fn look_at_host(&mut self) {

@@ -1,12 +1,14 @@
 //! What a successor makes of its predecessor's manifest.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 
 use ipnet::IpNet;
 
 use super::operator::parse_name;
+use super::reach;
 use super::takeover::{Manifest, RuntimePeer};
-use crate::config::{Config, Settled, Wanted};
+use crate::config::{Config, Settled, Wanted, check_ipv6_mtu};
 use crate::control::overlay::{Origin, Overlay};
 use crate::error::{Error, Result};
 
@@ -63,9 +65,12 @@ pub fn keep_wanted(wanted: &mut Wanted, manifest: &Manifest) {
 
 /// Adds what operators added to the predecessor. Their word is the later one:
 /// prefixes that the configuration gives to other peers are taken from these.
-pub fn inherit(overlay: &mut Overlay, manifest: &Manifest) {
+///
+/// # Errors
+/// When an MTU of `mtu_bytes` is too small for it.
+pub fn inherit(overlay: &mut Overlay, manifest: &Manifest, mtu_bytes: u32) -> Result<()> {
     for peer in &manifest.runtime_peers {
-        if let Err(error) = inherit_peer(overlay, peer) {
+        if let Err(error) = inherit_peer(overlay, manifest.listen, peer) {
             left_out(&error);
         }
     }
@@ -78,17 +83,21 @@ pub fn inherit(overlay: &mut Overlay, manifest: &Manifest) {
             left_out(&error);
         }
     }
+    check_ipv6_mtu(mtu_bytes, overlay.prefixes().map(|(prefix, ..)| prefix))
 }
 
 fn left_out(error: &Error) {
     tracing::warn!("left out some of what was added at run time: {error}");
 }
 
-fn inherit_peer(overlay: &mut Overlay, peer: &RuntimePeer) -> Result<()> {
+fn inherit_peer(overlay: &mut Overlay, listen: SocketAddr, peer: &RuntimePeer) -> Result<()> {
     let name = parse_name(&peer.peer)?;
     // One that is configured by now is what the configuration makes of it, with
     // these prefixes besides; as after a reload.
     if overlay.find(&name).is_none() {
+        if let Some(endpoint) = name.literal() {
+            reach::check_endpoint(listen, overlay, endpoint)?;
+        }
         let added = overlay.insert_peer(&name, peer.is_default, &[], Origin::Runtime);
         match added {
             // Another one takes what no prefix matches now.
@@ -167,7 +176,7 @@ mod tests {
             ("10.4.0.0/16", "gone:1"),
             ("10.5.0.0/16", "a:1"),
         ];
-        inherit(&mut overlay, &manifest(peers, &prefixes));
+        inherit(&mut overlay, &manifest(peers, &prefixes), 1500).unwrap();
         assert_eq!(
             shown(&overlay),
             [
@@ -187,7 +196,7 @@ mod tests {
             ("b:1", true, &["10.8.0.0/16"]),
             ("c:1", true, &["10.9.0.0/16"]),
         ];
-        inherit(&mut overlay, &manifest(peers, &[]));
+        inherit(&mut overlay, &manifest(peers, &[]), 1500).unwrap();
         assert_eq!(
             shown(&overlay),
             [
@@ -201,5 +210,19 @@ mod tests {
             defaults.map(|peer| &peer.name.host).collect::<Vec<_>>(),
             ["a"]
         );
+    }
+    #[test]
+    fn what_cannot_be_had_is_left_out_or_refused() {
+        let own = "127.0.0.1:1";
+        let peers: &[(&str, bool, &[&str])] = &[
+            (own, false, &["10.8.0.0/16"]),
+            ("c:1", false, &["fd01::/64"]),
+        ];
+        for mtu_bytes in [1279, 1280] {
+            let mut overlay = overlay(&[]);
+            let result = inherit(&mut overlay, &manifest(peers, &[]), mtu_bytes);
+            assert_eq!(result.is_ok(), mtu_bytes == 1280, "{result:?}");
+            assert_eq!(shown(&overlay), ["fd01::/64 c:1 runtime"]);
+        }
     }
 }

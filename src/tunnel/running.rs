@@ -121,7 +121,7 @@ pub struct Running {
     /// What has to wait for the end of that: one request of a connection.
     pub(super) postponed: Vec<(Request, Reply)>,
     /// The same for a reload by signal.
-    is_reload_due: bool,
+    pub(super) is_reload_due: bool,
     pub(super) started: Instant,
     pub(super) reload_error: Option<String>,
 }
@@ -532,11 +532,6 @@ impl Running {
         listener
             .transpose()
             .map_err(|error| Error::os("cannot duplicate the operators' socket", error))
-    }
-
-    /// The addresses that the device has now.
-    pub(super) fn device_addresses(&mut self) -> Result<Vec<IpNet>> {
-        link::addresses(&mut self.netlink, &self.config.tun)
     }
 
     /// Ends the workers: they send what they hold.

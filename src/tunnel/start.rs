@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::host::own_addresses;
+use super::host::{own_addresses, suspend_inside};
 use crate::cli::Endpoint;
 use crate::client;
 use crate::config::{Config, Settled};
@@ -34,20 +34,26 @@ const NAMES_WAIT_MAX: Duration = Duration::from_secs(5);
 /// Addresses of peers by name, `HOST:PORT`, that a predecessor knows.
 pub type Known = HashMap<String, SocketAddr>;
 
-/// What the tunnel that is to be taken over knows of its peers' names. If it
-/// does not say, they are resolved as at any start.
-pub fn ask_predecessor(config: &Config) -> Known {
-    match client::peers(&config.control, PREDECESSOR_WAIT_MAX) {
-        Ok(peers) => peers
-            .peers
-            .into_iter()
-            .filter_map(|peer| Some((peer.peer, peer.endpoint?)))
-            .collect(),
+/// Addresses of peers to whom a predecessor sends nothing, because the way there
+/// leads through the tunnel itself.
+pub type Suspended = HashSet<SocketAddr>;
+
+/// What the tunnel that is to be taken over knows of its peers. If it does not
+/// say, their names are resolved as at any start.
+pub fn ask_predecessor(config: &Config) -> (Known, Suspended) {
+    let peers = match client::peers(&config.control, PREDECESSOR_WAIT_MAX) {
+        Ok(peers) => peers.peers,
         Err(error) => {
             tracing::debug!("{error}");
-            Known::new()
+            return Default::default();
         }
-    }
+    };
+    let suspended = peers.iter().filter(|peer| peer.is_suspended);
+    let suspended = suspended.filter_map(|peer| peer.endpoint).collect();
+    let known = peers
+        .into_iter()
+        .filter_map(|peer| Some((peer.peer, peer.endpoint?)));
+    (known.collect(), suspended)
 }
 
 /// What any start begins with: what is wanted, and what follows from it here
@@ -63,6 +69,8 @@ pub struct Prepared {
     pub netlink: Netlink,
     /// Asks for the peers' names.
     pub names: Names,
+    /// To whom the tunnel that is to be taken over sends nothing.
+    pub suspended: Suspended,
     known: Known,
 }
 
@@ -71,6 +79,15 @@ impl Prepared {
     pub fn resolve_now(&mut self) {
         set_known(&mut self.overlay, &self.known);
         resolve_now(&mut self.overlay, &mut self.names);
+    }
+
+    /// Forgets to whom the way led through a device that goes with a process that
+    /// is not there any more.
+    pub fn suspend_nobody(&mut self) {
+        let hops: Vec<_> = self.overlay.peers().map(|(hop, _)| hop).collect();
+        for hop in hops {
+            self.overlay.set_suspended(hop, false);
+        }
     }
 }
 
@@ -81,17 +98,23 @@ impl Prepared {
 pub fn prepare(config: Config) -> Result<Prepared> {
     let mut netlink = Netlink::open()?;
     let mut names = Names::start(config.listen.map(|listen| listen.ip))?;
-    let known = match config.takeover {
+    let (known, suspended) = match config.takeover {
         true => ask_predecessor(&config),
-        false => Known::new(),
+        false => Default::default(),
     };
     let (mut overlay, mut unresolved) = resolve(&config, &mut names, &known)?;
+    // The way through the tunnel says nothing of the paths outside.
+    let inside = match config.takeover {
+        true => suspend_inside(&mut overlay, &mut netlink, &config.tun),
+        false => Vec::new(),
+    };
     let endpoints = endpoints(&config, &overlay);
     let settled = config.settle(&endpoints).map_err(|error| {
         // Why nothing is known of the peers says more than that there is
         // nothing to derive an address from.
         let is_for_lack_of_peers = endpoints.is_empty() && config.addresses.is_empty();
-        match unresolved.drain(..).next() {
+        let inside = inside.first().copied().map(way_is_inside);
+        match unresolved.drain(..).next().or(inside) {
             Some(reason) if is_for_lack_of_peers => reason,
             _ => error,
         }
@@ -109,8 +132,17 @@ pub fn prepare(config: Config) -> Result<Prepared> {
         overlay,
         netlink,
         names,
+        suspended,
         known,
     })
+}
+
+fn way_is_inside(peer: SocketAddr) -> Error {
+    Error::new(format!(
+        "there is nothing to derive a tunnel address from: the way to peer {peer} leads through \
+         the tunnel itself"
+    ))
+    .hint("give this host's tunnel address with --address")
 }
 
 /// What all workers have in common.

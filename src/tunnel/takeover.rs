@@ -7,9 +7,11 @@
 //! 1. The predecessor sends a [`Manifest`], one line of JSON.
 //! 2. Successor: [`Step::Ready`]. Predecessor: the descriptors, one message for
 //!    each worker and one for the operators' socket (`SCM_RIGHTS`, unix(7)).
-//! 3. The successor makes its workers ready on them. [`Step::Go`].
+//! 3. The successor makes its workers ready on them. It says which addresses it is
+//!    about to give the device, one line of JSON, and gives it these: who carries
+//!    on if it fails takes them back, and no others. [`Step::Go`].
 //! 4. Predecessor: [`Step::Stopping`], at once. Its workers send what they hold
-//!    and stop. [`Step::Done`]. Packets wait in the TUN queues and socket
+//!    and stop. [`Step::Done`], or [`Step::DoneReloadDue`]. Packets wait in the TUN queues and socket
 //!    buffers meanwhile.
 //! 5. Successor: [`Step::Taken`], and its workers start. The predecessor ends
 //!    and leaves everything in place.
@@ -32,6 +34,7 @@ use std::net::{Shutdown, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
@@ -49,7 +52,7 @@ use crate::transport::steering::WORKERS_MAX;
 
 /// Version of all this. Processes of different versions do not take over from
 /// each other.
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;
 
 /// How long either side waits for the other, before it gives up.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -63,6 +66,9 @@ const TAKE_TIME_MAX: Duration = Duration::from_secs(5);
 
 /// Longest manifest: a million prefixes.
 const MANIFEST_BYTES_MAX: u64 = 128 << 20;
+
+/// Longest line of addresses: thousands.
+const ADDRESSES_BYTES_MAX: usize = 256 << 10;
 
 /// Descriptors in one message: TUN queue, shared socket, socket to send from.
 const DESCRIPTORS_MAX: usize = 3;
@@ -81,6 +87,8 @@ pub enum Step {
     Stopping = b's',
     /// The predecessor has stopped: start.
     Done = b'd',
+    /// The same, and that a reload was asked for which is still to be done.
+    DoneReloadDue = b'h',
     /// The successor starts: end.
     Taken = b't',
     /// The predecessor has started again.
@@ -149,37 +157,49 @@ pub struct Inherited {
 pub struct Predecessor(UnixStream);
 
 impl Predecessor {
+    /// Says which addresses the device is about to be given.
+    ///
+    /// # Errors
+    /// When the predecessor has given this process up; it then runs on.
+    pub fn will_add(&mut self, addresses: &[IpNet]) -> Result<()> {
+        let line = serde_json::to_vec(addresses).map_err(|error| failed(error.into()))?;
+        let line = [&line[..], b"\n"].concat();
+        self.0.write_all(&line).map_err(failed)
+    }
+
     /// Lets the predecessor stop; returns when the tunnel is this process's,
-    /// because the predecessor has left it or has died.
+    /// because the predecessor has left it or has died. Tells whether a reload is
+    /// due that it was asked for.
     ///
     /// # Errors
     /// When it does not stop; it then runs on.
-    pub fn stop(mut self) -> Result<()> {
+    pub fn stop(mut self) -> Result<bool> {
         self.try_stop().map_err(|error| {
             let what = "the running process did not stop for its successor";
             Error::os(what, in_words(error))
         })
     }
 
-    fn try_stop(&mut self) -> io::Result<()> {
+    fn try_stop(&mut self) -> io::Result<bool> {
         let stream = &mut self.0;
         say(stream, Step::Go)?;
         hear(stream, Step::Stopping)?;
         stream.set_read_timeout(Some(STOP_TIME_MAX))?;
-        match hear_or_end(stream)? {
-            Some(byte) if byte == Step::Done as u8 => {}
+        let is_reload_due = match hear_or_end(stream)? {
+            Some(byte) if byte == Step::Done as u8 => false,
+            Some(byte) if byte == Step::DoneReloadDue as u8 => true,
             Some(_) => return Err(io::ErrorKind::InvalidData.into()),
             None => {
                 tracing::warn!("the process that was to be taken over from has died; going on");
-                return Ok(());
+                return Ok(false);
             }
-        }
+        };
         if say(stream, Step::Taken).is_ok() {
-            return Ok(());
+            return Ok(is_reload_due);
         }
         // It has died, or did not wait any longer.
         match hear_or_end(stream)? {
-            None => Ok(()),
+            None => Ok(is_reload_due),
             Some(_) => Err(io::Error::other("it did not wait for us any longer")),
         }
     }
@@ -345,7 +365,8 @@ impl Successor {
     }
 
     /// Hands everything over, and returns when the successor is ready to go on.
-    /// Up to then nothing has changed.
+    /// Up to then nothing has changed but for the addresses that the device may
+    /// have been given: `adding`, as soon as the successor says them.
     ///
     /// # Errors
     /// When the successor fails or does not answer.
@@ -354,6 +375,7 @@ impl Successor {
         manifest: &Manifest,
         workers: impl Iterator<Item = WorkerDescriptors<'a>>,
         listener: Option<BorrowedFd<'_>>,
+        adding: &OnceLock<Vec<IpNet>>,
     ) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         let stream = &mut self.0;
@@ -366,6 +388,9 @@ impl Successor {
             send_descriptors(stream, given.into_iter().flatten()).map_err(lost)?;
         }
         send_descriptors(stream, listener.into_iter()).map_err(lost)?;
+        let addresses = hear_addresses_until(stream, deadline).map_err(lost)?;
+        // It is the first time that they are said.
+        let _ = adding.set(addresses);
         hear_until(stream, Step::Go, deadline).map_err(lost)
     }
 
@@ -377,19 +402,23 @@ impl Successor {
         say(&mut self.0, Step::Stopping).map_err(lost)
     }
 
-    /// This process has stopped: lets the successor start; returns when it does.
+    /// This process has stopped: lets the successor start, and reload if that is
+    /// due; returns when it starts.
     ///
     /// # Errors
     /// When it does not, and never will: this process has to carry on.
-    pub fn done(self) -> Result<()> {
-        self.done_within(TAKE_TIME_MAX)
+    pub fn done(self, is_reload_due: bool) -> Result<()> {
+        let step = match is_reload_due {
+            true => Step::DoneReloadDue,
+            false => Step::Done,
+        };
+        self.done_within(step, TAKE_TIME_MAX)
     }
 
-    fn done_within(mut self, time_max: Duration) -> Result<()> {
+    fn done_within(mut self, step: Step, time_max: Duration) -> Result<()> {
         let stream = &mut self.0;
         let deadline = Instant::now() + time_max;
-        let heard =
-            say(stream, Step::Done).and_then(|()| hear_until(stream, Step::Taken, deadline));
+        let heard = say(stream, step).and_then(|()| hear_until(stream, Step::Taken, deadline));
         let Err(error) = heard else {
             return Ok(());
         };
@@ -412,6 +441,21 @@ fn lost(error: io::Error) -> Error {
 fn hear_until(stream: &mut UnixStream, step: Step, deadline: Instant) -> io::Result<()> {
     stream.set_read_timeout(Some(time_left(deadline)?))?;
     hear(stream, step)
+}
+
+/// The line of addresses; byte by byte, as a step may follow it at once.
+fn hear_addresses_until(stream: &mut UnixStream, deadline: Instant) -> io::Result<Vec<IpNet>> {
+    let mut line = Vec::new();
+    while line.last() != Some(&b'\n') {
+        stream.set_read_timeout(Some(time_left(deadline)?))?;
+        let mut byte = [0];
+        stream.read_exact(&mut byte)?;
+        line.extend(byte);
+        if line.len() > ADDRESSES_BYTES_MAX {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+    }
+    Ok(serde_json::from_slice(&line)?)
 }
 
 /// As [`Write::write_all`], however slowly the other side reads.
@@ -566,13 +610,15 @@ mod tests {
                 receive: listener.as_fd(),
                 send: (index == 1).then_some(listener.as_fd()),
             });
+            let adding = OnceLock::new();
             successor
-                .hand_over(&manifest(2), workers, Some(listener.as_fd()))
+                .hand_over(&manifest(2), workers, Some(listener.as_fd()), &adding)
                 .unwrap();
             successor.stopping().unwrap();
-            successor.done().unwrap();
+            successor.done(true).unwrap();
+            adding.into_inner()
         });
-        let inherited = receive(theirs).unwrap();
+        let mut inherited = receive(theirs).unwrap();
         assert_eq!(inherited.manifest, manifest(2));
         assert!(inherited.device.offloads.tcp && !inherited.device.offloads.udp);
         assert!(!inherited.udp.segment && inherited.udp.gro);
@@ -584,8 +630,11 @@ mod tests {
         let local = |socket: &Socket| socket.local_addr().unwrap().as_socket().unwrap();
         assert_eq!(local(&first.receive), address);
         assert!(first.send.is_none() && second.send.is_some());
-        inherited.predecessor.stop().unwrap();
-        predecessor.join().unwrap();
+        let adding = vec!["10.250.0.9/24".parse().unwrap()];
+        inherited.predecessor.will_add(&adding).unwrap();
+        let is_reload_due = inherited.predecessor.stop().unwrap();
+        assert!(is_reload_due);
+        assert_eq!(predecessor.join().unwrap(), Some(adding));
     }
 
     /// Both sides, as they are before [`Step::Go`].
@@ -601,7 +650,13 @@ mod tests {
     /// stops goes on, who has not does not.
     #[test]
     fn a_predecessor_that_dies_is_outlived() {
-        for (said, carries_on) in [("", false), ("s", true), ("sd", true), ("sk", false)] {
+        for (said, carries_on) in [
+            ("", false),
+            ("s", true),
+            ("sd", true),
+            ("sh", true),
+            ("sk", false),
+        ] {
             let (mut ours, predecessor) = ready();
             let successor = std::thread::spawn(move || predecessor.stop());
             hear(&mut ours.0, Step::Go).unwrap();
@@ -618,7 +673,7 @@ mod tests {
     fn a_late_successor_does_not_start() {
         let (mut ours, mut predecessor) = ready();
         ours.stopping().unwrap();
-        let late = ours.done_within(Duration::from_millis(20));
+        let late = ours.done_within(Step::Done, Duration::from_millis(20));
         let error = late.unwrap_err().to_string();
         assert!(error.contains("does not answer"), "{error}");
         hear(&mut predecessor.0, Step::Stopping).unwrap();
@@ -628,11 +683,11 @@ mod tests {
         // One that is gone is not waited for, one that has just said so counts.
         let (ours, predecessor) = ready();
         drop(predecessor);
-        assert!(ours.done().is_err());
+        assert!(ours.done(false).is_err());
         let (ours, mut predecessor) = ready();
         say(&mut predecessor.0, Step::Taken).unwrap();
         drop(predecessor);
-        ours.done().unwrap();
+        ours.done(false).unwrap();
     }
 
     #[test]
@@ -642,7 +697,11 @@ mod tests {
         drop(theirs);
         let mut successor = Successor::new(ours, PROTOCOL).unwrap();
         let nobody = std::iter::empty();
-        assert!(successor.hand_over(&manifest(1), nobody, None).is_err());
+        assert!(
+            successor
+                .hand_over(&manifest(1), nobody, None, &OnceLock::new())
+                .is_err()
+        );
         // A predecessor that goes away, talks nonsense, or refuses.
         for (answer, says) in [
             ("", "closed"),

@@ -11,10 +11,14 @@ use ipnet::IpNet;
 use nix::sys::signal::Signal;
 use serde_json::json;
 
+use crate::operator::Operator;
 use crate::packets::TUNNEL_NAME;
 use crate::routes::{kernel_agrees, net, own_routes};
 use crate::site::{inside, underlay, wait_for_each_other};
-use crate::support::{PATIENCE, Test, Tunnel, check, link, stop, tried, wait_until};
+use crate::support::{
+    PATIENCE, TUNNEL, Test, Tunnel, check, fail, fastvpn, hosts, link, stop, tried, wait_for,
+    wait_until,
+};
 use crate::takeover::{Stage, appearance};
 use crate::tools::{RouteCommand, Stream, ip_route};
 
@@ -44,7 +48,12 @@ pub fn tests_of_control() -> Vec<Test> {
             a_successor_that_finds_a_peer_in_the_tunnel,
         ),
         ("a_successor_without_routes", a_successor_without_routes),
+        (
+            "successors_with_and_without_ipv6",
+            successors_with_and_without_ipv6,
+        ),
         ("what_operators_said_goes_on", what_operators_said_goes_on),
+        ("a_reload_in_a_takeover", a_reload_in_a_takeover),
         (
             "nobody_waits_for_a_silent_successor",
             nobody_waits_for_a_silent_successor,
@@ -171,6 +180,55 @@ fn a_successor_without_routes() -> Result<()> {
     stop(far).map(drop)
 }
 
+/// What the kernel would refuse of the device as it is comes with its new
+/// settings, and what it would silently forget holds up a successor.
+fn successors_with_and_without_ipv6() -> Result<()> {
+    let hosts = hosts(1500)?;
+    let operator = Operator::new()?;
+    let start = |flags: &str| {
+        let always = "--peer 10.211.55.123=10.244.55.123/32 --address 10.244.55.122/32";
+        fastvpn(
+            &hosts.a,
+            &format!("--control {} {always} {flags}", operator.socket_text()),
+        )
+    };
+    let mut near = start("--mtu 1200")?;
+    let far = fastvpn(&hosts.b, "--peer 10.211.55.122")?;
+    wait_for(&hosts.a, TUNNEL[1].into())?;
+    operator.wait()?;
+    let with_v6 = |length: u8| format!("--mtu 1400 --address fd00:244::122/{length}");
+    for (flags, length) in [
+        (with_v6(64), Some(64)),
+        (with_v6(48), Some(48)),
+        ("--mtu 1200".into(), None),
+        (with_v6(128), Some(128)),
+    ] {
+        let new = start(&format!("--takeover {flags}"))?;
+        near.wait()?;
+        near = new;
+        wait_until("the successor has its addresses", || {
+            let given = hosts.a.netlink()?.addresses()?.into_iter();
+            let mut given = given.filter(|(_, net)| net.to_string().starts_with("fd00:244::122/"));
+            let present = given.next().map(|(_, net)| net.prefix_len());
+            Ok(present == length && given.next().is_none())
+        })?;
+        wait_for(&hosts.a, TUNNEL[1].into())?;
+        operator.wait()?;
+    }
+    operator.tell("route add fd01::/64 --peer 10.211.55.123")?;
+    let before = (appearance(&hosts.a)?, link(&hosts.a, TUNNEL_NAME)?);
+    let refused = start("--takeover --mtu 1200")?.wait()?;
+    let is_refused =
+        refused.status.code() == Some(1) && refused.log.contains("fd01::/64 needs an MTU of 1280");
+    check(is_refused, || refused.log)?;
+    operator.wait()?;
+    let after = (appearance(&hosts.a)?, link(&hosts.a, TUNNEL_NAME)?);
+    check(after == before, || format!("{before:?}, then {after:?}"))?;
+    let ended = stop(near)?;
+    check(!ended.log.contains("not in full"), || ended.log)?;
+    stop(far).map(drop)
+}
+
 /// What they moved stays where they moved it, and whom they added stays.
 fn what_operators_said_goes_on() -> Result<()> {
     let stage = Stage::new()?;
@@ -186,6 +244,56 @@ fn what_operators_said_goes_on() -> Result<()> {
     kernel_agrees(&stage.near().host, &stage.operator)?;
     stop(near)?;
     stop(far).map(drop)
+}
+
+/// A signal that comes while a successor gets ready, which has read the file
+/// already, is not lost: whoever carries on reloads.
+fn a_reload_in_a_takeover() -> Result<()> {
+    let hosts = hosts(1500)?;
+    let operator = Operator::new()?;
+    let write = |prefix: &str| {
+        let text = format!(
+            "address = [\"10.244.1.1/32\"]\n[[peer]]\nendpoint = \"10.211.55.123\"\n\
+             prefixes = [\"{prefix}\"]\n"
+        );
+        operator.write("fastvpn.toml", &text)
+    };
+    let has = |prefix: &str| -> Result<bool> {
+        let wanted = net(prefix)?;
+        Ok(operator.routes()?.iter().any(|(net, _)| *net == wanted))
+    };
+    let file = write("10.1.0.0/16")?;
+    let flags = format!("--control {} --config {file}", operator.socket_text());
+    let mut near = fastvpn(&hosts.a, &flags)?;
+    operator.wait()?;
+    // It may be that a successor is quicker than its being stopped.
+    for number in 2..20 {
+        let mut new = fastvpn(&hosts.a, &format!("{flags} --takeover"))?;
+        wait_until("a successor is served", || {
+            Ok(has_thread(&near, "handover") || near.child().try_wait()?.is_some())
+        })?;
+        new.child().signal(Signal::SIGSTOP);
+        // What it had said before is heard by then.
+        std::thread::sleep(Duration::from_millis(200));
+        let is_held = has_thread(&near, "handover");
+        let prefix = format!("10.{number}.0.0/16");
+        if is_held {
+            write(&prefix)?;
+            near.child().signal(Signal::SIGHUP);
+            std::thread::sleep(Duration::from_millis(500));
+            check(!has(&prefix)?, || "it does not wait".into())?;
+        }
+        new.child().signal(Signal::SIGCONT);
+        near.wait()?;
+        near = new;
+        operator.wait()?;
+        if is_held {
+            wait_until("the file is read again", || has(&prefix))?;
+            let ended = stop(near)?;
+            return check(ended.log.contains("reloaded: "), || ended.log);
+        }
+    }
+    fail("no successor could be held up")
 }
 
 /// A successor, step by step.
@@ -227,6 +335,10 @@ impl Script {
         self.say(b"r")?;
         self.hear(b"fff")
     }
+
+    fn will_add(&mut self, addresses: &[IpNet]) -> Result<()> {
+        self.say(format!("{}\n", json!(addresses)).as_bytes())
+    }
 }
 
 /// However far it has come, up to its last word, its predecessor carries on: with
@@ -240,6 +352,9 @@ fn successors_that_die_after_the_word() -> Result<()> {
     let (pid, before) = (stage.pid()?, appearance(&a.host)?);
     let table = stage.operator.routes()?;
     let sent = stage.operator.counter("packets-sent")?;
+    let given = net("10.250.0.9/24")?;
+    let by_hand = net("10.250.1.9/24")?;
+    let index = link(&a.host, TUNNEL_NAME)?.index;
     for (heard, gives_address, is_silent) in [
         ("", true, false),
         ("s", true, false),
@@ -248,11 +363,12 @@ fn successors_that_die_after_the_word() -> Result<()> {
     ] {
         let mut successor = Script::ask(&stage)?;
         successor.get_ready()?;
-        if gives_address {
-            let index = link(&a.host, TUNNEL_NAME)?.index;
-            let given: IpNet = net("10.250.0.9/24")?;
-            a.host.netlink()?.add_address(index, given)?;
+        let adding: &[IpNet] = if gives_address { &[given] } else { &[] };
+        successor.will_add(adding)?;
+        for address in adding {
+            a.host.netlink()?.add_address(index, *address)?;
         }
+        a.host.netlink()?.add_address(index, by_hand)?;
         successor.say(b"g")?;
         successor.hear(heard.as_bytes())?;
         if is_silent {
@@ -264,6 +380,15 @@ fn successors_that_die_after_the_word() -> Result<()> {
         wait_for_each_other(a, b)?;
         stage.operator.wait()?;
         check(stage.pid()? == pid, || "somebody else answers".into())?;
+        // What others have given the device meanwhile is theirs.
+        wait_until("the successor's address is gone", || {
+            let present = a.host.netlink()?.addresses()?;
+            check(present.contains(&(index, by_hand)), || {
+                format!("{by_hand} is gone: {present:?}")
+            })?;
+            Ok(!present.contains(&(index, given)))
+        })?;
+        a.host.netlink()?.del_address(index, by_hand)?;
         wait_until("all is as before", || Ok(appearance(&a.host)? == before))?;
         check(stage.operator.routes()? == table, || "another table".into())?;
     }

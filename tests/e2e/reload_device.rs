@@ -23,6 +23,10 @@ pub fn tests() -> Vec<Test> {
             "a_refused_reload_without_ipv6",
             a_refused_reload_without_ipv6,
         ),
+        (
+            "an_ipv6_prefix_of_another_length",
+            an_ipv6_prefix_of_another_length,
+        ),
     ]
 }
 
@@ -201,4 +205,28 @@ fn a_refused_reload_without_ipv6() -> Result<()> {
         scene.end()?;
     }
     Ok(())
+}
+
+/// The kernel has an IPv6 address once on a device, whatever its prefix length.
+fn an_ipv6_prefix_of_another_length() -> Result<()> {
+    let with = |v6: &str| format!("address = [\"10.244.55.122/32\", \"{v6}\"]");
+    let scene = Scene::new(&with("fd00:244::122/64"), &[])?;
+    let (host, operator) = (&scene.hosts.a, &scene.operator);
+    let underlay = link(host, UNDERLAY_NAME)?.index;
+    let taken = net("10.99.0.0/16")?;
+    host.netlink()?.add_route(taken, None, Some(underlay))?;
+    for v6 in ["fd00:244::122/48", "fd00:244::122/128", "fd00:244::122/64"] {
+        scene.reload(&with(v6), "")?;
+        let state = scene.state()?;
+        check(
+            state.addresses.len() == 2 && state.addresses.contains(&net(v6)?),
+            || format!("{v6}: {state:?}"),
+        )?;
+        let late = peer("10.211.55.201", &["10.99.0.0/16"]);
+        operator.write(FILE, &text(&with("fd00:244::122/56"), &late))?;
+        operator.refuses("reload", &["10.99.0.0/16"])?;
+        scene.is_as(&state, "refused")?;
+    }
+    wait_for(host, TUNNEL[1].into())?;
+    scene.end().map(drop)
 }

@@ -2,6 +2,8 @@
 //! and go, and nobody tells fastvpn but the kernel.
 
 use std::net::{IpAddr, Ipv4Addr};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
 use fastvpn::lab::{Namespace, Pair, UNDERLAY_NAME, pair};
@@ -167,7 +169,8 @@ fn a_way_into_the_tunnel() -> Result<()> {
 }
 
 fn a_way_into_the_tunnel_at_a_takeover() -> Result<()> {
-    let flags = "--mtu 1400 --address 10.244.1.1/24 --peer 10.211.55.123=10.0.0.0/8";
+    // The MTU follows from the path, but not from that through the tunnel.
+    let flags = "--address 10.244.1.1/24 --peer 10.211.55.123=10.0.0.0/8";
     let far = "--address 10.244.1.2/24 --peer 10.211.55.122=10.244.1.1/32";
     let Scene {
         hosts,
@@ -181,10 +184,44 @@ fn a_way_into_the_tunnel_at_a_takeover() -> Result<()> {
         })
     };
     is_suspended(true)?;
-    let socket = operator.socket_text();
-    let new = fastvpn(&hosts.a, &format!("--control {socket} {flags} --takeover"))?;
-    old.wait()?;
-    is_suspended(true)?;
+    let mtu_bytes = link(&hosts.a, TUNNEL_NAME)?.mtu;
+    let flags = format!("--control {} {flags} --takeover", operator.socket_text());
+    // One more that is in the tunnel for certain is one too many.
+    let refused = fastvpn(&hosts.a, &format!("{flags} --peer 10.5.5.5=172.30.0.0/16"))?.wait()?;
+    let is_refused = refused.status.code() == Some(1)
+        && refused
+            .log
+            .contains("peer 10.5.5.5 would lead through the tunnel");
+    check(is_refused, || refused.log)?;
+    operator.wait()?;
+
+    // All the time somebody sends, which must not go round and round.
+    let sender = udp(&hosts.a, INSIDE[0], 0)?;
+    let is_over = AtomicBool::new(false);
+    let send = || -> Result<()> {
+        while !is_over.load(Ordering::SeqCst) {
+            // It may be that there is no room for the moment.
+            let _ = sender.send_to(&[0; 64], (Ipv4Addr::new(10, 5, 5, 5), 9));
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    };
+    let new = std::thread::scope(|scope| {
+        let sending = scope.spawn(send);
+        let new = fastvpn(&hosts.a, &flags).and_then(|new| {
+            old.wait()?;
+            is_suspended(true)?;
+            Ok(new)
+        });
+        is_over.store(true, Ordering::SeqCst);
+        let _ = sending.join();
+        new
+    })?;
+    let peer = only_peer(&operator)?;
+    check(peer["packets_sent"] == 0, || peer.to_string())?;
+    check(link(&hosts.a, TUNNEL_NAME)?.mtu == mtu_bytes, || {
+        "another MTU".into()
+    })?;
     set_up(&hosts.a, UNDERLAY_NAME, true)?;
     is_suspended(false)?;
     wait_for(&hosts.a, INSIDE[1].into())?;

@@ -1,6 +1,7 @@
 //! How a tunnel begins to run: set up, or taken over from another process.
 
 use std::collections::{BTreeSet, HashMap};
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
@@ -14,8 +15,8 @@ use crate::control::routes::{self, RouteKeeper};
 use crate::control::workers::Workers;
 use crate::device::link;
 use crate::error::Result;
-use crate::tunnel::host::HostNews;
-use crate::tunnel::start::{self, Claimed, Prepared};
+use crate::tunnel::host::{HostNews, suspend_inside};
+use crate::tunnel::start::{self, Claimed, Prepared, Suspended};
 use crate::tunnel::takeover::{self, Inherited};
 use crate::tunnel::{announce, handover, inherit};
 
@@ -25,7 +26,7 @@ impl Running {
     /// # Errors
     /// When it cannot be had; then nothing is left behind.
     pub fn start(config: Config) -> Result<Self> {
-        let prepared = start::prepare(config)?;
+        let mut prepared = start::prepare(config)?;
         if !prepared.config.takeover {
             return Self::start_fresh(prepared);
         }
@@ -33,6 +34,7 @@ impl Running {
             Some(inherited) => Self::take_over(prepared, inherited),
             None => {
                 tracing::info!("there is no running process to take over from");
+                prepared.suspend_nobody();
                 Self::start_fresh(prepared)
             }
         }
@@ -60,27 +62,36 @@ impl Running {
             sockets,
             udp,
             listener,
-            predecessor,
+            mut predecessor,
         } = inherited;
         inherit::check(&prepared.config, &prepared.settled, &manifest)?;
         inherit::keep_wanted(&mut prepared.config.wanted, &manifest);
-        inherit::inherit(&mut prepared.overlay, &manifest);
+        let mtu_bytes = prepared.settled.link.mtu_bytes;
+        inherit::inherit(&mut prepared.overlay, &manifest, mtu_bytes)?;
         prepared.resolve_now();
+        let suspended = std::mem::take(&mut prepared.suspended);
+        let (overlay, netlink) = (&mut prepared.overlay, &mut prepared.netlink);
+        tell_of_inside(&suspend_inside(overlay, netlink, &prepared.config.tun));
         let claimed = Claimed {
             sockets,
             udp,
             device,
         };
         let mut running = Self::ready(prepared, claimed)?;
-        running.check_routes()?;
+        running.check_routes(&suspended)?;
         let tun = running.config.tun.clone();
-        let new = &running.settled.link.addresses;
-        let added = link::add_addresses(&mut running.netlink, &tun, new)?;
-        if let Err(error) = predecessor.stop() {
-            link::remove_addresses(&mut running.netlink, &tun, &added);
-            return Err(error);
-        }
+        let (old, new) = (&manifest.addresses, &running.settled.link.addresses);
+        let added = link::addresses_to_add(&mut running.netlink, &tun, old, new)?;
+        predecessor.will_add(&added)?;
+        link::add_addresses(&mut running.netlink, &tun, &added)?;
+        let stopped = predecessor
+            .stop()
+            .inspect_err(|_| link::remove_addresses(&mut running.netlink, &tun, &added));
+        let is_reload_due = stopped?;
         running.go_on(&manifest.addresses, listener);
+        if is_reload_due {
+            running.reload_by_signal();
+        }
         Ok(running)
     }
 
@@ -169,16 +180,24 @@ impl Running {
     }
 
     /// Whether the kernel's routes will be what is wanted, and no peer in the
-    /// tunnel, as far as can be told while a predecessor's are in force.
+    /// tunnel but those that are `suspended` in a predecessor's, as far as can be
+    /// told while its routes are in force.
     ///
     /// # Errors
     /// Names the route that is in the way, or the peer.
-    fn check_routes(&mut self) -> Result<()> {
+    fn check_routes(&mut self, suspended: &Suspended) -> Result<()> {
         let (wanted, tun) = (self.kernel_routes(&self.overlay), &self.config.tun);
         let addresses = &self.settled.link.addresses;
         let endpoints = self.overlay.peers().filter_map(|(_, peer)| peer.endpoint);
         for endpoint in endpoints {
-            link::check_will_be_outside(&mut self.netlink, tun, endpoint, addresses, &wanted)?;
+            link::check_will_be_outside(
+                &mut self.netlink,
+                tun,
+                endpoint,
+                addresses,
+                &wanted,
+                suspended.contains(&endpoint),
+            )?;
         }
         routes::check_free(&mut self.netlink, tun, &wanted)
     }
@@ -209,5 +228,18 @@ impl Running {
         let result = routes.go_on(self.routes_kept.clone());
         self.routes = Some(routes);
         result
+    }
+}
+
+/// Tells of peers to whom nothing will be sent at first.
+fn tell_of_inside(inside: &[SocketAddr]) {
+    let until = "through the tunnel itself: nothing is sent there until there is another";
+    match inside {
+        [] => {}
+        [peer] => tracing::warn!("the way to peer {peer} leads {until}"),
+        [peer, more @ ..] => {
+            let more = more.len();
+            tracing::warn!("the way to peer {peer} (and to {more} more) leads {until}");
+        }
     }
 }
