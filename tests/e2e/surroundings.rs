@@ -163,7 +163,9 @@ fn a_way_into_the_tunnel() -> Result<()> {
     ] {
         let lines = a.log.lines().filter(|text| text.contains(line)).count();
         // One of the six is one too many in so short a time.
-        check(lines == 3 || lines == 2, || format!("{lines} times {line}:\n{}", a.log))?;
+        check(lines == 3 || lines == 2, || {
+            format!("{lines} times {line}:\n{}", a.log)
+        })?;
     }
     Ok(())
 }
