@@ -1,0 +1,181 @@
+//! Both sides, over a socket pair.
+
+use std::io::{Read, Write};
+use std::net::UdpSocket;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::OnceLock;
+
+use socket2::Socket;
+
+use super::predecessor::receive;
+use super::wire::{hear, say};
+use super::*;
+
+fn manifest(workers: u16) -> Manifest {
+    Manifest {
+        ok: true,
+        protocol: PROTOCOL,
+        tun: "fastvpn0".into(),
+        workers,
+        listen: "0.0.0.0:8285".parse().unwrap(),
+        tun_offloads: [true, false],
+        udp_offloads: [false, true],
+        tun_wanted: [true, true],
+        udp_wanted: [false, true],
+        is_steered: true,
+        addresses: vec!["10.244.0.1/16".parse().unwrap()],
+        runtime_peers: vec![RuntimePeer {
+            peer: "10.0.0.9:8285".into(),
+            is_default: false,
+            prefixes: vec!["10.9.0.0/16".parse().unwrap()],
+        }],
+        runtime_prefixes: Vec::new(),
+    }
+}
+
+/// Eats the request that [`receive`] sends first.
+fn asked(stream: &mut UnixStream) {
+    let mut byte = [0];
+    while byte != [b'\n'] {
+        stream.read_exact(&mut byte).unwrap();
+    }
+}
+
+#[test]
+fn descriptors_change_hands() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let listener = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let predecessor = std::thread::spawn(move || {
+        let mut stream = ours;
+        asked(&mut stream);
+        let mut successor = Successor::new(stream, PROTOCOL).unwrap();
+        let workers = (0..2).map(|index| WorkerDescriptors {
+            queue: listener.as_fd(),
+            receive: listener.as_fd(),
+            send: (index == 1).then_some(listener.as_fd()),
+        });
+        let adding = OnceLock::new();
+        successor
+            .hand_over(&manifest(2), workers, Some(listener.as_fd()), &adding)
+            .unwrap();
+        successor.stopping().unwrap();
+        successor.done(true).unwrap();
+        adding.into_inner()
+    });
+    let mut inherited = receive(theirs).unwrap();
+    assert_eq!(inherited.manifest, manifest(2));
+    assert!(inherited.device.offloads.tcp && !inherited.device.offloads.udp);
+    assert!(!inherited.udp.segment && inherited.udp.gro);
+    assert_eq!(inherited.device.queues.len(), 2);
+    assert!(inherited.listener.is_some());
+    let [first, second] = &inherited.sockets[..] else {
+        panic!("two workers")
+    };
+    let local = |socket: &Socket| socket.local_addr().unwrap().as_socket().unwrap();
+    assert_eq!(local(&first.receive), address);
+    assert!(first.send.is_none() && second.send.is_some());
+    let adding = vec!["10.250.0.9/24".parse().unwrap()];
+    inherited.predecessor.will_add(&adding).unwrap();
+    let is_reload_due = inherited.predecessor.stop().unwrap();
+    assert!(is_reload_due);
+    assert_eq!(predecessor.join().unwrap(), Some(adding));
+}
+
+/// Both sides, as they are before [`Step::Go`].
+fn ready() -> (Successor, Predecessor) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    for stream in [&ours, &theirs] {
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    }
+    (Successor(ours), Predecessor(theirs))
+}
+
+/// Whatever the predecessor has said before it dies: who has heard that it
+/// stops goes on, who has not does not.
+#[test]
+fn a_predecessor_that_dies_is_outlived() {
+    for (said, carries_on) in [
+        ("", false),
+        ("s", true),
+        ("sd", true),
+        ("sh", true),
+        ("sk", false),
+    ] {
+        let (mut ours, predecessor) = ready();
+        let successor = std::thread::spawn(move || predecessor.stop());
+        hear(&mut ours.0, Step::Go).unwrap();
+        ours.0.write_all(said.as_bytes()).unwrap();
+        drop(ours);
+        let result = successor.join().unwrap();
+        assert_eq!(result.is_ok(), carries_on, "{said:?}: {result:?}");
+    }
+}
+
+/// Either the predecessor hears that its successor starts, or the successor
+/// hears that it must not.
+#[test]
+fn a_late_successor_does_not_start() {
+    let (mut ours, mut predecessor) = ready();
+    ours.stopping().unwrap();
+    let late = ours.done_within(Step::Done, Duration::from_millis(20));
+    let error = late.unwrap_err().to_string();
+    assert!(error.contains("does not answer"), "{error}");
+    hear(&mut predecessor.0, Step::Stopping).unwrap();
+    hear(&mut predecessor.0, Step::Done).unwrap();
+    assert!(say(&mut predecessor.0, Step::Taken).is_err());
+    hear(&mut predecessor.0, Step::Kept).unwrap();
+    // One that is gone is not waited for, one that has just said so counts.
+    let (ours, predecessor) = ready();
+    drop(predecessor);
+    assert!(ours.done(false).is_err());
+    let (ours, mut predecessor) = ready();
+    say(&mut predecessor.0, Step::Taken).unwrap();
+    drop(predecessor);
+    ours.done(false).unwrap();
+}
+
+#[test]
+fn who_fails_changes_nothing() {
+    // A successor that goes away when it has seen the manifest.
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    drop(theirs);
+    let mut successor = Successor::new(ours, PROTOCOL).unwrap();
+    let nobody = std::iter::empty();
+    assert!(
+        successor
+            .hand_over(&manifest(1), nobody, None, &OnceLock::new())
+            .is_err()
+    );
+    // A predecessor that goes away, talks nonsense, or refuses.
+    for (answer, says) in [
+        ("", "closed"),
+        ("nonsense\n", "cannot take over"),
+        ("{\"ok\":false,\"error\":\"busy\"}\n", "busy"),
+    ] {
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        ours.write_all(answer.as_bytes()).unwrap();
+        ours.shutdown(std::net::Shutdown::Write).unwrap();
+        let text = receive(theirs).err().unwrap().to_string();
+        assert!(text.contains(says), "{text}");
+    }
+}
+
+#[test]
+fn other_versions_are_told_so() {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    assert!(Successor::new(ours, PROTOCOL + 1).is_err());
+    let mut answer = String::new();
+    theirs.read_to_string(&mut answer).unwrap();
+    assert!(answer.contains("\"ok\":false"), "{answer}");
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    let old = Manifest {
+        protocol: PROTOCOL + 1,
+        ..manifest(1)
+    };
+    let line = serde_json::to_string(&old).unwrap() + "\n";
+    ours.write_all(line.as_bytes()).unwrap();
+    let text = receive(theirs).err().unwrap().to_string();
+    assert!(text.contains("another version"), "{text}");
+}
