@@ -83,6 +83,11 @@ impl HostNews {
         self.journal.flush(now);
     }
 
+    /// Says so for the last time.
+    pub fn end_log(&mut self) {
+        self.journal.end();
+    }
+
     /// Notes a look that began at `started` and ends `now`.
     fn looked(&mut self, started: Instant, now: Instant) {
         self.due = None;

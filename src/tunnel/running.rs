@@ -541,6 +541,7 @@ impl Running {
 
     /// Ends the tunnel: routes, device and operators' socket go.
     pub fn take_down(mut self) {
+        self.host.end_log();
         self.handover = None;
         self.postponed.clear();
         // Its keeper first, which would miss the device.

@@ -19,6 +19,7 @@ mod handover;
 mod hosts;
 mod icmp_error;
 mod life;
+mod memory;
 mod mesh;
 mod names;
 mod numbered;

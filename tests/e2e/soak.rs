@@ -12,10 +12,12 @@ use std::time::{Duration, Instant};
 
 use fastvpn::error::{Error, Result};
 use fastvpn::lab::rss_bytes;
+use fastvpn::tunnel::takeover::PROTOCOL;
 use ipnet::IpNet;
 use nix::sys::signal::Signal;
 use serde_json::json;
 
+use crate::memory::Mappings;
 use crate::operator::Operator;
 use crate::routes::kernel_agrees;
 use crate::site::{
@@ -48,14 +50,12 @@ const STALL_OF_THE_FLAPPING_MAX: Duration = Duration::from_secs(20);
 /// How often the hub's memory is looked at.
 const SAMPLES: u32 = 8;
 
-/// What the hub's memory may grow by from a quarter of the time to the end, but
-/// for what [`LATE_BYTES_MAX`] is for.
-const GROWTH_BYTES_MAX: i64 = 2 << 20;
+/// Memory that the hub may have got and kept from a quarter of the time to the
+/// end, when all that is made once is made.
+const GROWTH_BYTES_MAX: u64 = 2 << 20;
 
-/// What it may get besides at some moments: a packet buffer, a thread's stack or
-/// an arena becomes resident when it is first touched, which may be late. The
-/// buffers of two queues are 18 MiB.
-const LATE_BYTES_MAX: i64 = 24 << 20;
+/// The packet buffers of its two queues, of which any may be touched late.
+const BUFFERS_BYTES: u64 = 2 * (9 << 20);
 
 /// Reasons for which packets may be dropped here: multicast of the hosts' own
 /// has no route, nor what was under way to a peer that has been removed; what
@@ -195,7 +195,7 @@ impl Soak {
             0 => b"{\"command\":".to_vec(),
             1 => b"\xff\0[[[[\n".repeat(100),
             2 => b"{\"command\":\"route-list\"}\n".repeat(1000),
-            3 => b"{\"command\":\"takeover\",\"protocol\":2}\n".to_vec(),
+            3 => format!("{{\"command\":\"takeover\",\"protocol\":{PROTOCOL}}}\n").into_bytes(),
             _ => vec![b' '; 1 << 20],
         };
         tried("set a timeout", client.set_write_timeout(Some(TICK)))?;
@@ -265,23 +265,6 @@ impl Held {
             threads: count("task")?,
         })
     }
-}
-
-/// That memory does not grow. What is touched for the first time grows it in a few
-/// of the intervals, a leak in most of them: so the median tells the two apart.
-fn check_memory(held: &[Held]) -> Result<()> {
-    let bytes: Vec<i64> = held.iter().map(|held| held.rss_bytes as i64).collect();
-    let mut steps: Vec<i64> = bytes.windows(2).map(|pair| pair[1] - pair[0]).collect();
-    let all: i64 = steps.iter().sum();
-    steps.sort_unstable();
-    let Some(median) = steps.get(steps.len().saturating_sub(1) / 2) else {
-        return Err(Error::new("too short to say anything of memory"));
-    };
-    let lasting = median * steps.len() as i64;
-    check(
-        lasting < GROWTH_BYTES_MAX && all < GROWTH_BYTES_MAX + LATE_BYTES_MAX,
-        || format!("the hub's memory grows: {held:?}"),
-    )
 }
 
 /// A stream, and when something last arrived on it.
@@ -357,6 +340,7 @@ fn a_minute_of_everything() -> Result<()> {
         .map(|site| inventory(&site.host))
         .collect();
     let mut held: Vec<Held> = Vec::new();
+    let mut mapped = None;
     let start = Instant::now();
     for tick in 0.. {
         if start.elapsed() > time {
@@ -384,6 +368,9 @@ fn a_minute_of_everything() -> Result<()> {
             soak.hostile.clear();
             std::thread::sleep(TICK);
             held.push(Held::by(hub_pid)?);
+            if held.len() == 2 {
+                mapped = Some(Mappings::of(hub_pid)?);
+            }
         }
         std::thread::sleep(TICK);
     }
@@ -401,7 +388,7 @@ fn a_minute_of_everything() -> Result<()> {
         check(bytes > 0, || format!("{name}: nothing"))?;
     }
     eprintln!("the hub, each {:?}: {held:?}", time / SAMPLES);
-    let Some(first) = held.get(1) else {
+    let (Some(first), Some(mapped)) = (held.get(1), mapped) else {
         return Err(Error::new("too short to say anything of memory"));
     };
     // The crowd's threads end when they see that it has gone.
@@ -411,8 +398,13 @@ fn a_minute_of_everything() -> Result<()> {
         Ok(last.descriptors <= first.descriptors && last.threads <= first.threads)
     })
     .map_err(|error| Error::new(format!("{error}: {first:?}, {last:?}")))?;
-    held.push(last);
-    check_memory(&held[1..])?;
+    let growth_bytes = Mappings::of(hub_pid)?.growth_bytes(&mapped);
+    eprintln!("the hub has got {growth_bytes} bytes since the second look");
+    let rss_bytes_max = first.rss_bytes + BUFFERS_BYTES + GROWTH_BYTES_MAX;
+    check(
+        growth_bytes < GROWTH_BYTES_MAX && last.rss_bytes < rss_bytes_max,
+        || format!("the hub has got {growth_bytes} bytes: {held:?}, then {last:?}"),
+    )?;
     kernel_agrees(&soak.site(HUB).host, &soak.hub)?;
     soak.stop()?;
     for ended in &soak.ended {
