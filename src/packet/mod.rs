@@ -16,6 +16,7 @@ pub mod hop;
 pub mod icmp;
 pub mod ip;
 pub mod prefixes;
+pub mod probe;
 pub mod segment;
 pub mod train;
 pub mod virtio;
