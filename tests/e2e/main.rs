@@ -6,6 +6,9 @@
 //!
 //! What carries traffic is run on each I/O engine, as `uring::` and `epoll::`,
 //! and some of it with a different one at each end, as `mixed::`.
+//!
+//! What takes minutes, or needs a program that a fresh machine lacks (`nft`), is
+//! in the long tier: add the test's name to the list in `long.rs`.
 
 mod checks;
 mod churn;
@@ -19,6 +22,7 @@ mod handover;
 mod hosts;
 mod icmp_error;
 mod life;
+mod long;
 mod memory;
 mod mesh;
 mod names;
@@ -53,7 +57,7 @@ mod underlay;
 use std::process::ExitCode;
 
 use fastvpn::ring::Features;
-use libtest_mimic::{Arguments, Trial};
+use libtest_mimic::{Arguments, Completion, Trial};
 
 use crate::support::{Engines, Test};
 
@@ -89,6 +93,11 @@ fn main() -> ExitCode {
         life::tests(),
     ];
     let of_uring = [fallbacks::tests_of_uring(), exact::tests_of_uring()];
+    let of_mixed_engines = [
+        traffic::tests_of_mixed_engines(),
+        takeover::tests_of_mixed_engines(),
+        soak::tests(),
+    ];
     let of_no_engine = [
         errors::tests(),
         checks::tests(),
@@ -107,37 +116,28 @@ fn main() -> ExitCode {
         overlay_mtu::tests_of_no_engine(),
     ];
     // Shown as ignored, never left out in silence.
-    let without_uring = fastvpn::ring::probe(URING_FEATURES).is_err();
-    let without_ebpf = support::is_in_user_namespace();
+    let without_uring = fastvpn::ring::probe(URING_FEATURES)
+        .is_err()
+        .then_some("needs io_uring");
+    let without_ebpf = support::is_in_user_namespace().then_some("needs root, for eBPF");
+    let need_ebpf = queues::tests_that_need_ebpf();
     let mut trials = Vec::new();
-    for (engines, ignored) in [(Engines::Uring, without_uring), (Engines::Epoll, false)] {
-        let tests = tests.iter().flatten();
-        trials.extend(tests.map(|test| trial(engines, test).with_ignored_flag(ignored)));
-        let ignored = ignored || without_ebpf;
-        let need_ebpf = queues::tests_that_need_ebpf();
-        let need_ebpf = need_ebpf.iter();
-        trials.extend(need_ebpf.map(|test| trial(engines, test).with_ignored_flag(ignored)));
+    let mut add = |engines, tests: &[Test], lacks: Option<&'static str>| {
+        trials.extend(tests.iter().map(|test| trial(engines, test, lacks)));
+    };
+    for (engines, lacks) in [(Engines::Uring, without_uring), (Engines::Epoll, None)] {
+        add(engines, &tests.concat(), lacks);
+        add(engines, &need_ebpf, lacks.or(without_ebpf));
     }
-    for (engines, tests) in [
-        (Engines::Uring, of_uring.concat()),
-        (
-            Engines::Mixed,
-            [
-                traffic::tests_of_mixed_engines(),
-                takeover::tests_of_mixed_engines(),
-                soak::tests(),
-            ]
-            .concat(),
-        ),
-    ] {
-        let tests = tests.iter();
-        trials.extend(tests.map(|test| trial(engines, test).with_ignored_flag(without_uring)));
+    add(Engines::Uring, &of_uring.concat(), without_uring);
+    add(Engines::Mixed, &of_mixed_engines.concat(), without_uring);
+    add(Engines::Any, &of_no_engine.concat(), None);
+    add(Engines::Any, &tuning::tests_that_need_root(), without_ebpf);
+    let unknown = long::unknown(trials.iter().map(Trial::name));
+    if !unknown.is_empty() {
+        eprintln!("tests/e2e/long.rs names trials that do not exist: {unknown:?}");
+        return ExitCode::FAILURE;
     }
-    let of_no_engine = of_no_engine.iter().flatten();
-    trials.extend(of_no_engine.map(|test| trial(Engines::Any, test)));
-    let need_root = tuning::tests_that_need_root();
-    let need_root = need_root.iter();
-    trials.extend(need_root.map(|test| trial(Engines::Any, test).with_ignored_flag(without_ebpf)));
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 
@@ -145,16 +145,22 @@ const URING_FEATURES: Features = Features {
     receive_multishot: true,
 };
 
-/// A test, run with tunnels on these engines.
-fn trial(engines: Engines, &(name, test): &Test) -> Trial {
+/// A test, run with tunnels on these engines, unless this system lacks something.
+fn trial(engines: Engines, &(name, test): &Test, lacks: Option<&'static str>) -> Trial {
     let name = match engines {
         Engines::Any => name.to_string(),
         Engines::Uring => format!("uring::{name}"),
         Engines::Epoll => format!("epoll::{name}"),
         Engines::Mixed => format!("mixed::{name}"),
     };
-    Trial::test(name, move || {
+    let is_long = long::has(&name);
+    let trial = Trial::ignorable_test(name, move || {
+        if let Some(reason) = lacks {
+            return Ok(Completion::ignored_with(reason));
+        }
         engines.use_here();
-        Ok(test()?)
-    })
+        test()?;
+        Ok(Completion::Completed)
+    });
+    trial.with_ignored_flag(is_long)
 }

@@ -249,7 +249,7 @@ pub fn nft(namespace: &Namespace, rules: &str) -> Result<()> {
     command.stdin(Stdio::piped()).stderr(Stdio::piped());
     let mut child = namespace.spawn(command).map_err(|error| {
         if error.errno() == Some(libc::ENOENT) {
-            error.hint("the tests of NAT need the package nftables")
+            error.hint("install the package nftables; tests that need it belong in long.rs")
         } else {
             error
         }
