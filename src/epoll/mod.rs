@@ -16,7 +16,6 @@
 //!
 //! Needs Linux 4.18 (`UDP_SEGMENT`) to be fast, and goes on without.
 
-mod held;
 mod interest;
 mod output;
 
@@ -43,10 +42,6 @@ use crate::worker::engine::{Engine, Event, Received, Source};
 /// Receive buffers on each side: one that waits for the worker, one that the
 /// worker has.
 const BUFFERS: usize = 2;
-
-/// Waits, and the pause in each, for room for the last output.
-const FINISH_TRIES_MAX: usize = 20;
-const FINISH_PAUSE_MS: u8 = 1;
 
 /// Bytes of a receive buffer: the longest frame or datagram with its headers.
 /// The odd cache line keeps the starts of neighbouring buffers from falling
@@ -158,9 +153,8 @@ impl Epoll {
         let failed = |errno: nix::Error| {
             Error::os("epoll has failed", errno.into()).hint("start fastvpn again")
         };
-        let is_blocked = self.output.is_blocked();
         self.interest
-            .watch_room(&self.sockets, is_blocked)
+            .watch_room(&self.sockets, self.output.blocked)
             .map_err(failed)?;
         let ready = self.interest.wait(timeout).map_err(failed)?;
         self.tun.ready |= ready.tun;
@@ -171,15 +165,14 @@ impl Epoll {
             self.wake_pending = true;
         }
         if ready.room {
-            let socket = self.sockets.send.as_ref().unwrap_or(&self.sockets.receive);
-            self.output.resume(socket, &self.counters);
+            self.output.blocked = false;
         }
         Ok(())
     }
 
     /// Frames only make more output: none while there is no room for it.
     fn can_read_tun(&self) -> bool {
-        self.tun.can_read() && !self.output.is_blocked()
+        self.tun.can_read() && !self.output.blocked
     }
 
     /// Reads from the side whose turn it is, or else from the other.
@@ -365,16 +358,6 @@ impl Engine for Epoll {
         self.is_quiet = true;
     }
 
-    fn finish(&mut self) -> Result<()> {
-        for _ in 0..FINISH_TRIES_MAX {
-            if !self.output.is_blocked() {
-                break;
-            }
-            self.ask(FINISH_PAUSE_MS.into())?;
-        }
-        Ok(())
-    }
-
     fn reset_limits(&mut self) {
         self.output.limits.reset();
     }
@@ -393,13 +376,6 @@ impl FrameSink for Epoll {
     #[inline]
     fn put(&mut self, frame: Frame) {
         self.output.write(frame, &self.queue, &self.counters);
-    }
-}
-
-impl Drop for Epoll {
-    /// Trains that still wait for room are lost, but not in silence.
-    fn drop(&mut self) {
-        self.output.drop_held(&self.counters);
     }
 }
 

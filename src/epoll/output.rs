@@ -1,10 +1,8 @@
-//! Trains and frames on their way out: free, or waiting for room to be sent.
+//! Trains and frames on their way out.
 
-use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 
-use super::held::{HELD_TRAINS_MAX, Held};
 use crate::io::message::{self, SendMessage};
 use crate::io::refusal::PathLimits;
 use crate::packet::coalesce::{FLOWS_MAX, Frame};
@@ -12,8 +10,8 @@ use crate::packet::train::{Limits, Train};
 use crate::worker::counters::Counters;
 use crate::worker::outbound::OPEN_TRAINS_MAX;
 
-/// Trains per worker: those that can be open, and those that can wait for room.
-pub const TRAINS: usize = OPEN_TRAINS_MAX + HELD_TRAINS_MAX;
+/// Trains per worker: those that can be open.
+pub const TRAINS: usize = OPEN_TRAINS_MAX;
 
 /// Frames per worker: those that can be open, and one that passes by.
 pub const FRAMES: usize = FLOWS_MAX + 1;
@@ -25,17 +23,8 @@ pub struct Output {
     pub free_frames: Vec<Frame>,
     pub limits: PathLimits,
     message: SendMessage,
-    held: Held,
-    /// The socket's send buffer is full: nothing is tried until it is not.
-    blocked: bool,
-}
-
-/// What became of a train.
-enum Outcome {
-    /// It is sent, or counted for lost.
-    Settled,
-    /// The socket's send buffer has no room for it.
-    NoRoom(Train),
+    /// The socket's send buffer is full: read no more frames until it is not.
+    pub blocked: bool,
 }
 
 impl Output {
@@ -45,95 +34,27 @@ impl Output {
             free_frames: (0..FRAMES as u16).rev().map(Frame::new).collect(),
             limits: PathLimits::new(limits),
             message: SendMessage::new(),
-            held: Held::new(),
             blocked: false,
         }
     }
 
-    /// Whether trains wait for room, or would have to.
-    #[inline]
-    pub fn is_blocked(&self) -> bool {
-        self.blocked
-    }
-
-    /// Sends a train, or keeps it until there is room.
+    /// Sends a train. What the socket has no room for is dropped.
     #[inline]
     pub fn send(&mut self, train: Train, to: SocketAddr, socket: &impl AsFd, counters: &Counters) {
-        if train.count() == 0 {
-            self.free_trains.push(train);
-        } else if self.blocked {
-            self.hold(train, to, counters);
-        } else if let Outcome::NoRoom(train) = self.try_send(train, to, socket, counters) {
-            self.blocked = true;
-            self.hold(train, to, counters);
-        }
-    }
-
-    #[inline]
-    fn try_send(
-        &mut self,
-        train: Train,
-        to: SocketAddr,
-        socket: &impl AsFd,
-        counters: &Counters,
-    ) -> Outcome {
-        match message::send(socket.as_fd(), &mut self.message, &train, to) {
-            Ok(()) => {
-                counters.trains_sent.add(1);
-                counters.packets_sent.add(train.count() as u64);
-                counters.bytes_sent.add(train.bytes().len() as u64);
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                return Outcome::NoRoom(train);
-            }
-            Err(error) => {
-                let errno = error.raw_os_error().unwrap_or(0);
-                self.blocked |= self.limits.refused(&train, to, errno, socket, counters);
-            }
-        }
-        self.free_trains.push(train);
-        Outcome::Settled
-    }
-
-    #[cold]
-    fn hold(&mut self, train: Train, to: SocketAddr, counters: &Counters) {
-        if let Err(train) = self.held.push(train, to) {
-            self.drop_full(train, counters);
-        }
-    }
-
-    fn drop_full(&mut self, train: Train, counters: &Counters) {
-        counters.drop_send_full.add(train.count() as u64);
-        self.free_trains.push(train);
-    }
-
-    /// Goes on: the kernel says that there is room.
-    ///
-    /// Whom it refuses in spite of that is dropped, so that no train waits
-    /// forever for what may never come.
-    pub fn resume(&mut self, socket: &impl AsFd, counters: &Counters) {
-        self.blocked = false;
-        let mut is_first = true;
-        while !self.blocked
-            && let Some((train, to)) = self.held.pop()
-        {
-            if let Outcome::NoRoom(train) = self.try_send(train, to, socket, counters) {
-                self.blocked = true;
-                if is_first {
-                    self.drop_full(train, counters);
-                } else {
-                    self.held.put_back(train, to);
+        if train.count() > 0 {
+            match message::send(socket.as_fd(), &mut self.message, &train, to) {
+                Ok(()) => {
+                    counters.trains_sent.add(1);
+                    counters.packets_sent.add(train.count() as u64);
+                    counters.bytes_sent.add(train.bytes().len() as u64);
+                }
+                Err(error) => {
+                    let errno = error.raw_os_error().unwrap_or(0);
+                    self.blocked |= self.limits.refused(&train, to, errno, socket, counters);
                 }
             }
-            is_first = false;
         }
-    }
-
-    /// Gives up what waits for room.
-    pub fn drop_held(&mut self, counters: &Counters) {
-        while let Some((train, _)) = self.held.pop() {
-            self.drop_full(train, counters);
-        }
+        self.free_trains.push(train);
     }
 
     /// Writes a frame to the TUN queue, which takes it at once or not at all.

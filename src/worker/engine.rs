@@ -97,15 +97,6 @@ pub trait Engine: FrameSink {
     /// to be asked for, and output is still carried out.
     fn quiesce(&mut self);
 
-    /// Waits a few milliseconds, if need be, for room for output that was given
-    /// before. To be called last.
-    ///
-    /// # Errors
-    /// As [`Self::wait`].
-    fn finish(&mut self) -> Result<()> {
-        Ok(())
-    }
-
     /// Forgets what refused sends taught about paths.
     fn reset_limits(&mut self);
 }

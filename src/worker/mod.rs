@@ -73,7 +73,7 @@ pub fn run(
             inbound.flush(engine);
             carried = 0;
             if is_stopping && !engine.poll()? {
-                return engine.finish();
+                return Ok(());
             }
         }
         if !is_stopping {

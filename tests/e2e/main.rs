@@ -18,6 +18,7 @@ mod endpoints;
 mod errors;
 mod exact;
 mod fallbacks;
+mod full_socket;
 mod handover;
 mod hosts;
 mod icmp_error;
@@ -79,6 +80,7 @@ fn main() -> ExitCode {
         super_packets::tests(),
         hosts::tests(),
         peers::tests(),
+        full_socket::tests(),
         strangers::tests(),
         mesh::tests(),
         sources::tests(),

@@ -1,0 +1,96 @@
+//! The UDP socket's send buffer is full: what does not fit is dropped and
+//! counted, the TUN queue is not read until there is room, and what comes in is
+//! carried meanwhile.
+
+use std::net::IpAddr;
+
+use fastvpn::error::Result;
+use fastvpn::lab::{Namespace, UNDERLAY_NAME};
+use fastvpn::netlink::LinkStats;
+use ipnet::IpNet;
+
+use crate::datagrams::{Order, exchange};
+use crate::operator::Operator;
+use crate::packets::TUNNEL_NAME;
+use crate::site::{inside, peer, sites, underlay};
+use crate::support::{Test, check, link, stop, tried, udp, wait_for, wait_until};
+
+/// The tests of this file.
+pub fn tests() -> Vec<Test> {
+    vec![("a_full_send_buffer", a_full_send_buffer)]
+}
+
+/// Datagrams wait in the kernel, and take up the send buffer, while it asks for
+/// the link-layer address of a host that does not answer.
+fn a_full_send_buffer() -> Result<()> {
+    let network = sites(3)?;
+    let [near, silent, other] = &network.all[..] else {
+        return crate::support::fail("three sites");
+    };
+    for (setting, value) in [
+        // More than the send buffer holds.
+        ("unres_qlen_bytes", "268435456"),
+        ("mcast_solicit", "1000"),
+    ] {
+        let path = format!("net/ipv4/neigh/{UNDERLAY_NAME}/{setting}");
+        near.host.sysctl(&path, value)?;
+    }
+    let address = IpNet::new_assert(underlay(2).into(), 24);
+    let index = link(&silent.host, UNDERLAY_NAME)?.index;
+    silent.host.netlink()?.del_address(index, address)?;
+
+    let operator = Operator::new()?;
+    let flags = ["--queues", "1", "--control", &operator.socket_text()];
+    let tunnel = near.start(&[peer(2), peer(3)], &flags)?;
+    let far = other.start(&[peer(1)], &["--queues", "1"])?;
+    operator.wait()?;
+    wait_for(&near.container, inside(3)[0])?;
+
+    let sender = udp(&near.container, inside(1)[0], 0)?;
+    let flood = |datagrams: usize| {
+        (0..datagrams).try_for_each(|_| {
+            let sent = sender.send_to(&[7; 1400], (inside(2)[0], 9));
+            tried("send a datagram", sent.map(drop))
+        })
+    };
+    wait_until("the send buffer is full", || {
+        flood(1000)?;
+        Ok(operator.dropped("send-full")? > 0)
+    })?;
+    wait_until("the TUN queue is full", || {
+        flood(100)?;
+        Ok(tun_stats(&near.host)?.tx_dropped > 0)
+    })?;
+
+    // Nothing is read any more, however much comes.
+    let read = operator.counter("tun-frames-read")?;
+    let before = tun_stats(&near.host)?.tx_dropped;
+    wait_until("more is dropped at the TUN queue", || {
+        flood(100)?;
+        Ok(tun_stats(&near.host)?.tx_dropped > before + 1000)
+    })?;
+    // What comes in is carried.
+    let to: (&Namespace, IpAddr) = (&near.container, inside(1)[0]);
+    exchange(
+        (&other.container, inside(3)[0]),
+        to,
+        &[1000; 50],
+        Order::Kept,
+    )?;
+    let after = operator.counter("tun-frames-read")?;
+    check(read == after, || format!("{read} frames, then {after}"))?;
+
+    // The silent host answers: there is room.
+    silent.host.netlink()?.add_address(index, address)?;
+    wait_until("the TUN queue is read again", || {
+        Ok(operator.counter("tun-frames-read")? > read)
+    })?;
+    wait_for(&near.container, inside(3)[0])?;
+    stop(tunnel)?;
+    stop(far).map(drop)
+}
+
+fn tun_stats(host: &Namespace) -> Result<LinkStats> {
+    let index = link(host, TUNNEL_NAME)?.index;
+    host.netlink()?.link_stats(index)
+}
