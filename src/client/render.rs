@@ -13,14 +13,14 @@ const NOT_RESOLVED: &str = "not resolved";
 
 /// Counters that [`status`] has words for. It lists others by their names.
 const COUNTERS_IN_WORDS: [&str; 8] = [
-    "packets-sent",
-    "bytes-sent",
-    "trains-sent",
-    "packets-received",
-    "bytes-received",
-    "trains-received",
-    "tun-frames-read",
-    "tun-frames-written",
+    "packets_sent",
+    "bytes_sent",
+    "trains_sent",
+    "packets_received",
+    "bytes_received",
+    "trains_received",
+    "tun_frames_read",
+    "tun_frames_written",
 ];
 
 /// The tunnel as a whole, then a line for each worker.
@@ -60,12 +60,12 @@ pub(super) fn status(status: &Status) -> String {
     lines.push(("peers", peers_and_prefixes(status)));
     lines.extend(traffic(&status.counters));
     lines.push(("dropped", drops(status)));
-    let others: Vec<String> = status
+    let others = status
         .counters
         .iter()
-        .filter(|(name, value)| **value > 0 && !COUNTERS_IN_WORDS.contains(&name.as_str()))
-        .map(|(name, value)| format!("{name} {value}"))
-        .collect();
+        .map(|(name, value)| (name.as_str(), *value))
+        .filter(|(name, _)| !COUNTERS_IN_WORDS.contains(name));
+    let others = named_counts(others);
     if !others.is_empty() {
         lines.push(("also counted", others.join(", ")));
     }
@@ -118,14 +118,14 @@ fn traffic(counters: &BTreeMap<String, u64>) -> [(&'static str, String); 3] {
     [
         (
             "sent",
-            moved("packets-sent", "bytes-sent", "trains-sent", "send", "sends"),
+            moved("packets_sent", "bytes_sent", "trains_sent", "send", "sends"),
         ),
         (
             "received",
             moved(
-                "packets-received",
-                "bytes-received",
-                "trains-received",
+                "packets_received",
+                "bytes_received",
+                "trains_received",
                 "receive",
                 "receives",
             ),
@@ -134,11 +134,19 @@ fn traffic(counters: &BTreeMap<String, u64>) -> [(&'static str, String); 3] {
             "TUN",
             format!(
                 "{} read, {} written",
-                counted(of("tun-frames-read"), "frame", "frames"),
-                count(of("tun-frames-written"))
+                counted(of("tun_frames_read"), "frame", "frames"),
+                count(of("tun_frames_written"))
             ),
         ),
     ]
+}
+
+/// Counts that are not zero, by names as the log writes them.
+fn named_counts<'a>(counts: impl Iterator<Item = (&'a str, u64)>) -> Vec<String> {
+    counts
+        .filter(|(_, count)| *count > 0)
+        .map(|(name, count)| format!("{} {count}", name.replace('_', "-")))
+        .collect()
 }
 
 /// Exact: a few drops among many are what one looks for.
@@ -148,13 +156,8 @@ fn drops(status: &Status) -> String {
         .iter()
         .map(|(reason, count)| (reason.as_str(), *count))
         .collect();
-    reasons.push(("tun-queue-full", status.tun_queue_drops));
-    let reasons: Vec<String> = reasons
-        .into_iter()
-        .filter(|(_, count)| *count > 0)
-        .map(|(reason, count)| format!("{reason} {count}"))
-        .collect();
-    or_none(&reasons)
+    reasons.push(("tun_queue_full", status.tun_queue_drops));
+    or_none(&named_counts(reasons.into_iter()))
 }
 
 fn workers(workers: &[BTreeMap<String, u64>]) -> String {
@@ -170,14 +173,14 @@ fn workers(workers: &[BTreeMap<String, u64>]) -> String {
         let of = |name: &str| counters.get(name).copied().unwrap_or(0);
         let dropped = counters
             .iter()
-            .filter(|(name, _)| name.starts_with("drop-"))
+            .filter(|(name, _)| name.starts_with("drop_"))
             .fold(0, |sum: u64, (_, count)| sum.saturating_add(*count));
         table.push([
             index.to_string(),
-            bytes(of("bytes-sent")),
-            count(of("packets-sent")),
-            bytes(of("bytes-received")),
-            count(of("packets-received")),
+            bytes(of("bytes_sent")),
+            count(of("packets_sent")),
+            bytes(of("bytes_received")),
+            count(of("packets_received")),
             dropped.to_string(),
         ]);
     }
@@ -353,27 +356,27 @@ mod tests {
             peers: 2,
             prefixes: 1,
             counters: counters(&[
-                ("packets-sent", 1_500_000),
-                ("bytes-sent", 12_345_678_901),
-                ("trains-sent", 23_100),
-                ("packets-received", 1),
-                ("bytes-received", 84),
-                ("trains-received", 1),
-                ("tun-frames-read", 23_100),
-                ("tun-frames-written", 1),
-                ("icmp-sent", 0),
-                ("rearmed", 5),
+                ("packets_sent", 1_500_000),
+                ("bytes_sent", 12_345_678_901),
+                ("trains_sent", 23_100),
+                ("packets_received", 1),
+                ("bytes_received", 84),
+                ("trains_received", 1),
+                ("tun_frames_read", 23_100),
+                ("tun_frames_written", 1),
+                ("icmp_sent", 0),
+                ("receive_failed", 5),
             ]),
-            drops: counters(&[("no-route", 12), ("send-full", 3_400)]),
+            drops: counters(&[("no_route", 12), ("send_full", 3_400)]),
             tun_queue_drops: 7,
             workers: vec![
                 counters(&[
-                    ("packets-sent", 1_500_000),
-                    ("bytes-sent", 12_345_678_901),
-                    ("drop-no-route", 12),
-                    ("drop-send-full", 3_400),
+                    ("packets_sent", 1_500_000),
+                    ("bytes_sent", 12_345_678_901),
+                    ("drop_no_route", 12),
+                    ("drop_send_full", 3_400),
                 ]),
-                counters(&[("packets-received", 1), ("bytes-received", 84)]),
+                counters(&[("packets_received", 1), ("bytes_received", 84)]),
             ],
         }
     }
@@ -396,7 +399,7 @@ sent           1.5 M packets (12.3 GB) in 23.1 k sends
 received       1 packet (84 B) in 1 receive
 TUN            23.1 k frames read, 1 written
 dropped        no-route 12, send-full 3400, tun-queue-full 7
-also counted   rearmed 5
+also counted   receive-failed 5
 
 WORKER     SENT  PACKETS  RECEIVED  PACKETS  DROPPED
      0  12.3 GB    1.5 M       0 B        0     3412
@@ -442,7 +445,7 @@ WORKER     SENT  PACKETS  RECEIVED  PACKETS  DROPPED
     #[test]
     fn drop_counts_of_any_size_are_no_reason_to_panic() {
         let full = Status {
-            workers: vec![counters(&[("drop-a", u64::MAX), ("drop-b", 1)])],
+            workers: vec![counters(&[("drop_a", u64::MAX), ("drop_b", 1)])],
             ..Status::default()
         };
         assert!(status(&full).ends_with(&format!("{}\n", u64::MAX)));

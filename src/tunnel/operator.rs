@@ -193,7 +193,7 @@ fn status(running: &Running) -> Status {
     let total = snapshots
         .iter()
         .fold(Snapshot::default(), |sum, worker| sum.plus(worker));
-    let named = |(name, value): (&str, u64)| (name.replace('_', "-"), value);
+    let named = |(name, value): (&str, u64)| (name.to_string(), value);
     let is_drop = |name: &str| name.starts_with("drop_");
     let link = Netlink::open()
         .ok()

@@ -13,6 +13,7 @@ use fastvpn::error::{Error, Result};
 use fastvpn::lab::{Namespace, rss_bytes};
 use ipnet::IpNet;
 use nix::sys::signal::Signal;
+use serde_json::Value;
 
 use crate::operator::{Operator, connect, said};
 use crate::routes::{kernel_agrees, net, own_routes};
@@ -61,7 +62,7 @@ fn all_commands() -> Result<()> {
     );
 
     let status = operator.ask("status")?;
-    let expected: [(&str, serde_json::Value); 7] = [
+    let expected: [(&str, Value); 7] = [
         ("pid", tunnels[0].pid().into()),
         ("tun", "fastvpn0".into()),
         ("mtu_bytes", 1472.into()),
@@ -74,7 +75,14 @@ fn all_commands() -> Result<()> {
         let found = &status[key];
         check(*found == value, || format!("{key} is {found}, not {value}"))?;
     }
-    check(operator.counter("packets-sent")? > 0, || status.to_string())?;
+    check(operator.counter("packets_sent")? > 0, || status.to_string())?;
+    for answer in [
+        &status,
+        &operator.ask("peers")?,
+        &operator.ask("route list")?,
+    ] {
+        check(!has_key_with_hyphen(answer), || answer.to_string())?;
+    }
     for words in ["status", "peers", "route list", "route get 172.18.2.9"] {
         let text = operator.tell(words)?;
         check(
@@ -115,14 +123,13 @@ fn all_commands() -> Result<()> {
         let sum =
             |key: &str| -> Option<u64> { entries?.iter().map(|peer| peer[key].as_u64()).sum() };
         let counters = [
-            ("packets_sent", "packets-sent"),
-            ("bytes_sent", "bytes-sent"),
-            ("packets_received", "packets-received"),
-            ("bytes_received", "bytes-received"),
+            "packets_sent",
+            "bytes_sent",
+            "packets_received",
+            "bytes_received",
         ];
-        let adds_up = |(of_peer, of_all): (&str, &str)| {
-            sum(of_peer).is_some() && sum(of_peer) == status["counters"][of_all].as_u64()
-        };
+        let adds_up =
+            |key: &str| sum(key).is_some() && sum(key) == status["counters"][key].as_u64();
         Ok(counters.into_iter().all(adds_up))
     })?;
 
@@ -365,7 +372,7 @@ fn the_sockets_default_path() -> Result<()> {
             answer = ask(namespace, words)?.stdout;
             Ok(!answer.is_empty())
         })?;
-        let status: serde_json::Value = serde_json::from_str(&answer)
+        let status: Value = serde_json::from_str(&answer)
             .map_err(|error| Error::new(format!("{error} in {answer:?}")))?;
         check(status["pid"] == end.pid(), || answer.clone())?;
     }
@@ -583,4 +590,16 @@ fn hostile_clients() -> Result<()> {
     )?;
     wait_for_each_other(a, b)?;
     tunnels.into_iter().try_for_each(|end| stop(end).map(drop))
+}
+
+/// Programs name the keys of an answer as they name variables.
+fn has_key_with_hyphen(value: &Value) -> bool {
+    match value {
+        Value::Array(values) => values.iter().any(has_key_with_hyphen),
+        Value::Object(members) => {
+            let mut members = members.iter();
+            members.any(|(key, value)| key.contains('-') || has_key_with_hyphen(value))
+        }
+        _ => false,
+    }
 }

@@ -130,8 +130,8 @@ impl OneAddress {
     /// each of the two processes does.
     fn packets(&self, is_back: bool) -> Result<[u64; 4]> {
         let (of_peer, of_process) = match is_back {
-            false => ("packets_sent", "packets-received"),
-            true => ("packets_received", "packets-sent"),
+            false => ("packets_sent", "packets_received"),
+            true => ("packets_received", "packets_sent"),
         };
         let answer = self.asker.must(&json!({"command": "peers"}))?;
         let count = |name: &String| -> Result<u64> {

@@ -351,7 +351,7 @@ fn successors_that_die_after_the_word() -> Result<()> {
     stream.wait_for_progress()?;
     let (pid, before) = (stage.pid()?, appearance(&a.host)?);
     let table = stage.operator.routes()?;
-    let sent = stage.operator.counter("packets-sent")?;
+    let sent = stage.operator.counter("packets_sent")?;
     let given = net("10.250.0.9/24")?;
     let by_hand = net("10.250.1.9/24")?;
     let index = link(&a.host, TUNNEL_NAME)?.index;
@@ -392,7 +392,7 @@ fn successors_that_die_after_the_word() -> Result<()> {
         wait_until("all is as before", || Ok(appearance(&a.host)? == before))?;
         check(stage.operator.routes()? == table, || "another table".into())?;
     }
-    check(stage.operator.counter("packets-sent")? > sent, || {
+    check(stage.operator.counter("packets_sent")? > sent, || {
         "it counts from zero".into()
     })?;
     // It is a tunnel as any other: routes are kept, and it can be taken over.

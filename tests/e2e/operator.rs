@@ -125,13 +125,15 @@ impl Operator {
         }
     }
 
-    /// How many packets were dropped for this reason so far.
+    /// How many packets were dropped for this reason, as logs write it, so far.
     pub fn dropped(&self, reason: &str) -> Result<u64> {
         let answer = self.ask("status")?;
         check(answer["drops"].is_object(), || {
             format!("no drops in {answer}")
         })?;
-        Ok(answer["drops"][reason].as_u64().unwrap_or(0))
+        Ok(answer["drops"][reason.replace('-', "_")]
+            .as_u64()
+            .unwrap_or(0))
     }
 
     /// A counter of all workers together.

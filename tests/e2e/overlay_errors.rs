@@ -193,7 +193,7 @@ fn reports_are_limited() -> Result<()> {
     for to in nowhere() {
         let tap = Tap::on_ethernet(&site.container, CONTAINER_NAME, to.is_ipv4())?;
         let before = (
-            operator.counter("icmp-sent")?,
+            operator.counter("icmp_sent")?,
             operator.dropped("no-route")?,
         );
         let socket = probe(&site.container, (to, 5000), 64)?;
@@ -215,14 +215,14 @@ fn reports_are_limited() -> Result<()> {
         {
             heard += 1;
         }
-        let sent = operator.counter("icmp-sent")? - before.0;
+        let sent = operator.counter("icmp_sent")? - before.0;
         check(heard > 0 && heard <= sent, || {
             format!("{heard} errors heard, {sent} counted")
         })?;
         check(sent < (BATCHES * BATCH / 3) as u64, || {
             format!("{sent} errors about {} packets", BATCHES * BATCH)
         })?;
-        check(operator.counter("icmp-suppressed")? > 0, || {
+        check(operator.counter("icmp_suppressed")? > 0, || {
             "none was held back".into()
         })?;
         error_about(&site.container, &tap, (to, 5001), 64)?;
