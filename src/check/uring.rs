@@ -210,7 +210,7 @@ impl Bench {
                         received = true;
                         engine.recycle(data, Source::Udp);
                     }
-                    Event::Wake => {}
+                    Event::SendFailed(_) | Event::Wake => {}
                 }
             }
             std::thread::sleep(Duration::from_millis(1));

@@ -13,7 +13,7 @@ use crate::config::default_control_path;
 /// Commands for a running tunnel.
 #[derive(Clone, Debug, Subcommand)]
 pub enum ClientCommand {
-    /// Show the running tunnel, its workers and what they count
+    /// Show the running tunnel, its workers and what they count; of several, a line for each
     Status(StatusArgs),
     /// Show the running tunnel's peers
     Peers(PeersArgs),
@@ -76,9 +76,9 @@ pub struct Target {
     #[arg(long)]
     pub json: bool,
 
-    /// Name of the tunnel's TUN device
-    #[arg(long, value_name = "NAME", default_value = TUN_NAME_DEFAULT, value_parser = parse_tun_name)]
-    pub tun: String,
+    /// Name of the tunnel's TUN device [default: fastvpn0]
+    #[arg(long, value_name = "NAME", value_parser = parse_tun_name)]
+    pub tun: Option<String>,
 
     /// Path of the tunnel's operators' socket [default: /run/fastvpn/, named after the TUN]
     #[arg(long, value_name = "PATH")]
@@ -90,8 +90,13 @@ impl Target {
     pub fn socket(&self) -> PathBuf {
         match &self.control {
             Some(path) => path.clone(),
-            None => default_control_path(&self.tun),
+            None => default_control_path(self.tun.as_deref().unwrap_or(TUN_NAME_DEFAULT)),
         }
+    }
+
+    /// Whether no tunnel in particular is meant.
+    pub fn is_any(&self) -> bool {
+        self.tun.is_none() && self.control.is_none()
     }
 }
 
@@ -233,7 +238,7 @@ mod tests {
         ] {
             let words = format!("{words} --tun other0 --control /tmp/x.sock");
             let command = command(&words).unwrap_or_else(|| panic!("{words}"));
-            assert_eq!(command.target().tun, "other0");
+            assert_eq!(command.target().tun.as_deref(), Some("other0"));
             assert_eq!(command.target().socket(), PathBuf::from("/tmp/x.sock"));
             assert_eq!(command.target().json, words.contains("--json"));
         }

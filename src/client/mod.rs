@@ -9,7 +9,7 @@ mod units;
 
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -18,7 +18,8 @@ use serde::de::DeserializeOwned;
 use self::connection::Connection;
 use self::text::{printable, printable_json};
 use crate::cli::client::{ClientCommand, PeerCommand, RouteCommand};
-use crate::control::protocol::{Peers, Request};
+use crate::config::{default_control_path, default_control_paths};
+use crate::control::protocol::{Peers, Request, Status};
 use crate::control::server::REQUEST_BYTES_MAX;
 use crate::error::{Error, Result};
 
@@ -45,9 +46,64 @@ impl Patience {
 /// When no tunnel answers, when it refuses, or when it does not answer as it
 /// should. Not when standard output is closed.
 pub fn run(command: &ClientCommand) -> Result<()> {
-    let path = command.target().socket();
+    let target = command.target();
+    let mut path = target.socket();
     let mut out = io::BufWriter::new(io::stdout().lock());
+    if matches!(command, ClientCommand::Status(_)) && target.is_any() {
+        let paths = default_control_paths().into_iter();
+        let mut found = running(paths, default_control_path, Patience::DEFAULT.answer)?;
+        match found.len() {
+            0 => {}
+            1 => path = found.remove(0).path,
+            _ => return show_all(&found, target.json, &mut out),
+        }
+    }
     perform(command, &path, &mut out, Patience::DEFAULT)
+}
+
+/// A tunnel that runs.
+struct Running {
+    path: PathBuf,
+    /// Its answer to `status`, as it came and read.
+    line: String,
+    status: Status,
+}
+
+/// The tunnels that answer at `paths` where `default_path` says that one of their
+/// name does: others are those of other network namespaces.
+fn running(
+    paths: impl Iterator<Item = PathBuf>,
+    default_path: impl Fn(&str) -> PathBuf,
+    patience: Duration,
+) -> Result<Vec<Running>> {
+    let request = encode(&Request::Status {})?;
+    let mut found = Vec::new();
+    for path in paths {
+        // A killed process leaves its socket behind.
+        let answer = Connection::open(&path, patience).and_then(|mut it| it.ask(&request));
+        let Ok(line) = answer else {
+            continue;
+        };
+        let Ok(status) = parse::<Status>(&line, &path) else {
+            continue;
+        };
+        if default_path(&status.tun) == path {
+            found.push(Running { path, line, status });
+        }
+    }
+    Ok(found)
+}
+
+/// A line for each of several tunnels.
+fn show_all(found: &[Running], json: bool, out: &mut impl Write) -> Result<()> {
+    let text = match json {
+        true => found
+            .iter()
+            .map(|tunnel| printable_json(&tunnel.line).into_owned() + "\n")
+            .collect(),
+        false => render::tunnels(found.iter().map(|tunnel| &tunnel.status)),
+    };
+    show(out, |out| out.write_all(text.as_bytes()))
 }
 
 /// Connects to the operators' socket at `path`, and bounds how long that and

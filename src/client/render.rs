@@ -60,12 +60,9 @@ pub(super) fn status(status: &Status) -> String {
     lines.push(("peers", peers_and_prefixes(status)));
     lines.extend(traffic(&status.counters));
     lines.push(("dropped", drops(status)));
-    let others = status
-        .counters
-        .iter()
-        .map(|(name, value)| (name.as_str(), *value))
-        .filter(|(name, _)| !COUNTERS_IN_WORDS.contains(name));
-    let others = named_counts(others);
+    let mut others = status.counters.clone();
+    others.retain(|name, _| !COUNTERS_IN_WORDS.contains(&name.as_str()));
+    let others = named_counts(&others);
     if !others.is_empty() {
         lines.push(("also counted", others.join(", ")));
     }
@@ -73,6 +70,32 @@ pub(super) fn status(status: &Status) -> String {
     text.push('\n');
     text += &workers(&status.workers);
     text
+}
+
+/// A line for each of several tunnels.
+pub(super) fn tunnels<'a>(all: impl Iterator<Item = &'a Status>) -> String {
+    let mut table = Table::new([
+        (Side::Left, "TUNNEL"),
+        (Side::Right, "PROCESS"),
+        (Side::Right, "UP"),
+        (Side::Left, "LISTENING ON"),
+        (Side::Right, "PEERS"),
+        (Side::Right, "PREFIXES"),
+        (Side::Left, "ADDRESSES"),
+    ]);
+    for status in all {
+        let addresses: Vec<String> = status.addresses.iter().map(ToString::to_string).collect();
+        table.push([
+            status.tun.clone(),
+            status.pid.to_string(),
+            duration(status.uptime_seconds),
+            status.listen.clone(),
+            status.peers.to_string(),
+            status.prefixes.to_string(),
+            or_none(&addresses),
+        ]);
+    }
+    table.text() + "\n`fastvpn status --tun TUNNEL` shows one of them\n"
 }
 
 /// Label and text, the texts below each other.
@@ -142,22 +165,19 @@ fn traffic(counters: &BTreeMap<String, u64>) -> [(&'static str, String); 3] {
 }
 
 /// Counts that are not zero, by names as the log writes them.
-fn named_counts<'a>(counts: impl Iterator<Item = (&'a str, u64)>) -> Vec<String> {
+fn named_counts(counts: &BTreeMap<String, u64>) -> Vec<String> {
     counts
-        .filter(|(_, count)| *count > 0)
+        .iter()
+        .filter(|(_, count)| **count > 0)
         .map(|(name, count)| format!("{} {count}", name.replace('_', "-")))
         .collect()
 }
 
 /// Exact: a few drops among many are what one looks for.
 fn drops(status: &Status) -> String {
-    let mut reasons: Vec<(&str, u64)> = status
-        .drops
-        .iter()
-        .map(|(reason, count)| (reason.as_str(), *count))
-        .collect();
-    reasons.push(("tun_queue_full", status.tun_queue_drops));
-    or_none(&named_counts(reasons.into_iter()))
+    let mut reasons = status.drops.clone();
+    reasons.insert("tun_queue_full".into(), status.tun_queue_drops);
+    or_none(&named_counts(&reasons))
 }
 
 fn workers(workers: &[BTreeMap<String, u64>]) -> String {
@@ -203,6 +223,7 @@ pub(super) fn peers(peers: &Peers) -> String {
         (Side::Right, "RECEIVED"),
         (Side::Right, "PACKETS"),
         (Side::Right, "LAST HEARD"),
+        (Side::Left, "DROPPED"),
     ]);
     for peer in &peers.peers {
         table.push([
@@ -217,6 +238,7 @@ pub(super) fn peers(peers: &Peers) -> String {
             bytes(peer.bytes_received),
             count(peer.packets_received),
             peer.last_heard_seconds.map_or("never".into(), ago),
+            or_none(&named_counts(&peer.drops)),
         ]);
     }
     table.text()
@@ -466,6 +488,7 @@ WORKER     SENT  PACKETS  RECEIVED  PACKETS  DROPPED
                     packets_received: 999,
                     bytes_received: 84_000,
                     last_heard_seconds: Some(215),
+                    drops: counters(&[("send_error", 3), ("source_not_allowed", 12)]),
                     ..PeerStatus::default()
                 },
                 PeerStatus {
@@ -485,10 +508,10 @@ WORKER     SENT  PACKETS  RECEIVED  PACKETS  DROPPED
             ],
         };
         let expected = "
-PEER                       ADDRESS         ORIGIN   PREFIXES  PATH MTU     SENT  PACKETS  RECEIVED  PACKETS  LAST HEARD
-10.0.0.2:8285              10.0.0.2:8285   config          1      1500  12.3 GB    1.2 M   84.0 kB      999   3 min ago
-hub.example:9000           [fd00::1]:9000  runtime  the rest         -      0 B        0       0 B        0         now
-no\\u{1b}such.invalid:8285  not resolved    config        100         -      0 B        0       0 B        0       never
+PEER                       ADDRESS         ORIGIN   PREFIXES  PATH MTU     SENT  PACKETS  RECEIVED  PACKETS  LAST HEARD  DROPPED
+10.0.0.2:8285              10.0.0.2:8285   config          1      1500  12.3 GB    1.2 M   84.0 kB      999   3 min ago  send-error 3, source-not-allowed 12
+hub.example:9000           [fd00::1]:9000  runtime  the rest         -      0 B        0       0 B        0         now  none
+no\\u{1b}such.invalid:8285  not resolved    config        100         -      0 B        0       0 B        0       never  none
 ";
         assert_eq!(peers(&all), expected.trim_start_matches('\n'));
         assert_eq!(peers(&Peers::default()), "no peers\n");

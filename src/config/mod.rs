@@ -267,6 +267,21 @@ pub fn default_control_path(tun: &str) -> PathBuf {
     Path::new(CONTROL_DIRECTORY).join(name)
 }
 
+/// The sockets in [`CONTROL_DIRECTORY`] that are named as [`default_control_path`]
+/// names them in this network namespace.
+pub fn default_control_paths() -> Vec<PathBuf> {
+    let suffix = default_control_path("");
+    let suffix = suffix.file_name().unwrap_or_default().as_encoded_bytes();
+    let entries = std::fs::read_dir(CONTROL_DIRECTORY).into_iter().flatten();
+    let names = entries.flatten().map(|entry| entry.file_name());
+    let mut paths: Vec<PathBuf> = names
+        .filter(|name| name.as_encoded_bytes().ends_with(suffix))
+        .map(|name| Path::new(CONTROL_DIRECTORY).join(name))
+        .collect();
+    paths.sort();
+    paths
+}
+
 /// The number of this process' network namespace, unless it is the host's: that
 /// of the first process, for whoever may look at it (ptrace(2)), as in a
 /// container of its own. For others the kernel's first namespace, the only one

@@ -1,5 +1,9 @@
 //! Log lines on standard error.
 
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+
 use tracing::level_filters::LevelFilter;
 
 use crate::cli::LogFormat;
@@ -21,6 +25,22 @@ pub fn init(verbose: u8, quiet: bool, format: LogFormat) {
     // A second call, as tests make it, changes nothing.
     let _ = match format {
         LogFormat::Json => builder.json().flatten_event(true).try_init(),
-        LogFormat::Text => builder.without_time().compact().with_ansi(false).try_init(),
+        LogFormat::Text => {
+            let text = builder.compact().with_ansi(false);
+            match journald_reads(io::stderr()).unwrap_or(false) {
+                true => text.without_time().try_init(),
+                false => text.try_init(),
+            }
+        }
     };
+}
+
+/// Whether what is written to `stream` goes to journald, which adds the time
+/// itself: systemd then names the stream's device and inode in the environment
+/// (systemd.exec(5)).
+fn journald_reads(stream: impl AsFd) -> io::Result<bool> {
+    let named = std::env::var("JOURNAL_STREAM").unwrap_or_default();
+    let file = std::fs::File::from(stream.as_fd().try_clone_to_owned()?);
+    let metadata = file.metadata()?;
+    Ok(named == format!("{}:{}", metadata.dev(), metadata.ino()))
 }

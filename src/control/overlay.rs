@@ -24,6 +24,9 @@ use crate::worker::table::{self, Table};
 /// Most prefixes over all peers: bounds the memory that requests can take.
 pub const PREFIXES_MAX: usize = 1_000_000;
 
+/// Changes that are named one by one. More are counted.
+const DIFFERENCES_NAMED_MAX: usize = 8;
+
 /// Where a peer or a prefix comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
@@ -218,6 +221,17 @@ impl Overlay {
     pub fn in_use(&self, hop: NextHop) -> Option<&Peer> {
         self.peer(hop)
             .filter(|peer| peer.endpoint_in_use().is_some())
+    }
+
+    /// A peer with this address.
+    pub fn peer_at(&self, address: IpAddr) -> Option<&Peer> {
+        let mut peers = self.peers.iter().flatten();
+        peers.find(|peer| peer.endpoint.is_some_and(|to| to.ip() == address))
+    }
+
+    /// Whether this host has the address.
+    pub fn is_own(&self, address: IpAddr) -> bool {
+        self.own.contains(&address)
     }
 
     fn hop_of(&self, name: &Endpoint) -> Result<NextHop> {
@@ -508,6 +522,66 @@ impl Overlay {
             .filter(|prefix| !new.prefixes.contains_key(prefix))
             .count();
         changes
+    }
+
+    /// What is different in `new`, in words: peers, and whose those of `prefixes`
+    /// are. Of many changes the first few; nothing if there are none.
+    pub fn differences(&self, new: &Self, prefixes: impl Iterator<Item = IpNet>) -> String {
+        let gone_from = |old: &Self, new: &Self| -> Vec<String> {
+            let gone = old
+                .names
+                .iter()
+                .filter(|(name, _)| !new.names.contains_key(name));
+            let peers = gone.filter_map(|(_, &hop)| Some(old.peer(hop)?.name.to_string()));
+            peers.collect()
+        };
+        let added = gone_from(new, self).into_iter();
+        let removed = gone_from(self, new).into_iter();
+        let mut all: Vec<String> = added.map(|peer| format!("peer {peer} added")).collect();
+        all.extend(removed.map(|peer| format!("peer {peer} removed")));
+        let name = |peer: Option<&Peer>| peer.map(|peer| peer.name.to_string());
+        let mut compare = |what: &str, before: Option<String>, after: Option<String>| {
+            if before != after {
+                all.push(match (before, after) {
+                    (None, Some(peer)) => format!("{what} given to {peer}"),
+                    (Some(peer), None) => format!("{what} taken from {peer}"),
+                    (before, after) => {
+                        let [before, after] = [before, after].map(Option::unwrap_or_default);
+                        format!("{what} moved from {before} to {after}")
+                    }
+                });
+            }
+        };
+        for prefix in prefixes {
+            let owner = |overlay: &Self| {
+                let behind = overlay.prefixes.get(&prefix.trunc());
+                name(behind.and_then(|behind| overlay.peer(behind.peer)))
+            };
+            compare(&prefix.to_string(), owner(self), owner(new));
+        }
+        compare(
+            "the rest",
+            name(self.default_peer()),
+            name(new.default_peer()),
+        );
+        let more = all.len().saturating_sub(DIFFERENCES_NAMED_MAX);
+        all.truncate(DIFFERENCES_NAMED_MAX);
+        let mut words = all.join(", ");
+        if more > 0 {
+            words += &format!(" and {more} more changes");
+        }
+        words
+    }
+
+    /// The prefixes of a peer.
+    pub fn prefixes_of(&self, name: &Endpoint) -> Vec<IpNet> {
+        let Some(&hop) = self.names.get(&name.key()) else {
+            return Vec::new();
+        };
+        let all = self.prefixes.iter();
+        all.filter(|(_, behind)| behind.peer == hop)
+            .map(|(&prefix, _)| prefix)
+            .collect()
     }
 
     /// Notes where a peer is; tells whether that is news.

@@ -257,7 +257,7 @@ pub struct PeerStatus {
     pub prefixes: usize,
     /// MTU of the path to it in bytes, as far as the kernel knows it.
     pub path_mtu_bytes: Option<u32>,
-    /// Packets sent to it.
+    /// Packets sent to it, which the kernel took.
     pub packets_sent: u64,
     /// Bytes of those packets.
     pub bytes_sent: u64,
@@ -267,6 +267,9 @@ pub struct PeerStatus {
     pub bytes_received: u64,
     /// Seconds since something came from it; none if nothing has.
     pub last_heard_seconds: Option<u64>,
+    /// Packets to and from it that were dropped, by reason; zeros are left out.
+    #[serde(default)]
+    pub drops: BTreeMap<String, u64>,
 }
 
 /// All prefixes.

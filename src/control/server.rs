@@ -6,6 +6,7 @@
 //! or hostile keeps only itself waiting. All of it is bounded: connections,
 //! bytes of a request, and the time that each step may take.
 
+use std::fmt;
 use std::io::{self, Read, Write};
 use std::net;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -79,15 +80,50 @@ pub enum Call {
     },
 }
 
+/// The process at the other end of a connection (`SO_PEERCRED`, unix(7)).
+#[derive(Clone, Copy, Debug)]
+pub struct Asker {
+    /// Its process id; 0 if it is in a PID namespace that cannot be seen.
+    pub pid: i32,
+    /// Its user.
+    pub uid: u32,
+}
+
+impl Asker {
+    /// Who is at the other end of `stream`.
+    ///
+    /// # Errors
+    /// When the kernel does not tell.
+    pub fn of(stream: &UnixStream) -> io::Result<Self> {
+        let peer = getsockopt(stream, sockopt::PeerCredentials)?;
+        Ok(Self {
+            pid: peer.pid(),
+            uid: peer.uid(),
+        })
+    }
+}
+
+impl fmt::Display for Asker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "process {} of user {}", self.pid, self.uid)
+    }
+}
+
 /// Where the answer to a request goes. Dropped, it says that there is none.
 #[derive(Debug)]
 pub struct Reply {
     answer: Sender<std::result::Result<Answer, String>>,
+    asker: Asker,
     /// A long request's, of which the next one is read when this one is done.
     _turn: Option<Turn>,
 }
 
 impl Reply {
+    /// Who gets the answer.
+    pub fn asker(&self) -> Asker {
+        self.asker
+    }
+
     /// Answers. A client that has gone does not hear it.
     pub fn send(self, result: Result<Answer>) {
         let result = result.map_err(|error| error.to_string());
@@ -284,6 +320,9 @@ impl Shared {
 
     /// Requests and answers, until either side has enough.
     fn converse(&self, mut stream: UnixStream) {
+        let Ok(asker) = Asker::of(&stream) else {
+            return;
+        };
         let mut reader = LineReader::default();
         loop {
             let line = match reader.next(&mut stream, Instant::now() + REQUEST_TIME_MAX) {
@@ -314,6 +353,7 @@ impl Shared {
                 }
                 Ok((request, turn)) => {
                     let asked = Asked {
+                        asker,
                         request,
                         turn,
                         deadline,
@@ -379,6 +419,7 @@ impl Shared {
         let (sender, answer) = bounded(1);
         let reply = Reply {
             answer: sender,
+            asker: asked.asker,
             _turn: asked.turn,
         };
         let call = Call::Request(asked.request, reply);
@@ -394,6 +435,7 @@ impl Shared {
 
 /// A request on its way to the control thread.
 struct Asked {
+    asker: Asker,
     request: Request,
     /// A long request's.
     turn: Option<Turn>,
@@ -413,9 +455,8 @@ fn has_long_answer(request: &Request) -> bool {
 /// Root, or who runs the tunnel. The socket's mode says so already; unless
 /// someone has changed it.
 fn is_trusted(stream: &UnixStream) -> bool {
-    let own = nix::unistd::geteuid();
-    getsockopt(stream, sockopt::PeerCredentials)
-        .is_ok_and(|peer| peer.uid() == 0 || peer.uid() == own.as_raw())
+    let own = nix::unistd::geteuid().as_raw();
+    Asker::of(stream).is_ok_and(|asker| asker.uid == 0 || asker.uid == own)
 }
 
 /// Cuts a stream into lines of bounded length, each within bounded time.

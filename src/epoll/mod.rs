@@ -170,6 +170,10 @@ impl Epoll {
         Ok(())
     }
 
+    fn has_event(&self) -> bool {
+        self.wake_pending || self.next.is_some() || self.output.limits.has_failure()
+    }
+
     /// Frames only make more output: none while there is no room for it.
     fn can_read_tun(&self) -> bool {
         self.tun.can_read() && !self.output.blocked
@@ -286,7 +290,7 @@ impl Engine for Epoll {
             self.next = self.read();
         }
         self.take_error()?;
-        Ok(self.wake_pending || self.next.is_some())
+        Ok(self.has_event())
     }
 
     fn look(&mut self) -> Result<bool> {
@@ -304,8 +308,7 @@ impl Engine for Epoll {
             let pause = EpollTimeout::try_from(FAILURE_PAUSE).unwrap_or(EpollTimeout::ZERO);
             return self.ask(pause);
         }
-        let may_go_on =
-            self.wake_pending || self.next.is_some() || self.udp.can_read() || self.can_read_tun();
+        let may_go_on = self.has_event() || self.udp.can_read() || self.can_read_tun();
         if may_go_on {
             return Ok(());
         }
@@ -321,6 +324,9 @@ impl Engine for Epoll {
         }
         if std::mem::take(&mut self.wake_pending) {
             return Some(Event::Wake);
+        }
+        if let Some(failure) = self.output.limits.next_failure() {
+            return Some(Event::SendFailed(failure));
         }
         self.next.take().or_else(|| self.read())
     }

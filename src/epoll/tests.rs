@@ -75,7 +75,7 @@ impl Bench {
                     seen.push((Source::Udp, received.bytes().to_vec()));
                     self.engine.recycle(received, Source::Udp);
                 }
-                Some(Event::Wake) => panic!("nobody has called"),
+                Some(Event::Wake | Event::SendFailed(_)) => panic!("nobody has called"),
                 None => {
                     assert!(!had, "an event was promised");
                     // What came while the engine was not looking: an edge.
@@ -286,7 +286,7 @@ proptest! {
                             prop_assert_eq!(received.bytes(), datagrams.pop_front().unwrap());
                             kept = Some((received, Source::Udp));
                         }
-                        Some(Event::Wake) => prop_assert!(false, "nobody has called"),
+                        Some(Event::Wake | Event::SendFailed(_)) => prop_assert!(false, "nobody has called"),
                         None => {}
                     }
                 }

@@ -10,12 +10,16 @@ use nix::sys::socket::{MsgFlags, SockaddrStorage, sendto};
 
 use crate::packet::train::{Limits, Train};
 use crate::worker::counters::Counters;
+use crate::worker::engine::SendFailure;
 
 /// Older kernels' `UDP_MAX_SEGMENTS`.
 const SEGMENTS_MAX_OLD: usize = 64;
 
 /// Most paths to remember limits of.
 const PATHS_MAX: usize = 64;
+
+/// Most failures that wait to be told. They are taken after each batch.
+const FAILURES_MAX: usize = 64;
 
 /// How long trains may be on each path.
 pub struct PathLimits {
@@ -24,6 +28,7 @@ pub struct PathLimits {
     full: Limits,
     /// By destination, where something has been learnt.
     paths: Vec<(SocketAddr, Limits)>,
+    failures: Failures,
 }
 
 impl PathLimits {
@@ -33,6 +38,7 @@ impl PathLimits {
             base: limits,
             full: limits,
             paths: Vec::with_capacity(PATHS_MAX),
+            failures: Failures(Vec::with_capacity(FAILURES_MAX)),
         }
     }
 
@@ -51,6 +57,18 @@ impl PathLimits {
         self.paths.clear();
     }
 
+    /// Packets that were not sent, once.
+    #[inline]
+    pub fn next_failure(&mut self) -> Option<SendFailure> {
+        self.failures.0.pop()
+    }
+
+    /// Whether there is a [`Self::next_failure`].
+    #[inline]
+    pub fn has_failure(&self) -> bool {
+        !self.failures.0.is_empty()
+    }
+
     /// Deals with a train that the kernel refused with `errno`, counts its
     /// packets, and tells whether the socket's send buffer has no room.
     #[cold]
@@ -63,12 +81,9 @@ impl PathLimits {
         counters: &Counters,
     ) -> bool {
         match errno {
-            libc::EAGAIN | libc::ENOBUFS => {
-                counters.drop_send_full.add(train.count() as u64);
-                errno == libc::EAGAIN
-            }
             libc::EIO | libc::EINVAL | libc::EMSGSIZE if train.count() > 1 => {
-                let (sent, no_room) = send_one_by_one(train, to, socket, counters);
+                let failures = &mut self.failures;
+                let (sent, no_room) = send_one_by_one(train, to, socket, counters, failures);
                 // What goes through one by one was refused for being a train.
                 if sent > 0 {
                     self.learn(train, to, errno);
@@ -76,8 +91,9 @@ impl PathLimits {
                 no_room
             }
             _ => {
-                counters.drop_send_error.add(train.count() as u64);
-                false
+                self.failures
+                    .note(train, to, errno, train.datagrams(), counters);
+                errno == libc::EAGAIN
             }
         }
     }
@@ -117,6 +133,50 @@ impl PathLimits {
     }
 }
 
+/// Packets that were not sent, those of one next hop and errno together.
+struct Failures(Vec<SendFailure>);
+
+impl Failures {
+    /// Counts some of a train's datagrams as dropped.
+    fn note<'a>(
+        &mut self,
+        train: &Train,
+        destination: SocketAddr,
+        errno: i32,
+        datagrams: impl Iterator<Item = &'a [u8]>,
+        counters: &Counters,
+    ) {
+        let (packets, bytes) = datagrams.fold((0, 0), |(packets, bytes), datagram| {
+            (packets + 1, bytes + datagram.len() as u64)
+        });
+        let failure = SendFailure {
+            next_hop: train.next_hop(),
+            destination,
+            errno,
+            packets,
+            bytes,
+        };
+        let drops = match failure.is_full() {
+            true => &counters.drop_send_full,
+            false => &counters.drop_send_error,
+        };
+        drops.add(packets);
+        let same = self.0.iter().position(|other| {
+            other.next_hop == failure.next_hop
+                && other.destination == destination
+                && other.errno == errno
+        });
+        match same {
+            Some(same) => {
+                self.0[same].packets += packets;
+                self.0[same].bytes += bytes;
+            }
+            None if self.0.len() < FAILURES_MAX => self.0.push(failure),
+            None => {}
+        }
+    }
+}
+
 /// Sends a train's datagrams without `UDP_SEGMENT`; tells how many went, and
 /// whether the socket's send buffer had no room for the rest.
 fn send_one_by_one(
@@ -124,12 +184,13 @@ fn send_one_by_one(
     to: SocketAddr,
     socket: &impl AsFd,
     counters: &Counters,
+    failures: &mut Failures,
 ) -> (usize, bool) {
     let mut sent = 0;
     let fd = socket.as_fd().as_raw_fd();
-    let to = SockaddrStorage::from(to);
+    let address = SockaddrStorage::from(to);
     for (index, datagram) in train.datagrams().enumerate() {
-        match sendto(fd, datagram, &to, MsgFlags::MSG_DONTWAIT) {
+        match sendto(fd, datagram, &address, MsgFlags::MSG_DONTWAIT) {
             Ok(_) => {
                 sent += 1;
                 counters.trains_sent.add(1);
@@ -137,10 +198,14 @@ fn send_one_by_one(
                 counters.bytes_sent.add(datagram.len() as u64);
             }
             Err(Errno::EAGAIN) => {
-                counters.drop_send_full.add((train.count() - index) as u64);
+                let rest = train.datagrams().skip(index);
+                failures.note(train, to, libc::EAGAIN, rest, counters);
                 return (sent, true);
             }
-            Err(_) => counters.drop_send_error.add(1),
+            Err(errno) => {
+                let this = std::iter::once(datagram);
+                failures.note(train, to, errno as i32, this, counters);
+            }
         }
     }
     (sent, false)
@@ -272,6 +337,25 @@ mod tests {
         let snapshot = counters.snapshot();
         let dropped = (snapshot.drop_send_error, snapshot.drop_send_full);
         assert_eq!((snapshot.packets_sent, dropped), (0, (3, 2)));
+        // Once, and all that is alike together.
+        refuse(
+            &mut limits,
+            &train(&[200; 2]),
+            &receiver,
+            libc::ENETUNREACH,
+            &counters,
+        );
+        let mut failures = std::iter::from_fn(|| limits.next_failure())
+            .map(|failure| (failure.errno, failure.packets, failure.bytes))
+            .collect::<Vec<_>>();
+        failures.sort();
+        let expected = [
+            (libc::EMSGSIZE, 1, 100),
+            (libc::ENETUNREACH, 4, 600),
+            (libc::ENOBUFS, 2, 200),
+        ];
+        assert_eq!(failures, expected);
+        assert!(!limits.has_failure());
     }
 
     #[test]

@@ -281,7 +281,9 @@ impl Uring {
     }
 
     fn has_event(&self) -> bool {
-        self.wake_pending || self.sources.has_event(self.takes_frames())
+        self.wake_pending
+            || self.output.paths.has_failure()
+            || self.sources.has_event(self.takes_frames())
     }
 
     /// Queues an output request; starts all output when much is staged.
@@ -336,6 +338,9 @@ impl Engine for Uring {
     fn next_event(&mut self) -> Option<Event> {
         if std::mem::take(&mut self.wake_pending) {
             return Some(Event::Wake);
+        }
+        if let Some(failure) = self.output.paths.next_failure() {
+            return Some(Event::SendFailed(failure));
         }
         let result = self.refill();
         self.output.keep_error(result);

@@ -36,7 +36,7 @@ pub struct Output {
     /// The socket's send buffer is full: read no more frames until it is not.
     pub blocked: bool,
     pub room_poll_armed: bool,
-    paths: PathLimits,
+    pub paths: PathLimits,
     /// The first error met where none could be returned.
     error: Option<Error>,
 }

@@ -9,6 +9,30 @@ const PEERS_NAMED_MAX: usize = 8;
 
 /// Says what is running, and what the kernel lacks.
 pub fn announce(running: &Running) {
+    let file = match &running.config.config_file {
+        Some(path) => format!("configuration file {}", path.display()),
+        None => "no configuration file".into(),
+    };
+    tracing::info!(
+        "fastvpn {}, process {}, {file}",
+        env!("CARGO_PKG_VERSION"),
+        std::process::id(),
+    );
+    let ports: Vec<String> = running
+        .source_ports
+        .iter()
+        .map(|port| format!(", {port}"))
+        .collect();
+    let listen = running.settled.listen;
+    tracing::info!(
+        "UDP: listening on {listen}, sending from port {}{}",
+        listen.port(),
+        ports.concat()
+    );
+    tracing::warn!(
+        "plain mode: packets are neither encrypted nor authenticated; use it on networks that \
+         you trust"
+    );
     let link = &running.settled.link;
     let addresses: Vec<String> = link.addresses.iter().map(ToString::to_string).collect();
     let queues = running.worker_count;

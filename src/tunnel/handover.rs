@@ -19,6 +19,7 @@ use socket2::Socket;
 use super::running::{End, Running};
 use super::takeover::{Manifest, PROTOCOL, RuntimePeer, Successor, WorkerDescriptors};
 use crate::control::overlay::{Origin, Peer};
+use crate::control::server::Asker;
 use crate::control::turns::Turn;
 use crate::device::link;
 use crate::device::tun::Queue;
@@ -162,6 +163,9 @@ fn serve(
 
 /// Begins to serve a successor.
 pub fn begin(running: &mut Running, stream: UnixStream, protocol: u32, turn: Turn) {
+    if let Ok(asker) = Asker::of(&stream) {
+        tracing::info!("{asker} asks to take over");
+    }
     match Handover::start(running, stream, protocol, turn) {
         Ok(handover) => running.handover = Some(handover),
         Err(error) => not_handed_over(&error),
@@ -241,6 +245,8 @@ fn manifest(running: &Running) -> Manifest {
     Manifest {
         ok: true,
         protocol: PROTOCOL,
+        pid: std::process::id(),
+        version: env!("CARGO_PKG_VERSION").into(),
         tun: running.config.tun.clone(),
         workers: running.worker_count as u16,
         listen: running.settled.listen,

@@ -35,6 +35,8 @@ pub struct HostNews {
     /// When the next look is due; `None`: nothing has changed.
     due: Option<Instant>,
     rested_at: Instant,
+    /// Peers to whom there is no way at all.
+    lost: BTreeSet<SocketAddr>,
     journal: Journal,
 }
 
@@ -49,6 +51,7 @@ impl HostNews {
             receiver,
             due: Some(now),
             rested_at: now,
+            lost: BTreeSet::new(),
             journal: Journal::new("changes of ways to peers"),
         }
     }
@@ -76,6 +79,23 @@ impl HostNews {
     pub fn note(&mut self, now: Instant) {
         let at = (now + NEWS_WAIT).max(self.rested_at);
         self.due.get_or_insert(at);
+    }
+
+    /// Notes whether there is a way to a peer at all, and tells of changes.
+    fn note_way(&mut self, peer: SocketAddr, is_there: bool) {
+        let is_news = match is_there {
+            true => self.lost.remove(&peer),
+            false => self.lost.insert(peer),
+        };
+        if !is_news || !self.journal.admits(Instant::now()) {
+            return;
+        }
+        match is_there {
+            true => tracing::info!("this host has a route to peer {peer} again"),
+            false => tracing::warn!(
+                "this host has no route to peer {peer}: nothing reaches it until there is one"
+            ),
+        }
     }
 
     /// Says how many log lines were left out lately, if it is time.
@@ -145,6 +165,8 @@ impl Running {
             .peers()
             .filter_map(|(hop, peer)| Some((hop, peer.endpoint?)))
             .collect();
+        let present: BTreeSet<_> = peers.iter().map(|&(_, endpoint)| endpoint).collect();
+        self.host.lost.retain(|peer| present.contains(peer));
         is_news |= self.look_at_ways(&peers);
         if is_news {
             self.republish();
@@ -172,6 +194,7 @@ impl Running {
                     continue;
                 }
             };
+            self.host.note_way(endpoint, way.is_some());
             let is_inside = way == Some(own);
             if !self.overlay.set_suspended(hop, is_inside) {
                 continue;

@@ -135,6 +135,8 @@ mod tests {
         let net = |text: &&str| text.parse().unwrap();
         Manifest {
             ok: true,
+            pid: 4711,
+            version: "0.1.0".into(),
             protocol: 0,
             tun: String::new(),
             workers: 1,

@@ -18,6 +18,7 @@ mod reload;
 mod running;
 mod start;
 pub mod takeover;
+mod trouble;
 
 use std::sync::Arc;
 

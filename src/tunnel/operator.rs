@@ -15,10 +15,10 @@ use crate::control::overlay::{Origin, Overlay};
 use crate::control::protocol::{
     Answer, Changed, Found, PeerStatus, Peers, Request, RouteEntry, Routes, Status,
 };
-use crate::control::server::Call;
+use crate::control::server::{Asker, Call};
 use crate::error::{Error, Result, shortened};
 use crate::netlink::Netlink;
-use crate::worker::counters::Snapshot;
+use crate::worker::counters::{PeerCounters, Snapshot};
 
 /// Sees to a call; `Some` if that ends the run.
 pub fn answer(running: &mut Running, call: Call) -> Option<End> {
@@ -32,7 +32,7 @@ pub fn answer(running: &mut Running, call: Call) -> Option<End> {
             None
         }
         Call::Request(Request::Stop {}, reply) => {
-            tracing::debug!("stopped by an operator");
+            tracing::info!("stopped by {}", reply.asker());
             reply.send(Ok(Answer::Changed(Changed::default())));
             Some(End::Stopped)
         }
@@ -40,7 +40,8 @@ pub fn answer(running: &mut Running, call: Call) -> Option<End> {
             if running.handover.is_some() && is_change(&request) {
                 running.postponed.push((request, reply));
             } else {
-                reply.send(done(running, request));
+                let answer = done(running, request, reply.asker());
+                reply.send(answer);
             }
             None
         }
@@ -67,11 +68,12 @@ fn is_change(request: &Request) -> bool {
 /// Does what had to wait while the tunnel might have changed hands.
 pub fn catch_up(running: &mut Running) {
     for (request, reply) in std::mem::take(&mut running.postponed) {
-        reply.send(done(running, request));
+        let answer = done(running, request, reply.asker());
+        reply.send(answer);
     }
 }
 
-fn done(running: &mut Running, request: Request) -> Result<Answer> {
+fn done(running: &mut Running, request: Request, asker: Asker) -> Result<Answer> {
     Ok(match request {
         Request::Status {} => Answer::Status(Box::new(status(running))),
         Request::Peers {} => Answer::Peers(peers(running)),
@@ -95,7 +97,7 @@ fn done(running: &mut Running, request: Request) -> Result<Answer> {
         } => {
             let peer = parse_name(&peer)?;
             check_new_prefixes(running, &prefixes)?;
-            changed(running, |overlay| {
+            changed(running, asker, &prefixes, |overlay| {
                 let added = overlay.add_prefixes(&peer, &prefixes, Origin::Runtime, replace)?;
                 Ok(Changed {
                     prefixes_added: added,
@@ -105,7 +107,7 @@ fn done(running: &mut Running, request: Request) -> Result<Answer> {
         }
         Request::RouteDel { prefixes } => {
             prefixes.iter().try_for_each(check_prefix)?;
-            changed(running, |overlay| {
+            changed(running, asker, &prefixes, |overlay| {
                 let removed = overlay.remove_prefixes(&prefixes)?;
                 Ok(Changed {
                     prefixes_removed: removed,
@@ -122,7 +124,7 @@ fn done(running: &mut Running, request: Request) -> Result<Answer> {
                 running.check_endpoint(endpoint)?;
             }
             check_new_prefixes(running, &spec.prefixes)?;
-            changed(running, |overlay| {
+            changed(running, asker, &spec.prefixes, |overlay| {
                 overlay.add_peer(&spec, Origin::Runtime)?;
                 Ok(Changed {
                     peers_added: 1,
@@ -133,7 +135,8 @@ fn done(running: &mut Running, request: Request) -> Result<Answer> {
         }
         Request::PeerDel { peer } => {
             let peer = parse_name(&peer)?;
-            changed(running, |overlay| {
+            let prefixes = running.overlay.prefixes_of(&peer);
+            changed(running, asker, &prefixes, |overlay| {
                 let removed = overlay.remove_peer(&peer)?;
                 Ok(Changed {
                     peers_removed: 1,
@@ -142,7 +145,7 @@ fn done(running: &mut Running, request: Request) -> Result<Answer> {
                 })
             })?
         }
-        Request::Reload {} => Answer::Reloaded(reload(running)?),
+        Request::Reload {} => Answer::Reloaded(reload(running, &asker.to_string())?),
         // Both end the run, and are seen to before.
         Request::Stop {} | Request::Takeover { .. } => {
             return Err(Error::new("this cannot be asked for here"));
@@ -162,14 +165,21 @@ pub fn parse_name(text: &str) -> Result<Endpoint> {
     })
 }
 
-/// Makes a change to the overlay, all of it or nothing.
+/// Makes a change to the overlay, all of it or nothing. `prefixes`: those that it
+/// is about.
 fn changed(
     running: &mut Running,
+    asker: Asker,
+    prefixes: &[IpNet],
     change: impl FnOnce(&mut Overlay) -> Result<Changed>,
 ) -> Result<Answer> {
     let mut next = running.overlay.clone();
     let changed = change(&mut next)?;
+    let what = running.overlay.differences(&next, prefixes.iter().copied());
     running.commit(next)?;
+    if !what.is_empty() {
+        tracing::info!("{what}, by {asker}");
+    }
     Ok(Answer::Changed(changed))
 }
 
@@ -236,11 +246,21 @@ fn status(running: &Running) -> Status {
 fn peers(running: &Running) -> Peers {
     let now = Instant::now();
     let status = running.overlay.peers_by_name().map(|peer| {
-        let sum = |count: fn(&crate::worker::counters::PeerCounters) -> u64| {
-            peer.traffic.iter().map(count).sum::<u64>()
-        };
+        let sum = |count: fn(&PeerCounters) -> u64| peer.traffic.iter().map(count).sum::<u64>();
+        let packets_received = sum(|worker| worker.packets_received.get());
         let hop = running.overlay.find(&peer.name).map(|(hop, _)| hop);
-        let last = hop.and_then(|hop| running.heard.get(&hop)?.last);
+        let heard = hop.and_then(|hop| running.heard.get(&hop));
+        // It may have been heard since the control thread last looked.
+        let last = match heard {
+            Some(heard) if heard.received == packets_received => heard.last,
+            _ => (packets_received > 0).then_some(now),
+        };
+        let mut drops = BTreeMap::new();
+        for (name, count) in peer.traffic.iter().flat_map(PeerCounters::drops) {
+            if count > 0 {
+                *drops.entry(name.to_string()).or_insert(0) += count;
+            }
+        }
         PeerStatus {
             peer: peer.name.to_string(),
             endpoint: peer.endpoint,
@@ -251,9 +271,10 @@ fn peers(running: &Running) -> Peers {
             path_mtu_bytes: peer.path_mtu_bytes,
             packets_sent: sum(|worker| worker.packets_sent.get()),
             bytes_sent: sum(|worker| worker.bytes_sent.get()),
-            packets_received: sum(|worker| worker.packets_received.get()),
+            packets_received,
             bytes_received: sum(|worker| worker.bytes_received.get()),
             last_heard_seconds: last.map(|last| (now - last).as_secs()),
+            drops,
         }
     });
     Peers {

@@ -1,6 +1,8 @@
 //! A reload: what is different in the configuration file is applied as a whole,
 //! or not at all.
 
+use std::collections::BTreeSet;
+
 use ipnet::IpNet;
 
 use super::running::Running;
@@ -12,14 +14,25 @@ use crate::device::link::{self, LinkConfig};
 use crate::error::{Error, Result};
 use crate::netlink::Netlink;
 
-/// Reads the configuration file again and applies what is different.
+/// Reads the configuration file again and applies what is different. `by`: who
+/// wants it, for the log.
 ///
 /// # Errors
 /// When the file is bad or cannot be applied: nothing has changed then.
-pub fn reload(running: &mut Running) -> Result<Reloaded> {
-    let result = Plan::new(running).and_then(|plan| plan.carry_out(running));
+pub fn reload(running: &mut Running, by: &str) -> Result<Reloaded> {
+    let result = Plan::new(running).and_then(|plan| {
+        let differences = plan.differences(running);
+        let report = plan.carry_out(running)?;
+        Ok((report, differences))
+    });
     running.reload_error = result.as_ref().err().map(ToString::to_string);
-    result
+    match &result {
+        Ok((report, differences)) => {
+            tracing::info!("reloaded: {}, by {by}", in_words(report, differences));
+        }
+        Err(error) => tracing::error!("not reloaded by {by}, nothing has changed: {error}"),
+    }
+    result.map(|(report, _)| report)
 }
 
 /// What a tunnel is to become. Nothing of it is in force yet.
@@ -32,6 +45,10 @@ struct Plan {
 
 impl Plan {
     fn new(running: &Running) -> Result<Self> {
+        if running.config.config_file.is_none() {
+            return Err(Error::new("there is no configuration file to read again")
+                .hint("start fastvpn with --config FILE, or use `fastvpn peer` and `route`"));
+        }
         let new = running.config.reread()?;
         for endpoint in new.peers.iter().filter_map(|spec| spec.endpoint.literal()) {
             running.check_endpoint(endpoint)?;
@@ -57,6 +74,17 @@ impl Plan {
             overlay,
             report,
         })
+    }
+
+    /// What will be different of peers and prefixes, in words.
+    fn differences(&self, running: &Running) -> String {
+        let (old, new) = (&running.overlay, &self.overlay);
+        let prefixes: BTreeSet<IpNet> = old
+            .prefixes()
+            .chain(new.prefixes())
+            .map(|(prefix, ..)| prefix)
+            .collect();
+        old.differences(new, prefixes.into_iter())
     }
 
     /// Puts it in force, or leaves everything as it was.
@@ -233,20 +261,20 @@ fn to_changed(changes: Changes) -> Changed {
 }
 
 /// What a reload came to, for the log.
-pub fn in_words(report: &Reloaded) -> String {
-    let changed = report.changed;
-    let mut words = format!(
-        "peers {} added, {} removed; prefixes {} added, {} removed",
-        changed.peers_added,
-        changed.peers_removed,
-        changed.prefixes_added,
-        changed.prefixes_removed
-    );
+fn in_words(report: &Reloaded, differences: &str) -> String {
+    let mut words = Vec::new();
+    if !differences.is_empty() {
+        words.push(differences.to_string());
+    }
     if !report.settings_changed.is_empty() {
-        words += &format!("; changed: {}", report.settings_changed.join(", "));
+        words.push(format!("changed: {}", report.settings_changed.join(", ")));
+    }
+    if words.is_empty() {
+        words.push("nothing has changed".into());
     }
     if !report.needs_restart.is_empty() {
-        words += &format!("; at the next start: {}", report.needs_restart.join(", "));
+        let keys = report.needs_restart.join(", ");
+        words.push(format!("at the next start: {keys}"));
     }
-    words
+    words.join("; ")
 }

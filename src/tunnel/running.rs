@@ -15,10 +15,12 @@ use signal_hook::consts::{SIGHUP, SIGTERM};
 
 use super::handover::{self, Handover};
 use super::host::{HostNews, own_addresses};
+use super::trouble::Troubles;
 use super::{operator, reach, reload, start};
 use crate::config::{Config, Settled};
+use crate::control::journal::Journal;
 use crate::control::names::{self, Answer, Names};
-use crate::control::overlay::{Overlay, tunnel_addresses};
+use crate::control::overlay::{Overlay, Peer, tunnel_addresses};
 use crate::control::protocol::Request;
 use crate::control::routes::{AtEnd, RouteKeeper};
 use crate::control::server::{Call, Reply, Server};
@@ -41,6 +43,9 @@ const LIMITS_RESET_INTERVAL: Duration = Duration::from_secs(600);
 /// How often peers are looked after: who answers, what the paths take.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
+/// How long a peer that we keep sending to may be silent before the log says so.
+const QUIET_AFTER: Duration = Duration::from_secs(10);
+
 /// Most paths that the kernel is asked about at a time. The others have their
 /// turn the next time.
 const PATHS_ASKED_MAX: usize = 256;
@@ -62,12 +67,15 @@ pub enum End {
 pub(super) struct Heard {
     /// The peer's counters: another peer in its place has others.
     traffic: Arc<[PeerCounters]>,
-    received: u64,
+    pub(super) received: u64,
+    /// Also what could not be sent.
     sent: u64,
     /// When something came from it.
     pub(super) last: Option<Instant>,
     /// Since when we send to it without hearing anything.
     silent_since: Option<Instant>,
+    /// The log says that it is silent.
+    is_quiet: bool,
     /// We have sent to it since the kernel was asked about its path.
     path_used: bool,
 }
@@ -80,6 +88,7 @@ impl Heard {
             sent: 0,
             last: None,
             silent_since: None,
+            is_quiet: false,
             path_used: false,
         }
     }
@@ -100,6 +109,8 @@ pub struct Running {
     pub(super) udp_offloads: socket::Offloads,
     pub(super) is_steered: bool,
     pub(super) worker_count: usize,
+    /// Ports that workers send from, besides the one listened on.
+    pub(super) source_ports: Vec<u16>,
     /// The workers', also of those that come after them.
     counters: Vec<Arc<Counters>>,
     /// What the workers were started with.
@@ -109,6 +120,8 @@ pub struct Running {
     pub(super) heard: HashMap<NextHop, Heard>,
     path_cursor: usize,
     pub(super) host: HostNews,
+    pub(super) troubles: Troubles,
+    quiet_log: Journal,
     pub(super) netlink: Netlink,
     accept_local: bool,
     /// `None` once the tunnel has ended, or if it could not be started again.
@@ -289,10 +302,8 @@ impl Running {
     }
 
     fn reload_by_signal(&mut self) {
-        match reload::reload(self) {
-            Ok(report) => tracing::info!("reloaded: {}", reload::in_words(&report)),
-            Err(error) => tracing::error!("not reloaded, nothing has changed: {error}"),
-        }
+        // What came of it is in the log.
+        let _ = reload::reload(self, "SIGHUP");
     }
 
     /// The prefixes that the kernel should route into the tunnel.
@@ -444,7 +455,7 @@ impl Running {
         for (hop, peer) in self.overlay.peers() {
             let sum = |count: fn(&PeerCounters) -> u64| peer.traffic.iter().map(count).sum::<u64>();
             let received = sum(|worker| worker.packets_received.get());
-            let sent = sum(|worker| worker.packets_sent.get());
+            let sent = sum(PeerCounters::packets_tried);
             let heard = self
                 .heard
                 .entry(hop)
@@ -454,11 +465,20 @@ impl Running {
             }
             heard.path_used |= sent != heard.sent;
             if received != heard.received {
+                if std::mem::take(&mut heard.is_quiet) && self.quiet_log.admits(now) {
+                    tracing::info!("peer {} is heard again", peer.name);
+                }
                 heard.last = Some(now);
                 heard.silent_since = None;
                 self.names.answered(&peer.name);
-            } else if sent != heard.sent && heard.silent_since.is_none() {
-                heard.silent_since = Some(now);
+            } else if sent != heard.sent {
+                let silence = now - *heard.silent_since.get_or_insert(now);
+                if silence >= QUIET_AFTER && !heard.is_quiet {
+                    heard.is_quiet = true;
+                    if self.quiet_log.admits(now) {
+                        tell_of_silence(peer, heard.last.map(|last| now - last));
+                    }
+                }
             }
             if let Some(since) = heard.silent_since {
                 self.names.silent(&peer.name, now - since, now);
@@ -468,6 +488,8 @@ impl Running {
         self.names.tick(now);
         self.look_after_paths();
         self.host.flush_log(now);
+        self.quiet_log.flush(now);
+        self.tell_of_drops(now);
         if self.routes.is_none() {
             self.keep_routes_again(now);
         }
@@ -542,6 +564,7 @@ impl Running {
     /// Ends the tunnel: routes, device and operators' socket go.
     pub fn take_down(mut self) {
         self.host.end_log();
+        self.quiet_log.end();
         self.handover = None;
         self.postponed.clear();
         // Its keeper first, which would miss the device.
@@ -593,6 +616,22 @@ impl Running {
         // Nobody has told of changes meanwhile.
         self.host.note(Instant::now());
         Ok(())
+    }
+}
+
+/// Tells of a peer that we send to and do not hear, for the first time since it
+/// was last heard.
+fn tell_of_silence(peer: &Peer, unheard: Option<Duration>) {
+    let name = &peer.name;
+    match unheard {
+        Some(unheard) => tracing::warn!(
+            "peer {name} has gone quiet: packets are sent to it, but it was last heard {} s ago",
+            unheard.as_secs()
+        ),
+        None => tracing::warn!(
+            "peer {name} does not answer: packets are sent to it, but it has never been heard; \
+             does it run, and do firewalls let UDP through both ways?"
+        ),
     }
 }
 

@@ -81,6 +81,12 @@ pub struct Manifest {
     pub ok: bool,
     /// [`PROTOCOL`].
     pub protocol: u32,
+    /// The predecessor's process id.
+    #[serde(default)]
+    pub pid: u32,
+    /// Its version.
+    #[serde(default)]
+    pub version: String,
     /// Name of the TUN device.
     pub tun: String,
     /// Workers, each with descriptors of its own.

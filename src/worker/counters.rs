@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::first::FirstDrops;
+
 /// A counter with one writer. The writer pays for a plain load and store; a
 /// reader sees some recent value.
 #[derive(Debug, Default)]
@@ -15,6 +17,11 @@ impl Counter {
             self.0.load(Ordering::Relaxed).wrapping_add(n),
             Ordering::Relaxed,
         );
+    }
+
+    /// Takes `n` back. Only the owning worker may call this.
+    pub fn sub(&self, n: u64) {
+        self.add(n.wrapping_neg());
     }
 
     /// The value now.
@@ -31,6 +38,8 @@ macro_rules! counters {
         #[repr(align(128))]
         pub struct Counters {
             $($(#[doc = $doc])+ pub $name: Counter,)+
+            /// What some of the drops were about.
+            pub first: FirstDrops,
         }
 
         /// The counters' values at one time.
@@ -129,7 +138,7 @@ counters! {
 #[derive(Debug, Default)]
 #[repr(align(64))]
 pub struct PeerCounters {
-    /// Packets handed over for sending.
+    /// Packets handed over for sending, without those that were not sent.
     pub packets_sent: Counter,
     /// Bytes of those packets.
     pub bytes_sent: Counter,
@@ -137,6 +146,30 @@ pub struct PeerCounters {
     pub packets_received: Counter,
     /// Bytes of those packets.
     pub bytes_received: Counter,
+    /// As in [`Counters`], of packets to this peer.
+    pub drop_send_full: Counter,
+    /// As in [`Counters`], of packets to this peer.
+    pub drop_send_error: Counter,
+    /// As in [`Counters`], of packets from this peer's address. Of several peers
+    /// at one address, one counts for all.
+    pub drop_source_not_allowed: Counter,
+}
+
+impl PeerCounters {
+    /// Names and values of the drop counters, as those of a [`Snapshot`].
+    pub fn drops(&self) -> [(&'static str, u64); 3] {
+        [
+            ("send_full", self.drop_send_full.get()),
+            ("send_error", self.drop_send_error.get()),
+            ("source_not_allowed", self.drop_source_not_allowed.get()),
+        ]
+    }
+
+    /// Packets that were to be sent, whatever became of them.
+    pub fn packets_tried(&self) -> u64 {
+        let failed = self.drop_send_full.get() + self.drop_send_error.get();
+        self.packets_sent.get() + failed
+    }
 }
 
 impl Snapshot {

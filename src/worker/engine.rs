@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use crate::error::Result;
 use crate::packet::coalesce::FrameSink;
-use crate::packet::train::{Limits, Train};
+use crate::packet::train::{Limits, NextHop, Train};
 
 /// A filled receive buffer. Give it back with [`Engine::recycle`].
 #[derive(Debug)]
@@ -48,8 +48,32 @@ pub enum Event {
         /// Bytes of every datagram but the last.
         segment_bytes: usize,
     },
+    /// Packets that were given to [`Engine::send`] have not been sent.
+    SendFailed(SendFailure),
     /// The control thread has a command.
     Wake,
+}
+
+/// Packets that the kernel did not take, and that the engine has counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SendFailure {
+    /// The next hop of their train.
+    pub next_hop: NextHop,
+    /// Where they were to go.
+    pub destination: SocketAddr,
+    /// Why they did not.
+    pub errno: i32,
+    /// How many they are.
+    pub packets: u64,
+    /// Their bytes.
+    pub bytes: u64,
+}
+
+impl SendFailure {
+    /// Whether there was no room for them, and nothing else was wrong.
+    pub fn is_full(&self) -> bool {
+        matches!(self.errno, libc::EAGAIN | libc::ENOBUFS)
+    }
 }
 
 /// See the module's documentation.

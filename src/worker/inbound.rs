@@ -46,6 +46,7 @@ impl Inbound {
             counters
                 .drop_sender_unknown
                 .add(datagrams.len().max(1) as u64);
+            counters.first.sender_unknown.give(sender);
             return;
         }
         if payload.is_empty() {
@@ -60,7 +61,8 @@ impl Inbound {
                         allowed.count(datagram.len());
                         self.coalescer.push(version, datagram, engine);
                     } else {
-                        counters.drop_source_not_allowed.add(1);
+                        let source = ip::source(version, datagram);
+                        self.not_allowed(sender, source, table, counters);
                     }
                 }
                 Err(Malformed::Short) => counters.drop_short.add(1),
@@ -69,6 +71,19 @@ impl Inbound {
             }
         }
         allowed.settle(counters);
+    }
+
+    /// Counts a packet that its sender may not send.
+    #[cold]
+    fn not_allowed(&self, sender: IpAddr, source: IpAddr, table: &Table, counters: &Counters) {
+        counters.drop_source_not_allowed.add(1);
+        counters.first.source_not_allowed.give((sender, source));
+        let traffic = table
+            .sender(sender)
+            .and_then(|peer| peer.traffic.get(self.worker));
+        if let Some(traffic) = traffic {
+            traffic.drop_source_not_allowed.add(1);
+        }
     }
 
     /// Writes all that is still held for merging: no more datagrams are at hand.

@@ -7,6 +7,7 @@
 
 pub mod counters;
 pub mod engine;
+pub mod first;
 pub mod idle;
 pub mod inbound;
 pub mod outbound;
@@ -98,6 +99,7 @@ pub fn run(
                     inbound.push(payload, segment_bytes, sender, &table, counters, engine);
                     engine.recycle(received, Source::Udp);
                 }
+                Event::SendFailed(failure) => outbound.failed(&failure, &table, counters),
                 Event::Wake => {
                     for command in commands.try_iter() {
                         match command {

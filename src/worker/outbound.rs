@@ -6,7 +6,7 @@
 use std::net::SocketAddr;
 
 use super::counters::Counters;
-use super::engine::Engine;
+use super::engine::{Engine, SendFailure};
 use super::report::Reporter;
 use super::table::Table;
 use crate::packet::hop::{self, Hop};
@@ -136,6 +136,28 @@ impl Outbound {
     pub fn flush(&mut self, engine: &mut impl Engine) {
         for (train, endpoint) in self.open.drain(..) {
             engine.send(train, endpoint);
+        }
+    }
+
+    /// Takes note of packets that have not been sent after all.
+    #[cold]
+    pub fn failed(&self, failure: &SendFailure, table: &Table, counters: &Counters) {
+        if !failure.is_full() {
+            let about = (failure.destination, failure.errno);
+            counters.first.send_error.give(about);
+        }
+        // The table may have changed since.
+        let peer = table
+            .at(failure.next_hop)
+            .filter(|peer| peer.endpoint == Some(failure.destination));
+        if let Some(traffic) = peer.and_then(|peer| peer.traffic.get(self.worker)) {
+            traffic.packets_sent.sub(failure.packets);
+            traffic.bytes_sent.sub(failure.bytes);
+            let drops = match failure.is_full() {
+                true => &traffic.drop_send_full,
+                false => &traffic.drop_send_error,
+            };
+            drops.add(failure.packets);
         }
     }
 

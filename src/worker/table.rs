@@ -50,6 +50,8 @@ pub struct Table {
     prefixes: Arc<Prefixes>,
     /// Addresses that peers send from, sorted.
     senders: Vec<IpAddr>,
+    /// In the order of those: a peer that sends from there.
+    sending_peers: Vec<NextHop>,
     addresses: TunnelAddresses,
     is_hop: bool,
 }
@@ -65,16 +67,19 @@ impl Table {
         addresses: TunnelAddresses,
         is_hop: bool,
     ) -> Self {
-        let mut senders: Vec<IpAddr> = peers
+        let mut senders: Vec<_> = peers
             .iter()
-            .filter_map(|peer| Some(peer.endpoint?.ip()))
+            .zip(0..)
+            .filter_map(|(peer, next_hop)| Some((peer.endpoint?.ip(), next_hop)))
             .collect();
         senders.sort_unstable();
-        senders.dedup();
+        senders.dedup_by_key(|(address, _)| *address);
+        let (senders, sending_peers) = senders.into_iter().unzip();
         Self {
             peers,
             prefixes,
             senders,
+            sending_peers,
             addresses,
             is_hop,
         }
@@ -85,7 +90,13 @@ impl Table {
     #[inline]
     pub fn peer(&self, address: IpAddr) -> Option<(NextHop, &Peer)> {
         let next_hop = self.prefixes.lookup(address)?;
-        Some((next_hop, self.peers.get(usize::from(next_hop))?))
+        Some((next_hop, self.at(next_hop)?))
+    }
+
+    /// The peer with this next hop.
+    #[inline]
+    pub fn at(&self, next_hop: NextHop) -> Option<&Peer> {
+        self.peers.get(usize::from(next_hop))
     }
 
     /// Whether any peer sends from `address`. The source port says nothing: a
@@ -93,6 +104,12 @@ impl Table {
     #[inline]
     pub fn is_sender(&self, address: IpAddr) -> bool {
         self.senders.binary_search(&address).is_ok()
+    }
+
+    /// A peer that sends from `address`.
+    pub fn sender(&self, address: IpAddr) -> Option<&Peer> {
+        let found = self.senders.binary_search(&address).ok()?;
+        self.at(*self.sending_peers.get(found)?)
     }
 
     /// This host's addresses in the tunnel.
@@ -135,9 +152,16 @@ mod tests {
     #[test]
     fn knows_its_senders() {
         let table = table(&["10.0.0.2:8285", "[fd00::2]:8285", "unresolved"], &[]);
-        assert!(table.is_sender("10.0.0.2".parse().unwrap()));
-        assert!(table.is_sender("fd00::2".parse().unwrap()));
-        assert!(!table.is_sender("10.0.0.3".parse().unwrap()));
+        for (sender, endpoint) in [
+            ("10.0.0.2", Some("10.0.0.2:8285")),
+            ("fd00::2", Some("[fd00::2]:8285")),
+            ("10.0.0.3", None),
+        ] {
+            let peer = table.sender(sender.parse().unwrap());
+            let found = peer.and_then(|peer| peer.endpoint);
+            assert_eq!(table.is_sender(sender.parse().unwrap()), peer.is_some());
+            assert_eq!(found, endpoint.and_then(|text| text.parse().ok()));
+        }
         assert!(table.peer("10.0.0.2".parse().unwrap()).is_none());
     }
 

@@ -415,11 +415,6 @@ fn carry(hosts: &Pair, mut near: Command) -> Result<Ended> {
     stop(near)
 }
 
-fn warnings(ended: &Ended) -> Vec<&str> {
-    let lines = ended.log.lines();
-    lines.filter(|line| line.starts_with(" WARN ")).collect()
-}
-
 /// Asked for, it is missed; else there is epoll.
 fn without_io_uring() -> Result<()> {
     let hosts = hosts(1500)?;
@@ -436,7 +431,7 @@ fn without_io_uring() -> Result<()> {
         )?;
         for io in ["", "--io auto"] {
             let ended = carry(&hosts, prepared(&format!("{GOOD} --queues 1 {io}"), forbid))?;
-            let warnings = warnings(&ended);
+            let warnings = ended.warnings();
             let says = |part| warnings.iter().all(|line| line.contains(part));
             check(
                 warnings.len() == 1
@@ -465,7 +460,7 @@ fn with_io_uring_left_alone() -> Result<()> {
         &hosts,
         prepared(&format!("{GOOD} --queues 1 --io epoll"), kill),
     )?;
-    let has_warned = !warnings(&ended).is_empty();
+    let has_warned = !ended.warnings().is_empty();
     check(!has_warned && ended.log.contains("engine: epoll"), || {
         ended.log
     })

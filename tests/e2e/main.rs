@@ -52,6 +52,7 @@ mod surroundings;
 mod takeover;
 mod tools;
 mod traffic;
+mod trouble;
 mod tuning;
 mod underlay;
 
@@ -82,6 +83,7 @@ fn main() -> ExitCode {
         peers::tests(),
         full_socket::tests(),
         strangers::tests(),
+        trouble::tests(),
         mesh::tests(),
         sources::tests(),
         churn::tests(),
@@ -116,6 +118,7 @@ fn main() -> ExitCode {
         takeover::tests_of_control(),
         handover::tests_of_control(),
         overlay_mtu::tests_of_no_engine(),
+        trouble::tests_of_no_engine(),
     ];
     // Shown as ignored, never left out in silence.
     let without_uring = fastvpn::ring::probe(URING_FEATURES)
@@ -135,6 +138,8 @@ fn main() -> ExitCode {
     add(Engines::Mixed, &of_mixed_engines.concat(), without_uring);
     add(Engines::Any, &of_no_engine.concat(), None);
     add(Engines::Any, &tuning::tests_that_need_root(), without_ebpf);
+    let without_run = support::is_in_user_namespace().then_some("needs root, for /run");
+    add(Engines::Any, &trouble::tests_that_need_root(), without_run);
     let unknown = long::unknown(trials.iter().map(Trial::name));
     if !unknown.is_empty() {
         eprintln!("tests/e2e/long.rs names trials that do not exist: {unknown:?}");

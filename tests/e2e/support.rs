@@ -2,9 +2,10 @@
 //! tunnels said.
 
 use std::cell::Cell;
-use std::io::{self, Read};
+use std::io::{self, BufRead, BufReader};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::process::{Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -100,7 +101,8 @@ pub fn hosts(mtu_bytes: u32) -> Result<Pair> {
 /// A fastvpn process and what it says.
 pub struct Tunnel {
     child: Child,
-    log: Option<JoinHandle<String>>,
+    log: Arc<Mutex<String>>,
+    reader: Option<JoinHandle<()>>,
 }
 
 /// How a tunnel ended.
@@ -128,16 +130,20 @@ impl Tunnel {
         command.stderr(Stdio::piped());
         let mut child = namespace.spawn(command)?;
         let stderr = child.process().stderr.take();
-        let log = std::thread::spawn(move || {
-            let mut text = String::new();
-            if let Some(mut stderr) = stderr {
-                let _ = stderr.read_to_string(&mut text);
+        let log = Arc::<Mutex<String>>::default();
+        let written = Arc::clone(&log);
+        let reader = std::thread::spawn(move || {
+            let lines = stderr.into_iter().flat_map(|it| BufReader::new(it).lines());
+            for line in lines.map_while(io::Result::ok) {
+                let mut log = written.lock().unwrap_or_else(PoisonError::into_inner);
+                log.push_str(&line);
+                log.push('\n');
             }
-            text
         });
         Ok(Self {
             child,
-            log: Some(log),
+            log,
+            reader: Some(reader),
         })
     }
 
@@ -170,11 +176,27 @@ impl Tunnel {
     }
 
     fn ended(&mut self, status: ExitStatus) -> Ended {
-        let log = self.log.take().and_then(|log| log.join().ok());
+        let _ = self.reader.take().map(JoinHandle::join);
         Ended {
             status,
-            log: log.unwrap_or_default(),
+            log: self.said(),
         }
+    }
+
+    fn said(&self) -> String {
+        let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        log.clone()
+    }
+
+    /// Whether it has said this so far, in one line.
+    pub fn has_said(&self, part: &str) -> bool {
+        self.said().lines().any(|line| line.contains(part))
+    }
+
+    /// Waits until it has.
+    pub fn wait_for_line(&self, part: &str) -> Result<()> {
+        wait_until(part, || Ok(self.has_said(part)))
+            .map_err(|error| Error::new(format!("{error}; it said:\n{}", self.said())))
     }
 }
 
@@ -195,6 +217,14 @@ impl Ended {
             (Some(sent), Some(received)) => Ok((sent, received)),
             _ => fail(format!("cannot read {line:?}")),
         }
+    }
+
+    /// Its warnings, but for the one that every start gives.
+    pub fn warnings(&self) -> Vec<&str> {
+        let warnings = self.log.lines().filter(|line| line.contains(" WARN "));
+        warnings
+            .filter(|line| !line.contains("neither encrypted nor authenticated"))
+            .collect()
     }
 
     /// How many packets were dropped for `reason`, as the summary names it.

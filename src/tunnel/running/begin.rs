@@ -10,6 +10,7 @@ use ipnet::IpNet;
 
 use super::{RETIRED_MAX, Running, ask_paths};
 use crate::config::Config;
+use crate::control::journal::Journal;
 use crate::control::overlay::tunnel_addresses;
 use crate::control::routes::{self, RouteKeeper};
 use crate::control::workers::Workers;
@@ -18,6 +19,7 @@ use crate::error::Result;
 use crate::tunnel::host::{HostNews, suspend_inside};
 use crate::tunnel::start::{self, Claimed, Prepared, Suspended};
 use crate::tunnel::takeover::{self, Inherited};
+use crate::tunnel::trouble::Troubles;
 use crate::tunnel::{announce, handover, inherit};
 
 impl Running {
@@ -89,6 +91,11 @@ impl Running {
             .inspect_err(|_| link::remove_addresses(&mut running.netlink, &tun, &added));
         let is_reload_due = stopped?;
         running.go_on(&manifest.addresses, listener);
+        tracing::info!(
+            "took over from process {}, fastvpn {}",
+            manifest.pid,
+            manifest.version
+        );
         if is_reload_due {
             running.reload_by_signal();
         }
@@ -119,6 +126,11 @@ impl Running {
         let table = Arc::new(overlay.table(addresses, config.hop));
         let setup = start::setup(&config, device.offloads, udp, &table);
         let descriptors = handover::keep(&device.queues, &sockets)?;
+        let source_ports = sockets
+            .iter()
+            .filter_map(|sockets| sockets.send.as_ref()?.local_addr().ok()?.as_socket())
+            .map(|address| address.port())
+            .collect();
         let counters = std::iter::repeat_with(Arc::default).take(worker_count);
         let counters: Vec<_> = counters.collect();
         let workers = Workers::start(device.queues, sockets, counters.clone(), &setup)?;
@@ -135,11 +147,14 @@ impl Running {
             udp_offloads: udp,
             is_steered: device.steered,
             worker_count,
+            source_ports,
             descriptors: Arc::new(descriptors),
             names,
             heard: HashMap::new(),
             path_cursor: 0,
             host: HostNews::new(),
+            troubles: Troubles::new(),
+            quiet_log: Journal::new("peers that went quiet or were heard again"),
             netlink,
             accept_local,
             routes: None,

@@ -15,6 +15,8 @@ use super::*;
 fn manifest(workers: u16) -> Manifest {
     Manifest {
         ok: true,
+        pid: 4711,
+        version: "0.1.0".into(),
         protocol: PROTOCOL,
         tun: "fastvpn0".into(),
         workers,
