@@ -30,7 +30,6 @@ pub mod lab;
 pub mod netlink;
 pub mod packet;
 pub mod ring;
-pub mod simd;
 pub mod transport;
 pub mod tunnel;
 pub mod worker;

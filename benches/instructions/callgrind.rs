@@ -99,7 +99,7 @@ fn collected_run(kernel: &mut Kernel) -> u64 {
     kernel.run()
 }
 
-/// The path that [`fastvpn::simd`] takes on the CPU seen here.
+/// The path that `fastvpn-simd` takes on the CPU seen here.
 fn simd() -> &'static str {
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("avx2") {

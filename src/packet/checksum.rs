@@ -6,7 +6,7 @@
 
 use super::ip::Version;
 use super::{IPV4_HEADER_BYTES, IPV6_HEADER_BYTES};
-use crate::simd::{copy_and_sum, sum_words};
+use fastvpn_simd::{copy_and_sum, sum_words};
 
 /// A one's-complement sum in progress. Words are added in native byte order;
 /// 64 bits leave room for far more than the longest packet before folding.

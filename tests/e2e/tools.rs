@@ -7,8 +7,8 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::process::{Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ use ipnet::IpNet;
 use netlink_sys::{Socket as NetlinkSocket, SocketAddr as NetlinkAddr};
 use socket2::SockRef;
 
-use crate::support::{PATIENCE, check, fail, link, tried, wait_until};
+use crate::support::{PATIENCE, check, fail, link, noise, tried, wait_until};
 
 /// Bytes of each write and read of a [`Stream`] or a web page.
 const BLOCK_BYTES: usize = 64 * 1024;
@@ -127,11 +127,18 @@ impl Stream {
     }
 }
 
-/// Bytes that are unlike those at any other offset: numbers that count up.
+/// Bytes that are unlike those at any other offset: noise, which has no second
+/// place in a block, and in every piece of it the offset. Cheap without
+/// optimization, too: tests send hundreds of megabytes of it.
 fn block(offset: u64) -> Vec<u8> {
-    let first = offset / 8;
-    let numbers = first..first + (BLOCK_BYTES / 8) as u64;
-    numbers.flat_map(u64::to_le_bytes).collect()
+    const PIECE_BYTES: usize = 512;
+    static NOISE: LazyLock<Vec<u8>> = LazyLock::new(|| noise(0, BLOCK_BYTES));
+    let mut block = NOISE.clone();
+    let offsets = (offset..).step_by(PIECE_BYTES);
+    for (piece, offset) in block.chunks_exact_mut(PIECE_BYTES).zip(offsets) {
+        piece[..8].copy_from_slice(&offset.to_le_bytes());
+    }
+    block
 }
 
 fn send(mut socket: TcpStream, go_on: &AtomicBool, pause: Option<Duration>) -> io::Result<u64> {

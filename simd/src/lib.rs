@@ -1,6 +1,6 @@
 //! Loops over many bytes, compiled for the instruction sets that the machine
-//! may have and picked at run time. The choice needs `unsafe`, which is why
-//! this is not in [`crate::packet`].
+//! may have and picked at run time. The choice needs `unsafe`, which the packet
+//! code that uses it does without.
 
 /// The sum of `bytes` as 32-bit words in native order, for the Internet
 /// checksum: a multiple of 2^16 - 1 away from the sum of the 16-bit words.
