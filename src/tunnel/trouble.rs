@@ -175,8 +175,9 @@ fn forbidden_source(overlay: &Overlay, sender: IpAddr, source: IpAddr) -> String
 }
 
 fn failed_send(overlay: &Overlay, destination: SocketAddr, errno: i32) -> String {
-    let name = match overlay.peer_at(destination.ip()) {
-        Some(peer) => format!("{} ", peer.name),
+    let name = overlay.peer_at(destination.ip()).map(|peer| &peer.name);
+    let name = match name.filter(|name| name.literal().is_none()) {
+        Some(name) => format!("{name} at "),
         None => String::new(),
     };
     let cause = cause_text(&std::io::Error::from_raw_os_error(errno));
@@ -184,7 +185,7 @@ fn failed_send(overlay: &Overlay, destination: SocketAddr, errno: i32) -> String
         libc::EPERM => "; does a firewall on this host forbid it?",
         _ => "",
     };
-    format!("cannot send to peer {name}({destination}): {cause}{hint}")
+    format!("cannot send to peer {name}{destination}: {cause}{hint}")
 }
 
 #[cfg(test)]

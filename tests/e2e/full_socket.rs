@@ -63,7 +63,7 @@ fn a_full_send_buffer() -> Result<()> {
     })?;
 
     // Nothing is read any more, however much comes.
-    let read = operator.counter("tun-frames-read")?;
+    let read = operator.counter("tun_frames_read")?;
     let before = tun_stats(&near.host)?.tx_dropped;
     wait_until("more is dropped at the TUN queue", || {
         flood(100)?;
@@ -77,15 +77,23 @@ fn a_full_send_buffer() -> Result<()> {
         &[1000; 50],
         Order::Kept,
     )?;
-    let after = operator.counter("tun-frames-read")?;
+    let after = operator.counter("tun_frames_read")?;
     check(read == after, || format!("{read} frames, then {after}"))?;
 
     // The silent host answers: there is room.
     silent.host.netlink()?.add_address(index, address)?;
     wait_until("the TUN queue is read again", || {
-        Ok(operator.counter("tun-frames-read")? > read)
+        Ok(operator.counter("tun_frames_read")? > read)
     })?;
     wait_for(&near.container, inside(3)[0])?;
+    // What did not fit was not sent to its peer.
+    wait_until("the peers' drops add up", || {
+        let peers = operator.ask("peers")?;
+        let full = |peer: &serde_json::Value| peer["drops"]["send_full"].as_u64();
+        let peers = peers["peers"].as_array();
+        let sum: u64 = peers.into_iter().flatten().filter_map(full).sum();
+        Ok(sum == operator.dropped("send-full")?)
+    })?;
     stop(tunnel)?;
     stop(far).map(drop)
 }

@@ -136,10 +136,10 @@ impl Operator {
             .unwrap_or(0))
     }
 
-    /// A counter of all workers together.
+    /// A counter of all workers together, also named as logs write it.
     pub fn counter(&self, name: &str) -> Result<u64> {
         let answer = self.ask("status")?;
-        let value = answer["counters"][name].as_u64();
+        let value = answer["counters"][name.replace('-', "_")].as_u64();
         value.map_or_else(|| fail(format!("no counter {name} in {answer}")), Ok)
     }
 

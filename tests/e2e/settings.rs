@@ -56,6 +56,7 @@ impl Scene {
         let given: &[&str] = &["--control", &socket, "--config", &file];
         let a = Tunnel::start(&hosts.a, &[given, flags].concat())?;
         let b = fastvpn(&hosts.b, "--peer 10.211.55.122")?;
+        operator.wait()?;
         wait_for(&hosts.a, TUNNEL[1].into())?;
         Ok(Self {
             hosts,
