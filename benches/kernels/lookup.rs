@@ -88,6 +88,7 @@ fn table_of(peers: usize) -> Table {
     let peer = |index| Peer {
         endpoint: Some(SocketAddr::new(address(index), 8285)),
         mtu_bytes: MTU_BYTES,
+        is_fragmented: true,
         traffic: Arc::new([PeerCounters::default()]),
     };
     // All goes to the first, as with a single peer.

@@ -51,7 +51,8 @@ pub fn probe(peer: &Endpoint) -> Facts {
     let is_host =
         |address: &SocketAddr| !address.ip().is_unspecified() && !address.ip().is_multicast();
     let host = address.as_ref().ok().filter(|address| is_host(address));
-    let path = host.map(|&address| path::discover(any, address).map_err(Reason::from));
+    let discover = |address| path::discover(&mut Netlink::open()?, any, address);
+    let path = host.map(|&address| discover(address).map_err(Reason::from));
     let derived = match &path {
         Some(Ok(path)) => Some(derive(path.local).map_err(Reason::from)),
         _ => None,

@@ -9,11 +9,9 @@ use super::Config;
 use crate::cli::{Endpoint, Listen};
 use crate::device::link::{self, IPV4_MTU_BYTES_MIN, IPV6_MTU_BYTES_MIN};
 use crate::error::{Error, Result};
+use crate::netlink::Netlink;
 use crate::transport::path::{self, Path};
 use crate::transport::{self, DEFAULT_PORT};
-
-/// Path MTU that is counted on while no path is known: Ethernet's.
-const PATH_MTU_BYTES_DEFAULT: u32 = 1500;
 
 /// What was left open in a [`Config`], for as long as the process runs.
 #[derive(Debug)]
@@ -73,7 +71,8 @@ impl Config {
     /// place in a tunnel that runs. What both say alike stays as it is
     /// `in_force`; what is left open now is asked of the kernel as at a start.
     /// `resolved`: the endpoints of this configuration's peers; `prefixes`: what
-    /// will be behind all peers.
+    /// will be behind all peers. An MTU that both leave open follows the routes to
+    /// the peers, as long as there are any and it is not too small.
     ///
     /// # Errors
     /// When something was left open and none of the peers that resolve can be
@@ -91,8 +90,10 @@ impl Config {
         );
         let derives_mtu = !is_same_mtu && self.mtu_bytes.is_none();
         let derives_address = !is_same_address && self.addresses.is_empty();
+        let follows_routes = is_same_mtu && self.mtu_bytes.is_none();
         let (paths, _) = match derives_mtu || derives_address {
             true => paths(in_force.listen, resolved)?,
+            false if follows_routes => paths(in_force.listen, resolved).unwrap_or_default(),
             false => Default::default(),
         };
         let addresses = match derives_address {
@@ -100,12 +101,21 @@ impl Config {
             true => self.derived_address(&paths)?.0,
             false => self.addresses.clone(),
         };
+        let given = addresses.iter().chain(&self.routes).copied();
+        let inside: Vec<_> = given.chain(prefixes).collect();
+        let is_usable =
+            |mtu_bytes: &u32| check_ipv6_mtu(*mtu_bytes, inside.iter().copied()).is_ok();
         let mtu_bytes = match is_same_mtu {
+            true if follows_routes && !paths.is_empty() => {
+                let now = self.tunnel_mtu_bytes(in_force.listen, &paths);
+                now.ok()
+                    .filter(is_usable)
+                    .unwrap_or(in_force.link.mtu_bytes)
+            }
             true => in_force.link.mtu_bytes,
             false => self.tunnel_mtu_bytes(in_force.listen, &paths)?,
         };
-        let given = addresses.iter().chain(&self.routes).copied();
-        check_ipv6_mtu(mtu_bytes, given.chain(prefixes))?;
+        check_ipv6_mtu(mtu_bytes, inside.iter().copied())?;
         Ok(link::LinkConfig {
             addresses,
             routes: self.routes.clone(),
@@ -203,7 +213,7 @@ impl Config {
         let smallest = paths.iter().min_by_key(|path| of_path(path));
         let mtu_bytes = self.mtu_bytes.unwrap_or_else(|| match smallest {
             Some(smallest) => of_path(smallest),
-            None => PATH_MTU_BYTES_DEFAULT - transport::overhead_bytes(listen.ip()),
+            None => path::MTU_BYTES_DEFAULT - transport::overhead_bytes(listen.ip()),
         });
         match smallest {
             Some((peer, path)) if mtu_bytes < IPV4_MTU_BYTES_MIN => Err(Error::new(format!(
@@ -240,12 +250,13 @@ fn paths(
     listen: SocketAddr,
     resolved: &[SocketAddr],
 ) -> Result<(Vec<(SocketAddr, Path)>, Vec<Error>)> {
+    let mut netlink = Netlink::open()?;
     let mut paths = Vec::new();
     let mut unreachable = Vec::new();
     for &peer in resolved {
-        match path::discover(listen.ip(), peer) {
+        match path::discover(&mut netlink, listen.ip(), peer) {
             Ok(path) => {
-                path::check_other(listen, peer, path)?;
+                path::check_other(listen, peer, path.local)?;
                 paths.push((peer, path));
             }
             Err(error) => unreachable.push(error),

@@ -60,8 +60,10 @@ pub struct Peer {
     pub endpoint: Option<SocketAddr>,
     /// The way there leads through the tunnel itself, so nothing is sent.
     pub is_suspended: bool,
-    /// MTU of the path to it in bytes, if the kernel has told.
+    /// MTU of the path to it in bytes, if it is known.
     pub path_mtu_bytes: Option<u32>,
+    /// A router on the path takes less than this host's interface.
+    pub is_path_narrow: bool,
     /// What the workers count for it.
     pub traffic: Arc<[PeerCounters]>,
     /// How many prefixes it has.
@@ -311,6 +313,7 @@ impl Overlay {
             endpoint: None,
             is_suspended: false,
             path_mtu_bytes: None,
+            is_path_narrow: false,
             traffic: traffic(self.workers),
             prefix_count: 0,
         };
@@ -611,15 +614,15 @@ impl Overlay {
         }
     }
 
-    /// Notes the MTU of the path to a peer; tells whether that is news.
-    pub fn set_path_mtu(&mut self, hop: NextHop, mtu_bytes: u32) -> bool {
-        match self.peer_mut(hop) {
-            Some(peer) if peer.path_mtu_bytes != Some(mtu_bytes) => {
-                peer.path_mtu_bytes = Some(mtu_bytes);
-                true
-            }
-            _ => false,
-        }
+    /// Notes the MTU of the path to a peer, and whether a router on it takes less
+    /// than this host's interface; tells whether that is news.
+    pub fn set_path_mtu(&mut self, hop: NextHop, mtu_bytes: u32, is_narrow: bool) -> bool {
+        let Some(peer) = self.peer_mut(hop) else {
+            return false;
+        };
+        let old = (peer.path_mtu_bytes, peer.is_path_narrow);
+        (peer.path_mtu_bytes, peer.is_path_narrow) = (Some(mtu_bytes), is_narrow);
+        old != (Some(mtu_bytes), is_narrow)
     }
 
     /// The prefixes that the host's kernel should route into the tunnel.
@@ -654,12 +657,15 @@ impl Overlay {
             Some(peer) => table::Peer {
                 endpoint: peer.endpoint_in_use(),
                 mtu_bytes: inner_mtu_bytes(peer),
+                // IPv6 routers do not (RFC 8200, section 5).
+                is_fragmented: !peer.is_path_narrow || peer.endpoint.is_some_and(|to| to.is_ipv4()),
                 traffic: Arc::clone(&peer.traffic),
             },
             // A place that is free: no prefix leads there.
             None => table::Peer {
                 endpoint: None,
                 mtu_bytes: 0,
+                is_fragmented: true,
                 traffic: Arc::new([]),
             },
         });

@@ -322,8 +322,8 @@ fn a_path_limits_what_is_carried_in_one_piece() {
     assert_eq!(mtu(&mut overlay, "10.1.0.1"), TRAIN_BYTES_MAX);
     for (text, overhead) in [("10.0.0.1", 28), ("[fd00::2]", 48)] {
         let (hop, _) = overlay.find(&name(text)).unwrap();
-        assert!(overlay.set_path_mtu(hop, 1400));
-        assert!(!overlay.set_path_mtu(hop, 1400));
+        assert!(overlay.set_path_mtu(hop, 1400, false));
+        assert!(!overlay.set_path_mtu(hop, 1400, false));
         let address = if overhead == 28 {
             "10.1.0.1"
         } else {
@@ -347,7 +347,7 @@ fn nothing_goes_to_who_is_suspended_until_it_ends_or_the_peer_has_moved() {
     };
     let there = sent_to(&mut overlay, "10.1.0.1");
     assert!(there.is_some() && overlay.in_use(hop).is_some());
-    overlay.set_path_mtu(hop, 1400);
+    overlay.set_path_mtu(hop, 1400, false);
     assert!(overlay.set_suspended(hop, true));
     assert!(!overlay.set_suspended(hop, true));
     assert_eq!(sent_to(&mut overlay, "10.1.0.1"), None);

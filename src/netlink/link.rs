@@ -335,7 +335,10 @@ impl Netlink {
             })
     }
 
-    fn get_link(&mut self, index: u32) -> std::result::Result<Option<LinkMessage>, Refusal> {
+    pub(super) fn get_link(
+        &mut self,
+        index: u32,
+    ) -> std::result::Result<Option<LinkMessage>, Refusal> {
         let mut message = LinkMessage::default();
         message.header.index = index;
         match self.get(RouteNetlinkMessage::GetLink(message))? {

@@ -16,6 +16,7 @@ mod batch;
 pub mod device_route;
 pub mod link;
 pub mod route;
+mod route_mtu;
 pub mod watch;
 
 use std::io;
@@ -34,6 +35,7 @@ use crate::error::{Error, Result};
 pub use device_route::{DeviceRoute, RouteChange, RouteEntry};
 pub use link::{Link, LinkStats, Vxlan};
 pub use route::{Route, RouteKind, Way};
+pub use route_mtu::RouteMtu;
 pub use watch::{News, Watch};
 
 /// Bytes of the receive buffer. The kernel fills at most 32 KiB of it per

@@ -11,8 +11,8 @@ use netlink_packet_route::route::{
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
-use super::Netlink;
 use super::address::family;
+use super::{Netlink, Refusal};
 use crate::error::{Error, Result};
 
 /// What happens to a packet that a route matches (`rtm_type`, rtnetlink(7)).
@@ -58,7 +58,7 @@ pub enum Way {
 /// What the kernel says where there is no route, or one of the types
 /// unreachable, blackhole and prohibit, in this order (`fib_props` in
 /// net/ipv4/fib_semantics.c; `ip6_rt_type_to_error()` in net/ipv6/route.c).
-const NO_WAY: [i32; 4] = [
+pub(super) const NO_WAY: [i32; 4] = [
     libc::ENETUNREACH,
     libc::EHOSTUNREACH,
     libc::EINVAL,
@@ -186,23 +186,38 @@ impl Netlink {
     /// When the kernel refuses for another reason than that there is no way.
     pub fn way_to(&mut self, endpoint: SocketAddr) -> Result<Way> {
         let address = endpoint.ip();
-        let mut message = route_message(IpNet::from(address), None, zone(endpoint))?;
-        message.header.table = 0;
-        // Of IPv6 the table is told without being asked for.
-        message.header.flags = match address {
-            IpAddr::V4(_) => RouteFlags::FibMatch | RouteFlags::LookupTable,
-            IpAddr::V6(_) => RouteFlags::FibMatch,
-        };
-        match self.get(RouteNetlinkMessage::GetRoute(message)) {
-            Ok(Some(RouteNetlinkMessage::NewRoute(found))) => {
+        match self.fib_match(endpoint) {
+            Ok(Some(found)) => {
                 let mut routes = Vec::new();
                 read_route(&found, &mut routes);
                 Ok(routes.into_iter().next().map_or(Way::None, Way::Route))
             }
-            Ok(_) => Ok(Way::None),
+            Ok(None) => Ok(Way::None),
             Err(refusal) if refusal.is(libc::ENETUNREACH) => Ok(Way::None),
             Err(refusal) if NO_WAY.iter().any(|errno| refusal.is(*errno)) => Ok(Way::Dropped),
             Err(refusal) => Err(refusal.describe(format!("cannot look up the route to {address}"))),
+        }
+    }
+
+    /// The route to `endpoint` as it stands in its table, without what the kernel
+    /// has learnt since.
+    pub(super) fn fib_match(
+        &mut self,
+        endpoint: SocketAddr,
+    ) -> std::result::Result<Option<RouteMessage>, Refusal> {
+        let mut message = prefix_message(IpNet::from(endpoint.ip()));
+        message
+            .attributes
+            .extend(zone(endpoint).map(RouteAttribute::Oif));
+        message.header.table = 0;
+        // Of IPv6 the table is told without being asked for.
+        message.header.flags = match endpoint {
+            SocketAddr::V4(_) => RouteFlags::FibMatch | RouteFlags::LookupTable,
+            SocketAddr::V6(_) => RouteFlags::FibMatch,
+        };
+        match self.get(RouteNetlinkMessage::GetRoute(message))? {
+            Some(RouteNetlinkMessage::NewRoute(found)) => Ok(Some(found)),
+            _ => Ok(None),
         }
     }
 

@@ -1,5 +1,6 @@
 //! The network's side: UDP sockets, their offloads, and the path to a peer.
 
+pub mod mtu_probe;
 pub mod path;
 pub mod socket;
 mod sockopt;

@@ -3,23 +3,23 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
-use std::os::fd::AsFd;
 
-use super::sockopt;
 use crate::error::{Error, Result};
+use crate::netlink::Netlink;
 
-/// `IPV6_MTU` (`linux/in6.h`), which the libc crate lacks for some targets.
-const IPV6_MTU: i32 = 24;
+/// Path MTU that is counted on while no path is known: Ethernet's.
+pub const MTU_BYTES_DEFAULT: u32 = 1500;
 
 /// Most addresses of a peer that are looked at.
 pub const ADDRESSES_MAX: usize = 16;
 
-/// What the kernel's routing says about a peer.
+/// What this host's routes say about a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Path {
     /// The source address that datagrams to the peer will carry.
     pub local: IpAddr,
-    /// Path MTU in bytes, as far as the kernel knows it.
+    /// MTU in bytes of the route, or else of the interface. The path beyond may
+    /// have less.
     pub mtu_bytes: u32,
 }
 
@@ -63,7 +63,7 @@ fn is_reached(listen: Option<IpAddr>, peer: SocketAddr) -> bool {
     let listen = listen.unwrap_or(any);
     // Sockets on 0.0.0.0 are for IPv4 alone, those on :: for both.
     let is_of_family = listen == any || listen.is_ipv6() == peer.is_ipv6();
-    is_of_family && discover(listen, peer).is_ok()
+    is_of_family && local_address(listen, peer).is_ok()
 }
 
 /// What [`resolve_all`] makes of the resolver's answer.
@@ -99,9 +99,23 @@ fn usable(
 /// is sent.
 ///
 /// # Errors
+/// As [`local_address`], or when the kernel refuses to tell the route.
+pub fn discover(netlink: &mut Netlink, listen: IpAddr, peer: SocketAddr) -> Result<Path> {
+    let local = local_address(listen, peer)?;
+    let route = netlink.route_mtu(peer)?;
+    Ok(Path {
+        local,
+        mtu_bytes: route.map_or(MTU_BYTES_DEFAULT, |route| route.mtu_bytes),
+    })
+}
+
+/// The source address that datagrams to `peer` from sockets on `listen` will
+/// carry. Nothing is sent.
+///
+/// # Errors
 /// When there is no route to the peer, or `listen` is not an address of this
 /// host.
-pub fn discover(listen: IpAddr, peer: SocketAddr) -> Result<Path> {
+pub fn local_address(listen: IpAddr, peer: SocketAddr) -> Result<IpAddr> {
     let any: IpAddr = match peer {
         SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
         SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
@@ -116,25 +130,16 @@ pub fn discover(listen: IpAddr, peer: SocketAddr) -> Result<Path> {
             .hint("check the address and this host's routes")
     };
     socket.connect(peer).map_err(unreachable)?;
-    let local = socket.local_addr().map_err(unreachable)?.ip();
-    let mtu = match peer {
-        SocketAddr::V4(_) => sockopt::get_int(socket.as_fd(), libc::IPPROTO_IP, libc::IP_MTU),
-        SocketAddr::V6(_) => sockopt::get_int(socket.as_fd(), libc::IPPROTO_IPV6, IPV6_MTU),
-    };
-    let mtu = mtu.map_err(unreachable)?;
-    Ok(Path {
-        local,
-        mtu_bytes: u32::try_from(mtu).unwrap_or(1500),
-    })
+    Ok(socket.local_addr().map_err(unreachable)?.ip())
 }
 
-/// That `peer`, to which `path` leads from sockets on `listen`, is not this
-/// process.
+/// That `peer`, which sockets on `listen` reach from the address `local`, is not
+/// this process.
 ///
 /// # Errors
 /// When it is, names it.
-pub fn check_other(listen: SocketAddr, peer: SocketAddr, path: Path) -> Result<()> {
-    if path.local != peer.ip() || listen.port() != peer.port() {
+pub fn check_other(listen: SocketAddr, peer: SocketAddr, local: IpAddr) -> Result<()> {
+    if local != peer.ip() || listen.port() != peer.port() {
         return Ok(());
     }
     Err(Error::new(format!("peer {peer} is this host itself")).hint("name the other host"))
@@ -147,6 +152,7 @@ mod tests {
     #[test]
     fn loopback_is_reached_from_itself() {
         let path = discover(
+            &mut Netlink::open().unwrap(),
             Ipv4Addr::UNSPECIFIED.into(),
             "127.0.0.1:8285".parse().unwrap(),
         )

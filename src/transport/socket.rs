@@ -7,6 +7,7 @@ use std::os::fd::AsFd;
 use nix::sys::socket::{setsockopt, sockopt as nix_sockopt};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
+use super::sockopt::{MtuDiscover, MtuDiscoverV6};
 use super::{sockopt, steering};
 use crate::error::{Error, Result};
 
@@ -83,6 +84,28 @@ pub fn open(
         sockopt::attach_reuseport_cbpf(sockets[0].receive.as_fd(), &program).map_err(failed)?;
     }
     Ok((sockets, offloads))
+}
+
+/// Has all sockets of the workers send whatever the interface takes, as the kernel's
+/// own tunnels do: the kernel's memory of path MTUs, which anybody can write to by
+/// ICMP, is left aside, and IPv4 datagrams may be fragmented on their way.
+///
+/// # Errors
+/// When the kernel does not know how.
+pub fn ignore_path_mtus(sockets: &[WorkerSockets]) -> Result<()> {
+    let ignore = |socket: &Socket| -> io::Result<()> {
+        // On a dual-stack socket either is about its own family alone.
+        setsockopt(socket, MtuDiscover, &libc::IP_PMTUDISC_OMIT)?;
+        if socket.domain()? == Domain::IPV6 {
+            setsockopt(socket, MtuDiscoverV6, &libc::IPV6_PMTUDISC_OMIT)?;
+        }
+        Ok(())
+    };
+    let all = sockets.iter();
+    all.flat_map(|worker| [Some(&worker.receive), worker.send.as_ref()])
+        .flatten()
+        .try_for_each(ignore)
+        .map_err(|error| Error::os("cannot set IP_MTU_DISCOVER on a UDP socket", error))
 }
 
 fn bind(address: SocketAddr, reuse_port: bool) -> io::Result<Socket> {

@@ -3,26 +3,24 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-/// `getsockopt(2)` of an option that is an `int`.
-pub fn get_int(socket: BorrowedFd<'_>, level: i32, name: i32) -> io::Result<i32> {
-    let mut value: libc::c_int = 0;
-    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
-    // SAFETY: `value` and `len` are live, and `len` is the size of `value`.
-    let result = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            level,
-            name,
-            (&raw mut value).cast(),
-            &raw mut len,
-        )
-    };
-    if result == 0 {
-        Ok(value)
-    } else {
-        Err(io::Error::last_os_error())
-    }
-}
+use nix::{setsockopt_impl, sockopt_impl};
+
+sockopt_impl!(
+    /// What a socket does about path MTUs over IPv4.
+    MtuDiscover,
+    SetOnly,
+    libc::IPPROTO_IP,
+    libc::IP_MTU_DISCOVER,
+    libc::c_int
+);
+sockopt_impl!(
+    /// What a socket does about path MTUs over IPv6.
+    MtuDiscoverV6,
+    SetOnly,
+    libc::IPPROTO_IPV6,
+    libc::IPV6_MTU_DISCOVER,
+    libc::c_int
+);
 
 /// `SO_ATTACH_REUSEPORT_CBPF`: the program picks a socket of the group
 /// (`socket(7)`).

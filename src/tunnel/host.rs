@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, at, bounded, never};
 
-use super::running::{Running, ask_paths};
+use super::paths::ask_routes;
+use super::running::Running;
 use crate::config::Settled;
 use crate::control::journal::Journal;
 use crate::control::overlay::Overlay;
@@ -37,7 +38,7 @@ pub struct HostNews {
     rested_at: Instant,
     /// Peers to whom there is no way at all.
     lost: BTreeSet<SocketAddr>,
-    journal: Journal,
+    pub(super) journal: Journal,
 }
 
 impl HostNews {
@@ -171,6 +172,9 @@ impl Running {
         if is_news {
             self.republish();
         }
+        if let Err(error) = self.follow_routes() {
+            tracing::debug!("{error}");
+        }
         self.host.looked(started, Instant::now());
         if has_failed {
             self.host.note(Instant::now());
@@ -215,7 +219,7 @@ impl Running {
             }
         }
         if has_resumed {
-            ask_paths(&mut self.overlay, self.settled.listen);
+            ask_routes(&mut self.overlay, &mut self.netlink);
             // What was learnt of the way through the tunnel says nothing of this.
             self.workers().tell(|| Command::ResetLimits);
         }

@@ -13,6 +13,7 @@ mod host;
 mod inherit;
 mod memory;
 mod operator;
+mod paths;
 mod reach;
 mod reload;
 mod running;

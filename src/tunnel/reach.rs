@@ -23,8 +23,8 @@ pub fn check_endpoint(listen: SocketAddr, overlay: &Overlay, endpoint: SocketAdd
     }
     // The kernel answers for now, but for the address that it would send from
     // alone; the overlay knows them all, as of its last look.
-    if let Ok(found) = path::discover(listen.ip(), endpoint) {
-        path::check_other(listen, endpoint, found)?;
+    if let Ok(local) = path::local_address(listen.ip(), endpoint) {
+        path::check_other(listen, endpoint, local)?;
     }
     overlay.check_other(listen, endpoint)
 }

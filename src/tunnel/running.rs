@@ -15,6 +15,7 @@ use signal_hook::consts::{SIGHUP, SIGTERM};
 
 use super::handover::{self, Handover};
 use super::host::{HostNews, own_addresses};
+use super::paths::{Paths, ask_routes};
 use super::trouble::Troubles;
 use super::{operator, reach, reload, start};
 use crate::config::{Config, Settled};
@@ -31,13 +32,12 @@ use crate::netlink::Netlink;
 use crate::packet::coalesce;
 use crate::packet::icmp::TunnelAddresses;
 use crate::packet::train::NextHop;
-use crate::transport::{path, socket};
+use crate::transport::socket;
 use crate::worker::Command;
 use crate::worker::counters::{Counters, PeerCounters};
 use crate::worker::table::Table;
 
-/// How often trains of full size are tried again on paths that refused them: as
-/// often as the kernel forgets a path MTU (`net.ipv4.route.mtu_expires`).
+/// How often trains of full size are tried again on paths that refused them.
 const LIMITS_RESET_INTERVAL: Duration = Duration::from_secs(600);
 
 /// How often peers are looked after: who answers, what the paths take.
@@ -45,10 +45,6 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How long a peer that we keep sending to may be silent before the log says so.
 const QUIET_AFTER: Duration = Duration::from_secs(10);
-
-/// Most paths that the kernel is asked about at a time. The others have their
-/// turn the next time.
-const PATHS_ASKED_MAX: usize = 256;
 
 /// Tables that workers may still hold on to, until they have taken newer ones.
 const RETIRED_MAX: usize = 64;
@@ -76,8 +72,8 @@ pub(super) struct Heard {
     silent_since: Option<Instant>,
     /// The log says that it is silent.
     is_quiet: bool,
-    /// We have sent to it since the kernel was asked about its path.
-    path_used: bool,
+    /// We have sent to it since its path was looked at.
+    pub(super) path_used: bool,
 }
 
 impl Heard {
@@ -118,7 +114,7 @@ pub struct Running {
     descriptors: Arc<Vec<handover::Kept>>,
     names: Names,
     pub(super) heard: HashMap<NextHop, Heard>,
-    path_cursor: usize,
+    pub(super) paths: Paths,
     pub(super) host: HostNews,
     pub(super) troubles: Troubles,
     quiet_log: Journal,
@@ -324,7 +320,7 @@ impl Running {
     pub(super) fn commit(&mut self, mut next: Overlay) -> Result<()> {
         start::set_literals(&mut next);
         next.set_own_addresses(own_addresses(&mut self.netlink, &self.settled)?);
-        ask_paths(&mut next, self.settled.listen);
+        ask_routes(&mut next, &mut self.netlink);
         let old_table = Arc::clone(&self.table);
         // Workers first, so that what the kernel sends into the tunnel by a
         // new route has somewhere to go.
@@ -369,6 +365,7 @@ impl Running {
         self.names.tick(now);
         let overlay = &self.overlay;
         self.heard.retain(|&hop, _| overlay.has(hop));
+        self.paths.retain(|hop| overlay.has(hop));
     }
 
     /// Asks for all peers' names anew.
@@ -432,7 +429,7 @@ impl Running {
             None => tracing::info!("peer {name} is {endpoint}"),
         }
         self.overlay.set_endpoint(hop, Some(endpoint));
-        ask_paths(&mut self.overlay, self.settled.listen);
+        ask_routes(&mut self.overlay, &mut self.netlink);
         self.republish();
     }
 
@@ -448,8 +445,8 @@ impl Running {
         link::check_outside(&mut self.netlink, &self.config.tun, endpoint)
     }
 
-    /// Notes who answers, asks for the names of those who do not, and asks the
-    /// kernel what it has learnt of the paths in use.
+    /// Notes who answers, asks for the names of those who do not, and looks at
+    /// the paths in use.
     fn look_after_peers(&mut self) {
         let now = Instant::now();
         for (hop, peer) in self.overlay.peers() {
@@ -494,52 +491,6 @@ impl Running {
             self.keep_routes_again(now);
         }
         self.retired.retain(|old| Arc::strong_count(old) > 1);
-    }
-
-    /// Also whether they lead outside: not all that decides on it is told, such
-    /// as policy rules.
-    fn look_after_paths(&mut self) {
-        let is_used = |hop| self.heard.get(&hop).is_some_and(|heard| heard.path_used);
-        let used: Vec<_> = self
-            .overlay
-            .peers()
-            .filter(|&(hop, peer)| peer.is_suspended || is_used(hop))
-            .filter_map(|(hop, peer)| Some((hop, peer.endpoint?)))
-            .collect();
-        if used.is_empty() {
-            return;
-        }
-        self.path_cursor %= used.len();
-        let turn = used.iter().cycle().skip(self.path_cursor);
-        let turn: Vec<_> = turn
-            .take(PATHS_ASKED_MAX.min(used.len()))
-            .copied()
-            .collect();
-        let mut is_news = self.look_at_ways(&turn);
-        for (hop, endpoint) in turn {
-            if let Some(heard) = self.heard.get_mut(&hop) {
-                heard.path_used = false;
-            }
-            let Some(peer) = self.overlay.in_use(hop) else {
-                continue;
-            };
-            let known = peer.path_mtu_bytes;
-            let Ok(path) = path::discover(self.settled.listen.ip(), endpoint) else {
-                continue;
-            };
-            if self.overlay.set_path_mtu(hop, path.mtu_bytes) {
-                is_news = true;
-                tracing::info!(
-                    "the path to {endpoint} takes {} bytes{}",
-                    path.mtu_bytes,
-                    known.map_or_else(String::new, |known| format!(", no longer {known}")),
-                );
-            }
-        }
-        self.path_cursor += PATHS_ASKED_MAX;
-        if is_news {
-            self.republish();
-        }
     }
 
     /// The descriptors that a successor gets.
@@ -632,19 +583,5 @@ fn tell_of_silence(peer: &Peer, unheard: Option<Duration>) {
             "peer {name} does not answer: packets are sent to it, but it has never been heard; \
              does it run, and do firewalls let UDP through both ways?"
         ),
-    }
-}
-
-/// Asks the kernel about paths of which nothing is known.
-pub(super) fn ask_paths(overlay: &mut Overlay, listen: SocketAddr) {
-    let unknown: Vec<_> = overlay
-        .peers()
-        .filter(|(_, peer)| peer.path_mtu_bytes.is_none())
-        .filter_map(|(hop, peer)| Some((hop, peer.endpoint_in_use()?)))
-        .collect();
-    for (hop, endpoint) in unknown {
-        if let Ok(path) = path::discover(listen.ip(), endpoint) {
-            overlay.set_path_mtu(hop, path.mtu_bytes);
-        }
     }
 }

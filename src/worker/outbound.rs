@@ -73,7 +73,9 @@ impl Outbound {
             return;
         };
         let packet_bytes_max = peer.packet_bytes_max(version);
-        if segments.packet_bytes(0) > packet_bytes_max && ip::is_unfragmentable(version, packet) {
+        let is_too_big = segments.packet_bytes(0) > packet_bytes_max
+            && (!peer.is_fragmented || ip::is_unfragmentable(version, packet));
+        if is_too_big {
             counters.drop_too_big.add(count as u64);
             let mtu_bytes = packet_bytes_max as u32;
             let problem = Problem::TooBig { mtu_bytes };

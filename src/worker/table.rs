@@ -27,6 +27,8 @@ pub struct Peer {
     /// Longest inner packet that reaches it in one piece: the path MTU less
     /// the outer headers.
     pub mtu_bytes: usize,
+    /// Whether longer ones are fragmented on their way, so that they arrive.
+    pub is_fragmented: bool,
     /// What each worker has carried to and from it, by the worker's index.
     pub traffic: Arc<[PeerCounters]>,
 }
@@ -133,6 +135,7 @@ mod tests {
         Peer {
             endpoint: endpoint.parse().ok(),
             mtu_bytes: 1000,
+            is_fragmented: true,
             traffic: Arc::new([]),
         }
     }

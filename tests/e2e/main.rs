@@ -32,6 +32,7 @@ mod operator;
 mod overlay_errors;
 mod overlay_mtu;
 mod packets;
+mod path_mtu;
 mod peers;
 mod plain_peer;
 mod queues;
@@ -90,6 +91,7 @@ fn main() -> ExitCode {
         endpoints::tests(),
         overlay_errors::tests(),
         overlay_mtu::tests(),
+        path_mtu::tests(),
         reload::tests(),
         takeover::tests(),
         handover::tests(),
@@ -119,6 +121,7 @@ fn main() -> ExitCode {
         handover::tests_of_control(),
         overlay_mtu::tests_of_no_engine(),
         trouble::tests_of_no_engine(),
+        path_mtu::tests_of_no_engine(),
     ];
     // Shown as ignored, never left out in silence.
     let without_uring = fastvpn::ring::probe(URING_FEATURES)

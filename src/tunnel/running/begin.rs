@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use ipnet::IpNet;
 
-use super::{RETIRED_MAX, Running, ask_paths};
+use super::{Paths, RETIRED_MAX, Running, ask_routes};
 use crate::config::Config;
 use crate::control::journal::Journal;
 use crate::control::overlay::tunnel_addresses;
@@ -16,6 +16,7 @@ use crate::control::routes::{self, RouteKeeper};
 use crate::control::workers::Workers;
 use crate::device::link;
 use crate::error::Result;
+use crate::transport::socket;
 use crate::tunnel::host::{HostNews, suspend_inside};
 use crate::tunnel::start::{self, Claimed, Prepared, Suspended};
 use crate::tunnel::takeover::{self, Inherited};
@@ -120,7 +121,8 @@ impl Running {
         } = claimed;
         let worker_count = device.queues.len();
         overlay.count_for(worker_count);
-        ask_paths(&mut overlay, settled.listen);
+        ask_routes(&mut overlay, &mut netlink);
+        socket::ignore_path_mtus(&sockets)?;
         let accept_local = link::accept_local(&mut netlink, &config.tun);
         let addresses = tunnel_addresses(&settled.link.addresses, accept_local);
         let table = Arc::new(overlay.table(addresses, config.hop));
@@ -151,7 +153,7 @@ impl Running {
             descriptors: Arc::new(descriptors),
             names,
             heard: HashMap::new(),
-            path_cursor: 0,
+            paths: Paths::default(),
             host: HostNews::new(),
             troubles: Troubles::new(),
             quiet_log: Journal::new("peers that went quiet or were heard again"),

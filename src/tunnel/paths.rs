@@ -1,0 +1,302 @@
+//! How long packets may be on the paths to the peers. This host's routes say where
+//! to begin, and packets that are sent to find out say what the path beyond takes.
+//! docs/mtu.md says why.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use super::running::Running;
+use super::start;
+use crate::control::overlay::Overlay;
+use crate::error::Result;
+use crate::netlink::{Netlink, RouteMtu};
+use crate::packet::train::NextHop;
+use crate::transport::mtu_probe::MtuProbe;
+use crate::worker::Command;
+
+/// Most paths that are looked at in one turn. The others have theirs later.
+const PATHS_MAX: usize = 256;
+
+/// How often the path to a peer in use is probed. Over IPv6, where routers do not
+/// fragment, it is as long as a narrower path may go unnoticed.
+const PROBE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Most paths that are being probed at a time: each takes a descriptor.
+const PROBES_MAX: usize = 64;
+
+/// How long the answer to a probe may take.
+const ANSWER_WAIT: Duration = Duration::from_millis(500);
+
+/// Probes that nobody has objected to, until a path counts as wider than it did:
+/// one of them, or the objection, may have been lost.
+const SILENT_PROBES_TO_GROW: u32 = 3;
+
+/// What no path has less of: RFC 791's datagram that every host takes, and RFC
+/// 8200's smallest MTU.
+const MTU_BYTES_MIN_V4: u32 = 576;
+const MTU_BYTES_MIN_V6: u32 = 1280;
+
+/// What is known of the paths.
+#[derive(Default)]
+pub struct Paths {
+    known: HashMap<NextHop, Known>,
+    probes: Vec<Probe>,
+    cursor: usize,
+}
+
+/// A path.
+struct Known {
+    endpoint: SocketAddr,
+    route: RouteMtu,
+    /// What a router on it takes, if that is less than the route says.
+    narrow_bytes: Option<u32>,
+    probe_due: Instant,
+}
+
+impl Known {
+    fn mtu_bytes(&self) -> u32 {
+        let route = self.route.mtu_bytes;
+        self.narrow_bytes.map_or(route, |narrow| narrow.min(route))
+    }
+}
+
+/// A path that is being probed.
+struct Probe {
+    hop: NextHop,
+    endpoint: SocketAddr,
+    socket: MtuProbe,
+    packet_bytes: u32,
+    sent: Instant,
+    /// Packets of this size that nobody has objected to.
+    silent: u32,
+}
+
+impl Probe {
+    /// Tells whether it was sent.
+    fn send(&mut self, now: Instant) -> bool {
+        self.sent = now;
+        let sent = self.socket.send(self.packet_bytes);
+        sent.inspect_err(|error| {
+            tracing::debug!("cannot probe the path to {}: {error}", self.endpoint)
+        })
+        .is_ok()
+    }
+}
+
+impl Paths {
+    /// Notes what the route to a peer says.
+    fn set_route(&mut self, hop: NextHop, endpoint: SocketAddr, route: RouteMtu, now: Instant) {
+        let fresh = Known {
+            endpoint,
+            route,
+            narrow_bytes: None,
+            probe_due: now,
+        };
+        match self.known.get_mut(&hop) {
+            Some(known) if known.endpoint == endpoint && known.route == route => return,
+            // Another way to the same place may share the narrow part.
+            Some(known) if known.endpoint == endpoint => {
+                known.route = route;
+                known.probe_due = now;
+            }
+            _ => {
+                self.known.insert(hop, fresh);
+            }
+        }
+        self.probes.retain(|probe| probe.hop != hop);
+    }
+
+    /// Probes a path if it is time to, with a packet as long as the route takes.
+    fn probe(&mut self, hop: NextHop, listen: IpAddr, now: Instant) {
+        let Some(known) = self.known.get_mut(&hop) else {
+            return;
+        };
+        let is_due = !known.route.is_direct && known.probe_due <= now;
+        if !is_due || self.probes.len() >= PROBES_MAX {
+            return;
+        }
+        known.probe_due = now + PROBE_INTERVAL;
+        let endpoint = known.endpoint;
+        match MtuProbe::open(listen, endpoint) {
+            Ok(socket) => {
+                let mut probe = Probe {
+                    hop,
+                    endpoint,
+                    socket,
+                    packet_bytes: known.route.mtu_bytes,
+                    sent: now,
+                    silent: 0,
+                };
+                if probe.send(now) {
+                    self.probes.push(probe);
+                }
+            }
+            Err(error) => tracing::debug!("cannot probe the path to {endpoint}: {error}"),
+        }
+    }
+
+    /// Takes in what has become of the probes; returns the peers whose paths take
+    /// something else now.
+    fn take_answers(&mut self, now: Instant) -> Vec<NextHop> {
+        let mut changed = Vec::new();
+        let known = &mut self.known;
+        self.probes.retain_mut(|probe| {
+            let Some(known) = known.get_mut(&probe.hop) else {
+                return false;
+            };
+            let min_bytes = match probe.endpoint {
+                SocketAddr::V4(_) => MTU_BYTES_MIN_V4,
+                SocketAddr::V6(_) => MTU_BYTES_MIN_V6,
+            };
+            let told = probe.socket.too_long_for();
+            let told = told.map(|mtu_bytes| mtu_bytes.max(min_bytes));
+            if let Some(mtu_bytes) = told.filter(|bytes| *bytes < probe.packet_bytes) {
+                if mtu_bytes < known.mtu_bytes() {
+                    known.narrow_bytes = Some(mtu_bytes);
+                    changed.push(probe.hop);
+                }
+                // There may be others further on that take less.
+                probe.packet_bytes = mtu_bytes;
+                probe.silent = 0;
+                return probe.send(now);
+            }
+            if now - probe.sent < ANSWER_WAIT {
+                return true;
+            }
+            probe.silent += 1;
+            if probe.packet_bytes > known.mtu_bytes() {
+                if probe.silent < SILENT_PROBES_TO_GROW {
+                    return probe.send(now);
+                }
+                let is_narrow = probe.packet_bytes < known.route.mtu_bytes;
+                known.narrow_bytes = is_narrow.then_some(probe.packet_bytes);
+                changed.push(probe.hop);
+            }
+            false
+        });
+        changed
+    }
+
+    /// Forgets the paths to peers that are not there any more.
+    pub fn retain(&mut self, is_there: impl Fn(NextHop) -> bool) {
+        self.known.retain(|&hop, _| is_there(hop));
+    }
+}
+
+/// Gives peers whose paths nothing is known of what the routes say.
+pub fn ask_routes(overlay: &mut Overlay, netlink: &mut Netlink) {
+    let unknown: Vec<_> = overlay
+        .peers()
+        .filter(|(_, peer)| peer.path_mtu_bytes.is_none())
+        .filter_map(|(hop, peer)| Some((hop, peer.endpoint_in_use()?)))
+        .collect();
+    for (hop, endpoint) in unknown {
+        if let Ok(Some(route)) = netlink.route_mtu(endpoint) {
+            overlay.set_path_mtu(hop, route.mtu_bytes, false);
+        }
+    }
+}
+
+impl Running {
+    /// Looks at the paths in use: where they lead, and what they take. Not all that
+    /// decides on it is told, such as policy rules.
+    pub(super) fn look_after_paths(&mut self) {
+        let now = Instant::now();
+        let mut changed = self.paths.take_answers(now);
+        let is_used = |hop| self.heard.get(&hop).is_some_and(|heard| heard.path_used);
+        let used: Vec<_> = self
+            .overlay
+            .peers()
+            .filter(|&(hop, peer)| peer.is_suspended || is_used(hop))
+            .filter_map(|(hop, peer)| Some((hop, peer.endpoint?)))
+            .collect();
+        let start = self.paths.cursor.checked_rem(used.len()).unwrap_or(0);
+        self.paths.cursor = start + PATHS_MAX;
+        let (before, after) = used.split_at(start);
+        let turn: Vec<_> = after
+            .iter()
+            .chain(before)
+            .take(PATHS_MAX)
+            .copied()
+            .collect();
+        let mut is_news = !turn.is_empty() && self.look_at_ways(&turn);
+        for (hop, endpoint) in turn {
+            if let Some(heard) = self.heard.get_mut(&hop) {
+                heard.path_used = false;
+            }
+            if self.overlay.in_use(hop).is_none() {
+                continue;
+            }
+            if let Ok(Some(route)) = self.netlink.route_mtu(endpoint) {
+                self.paths.set_route(hop, endpoint, route, now);
+                self.paths.probe(hop, self.settled.listen.ip(), now);
+                changed.push(hop);
+            }
+        }
+        for hop in changed {
+            is_news |= self.set_path_mtu(hop, now);
+        }
+        if is_news {
+            self.republish();
+        }
+    }
+
+    /// Puts in force what is known of the path to a peer; tells whether that is
+    /// news.
+    fn set_path_mtu(&mut self, hop: NextHop, now: Instant) -> bool {
+        let (Some(known), Some(peer)) = (self.paths.known.get(&hop), self.overlay.in_use(hop))
+        else {
+            return false;
+        };
+        if peer.endpoint != Some(known.endpoint) {
+            return false;
+        }
+        let (before, mtu_bytes) = (peer.path_mtu_bytes, known.mtu_bytes());
+        let is_narrow = mtu_bytes < known.route.mtu_bytes;
+        if !self.overlay.set_path_mtu(hop, mtu_bytes, is_narrow) {
+            return false;
+        }
+        if before.is_some_and(|before| before < mtu_bytes) {
+            // What was refused for its length may pass now.
+            self.workers().tell(|| Command::ResetLimits);
+        }
+        if before != Some(mtu_bytes) && self.host.journal.admits(now) {
+            let no_longer =
+                before.map_or_else(String::new, |before| format!(", no longer {before}"));
+            let endpoint = known.endpoint;
+            tracing::info!("the path to {endpoint} takes {mtu_bytes} bytes{no_longer}");
+        }
+        true
+    }
+
+    /// Has the device's MTU, unless it was given, or set by somebody else, follow
+    /// the routes to the peers.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub(super) fn follow_routes(&mut self) -> Result<()> {
+        if self.config.mtu_bytes.is_some() {
+            return Ok(());
+        }
+        let endpoints = start::endpoints(&self.config, &self.overlay);
+        let prefixes = self.overlay.prefixes().map(|(prefix, ..)| prefix);
+        let (config, old) = (&self.config, &self.settled);
+        let link = config.settle_again(config, old, &endpoints, prefixes)?;
+        let (old_bytes, new_bytes) = (old.link.mtu_bytes, link.mtu_bytes);
+        let Some(index) = self.netlink.link_index(&self.config.tun)? else {
+            return Ok(());
+        };
+        let present = self.netlink.link_by_index(index)?;
+        let is_ours = present.is_some_and(|present| present.mtu == old_bytes);
+        if new_bytes != old_bytes && is_ours {
+            self.netlink.set_mtu(index, new_bytes)?;
+            self.settled.link.mtu_bytes = new_bytes;
+            let tun = &self.config.tun;
+            tracing::info!(
+                "MTU of {tun}: {new_bytes} bytes, no longer {old_bytes}: what the routes to the peers take"
+            );
+        }
+        Ok(())
+    }
+}
