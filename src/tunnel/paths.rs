@@ -18,9 +18,16 @@ use crate::worker::Command;
 /// Most paths that are looked at in one turn. The others have theirs later.
 const PATHS_MAX: usize = 256;
 
-/// How often the path to a peer in use is probed. Over IPv6, where routers do not
-/// fragment, it is as long as a narrower path may go unnoticed.
-const PROBE_INTERVAL: Duration = Duration::from_secs(10);
+/// How often the path to a peer in use is probed: once in so long if much is sent
+/// there, and else less often, so that probes are a small part of what is sent.
+const PROBE_INTERVAL_BUSY: Duration = Duration::from_secs(3);
+/// Over IPv6, where routers do not fragment: as long as a narrower path may go
+/// unnoticed while what is too long for it is lost.
+const PROBE_INTERVAL_V6: Duration = Duration::from_secs(10);
+const PROBE_INTERVAL_V4: Duration = Duration::from_secs(600);
+
+/// Bytes sent to a peer since the last probe that make it a busy one.
+const BUSY_BYTES: u64 = 64 << 10;
 
 /// Most paths that are being probed at a time: each takes a descriptor.
 const PROBES_MAX: usize = 64;
@@ -51,13 +58,28 @@ struct Known {
     route: RouteMtu,
     /// What a router on it takes, if that is less than the route says.
     narrow_bytes: Option<u32>,
-    probe_due: Instant,
+    /// When it was probed last, and how many bytes had been sent by then; `None`: it
+    /// is to be probed at once.
+    probed: Option<(Instant, u64)>,
 }
 
 impl Known {
     fn mtu_bytes(&self) -> u32 {
         let route = self.route.mtu_bytes;
         self.narrow_bytes.map_or(route, |narrow| narrow.min(route))
+    }
+
+    /// Whether it is time to probe, after `sent_bytes` to this peer in all.
+    fn is_due(&self, sent_bytes: u64, now: Instant) -> bool {
+        let Some((at, sent_before)) = self.probed else {
+            return true;
+        };
+        let interval = match self.endpoint {
+            _ if sent_bytes.saturating_sub(sent_before) >= BUSY_BYTES => PROBE_INTERVAL_BUSY,
+            SocketAddr::V6(_) => PROBE_INTERVAL_V6,
+            SocketAddr::V4(_) => PROBE_INTERVAL_V4,
+        };
+        now - at >= interval
     }
 }
 
@@ -86,19 +108,19 @@ impl Probe {
 
 impl Paths {
     /// Notes what the route to a peer says.
-    fn set_route(&mut self, hop: NextHop, endpoint: SocketAddr, route: RouteMtu, now: Instant) {
+    fn set_route(&mut self, hop: NextHop, endpoint: SocketAddr, route: RouteMtu) {
         let fresh = Known {
             endpoint,
             route,
             narrow_bytes: None,
-            probe_due: now,
+            probed: None,
         };
         match self.known.get_mut(&hop) {
             Some(known) if known.endpoint == endpoint && known.route == route => return,
             // Another way to the same place may share the narrow part.
             Some(known) if known.endpoint == endpoint => {
                 known.route = route;
-                known.probe_due = now;
+                known.probed = None;
             }
             _ => {
                 self.known.insert(hop, fresh);
@@ -108,15 +130,17 @@ impl Paths {
     }
 
     /// Probes a path if it is time to, with a packet as long as the route takes.
-    fn probe(&mut self, hop: NextHop, listen: IpAddr, now: Instant) {
+    fn probe(&mut self, hop: NextHop, sent_bytes: u64, listen: IpAddr, now: Instant) {
         let Some(known) = self.known.get_mut(&hop) else {
             return;
         };
-        let is_due = !known.route.is_direct && known.probe_due <= now;
-        if !is_due || self.probes.len() >= PROBES_MAX {
+        if known.route.is_direct
+            || !known.is_due(sent_bytes, now)
+            || self.probes.len() >= PROBES_MAX
+        {
             return;
         }
-        known.probe_due = now + PROBE_INTERVAL;
+        known.probed = Some((now, sent_bytes));
         let endpoint = known.endpoint;
         match MtuProbe::open(listen, endpoint) {
             Ok(socket) => {
@@ -225,12 +249,15 @@ impl Running {
             if let Some(heard) = self.heard.get_mut(&hop) {
                 heard.path_used = false;
             }
-            if self.overlay.in_use(hop).is_none() {
+            let Some(peer) = self.overlay.in_use(hop) else {
                 continue;
-            }
+            };
+            let sent = peer.traffic.iter().map(|worker| worker.bytes_sent.get());
+            let sent_bytes = sent.sum();
             if let Ok(Some(route)) = self.netlink.route_mtu(endpoint) {
-                self.paths.set_route(hop, endpoint, route, now);
-                self.paths.probe(hop, self.settled.listen.ip(), now);
+                self.paths.set_route(hop, endpoint, route);
+                let listen = self.settled.listen.ip();
+                self.paths.probe(hop, sent_bytes, listen, now);
                 changed.push(hop);
             }
         }
