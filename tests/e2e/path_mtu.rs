@@ -23,7 +23,12 @@ use crate::underlay::set_mtu;
 
 /// The tests of this file.
 pub fn tests() -> Vec<Test> {
-    vec![("forged_path_mtus", || forged_path_mtus(Underlay::V4))]
+    vec![
+        ("forged_path_mtus", || forged_path_mtus(Underlay::V4)),
+        ("a_path_that_grows_again", || {
+            a_path_that_grows_again(Underlay::V4)
+        }),
+    ]
 }
 
 /// Those that are run once, on the default engine.
@@ -32,10 +37,9 @@ pub fn tests_of_no_engine() -> Vec<Test> {
         ("forged_path_mtus_over_ipv6", || {
             forged_path_mtus(Underlay::V6)
         }),
-        (
-            "long_packets_over_narrow_ipv6",
-            long_packets_over_narrow_ipv6,
-        ),
+        ("a_path_that_grows_again_over_ipv6", || {
+            a_path_that_grows_again(Underlay::V6)
+        }),
     ]
 }
 
@@ -195,23 +199,36 @@ fn near_to_far(near: &Site, far: &Site) -> Result<()> {
     tried("send a datagram", sent.map(drop))
 }
 
-/// IPv6 routers do not fragment: who sends longer packets than the path takes is
-/// told, even if these might be fragmented.
-fn long_packets_over_narrow_ipv6() -> Result<()> {
+/// A router on the way becomes narrow, and wide again.
+fn a_path_that_grows_again(over: Underlay) -> Result<()> {
     const NARROW_BYTES: u32 = 1400;
-    let network = Network::new(Underlay::V6)?;
+    let network = Network::new(over)?;
     let tunnels = network.start()?;
     let (near, far) = (&network.near, &network.far);
+    let (wide_bytes, overhead_bytes) = (network.tunnel_mtu_bytes(), over.overhead_bytes());
     let stream = Stream::start(&near.container, &far.container, inside(2)[0])?;
     stream.wait_for_progress()?;
     network.narrow(NARROW_BYTES)?;
-    let probe = Probe::open(near, far, 0, libc::IP_PMTUDISC_DONT)?;
-    probe.passes(network.tunnel_mtu_bytes())?;
-    let mtu = probe.path_mtu_bytes()?;
-    check(mtu == NARROW_BYTES - Underlay::V6.overhead_bytes(), || {
-        format!("{mtu} bytes")
-    })?;
+    let probe = Probe::open(near, far, 0, libc::IP_PMTUDISC_DO)?;
+    probe.learns(NARROW_BYTES - overhead_bytes, wide_bytes)?;
+    if over == Underlay::V6 {
+        // IPv6 routers do not fragment: also who allows that is told, and does it.
+        let probe = Probe::open(near, far, 0, libc::IP_PMTUDISC_DONT)?;
+        probe.passes(wide_bytes)?;
+    }
+    stream.wait_for_progress()?;
+    network.narrow(MTU_BYTES)?;
+    for family in [0, 1] {
+        let probe = Probe::open(near, far, family, libc::IP_PMTUDISC_PROBE)?;
+        probe.passes(wide_bytes)?;
+    }
     stream.wait_for_progress()?;
     stream.finish()?;
-    tunnels.into_iter().try_for_each(|end| stop(end).map(drop))
+    let mut ended = Vec::new();
+    for tunnel in tunnels {
+        ended.push(stop(tunnel)?);
+    }
+    let said = |words: &str| ended[0].log.contains(words);
+    let told = said("takes 1400 bytes, no longer 1500") && said("takes 1500 bytes, no longer 1400");
+    check(told, || ended[0].log.clone())
 }
