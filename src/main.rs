@@ -3,14 +3,13 @@
 use std::io::Write;
 use std::process::ExitCode;
 
-use clap::Parser;
 use fastvpn::cli::{Cli, Command};
 use fastvpn::config::Config;
 use fastvpn::control::logging;
 use fastvpn::{check, client, demo, tunnel};
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::from_command_line();
     let result = match &cli.command {
         Some(Command::Demo(options)) => demo::run(options.clone()),
         Some(Command::Check(options)) => {

@@ -255,6 +255,18 @@ mod tests {
         }
     }
 
+    /// One that would be taken.
+    #[test]
+    fn a_prefix_is_shown_to_who_writes_something_else() {
+        let words = ["fastvpn", "route", "add", "bogus", "--peer", "10.0.0.1"];
+        let error = Cli::try_parse_from(words).unwrap_err().to_string();
+        let example = error
+            .split("such as ")
+            .nth(1)
+            .and_then(|rest| rest.split_whitespace().next());
+        assert!(parse_route(example.unwrap()).is_ok(), "{error}");
+    }
+
     #[test]
     fn the_socket_is_named_after_the_device() {
         let target = command("stop --tun other0").unwrap().target().clone();

@@ -131,16 +131,16 @@ pub(crate) fn parse_tun_name(text: &str) -> ParseResult<String> {
     Ok(text.to_string())
 }
 
-fn parse_cidr(text: &str) -> ParseResult<IpNet> {
+fn parse_cidr(text: &str, example: &str) -> ParseResult<IpNet> {
     if let Ok(address) = text.parse::<IpAddr>() {
         return Ok(IpNet::from(address));
     }
     text.parse()
-        .map_err(|_| "expected ADDRESS/LENGTH, such as 10.244.2.2/24".to_string())
+        .map_err(|_| format!("expected ADDRESS/LENGTH, such as {example}"))
 }
 
 pub(crate) fn parse_address(text: &str) -> ParseResult<IpNet> {
-    let net = parse_cidr(text)?;
+    let net = parse_cidr(text, "10.244.2.2/24")?;
     let address = net.addr();
     if address.is_unspecified() || address.is_multicast() {
         return Err(format!("{address} is no address of a host"));
@@ -149,7 +149,7 @@ pub(crate) fn parse_address(text: &str) -> ParseResult<IpNet> {
 }
 
 pub(crate) fn parse_route(text: &str) -> ParseResult<IpNet> {
-    checked_route(parse_cidr(text)?)
+    checked_route(parse_cidr(text, "10.244.2.0/24")?)
 }
 
 /// A prefix as it is, unless it is an address with a length.
