@@ -782,7 +782,7 @@ fn what_is_no_socket_is_left_alone() {
 #[test]
 fn only_its_owner_may_connect() {
     let (directory, _) = place();
-    let path = directory.path().join("made/for/it/test.sock");
+    let path = directory.path().join("test.sock");
     let _server = Server::start(&path).unwrap();
     let metadata = fs::symlink_metadata(&path).unwrap();
     assert_eq!(metadata.permissions().mode() & 0o7777, 0o600);
@@ -794,7 +794,11 @@ fn paths_that_cannot_be_are_named() {
     let (directory, path) = place();
     fs::write(&path, "").unwrap();
     for (path, words) in [
-        (path.join("below/a/file.sock"), "cannot make directory"),
+        (path.join("below/a/file.sock"), "not a directory"),
+        (
+            directory.path().join("missing/test.sock"),
+            "missing: no such file or directory",
+        ),
         (
             directory.path().join("x".repeat(150)),
             "cannot open the operators' socket",
@@ -806,6 +810,7 @@ fn paths_that_cannot_be_are_named() {
             "{error}"
         );
     }
+    assert!(!directory.path().join("missing").exists());
 }
 
 /// Of many that start at once, one serves, and nobody takes its name away.

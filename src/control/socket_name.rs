@@ -99,19 +99,30 @@ fn identity(metadata: &fs::Metadata) -> (u64, u64) {
     (metadata.dev(), metadata.ino())
 }
 
-/// Makes the directory of a path if it is missing.
+/// Makes the directory of a path if that is the default one. Any other has to be
+/// there: made for a path with a mistake in it, it would be left behind.
 fn make_directory(path: &Path) -> Result<()> {
     let parent = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
+    let shown = parent.display();
+    if parent != Path::new(CONTROL_DIRECTORY) {
+        return match parent.metadata() {
+            Ok(_) => Ok(()),
+            Err(error) => Err(Error::os(
+                format!("cannot open the control socket in {shown}"),
+                error,
+            )
+            .hint("make the directory, or choose another path with --control")),
+        };
+    }
     DirBuilder::new()
         .recursive(true)
         .mode(0o755)
         .create(parent)
         .map_err(|error| {
-            Error::os(format!("cannot make directory {}", parent.display()), error)
-                .hint(ANOTHER_PATH)
+            Error::os(format!("cannot make directory {shown}"), error).hint(ANOTHER_PATH)
         })
 }
 
