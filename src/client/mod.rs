@@ -117,8 +117,20 @@ pub(crate) fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream>
 /// # Errors
 /// As [`run`].
 pub(crate) fn peers(path: &Path, patience: Duration) -> Result<Peers> {
-    let request = encode(&Request::Peers {})?;
-    let line = Connection::open(path, patience)?.ask(&request)?;
+    answer(&Request::Peers {}, path, patience)
+}
+
+/// The tunnel behind the control socket at `path`, in numbers.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) fn status(path: &Path, patience: Duration) -> Result<Status> {
+    answer(&Request::Status {}, path, patience)
+}
+
+fn answer<T: DeserializeOwned>(request: &Request, path: &Path, patience: Duration) -> Result<T> {
+    let line = Connection::open(path, patience)?.ask(&encode(request)?)?;
+    parse::<Verdict>(&line, path)?.check()?;
     parse(&line, path)
 }
 
@@ -136,11 +148,7 @@ fn perform(
     if command.target().json {
         show(out, |out| writeln!(out, "{}", printable_json(&line)))?;
     }
-    if !verdict.ok {
-        let reason = verdict.error.as_deref();
-        let reason = reason.unwrap_or("the tunnel refuses, and does not say why");
-        return Err(Error::new(printable(reason)));
-    }
+    verdict.check()?;
     if let ClientCommand::Stop(_) = command {
         connection.wait_for_end(patience.end)?;
     }
@@ -165,6 +173,18 @@ fn perform(
 struct Verdict {
     ok: bool,
     error: Option<String>,
+}
+
+impl Verdict {
+    /// Refusals are errors.
+    fn check(&self) -> Result<()> {
+        let reason = self.error.as_deref();
+        let reason = reason.unwrap_or("the tunnel refuses, and does not say why");
+        match self.ok {
+            true => Ok(()),
+            false => Err(Error::new(printable(reason))),
+        }
+    }
 }
 
 fn request(command: &ClientCommand) -> Request {

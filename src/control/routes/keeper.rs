@@ -10,6 +10,7 @@ mod repair;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
@@ -89,6 +90,8 @@ pub struct Parts {
     pub commands: Receiver<Command>,
     /// Counts commands, to wake the thread.
     pub wake: Arc<EventFd>,
+    /// Counts the routes that were added for the owner.
+    pub added: Arc<AtomicUsize>,
 }
 
 /// The thread's state.

@@ -31,9 +31,10 @@ mod tests;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 
-use crossbeam_channel::{Sender, bounded};
+use crossbeam_channel::{Receiver, Sender, bounded};
 use ipnet::IpNet;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
@@ -64,6 +65,7 @@ pub enum AtEnd {
 pub struct RouteKeeper {
     commands: Sender<Command>,
     wake: Arc<EventFd>,
+    added: Arc<AtomicUsize>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -74,11 +76,9 @@ pub struct RouteKeeper {
 /// When one of them is in the way; names prefix and interface. When the kernel
 /// refuses to list its routes.
 pub fn check_free(netlink: &mut Netlink, tun: &str, wanted: &BTreeSet<IpNet>) -> Result<()> {
-    let Some(oif) = netlink.link_index(tun)? else {
-        return Err(Error::new(format!("interface {tun} has disappeared")));
-    };
     let ours = DeviceRoute {
-        oif,
+        // No interface has the number 0.
+        oif: netlink.link_index(tun)?.unwrap_or(0),
         protocol: PROTOCOL,
     };
     let wanted = wanted.iter().map(IpNet::trunc).collect();
@@ -113,6 +113,7 @@ impl RouteKeeper {
         let wake = EventFd::from_value_and_flags(0, flags)
             .map_err(|errno| Error::os("cannot create an event counter", errno.into()))?;
         let wake = Arc::new(wake);
+        let added = Arc::new(AtomicUsize::new(0));
         let (commands, receiver) = bounded(COMMANDS_MAX);
         let ours = DeviceRoute {
             oif,
@@ -127,6 +128,7 @@ impl RouteKeeper {
             changes,
             commands: receiver,
             wake: Arc::clone(&wake),
+            added: Arc::clone(&added),
         };
         let keeper = Keeper::new(parts)?;
         let thread = std::thread::Builder::new()
@@ -136,6 +138,7 @@ impl RouteKeeper {
         Ok(Self {
             commands,
             wake,
+            added,
             thread: Some(thread),
         })
     }
@@ -152,8 +155,22 @@ impl RouteKeeper {
     /// refuses. In all cases the routes are then as before, or, if the kernel
     /// takes no changes at all for a while, as soon as it does.
     pub fn set(&self, wanted: BTreeSet<IpNet>) -> Result<()> {
+        self.begin_set(wanted)?.recv().map_err(|_| ended())?
+    }
+
+    /// As [`set`](Self::set), without waiting: that it is done, or why not, comes
+    /// from the channel.
+    ///
+    /// # Errors
+    /// When the thread has ended.
+    pub fn begin_set(&self, wanted: BTreeSet<IpNet>) -> Result<Receiver<Result<()>>> {
         let wanted = wanted.iter().map(IpNet::trunc).collect();
-        self.ask(|answer| Command::Set { wanted, answer })?
+        self.begin(|answer| Command::Set { wanted, answer })
+    }
+
+    /// How many routes have been added so far, over all changes.
+    pub fn added(&self) -> usize {
+        self.added.load(Ordering::Relaxed)
     }
 
     /// As [`set`](Self::set), for prefixes that another keeper of this process has
@@ -183,13 +200,14 @@ impl RouteKeeper {
         self.end(at_end);
     }
 
-    fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Result<T> {
+    fn begin<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Result<Receiver<T>> {
         let (sender, answer) = bounded(1);
-        let ended = |_| Error::new("the thread that keeps the routes has ended");
-        self.tell(command(sender)).map_err(ended)?;
-        answer
-            .recv()
-            .map_err(|_| Error::new("the thread that keeps the routes has ended"))
+        self.tell(command(sender)).map_err(|()| ended())?;
+        Ok(answer)
+    }
+
+    fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Result<T> {
+        self.begin(command)?.recv().map_err(|_| ended())
     }
 
     fn tell(&self, command: Command) -> std::result::Result<(), ()> {
@@ -214,4 +232,8 @@ impl Drop for RouteKeeper {
     fn drop(&mut self) {
         self.end(AtEnd::Remove);
     }
+}
+
+fn ended() -> Error {
+    Error::new("the thread that keeps the routes has ended")
 }

@@ -85,6 +85,7 @@ impl Host {
             (netlink, watch)
         });
         let parts = Parts {
+            added: Arc::default(),
             netlink,
             watch,
             ours: self.ours,

@@ -4,8 +4,9 @@ use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use crossbeam_channel::{Receiver, never, select, tick};
 use ipnet::IpNet;
 
 use super::{Paths, RETIRED_MAX, Running, ask_routes};
@@ -13,15 +14,19 @@ use crate::config::Config;
 use crate::control::journal::Journal;
 use crate::control::overlay::tunnel_addresses;
 use crate::control::routes::{self, RouteKeeper};
+use crate::control::server::Call;
 use crate::control::workers::Workers;
 use crate::device::link;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::transport::socket;
 use crate::tunnel::host::{HostNews, suspend_inside};
 use crate::tunnel::start::{self, Claimed, Prepared, Suspended};
 use crate::tunnel::takeover::{self, Inherited};
 use crate::tunnel::trouble::Troubles;
 use crate::tunnel::{announce, handover, inherit};
+
+/// How often it is said how far a long start is.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 
 impl Running {
     /// Sets a tunnel up, or takes it over.
@@ -46,6 +51,7 @@ impl Running {
     fn start_fresh(mut prepared: Prepared) -> Result<Self> {
         let (config, settled) = (&prepared.config, &prepared.settled);
         let claimed = start::claim(config, settled, &mut prepared.netlink)?;
+        prepared.set_aside();
         let mut running = Self::ready(prepared, claimed)?;
         match running.open() {
             Ok(()) => Ok(running),
@@ -72,6 +78,7 @@ impl Running {
         let mtu_bytes = prepared.settled.link.mtu_bytes;
         inherit::inherit(&mut prepared.overlay, &manifest, mtu_bytes)?;
         prepared.resolve_now();
+        prepared.set_aside();
         let suspended = std::mem::take(&mut prepared.suspended);
         let (overlay, netlink) = (&mut prepared.overlay, &mut prepared.netlink);
         tell_of_inside(&suspend_inside(overlay, netlink, &prepared.config.tun));
@@ -189,10 +196,29 @@ impl Running {
         let addresses = self.settled.link.addresses.clone();
         let routes = RouteKeeper::start(&self.config.tun, addresses, self.host.sender())?;
         self.routes = Some(routes);
-        self.set_routes(self.kernel_routes(&self.overlay))?;
-        self.check_outside(&self.overlay.clone())?;
         self.serve(None)?;
+        self.set_first_routes()?;
+        self.check_outside(&self.overlay.clone())?;
         announce::announce(self);
+        Ok(())
+    }
+
+    /// Sets the routes. Many take their time: how far it is goes to the log, and
+    /// to whoever asks by the control socket.
+    fn set_first_routes(&mut self) -> Result<()> {
+        let wanted = self.kernel_routes(&self.overlay);
+        let (tun, count) = (&self.config.tun, wanted.len());
+        let routes = self.routes()?;
+        let set = routes.begin_set(wanted.clone())?;
+        let server = self.server.as_ref();
+        let calls = server.map_or_else(never, |server| server.calls().clone());
+        report_until(&set, &calls, &tick(PROGRESS_INTERVAL), || {
+            format!(
+                "{tun} is starting: {} of {count} routes are set",
+                routes.added()
+            )
+        })?;
+        self.routes_kept = wanted;
         Ok(())
     }
 
@@ -248,6 +274,37 @@ impl Running {
     }
 }
 
+/// Waits for an answer. From the first tick on, logs the `progress` at each, and
+/// refuses `calls` with it.
+fn report_until(
+    done: &Receiver<Result<()>>,
+    calls: &Receiver<Call>,
+    ticks: &Receiver<Instant>,
+    progress: impl Fn() -> String,
+) -> Result<()> {
+    let mut refused = never();
+    loop {
+        select! {
+            recv(done) -> result => {
+                return result.unwrap_or_else(|_| Err(Error::new("the routes were not set")));
+            }
+            recv(ticks) -> _ => {
+                tracing::info!("{}", progress());
+                refused = calls.clone();
+            }
+            recv(refused) -> call => match call {
+                Ok(Call::Request(_, reply)) => {
+                    reply.send(Err(Error::new(progress()).hint("try again in a moment")));
+                }
+                Ok(Call::Takeover { .. }) => tracing::warn!(
+                    "another process wants to take over while this one starts: refused"
+                ),
+                Err(_) => refused = never(),
+            },
+        }
+    }
+}
+
 /// Tells of peers to whom nothing will be sent at first.
 fn tell_of_inside(inside: &[SocketAddr]) {
     let until = "through the tunnel itself: nothing is sent there until there is another";
@@ -258,5 +315,38 @@ fn tell_of_inside(inside: &[SocketAddr]) {
             let more = more.len();
             tracing::warn!("the way to peer {peer} (and to {more} more) leads {until}");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crossbeam_channel::bounded;
+
+    use super::*;
+    use crate::client;
+    use crate::control::server::Server;
+
+    /// Nobody who asks has to wait for the end of it.
+    #[test]
+    fn a_long_start_is_reported() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("test.sock");
+        let server = Server::start(&path).unwrap();
+        let (ticks, ticked) = bounded(1);
+        let (done, set) = bounded(1);
+        let asking = std::thread::spawn(move || {
+            ticks.send(Instant::now()).unwrap();
+            let answers = [(); 2].map(|()| client::peers(&path, Duration::from_secs(30)));
+            done.send(Ok(())).unwrap();
+            answers.map(|answer| answer.unwrap_err().to_string())
+        });
+        report_until(&set, server.calls(), &ticked, || "starting: 3 of 9".into()).unwrap();
+        for answer in asking.join().unwrap() {
+            assert!(answer.contains("starting: 3 of 9; try again"), "{answer}");
+        }
+        let (refused, set) = bounded(1);
+        refused.send(Err(Error::new("no room"))).unwrap();
+        let result = report_until(&set, &never(), &never(), String::new);
+        assert_eq!(result.unwrap_err().to_string(), "no room");
     }
 }

@@ -1,6 +1,7 @@
 //! What the owner wants changed.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use ipnet::IpNet;
@@ -10,6 +11,9 @@ use super::{Keeper, RETRY_WAIT, device_if_up, standings, way};
 use crate::device::link::IPV6_MTU_BYTES_MIN;
 use crate::error::{Error, Result};
 use crate::netlink::{Netlink, RouteChange, RouteEntry};
+
+/// Most routes that are added before they are counted.
+const PART_MAX: usize = 1000;
 
 impl Keeper {
     pub(in super::super) fn set(&mut self, wanted: BTreeSet<IpNet>) -> Result<()> {
@@ -80,10 +84,19 @@ impl Keeper {
                 false => RouteChange::Add(prefix),
             })
             .collect();
+        // In parts, so that it shows how far it is.
+        for changes in changes.chunks(PART_MAX) {
+            self.add_part(changes)?;
+            self.parts.added.fetch_add(changes.len(), Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn add_part(&mut self, changes: &[RouteChange]) -> Result<()> {
         let refusals = self
             .parts
             .netlink
-            .change_device_routes(self.parts.ours, &changes)?;
+            .change_device_routes(self.parts.ours, changes)?;
         for (place, error) in refusals {
             match (changes[place], error.errno()) {
                 // Taken down since we looked: they come when it is up.
