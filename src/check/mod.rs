@@ -13,6 +13,7 @@
 //! probed. What might wait runs on a thread that is given up when time is over
 //! (`pending`).
 
+mod config;
 mod ethtool;
 mod host;
 mod interface;
@@ -31,11 +32,12 @@ mod udp;
 mod uring;
 
 use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use self::item::Item;
 use crate::cli::{Endpoint, parse_endpoint};
-use crate::config;
+use crate::config::default_queues;
 
 /// How long all of it may take.
 const TIME_MAX: Duration = Duration::from_millis(1800);
@@ -46,6 +48,9 @@ pub struct CheckOptions {
     /// Also check the way to this host: address or DNS name, port 8285 unless given
     #[arg(long, value_name = "HOST[:PORT]", value_parser = parse_endpoint)]
     pub peer: Option<Endpoint>,
+    /// Also check this configuration file, as a start or a reload would read it
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
     /// Check for this many workers [default: one per core, at most 4]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub queues: Option<u16>,
@@ -76,9 +81,19 @@ fn wants_colour() -> bool {
 /// All items, in the order in which they are shown.
 fn check(options: &CheckOptions) -> Vec<Item> {
     let deadline = Instant::now() + TIME_MAX;
-    let queues = options.queues.unwrap_or_else(config::default_queues);
+    let config = options.config.as_deref().map(config::read);
+    let (config, config_error) = match config.transpose() {
+        Ok(config) => (config, None),
+        Err(error) => (None, Some(error)),
+    };
+    let wanted = names::Wanted::of(config.as_ref());
+    let running = names::running(&wanted);
+    let queues = config.as_ref().map(|config| config.queues);
+    let queues = options.queues.or(queues).unwrap_or_else(default_queues);
+    let config = config.map(|config| pending::start(move || config::probe(config)));
     let peer = options.peer.clone();
-    let peer = peer.map(|endpoint| pending::start(move || peer::probe(&endpoint)));
+    let own = running.as_ref().map(|running| running.index);
+    let peer = peer.map(|endpoint| pending::start(move || peer::probe(&endpoint, own)));
     let rights = rights::probe();
     let may_make_node = rights.has(rights::CAP_MKNOD);
     let node = tun::probe_node();
@@ -111,7 +126,15 @@ fn check(options: &CheckOptions) -> Vec<Item> {
     items.extend(interface::items(&interface));
     items.extend(host::items(&host));
     let has_ipv6_peer = address.is_some_and(|address| address.is_ipv6());
-    items.extend(names::items(&names::probe(has_ipv6_peer)));
+    items.extend(names::items(&names::probe(wanted, running, has_ipv6_peer)));
+    items.extend(config_error.as_ref().map(config::refused));
+    if let Some(config) = config {
+        items.extend(answer(
+            config.until(deadline),
+            config::items,
+            &[config::NAME],
+        ));
+    }
     items
 }
 
@@ -142,6 +165,7 @@ mod tests {
     fn names_are_stable_and_occur_once() {
         let mut options = CheckOptions {
             peer: None,
+            config: None,
             queues: Some(1),
             json: false,
         };

@@ -45,7 +45,8 @@ pub struct Facts {
 
 /// Resolves the name, which may take as long as the resolver does, and asks the
 /// kernel for the rest. Nothing is sent to the peer.
-pub fn probe(peer: &Endpoint) -> Facts {
+/// `own`: the device of the tunnel that runs already.
+pub fn probe(peer: &Endpoint, own: Option<u32>) -> Facts {
     let address = path::resolve(&peer.host, peer.port, None).map_err(Reason::from);
     let any = Ipv4Addr::UNSPECIFIED.into();
     let is_host =
@@ -54,7 +55,7 @@ pub fn probe(peer: &Endpoint) -> Facts {
     let discover = |address| path::discover(&mut Netlink::open()?, any, address);
     let path = host.map(|&address| discover(address).map_err(Reason::from));
     let derived = match &path {
-        Some(Ok(path)) => Some(derive(path.local).map_err(Reason::from)),
+        Some(Ok(path)) => Some(derive(path.local, own).map_err(Reason::from)),
         _ => None,
     };
     Facts {
@@ -65,9 +66,9 @@ pub fn probe(peer: &Endpoint) -> Facts {
     }
 }
 
-fn derive(local: IpAddr) -> crate::error::Result<String> {
+fn derive(local: IpAddr, own: Option<u32>) -> crate::error::Result<String> {
     let derived = link::derive_address(local)?;
-    link::check_free(&mut Netlink::open()?, derived)?;
+    link::check_free(&mut Netlink::open()?, derived, own)?;
     Ok(derived.to_string())
 }
 

@@ -189,6 +189,51 @@ fn add_missing(netlink: &mut Netlink, index: u32, addresses: &[IpNet]) -> Result
     missing.try_for_each(|&net| netlink.add_address(index, net))
 }
 
+/// Makes sure that no other interface is in the network of one of the device's
+/// addresses. The kernel has two routes to such a network then, and the one whose
+/// interface goes down and comes up again has lost.
+///
+/// # Errors
+/// Names the address and the interface.
+pub fn check_networks(netlink: &mut Netlink, name: &str, addresses: &[IpNet]) -> Result<()> {
+    let own = netlink.link_index(name)?;
+    let others: Vec<_> = netlink.addresses()?;
+    let others = || others.iter().filter(|(index, _)| Some(*index) != own);
+    // Without a network there is no route; and all interfaces have that of the
+    // link-local ones.
+    let has_network = |net: &&IpNet| match net {
+        IpNet::V4(net) => net.prefix_len() < 32,
+        IpNet::V6(net) => net.prefix_len() < 128 && !net.addr().is_unicast_link_local(),
+    };
+    for address in addresses.iter().filter(has_network) {
+        let network = address.trunc();
+        let mut around = others().filter(|(_, other)| other.contains(&network));
+        let Some((index, other)) = around.clone().find(|(_, net)| net.trunc() == network) else {
+            if let Some((index, other)) = around.next() {
+                let link = link_name(netlink, *index);
+                tracing::warn!(
+                    "the address {address} takes {network} from {link}, which has {other}, into \
+                     the tunnel"
+                );
+            }
+            continue;
+        };
+        let link = link_name(netlink, *index);
+        return Err(Error::new(format!(
+            "the address {address} is in the network of {link}, which has {other}"
+        ))
+        .hint("give the tunnel an --address in a network of its own"));
+    }
+    Ok(())
+}
+
+fn link_name(netlink: &mut Netlink, index: u32) -> String {
+    match netlink.link_by_index(index) {
+        Ok(Some(link)) => link.name,
+        _ => format!("interface {index}"),
+    }
+}
+
 /// Makes sure that datagrams to a peer do not themselves go into the tunnel,
 /// where each would be wrapped again and again.
 ///
@@ -242,7 +287,7 @@ pub fn check_will_be_outside(
         Way::Dropped => false,
         // It is already. What leads there may go with who has the tunnel now; if it
         // stays, or something longer comes, it will be.
-        Way::Route(route) if route.oif == own => {
+        Way::Route(route) if own.is_some() && route.oif == own => {
             let length = Some(route.destination.prefix_len());
             !is_suspended && (route_length >= length || subnet_length >= length)
         }
@@ -289,11 +334,12 @@ pub fn derive_address(underlay: IpAddr) -> Result<Ipv4Net> {
     Ok(Ipv4Net::new_assert(address, OVERLAY.prefix_len()))
 }
 
-/// Makes sure that a derived address hides nothing this host can reach today.
+/// Makes sure that a derived address hides nothing this host can reach today by
+/// other interfaces than `own`.
 ///
 /// # Errors
 /// Names the address or route that overlaps.
-pub fn check_free(netlink: &mut Netlink, derived: Ipv4Net) -> Result<()> {
+pub fn check_free(netlink: &mut Netlink, derived: Ipv4Net, own: Option<u32>) -> Result<()> {
     let network = IpNet::from(derived.trunc());
     let overlaps = |other: &IpNet| {
         other.prefix_len() > 0 && (other.contains(&network) || network.contains(&other.trunc()))
@@ -310,12 +356,13 @@ pub fn check_free(netlink: &mut Netlink, derived: Ipv4Net) -> Result<()> {
         .hint("give this host's tunnel address with --address"))
     };
     for (index, address) in netlink.addresses()? {
-        if overlaps(&address) {
+        if Some(index) != own && overlaps(&address) {
             return clash(format!("the address {address}{}", link_name(Some(index))));
         }
     }
     for route in netlink.routes()? {
-        if overlaps(&route.destination) {
+        let is_own = own.is_some() && route.oif == own;
+        if !is_own && overlaps(&route.destination) {
             return clash(format!(
                 "the route {}{}",
                 route.destination,

@@ -28,6 +28,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
 
 use self::running::{End, Running};
+pub use self::start::rehearse;
 use crate::config::Config;
 use crate::control::summary;
 use crate::error::{Error, Result};
