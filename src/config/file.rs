@@ -36,6 +36,8 @@ pub(super) struct Parsed {
     pub args: TunnelArgs,
     /// Where some of them are.
     pub places: Places,
+    /// It says that there are no peers, rather than nothing of them.
+    pub has_no_peers: bool,
 }
 
 /// `FILE:LINE:COLUMN` of the settings that are checked only together with the
@@ -102,13 +104,19 @@ fn parse(name: &str, bytes: &[u8]) -> Result<Parsed> {
         no_routes: file.no_routes.as_ref().map(|key| at(key.span().start)),
         cores: file.cores.as_ref().map(|cores| at(cores.span().start)),
     };
-    let spans = PeerSpans::of(&file.peer);
+    let peers = file.peer.as_deref();
+    let has_no_peers = peers.is_some_and(<[_]>::is_empty);
+    let spans = PeerSpans::of(peers.unwrap_or_default());
     let args = TunnelArgs::from(file);
     if let Some(fault) = peers::find_fault(&args.peer) {
         let place = at(spans.of_fault(&fault).start);
         return Err(Error::new(format!("{place}: {}", fault.error)));
     }
-    Ok(Parsed { args, places })
+    Ok(Parsed {
+        args,
+        places,
+        has_no_peers,
+    })
 }
 
 /// A line and a column, both from 1; columns are characters.
@@ -176,8 +184,7 @@ struct File {
     #[serde(default)]
     quiet: bool,
     log_format: Option<Text<LogFormat>>,
-    #[serde(default)]
-    peer: Vec<PeerTable>,
+    peer: Option<Vec<PeerTable>>,
 }
 
 #[derive(serde::Deserialize)]
@@ -203,7 +210,7 @@ impl From<File> for TunnelArgs {
         Self {
             config: None,
             queues: file.queues.map(|n| u16::try_from(n.0).unwrap_or(u16::MAX)),
-            peer: file.peer.into_iter().map(peer).collect(),
+            peer: file.peer.into_iter().flatten().map(peer).collect(),
             listen: file.listen.map(|text| text.0),
             tun: file.tun.map(|text| text.0.0),
             mtu: file.mtu.map(|n| number(n.0)),

@@ -45,6 +45,8 @@ pub struct Config {
     /// The peers, not resolved. No prefix is there twice, no peer either, and
     /// one peer at most is without prefixes.
     pub peers: Vec<PeerSpec>,
+    /// Whether the file says that there are none, by an empty list.
+    has_no_peers: bool,
     /// Address and port to listen on, if given.
     pub listen: Option<Listen>,
     /// Name of the TUN device.
@@ -126,6 +128,7 @@ impl Config {
             config_file: args.config.clone(),
             queues: all.queues.unwrap_or_else(default_queues),
             peers: all.peer,
+            has_no_peers: file.has_no_peers,
             listen: all.listen,
             mtu_bytes: all.mtu,
             addresses: all.address,
@@ -153,9 +156,19 @@ impl Config {
     /// file as it is today.
     ///
     /// # Errors
-    /// As [`Self::from_args`].
+    /// As [`Self::from_args`]; and when there were peers, and the file says nothing
+    /// of any: it is more likely half written, or another one, than meant.
     pub fn reread(&self) -> Result<Self> {
-        Self::from_args(&self.args)
+        let new = Self::from_args(&self.args)?;
+        let file = new.config_file.as_deref().unwrap_or(Path::new(""));
+        match self.peers.len() {
+            count if count > 0 && new.peers.is_empty() && !new.has_no_peers => {
+                let file = file.display();
+                let what = format!("{file} has no peers any more, and {count} would be removed");
+                Err(Error::new(what).hint("if that is meant, write `peer = []`"))
+            }
+            _ => Ok(new),
+        }
     }
 }
 

@@ -63,8 +63,9 @@ pub fn in_order(
 /// The first address that `check` lets pass, or what it says about the first.
 ///
 /// # Errors
-/// When none passes.
+/// When none passes; names the peer.
 pub fn first_usable(
+    name: &Endpoint,
     addresses: Vec<SocketAddr>,
     mut check: impl FnMut(SocketAddr) -> Result<()>,
 ) -> Result<SocketAddr> {
@@ -75,7 +76,13 @@ pub fn first_usable(
             Err(error) => refusal = refusal.or(Some(error)),
         }
     }
-    Err(refusal.unwrap_or_else(|| Error::new("there is no address")))
+    let refusal = refusal.unwrap_or_else(|| Error::new("there is no address"));
+    Err(cannot_use(name, &refusal))
+}
+
+/// That a peer's name resolves, but not to an address that can be used.
+pub fn cannot_use(name: &Endpoint, reason: &Error) -> Error {
+    Error::new(format!("cannot use peer {name}: {reason}"))
 }
 
 /// The names that have to be looked after.
@@ -394,13 +401,15 @@ mod tests {
     fn addresses_that_cannot_be_the_peers_are_passed_over() {
         let all: Vec<SocketAddr> = (1..=3u8).map(|last| ([10, 0, 0, last], 1).into()).collect();
         let refuse = |address: SocketAddr| Err(Error::new(format!("not {address}")));
-        let found = first_usable(all.clone(), |address| match address == all[1] {
+        let found = first_usable(&name("a"), all.clone(), |address| match address == all[1] {
             true => Ok(()),
             false => refuse(address),
         });
         assert_eq!(found.unwrap(), all[1]);
-        let none = first_usable(all, refuse).unwrap_err().to_string();
-        assert_eq!(none, "not 10.0.0.1:1");
+        let none = first_usable(&name("a"), all, refuse)
+            .unwrap_err()
+            .to_string();
+        assert_eq!(none, "cannot use peer a:8285: not 10.0.0.1:1");
     }
 
     #[test]

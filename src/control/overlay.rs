@@ -156,14 +156,23 @@ impl Overlay {
         is_news
     }
 
+    /// This host's addresses, as of [`Self::set_own_addresses`].
+    pub fn own_addresses(&self) -> &BTreeSet<IpAddr> {
+        &self.own
+    }
+
     /// Makes sure that datagrams to `endpoint` do not come back to sockets on
     /// `listen`.
     ///
     /// # Errors
     /// When they would, names it.
     pub fn check_other(&self, listen: SocketAddr, endpoint: SocketAddr) -> Result<()> {
-        let is_same_port = listen.ip().is_unspecified() && listen.port() == endpoint.port();
-        if !is_same_port || !self.own.contains(&endpoint.ip()) {
+        let ip = endpoint.ip();
+        let is_own = match listen.ip().is_unspecified() {
+            true => ip.is_loopback() || self.own.contains(&ip),
+            false => listen.ip() == ip,
+        };
+        if !is_own || listen.port() != endpoint.port() {
             return Ok(());
         }
         let error = Error::new(format!("peer {endpoint} is this host itself"));
@@ -680,6 +689,19 @@ fn traffic(workers: usize) -> Arc<[PeerCounters]> {
 fn two_without_prefixes(one: &Endpoint, other: &Endpoint) -> Error {
     Error::new(format!("both peer {one} and peer {other} have no prefixes"))
         .hint("give one of them the prefixes behind it, as in HOST=10.1.0.0/16")
+}
+
+impl Overlay {
+    /// The longest packet that reaches every peer in one piece, and the peer that
+    /// says so; `None` while no path is known.
+    pub fn smallest_path(&self) -> Option<(usize, SocketAddr)> {
+        let known = self
+            .peers()
+            .filter(|(_, peer)| peer.path_mtu_bytes.is_some());
+        known
+            .filter_map(|(_, peer)| Some((inner_mtu_bytes(peer), peer.endpoint?)))
+            .min()
+    }
 }
 
 /// Longest inner packet that reaches a peer in one piece.

@@ -129,7 +129,16 @@ pub fn local_address(listen: IpAddr, peer: SocketAddr) -> Result<IpAddr> {
         Error::os(format!("cannot reach peer {peer}"), error)
             .hint("check the address and this host's routes")
     };
-    socket.connect(peer).map_err(unreachable)?;
+    socket.connect(peer).map_err(|error| {
+        if listen.is_unspecified() || local_address(any, peer).is_err() {
+            return unreachable(error);
+        }
+        Error::os(
+            format!("cannot reach peer {peer} from the listen address {listen}"),
+            error,
+        )
+        .hint("--listen takes the address of an interface toward the peers, or 0.0.0.0")
+    })?;
     Ok(socket.local_addr().map_err(unreachable)?.ip())
 }
 

@@ -65,6 +65,7 @@ pub fn announce(running: &Running) {
         running.workers().engine()
     );
     lacks(running);
+    warn_of_fragments(running);
     if !running.is_steered {
         tracing::warn!(
             "no eBPF here (CAP_BPF): the TUN driver picks queues; use the same --queues at both ends"
@@ -72,6 +73,19 @@ pub fn announce(running: &Running) {
     }
     if running.server.is_some() {
         tracing::debug!("operators' socket: {}", running.config.control.display());
+    }
+}
+
+/// Warns of an MTU for which packets are sent in fragments.
+pub fn warn_of_fragments(running: &Running) {
+    let mtu_bytes = running.settled.link.mtu_bytes;
+    if let Some((fits, peer)) = running.overlay.smallest_path()
+        && fits < mtu_bytes as usize
+    {
+        tracing::warn!(
+            "the MTU {mtu_bytes} is more than the path to peer {peer} takes: packets of more than \
+             {fits} bytes are sent in fragments, which is slow, and loses all with one"
+        );
     }
 }
 

@@ -7,10 +7,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, at, bounded, never};
+use ipnet::IpNet;
 
 use super::paths::ask_routes;
 use super::running::Running;
-use crate::config::Settled;
 use crate::control::journal::Journal;
 use crate::control::overlay::Overlay;
 use crate::device::link;
@@ -116,10 +116,11 @@ impl HostNews {
     }
 }
 
-/// All addresses of this host, and those that the device has while it is up.
-pub fn own_addresses(netlink: &mut Netlink, settled: &Settled) -> Result<BTreeSet<IpAddr>> {
+/// All addresses of this host, and the `given` ones, which the device has while
+/// it is up.
+pub fn own_addresses(netlink: &mut Netlink, given: &[IpNet]) -> Result<BTreeSet<IpAddr>> {
     let present = netlink.addresses()?.into_iter().map(|(_, net)| net);
-    let given = settled.link.addresses.iter().copied();
+    let given = given.iter().copied();
     Ok(present.chain(given).map(|net| net.addr()).collect())
 }
 
@@ -152,7 +153,7 @@ impl Running {
     /// Looks at this host's addresses and at the ways to all peers.
     pub(super) fn look_at_host(&mut self) {
         let started = Instant::now();
-        let own = own_addresses(&mut self.netlink, &self.settled);
+        let own = own_addresses(&mut self.netlink, &self.settled.link.addresses);
         let has_failed = own.is_err();
         let mut is_news = match own {
             Ok(own) => self.overlay.set_own_addresses(own),

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 
 use super::reload::reload;
 use super::running::{End, Running};
-use super::{announce, handover};
+use super::{announce, handover, reach};
 use crate::cli::parse::{checked_route, parse_endpoint};
 use crate::cli::{Endpoint, PeerSpec};
 use crate::config::check_ipv6_mtu;
@@ -191,6 +191,8 @@ fn check_prefix(prefix: &IpNet) -> Result<()> {
 /// Makes sure that the tunnel can have these prefixes.
 fn check_new_prefixes(running: &Running, prefixes: &[IpNet]) -> Result<()> {
     prefixes.iter().try_for_each(check_prefix)?;
+    let own = running.overlay.own_addresses();
+    reach::check_prefixes(own, prefixes.iter().copied())?;
     check_ipv6_mtu(running.settled.link.mtu_bytes, prefixes.iter().copied())
 }
 

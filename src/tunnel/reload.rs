@@ -6,8 +6,8 @@ use std::collections::BTreeSet;
 use ipnet::IpNet;
 
 use super::running::Running;
-use super::start;
-use crate::config::Config;
+use super::{announce, reach, start};
+use crate::config::{Config, Settled};
 use crate::control::overlay::{Changes, Overlay};
 use crate::control::protocol::{Changed, Reloaded};
 use crate::device::link::{self, LinkConfig};
@@ -44,15 +44,12 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(running: &Running) -> Result<Self> {
+    fn new(running: &mut Running) -> Result<Self> {
         if running.config.config_file.is_none() {
             return Err(Error::new("there is no configuration file to read again")
                 .hint("start fastvpn with --config FILE, or use `fastvpn peer` and `route`"));
         }
         let new = running.config.reread()?;
-        for endpoint in new.peers.iter().filter_map(|spec| spec.endpoint.literal()) {
-            running.check_endpoint(endpoint)?;
-        }
         let mut overlay = running.overlay.clone();
         let changes = overlay.configure(&new.peers)?;
         // What the file leaves open follows from its own peers, also from those
@@ -62,6 +59,13 @@ impl Plan {
         let prefixes = overlay.prefixes().map(|(prefix, ..)| prefix);
         let (old, in_force) = (&running.config, &running.settled);
         let link = new.settle_again(old, in_force, &resolved, prefixes)?;
+        check_host(
+            &mut running.netlink,
+            in_force,
+            &mut overlay,
+            (old, &new),
+            &link,
+        )?;
         let needs_restart = old.needs_restart(&new);
         let report = Reloaded {
             changed: to_changed(changes),
@@ -114,8 +118,45 @@ impl Plan {
             return Err(error);
         }
         running.resolve_again();
+        if running.settled.link.mtu_bytes != old_link.mtu_bytes {
+            announce::warn_of_fragments(running);
+        }
         Ok(self.report)
     }
+}
+
+/// Makes sure that the host, once the device has the addresses of `link` in place
+/// of those `in_force`, is none of its peers.
+fn check_host(
+    netlink: &mut Netlink,
+    in_force: &Settled,
+    overlay: &mut Overlay,
+    (old, new): (&Config, &Config),
+    link: &LinkConfig,
+) -> Result<()> {
+    let device = netlink.link_index(&old.tun)?;
+    let is_replaced =
+        |index: u32, net| Some(index) == device && in_force.link.addresses.contains(net);
+    let present: Vec<_> = netlink.addresses()?;
+    let staying = present
+        .iter()
+        .filter(|(index, net)| !is_replaced(*index, net));
+    let present = present.iter().map(|(_, net)| net.addr()).collect();
+    let own: BTreeSet<_> = link.addresses.iter().map(IpNet::addr).collect();
+    let staying = staying.map(|(_, net)| net.addr());
+    overlay.set_own_addresses(staying.chain(own.iter().copied()).collect());
+    reach::check_addresses(
+        &link.addresses,
+        &present,
+        overlay.peers().map(|(_, peer)| peer),
+    )?;
+    for endpoint in new.peers.iter().filter_map(|spec| spec.endpoint.literal()) {
+        reach::check_configured(in_force.listen, overlay, endpoint)?;
+    }
+    if link.addresses != in_force.link.addresses {
+        link::check_networks(netlink, &old.tun, &link.addresses)?;
+    }
+    reach::check_prefixes(&own, overlay.prefixes().map(|(prefix, ..)| prefix))
 }
 
 /// Keys, other than of peers, that will say something else from now on.

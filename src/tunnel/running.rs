@@ -304,12 +304,7 @@ impl Running {
 
     /// The prefixes that the kernel should route into the tunnel.
     fn kernel_routes(&self, overlay: &Overlay) -> BTreeSet<IpNet> {
-        let mut wanted = match self.config.no_routes {
-            true => Default::default(),
-            false => overlay.kernel_routes(),
-        };
-        wanted.extend(self.config.routes.iter().map(IpNet::trunc));
-        wanted
+        start::kernel_routes(&self.config, overlay)
     }
 
     /// Puts a changed overlay in force, or leaves everything as it was.
@@ -319,7 +314,8 @@ impl Running {
     /// through the tunnel.
     pub(super) fn commit(&mut self, mut next: Overlay) -> Result<()> {
         start::set_literals(&mut next);
-        next.set_own_addresses(own_addresses(&mut self.netlink, &self.settled)?);
+        let given = &self.settled.link.addresses;
+        next.set_own_addresses(own_addresses(&mut self.netlink, given)?);
         ask_routes(&mut next, &mut self.netlink);
         let old_table = Arc::clone(&self.table);
         // Workers first, so that what the kernel sends into the tunnel by a
@@ -408,8 +404,7 @@ impl Running {
         // asked for again until it has another.
         let result = result.and_then(|addresses| {
             let addresses = names::in_order(addresses, old, is_silent);
-            names::first_usable(addresses, |endpoint| self.check_answer(endpoint))
-                .map_err(|error| Error::new(format!("cannot use peer {name}: {error}")))
+            names::first_usable(&name, addresses, |endpoint| self.check_answer(endpoint))
         });
         if !self.names.heard(&name, result.is_ok(), Instant::now()) {
             return;

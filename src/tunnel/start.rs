@@ -1,24 +1,29 @@
 //! The start of a tunnel: names resolved, port and device claimed or taken
 //! over.
 
-use std::collections::{HashMap, HashSet};
-use std::net::SocketAddr;
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
+
 use super::host::{own_addresses, suspend_inside};
-use crate::cli::Endpoint;
+use super::reach;
+use crate::cli::{Endpoint, Listen};
 use crate::client;
 use crate::config::{Config, Settled};
 use crate::control::engine::Engine;
-use crate::control::names::{self, Names};
+use crate::control::names::{self, Answer, Names};
 use crate::control::overlay::{Origin, Overlay, Peer};
+use crate::control::routes;
 use crate::control::workers::Setup;
 use crate::device::{link, tun};
 use crate::error::{Error, Result};
 use crate::netlink::Netlink;
 use crate::packet::coalesce;
 use crate::packet::train::Limits;
+use crate::transport::DEFAULT_PORT;
 use crate::transport::socket::{self, WorkerSockets};
 use crate::worker::table::Table;
 
@@ -72,13 +77,49 @@ pub struct Prepared {
     /// To whom the tunnel that is to be taken over sends nothing.
     pub suspended: Suspended,
     known: Known,
+    /// Peers that cannot be used yet, and why.
+    unusable: Vec<Error>,
 }
 
 impl Prepared {
     /// Gives peers that were added since their addresses.
     pub fn resolve_now(&mut self) {
-        set_known(&mut self.overlay, &self.known);
-        resolve_now(&mut self.overlay, &mut self.names);
+        let listen = self.settled.listen;
+        set_known(&mut self.overlay, &self.known, listen);
+        resolve_now(&mut self.overlay, &mut self.names, listen);
+    }
+
+    /// Takes those addresses of named peers for none that are this host's, or to
+    /// which the tunnel's routes will lead: their names are asked for again.
+    pub fn set_aside(&mut self) {
+        self.find_unusable();
+        for error in self.unusable.drain(..) {
+            tracing::warn!("{error}; trying again");
+        }
+    }
+
+    fn find_unusable(&mut self) {
+        let routes = kernel_routes(&self.config, &self.overlay);
+        let (tun, addresses) = (&self.config.tun, &self.settled.link.addresses);
+        let named: Vec<_> = self
+            .overlay
+            .peers()
+            .filter(|(_, peer)| peer.name.literal().is_none())
+            .filter_map(|(hop, peer)| Some((hop, peer.name.clone(), peer.endpoint?)))
+            .collect();
+        for (hop, name, peer) in named {
+            let is_suspended = self.suspended.contains(&peer);
+            let netlink = &mut self.netlink;
+            let other = self.overlay.check_other(self.settled.listen, peer);
+            let usable = other.and_then(|()| {
+                link::check_will_be_outside(netlink, tun, peer, addresses, &routes, is_suspended)
+            });
+            if let Err(error) = usable {
+                self.overlay.set_endpoint(hop, None);
+                self.names.heard(&name, false, Instant::now());
+                self.unusable.push(names::cannot_use(&name, &error));
+            }
+        }
     }
 
     /// Forgets to whom the way led through a device that goes with a process that
@@ -102,14 +143,15 @@ pub fn prepare(config: Config) -> Result<Prepared> {
         true => ask_predecessor(&config),
         false => Default::default(),
     };
-    let (mut overlay, mut unresolved) = resolve(&config, &mut names, &known)?;
+    let own = own_addresses(&mut netlink, &config.addresses)?;
+    let (mut overlay, mut unresolved) = resolve(&config, &mut names, &known, own)?;
     // The way through the tunnel says nothing of the paths outside.
     let inside = match config.takeover {
         true => suspend_inside(&mut overlay, &mut netlink, &config.tun),
         false => Vec::new(),
     };
     let endpoints = endpoints(&config, &overlay);
-    let settled = config.settle(&endpoints).map_err(|error| {
+    let mut settled = config.settle(&endpoints).map_err(|error| {
         // Why nothing is known of the peers says more than that there is
         // nothing to derive an address from.
         let is_for_lack_of_peers = endpoints.is_empty() && config.addresses.is_empty();
@@ -119,13 +161,23 @@ pub fn prepare(config: Config) -> Result<Prepared> {
             _ => error,
         }
     })?;
-    for error in settled.unreachable.iter().chain(&unresolved) {
-        tracing::warn!("{error}; trying again");
+    let mut unusable = std::mem::take(&mut settled.unreachable);
+    unusable.extend(unresolved);
+    let addresses = &settled.link.addresses;
+    let present = own_addresses(&mut netlink, &[])?;
+    let literal = |peer: &&Peer| peer.name.literal().is_some();
+    let literals = overlay.peers().map(|(_, peer)| peer).filter(literal);
+    reach::check_addresses(addresses, &present, literals)?;
+    if !settled.address_is_derived {
+        link::check_networks(&mut netlink, &config.tun, addresses)?;
     }
-    overlay.set_own_addresses(own_addresses(&mut netlink, &settled)?);
-    for &endpoint in &endpoints {
-        overlay.check_other(settled.listen, endpoint)?;
-    }
+    let own: BTreeSet<_> = addresses.iter().map(IpNet::addr).collect();
+    reach::check_prefixes(&own, overlay.prefixes().map(|(prefix, ..)| prefix))?;
+    overlay.set_own_addresses(present.into_iter().chain(own).collect());
+    let literals = overlay.peers().map(|(_, peer)| peer).filter(literal);
+    literals
+        .filter_map(|peer| peer.endpoint)
+        .try_for_each(|endpoint| overlay.check_other(settled.listen, endpoint))?;
     Ok(Prepared {
         config,
         settled,
@@ -134,7 +186,41 @@ pub fn prepare(config: Config) -> Result<Prepared> {
         names,
         suspended,
         known,
+        unusable,
     })
+}
+
+/// Whether a tunnel could start with this configuration, or a running one take it
+/// over, as far as can be told without changing anything: tells which peers could
+/// not be used.
+///
+/// # Errors
+/// What would keep it from that.
+pub fn rehearse(mut config: Config) -> Result<Vec<Error>> {
+    config.takeover = false;
+    let mut prepared = prepare(config)?;
+    prepared.find_unusable();
+    let Prepared {
+        config,
+        settled,
+        overlay,
+        netlink,
+        unusable,
+        ..
+    } = &mut prepared;
+    let (tun, addresses) = (&config.tun, &settled.link.addresses);
+    if settled.address_is_derived {
+        let own = netlink.link_index(tun)?;
+        check_derived(netlink, settled, own)?;
+    }
+    let routes = kernel_routes(config, overlay);
+    for (_, peer) in overlay.peers() {
+        if let Some(endpoint) = peer.endpoint {
+            link::check_will_be_outside(netlink, tun, endpoint, addresses, &routes, false)?;
+        }
+    }
+    routes::check_free(netlink, tun, &routes)?;
+    Ok(std::mem::take(unusable))
 }
 
 fn way_is_inside(peer: SocketAddr) -> Error {
@@ -170,24 +256,49 @@ pub fn setup(
 }
 
 /// The configured peers, with the addresses of those that are known or whose
-/// names resolve now, and why the others do not.
+/// names resolve now, and why the others do not. `own`: this host's addresses.
 ///
 /// # Errors
 /// When the configuration contradicts itself.
-pub fn resolve(config: &Config, names: &mut Names, known: &Known) -> Result<(Overlay, Vec<Error>)> {
+fn resolve(
+    config: &Config,
+    names: &mut Names,
+    known: &Known,
+    own: BTreeSet<IpAddr>,
+) -> Result<(Overlay, Vec<Error>)> {
     let mut overlay = Overlay::new(0);
     for spec in &config.peers {
         overlay.add_peer(spec, Origin::Config)?;
     }
-    set_known(&mut overlay, known);
-    let failed = resolve_now(&mut overlay, names);
+    overlay.set_own_addresses(own);
+    // Where there are names, sockets are for both IP versions unless it is said
+    // otherwise.
+    let any = Listen {
+        ip: Ipv6Addr::UNSPECIFIED.into(),
+        port: DEFAULT_PORT,
+    };
+    let Listen { ip, port } = config.listen.unwrap_or(any);
+    let listen = SocketAddr::new(ip, port);
+    set_known(&mut overlay, known, listen);
+    let failed = resolve_now(&mut overlay, names, listen);
     Ok((overlay, failed))
+}
+
+/// The prefixes that the kernel should route into the tunnel.
+pub fn kernel_routes(config: &Config, overlay: &Overlay) -> BTreeSet<IpNet> {
+    let mut wanted = match config.no_routes {
+        true => Default::default(),
+        false => overlay.kernel_routes(),
+    };
+    wanted.extend(config.routes.iter().map(IpNet::trunc));
+    wanted
 }
 
 /// Gives peers that have no address yet theirs, as far as names resolve within
 /// a few seconds; tells why the others do not. Names that did not resolve a
-/// moment ago are not waited for again.
-pub fn resolve_now(overlay: &mut Overlay, names: &mut Names) -> Vec<Error> {
+/// moment ago are not waited for again. An address that cannot be a peer's, for
+/// sockets on `listen`, is as good as none.
+fn resolve_now(overlay: &mut Overlay, names: &mut Names, listen: SocketAddr) -> Vec<Error> {
     let now = Instant::now();
     set_literals(overlay);
     let is_named = |peer: &&Peer| peer.name.literal().is_none();
@@ -216,17 +327,23 @@ pub fn resolve_now(overlay: &mut Overlay, names: &mut Names) -> Vec<Error> {
         };
         // One that failed may have been asked for again in the meantime: its
         // answer is not one of those that are still to come.
-        waiting.remove(&answer.name);
-        names.heard(&answer.name, answer.result.is_ok(), Instant::now());
-        failed.retain(|(name, _)| *name != answer.name);
-        match answer.result {
-            Ok(addresses) => {
-                if let Some((hop, peer)) = overlay.find(&answer.name) {
-                    let addresses = names::in_order(addresses, peer.endpoint, false);
-                    overlay.set_endpoint(hop, addresses.first().copied());
-                }
+        let Answer { name, result } = answer;
+        waiting.remove(&name);
+        failed.retain(|(failed, _)| *failed != name);
+        let Some((hop, peer)) = overlay.find(&name) else {
+            continue;
+        };
+        let endpoint = result.and_then(|addresses| {
+            let addresses = names::in_order(addresses, peer.endpoint, false);
+            let check = |endpoint| reach::check_endpoint(listen, overlay, endpoint);
+            names::first_usable(&name, addresses, check)
+        });
+        names.heard(&name, endpoint.is_ok(), Instant::now());
+        match endpoint {
+            Ok(endpoint) => {
+                overlay.set_endpoint(hop, Some(endpoint));
             }
-            Err(error) => failed.push((answer.name, error)),
+            Err(error) => failed.push((name, error)),
         }
     }
     failed.into_iter().map(|(_, error)| error).collect()
@@ -239,11 +356,12 @@ fn no_answer_yet(name: &Endpoint) -> Error {
 
 /// Gives peers the addresses that are known already. Their names are asked for
 /// all the same, but nobody waits for the answers.
-pub fn set_known(overlay: &mut Overlay, known: &Known) {
+fn set_known(overlay: &mut Overlay, known: &Known, listen: SocketAddr) {
     let found: Vec<_> = overlay
         .peers_by_name()
         .filter(|peer| peer.endpoint.is_none())
         .filter_map(|peer| Some((peer.name.clone(), *known.get(&peer.name.to_string())?)))
+        .filter(|(_, endpoint)| overlay.check_other(listen, *endpoint).is_ok())
         .collect();
     for (name, endpoint) in found {
         if let Some((hop, _)) = overlay.find(&name) {
@@ -308,11 +426,7 @@ pub fn claim(config: &Config, settled: &Settled, netlink: &mut Netlink) -> Resul
 
 fn claim_now(config: &Config, settled: &Settled, netlink: &mut Netlink) -> Result<Claimed> {
     if settled.address_is_derived {
-        for address in &settled.link.addresses {
-            if let ipnet::IpNet::V4(address) = address {
-                link::check_free(netlink, *address)?;
-            }
-        }
+        check_derived(netlink, settled, None)?;
     }
     // Sockets first: they fail without a trace when the port is in use.
     let (sockets, udp) = socket::open(settled.listen, config.queues, config.wanted.udp)?;
@@ -324,10 +438,23 @@ fn claim_now(config: &Config, settled: &Settled, netlink: &mut Netlink) -> Resul
     })
 }
 
+/// `own`: the device, if the tunnel has it already.
+fn check_derived(netlink: &mut Netlink, settled: &Settled, own: Option<u32>) -> Result<()> {
+    settled
+        .link
+        .addresses
+        .iter()
+        .try_for_each(|address| match address {
+            IpNet::V4(address) => link::check_free(netlink, *address, own),
+            IpNet::V6(_) => Ok(()),
+        })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::names::Answer;
+
+    const ANY: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), DEFAULT_PORT);
 
     fn name(host: &str) -> Endpoint {
         Endpoint {
@@ -379,7 +506,7 @@ mod tests {
             answers.send(answer("slower", Some("10.1.0.2:1"))).unwrap();
             (first, again)
         });
-        let failed = resolve_now(&mut overlay, &mut names);
+        let failed = resolve_now(&mut overlay, &mut names, ANY);
         let (first, again) = server.join().unwrap();
         assert_eq!(first, ["bad", "slow", "slower"]);
         assert_eq!(again, "bad");
@@ -398,8 +525,8 @@ mod tests {
         let mut overlay = overlay(&["known"]);
         let other = ("other:8285".to_string(), "10.1.0.9:1".parse().unwrap());
         let known = ("known:8285".to_string(), "10.1.0.1:1".parse().unwrap());
-        set_known(&mut overlay, &Known::from([other, known.clone()]));
-        assert!(resolve_now(&mut overlay, &mut names).is_empty());
+        set_known(&mut overlay, &Known::from([other, known.clone()]), ANY);
+        assert!(resolve_now(&mut overlay, &mut names, ANY).is_empty());
         assert_eq!(endpoint(&overlay, "known"), Some(known.1));
         names.tick(Instant::now());
         assert_eq!(asked.try_iter().collect::<Vec<_>>(), [name("known")]);
@@ -412,7 +539,7 @@ mod tests {
         let mut overlay = overlay(&["kept", "moved", "new"]);
         let known =
             ["kept", "moved"].map(|host| (format!("{host}:8285"), "10.1.0.2:1".parse().unwrap()));
-        set_known(&mut overlay, &known.into());
+        set_known(&mut overlay, &known.into(), ANY);
         for (host, addresses) in [
             ("kept", "10.1.0.3:1 10.1.0.1:1 10.1.0.2:1"),
             ("moved", "10.1.0.3:1 10.1.0.1:1"),
@@ -420,7 +547,7 @@ mod tests {
         ] {
             answers.send(answer(host, Some(addresses))).unwrap();
         }
-        assert!(resolve_now(&mut overlay, &mut names).is_empty());
+        assert!(resolve_now(&mut overlay, &mut names, ANY).is_empty());
         for (host, address) in [
             ("kept", "10.1.0.2:1"),
             ("moved", "10.1.0.3:1"),
@@ -441,16 +568,16 @@ mod tests {
         let mut overlay = overlay(&["bad", "good"]);
         answers.send(answer("bad", None)).unwrap();
         answers.send(answer("good", Some("10.1.0.1:1"))).unwrap();
-        assert_eq!(resolve_now(&mut overlay, &mut names).len(), 1);
+        assert_eq!(resolve_now(&mut overlay, &mut names, ANY).len(), 1);
         assert_eq!(asked.try_iter().count(), 2);
-        assert!(resolve_now(&mut overlay, &mut names).is_empty());
+        assert!(resolve_now(&mut overlay, &mut names, ANY).is_empty());
         assert_eq!(asked.try_iter().count(), 0);
         // One that is new is.
         overlay
             .insert_peer(&name("new"), true, &[], Origin::Runtime)
             .unwrap();
         answers.send(answer("new", Some("10.1.0.3:1"))).unwrap();
-        assert!(resolve_now(&mut overlay, &mut names).is_empty());
+        assert!(resolve_now(&mut overlay, &mut names, ANY).is_empty());
         assert_eq!(asked.try_iter().collect::<Vec<_>>(), [name("new")]);
         assert!(endpoint(&overlay, "new").is_some());
     }
@@ -462,7 +589,7 @@ mod tests {
         answers.send(answer("early", Some("10.1.0.1:1"))).unwrap();
         // Nobody will answer any more, which is as good as too late.
         drop(answers);
-        let failed = resolve_now(&mut overlay, &mut names);
+        let failed = resolve_now(&mut overlay, &mut names, ANY);
         let failed: Vec<_> = failed.iter().map(ToString::to_string).collect();
         assert_eq!(failed.len(), 1, "{failed:?}");
         assert!(failed[0].starts_with("cannot resolve peer late: no answer yet"));

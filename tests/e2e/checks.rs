@@ -13,8 +13,9 @@ use serde_json::Value;
 use tun_rs::DeviceBuilder;
 
 use crate::errors::{drop_capabilities, forbid_io_uring, hide_devices};
+use crate::operator::Operator;
 use crate::support::{
-    FASTVPN, Test, UNDERLAY, check, fail, hosts, is_in_user_namespace, link, stop, tried,
+    FASTVPN, Test, UNDERLAY, check, fail, fastvpn, hosts, is_in_user_namespace, link, stop, tried,
     tunnel_between, udp, wait_until,
 };
 use crate::tools::{inventory, nothing_left};
@@ -32,6 +33,8 @@ pub fn tests() -> Vec<Test> {
         ("check_of_the_path_mtu", path_mtu),
         ("check_of_peers_that_cannot_be", peers_that_cannot_be),
         ("check_of_what_is_taken", what_is_taken),
+        ("check_beside_a_running_tunnel", beside_a_running_tunnel),
+        ("check_of_a_file", of_a_file),
         ("check_of_bad_flags", bad_flags),
     ]
 }
@@ -357,11 +360,16 @@ fn peers_that_cannot_be() -> Result<()> {
 
 fn what_is_taken() -> Result<()> {
     let hosts = hosts(1500)?;
-    let ends = tunnel_between(&hosts, &["--queues", "1"])?;
+    // A tunnel that does not answer at the usual path may be anybody's.
+    let operator = Operator::new()?;
+    let socket = operator.socket_text();
+    let flags = format!("--queues 1 --peer {} --control {socket}", UNDERLAY[1]);
+    let tunnel = fastvpn(&hosts.a, &flags)?;
+    operator.wait()?;
     let running = items(&hosts.a, "", 0, nothing)?;
     expect(&running, "UDP port", "degraded", &["in use", "--listen"])?;
     expect(&running, "TUN name", "degraded", &["in use", "--tun"])?;
-    ends.into_iter().try_for_each(|end| stop(end).map(drop))?;
+    stop(tunnel)?;
     // A device that outlives its process; it goes with the namespace.
     let leave_over = || {
         let device = DeviceBuilder::new().name("fastvpn0").build_sync()?;
@@ -372,6 +380,109 @@ fn what_is_taken() -> Result<()> {
     let stale = items(&hosts.a, "", 0, nothing)?;
     expect(&stale, "UDP port", "ok", &[])?;
     expect(&stale, "TUN name", "degraded", &parts)
+}
+
+/// It knows its own: the port, the device, and the address that is derived.
+fn beside_a_running_tunnel() -> Result<()> {
+    let hosts = hosts(1500)?;
+    let ends = tunnel_between(&hosts, &["--queues", "1"])?;
+    let pid = format!("process {}", ends[0].pid());
+    let running = items(&hosts.a, &format!("--peer {}", UNDERLAY[1]), 0, nothing)?;
+    expect(&running, "UDP port", "ok", &["8285", &pid])?;
+    expect(&running, "TUN name", "ok", &["fastvpn0", &pid])?;
+    expect(&running, "tunnel address", "ok", &["10.244.55.122/16"])?;
+    ends.into_iter().try_for_each(|end| stop(end).map(drop))
+}
+
+/// What a start would say of a file, and what a reload would, by the same words.
+fn of_a_file() -> Result<()> {
+    let hosts = hosts(1500)?;
+    let operator = Operator::new()?;
+    let file = |settings: &str, endpoint: &str, prefix: &str| {
+        let peer = format!("[[peer]]\nendpoint = {endpoint:?}\nprefixes = [{prefix:?}]\n");
+        operator.write("fastvpn.toml", &format!("{settings}\n{peer}"))
+    };
+    let good = "address = [\"10.250.0.1/24\"]\nlisten = \"0.0.0.0:9000\"\ntun = \"other0\"";
+    let flags = format!("--config {}", operator.path("fastvpn.toml").display());
+    let socket = operator.socket_text();
+    for is_running in [false, true] {
+        file(good, "10.211.55.123:9000", "172.20.0.0/16")?;
+        let start = format!("{flags} --queues 1 --control {socket}");
+        let tunnel = match is_running {
+            true => Some(fastvpn(&hosts.a, &start)?),
+            false => None,
+        };
+        if is_running {
+            operator.wait()?;
+        }
+        let found = items(&hosts.a, &flags, 0, nothing)?;
+        expect(&found, "configuration", "ok", &["1 peers, 1 prefixes"])?;
+        expect(
+            &found,
+            "UDP port",
+            if is_running { "degraded" } else { "ok" },
+            &["9000"],
+        )?;
+        expect(
+            &found,
+            "TUN name",
+            if is_running { "degraded" } else { "ok" },
+            &["other0"],
+        )?;
+        let index = link(&hosts.a, UNDERLAY_NAME)?.index;
+        let taken = "172.21.0.0/16".parse().map_err(|_| Error::new("bad net"))?;
+        if !is_running {
+            hosts.a.netlink()?.add_route(taken, None, Some(index))?;
+        }
+        for (settings, endpoint, prefix, parts) in [
+            (
+                "mtv = 1",
+                "10.211.55.123",
+                "172.20.0.0/16",
+                ["fastvpn.toml:1:1: ", "mtv"],
+            ),
+            (
+                good,
+                "10.211.55.122:9000",
+                "172.20.0.0/16",
+                ["10.211.55.122", "this host"],
+            ),
+            (
+                good,
+                "10.211.55.123",
+                "172.21.0.0/16",
+                ["172.21.0.0/16", UNDERLAY_NAME],
+            ),
+            (
+                good,
+                "10.211.55.123",
+                "10.211.55.123/32",
+                ["10.211.55.123", "tunnel itself"],
+            ),
+            (
+                "address = [\"10.211.55.9/24\"]",
+                "10.211.55.123",
+                "172.20.0.0/16",
+                ["10.211.55.9/24", UNDERLAY_NAME],
+            ),
+        ] {
+            file(settings, endpoint, prefix)?;
+            let bad = items(&hosts.a, &flags, 1, nothing)?;
+            expect(&bad, "configuration", "missing", &parts)?;
+            if is_running {
+                operator.refuses("reload", &parts)?;
+            }
+        }
+        file(good, "no-such-host.invalid", "172.20.0.0/16")?;
+        let unresolved = items(&hosts.a, &flags, 0, nothing)?;
+        let status = item(&unresolved, "configuration")?["status"].clone();
+        // A name server may take its time.
+        check(status == "degraded" || status == "unknown", || {
+            format!("{unresolved:?}")
+        })?;
+        tunnel.map_or(Ok(()), |tunnel| stop(tunnel).map(drop))?;
+    }
+    Ok(())
 }
 
 fn bad_flags() -> Result<()> {

@@ -132,12 +132,54 @@ fn flags_that_contradict() -> Result<()> {
                 "--mtu 1279 --route fd00:9::/64",
                 &["fd00:9::/64", "1279", "--mtu 1280"],
             ),
+            (
+                "--listen 127.0.0.1",
+                &["10.211.55.123", "listen address 127.0.0.1", "--listen"],
+            ),
+            // The underlay's own network, as the underlay has it.
+            (
+                "--address 10.211.55.200/24",
+                &[
+                    "10.211.55.200/24",
+                    "underlay0",
+                    "10.211.55.122/24",
+                    "--address",
+                ],
+            ),
+            (
+                "--address 10.211.55.122/24",
+                &["10.211.55.122/24", "underlay0"],
+            ),
+            (
+                "--address 10.211.55.123/32",
+                &["10.211.55.123/32", "peer 10.211.55.123:8285", "address"],
+            ),
+            (
+                "--address 10.9.0.1/24 --peer 10.211.55.124=10.9.0.1/32",
+                &["10.9.0.1/32", "own address"],
+            ),
+            (
+                "--address fd00:9::1/64 --peer 10.211.55.124=fd00:9::1/128",
+                &["fd00:9::1/128", "own address"],
+            ),
+            (
+                "--control /tmp/no-such-directory/x.sock",
+                &[
+                    "/tmp/no-such-directory",
+                    "no such file or directory",
+                    "--control",
+                ],
+            ),
             ("--peer 10.211.55.124", &["--peer"]),
             (
                 "--address 10.9.0.1/24 --address 10.9.0.1/24",
                 &["10.9.0.1/24"],
             ),
         ],
+    )?;
+    check(
+        !std::path::Path::new("/tmp/no-such-directory").exists(),
+        || "a directory is left".into(),
     )?;
     // Over an underlay with the smallest MTU for IPv6 it is the tunnel's own.
     let index = link(&hosts.a, "underlay0")?.index;
@@ -172,6 +214,7 @@ fn peers_that_cannot_be() -> Result<()> {
                 &["10.211.55.122", "this host itself"],
             ),
             ("--peer 127.0.0.1", &["127.0.0.1", "this host itself"]),
+            ("--peer 127.0.1.1", &["127.0.1.1", "this host itself"]),
             ("--peer 10.211.55.99", &["10.211.55.99", "this host itself"]),
             ("--peer 0.0.0.0", &["--peer 0.0.0.0"]),
             ("--peer 224.0.0.1", &["--peer 224.0.0.1"]),

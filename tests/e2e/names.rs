@@ -54,6 +54,7 @@ pub fn tests() -> Vec<Test> {
         ("names_added_are_handed_over", names_added_are_handed_over),
         ("a_name_that_never_resolves", a_name_that_never_resolves),
         ("a_name_that_is_no_peers", a_name_that_is_no_peers),
+        ("names_that_are_set_aside", names_that_are_set_aside),
     ]
 }
 
@@ -620,4 +621,76 @@ fn a_name_that_is_no_peers() -> Result<()> {
         check(ended.log.contains(reason), || ended.log.clone())?;
     }
     far.into_iter().try_for_each(|end| stop(end).map(drop))
+}
+
+/// Names that lead to this host or into the tunnel hold up neither the other
+/// peers nor a takeover, and are asked for until they lead elsewhere.
+fn names_that_are_set_aside() -> Result<()> {
+    let network = sites(3)?;
+    let [a, b, c] = &network.all[..] else {
+        return fail("three sites");
+    };
+    let names = NameServer::start(&a.host)?;
+    let bad = [
+        ("loop.example", Ipv4Addr::new(127, 0, 0, 1)),
+        ("debian.example", Ipv4Addr::new(127, 0, 1, 1)),
+        ("own.example", underlay(1)),
+        ("inside.example", Ipv4Addr::new(172, 18, 3, 77)),
+        ("tunnel.example", Ipv4Addr::new(10, 244, 0, 1)),
+        (NAME, Ipv4Addr::LOCALHOST),
+    ];
+    let mut peers = vec![peer(3), named(2)];
+    for ((name, address), number) in bad.into_iter().zip(0..) {
+        names.set(name, address);
+        if name != NAME {
+            peers.push(format!("{name}=172.30.{number}.0/24"));
+        }
+    }
+    let operator = Operator::new()?;
+    let socket = operator.socket_text();
+    let set_aside = || -> Result<usize> {
+        let answer = operator.ask("peers")?;
+        let peers = answer["peers"].as_array();
+        Ok(peers.map_or(0, |peers| {
+            peers
+                .iter()
+                .filter(|peer| peer["endpoint"].is_null())
+                .count()
+        }))
+    };
+    let names_each = |log: &str| {
+        bad.iter().all(|(name, address)| {
+            let has = |line: &str| line.contains(name) && line.contains(&address.to_string());
+            log.lines().any(|line| line.contains("WARN") && has(line))
+        })
+    };
+    let old = names.start_tunnel(a, &peers, &["--control", &socket])?;
+    let far = [b.start(&[peer(1)], &[])?, c.start(&[peer(1)], &[])?];
+    wait_for_each_other(a, c)?;
+    operator.wait()?;
+    check(set_aside()? == bad.len(), || "not all are set aside".into())?;
+    let new = names.start_tunnel(a, &peers, &["--takeover", "--control", &socket])?;
+    let ended = old.wait()?;
+    check(
+        ended.status.code() == Some(0) && names_each(&ended.log),
+        || ended.log.clone(),
+    )?;
+    wait_for_each_other(a, c)?;
+    check(set_aside()? == bad.len(), || "not all are set aside".into())?;
+    names.set(NAME, underlay(2));
+    wait_for_each_other(a, b)?;
+    check(set_aside()? == bad.len() - 1, || {
+        "others have changed".into()
+    })?;
+    let ended = stop(new)?;
+    check(names_each(&ended.log), || ended.log.clone())?;
+    far.into_iter().try_for_each(|end| stop(end).map(drop))?;
+    // The only one, without an address: there is nothing to start with, and why.
+    names.set(NAME, Ipv4Addr::LOCALHOST);
+    let ended = names.start_with(a, &[named(2)], &[])?.wait()?;
+    let told = [NAME, "127.0.0.1", "this host itself"];
+    check(
+        ended.status.code() == Some(1) && told.iter().all(|part| ended.log.contains(part)),
+        || ended.log.clone(),
+    )
 }

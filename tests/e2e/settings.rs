@@ -21,6 +21,9 @@ pub fn tests() -> Vec<Test> {
         ("settings_are_reloaded", settings_are_reloaded),
         ("addresses_of_one_subnet", addresses_of_one_subnet),
         ("a_reload_that_fails_late", a_reload_that_fails_late),
+        ("addresses_that_cannot_be", addresses_that_cannot_be),
+        ("a_file_that_loses_its_peers", a_file_that_loses_its_peers),
+        ("an_mtu_for_fragments", an_mtu_for_fragments),
         (
             "a_reload_and_what_operators_added",
             a_reload_and_what_operators_added,
@@ -386,4 +389,94 @@ fn a_reload_that_fails_late() -> Result<()> {
         scene.is_as(&before, &settings)?;
     }
     scene.end().map(drop)
+}
+
+/// An address that would cut the host or one of its peers off is refused before
+/// anything changes; whatever came before it, the good file can be loaded.
+fn addresses_that_cannot_be() -> Result<()> {
+    let scene = Scene::new("", &[])?;
+    let operator = &scene.operator;
+    operator.tell("peer add 10.211.55.201:9000=10.50.0.0/16")?;
+    let before = scene.state()?;
+    for (address, parts) in [
+        (
+            "10.211.55.123/32",
+            ["10.211.55.123/32", "peer 10.211.55.123"],
+        ),
+        (
+            "10.211.55.201/32",
+            ["10.211.55.201/32", "peer 10.211.55.201:9000"],
+        ),
+        ("10.211.55.200/24", ["10.211.55.200/24", UNDERLAY_NAME]),
+        ("10.244.55.123/32", ["10.244.55.123/32", "own address"]),
+    ] {
+        let settings = format!("hop = true\naddress = [{A_ADDRESS:?}, {address:?}]");
+        operator.write(FILE, &text(&settings, ""))?;
+        operator.refuses("reload", &parts)?;
+        scene.is_as(&before, address)?;
+        wait_for(&scene.hosts.a, TUNNEL[1].into())?;
+    }
+    operator.refuses(
+        &format!("route add {A_ADDRESS} --peer 10.211.55.123"),
+        &[A_ADDRESS, "own address"],
+    )?;
+    // A wider prefix is what everybody has.
+    operator.tell("route add 10.244.55.0/24 --peer 10.211.55.123")?;
+    operator.tell("route del 10.244.55.0/24")?;
+    scene.reload("", "")?;
+    scene.is_as(&before, "the good file")?;
+    // Nor does an address by hand, on whatever interface, once it is gone: not
+    // even at once, before the tunnel has taken note of it.
+    let index = link(&scene.hosts.a, UNDERLAY_NAME)?.index;
+    let mut netlink = scene.hosts.a.netlink()?;
+    let stolen = IpNet::new_assert(Ipv4Addr::new(10, 211, 55, 123).into(), 32);
+    netlink.add_address(index, stolen)?;
+    operator.refuses("reload", &["10.211.55.123:8285", "this host itself"])?;
+    netlink.del_address(index, stolen)?;
+    scene.reload("", "")?;
+    scene.is_as(&before, "without the address")?;
+    wait_for(&scene.hosts.a, TUNNEL[1].into())?;
+    scene.end().map(drop)
+}
+
+/// A file that says nothing of peers, such as one that is half written, does not
+/// end all of them; one that says that there are none does.
+fn a_file_that_loses_its_peers() -> Result<()> {
+    let scene = Scene::new("", &[])?;
+    let operator = &scene.operator;
+    let before = scene.state()?;
+    let address = format!("address = [{A_ADDRESS:?}]\n");
+    for file in ["", &address] {
+        operator.write(FILE, file)?;
+        operator.refuses("reload", &[FILE, "1 would be removed", "peer = []"])?;
+        scene.is_as(&before, file)?;
+    }
+    operator.write(FILE, &format!("peer = []\n{address}"))?;
+    has(&operator.ask("reload")?, &[("peers_removed", json!(1))])?;
+    check(operator.routes()?.is_empty(), || "a route is left".into())?;
+    // Where there are none, none can be lost.
+    operator.write(FILE, &address)?;
+    operator.tell("reload")?;
+    scene.reload("", "")?;
+    scene.is_as(&before, "the good file")?;
+    wait_for(&scene.hosts.a, TUNNEL[1].into())?;
+    scene.end().map(drop)
+}
+
+/// An MTU for which the kernel has to fragment works, and is warned of.
+fn an_mtu_for_fragments() -> Result<()> {
+    let scene = Scene::new("mtu = 9000", &[])?;
+    scene.reload("mtu = 1472", "")?;
+    scene.reload("mtu = 1473", "")?;
+    let log = scene.end()?;
+    let warnings = |mtu: &str| {
+        let of = |line: &&str| {
+            line.contains(&format!("MTU {mtu} is more than")) && line.contains("1472")
+        };
+        log.lines().filter(of).count()
+    };
+    check(
+        [warnings("9000"), warnings("1472"), warnings("1473")] == [1, 0, 1],
+        || log.clone(),
+    )
 }
