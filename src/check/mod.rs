@@ -4,7 +4,7 @@
 //! Every area has a file of its own, with a `probe` that finds facts out and
 //! an `items` that says what they mean and touches nothing: `machine`,
 //! `rights`, `limits`, `uring`, `tun`, `udp`, `host`, `peer`,
-//! `interface`, `names`. `item` is what they say and `render` how it is
+//! `interface`, `names`, `config`. `item` is what they say and `render` how it is
 //! shown.
 //!
 //! What can be tried is tried, with the tunnel's own code, in network
