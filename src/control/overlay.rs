@@ -6,6 +6,7 @@
 //! what.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -539,46 +540,48 @@ impl Overlay {
     /// What is different in `new`, in words: peers, and whose those of `prefixes`
     /// are. Of many changes the first few; nothing if there are none.
     pub fn differences(&self, new: &Self, prefixes: impl Iterator<Item = IpNet>) -> String {
-        let gone_from = |old: &Self, new: &Self| -> Vec<String> {
-            let gone = old
-                .names
-                .iter()
-                .filter(|(name, _)| !new.names.contains_key(name));
-            let peers = gone.filter_map(|(_, &hop)| Some(old.peer(hop)?.name.to_string()));
-            peers.collect()
+        let mut named = Vec::new();
+        let mut more = 0;
+        let mut add = |text: &dyn Fn() -> String| match named.len() < DIFFERENCES_NAMED_MAX {
+            true => named.push(text()),
+            false => more += 1,
         };
-        let added = gone_from(new, self).into_iter();
-        let removed = gone_from(self, new).into_iter();
-        let mut all: Vec<String> = added.map(|peer| format!("peer {peer} added")).collect();
-        all.extend(removed.map(|peer| format!("peer {peer} removed")));
-        let name = |peer: Option<&Peer>| peer.map(|peer| peer.name.to_string());
-        let mut compare = |what: &str, before: Option<String>, after: Option<String>| {
-            if before != after {
-                all.push(match (before, after) {
-                    (None, Some(peer)) => format!("{what} given to {peer}"),
-                    (Some(peer), None) => format!("{what} taken from {peer}"),
-                    (before, after) => {
-                        let [before, after] = [before, after].map(Option::unwrap_or_default);
-                        format!("{what} moved from {before} to {after}")
-                    }
-                });
+        for (old, new, verb) in [(new, self, "added"), (self, new, "removed")] {
+            for (key, &hop) in &old.names {
+                if let Some(peer) = old.peer(hop).filter(|_| !new.names.contains_key(key)) {
+                    add(&|| format!("peer {} {verb}", peer.name));
+                }
             }
-        };
-        for prefix in prefixes {
-            let owner = |overlay: &Self| {
-                let behind = overlay.prefixes.get(&prefix.trunc());
-                name(behind.and_then(|behind| overlay.peer(behind.peer)))
-            };
-            compare(&prefix.to_string(), owner(self), owner(new));
         }
-        compare(
-            "the rest",
-            name(self.default_peer()),
-            name(new.default_peer()),
-        );
-        let more = all.len().saturating_sub(DIFFERENCES_NAMED_MAX);
-        all.truncate(DIFFERENCES_NAMED_MAX);
-        let mut words = all.join(", ");
+        let mut compare =
+            |what: &dyn fmt::Display, before: Option<&Peer>, after: Option<&Peer>| match (
+                before.map(|peer| &peer.name),
+                after.map(|peer| &peer.name),
+            ) {
+                (before, after) if before == after => {}
+                (Some(before), Some(after)) => {
+                    add(&|| format!("{what} moved from {before} to {after}"));
+                }
+                (None, Some(peer)) => add(&|| format!("{what} given to {peer}")),
+                (Some(peer), None) => add(&|| format!("{what} taken from {peer}")),
+                (None, None) => {}
+            };
+        let mut last = None;
+        for prefix in prefixes.map(|prefix| prefix.trunc()) {
+            // Requests may be long, and all the same.
+            if last.replace(prefix) == Some(prefix) {
+                continue;
+            }
+            let owner = |overlay: &Self| overlay.prefixes.get(&prefix).map(|behind| behind.peer);
+            let (before, after) = (owner(self), owner(new));
+            compare(
+                &prefix,
+                before.and_then(|hop| self.peer(hop)),
+                after.and_then(|hop| new.peer(hop)),
+            );
+        }
+        compare(&"the rest", self.default_peer(), new.default_peer());
+        let mut words = named.join(", ");
         if more > 0 {
             words += &format!(" and {more} more changes");
         }

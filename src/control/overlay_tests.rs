@@ -423,3 +423,29 @@ proptest::proptest! {
         }
     }
 }
+
+#[test]
+fn differences_are_named_and_many_are_counted() {
+    let old = overlay(&["10.0.0.1=10.1.0.0/16,10.2.0.0/16", "10.0.0.2"]);
+    let new = overlay(&["10.0.0.1=10.2.0.0/16", "10.0.0.3=10.1.0.0/16,10.3.0.0/16"]);
+    let prefixes = || {
+        ["10.1.0.0/16", "10.2.0.0/16", "10.3.0.0/16"]
+            .map(net)
+            .into_iter()
+    };
+    assert_eq!(old.differences(&old, prefixes()), "");
+    assert_eq!(
+        old.differences(&new, prefixes()),
+        "peer 10.0.0.3:8285 added, peer 10.0.0.2:8285 removed, 10.1.0.0/16 moved from \
+         10.0.0.1:8285 to 10.0.0.3:8285, 10.3.0.0/16 given to 10.0.0.3:8285, the rest taken \
+         from 10.0.0.2:8285"
+    );
+    let many: Vec<_> = (0..20)
+        .map(|third| net(&format!("10.9.{third}.0/24")))
+        .collect();
+    let mut more = old.clone();
+    more.add_prefixes(&name("10.0.0.1"), &many, Origin::Runtime, false)
+        .unwrap();
+    let words = old.differences(&more, many.into_iter());
+    assert!(words.ends_with(" and 12 more changes"), "{words}");
+}

@@ -376,7 +376,7 @@ fn the_sockets_default_path() -> Result<()> {
             .map_err(|error| Error::new(format!("{error} in {answer:?}")))?;
         check(status["pid"] == end.pid(), || answer.clone())?;
     }
-    let elsewhere = ask(&hosts.b, &["status"])?;
+    let elsewhere = ask(&hosts.b, &["peers"])?;
     check(elsewhere.status.code() == Some(1), || {
         format!("{elsewhere:?}")
     })?;
