@@ -288,7 +288,9 @@ impl Running {
             // What was refused for its length may pass now.
             self.workers().tell(|| Command::ResetLimits);
         }
-        if before != Some(mtu_bytes) && self.host.journal.admits(now) {
+        // That a path is as wide as its route, where nothing was known of it, is no news.
+        let is_told = before.map_or(is_narrow, |before| before != mtu_bytes);
+        if is_told && self.host.journal.admits(now) {
             let no_longer =
                 before.map_or_else(String::new, |before| format!(", no longer {before}"));
             let endpoint = known.endpoint;
@@ -325,5 +327,62 @@ impl Running {
             );
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn known(endpoint: &str, mtu_bytes: u32) -> Known {
+        let route = RouteMtu {
+            mtu_bytes,
+            is_direct: false,
+        };
+        Known {
+            endpoint: endpoint.parse().unwrap(),
+            route,
+            narrow_bytes: None,
+            probed: None,
+        }
+    }
+
+    #[test]
+    fn a_path_is_probed_by_how_much_is_sent_there() {
+        let start = Instant::now();
+        for (endpoint, rest) in [
+            ("10.0.0.1:1", PROBE_INTERVAL_V4),
+            ("[fd00::1]:1", PROBE_INTERVAL_V6),
+        ] {
+            let mut path = known(endpoint, 1500);
+            assert!(path.is_due(0, start));
+            path.probed = Some((start, 1000));
+            let almost = Duration::from_nanos(1);
+            assert!(!path.is_due(1000 + BUSY_BYTES, start + PROBE_INTERVAL_BUSY - almost));
+            assert!(path.is_due(1000 + BUSY_BYTES, start + PROBE_INTERVAL_BUSY));
+            assert!(!path.is_due(999 + BUSY_BYTES, start + rest - almost));
+            assert!(path.is_due(1000, start + rest));
+        }
+    }
+
+    #[test]
+    fn another_route_is_probed_at_once_and_never_exceeded() {
+        let mut paths = Paths::default();
+        let endpoint = "10.0.0.1:1".parse().unwrap();
+        let mut set = |mtu_bytes: u32, endpoint: SocketAddr| {
+            paths.set_route(7, endpoint, known("10.0.0.1:1", mtu_bytes).route);
+            let path = paths.known.get_mut(&7).unwrap();
+            let was_probed = path.probed.replace((Instant::now(), 0)).is_some();
+            let mtu_before = path.mtu_bytes();
+            path.narrow_bytes = Some(1400);
+            (was_probed, mtu_before, path.mtu_bytes())
+        };
+        assert_eq!(set(1500, endpoint), (false, 1500, 1400));
+        assert_eq!(set(1500, endpoint), (true, 1400, 1400));
+        assert_eq!(set(1300, endpoint), (false, 1300, 1300));
+        assert_eq!(set(1500, endpoint), (false, 1400, 1400));
+        // Nothing is known of the path to another place.
+        let elsewhere = "10.0.0.2:1".parse().unwrap();
+        assert_eq!(set(1500, elsewhere), (false, 1500, 1400));
     }
 }
