@@ -309,17 +309,22 @@ impl Shared {
             .name("operator".into())
             .stack_size(STACK_BYTES)
             .spawn(move || {
-                shared.converse(stream);
-                shared.open().retain(|(open, _)| *open != id);
+                shared.converse(id, stream);
+                shared.forget(id);
             });
         if spawned.is_err() {
-            self.open().retain(|(open, _)| *open != id);
+            self.forget(id);
         }
         spawned.map(drop)
     }
 
+    /// Leaves a connection to whoever holds its stream.
+    fn forget(&self, id: u64) {
+        self.open().retain(|(open, _)| *open != id);
+    }
+
     /// Requests and answers, until either side has enough.
-    fn converse(&self, mut stream: UnixStream) {
+    fn converse(&self, id: u64, mut stream: UnixStream) {
         let Ok(asker) = Asker::of(&stream) else {
             return;
         };
@@ -341,6 +346,9 @@ impl Shared {
                     // The connection leaves its place among all; so this is
                     // what bounds those that wait for the control thread.
                     if let Some(turn) = self.takeovers.take(Duration::ZERO) {
+                        // Before the control thread has it: this server may end in
+                        // the course of the takeover, and must not close it then.
+                        self.forget(id);
                         let call = Call::Takeover {
                             stream,
                             protocol,

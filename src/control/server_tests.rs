@@ -974,7 +974,17 @@ fn who_takes_over_gets_the_control_thread() {
     let (_directory, path) = place();
     let server = Server::start(&path).unwrap();
     let mut client = Client::new(&path);
+    client.send(b"no request\n");
+    client.is_refused("cannot read the request");
+    // The connection's thread gets no further than to here for a while.
+    let open = server.shared.open();
     client.send(b"{\"command\":\"takeover\",\"protocol\":7}\n");
+    let early = server.calls().recv_timeout(Duration::from_millis(300));
+    assert!(
+        early.is_err(),
+        "the connection is the control thread's, and still the server's to close"
+    );
+    drop(open);
     let Ok(Call::Takeover {
         mut stream,
         protocol,
@@ -984,7 +994,6 @@ fn who_takes_over_gets_the_control_thread() {
         panic!("no call");
     };
     assert_eq!(protocol, 7);
-    wait_until("the server forgets it", || server.shared.open().is_empty());
     server.close(false);
     stream.write_all(b"{\"ok\":true}\n").unwrap();
     assert_eq!(client.line().unwrap()["ok"], true);
