@@ -53,7 +53,7 @@ const LONG_ANSWERS_BYTES_MAX: usize = 64 << 20;
 const DONE_TIME_MAX: Duration = Duration::from_secs(60);
 
 /// How long answers that are under way are waited for at the end.
-const CLOSE_TIME_MAX: Duration = Duration::from_secs(1);
+const CLOSE_TIME_MAX: Duration = Duration::from_secs(3);
 
 /// Pause after a failed `accept(2)`, as when descriptors have run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);

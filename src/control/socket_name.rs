@@ -2,16 +2,18 @@
 //! it, a dead one's is replaced, and nothing is left of it at the end.
 
 use std::ffi::OsString;
-use std::fs::{DirBuilder, File, OpenOptions, Permissions};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use std::{fs, io};
 
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{AtFlags, Flock, FlockArg, OFlag, openat};
+use nix::sys::stat::{FileStat, Mode, SFlag, fchmod, fstatat};
+use nix::unistd::{UnlinkatFlags, geteuid, unlinkat};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::config::CONTROL_DIRECTORY;
@@ -29,32 +31,80 @@ const OTHERS_MAX: usize = 64;
 
 const ANOTHER_PATH: &str = "choose another path with --control";
 
+/// The socket is its owner's alone.
+const MODE: Mode = Mode::S_IRUSR.union(Mode::S_IWUSR);
+
+/// A name in a directory that is held open. What is looked at and what is removed
+/// are in the same directory, even if the owner of the one above it has put
+/// another in its place.
+struct Entry {
+    directory: File,
+    path: PathBuf,
+}
+
+impl Entry {
+    fn of(path: &Path) -> io::Result<Self> {
+        let directory = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
+            .open(parent(path))?;
+        Ok(Self {
+            directory,
+            path: path.to_path_buf(),
+        })
+    }
+
+    fn name(&self) -> &Path {
+        self.path.file_name().unwrap_or_default().as_ref()
+    }
+
+    /// Of the entry itself, also if it is a symlink.
+    fn status(&self) -> nix::Result<FileStat> {
+        fstatat(&self.directory, self.name(), AtFlags::AT_SYMLINK_NOFOLLOW)
+    }
+
+    /// Device and inode.
+    fn inode(&self) -> Option<(u64, u64)> {
+        let status = self.status().ok()?;
+        Some((status.st_dev, status.st_ino))
+    }
+
+    fn remove(&self) -> nix::Result<()> {
+        unlinkat(&self.directory, self.name(), UnlinkatFlags::NoRemoveDir)
+    }
+}
+
 /// A socket's name. Dropped, it is removed, if it is still that socket's.
 pub struct SocketName {
-    path: PathBuf,
-    /// Device and inode; none once the name is left to somebody else.
+    /// None once the name is left to somebody else.
+    entry: Option<Entry>,
     inode: Option<(u64, u64)>,
 }
 
 impl SocketName {
     /// The name of a socket that is bound to `path`.
     pub fn of_bound(path: &Path) -> Self {
-        Self {
-            path: path.to_path_buf(),
-            inode: inode(path),
-        }
+        Self::of(Entry::of(path).ok())
+    }
+
+    fn of(entry: Option<Entry>) -> Self {
+        let inode = entry.as_ref().and_then(Entry::inode);
+        Self { entry, inode }
     }
 
     /// Leaves the name where it is.
     pub fn leave(&mut self) {
-        self.inode = None;
+        self.entry = None;
     }
 }
 
 impl Drop for SocketName {
     fn drop(&mut self) {
-        if self.inode.is_some() && self.inode == inode(&self.path) {
-            let _ = fs::remove_file(&self.path);
+        if let Some(entry) = &self.entry
+            && self.inode.is_some()
+            && self.inode == entry.inode()
+        {
+            let _ = entry.remove();
         }
     }
 }
@@ -68,20 +118,23 @@ impl Drop for SocketName {
 /// else is there, or it cannot be made.
 pub fn listen(path: &Path, backlog: i32) -> Result<(UnixListener, SocketName)> {
     make_directory(path)?;
-    // Two that start at once must not take each other's for a dead one's.
-    let _lock = StartLock::take(path, LOCK_TIME_MAX)?;
-    remove_stale(path)?;
     let failed = |error| {
         let what = format!("cannot open the operators' socket {}", path.display());
         Error::os(what, error).hint(ANOTHER_PATH)
     };
+    let entry = Entry::of(path).map_err(failed)?;
+    // Two that start at once must not take each other's for a dead one's.
+    let _lock = StartLock::take(path, LOCK_TIME_MAX)?;
+    remove_stale(&entry)?;
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None).map_err(failed)?;
+    // bind(2) gives the name the socket's own mode, less the umask (unix_bind_bsd in
+    // the kernel's net/unix/af_unix.c). chmod(2) would come too late, and would follow
+    // a symlink that has taken the name's place.
+    fchmod(&socket, MODE).map_err(|errno| failed(errno.into()))?;
     let address = SockAddr::unix(path).map_err(failed)?;
     socket.bind(&address).map_err(failed)?;
     // Whatever fails from here on takes the name with it.
-    let name = SocketName::of_bound(path);
-    // Nobody can connect before listen(2).
-    fs::set_permissions(path, Permissions::from_mode(0o600)).map_err(failed)?;
+    let name = SocketName::of(Some(entry));
     socket.listen(backlog).map_err(failed)?;
     if let Some(directory) = path.parent()
         && directory == Path::new(CONTROL_DIRECTORY)
@@ -91,21 +144,17 @@ pub fn listen(path: &Path, backlog: i32) -> Result<(UnixListener, SocketName)> {
     Ok((UnixListener::from(OwnedFd::from(socket)), name))
 }
 
-pub(super) fn inode(path: &Path) -> Option<(u64, u64)> {
-    fs::symlink_metadata(path).ok().as_ref().map(identity)
-}
-
-fn identity(metadata: &fs::Metadata) -> (u64, u64) {
-    (metadata.dev(), metadata.ino())
+fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
 }
 
 /// Makes the directory of a path if that is the default one. Any other has to be
 /// there: made for a path with a mistake in it, it would be left behind.
 fn make_directory(path: &Path) -> Result<()> {
-    let parent = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
+    let parent = parent(path);
     let shown = parent.display();
     if parent != Path::new(CONTROL_DIRECTORY) {
         return match parent.metadata() {
@@ -130,7 +179,7 @@ fn make_directory(path: &Path) -> Result<()> {
 /// which goes with the lock. Not on the directory: anybody who may read that
 /// could hold the lock for ever.
 struct StartLock {
-    path: PathBuf,
+    entry: Entry,
     _file: Flock<File>,
 }
 
@@ -140,16 +189,18 @@ impl StartLock {
         let mut path = OsString::from(socket);
         path.push(".lock");
         let path = PathBuf::from(path);
+        let failed = |error| {
+            let what = format!("cannot lock {}", path.display());
+            Error::os(what, error).hint(ANOTHER_PATH)
+        };
+        let entry = Entry::of(&path).map_err(failed)?;
         let deadline = Instant::now() + time_max;
         loop {
-            match Flock::lock(open_lock_file(&path)?, FlockArg::LockExclusiveNonblock) {
+            match Flock::lock(open_lock_file(&entry)?, FlockArg::LockExclusiveNonblock) {
                 // Who had it before may have removed it since we opened it.
-                Ok(file) if is_at(&file, &path) => return Ok(Self { path, _file: file }),
+                Ok(file) if is_at(&file, &entry) => return Ok(Self { entry, _file: file }),
                 Ok(_) | Err((_, Errno::EWOULDBLOCK)) => {}
-                Err((_, errno)) => {
-                    let what = format!("cannot lock {}", path.display());
-                    return Err(Error::os(what, errno.into()).hint(ANOTHER_PATH));
-                }
+                Err((_, errno)) => return Err(failed(errno.into())),
             }
             if Instant::now() >= deadline {
                 return Err(Error::new(format!(
@@ -167,30 +218,23 @@ impl StartLock {
 impl Drop for StartLock {
     fn drop(&mut self) {
         // Still locked, so that nobody else's is removed.
-        let _ = fs::remove_file(&self.path);
+        let _ = self.entry.remove();
     }
 }
 
 /// Opens a file that nobody else can open, or can have made: in a directory that
 /// all may write to, such as /tmp, somebody may have been there before.
-fn open_lock_file(path: &Path) -> Result<File> {
-    let shown = path.display();
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        // Without waiting for the other end of a pipe.
-        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-        .open(path)
-        .map_err(|error| {
-            Error::os(format!("cannot open the lock file {shown}"), error).hint(ANOTHER_PATH)
-        })?;
+fn open_lock_file(entry: &Entry) -> Result<File> {
+    let shown = entry.path.display();
+    // O_NONBLOCK: without waiting for the other end of a pipe.
+    let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_NOFOLLOW;
+    let flags = flags | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    let file = openat(&entry.directory, entry.name(), flags, MODE).map_err(|errno| {
+        Error::os(format!("cannot open the lock file {shown}"), errno.into()).hint(ANOTHER_PATH)
+    })?;
+    let file = File::from(file);
     let is_private = file.metadata().is_ok_and(|metadata| {
-        metadata.is_file()
-            && metadata.uid() == nix::unistd::geteuid().as_raw()
-            && metadata.mode() & 0o077 == 0
+        metadata.is_file() && metadata.uid() == geteuid().as_raw() && metadata.mode() & 0o077 == 0
     });
     if is_private {
         return Ok(file);
@@ -201,24 +245,25 @@ fn open_lock_file(path: &Path) -> Result<File> {
     )
 }
 
-fn is_at(file: &File, path: &Path) -> bool {
-    let own = file.metadata().ok().as_ref().map(identity);
-    own.is_some() && own == inode(path)
+fn is_at(file: &File, entry: &Entry) -> bool {
+    let own = file.metadata().ok();
+    let own = own.map(|metadata| (metadata.dev(), metadata.ino()));
+    own.is_some() && own == entry.inode()
 }
 
 /// Removes the socket of a process that was killed.
-fn remove_stale(path: &Path) -> Result<()> {
-    let shown = path.display();
-    let Ok(metadata) = fs::symlink_metadata(path) else {
+fn remove_stale(entry: &Entry) -> Result<()> {
+    let shown = entry.path.display();
+    let Ok(status) = entry.status() else {
         return Ok(());
     };
-    if !metadata.file_type().is_socket() {
+    if SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT != SFlag::S_IFSOCK {
         return Err(Error::new(format!(
             "cannot open the operators' socket: {shown} is no socket"
         ))
         .hint("remove it, or choose another path with --control"));
     }
-    match connect_at_once(path) {
+    match connect_at_once(&entry.path) {
         // Too many wait to be let in: someone is there, if slow.
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(Error::new(format!(
             "another fastvpn serves {shown}, and is very busy"
@@ -230,13 +275,17 @@ fn remove_stale(path: &Path) -> Result<()> {
             Err(Error::os(format!("cannot tell who serves {shown}"), error))
         }
         // Root may remove everybody's, but it is not for us to tidy up.
-        Err(_) if metadata.uid() != nix::unistd::geteuid().as_raw() => Err(Error::new(format!(
+        Err(_) if status.st_uid != geteuid().as_raw() => Err(Error::new(format!(
             "the dead socket {shown} is that of another user (number {})",
-            metadata.uid()
+            status.st_uid
         ))
         .hint("remove it, or choose another path with --control")),
-        Err(_) => fs::remove_file(path)
-            .map_err(|error| Error::os(format!("cannot remove the dead socket {shown}"), error)),
+        Err(_) => entry.remove().map_err(|errno| {
+            Error::os(
+                format!("cannot remove the dead socket {shown}"),
+                errno.into(),
+            )
+        }),
     }
 }
 
@@ -272,7 +321,7 @@ fn is_of_namespace(path: &Path) -> bool {
 /// Whether it is a socket of this user's at which nobody listens.
 fn is_dead(path: &Path) -> bool {
     let is_own_socket = fs::symlink_metadata(path).is_ok_and(|metadata| {
-        metadata.file_type().is_socket() && metadata.uid() == nix::unistd::geteuid().as_raw()
+        metadata.file_type().is_socket() && metadata.uid() == geteuid().as_raw()
     });
     let refused = io::ErrorKind::ConnectionRefused;
     is_own_socket && connect_at_once(path).is_err_and(|error| error.kind() == refused)
