@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use socket2::{Domain, SockAddr, Socket, Type};
 
+use crate::control::server::Asker;
 use crate::error::{Error, Result};
 
 /// Longest answer that is read: several times what a tunnel with the most
@@ -54,6 +55,14 @@ impl Connection {
             inode: None,
             patience,
         }
+    }
+
+    /// Makes sure that root or this user listens at the other end.
+    ///
+    /// # Errors
+    /// When somebody else does.
+    pub(super) fn check_user(&self) -> Result<()> {
+        check_user(&self.stream).map_err(|error| refused(&self.path, error))
     }
 
     /// Sends a request, a line, and reads the answer, without its line end.
@@ -225,6 +234,19 @@ pub(super) fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream>
     socket.set_write_timeout(Some(patience))?;
     socket.connect(&SockAddr::unix(path)?)?;
     Ok(UnixStream::from(OwnedFd::from(socket)))
+}
+
+/// See [`Connection::check_user`].
+pub(super) fn check_user(stream: &UnixStream) -> io::Result<()> {
+    let listener = Asker::of(stream)?;
+    if listener.is_trusted() {
+        return Ok(());
+    }
+    let text = format!(
+        "it runs as user {}, neither root nor this user",
+        listener.uid
+    );
+    Err(io::Error::new(io::ErrorKind::PermissionDenied, text))
 }
 
 fn inode(path: &Path) -> Option<(u64, u64)> {

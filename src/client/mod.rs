@@ -106,18 +106,22 @@ fn show_all(found: &[Running], json: bool, out: &mut impl Write) -> Result<()> {
     show(out, |out| out.write_all(text.as_bytes()))
 }
 
-/// Connects to the operators' socket at `path`, and bounds how long that and
-/// later writes may take.
+/// Connects to the control socket at `path` if root or this user listens there, and
+/// bounds how long that and later writes may take.
 pub(crate) fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream> {
-    connection::connect(path, patience)
+    let stream = connection::connect(path, patience)?;
+    connection::check_user(&stream)?;
+    Ok(stream)
 }
 
-/// The peers of the tunnel behind the operators' socket at `path`.
+/// The peers of the tunnel behind the control socket at `path`.
 ///
 /// # Errors
-/// As [`run`].
+/// As [`run`], and when neither root nor this user listens there.
 pub(crate) fn peers(path: &Path, patience: Duration) -> Result<Peers> {
-    answer(&Request::Peers {}, path, patience)
+    let connection = Connection::open(path, patience)?;
+    connection.check_user()?;
+    answer(&Request::Peers {}, connection, path)
 }
 
 /// The tunnel behind the control socket at `path`, in numbers.
@@ -125,11 +129,15 @@ pub(crate) fn peers(path: &Path, patience: Duration) -> Result<Peers> {
 /// # Errors
 /// As [`run`].
 pub(crate) fn status(path: &Path, patience: Duration) -> Result<Status> {
-    answer(&Request::Status {}, path, patience)
+    answer(&Request::Status {}, Connection::open(path, patience)?, path)
 }
 
-fn answer<T: DeserializeOwned>(request: &Request, path: &Path, patience: Duration) -> Result<T> {
-    let line = Connection::open(path, patience)?.ask(&encode(request)?)?;
+fn answer<T: DeserializeOwned>(
+    request: &Request,
+    mut connection: Connection,
+    path: &Path,
+) -> Result<T> {
+    let line = connection.ask(&encode(request)?)?;
     parse::<Verdict>(&line, path)?.check()?;
     parse(&line, path)
 }

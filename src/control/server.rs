@@ -90,7 +90,7 @@ pub struct Asker {
 }
 
 impl Asker {
-    /// Who is at the other end of `stream`.
+    /// Who is at the other end of `stream`: who called connect(2), or listen(2).
     ///
     /// # Errors
     /// When the kernel does not tell.
@@ -100,6 +100,11 @@ impl Asker {
             pid: peer.pid(),
             uid: peer.uid(),
         })
+    }
+
+    /// Whether it is root's, or of the user who runs this process.
+    pub fn is_trusted(self) -> bool {
+        self.uid == 0 || self.uid == nix::unistd::geteuid().as_raw()
     }
 }
 
@@ -292,7 +297,8 @@ impl Shared {
         // Not inherited from the listener, but other systems do.
         stream.set_nonblocking(false)?;
         stream.set_write_timeout(Some(WRITE_TIME_MAX))?;
-        let refusal = if !is_trusted(&stream) {
+        // The socket's mode says so already; unless someone has changed it.
+        let refusal = if !Asker::of(&stream).is_ok_and(Asker::is_trusted) {
             Some("only root and the tunnel's own user may ask")
         } else if self.open().len() >= CONNECTIONS_MAX {
             Some("too many connections")
@@ -458,13 +464,6 @@ fn left(deadline: Instant) -> Duration {
 /// Whether the answer grows with the number of peers or prefixes.
 fn has_long_answer(request: &Request) -> bool {
     matches!(request, Request::Peers {} | Request::RouteList {})
-}
-
-/// Root, or who runs the tunnel. The socket's mode says so already; unless
-/// someone has changed it.
-fn is_trusted(stream: &UnixStream) -> bool {
-    let own = nix::unistd::geteuid().as_raw();
-    Asker::of(stream).is_ok_and(|asker| asker.uid == 0 || asker.uid == own)
 }
 
 /// Cuts a stream into lines of bounded length, each within bounded time.

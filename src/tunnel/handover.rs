@@ -6,7 +6,6 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, OnceLock};
@@ -85,12 +84,12 @@ fn no_descriptors(error: io::Error) -> Error {
         .hint("raise the limit on open files (ulimit -n), or ask for fewer --queues")
 }
 
-/// A successor that is not ready yet. Dropped, it is broken off.
+/// A successor that is not ready yet. Dropped, it is broken off, unless the tunnel is
+/// its by then.
 pub struct Handover {
-    /// The thread's connection.
-    stream: UnixStream,
+    successor: Successor,
     thread: Option<JoinHandle<()>>,
-    ready: Receiver<Result<Successor>>,
+    ready: Receiver<Result<()>>,
     /// The addresses that the successor is about to give the device, or has given
     /// it, once it has said so.
     adding: Arc<OnceLock<Vec<IpNet>>>,
@@ -99,28 +98,30 @@ pub struct Handover {
 }
 
 impl Handover {
-    fn start(running: &mut Running, stream: UnixStream, protocol: u32, turn: Turn) -> Result<Self> {
-        let failed = |error| Error::os("cannot serve a successor", error);
+    fn start(
+        running: &mut Running,
+        successor: Successor,
+        protocol: u32,
+        turn: Turn,
+    ) -> Result<Self> {
+        successor.check(protocol)?;
         let manifest = manifest(running);
         let listener = running.listener()?;
         let descriptors = Arc::clone(running.descriptors());
-        let for_thread = stream.try_clone().map_err(failed)?;
         let (sender, ready) = bounded(1);
         let adding = Arc::new(OnceLock::new());
-        let for_serving = Arc::clone(&adding);
+        let (for_thread, for_serving) = (successor.clone(), Arc::clone(&adding));
         let serve = move || {
             let listener = listener.as_ref().map(AsFd::as_fd);
-            let result = Successor::new(for_thread, protocol).and_then(|successor| {
-                serve(successor, &manifest, &descriptors, listener, &for_serving)
-            });
+            let result = serve(&for_thread, &manifest, &descriptors, listener, &for_serving);
             let _ = sender.send(result);
         };
         let thread = std::thread::Builder::new()
             .name("handover".into())
             .spawn(serve)
-            .map_err(failed)?;
+            .map_err(|error| Error::os("cannot serve a successor", error))?;
         Ok(Self {
-            stream,
+            successor,
             thread: Some(thread),
             ready,
             adding,
@@ -129,14 +130,15 @@ impl Handover {
     }
 
     /// Where it says once that the successor is ready, or has failed.
-    pub fn ready(&self) -> &Receiver<Result<Successor>> {
+    pub fn ready(&self) -> &Receiver<Result<()>> {
         &self.ready
     }
 }
 
 impl Drop for Handover {
     fn drop(&mut self) {
-        let _ = self.stream.shutdown(Shutdown::Both);
+        // Who has taken the tunnel does not listen any more.
+        self.successor.keep();
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -146,19 +148,18 @@ impl Drop for Handover {
 }
 
 fn serve(
-    mut successor: Successor,
+    successor: &Successor,
     manifest: &Manifest,
     descriptors: &[Kept],
     listener: Option<BorrowedFd<'_>>,
     adding: &OnceLock<Vec<IpNet>>,
-) -> Result<Successor> {
+) -> Result<()> {
     let workers = descriptors.iter().map(|kept| WorkerDescriptors {
         queue: kept.queue.as_fd(),
         receive: kept.receive.as_fd(),
         send: kept.send.as_ref().map(AsFd::as_fd),
     });
-    successor.hand_over(manifest, workers, listener, adding)?;
-    Ok(successor)
+    successor.hand_over(manifest, workers, listener, adding)
 }
 
 /// Begins to serve a successor.
@@ -166,9 +167,13 @@ pub fn begin(running: &mut Running, stream: UnixStream, protocol: u32, turn: Tur
     if let Ok(asker) = Asker::of(&stream) {
         tracing::info!("{asker} asks to take over");
     }
-    match Handover::start(running, stream, protocol, turn) {
+    let successor = Successor::new(stream);
+    match Handover::start(running, successor.clone(), protocol, turn) {
         Ok(handover) => running.handover = Some(handover),
-        Err(error) => not_handed_over(&error),
+        Err(error) => {
+            successor.refuse(&error);
+            not_handed_over(&error);
+        }
     }
 }
 
@@ -181,12 +186,14 @@ fn not_handed_over(error: &Error) {
 ///
 /// # Errors
 /// When it cannot.
-pub fn end(running: &mut Running, ready: Result<Successor>) -> Result<Option<End>> {
-    let handover = running.handover.take();
+pub fn end(running: &mut Running, ready: Result<()>) -> Result<Option<End>> {
+    let Some(handover) = running.handover.take() else {
+        return Ok(None);
+    };
     let mut listener = None;
-    let left = ready.and_then(|successor| {
+    let left = ready.and_then(|()| {
         listener = running.listener()?;
-        leave_to(running, successor)
+        leave_to(running, &handover.successor)
     });
     let Err(error) = left else {
         return Ok(Some(End::HandedOver));
@@ -196,15 +203,17 @@ pub fn end(running: &mut Running, ready: Result<Successor>) -> Result<Option<End
         running.resume(listener)?;
         tracing::warn!("carrying on");
     }
-    if let Some(added) = handover.as_ref().and_then(|handover| handover.adding.get()) {
+    if let Some(added) = handover.adding.get() {
         take_back_addresses(running, added);
     }
+    // Now that the tunnel runs: if this process died before it said that it keeps it,
+    // the successor would carry on.
+    drop(handover);
     running.catch_up();
     Ok(None)
 }
 
-fn leave_to(running: &mut Running, mut successor: Successor) -> Result<()> {
-    successor.stopping()?;
+fn leave_to(running: &mut Running, successor: &Successor) -> Result<()> {
     // Who waits is told that there will be no answer.
     running.postponed.clear();
     running.leave();

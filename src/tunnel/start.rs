@@ -30,6 +30,8 @@ use crate::worker::table::Table;
 /// How long, and how often, a killed predecessor's port and device are waited
 /// for. Longer than the kernel takes; short enough for who has mistyped.
 const PREDECESSOR_WAIT_MAX: Duration = Duration::from_secs(1);
+/// The same for one that died while it handed over, on a machine that may be busy.
+const TAKEOVER_WAIT_MAX: Duration = Duration::from_secs(5);
 const PREDECESSOR_WAIT_STEP: Duration = Duration::from_millis(10);
 
 /// How long names have at the start. What does not resolve until then is
@@ -409,7 +411,11 @@ pub struct Claimed {
 /// # Errors
 /// When another has them, or they are not to be had.
 pub fn claim(config: &Config, settled: &Settled, netlink: &mut Netlink) -> Result<Claimed> {
-    let deadline = Instant::now() + PREDECESSOR_WAIT_MAX;
+    let wait_max = match config.takeover {
+        true => TAKEOVER_WAIT_MAX,
+        false => PREDECESSOR_WAIT_MAX,
+    };
+    let deadline = Instant::now() + wait_max;
     loop {
         let name_taken = netlink.link_index(&config.tun)?.is_some();
         match claim_now(config, settled, netlink) {

@@ -10,24 +10,28 @@
 //! 3. The successor makes its workers ready on them. It says which addresses it is
 //!    about to give the device, one line of JSON, and gives it these: who carries
 //!    on if it fails takes them back, and no others. [`Step::Go`].
-//! 4. Predecessor: [`Step::Stopping`], at once. Its workers send what they hold
-//!    and stop. [`Step::Done`], or [`Step::DoneReloadDue`]. Packets wait in the TUN queues and socket
-//!    buffers meanwhile.
+//! 4. The predecessor's workers send what they hold and stop. [`Step::Done`], or
+//!    [`Step::DoneReloadDue`]. Packets wait in the TUN queues and socket buffers
+//!    meanwhile.
 //! 5. Successor: [`Step::Taken`], and its workers start. The predecessor ends
 //!    and leaves everything in place.
 //!
-//! Both have all descriptors from the second step on, so that either can carry
-//! on when the other dies, and the steps say which of them does:
+//! Either side may die at any of these steps, and the other carries on. A process
+//! that lives never just closes the connection: the old one refuses in place of the
+//! manifest, or says [`Step::Kept`]. So, for the new one, an end without a word is
+//! the old one's death.
 //!
-//! - The successor fails before [`Step::Taken`], or is silent for too long: the
-//!   predecessor runs on, or starts its workers again. It settles that by
-//!   closing the connection to what it has not read by then, so that a
-//!   successor that is only late cannot take the tunnel any more, and hears
-//!   [`Step::Kept`].
-//! - The predecessor dies before [`Step::Stopping`]: the successor fails. What
-//!   ended the connection may be that the predecessor runs on.
-//! - The predecessor dies after that, without [`Step::Kept`]: the successor
-//!   carries on. Only what the predecessor's workers held is lost.
+//! - The new process dies before [`Step::Taken`], or is silent for too long: the
+//!   old one runs on, or starts its workers again. It settles that by reading no
+//!   more than what has come by then, so that a new process that is only late
+//!   cannot take the tunnel any more, and hears [`Step::Kept`].
+//! - The old process dies before all descriptors have been sent: what was sent is
+//!   closed, the device goes, and the new process starts afresh, as if there had
+//!   been nobody to take over from.
+//! - The old process dies later: the new one has the device and the sockets, and
+//!   carries on. Only what the old one's workers held is lost.
+//!
+//! After [`Step::Taken`] the new process is the tunnel, as any that runs.
 
 mod predecessor;
 mod successor;
@@ -47,7 +51,7 @@ pub use successor::{Successor, WorkerDescriptors};
 
 /// Version of all this. Processes of different versions do not take over from
 /// each other.
-pub const PROTOCOL: u32 = 3;
+pub const PROTOCOL: u32 = 4;
 
 /// How long either side waits for the other, before it gives up.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -62,15 +66,13 @@ pub enum Step {
     Descriptors = b'f',
     /// The successor has all it needs: stop.
     Go = b'g',
-    /// The predecessor stops.
-    Stopping = b's',
     /// The predecessor has stopped: start.
     Done = b'd',
     /// The same, and that a reload was asked for which is still to be done.
     DoneReloadDue = b'h',
     /// The successor starts: end.
     Taken = b't',
-    /// The predecessor has started again.
+    /// The predecessor runs on, or has started again, or has been told to end.
     Kept = b'k',
 }
 
@@ -125,12 +127,18 @@ pub struct RuntimePeer {
 /// What became of the other side.
 fn in_words(error: io::Error) -> io::Error {
     match error.kind() {
-        io::ErrorKind::UnexpectedEof
-        | io::ErrorKind::BrokenPipe
-        | io::ErrorKind::ConnectionReset => io::Error::other("it has closed the connection"),
+        _ if is_end(&error) => io::Error::other("it has closed the connection"),
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
             io::Error::other("it does not answer")
         }
         _ => error,
     }
+}
+
+/// Whether the other side has closed the connection.
+fn is_end(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+    )
 }

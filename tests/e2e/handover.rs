@@ -1,8 +1,9 @@
 //! Takeovers that do not go as they should: by the wrong configuration, or
 //! because one of the two dies.
 
-use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::net::UnixStream;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
 use fastvpn::error::{Error, Result};
@@ -10,6 +11,7 @@ use fastvpn::tunnel::takeover::PROTOCOL;
 use ipnet::IpNet;
 use nix::sys::signal::Signal;
 use serde_json::json;
+use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::operator::Operator;
 use crate::packets::TUNNEL_NAME;
@@ -59,6 +61,14 @@ pub fn tests_of_control() -> Vec<Test> {
             nobody_waits_for_a_silent_successor,
         ),
     ]
+}
+
+/// Those that need another user.
+pub fn tests_that_need_root() -> Vec<Test> {
+    vec![(
+        "nothing_is_taken_over_from_another_user",
+        nothing_is_taken_over_from_another_user,
+    )]
 }
 
 /// Name of the interface toward the other sites.
@@ -357,9 +367,9 @@ fn successors_that_die_after_the_word() -> Result<()> {
     let index = link(&a.host, TUNNEL_NAME)?.index;
     for (heard, gives_address, is_silent) in [
         ("", true, false),
-        ("s", true, false),
-        ("sd", false, false),
-        ("sd", false, true),
+        ("d", true, false),
+        ("d", false, false),
+        ("d", false, true),
     ] {
         let mut successor = Script::ask(&stage)?;
         successor.get_ready()?;
@@ -476,6 +486,8 @@ fn nobody_waits_for_a_silent_successor() -> Result<()> {
     successor.get_ready()?;
     let asked = Instant::now();
     stop(near)?;
+    // Or it would take the old process for dead, and carry on.
+    successor.hear(b"k")?;
     check(asked.elapsed() < PATIENCE_WITH_SUCCESSORS / 2, || {
         format!("the end took {:?}", asked.elapsed())
     })?;
@@ -485,3 +497,50 @@ fn nobody_waits_for_a_silent_successor() -> Result<()> {
 /// After which a silent successor is given up.
 const PATIENCE_WITH_SUCCESSORS: Duration = Duration::from_secs(10);
 const _: () = assert!(PATIENCE.as_secs() > PATIENCE_WITH_SUCCESSORS.as_secs());
+
+/// Who listens at the socket would give the new process its device and sockets. One who
+/// is neither root nor the new process's user is not asked anything.
+fn nothing_is_taken_over_from_another_user() -> Result<()> {
+    const NOBODY: libc::uid_t = 65534;
+    let stage = Stage::new()?;
+    let path = stage.operator.socket();
+    // The kernel notes who calls listen(2), in a thread of its own here, for which alone
+    // the system call counts.
+    let listen = || {
+        let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+        socket.bind(&SockAddr::unix(&path)?)?;
+        // SAFETY: it takes numbers.
+        let changed = unsafe { libc::syscall(libc::SYS_setresuid, -1, NOBODY, -1) };
+        check_os(changed)?;
+        socket.listen(16)?;
+        Ok(UnixListener::from(OwnedFd::from(socket)))
+    };
+    let listened = std::thread::scope(|scope| scope.spawn(listen).join());
+    let listened = listened.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    let listener = tried("listen as another user", listened)?;
+    let ended = stage.start(&["--takeover"])?.wait()?;
+    let is_refused = ended.status.code() == Some(1)
+        && ended.log.contains("cannot take over from the process at")
+        && ended.log.contains("it runs as user 65534");
+    check(is_refused, || format!("{}:\n{}", ended.status, ended.log))?;
+    // It has come, twice, and said nothing.
+    tried("accept no more", listener.set_nonblocking(true))?;
+    let mut visits = 0;
+    while let Ok((mut stream, _)) = listener.accept() {
+        visits += 1;
+        let mut said = Vec::new();
+        tried("read", stream.read_to_end(&mut said))?;
+        check(said.is_empty(), || String::from_utf8_lossy(&said).into())?;
+    }
+    check(visits > 0, || "nobody has come".into())?;
+    check(link(&stage.near().host, TUNNEL_NAME).is_err(), || {
+        "it has started".into()
+    })
+}
+
+fn check_os(returned: libc::c_long) -> io::Result<()> {
+    match returned {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}

@@ -10,6 +10,7 @@ const TRIALS: &[&str] = &[
     "mixed::a_minute_of_everything",
     "ten_thousand_prefixes_move_under_load",
     "ten_thousand_prefixes_reloaded_under_load",
+    "either_side_killed_twelve_times_at_any_step",
     // With nft.
     "masquerade_and_dnat",
 ];

@@ -22,6 +22,7 @@ mod full_socket;
 mod handover;
 mod hosts;
 mod icmp_error;
+mod killed;
 mod life;
 mod long;
 mod memory;
@@ -95,6 +96,7 @@ fn main() -> ExitCode {
         reload::tests(),
         takeover::tests(),
         handover::tests(),
+        killed::tests(),
         underlay::tests(),
         life::tests(),
     ];
@@ -143,6 +145,12 @@ fn main() -> ExitCode {
     add(Engines::Any, &tuning::tests_that_need_root(), without_ebpf);
     let without_run = support::is_in_user_namespace().then_some("needs root, for /run");
     add(Engines::Any, &trouble::tests_that_need_root(), without_run);
+    let without_users = support::is_in_user_namespace().then_some("needs root, for another user");
+    add(
+        Engines::Any,
+        &handover::tests_that_need_root(),
+        without_users,
+    );
     let unknown = long::unknown(trials.iter().map(Trial::name));
     if !unknown.is_empty() {
         eprintln!("tests/e2e/long.rs names trials that do not exist: {unknown:?}");

@@ -1,6 +1,6 @@
 //! An operator: fastvpn's commands for a running tunnel, and what they answer.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
@@ -159,11 +159,9 @@ impl Operator {
     pub fn request(&self, line: &str) -> Result<Value> {
         let mut stream = self.connect()?;
         let mut answer = String::new();
-        tried("send a request", writeln!(stream, "{line}"))?;
-        tried(
-            "read an answer",
-            BufReader::new(stream).read_line(&mut answer),
-        )?;
+        tried("send a request", in_time(writeln!(stream, "{line}")))?;
+        let read = BufReader::new(stream).read_line(&mut answer);
+        tried("read an answer", in_time(read))?;
         serde_json::from_str(&answer)
             .map_err(|error| Error::new(format!("{line}: {error} in {answer:?}")))
     }
@@ -178,6 +176,14 @@ pub fn connect(path: &Path) -> Result<UnixStream> {
     tried("set a timeout", stream.set_read_timeout(Some(PATIENCE)))?;
     tried("set a timeout", stream.set_write_timeout(Some(PATIENCE)))?;
     Ok(stream)
+}
+
+/// What a socket's timeout is, in words instead of EAGAIN.
+pub fn in_time<T>(result: io::Result<T>) -> io::Result<T> {
+    result.map_err(|error| match error.kind() {
+        io::ErrorKind::WouldBlock => io::Error::other(format!("nothing within {PATIENCE:?}")),
+        _ => error,
+    })
 }
 
 /// Whether a command failed with status 1 and one line with these parts.

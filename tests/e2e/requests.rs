@@ -7,7 +7,7 @@ use fastvpn::error::Result;
 use fastvpn::lab::{rss_bytes, rss_peak_bytes};
 use serde_json::{Value, json};
 
-use crate::operator::Operator;
+use crate::operator::{Operator, in_time};
 use crate::routes::own_routes;
 use crate::site::{peer, sites};
 use crate::support::{Test, check, stop, tried};
@@ -51,10 +51,8 @@ fn all_at_once(operator: &Operator, line: &[u8]) -> Result<Vec<Value>> {
     }
     let answer = |client| {
         let mut line = String::new();
-        tried(
-            "read an answer",
-            BufReader::new(client).read_line(&mut line),
-        )?;
+        let read = BufReader::new(client).read_line(&mut line);
+        tried("read an answer", in_time(read))?;
         Ok(serde_json::from_str(&line).unwrap_or_default())
     };
     clients.into_iter().map(answer).collect()

@@ -41,7 +41,6 @@ impl Running {
         match takeover::ask(&prepared.config.control)? {
             Some(inherited) => Self::take_over(prepared, inherited),
             None => {
-                tracing::info!("there is no running process to take over from");
                 prepared.suspend_nobody();
                 Self::start_fresh(prepared)
             }

@@ -10,8 +10,8 @@ use ipnet::IpNet;
 use serde::Deserialize;
 use socket2::Socket;
 
-use super::wire::{hear, hear_or_end, receive_descriptors, say};
-use super::{Manifest, PATIENCE, PROTOCOL, Step, in_words};
+use super::wire::{hear_or_end, receive_descriptors, say};
+use super::{Manifest, PATIENCE, PROTOCOL, Step, in_words, is_end};
 use crate::client;
 use crate::device::tun::{Queue, Tun};
 use crate::error::{Error, Result};
@@ -53,7 +53,19 @@ impl Predecessor {
     pub fn will_add(&mut self, addresses: &[IpNet]) -> Result<()> {
         let line = serde_json::to_vec(addresses).map_err(|error| failed(error.into()))?;
         let line = [&line[..], b"\n"].concat();
-        self.0.write_all(&line).map_err(failed)
+        self.unless_it_died(|stream| stream.write_all(&line))
+            .map_err(failed)
+    }
+
+    /// Does what only a predecessor that lives has to hear.
+    fn unless_it_died(
+        &mut self,
+        say: impl FnOnce(&mut UnixStream) -> io::Result<()>,
+    ) -> io::Result<()> {
+        match say(&mut self.0) {
+            Err(error) if is_end(&error) => hear_or_end(&self.0).map(drop),
+            result => result,
+        }
     }
 
     /// Lets the predecessor stop; returns when the tunnel is this process's,
@@ -70,11 +82,9 @@ impl Predecessor {
     }
 
     fn try_stop(&mut self) -> io::Result<bool> {
-        let stream = &mut self.0;
-        say(stream, Step::Go)?;
-        hear(stream, Step::Stopping)?;
-        stream.set_read_timeout(Some(STOP_TIME_MAX))?;
-        let is_reload_due = match hear_or_end(stream)? {
+        self.unless_it_died(|stream| say(stream, Step::Go))?;
+        self.0.set_read_timeout(Some(STOP_TIME_MAX))?;
+        let is_reload_due = match hear_or_end(&self.0)? {
             Some(byte) if byte == Step::Done as u8 => false,
             Some(byte) if byte == Step::DoneReloadDue as u8 => true,
             Some(_) => return Err(io::ErrorKind::InvalidData.into()),
@@ -83,22 +93,17 @@ impl Predecessor {
                 return Ok(false);
             }
         };
-        if say(stream, Step::Taken).is_ok() {
-            return Ok(is_reload_due);
-        }
-        // It has died, or did not wait any longer.
-        match hear_or_end(stream)? {
-            None => Ok(is_reload_due),
-            Some(_) => Err(io::Error::other("it did not wait for us any longer")),
-        }
+        // It may have died since, or not have waited any longer.
+        self.unless_it_died(|stream| say(stream, Step::Taken))?;
+        Ok(is_reload_due)
     }
 }
 
 /// Asks the process behind the operators' socket at `path` to hand its tunnel
-/// over. `None`: there is none.
+/// over. `None`: there is none, or none any more.
 ///
 /// # Errors
-/// When it refuses, or does not speak this version.
+/// When it refuses, does not speak this version, or is somebody else's.
 pub fn ask(path: &Path) -> Result<Option<Inherited>> {
     let stream = match client::connect(path, PATIENCE) {
         Ok(stream) => stream,
@@ -108,23 +113,38 @@ pub fn ask(path: &Path) -> Result<Option<Inherited>> {
                 io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
             ) =>
         {
+            tracing::info!("there is no running process to take over from");
             return Ok(None);
         }
         Err(error) => {
-            return Err(Error::os(
-                format!("cannot reach the running process at {}", path.display()),
-                error,
-            ));
+            let what = format!("cannot take over from the process at {}", path.display());
+            return Err(Error::os(what, in_words(error))
+                .hint("--control names another, or start without --takeover"));
         }
     };
-    receive(stream).map(Some)
+    receive_or_outlive(stream)
+}
+
+/// As [`receive`]; `None` if the predecessor died before it had sent everything.
+pub(super) fn receive_or_outlive(stream: UnixStream) -> Result<Option<Inherited>> {
+    match receive(stream) {
+        Err(error) if error.cause().is_some_and(is_end) => {
+            tracing::warn!("the running process died before it handed over; starting afresh");
+            Ok(None)
+        }
+        result => result.map(Some),
+    }
 }
 
 fn failed(error: io::Error) -> Error {
-    Error::os("cannot take over from the running process", in_words(error))
+    let what = "cannot take over from the running process";
+    match is_end(&error) {
+        true => Error::os(what, error),
+        false => Error::os(what, in_words(error)),
+    }
 }
 
-pub(super) fn receive(mut stream: UnixStream) -> Result<Inherited> {
+fn receive(mut stream: UnixStream) -> Result<Inherited> {
     let bounded = |stream: &UnixStream| {
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))
@@ -133,7 +153,7 @@ pub(super) fn receive(mut stream: UnixStream) -> Result<Inherited> {
     let request = format!("{{\"command\":\"takeover\",\"protocol\":{PROTOCOL}}}\n");
     stream.write_all(request.as_bytes()).map_err(failed)?;
     let manifest = read_manifest(&mut stream)?;
-    say(&mut stream, Step::Ready).map_err(failed)?;
+    say(&stream, Step::Ready).map_err(failed)?;
     let mut queues = Vec::new();
     let mut sockets = Vec::new();
     for _ in 0..manifest.workers {

@@ -8,8 +8,8 @@ use std::sync::OnceLock;
 
 use socket2::Socket;
 
-use super::predecessor::receive;
-use super::wire::{hear, say};
+use super::predecessor::receive_or_outlive;
+use super::wire::{hear, say, send_descriptors};
 use super::*;
 
 fn manifest(workers: u16) -> Manifest {
@@ -52,7 +52,8 @@ fn descriptors_change_hands() {
     let predecessor = std::thread::spawn(move || {
         let mut stream = ours;
         asked(&mut stream);
-        let mut successor = Successor::new(stream, PROTOCOL).unwrap();
+        let successor = Successor::new(stream);
+        successor.check(PROTOCOL).unwrap();
         let workers = (0..2).map(|index| WorkerDescriptors {
             queue: listener.as_fd(),
             receive: listener.as_fd(),
@@ -62,11 +63,10 @@ fn descriptors_change_hands() {
         successor
             .hand_over(&manifest(2), workers, Some(listener.as_fd()), &adding)
             .unwrap();
-        successor.stopping().unwrap();
         successor.done(true).unwrap();
         adding.into_inner()
     });
-    let mut inherited = receive(theirs).unwrap();
+    let mut inherited = receive_or_outlive(theirs).unwrap().unwrap();
     assert_eq!(inherited.manifest, manifest(2));
     assert!(inherited.device.offloads.tcp && !inherited.device.offloads.udp);
     assert!(!inherited.udp.segment && inherited.udp.gro);
@@ -91,24 +91,26 @@ fn ready() -> (Successor, Predecessor) {
     for stream in [&ours, &theirs] {
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
     }
-    (Successor(ours), Predecessor(theirs))
+    (Successor::new(ours), Predecessor(theirs))
 }
 
-/// Whatever the predecessor has said before it dies: who has heard that it
-/// stops goes on, who has not does not.
+/// Whatever the old process has said before it dies: who has everything goes on, unless
+/// it was told that the old one does.
 #[test]
 fn a_predecessor_that_dies_is_outlived() {
     for (said, carries_on) in [
-        ("", false),
-        ("s", true),
-        ("sd", true),
-        ("sh", true),
-        ("sk", false),
+        ("", true),
+        ("d", true),
+        ("h", true),
+        ("k", false),
+        ("dk", false),
+        ("x", false),
     ] {
-        let (mut ours, predecessor) = ready();
+        let (ours, predecessor) = ready();
         let successor = std::thread::spawn(move || predecessor.stop());
-        hear(&mut ours.0, Step::Go).unwrap();
-        ours.0.write_all(said.as_bytes()).unwrap();
+        hear(&ours.0, Step::Go).unwrap();
+        ours.0.shutdown(std::net::Shutdown::Read).unwrap();
+        (&*ours.0).write_all(said.as_bytes()).unwrap();
         drop(ours);
         let result = successor.join().unwrap();
         assert_eq!(result.is_ok(), carries_on, "{said:?}: {result:?}");
@@ -119,23 +121,56 @@ fn a_predecessor_that_dies_is_outlived() {
 /// hears that it must not.
 #[test]
 fn a_late_successor_does_not_start() {
-    let (mut ours, mut predecessor) = ready();
-    ours.stopping().unwrap();
+    let (ours, predecessor) = ready();
     let late = ours.done_within(Step::Done, Duration::from_millis(20));
     let error = late.unwrap_err().to_string();
     assert!(error.contains("does not answer"), "{error}");
-    hear(&mut predecessor.0, Step::Stopping).unwrap();
-    hear(&mut predecessor.0, Step::Done).unwrap();
-    assert!(say(&mut predecessor.0, Step::Taken).is_err());
-    hear(&mut predecessor.0, Step::Kept).unwrap();
+    ours.keep();
+    hear(&predecessor.0, Step::Done).unwrap();
+    assert!(say(&predecessor.0, Step::Taken).is_err());
+    let kept = hear(&predecessor.0, Step::Taken).unwrap_err().to_string();
+    assert!(kept.contains("keeps the tunnel"), "{kept}");
     // One that is gone is not waited for, one that has just said so counts.
     let (ours, predecessor) = ready();
     drop(predecessor);
     assert!(ours.done(false).is_err());
-    let (ours, mut predecessor) = ready();
-    say(&mut predecessor.0, Step::Taken).unwrap();
+    let (ours, predecessor) = ready();
+    say(&predecessor.0, Step::Taken).unwrap();
     drop(predecessor);
     ours.done(false).unwrap();
+}
+
+/// How far an old process comes, in steps.
+fn old_process(stream: UnixStream, steps: usize) {
+    let mut stream = stream;
+    asked(&mut stream);
+    let line = serde_json::to_string(&manifest(2)).unwrap() + "\n";
+    let mut wrote = |bytes: &[u8]| stream.write_all(bytes).unwrap();
+    match steps {
+        0 => return,
+        1 => return wrote(&line.as_bytes()[..9]),
+        _ => wrote(line.as_bytes()),
+    }
+    hear(&stream, Step::Ready).unwrap();
+    let any = UdpSocket::bind("127.0.0.1:0").unwrap();
+    for _ in 2..steps {
+        send_descriptors(&stream, [any.as_fd(); 2].into_iter()).unwrap();
+    }
+}
+
+/// Before it has sent everything: what there is of it is closed, and the new process
+/// starts as if there had been nobody.
+#[test]
+fn a_predecessor_that_dies_early_was_never_there() {
+    // The manifest, its end, and three messages with descriptors.
+    const ALL: usize = 5;
+    for steps in 0..=ALL {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let old = std::thread::spawn(move || old_process(ours, steps));
+        let inherited = receive_or_outlive(theirs).unwrap();
+        old.join().unwrap();
+        assert_eq!(inherited.is_some(), steps == ALL, "{steps} steps");
+    }
 }
 
 #[test]
@@ -143,23 +178,36 @@ fn who_fails_changes_nothing() {
     // A successor that goes away when it has seen the manifest.
     let (ours, theirs) = UnixStream::pair().unwrap();
     drop(theirs);
-    let mut successor = Successor::new(ours, PROTOCOL).unwrap();
+    let successor = Successor::new(ours);
     let nobody = std::iter::empty();
     assert!(
         successor
             .hand_over(&manifest(1), nobody, None, &OnceLock::new())
             .is_err()
     );
-    // A predecessor that goes away, talks nonsense, or refuses.
+    // A predecessor that talks nonsense, refuses, or thinks better of it.
+    let whole = serde_json::to_string(&manifest(1)).unwrap() + "\n";
     for (answer, says) in [
-        ("", "closed"),
         ("nonsense\n", "cannot take over"),
         ("{\"ok\":false,\"error\":\"busy\"}\n", "busy"),
+        (&(whole.clone() + "k"), "keeps the tunnel"),
     ] {
-        let (mut ours, theirs) = UnixStream::pair().unwrap();
-        ours.write_all(answer.as_bytes()).unwrap();
-        ours.shutdown(std::net::Shutdown::Write).unwrap();
-        let text = receive(theirs).err().unwrap().to_string();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (manifest, rest) = answer.split_at(answer.find('\n').unwrap() + 1);
+        let old = std::thread::spawn({
+            let (manifest, rest) = (manifest.to_string(), rest.to_string());
+            move || {
+                let mut ours = ours;
+                asked(&mut ours);
+                ours.write_all(manifest.as_bytes()).unwrap();
+                if !rest.is_empty() {
+                    hear(&ours, Step::Ready).unwrap();
+                    ours.write_all(rest.as_bytes()).unwrap();
+                }
+            }
+        });
+        let text = receive_or_outlive(theirs).err().unwrap().to_string();
+        old.join().unwrap();
         assert!(text.contains(says), "{text}");
     }
 }
@@ -167,7 +215,9 @@ fn who_fails_changes_nothing() {
 #[test]
 fn other_versions_are_told_so() {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
-    assert!(Successor::new(ours, PROTOCOL + 1).is_err());
+    let successor = Successor::new(ours);
+    successor.refuse(&successor.check(PROTOCOL + 1).unwrap_err());
+    drop(successor);
     let mut answer = String::new();
     theirs.read_to_string(&mut answer).unwrap();
     assert!(answer.contains("\"ok\":false"), "{answer}");
@@ -178,6 +228,6 @@ fn other_versions_are_told_so() {
     };
     let line = serde_json::to_string(&old).unwrap() + "\n";
     ours.write_all(line.as_bytes()).unwrap();
-    let text = receive(theirs).err().unwrap().to_string();
+    let text = receive_or_outlive(theirs).err().unwrap().to_string();
     assert!(text.contains("another version"), "{text}");
 }

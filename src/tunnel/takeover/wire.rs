@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use nix::cmsg_space;
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, send, sendmsg};
 
-use super::Step;
+use super::{Step, is_end};
 
 /// Longest line of addresses: thousands.
 const ADDRESSES_BYTES_MAX: usize = 256 << 10;
@@ -18,14 +18,14 @@ const ADDRESSES_BYTES_MAX: usize = 256 << 10;
 const DESCRIPTORS_MAX: usize = 3;
 
 /// As [`hear`], within what is left of the time for all of it.
-pub(super) fn hear_until(stream: &mut UnixStream, step: Step, deadline: Instant) -> io::Result<()> {
+pub(super) fn hear_until(stream: &UnixStream, step: Step, deadline: Instant) -> io::Result<()> {
     stream.set_read_timeout(Some(time_left(deadline)?))?;
     hear(stream, step)
 }
 
 /// The line of addresses; byte by byte, as a step may follow it at once.
 pub(super) fn hear_addresses_until(
-    stream: &mut UnixStream,
+    mut stream: &UnixStream,
     deadline: Instant,
 ) -> io::Result<Vec<IpNet>> {
     let mut line = Vec::new();
@@ -43,7 +43,7 @@ pub(super) fn hear_addresses_until(
 
 /// As [`Write::write_all`], however slowly the other side reads.
 pub(super) fn write_all_until(
-    stream: &mut UnixStream,
+    mut stream: &UnixStream,
     mut bytes: &[u8],
     deadline: Instant,
 ) -> io::Result<()> {
@@ -67,35 +67,41 @@ fn time_left(deadline: Instant) -> io::Result<Duration> {
     Ok(left)
 }
 
-pub(super) fn say(stream: &mut UnixStream, step: Step) -> io::Result<()> {
+pub(super) fn say(mut stream: &UnixStream, step: Step) -> io::Result<()> {
     stream.write_all(&[step as u8])
 }
 
-pub(super) fn hear(stream: &mut UnixStream, step: Step) -> io::Result<()> {
-    let mut byte = [0];
-    stream.read_exact(&mut byte)?;
-    if byte == [step as u8] {
-        Ok(())
-    } else {
-        Err(io::ErrorKind::InvalidData.into())
+/// As [`say`], to one who may not read.
+pub(super) fn say_at_once(stream: &UnixStream, step: Step) -> io::Result<()> {
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+    send(stream.as_raw_fd(), &[step as u8], flags)?;
+    Ok(())
+}
+
+pub(super) fn hear(stream: &UnixStream, step: Step) -> io::Result<()> {
+    match hear_or_end(stream)? {
+        Some(byte) if byte == step as u8 => Ok(()),
+        Some(_) => Err(io::ErrorKind::InvalidData.into()),
+        None => Err(io::ErrorKind::UnexpectedEof.into()),
     }
 }
 
 /// The next byte; `None` if the other side has ended.
-pub(super) fn hear_or_end(stream: &mut UnixStream) -> io::Result<Option<u8>> {
+pub(super) fn hear_or_end(mut stream: &UnixStream) -> io::Result<Option<u8>> {
     let mut byte = [0];
     match stream.read_exact(&mut byte) {
-        Ok(()) => Ok(Some(byte[0])),
-        Err(error)
-            if matches!(
-                error.kind(),
-                io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset
-            ) =>
-        {
-            Ok(None)
-        }
+        Ok(()) => not_kept(byte[0]).map(Some),
+        Err(error) if is_end(&error) => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+fn not_kept(byte: u8) -> io::Result<u8> {
+    if byte == Step::Kept as u8 {
+        let text = "it keeps the tunnel, or was told to stop; its log may say more";
+        return Err(io::Error::other(text));
+    }
+    Ok(byte)
 }
 
 pub(super) fn send_descriptors<'a>(
@@ -142,7 +148,7 @@ pub(super) fn receive_descriptors(stream: &UnixStream) -> io::Result<Vec<OwnedFd
     if bytes == 0 {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
-    if byte != [Step::Descriptors as u8] {
+    if not_kept(byte[0])? != Step::Descriptors as u8 {
         return Err(io::ErrorKind::InvalidData.into());
     }
     Ok(received)

@@ -1,0 +1,313 @@
+//! Takeovers in which one of the two is killed, at each step of what they say to each
+//! other: a relay between them, which passes on bytes and descriptors, knows when.
+
+use std::io::{IoSlice, IoSliceMut, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use fastvpn::error::{Error, Result};
+use nix::cmsg_space;
+use nix::sys::signal::Signal;
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use socket2::SockRef;
+
+use crate::operator::connect;
+use crate::packets::TUNNEL_NAME;
+use crate::routes::own_routes;
+use crate::site::{inside, wait_for_each_other};
+use crate::support::{PATIENCE, Test, Tunnel, check, fail, link, stop, tried, wait_until};
+use crate::takeover::{Stage, appearance};
+use crate::tools::Stream;
+
+/// The tests of this file.
+pub fn tests() -> Vec<Test> {
+    vec![
+        ("either_side_killed_at_any_step", either_side_killed),
+        (
+            "either_side_killed_twelve_times_at_any_step",
+            either_side_killed_twelve_times,
+        ),
+        ("taken_over_under_full_load", taken_over_under_full_load),
+    ]
+}
+
+/// What is said, in this order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Step {
+    Request,
+    Manifest,
+    Ready,
+    /// Of the first worker, the second, and the listening socket.
+    Descriptors(u8),
+    Addresses,
+    Go,
+    Done,
+    Taken,
+}
+
+const STEPS: [Step; 10] = [
+    Step::Request,
+    Step::Manifest,
+    Step::Ready,
+    Step::Descriptors(0),
+    Step::Descriptors(1),
+    LAST_DESCRIPTORS,
+    Step::Addresses,
+    Step::Go,
+    Step::Done,
+    Step::Taken,
+];
+
+const LAST_DESCRIPTORS: Step = Step::Descriptors(2);
+
+impl Step {
+    fn is_old_ones(self) -> bool {
+        matches!(self, Self::Manifest | Self::Descriptors(_) | Self::Done)
+    }
+
+    fn is_line(self) -> bool {
+        matches!(self, Self::Request | Self::Manifest | Self::Addresses)
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Victim {
+    Old,
+    New,
+}
+
+/// Bytes, and the descriptors that came with them.
+struct Message {
+    bytes: Vec<u8>,
+    descriptors: Vec<OwnedFd>,
+}
+
+impl Message {
+    fn receive(mut stream: &UnixStream, step: Step) -> Result<Self> {
+        if step.is_line() {
+            let mut bytes = Vec::new();
+            while bytes.last() != Some(&b'\n') {
+                let mut byte = [0];
+                let read = stream.read_exact(&mut byte);
+                tried(&format!("hear {step:?}"), read)?;
+                bytes.extend(byte);
+            }
+            let descriptors = Vec::new();
+            return Ok(Self { bytes, descriptors });
+        }
+        let mut byte = [0];
+        let mut control = cmsg_space!([RawFd; 3]);
+        let mut parts = [IoSliceMut::new(&mut byte)];
+        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+        let fd = stream.as_raw_fd();
+        let received = recvmsg::<()>(fd, &mut parts, Some(&mut control), flags);
+        let message = tried(&format!("hear {step:?}"), received.map_err(Into::into))?;
+        check(message.bytes == 1, || format!("{step:?} does not come"))?;
+        let mut descriptors = Vec::new();
+        let parts = message.cmsgs().map_err(Into::into);
+        for part in tried("read a message", parts)? {
+            if let ControlMessageOwned::ScmRights(received) = part {
+                // SAFETY: the kernel has just made them for us; nobody else knows of them.
+                let owned = |fd| unsafe { OwnedFd::from_raw_fd(fd) };
+                descriptors.extend(received.into_iter().map(owned));
+            }
+        }
+        let bytes = byte.to_vec();
+        Ok(Self { bytes, descriptors })
+    }
+
+    fn send(&self, mut stream: &UnixStream) -> Result<()> {
+        if self.descriptors.is_empty() {
+            return tried("pass a message on", stream.write_all(&self.bytes));
+        }
+        let raw: Vec<_> = self.descriptors.iter().map(AsRawFd::as_raw_fd).collect();
+        let rights = [ControlMessage::ScmRights(&raw)];
+        let parts = [IoSlice::new(&self.bytes)];
+        let (fd, flags) = (stream.as_raw_fd(), MsgFlags::MSG_NOSIGNAL);
+        let sent = sendmsg::<()>(fd, &parts, &rights, flags, None);
+        tried("pass descriptors on", sent.map(drop).map_err(Into::into))
+    }
+}
+
+/// The two ends of what a relay is between.
+struct Relay {
+    old: UnixStream,
+    new: UnixStream,
+    /// What the new process has said already: [`Step::Request`].
+    request: Message,
+}
+
+impl Relay {
+    /// Starts a process that is to take over, and gets between the two.
+    fn start(stage: &Stage) -> Result<(Tunnel, Self)> {
+        let (path, aside) = (stage.operator.socket(), stage.operator.path("aside.sock"));
+        tried("put the socket aside", std::fs::rename(&path, &aside))?;
+        let listener = tried("listen", UnixListener::bind(&path))?;
+        let timeout = SockRef::from(&listener).set_read_timeout(Some(PATIENCE));
+        tried("set a timeout", timeout)?;
+        let process = stage.start(&["--takeover"])?;
+        loop {
+            let (new, _) = tried("wait for the new process", listener.accept())?;
+            tried("set a timeout", new.set_read_timeout(Some(PATIENCE)))?;
+            let request = Message::receive(&new, Step::Request)?;
+            let old = connect(&aside)?;
+            if String::from_utf8_lossy(&request.bytes).contains("takeover") {
+                // Whoever comes now finds the real one, as without a relay.
+                drop(listener);
+                tried("put the socket back", std::fs::rename(&aside, &path))?;
+                return Ok((process, Self { old, new, request }));
+            }
+            // It asks for the peers first, and does not wait long for the answer.
+            request.send(&old)?;
+            let _ = Message::receive(&old, Step::Manifest)?.send(&new);
+        }
+    }
+
+    /// Passes everything on until `last` is said: that too, or it is lost.
+    fn pass_until(mut self, last: Step, passes_last: bool) -> Result<Self> {
+        for step in STEPS {
+            let (from, to) = match step.is_old_ones() {
+                true => (&self.old, &self.new),
+                false => (&self.new, &self.old),
+            };
+            let message = match step {
+                Step::Request => std::mem::replace(
+                    &mut self.request,
+                    Message {
+                        bytes: Vec::new(),
+                        descriptors: Vec::new(),
+                    },
+                ),
+                _ => Message::receive(from, step)?,
+            };
+            if step != last || passes_last {
+                message.send(to)?;
+            }
+            if step == last {
+                break;
+            }
+        }
+        Ok(self)
+    }
+}
+
+/// Kills one of the two; returns the other, which has the tunnel then.
+fn kill_one(
+    stage: &Stage,
+    old: Tunnel,
+    victim: Victim,
+    last: Step,
+    passes_last: bool,
+) -> Result<Tunnel> {
+    let (device, ..) = appearance(&stage.near().host)?;
+    let (new, relay) = Relay::start(stage)?;
+    let relay = relay.pass_until(last, passes_last)?;
+    let (mut killed, mut survivor) = match victim {
+        Victim::Old => (old, new),
+        Victim::New => (new, old),
+    };
+    killed.child().signal(Signal::SIGKILL);
+    killed.wait()?;
+    drop(relay);
+    stage.operator.wait()?;
+    check(stage.pid()? == Some(survivor.pid().into()), || {
+        "somebody else answers".into()
+    })?;
+    check(survivor.child().try_wait()?.is_none(), || {
+        "nobody is left".into()
+    })?;
+    let has_all = last > LAST_DESCRIPTORS || (last == LAST_DESCRIPTORS && passes_last);
+    let is_same = link(&stage.near().host, TUNNEL_NAME)?.index == device;
+    check(is_same == (victim == Victim::New || has_all), || {
+        let what = if is_same { "the same" } else { "another" };
+        format!("{what} device")
+    })?;
+    Ok(survivor)
+}
+
+/// Whoever is killed, and whenever: the other has the tunnel, and no byte is lost or
+/// wrong. In each round each step is the last one for each of the two, in one round as
+/// one that is heard, in the next as one that is lost.
+fn kill_at_every_step(rounds: usize) -> Result<()> {
+    let stage = Stage::new()?;
+    let (mut near, far) = stage.play()?;
+    let (a, b) = (stage.near(), stage.far());
+    let mut before = appearance(&a.host)?;
+    let routes = own_routes(&a.host)?;
+    let stream = Stream::start(&a.container, &b.container, inside(2)[0])?;
+    for round in 0..rounds {
+        for (number, last) in STEPS.into_iter().enumerate() {
+            for victim in [Victim::Old, Victim::New] {
+                // Who has been heard to say that it has the tunnel has it alone.
+                let is_over = (victim, last) == (Victim::New, Step::Taken);
+                let passes_last = (number + round) % 2 == 1 && !is_over;
+                let case = format!("{victim:?}, {last:?}, passed on: {passes_last}");
+                let mut goes_on = |near| -> Result<Tunnel> {
+                    let near = kill_one(&stage, near, victim, last, passes_last)?;
+                    wait_for_each_other(a, b)?;
+                    stream.wait_for_progress()?;
+                    wait_until("all is as before", || {
+                        let now = appearance(&a.host)?;
+                        if now.0 == before.0 {
+                            return Ok(now == before);
+                        }
+                        // All of it names the device, which is another.
+                        let is_complete = own_routes(&a.host)? == routes;
+                        if is_complete {
+                            before = now;
+                        }
+                        Ok(is_complete)
+                    })?;
+                    Ok(near)
+                };
+                near = goes_on(near).map_err(|error| Error::new(format!("{case}: {error}")))?;
+            }
+        }
+    }
+    stream.finish()?;
+    // It is a tunnel as any other.
+    let (near, _) = stage.take_over(near, &[])?;
+    wait_for_each_other(a, b)?;
+    stop(near)?;
+    check(!stage.operator.socket().exists(), || {
+        "the socket is left".into()
+    })?;
+    stop(far).map(drop)
+}
+
+fn either_side_killed() -> Result<()> {
+    kill_at_every_step(1)
+}
+
+fn either_side_killed_twelve_times() -> Result<()> {
+    kill_at_every_step(12)
+}
+
+/// Again and again, while both directions carry as much as they can.
+fn taken_over_under_full_load() -> Result<()> {
+    const TIMES: usize = 6;
+    let stage = Stage::new()?;
+    let (near, far) = stage.play()?;
+    let (a, b) = (stage.near(), stage.far());
+    let before = appearance(&a.host)?;
+    let streams = [
+        Stream::start_fast(&a.container, &b.container, inside(2)[0])?,
+        Stream::start_fast(&b.container, &a.container, inside(1)[1])?,
+    ];
+    let mut near = Some(near);
+    for _ in 0..TIMES {
+        streams.iter().try_for_each(Stream::wait_for_progress)?;
+        let Some(old) = near.take() else {
+            return fail("no tunnel");
+        };
+        near = Some(stage.take_over(old, &[])?.0);
+        let after = appearance(&a.host)?;
+        check(after == before, || format!("{before:?}, then {after:?}"))?;
+    }
+    for stream in streams {
+        stream.wait_for_progress()?;
+        stream.finish()?;
+    }
+    near.map_or(Ok(()), |near| stop(near).map(drop))?;
+    stop(far).map(drop)
+}
