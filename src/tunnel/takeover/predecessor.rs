@@ -105,7 +105,12 @@ impl Predecessor {
 /// # Errors
 /// When it refuses, does not speak this version, or is somebody else's.
 pub fn ask(path: &Path) -> Result<Option<Inherited>> {
-    let stream = match client::connect(path, PATIENCE) {
+    ask_within(path, PATIENCE)
+}
+
+/// [`ask`], with a bound on how long it takes to be let in.
+pub(super) fn ask_within(path: &Path, patience: Duration) -> Result<Option<Inherited>> {
+    let stream = match client::connect(path, patience) {
         Ok(stream) => stream,
         Err(error)
             if matches!(

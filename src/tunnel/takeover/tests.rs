@@ -6,9 +6,9 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::OnceLock;
 
-use socket2::Socket;
+use socket2::{Domain, SockAddr, Socket, Type};
 
-use super::predecessor::receive_or_outlive;
+use super::predecessor::{ask_within, receive_or_outlive};
 use super::wire::{hear, say, send_descriptors};
 use super::*;
 
@@ -230,4 +230,18 @@ fn other_versions_are_told_so() {
     ours.write_all(line.as_bytes()).unwrap();
     let text = receive_or_outlive(theirs).err().unwrap().to_string();
     assert!(text.contains("another version"), "{text}");
+}
+
+/// connect(2) says EAGAIN then, which says nothing to anybody.
+#[test]
+fn one_that_lets_nobody_in_does_not_answer() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("test.sock");
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+    socket.bind(&SockAddr::unix(&path).unwrap()).unwrap();
+    socket.listen(0).unwrap();
+    let _first = UnixStream::connect(&path).unwrap();
+    let text = ask_within(&path, Duration::from_millis(20)).err().unwrap();
+    let text = text.to_string();
+    assert!(text.contains("it does not answer"), "{text}");
 }
