@@ -13,6 +13,7 @@
 //! probed. What might wait runs on a thread that is given up when time is over
 //! (`pending`).
 
+mod ask;
 mod config;
 mod ethtool;
 mod host;

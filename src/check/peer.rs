@@ -1,7 +1,9 @@
 //! The other host: its address, the path to it, and the tunnel that would be.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::time::{Duration, Instant};
 
+use super::ask::{self, Answer};
 use super::item::Item;
 use crate::cli::Endpoint;
 use crate::config::default_mtu_bytes;
@@ -41,12 +43,20 @@ pub struct Facts {
     path: Option<Result<Path, Reason>>,
     /// The address that the tunnel would give itself.
     derived: Option<Result<String, Reason>>,
+    /// Whether it answers, if there is a way to it.
+    answer: Option<Answer>,
 }
 
-/// Resolves the name, which may take as long as the resolver does, and asks the
-/// kernel for the rest. Nothing is sent to the peer.
+/// How long to wait for the peer's answer, and for the resolver and that
+/// together.
+const ANSWER_TIME: Duration = Duration::from_millis(500);
+const TIME_MAX: Duration = Duration::from_millis(1300);
+
+/// Resolves the name, which may take as long as the resolver does, asks the
+/// kernel for the way, and the peer whether it answers.
 /// `own`: the device of the tunnel that runs already.
 pub fn probe(peer: &Endpoint, own: Option<u32>) -> Facts {
+    let started = Instant::now();
     let address = path::resolve(&peer.host, peer.port, None).map_err(Reason::from);
     let any = Ipv4Addr::UNSPECIFIED.into();
     let is_host =
@@ -58,11 +68,19 @@ pub fn probe(peer: &Endpoint, own: Option<u32>) -> Facts {
         Some(Ok(path)) => Some(derive(path.local, own).map_err(Reason::from)),
         _ => None,
     };
+    let answer = match (host, &path) {
+        (Some(&address), Some(Ok(path))) if path.local != address.ip() => {
+            let left = TIME_MAX.saturating_sub(started.elapsed());
+            Some(ask::ask(address, path.local, left.min(ANSWER_TIME)))
+        }
+        _ => None,
+    };
     Facts {
         host: peer.host.clone(),
         address,
         path,
         derived,
+        answer,
     }
 }
 
@@ -113,15 +131,52 @@ fn peer(facts: &Facts) -> Item {
             } else {
                 format!("{} is ", facts.host)
             };
-            Item::ok(
-                NAME,
-                format!("{named}{address}, reached from {}", path.local),
-            )
+            let named = format!("{named}{address}");
+            answered(&named, *address, path.local, facts.answer)
         }
         Some(Err(reason)) => {
             let remedy = "check the address and this host's routes (ip route get)";
             Item::missing(NAME, &reason.fault, cost, remedy)
         }
+    }
+}
+
+/// A peer that there is a way to, and what it says itself.
+fn answered(named: &str, address: SocketAddr, local: IpAddr, answer: Option<Answer>) -> Item {
+    const NAME: &str = NAMES[0];
+    let found = |what: &str| format!("{named}, route from {local}; {what}");
+    match answer {
+        Some(Answer::Replied { from, .. }) if from != address => Item::degraded(
+            NAME,
+            found(&format!("it answers from {from}")),
+            "a NAT rewrites the peer's port: nothing arrives there before the peer has sent something",
+            "name the port that the NAT forwards to the peer (docs/nat.md)",
+        ),
+        Some(Answer::Replied { seen_port, .. }) if seen_port != DEFAULT_PORT => Item::degraded(
+            NAME,
+            found(&format!(
+                "it answers, and sees port {DEFAULT_PORT} of this host as {seen_port}"
+            )),
+            "a NAT rewrites this host's port: nothing arrives here before this host has sent \
+             something",
+            "forward a port of the NAT to this host (docs/nat.md)",
+        ),
+        Some(Answer::Replied { .. }) => Item::ok(NAME, found("it answers")),
+        Some(Answer::Refused) => Item::info(NAME, found("nothing receives on that port there yet")),
+        Some(Answer::NotAsked) => {
+            let why = format!(
+                "not asked whether it answers, as port {DEFAULT_PORT} is in use here \
+                 (`fastvpn peers` tells about a running tunnel)"
+            );
+            Item::info(NAME, found(&why))
+        }
+        Some(Answer::Silent) | None => Item::info(
+            NAME,
+            found(
+                "no answer: it is off, or does not have this host as a peer, or is not fastvpn, \
+                 or a firewall is in between",
+            ),
+        ),
     }
 }
 
@@ -177,6 +232,10 @@ mod tests {
             derived: path
                 .as_ref()
                 .and_then(|path| path.is_ok().then(|| Ok("10.244.55.122/16".into()))),
+            answer: Some(Answer::Replied {
+                from: address,
+                seen_port: DEFAULT_PORT,
+            }),
             path,
         }
     }
@@ -237,7 +296,33 @@ mod tests {
         };
         assert_eq!(
             peer(&named).found,
-            "vpn.example.org is 10.211.55.123:8285, reached from 10.211.55.122"
+            "vpn.example.org is 10.211.55.123:8285, route from 10.211.55.122; it answers"
         );
+    }
+
+    #[test]
+    fn no_peer_is_said_to_be_there_that_has_not_answered() {
+        let from: SocketAddr = PEER.parse().unwrap();
+        let elsewhere = SocketAddr::new(from.ip(), 20_000);
+        let replied = |from, seen_port| Answer::Replied { from, seen_port };
+        for (answer, status, part) in [
+            (
+                replied(elsewhere, DEFAULT_PORT),
+                Degraded,
+                "from 10.211.55.123:20000",
+            ),
+            (replied(from, 20_001), Degraded, "as 20001"),
+            (Answer::Refused, Info, "nothing receives"),
+            (Answer::NotAsked, Info, "in use here"),
+            (Answer::Silent, Info, "no answer"),
+        ] {
+            let asked = Facts {
+                answer: Some(answer),
+                ..facts(PEER, path(1500))
+            };
+            let item = peer(&asked);
+            assert_eq!(item.status, status, "{item:?}");
+            assert!(item.found.contains(part), "{item:?}");
+        }
     }
 }

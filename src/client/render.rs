@@ -38,6 +38,7 @@ pub(super) fn status(status: &Status) -> String {
         ("device", format!("{tun}, MTU {} bytes", status.mtu_bytes)),
         ("addresses", or_none(&addresses)),
         ("listening on", status.listen.clone()),
+        ("sending from", sending_from(status)),
         ("engine", status.engine.clone()),
         ("offloads", status.offloads.clone()),
         ("IP hop", yes_no(status.hop).into()),
@@ -106,6 +107,19 @@ fn labelled(lines: &[(&str, String)]) -> String {
         .iter()
         .map(|(label, line)| format!("{label:<width$}  {}\n", printable(line)));
     lines.collect()
+}
+
+/// The ports that a firewall sees.
+fn sending_from(status: &Status) -> String {
+    let listen = status.listen.rsplit(':').next().unwrap_or_default();
+    let own: Vec<String> = status.own_ports.iter().map(u16::to_string).collect();
+    match own.is_empty() {
+        true => format!("port {listen}"),
+        false => format!(
+            "port {listen}, and {} to peers that these are known to reach",
+            own.join(", ")
+        ),
+    }
 }
 
 fn or_none(list: &[String]) -> String {
@@ -215,6 +229,7 @@ pub(super) fn peers(peers: &Peers) -> String {
     let mut table = Table::new([
         (Side::Left, "PEER"),
         (Side::Left, "ADDRESS"),
+        (Side::Left, "SENT FROM"),
         (Side::Left, "ORIGIN"),
         (Side::Right, "PREFIXES"),
         (Side::Right, "PATH MTU"),
@@ -229,6 +244,7 @@ pub(super) fn peers(peers: &Peers) -> String {
         table.push([
             peer.peer.clone(),
             address(peer),
+            sent_from(peer).into(),
             peer.origin.clone(),
             behind(peer),
             peer.path_mtu_bytes
@@ -248,7 +264,18 @@ fn address(peer: &PeerStatus) -> String {
     match peer.endpoint {
         None => NOT_RESOLVED.into(),
         Some(endpoint) if peer.is_suspended => format!("{endpoint} (suspended)"),
-        Some(endpoint) => endpoint.to_string(),
+        Some(endpoint) => match peer.seen_port {
+            Some(port) if port != endpoint.port() => format!("{endpoint} (seen at port {port})"),
+            _ => endpoint.to_string(),
+        },
+    }
+}
+
+/// Which of our ports its datagrams come from.
+fn sent_from(peer: &PeerStatus) -> &'static str {
+    match peer.own_ports_proven {
+        0 => "listen port",
+        _ => "own ports",
     }
 }
 
@@ -369,6 +396,7 @@ mod tests {
             ],
             mtu_bytes: 1472,
             listen: "0.0.0.0:8285".into(),
+            own_ports: vec![61118, 61119],
             engine: "io_uring (multishot receive on)".into(),
             offloads: "TSO on, USO off, UDP_SEGMENT on, UDP_GRO on".into(),
             hop: false,
@@ -411,6 +439,7 @@ fastvpn 0.1.0, process 4711, up 3 d 5 h
 device         fastvpn0, MTU 1472 bytes
 addresses      10.244.2.2/24, fd00:244:2::2/64
 listening on   0.0.0.0:8285
+sending from   port 8285, and 61118, 61119 to peers that these are known to reach
 engine         io_uring (multishot receive on)
 offloads       TSO on, USO off, UDP_SEGMENT on, UDP_GRO on
 IP hop         no
@@ -489,11 +518,13 @@ WORKER     SENT  PACKETS  RECEIVED  PACKETS  DROPPED
                     bytes_received: 84_000,
                     last_heard_seconds: Some(215),
                     drops: counters(&[("send_error", 3), ("source_not_allowed", 12)]),
+                    own_ports_proven: 3,
                     ..PeerStatus::default()
                 },
                 PeerStatus {
                     peer: "hub.example:9000".into(),
                     endpoint: "[fd00::1]:9000".parse().ok(),
+                    seen_port: Some(9001),
                     origin: "runtime".into(),
                     is_default: true,
                     last_heard_seconds: Some(0),
@@ -508,10 +539,10 @@ WORKER     SENT  PACKETS  RECEIVED  PACKETS  DROPPED
             ],
         };
         let expected = "
-PEER                       ADDRESS         ORIGIN   PREFIXES  PATH MTU     SENT  PACKETS  RECEIVED  PACKETS  LAST HEARD  DROPPED
-10.0.0.2:8285              10.0.0.2:8285   config          1      1500  12.3 GB    1.2 M   84.0 kB      999   3 min ago  send-error 3, source-not-allowed 12
-hub.example:9000           [fd00::1]:9000  runtime  the rest         -      0 B        0       0 B        0         now  none
-no\\u{1b}such.invalid:8285  not resolved    config        100         -      0 B        0       0 B        0       never  none
+PEER                       ADDRESS                             SENT FROM    ORIGIN   PREFIXES  PATH MTU     SENT  PACKETS  RECEIVED  PACKETS  LAST HEARD  DROPPED
+10.0.0.2:8285              10.0.0.2:8285                       own ports    config          1      1500  12.3 GB    1.2 M   84.0 kB      999   3 min ago  send-error 3, source-not-allowed 12
+hub.example:9000           [fd00::1]:9000 (seen at port 9001)  listen port  runtime  the rest         -      0 B        0       0 B        0         now  none
+no\\u{1b}such.invalid:8285  not resolved                        listen port  config        100         -      0 B        0       0 B        0       never  none
 ";
         assert_eq!(peers(&all), expected.trim_start_matches('\n'));
         assert_eq!(peers(&Peers::default()), "no peers\n");

@@ -190,7 +190,10 @@ fn what_a_newer_tunnel_adds_is_no_matter() {
             .replace('\n', ""),
     );
     assert!(result.is_ok(), "{result:?}");
-    assert!(out.contains("\na:1   not resolved  elsewhere"), "{out}");
+    assert!(
+        out.contains("\na:1   not resolved  listen port  elsewhere"),
+        "{out}"
+    );
 }
 
 #[test]

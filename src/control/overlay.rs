@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -57,8 +57,11 @@ pub struct Peer {
     pub origin: Origin,
     /// It was given no prefixes: it takes what no prefix matches.
     pub is_default: bool,
-    /// Its address; `None` while its name does not resolve.
+    /// Its address, with the port that it was given; `None` while its name does
+    /// not resolve.
     pub endpoint: Option<SocketAddr>,
+    /// The port that it has been seen to send from instead.
+    pub learned_port: Option<u16>,
     /// The way there leads through the tunnel itself, so nothing is sent.
     pub is_suspended: bool,
     /// MTU of the path to it in bytes, if it is known.
@@ -72,9 +75,24 @@ pub struct Peer {
 }
 
 impl Peer {
+    /// Its address, with the port that was learned, if one was.
+    pub fn endpoint_learned(&self) -> Option<SocketAddr> {
+        let mut endpoint = self.endpoint?;
+        let port = self.learned_port.unwrap_or(endpoint.port());
+        endpoint.set_port(port);
+        Some(endpoint)
+    }
+
+    /// Forgets which workers' own ports reach it: it is somewhere else now.
+    fn forget_proofs(&self) {
+        for worker in self.traffic.iter() {
+            worker.set_own_port_proven(false);
+        }
+    }
+
     /// Where its datagrams go now, if anywhere.
     pub fn endpoint_in_use(&self) -> Option<SocketAddr> {
-        self.endpoint.filter(|_| !self.is_suspended)
+        self.endpoint_learned().filter(|_| !self.is_suspended)
     }
 }
 
@@ -321,6 +339,7 @@ impl Overlay {
             origin,
             is_default: false,
             endpoint: None,
+            learned_port: None,
             is_suspended: false,
             path_mtu_bytes: None,
             is_path_narrow: false,
@@ -604,8 +623,23 @@ impl Overlay {
         match self.peer_mut(hop) {
             Some(peer) if peer.endpoint != endpoint => {
                 peer.endpoint = endpoint;
+                peer.learned_port = None;
+                peer.forget_proofs();
                 peer.is_suspended = false;
                 peer.path_mtu_bytes = None;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Notes the port that a peer sends from in place of the one that it was
+    /// given; tells whether that is news.
+    pub fn set_learned_port(&mut self, hop: NextHop, port: Option<u16>) -> bool {
+        match self.peer_mut(hop) {
+            Some(peer) if peer.learned_port != port => {
+                peer.learned_port = port;
+                peer.forget_proofs();
                 true
             }
             _ => false,
@@ -619,6 +653,7 @@ impl Overlay {
         match self.peer_mut(hop) {
             Some(peer) if peer.is_suspended != is_suspended => {
                 peer.is_suspended = is_suspended;
+                peer.forget_proofs();
                 peer.path_mtu_bytes = None;
                 true
             }
@@ -658,9 +693,12 @@ impl Overlay {
                     .iter()
                     .map(|(&prefix, behind)| (prefix, behind.peer));
                 let own = self.own.iter().map(|&own| (IpNet::from(own), NOBODY));
+                // No packet comes from there but probes.
+                let unspecified = (IpNet::from(IpAddr::V4(Ipv4Addr::UNSPECIFIED)), NOBODY);
+                let nobodys = own.chain([unspecified]);
                 // The last of several that are the same wins: 0.0.0.0/0 that was
                 // given, and this host.
-                let built = Arc::new(Prefixes::new(anywhere.chain(given).chain(own)));
+                let built = Arc::new(Prefixes::new(anywhere.chain(given).chain(nobodys)));
                 self.built = Some(Arc::clone(&built));
                 built
             }

@@ -296,7 +296,7 @@ fn as_many_peers_as_there_may_be_come_and_go() {
                 host: format!("p{number}.example"),
                 port: 1,
             },
-            prefixes: vec![IpAddr::from(number.to_be_bytes()).into()],
+            prefixes: vec![IpAddr::from((number + 1).to_be_bytes()).into()],
         };
         (0..count as u32).map(spec).collect()
     };
@@ -360,6 +360,33 @@ fn nothing_goes_to_who_is_suspended_until_it_ends_or_the_peer_has_moved() {
     let elsewhere = "10.0.0.7:1".parse().ok();
     overlay.set_endpoint(hop, elsewhere);
     assert_eq!(sent_to(&mut overlay, "10.1.0.1"), elsewhere);
+}
+
+#[test]
+fn probes_come_from_nobody() {
+    let mut overlay = overlay(&["10.0.0.1=0.0.0.0/0,0.0.0.0/32", "10.0.0.2"]);
+    let table = overlay.table(TunnelAddresses::default(), false);
+    assert!(table.peer(Ipv4Addr::UNSPECIFIED.into()).is_none());
+    assert!(table.peer([0, 0, 0, 1].into()).is_some());
+}
+
+#[test]
+fn a_peer_elsewhere_has_no_learned_port_and_no_proof() {
+    let mut overlay = overlay(&["10.0.0.1:1"]);
+    let hop = overlay.find(&name("10.0.0.1:1")).unwrap().0;
+    let traffic = Arc::clone(&overlay.in_use(hop).unwrap().traffic);
+    let in_use = |overlay: &Overlay| overlay.in_use(hop).unwrap().endpoint_in_use().unwrap();
+    let is_proven = || traffic.iter().any(PeerCounters::is_own_port_proven);
+    traffic[1].set_own_port_proven(true);
+    assert!(overlay.set_learned_port(hop, Some(2)));
+    assert!(!overlay.set_learned_port(hop, Some(2)) && !is_proven());
+    assert_eq!(in_use(&overlay).to_string(), "10.0.0.1:2");
+    let table = overlay.table(TunnelAddresses::default(), false);
+    let (_, peer) = table.peer([10, 9, 9, 9].into()).unwrap();
+    assert_eq!(peer.endpoint, Some(in_use(&overlay)));
+    traffic[1].set_own_port_proven(true);
+    assert!(overlay.set_endpoint(hop, "10.0.0.9:1".parse().ok()) && !is_proven());
+    assert_eq!(in_use(&overlay).to_string(), "10.0.0.9:1");
 }
 
 #[test]

@@ -205,6 +205,10 @@ pub struct Status {
     pub mtu_bytes: u32,
     /// Address and port of the UDP sockets.
     pub listen: String,
+    /// Ports of the workers' own, which each sends from toward peers that it is
+    /// known to reach from there.
+    #[serde(default)]
+    pub own_ports: Vec<u16>,
     /// I/O engine, in words.
     pub engine: String,
     /// Offloads, in words.
@@ -243,8 +247,15 @@ pub struct Peers {
 pub struct PeerStatus {
     /// `HOST:PORT` as it was given.
     pub peer: String,
-    /// Its address; none while its name does not resolve.
+    /// Where datagrams go; none while its name does not resolve.
     pub endpoint: Option<SocketAddr>,
+    /// A port that it lately sent from, if that is neither the one that it was
+    /// given nor one of its workers' own.
+    #[serde(default)]
+    pub seen_port: Option<u16>,
+    /// How many workers send to it from their own ports.
+    #[serde(default)]
+    pub own_ports_proven: usize,
     /// Whether nothing is sent there, as the way would lead through the tunnel
     /// itself.
     #[serde(default)]

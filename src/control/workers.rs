@@ -17,6 +17,7 @@ use crate::ring::Uring;
 use crate::transport::socket::WorkerSockets;
 use crate::worker::counters::Counters;
 use crate::worker::idle::BusyPoll;
+use crate::worker::inbound::{Inbound, ReceivedProbe};
 use crate::worker::table::Table;
 use crate::worker::{self, Command, engine};
 
@@ -38,6 +39,8 @@ pub struct Setup {
     pub cores: Option<Vec<usize>>,
     /// The first forwarding table.
     pub table: Arc<Table>,
+    /// Takes the probes that come.
+    pub probes: Sender<ReceivedProbe>,
 }
 
 struct Worker {
@@ -280,12 +283,13 @@ impl Run<'_> {
         let _ = self.start.recv();
         let table = Arc::clone(&self.setup.table);
         let Setup { tun, busy_poll, .. } = *self.setup;
+        let inbound = Inbound::new(tun, self.index, self.setup.probes.clone());
         let result = worker::run(
             self.index,
             &mut engine,
             self.commands,
             table,
-            tun,
+            inbound,
             busy_poll,
             self.counters,
         );

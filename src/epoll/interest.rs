@@ -7,6 +7,7 @@ use nix::sys::eventfd::EventFd;
 
 use crate::device::tun::Queue;
 use crate::transport::socket::WorkerSockets;
+use crate::worker::engine::Port;
 
 /// Descriptors watched at most.
 const WATCHED_MAX: usize = 4;
@@ -14,7 +15,7 @@ const WATCHED_MAX: usize = 4;
 const TUN: u64 = 0;
 const UDP: u64 = 1;
 const WAKE: u64 = 2;
-/// The socket to send from, where it is not the one to receive on.
+/// The socket on the worker's own port.
 const SENDER: u64 = 3;
 
 /// Whatever is amiss with a descriptor, reading or writing it will tell.
@@ -32,14 +33,15 @@ pub struct Ready {
     pub udp: bool,
     /// The control thread has a command.
     pub wake: bool,
-    /// The UDP socket's send buffer has room.
+    /// The send buffer that is watched has room.
     pub room: bool,
 }
 
 /// See the module's documentation.
 pub struct Interest {
     epoll: epoll::Epoll,
-    is_room_watched: bool,
+    /// The socket on this port is watched for room to send.
+    room_watched: Option<Port>,
 }
 
 impl Interest {
@@ -50,22 +52,38 @@ impl Interest {
         epoll.add(wake, EpollEvent::new(ARRIVALS, WAKE))?;
         Ok(Self {
             epoll,
-            is_room_watched: false,
+            room_watched: None,
         })
     }
 
-    /// Whether to report room to send.
+    /// Which socket's room to send to report, if any.
     ///
     /// Not as an edge, so that none can be missed, and not all the time: the
     /// kernel would wake the worker for each datagram that has left.
     #[inline]
-    pub fn watch_room(&mut self, sockets: &WorkerSockets, watch: bool) -> Result<(), Errno> {
-        if self.is_room_watched == watch {
+    pub fn watch_room(&mut self, sockets: &WorkerSockets, port: Option<Port>) -> Result<(), Errno> {
+        if self.room_watched == port {
             return Ok(());
         }
-        self.is_room_watched = watch;
+        if let Some(old) = self.room_watched.take() {
+            self.set_room_watch(sockets, old, false)?;
+        }
+        if let Some(new) = port {
+            self.set_room_watch(sockets, new, true)?;
+        }
+        self.room_watched = port;
+        Ok(())
+    }
+
+    fn set_room_watch(
+        &self,
+        sockets: &WorkerSockets,
+        port: Port,
+        watch: bool,
+    ) -> Result<(), Errno> {
         let room = EpollFlags::EPOLLOUT;
-        match (&sockets.send, watch) {
+        let own = sockets.send.as_ref().filter(|_| port == Port::Own);
+        match (own, watch) {
             (Some(send), true) => self.epoll.add(send, EpollEvent::new(room, SENDER)),
             (Some(send), false) => self.epoll.delete(send),
             (None, _) => {

@@ -37,7 +37,7 @@ use crate::packet::train::{Limits, Train};
 use crate::packet::virtio;
 use crate::transport::socket::WorkerSockets;
 use crate::worker::counters::Counters;
-use crate::worker::engine::{Engine, Event, Received, Source};
+use crate::worker::engine::{Destination, Engine, Event, Received, Source};
 
 /// Receive buffers on each side: one that waits for the worker, one that the
 /// worker has.
@@ -165,7 +165,7 @@ impl Epoll {
             self.wake_pending = true;
         }
         if ready.room {
-            self.output.blocked = false;
+            self.output.blocked = None;
         }
         Ok(())
     }
@@ -176,7 +176,7 @@ impl Epoll {
 
     /// Frames only make more output: none while there is no room for it.
     fn can_read_tun(&self) -> bool {
-        self.tun.can_read() && !self.output.blocked
+        self.tun.can_read() && self.output.blocked.is_none()
     }
 
     /// Reads from the side whose turn it is, or else from the other.
@@ -348,9 +348,9 @@ impl Engine for Epoll {
     }
 
     #[inline]
-    fn send(&mut self, train: Train, destination: SocketAddr) {
-        let socket = self.sockets.send.as_ref().unwrap_or(&self.sockets.receive);
-        self.output.send(train, destination, socket, &self.counters);
+    fn send(&mut self, train: Train, destination: Destination) {
+        self.output
+            .send(train, destination, &self.sockets, &self.counters);
     }
 
     #[inline]

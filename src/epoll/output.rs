@@ -1,13 +1,14 @@
 //! Trains and frames on their way out.
 
-use std::net::SocketAddr;
 use std::os::fd::AsFd;
 
 use crate::io::message::{self, SendMessage};
 use crate::io::refusal::PathLimits;
 use crate::packet::coalesce::{FLOWS_MAX, Frame};
 use crate::packet::train::{Limits, Train};
+use crate::transport::socket::WorkerSockets;
 use crate::worker::counters::Counters;
+use crate::worker::engine::{Destination, Port};
 use crate::worker::outbound::OPEN_TRAINS_MAX;
 
 /// Trains per worker: those that can be open.
@@ -23,8 +24,9 @@ pub struct Output {
     pub free_frames: Vec<Frame>,
     pub limits: PathLimits,
     message: SendMessage,
-    /// The socket's send buffer is full: read no more frames until it is not.
-    pub blocked: bool,
+    /// The socket on this port has a full send buffer: read no more frames until
+    /// it is not.
+    pub blocked: Option<Port>,
 }
 
 impl Output {
@@ -34,15 +36,22 @@ impl Output {
             free_frames: (0..FRAMES as u16).rev().map(Frame::new).collect(),
             limits: PathLimits::new(limits),
             message: SendMessage::new(),
-            blocked: false,
+            blocked: None,
         }
     }
 
     /// Sends a train. What the socket has no room for is dropped.
     #[inline]
-    pub fn send(&mut self, train: Train, to: SocketAddr, socket: &impl AsFd, counters: &Counters) {
+    pub fn send(
+        &mut self,
+        train: Train,
+        to: Destination,
+        sockets: &WorkerSockets,
+        counters: &Counters,
+    ) {
         if train.count() > 0 {
-            match message::send(socket.as_fd(), &mut self.message, &train, to) {
+            let socket = sockets.sender(to.from);
+            match message::send(socket.as_fd(), &mut self.message, &train, to.endpoint) {
                 Ok(()) => {
                     counters.trains_sent.add(1);
                     counters.packets_sent.add(train.count() as u64);
@@ -50,7 +59,12 @@ impl Output {
                 }
                 Err(error) => {
                     let errno = error.raw_os_error().unwrap_or(0);
-                    self.blocked |= self.limits.refused(&train, to, errno, socket, counters);
+                    let has_no_room =
+                        self.limits
+                            .refused(&train, to.endpoint, errno, socket, counters);
+                    if has_no_room {
+                        self.blocked = Some(to.from);
+                    }
                 }
             }
         }

@@ -13,6 +13,7 @@ use proptest::prelude::*;
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::*;
+use crate::worker::engine::Port;
 
 /// An engine and what is at the other ends of its descriptors.
 struct Bench {
@@ -22,6 +23,13 @@ struct Bench {
     address: SocketAddr,
     wake: Arc<EventFd>,
     counters: Arc<Counters>,
+}
+
+fn from_listen(endpoint: SocketAddr) -> Destination {
+    Destination {
+        endpoint,
+        from: Port::Listen,
+    }
 }
 
 fn bench() -> Bench {
@@ -161,7 +169,7 @@ fn trains_go_out_and_come_in_whole() {
     let peer = bench.peer.local_addr().unwrap();
     for sizes in [&[500; 3][..], &[400, 400, 100], &[700], &[20; 128]] {
         let train = bench.train(sizes);
-        bench.engine.send(train, peer);
+        bench.engine.send(train, from_listen(peer));
         let mut buffer = [0; 2000];
         for (index, &bytes) in sizes.iter().enumerate() {
             let (received, from) = bench.peer.recv_from(&mut buffer).unwrap();
@@ -170,7 +178,7 @@ fn trains_go_out_and_come_in_whole() {
         }
         // The same to itself: the loopback interface does not cut it up.
         let train = bench.train(sizes);
-        bench.engine.send(train, bench.address);
+        bench.engine.send(train, from_listen(bench.address));
         bench.engine.wait().unwrap();
         let Some(Event::Datagrams {
             received,
@@ -180,7 +188,7 @@ fn trains_go_out_and_come_in_whole() {
         else {
             panic!("nothing came in");
         };
-        assert_eq!(sender, bench.address.ip());
+        assert_eq!(sender, bench.address);
         assert_eq!(segment_bytes, sizes[0]);
         assert_eq!(received.bytes().len(), sizes.iter().sum::<usize>());
         bench.engine.recycle(received, Source::Udp);
@@ -195,7 +203,7 @@ fn an_empty_train_is_not_sent_and_not_lost() {
     let mut bench = bench();
     for _ in 0..2 * output::TRAINS {
         let train = bench.train(&[]);
-        bench.engine.send(train, bench.address);
+        bench.engine.send(train, from_listen(bench.address));
     }
     assert_eq!(bench.counters.snapshot(), Counters::default().snapshot());
 }

@@ -38,19 +38,21 @@ pub fn receive_template() -> Box<libc::msghdr> {
 }
 
 /// The sender's address out of a `sockaddr`'s bytes.
-pub fn parse_name(name: &[u8]) -> Option<IpAddr> {
+pub fn parse_name(name: &[u8]) -> Option<SocketAddr> {
     let family = u16::from_ne_bytes(*name.first_chunk::<2>()?);
-    match i32::from(family) {
+    let port = u16::from_be_bytes(name.get(2..4)?.try_into().ok()?);
+    let address: IpAddr = match i32::from(family) {
         libc::AF_INET => {
             let octets: [u8; 4] = name.get(4..8)?.try_into().ok()?;
-            Some(Ipv4Addr::from(octets).into())
+            Ipv4Addr::from(octets).into()
         }
         libc::AF_INET6 => {
             let octets: [u8; 16] = name.get(8..24)?.try_into().ok()?;
-            Some(IpAddr::from(Ipv6Addr::from(octets)).to_canonical())
+            IpAddr::from(Ipv6Addr::from(octets)).to_canonical()
         }
-        _ => None,
-    }
+        _ => return None,
+    };
+    Some(SocketAddr::new(address, port))
 }
 
 /// The segment size that `UDP_GRO` reports, if the control messages hold it.
@@ -72,7 +74,7 @@ pub fn parse_segment_bytes(mut control: &[u8]) -> Option<usize> {
 /// What one receive brought.
 pub struct ReceivedMessage {
     /// Where it came from.
-    pub sender: IpAddr,
+    pub sender: SocketAddr,
     /// `UDP_GRO`'s segment size, if there was more than one datagram.
     pub segment_bytes: Option<usize>,
     /// End of the payload, which starts at [`PAYLOAD_START`].
@@ -230,13 +232,13 @@ mod tests {
             }
         };
         let v4 = bytes("10.1.2.3:99");
-        assert_eq!(parse_name(&v4), Some("10.1.2.3".parse().unwrap()));
+        assert_eq!(parse_name(&v4), Some("10.1.2.3:99".parse().unwrap()));
         assert_eq!(
             parse_name(&bytes("[fd00::7]:99")),
-            Some("fd00::7".parse().unwrap())
+            Some("[fd00::7]:99".parse().unwrap())
         );
         let mapped = bytes("[::ffff:10.1.2.3]:99");
-        assert_eq!(parse_name(&mapped), Some("10.1.2.3".parse().unwrap()));
+        assert_eq!(parse_name(&mapped), Some("10.1.2.3:99".parse().unwrap()));
         for len in 0..8 {
             assert_eq!(parse_name(&v4[..len]), None);
         }

@@ -1,6 +1,6 @@
 //! What the I/O engines have in common: messages to and from the UDP socket,
 //! what is learnt from sends that the kernel refuses, and errors that end a
-//! worker.
+//! worker; and random numbers.
 
 pub(crate) mod message;
 pub(crate) mod refusal;
@@ -15,6 +15,17 @@ pub(crate) const FAILURES_MAX: u32 = 16;
 
 /// That pause.
 pub(crate) const FAILURE_PAUSE: Duration = Duration::from_millis(1);
+
+/// A random number that nobody can guess.
+pub(crate) fn random() -> std::io::Result<u64> {
+    let mut bytes = [0; 8];
+    // SAFETY: the buffer is live and of the length given.
+    let filled = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+    match usize::try_from(filled) {
+        Ok(filled) if filled == bytes.len() => Ok(u64::from_ne_bytes(bytes)),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
 
 /// A TUN queue that fails for good.
 pub(crate) fn queue_error(errno: i32) -> Error {

@@ -8,7 +8,8 @@
 //! hands it to its kernel, which drops it without an answer.
 //!
 //! The nonce of a [`Kind::Request`] comes back in the [`Kind::Reply`]: who has
-//! not seen the request cannot answer it.
+//! not seen the request cannot answer it. The ports that both carry tell whether
+//! a NAT on the way rewrites them.
 
 use super::checksum::Sum;
 use super::{IPV4_HEADER_BYTES, PACKET_BYTES_MAX, be16, be32, put_be16, put_be32};
@@ -26,9 +27,15 @@ const MAGIC: u32 = u32::from_be_bytes(*b"fvpn");
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// Asks for a [`Kind::Reply`].
-    Request,
+    Request {
+        /// The UDP port that it is sent from.
+        port: u16,
+    },
     /// Answers a [`Kind::Request`].
-    Reply,
+    Reply {
+        /// The UDP port that the request was seen to come from.
+        port: u16,
+    },
     /// Asks for nothing: its size is what matters.
     Size,
 }
@@ -55,11 +62,13 @@ impl Probe {
         let header = Sum::ZERO.add_bytes(&packet[..IPV4_HEADER_BYTES]);
         packet[10..12].copy_from_slice(&header.checksum());
         put_be32(&mut packet, IPV4_HEADER_BYTES, MAGIC);
-        packet[IPV4_HEADER_BYTES + 4] = match self.kind {
-            Kind::Request => 1,
-            Kind::Reply => 2,
-            Kind::Size => 3,
+        let (kind, port) = match self.kind {
+            Kind::Request { port } => (1, port),
+            Kind::Reply { port } => (2, port),
+            Kind::Size => (3, 0),
         };
+        packet[IPV4_HEADER_BYTES + 4] = kind;
+        put_be16(&mut packet, IPV4_HEADER_BYTES + 6, port);
         packet[IPV4_HEADER_BYTES + 8..PROBE_BYTES_MIN].copy_from_slice(&self.nonce.to_be_bytes());
         packet
     }
@@ -75,9 +84,10 @@ impl Probe {
         if !is_probe {
             return None;
         }
+        let port = be16(packet, IPV4_HEADER_BYTES + 6);
         let kind = match packet[IPV4_HEADER_BYTES + 4] {
-            1 => Kind::Request,
-            2 => Kind::Reply,
+            1 => Kind::Request { port },
+            2 => Kind::Reply { port },
             3 => Kind::Size,
             _ => return None,
         };
@@ -96,7 +106,11 @@ mod tests {
     use crate::packet::ip;
 
     fn kinds() -> impl Strategy<Value = Kind> {
-        prop_oneof![Just(Kind::Request), Just(Kind::Reply), Just(Kind::Size)]
+        prop_oneof![
+            any::<u16>().prop_map(|port| Kind::Request { port }),
+            any::<u16>().prop_map(|port| Kind::Reply { port }),
+            Just(Kind::Size),
+        ]
     }
 
     proptest! {

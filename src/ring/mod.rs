@@ -35,7 +35,7 @@ use crate::packet::coalesce::{Frame, FrameSink};
 use crate::packet::train::{Limits, Train};
 use crate::transport::socket::WorkerSockets;
 use crate::worker::counters::Counters;
-use crate::worker::engine::{Engine, Event, Received, Source};
+use crate::worker::engine::{Destination, Engine, Event, Received, Source};
 
 /// Entries of the submission queue: more than all requests that can be under
 /// way, so that it never fills before a batch ends.
@@ -173,9 +173,8 @@ impl Uring {
     fn complete(&mut self, completion: &cqueue::Entry) -> Result<()> {
         match Token::from_user_data(completion.user_data()) {
             Some(Token::Send(id)) => {
-                let socket = self.sockets.send.as_ref().unwrap_or(&self.sockets.receive);
                 self.output
-                    .sent(id, completion.result(), socket, &self.counters);
+                    .sent(id, completion.result(), &self.sockets, &self.counters);
                 Ok(())
             }
             Some(Token::Write(id)) => {
@@ -195,7 +194,7 @@ impl Uring {
                 Ok(())
             }
             Some(Token::SendRoom) => {
-                self.output.blocked = false;
+                self.output.blocked = None;
                 self.output.room_poll_armed = false;
                 Ok(())
             }
@@ -219,8 +218,10 @@ impl Uring {
         if let Some(entry) = self.sources.arm_udp(self.sockets.receive.as_fd()) {
             self.push(&entry)?;
         }
-        if self.output.blocked && !self.output.room_poll_armed {
-            let socket = self.sockets.send.as_ref().unwrap_or(&self.sockets.receive);
+        if let Some(port) = self.output.blocked
+            && !self.output.room_poll_armed
+        {
+            let socket = self.sockets.sender(port);
             let poll = opcode::PollAdd::new(Fd(socket.as_raw_fd()), libc::POLLOUT as u32);
             self.push(&poll.build().user_data(Token::SendRoom.to_user_data()))?;
             self.output.room_poll_armed = true;
@@ -277,7 +278,7 @@ impl Uring {
     /// last one at the end has no later turn.
     #[inline]
     fn takes_frames(&self) -> bool {
-        self.is_quiet || !self.output.blocked
+        self.is_quiet || self.output.blocked.is_none()
     }
 
     fn has_event(&self) -> bool {
@@ -362,13 +363,12 @@ impl Engine for Uring {
     }
 
     #[inline]
-    fn send(&mut self, train: Train, destination: SocketAddr) {
+    fn send(&mut self, train: Train, destination: Destination) {
         if train.count() == 0 {
             self.output.free_trains.push(train);
             return;
         }
-        let socket = self.sockets.send.as_ref().unwrap_or(&self.sockets.receive);
-        let fd = Fd(socket.as_raw_fd());
+        let fd = Fd(self.sockets.sender(destination.from).as_raw_fd());
         let bytes = train.bytes().len();
         let entry = self.output.prepare_send(train, destination, fd);
         self.push_output(&entry, bytes);

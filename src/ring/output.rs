@@ -1,7 +1,6 @@
 //! Trains and frames on their way out: free, or with the kernel.
 
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
 
 use io_uring::types::Fd;
 use io_uring::{opcode, squeue};
@@ -12,7 +11,9 @@ use crate::io::message::SendMessage;
 use crate::io::refusal::PathLimits;
 use crate::packet::coalesce::Frame;
 use crate::packet::train::{Limits, Train};
+use crate::transport::socket::WorkerSockets;
 use crate::worker::counters::Counters;
+use crate::worker::engine::{Destination, Port};
 use crate::worker::outbound::OPEN_TRAINS_MAX;
 
 /// Trains per worker: those that can be open at a time and a batch under way.
@@ -25,7 +26,7 @@ pub struct Output {
     pub free_trains: Vec<Train>,
     pub free_frames: Vec<Frame>,
     /// By train id: the train that the kernel has.
-    sends: Vec<Option<(Train, SocketAddr)>>,
+    sends: Vec<Option<(Train, Destination)>>,
     /// By train id. Boxed: the kernel reads it where it is.
     messages: Box<[SendMessage]>,
     /// By frame id: the frame that the kernel has.
@@ -33,8 +34,9 @@ pub struct Output {
     in_flight: usize,
     /// Bytes given to requests that are not submitted yet.
     pub staged_bytes: usize,
-    /// The socket's send buffer is full: read no more frames until it is not.
-    pub blocked: bool,
+    /// The socket on this port has a full send buffer: read no more frames until
+    /// it is not.
+    pub blocked: Option<Port>,
     pub room_poll_armed: bool,
     pub paths: PathLimits,
     /// The first error met where none could be returned.
@@ -52,7 +54,7 @@ impl Output {
             writes: (0..FRAMES).map(|_| None).collect(),
             in_flight: 0,
             staged_bytes: 0,
-            blocked: false,
+            blocked: None,
             room_poll_armed: false,
             paths: PathLimits::new(limits),
             error: None,
@@ -76,10 +78,10 @@ impl Output {
 
     /// Takes a train over and makes the request that sends it.
     #[inline]
-    pub fn prepare_send(&mut self, train: Train, to: SocketAddr, socket: Fd) -> squeue::Entry {
+    pub fn prepare_send(&mut self, train: Train, to: Destination, socket: Fd) -> squeue::Entry {
         let id = train.id();
         let place = usize::from(id);
-        let header = self.messages[place].prepare(&train, to);
+        let header = self.messages[place].prepare(&train, to.endpoint);
         self.sends[place] = Some((train, to));
         self.in_flight += 1;
         opcode::SendMsg::new(socket, header)
@@ -118,7 +120,7 @@ impl Output {
 
     /// A send has completed: the train is free again.
     #[inline]
-    pub fn sent(&mut self, id: u16, result: i32, socket: &impl AsFd, counters: &Counters) {
+    pub fn sent(&mut self, id: u16, result: i32, sockets: &WorkerSockets, counters: &Counters) {
         let Some((train, to)) = self.sends.get_mut(usize::from(id)).and_then(Option::take) else {
             return;
         };
@@ -128,7 +130,13 @@ impl Output {
             counters.packets_sent.add(train.count() as u64);
             counters.bytes_sent.add(train.bytes().len() as u64);
         } else {
-            self.blocked |= self.paths.refused(&train, to, -result, socket, counters);
+            let socket = sockets.sender(to.from);
+            let has_no_room = self
+                .paths
+                .refused(&train, to.endpoint, -result, socket, counters);
+            if has_no_room {
+                self.blocked = Some(to.from);
+            }
         }
         self.free_trains.push(train);
     }

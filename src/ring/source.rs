@@ -14,7 +14,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::net::IpAddr;
+use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use io_uring::types::{Fd, RecvMsgOut};
@@ -95,7 +95,7 @@ enum Udp {
 /// A received train that waits for the worker.
 struct Datagrams {
     received: Received,
-    sender: IpAddr,
+    sender: SocketAddr,
     segment_bytes: usize,
 }
 

@@ -10,6 +10,7 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use super::sockopt::{MtuDiscover, MtuDiscoverV6};
 use super::{sockopt, steering};
 use crate::error::{Error, Result};
+use crate::worker::engine::Port;
 
 /// Bytes asked for with `SO_RCVBUF` and `SO_SNDBUF`: some milliseconds of
 /// datagrams at full rate, so that a worker that waits for its core loses none.
@@ -29,8 +30,19 @@ pub struct Offloads {
 pub struct WorkerSockets {
     /// Member of the shared port's group.
     pub receive: Socket,
-    /// Socket to send from if it is not `receive`; see [`steering`].
+    /// Socket on the worker's own port, to send from; see [`steering`].
     pub send: Option<Socket>,
+}
+
+impl WorkerSockets {
+    /// The socket that sends from a port.
+    #[inline]
+    pub fn sender(&self, from: Port) -> &Socket {
+        match &self.send {
+            Some(send) if from == Port::Own => send,
+            _ => &self.receive,
+        }
+    }
 }
 
 /// Opens the sockets of `workers` workers on `listen`. `wanted` says which
@@ -123,8 +135,8 @@ fn bind(address: SocketAddr, reuse_port: bool) -> io::Result<Socket> {
 }
 
 /// A socket with a source port of worker `index`'s own. `None` when all such
-/// ports are taken: the worker then sends from the shared port, and the far
-/// side receives it on its worker 0.
+/// ports are taken: the worker then always sends from the shared port, and the
+/// far side receives it on its worker 0.
 fn open_sender(listen: SocketAddr, index: u16) -> Option<Socket> {
     let socket = steering::source_ports(listen.port(), index)
         .find_map(|port| bind(SocketAddr::new(listen.ip(), port), false).ok())?;

@@ -14,8 +14,17 @@
 //! ([`crate::device::steering`]), so its packets stay in order from end to end;
 //! with equal `--queues` at both ends both directions meet at one worker.
 //!
-//! A peer that sends all from one port (a plain one, or one queue) is received
-//! by worker 0 alone, whose rate is far above what such a peer sends.
+//! Not every port reaches every peer: stateful firewalls admit answers to the
+//! listen port alone, and NATs may rewrite any. So a worker sends from its own
+//! port only to peers of which it is known that this port reaches them
+//! (`crate::tunnel::ports` finds out), and from the listen port to all others. At
+//! the switch, in either direction, packets under way may be overtaken by later
+//! ones of their flow, once: the two ports lead to different workers there. A
+//! process that takes over finds out anew.
+//!
+//! A peer that sends all from one port (a plain one, one behind a NAT, or one
+//! queue) is received by worker 0 alone, whose rate is far above what such a peer
+//! sends. The unit of order is the port then.
 
 use std::net::SocketAddr;
 
@@ -42,6 +51,12 @@ pub fn source_ports(listen_port: u16, index: u16) -> impl Iterator<Item = u16> {
                 .rev(),
         )
         .filter(move |&port| port != listen_port)
+}
+
+/// Whether a port is one that a tunnel's workers are likely to send from.
+pub fn is_likely_own(port: u16) -> bool {
+    // The first choice of each worker, whatever the listen port.
+    (PREFERRED_PORT_MIN..PREFERRED_PORT_MIN + WORKERS_MAX).contains(&port)
 }
 
 /// `SKF_NET_OFF` (`linux/filter.h`): loads relative to the IP header.
@@ -101,6 +116,7 @@ mod tests {
                 let ports: Vec<u16> = source_ports(listen_port, index).collect();
                 assert!(ports.len() > 200, "{} ports", ports.len());
                 assert!(ports[0] >= PREFERRED_PORT_MIN);
+                assert!(is_likely_own(ports[0]) || listen_port == ports[0] - WORKERS_MAX);
                 for port in ports {
                     assert_eq!(port.wrapping_sub(listen_port) % WORKERS_MAX, index);
                     assert_ne!(port, listen_port);

@@ -19,8 +19,9 @@ pub fn announce(running: &Running) {
         std::process::id(),
     );
     let ports: Vec<String> = running
-        .source_ports
-        .iter()
+        .ports
+        .own()
+        .into_iter()
         .map(|port| format!(", {port}"))
         .collect();
     let listen = running.settled.listen;

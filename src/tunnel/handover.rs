@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, OnceLock};
@@ -13,7 +14,7 @@ use std::thread::JoinHandle;
 
 use crossbeam_channel::{Receiver, bounded};
 use ipnet::IpNet;
-use socket2::Socket;
+use socket2::{SockRef, Socket};
 
 use super::running::{End, Running};
 use super::takeover::{Manifest, PROTOCOL, RuntimePeer, Successor, WorkerDescriptors};
@@ -23,7 +24,9 @@ use crate::control::turns::Turn;
 use crate::device::link;
 use crate::device::tun::Queue;
 use crate::error::{Error, Result};
+use crate::packet::probe::Probe;
 use crate::transport::socket::WorkerSockets;
+use crate::worker::engine::Port;
 
 /// Descriptors of one worker, kept for a successor.
 pub struct Kept {
@@ -44,6 +47,25 @@ impl Kept {
             receive: receive.try_clone_to_owned()?,
             send: send.map(|send| send.try_clone_to_owned()).transpose()?,
         })
+    }
+
+    /// The worker's own port, if it has one.
+    pub fn own_port(&self) -> Option<u16> {
+        let address = SockRef::from(self.send.as_ref()?).local_addr().ok()?;
+        Some(address.as_socket()?.port())
+    }
+
+    /// Sends a probe. Whether it arrives is for the answer to tell.
+    pub fn send(&self, from: Port, probe: Probe, to: SocketAddr) {
+        let socket = match &self.send {
+            Some(send) if from == Port::Own => send,
+            _ => &self.receive,
+        };
+        let (packet, flags) = (probe.to_packet(0), libc::MSG_DONTWAIT);
+        let sent = SockRef::from(socket).send_to_with_flags(&packet, &to.into(), flags);
+        if let Err(error) = sent {
+            tracing::debug!("no probe to {to}: {error}");
+        }
     }
 }
 

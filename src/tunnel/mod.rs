@@ -14,6 +14,7 @@ mod inherit;
 mod memory;
 mod operator;
 mod paths;
+mod ports;
 mod reach;
 mod reload;
 mod running;

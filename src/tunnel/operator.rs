@@ -87,7 +87,7 @@ fn done(running: &mut Running, request: Request, asker: Asker) -> Result<Answer>
                 address,
                 prefix,
                 peer: peer.name.to_string(),
-                endpoint: peer.endpoint,
+                endpoint: peer.endpoint_learned(),
             })
         }
         Request::RouteAdd {
@@ -219,6 +219,7 @@ fn status(running: &Running) -> Status {
         addresses: settled.link.addresses.clone(),
         mtu_bytes: settled.link.mtu_bytes,
         listen: settled.listen.to_string(),
+        own_ports: running.ports.own(),
         engine: running.workers().engine().to_string(),
         offloads: announce::offloads(running),
         hop: running.config.hop,
@@ -265,7 +266,13 @@ fn peers(running: &Running) -> Peers {
         }
         PeerStatus {
             peer: peer.name.to_string(),
-            endpoint: peer.endpoint,
+            endpoint: peer.endpoint_learned(),
+            seen_port: peer.learned_port.or_else(|| running.ports.seen(hop?)),
+            own_ports_proven: peer
+                .traffic
+                .iter()
+                .filter(|worker| worker.is_own_port_proven())
+                .count(),
             is_suspended: peer.is_suspended,
             origin: peer.origin.as_str().into(),
             is_default: peer.is_default,
@@ -288,7 +295,7 @@ fn routes(overlay: &Overlay) -> Routes {
     let entries = overlay.prefixes().map(|(prefix, peer, origin)| RouteEntry {
         prefix,
         peer: peer.name.to_string(),
-        endpoint: peer.endpoint,
+        endpoint: peer.endpoint_learned(),
         origin: origin.as_str().into(),
     });
     Routes {

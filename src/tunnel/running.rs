@@ -16,6 +16,7 @@ use signal_hook::consts::{SIGHUP, SIGTERM};
 use super::handover::{self, Handover};
 use super::host::{HostNews, own_addresses};
 use super::paths::{Paths, ask_routes};
+use super::ports::Ports;
 use super::trouble::Troubles;
 use super::{operator, reach, reload, start};
 use crate::config::{Config, Settled};
@@ -105,14 +106,13 @@ pub struct Running {
     pub(super) udp_offloads: socket::Offloads,
     pub(super) is_steered: bool,
     pub(super) worker_count: usize,
-    /// Ports that workers send from, besides the one listened on.
-    pub(super) source_ports: Vec<u16>,
     /// The workers', also of those that come after them.
     counters: Vec<Arc<Counters>>,
     /// What the workers were started with.
     setup: Setup,
     descriptors: Arc<Vec<handover::Kept>>,
     names: Names,
+    pub(super) ports: Ports,
     pub(super) heard: HashMap<NextHop, Heard>,
     pub(super) paths: Paths,
     pub(super) host: HostNews,
@@ -232,6 +232,7 @@ impl Running {
         let limits_reset = tick(LIMITS_RESET_INTERVAL);
         let look = tick(LOOK_INTERVAL);
         let answers = self.names.answers().clone();
+        self.ask_about_ports(Instant::now());
         loop {
             // These are others after a takeover that came to nothing.
             let failures = self.workers().failures().clone();
@@ -244,6 +245,7 @@ impl Running {
                 .as_ref()
                 .map_or_else(never, |handover| handover.ready().clone());
             let (host_news, host_due) = (self.host.news(), self.host.due());
+            let (probes, probes_due) = self.ports.received();
             select! {
                 recv(signals) -> signal => match signal {
                     Ok(SIGHUP) if self.handover.is_some() => self.is_reload_due = true,
@@ -277,6 +279,8 @@ impl Running {
                 }
                 recv(host_news) -> _ => self.host.note(Instant::now()),
                 recv(host_due) -> _ => self.look_at_host(),
+                recv(probes) -> probe => self.read_probes(probe.ok()),
+                recv(probes_due) -> _ => self.read_probes(None),
                 recv(look) -> _ => self.look_after_peers(),
                 recv(limits_reset) -> _ => {
                     self.workers().tell(|| Command::ResetLimits);
@@ -455,15 +459,17 @@ impl Running {
             if !Arc::ptr_eq(&heard.traffic, &peer.traffic) {
                 *heard = Heard::new(&peer.traffic);
             }
-            heard.path_used |= sent != heard.sent;
-            if received != heard.received {
+            let (has_received, has_sent) = (received != heard.received, sent != heard.sent);
+            self.ports.note_traffic(hop, has_received, has_sent, now);
+            heard.path_used |= has_sent;
+            if has_received {
                 if std::mem::take(&mut heard.is_quiet) && self.quiet_log.admits(now) {
                     tracing::info!("peer {} is heard again", peer.name);
                 }
                 heard.last = Some(now);
                 heard.silent_since = None;
                 self.names.answered(&peer.name);
-            } else if sent != heard.sent {
+            } else if has_sent {
                 let silence = now - *heard.silent_since.get_or_insert(now);
                 if silence >= QUIET_AFTER && !heard.is_quiet {
                     heard.is_quiet = true;
@@ -478,6 +484,7 @@ impl Running {
             (heard.received, heard.sent) = (received, sent);
         }
         self.names.tick(now);
+        self.look_at_ports(now);
         self.look_after_paths();
         self.host.flush_log(now);
         self.quiet_log.flush(now);
@@ -511,6 +518,7 @@ impl Running {
     pub fn take_down(mut self) {
         self.host.end_log();
         self.quiet_log.end();
+        self.ports.end_log();
         self.handover = None;
         self.postponed.clear();
         // Its keeper first, which would miss the device.

@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::Sender;
 use ipnet::IpNet;
 
 use super::host::{own_addresses, suspend_inside};
@@ -25,6 +26,7 @@ use crate::packet::coalesce;
 use crate::packet::train::Limits;
 use crate::transport::DEFAULT_PORT;
 use crate::transport::socket::{self, WorkerSockets};
+use crate::worker::inbound::ReceivedProbe;
 use crate::worker::table::Table;
 
 /// How long, and how often, a killed predecessor's port and device are waited
@@ -239,6 +241,7 @@ pub fn setup(
     tun: coalesce::Offloads,
     udp: socket::Offloads,
     table: &Arc<Table>,
+    probes: Sender<ReceivedProbe>,
 ) -> Setup {
     Setup {
         tun,
@@ -254,6 +257,7 @@ pub fn setup(
         busy_poll: config.busy_poll,
         cores: config.cores.clone(),
         table: Arc::clone(table),
+        probes,
     }
 }
 
@@ -367,7 +371,12 @@ fn set_known(overlay: &mut Overlay, known: &Known, listen: SocketAddr) {
         .collect();
     for (name, endpoint) in found {
         if let Some((hop, _)) = overlay.find(&name) {
-            overlay.set_endpoint(hop, Some(endpoint));
+            let mut configured = endpoint;
+            configured.set_port(name.port);
+            overlay.set_endpoint(hop, Some(configured));
+            if configured != endpoint {
+                overlay.set_learned_port(hop, Some(endpoint.port()));
+            }
         }
     }
 }
@@ -506,10 +515,12 @@ mod tests {
             answers.send(answer("bad", None)).unwrap();
             // Until "bad" is due again, at the next look.
             std::thread::sleep(Duration::from_millis(1100));
-            answers.send(answer("slow", Some("10.1.0.1:1"))).unwrap();
+            answers.send(answer("slow", Some("10.1.0.1:8285"))).unwrap();
             let again = asked.recv().unwrap().host;
             answers.send(answer(&again, None)).unwrap();
-            answers.send(answer("slower", Some("10.1.0.2:1"))).unwrap();
+            answers
+                .send(answer("slower", Some("10.1.0.2:8285")))
+                .unwrap();
             (first, again)
         });
         let failed = resolve_now(&mut overlay, &mut names, ANY);
@@ -517,7 +528,7 @@ mod tests {
         assert_eq!(first, ["bad", "slow", "slower"]);
         assert_eq!(again, "bad");
         assert_eq!(endpoint(&overlay, "bad"), None);
-        for (host, address) in [("slow", "10.1.0.1:1"), ("slower", "10.1.0.2:1")] {
+        for (host, address) in [("slow", "10.1.0.1:8285"), ("slower", "10.1.0.2:8285")] {
             assert_eq!(endpoint(&overlay, host), Some(address.parse().unwrap()));
         }
         let failed: Vec<_> = failed.iter().map(ToString::to_string).collect();
@@ -529,8 +540,8 @@ mod tests {
     fn what_is_known_is_asked_for_but_not_waited_for() {
         let (mut names, asked, _answers) = Names::without_threads();
         let mut overlay = overlay(&["known"]);
-        let other = ("other:8285".to_string(), "10.1.0.9:1".parse().unwrap());
-        let known = ("known:8285".to_string(), "10.1.0.1:1".parse().unwrap());
+        let other = ("other:8285".to_string(), "10.1.0.9:8285".parse().unwrap());
+        let known = ("known:8285".to_string(), "10.1.0.1:8285".parse().unwrap());
         set_known(&mut overlay, &Known::from([other, known.clone()]), ANY);
         assert!(resolve_now(&mut overlay, &mut names, ANY).is_empty());
         assert_eq!(endpoint(&overlay, "known"), Some(known.1));
@@ -543,21 +554,21 @@ mod tests {
     fn what_is_known_stays_while_it_is_among_the_answers() {
         let (mut names, _asked, answers) = Names::without_threads();
         let mut overlay = overlay(&["kept", "moved", "new"]);
-        let known =
-            ["kept", "moved"].map(|host| (format!("{host}:8285"), "10.1.0.2:1".parse().unwrap()));
+        let known = ["kept", "moved"]
+            .map(|host| (format!("{host}:8285"), "10.1.0.2:8285".parse().unwrap()));
         set_known(&mut overlay, &known.into(), ANY);
         for (host, addresses) in [
-            ("kept", "10.1.0.3:1 10.1.0.1:1 10.1.0.2:1"),
-            ("moved", "10.1.0.3:1 10.1.0.1:1"),
-            ("new", "10.1.0.3:1 10.1.0.1:1 10.1.0.2:1"),
+            ("kept", "10.1.0.3:8285 10.1.0.1:8285 10.1.0.2:8285"),
+            ("moved", "10.1.0.3:8285 10.1.0.1:8285"),
+            ("new", "10.1.0.3:8285 10.1.0.1:8285 10.1.0.2:8285"),
         ] {
             answers.send(answer(host, Some(addresses))).unwrap();
         }
         assert!(resolve_now(&mut overlay, &mut names, ANY).is_empty());
         for (host, address) in [
-            ("kept", "10.1.0.2:1"),
-            ("moved", "10.1.0.3:1"),
-            ("new", "10.1.0.3:1"),
+            ("kept", "10.1.0.2:8285"),
+            ("moved", "10.1.0.3:8285"),
+            ("new", "10.1.0.3:8285"),
         ] {
             assert_eq!(
                 endpoint(&overlay, host),
@@ -573,7 +584,7 @@ mod tests {
         let (mut names, asked, answers) = Names::without_threads();
         let mut overlay = overlay(&["bad", "good"]);
         answers.send(answer("bad", None)).unwrap();
-        answers.send(answer("good", Some("10.1.0.1:1"))).unwrap();
+        answers.send(answer("good", Some("10.1.0.1:8285"))).unwrap();
         assert_eq!(resolve_now(&mut overlay, &mut names, ANY).len(), 1);
         assert_eq!(asked.try_iter().count(), 2);
         assert!(resolve_now(&mut overlay, &mut names, ANY).is_empty());
@@ -582,7 +593,7 @@ mod tests {
         overlay
             .insert_peer(&name("new"), true, &[], Origin::Runtime)
             .unwrap();
-        answers.send(answer("new", Some("10.1.0.3:1"))).unwrap();
+        answers.send(answer("new", Some("10.1.0.3:8285"))).unwrap();
         assert!(resolve_now(&mut overlay, &mut names, ANY).is_empty());
         assert_eq!(asked.try_iter().collect::<Vec<_>>(), [name("new")]);
         assert!(endpoint(&overlay, "new").is_some());
@@ -592,7 +603,9 @@ mod tests {
     fn who_is_late_is_named() {
         let (mut names, _asked, answers) = Names::without_threads();
         let mut overlay = overlay(&["early", "late"]);
-        answers.send(answer("early", Some("10.1.0.1:1"))).unwrap();
+        answers
+            .send(answer("early", Some("10.1.0.1:8285")))
+            .unwrap();
         // Nobody will answer any more, which is as good as too late.
         drop(answers);
         let failed = resolve_now(&mut overlay, &mut names, ANY);

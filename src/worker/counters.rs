@@ -1,6 +1,6 @@
 //! What a worker counts: written by the worker alone, read by anyone.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 
 use super::first::FirstDrops;
 
@@ -126,6 +126,8 @@ counters! {
     icmp_sent,
     /// ICMP errors that were due, but held back by the rate limit.
     icmp_suppressed,
+    /// Probes from known senders ([`crate::packet::probe`]).
+    probes_received,
     /// Receives that failed for reasons that pass, such as news of earlier sends.
     receive_failed,
     /// Times that a receive stopped for lack of a free buffer and was started
@@ -153,6 +155,9 @@ pub struct PeerCounters {
     /// As in [`Counters`], of packets from this peer's address. Of several peers
     /// at one address, one counts for all.
     pub drop_source_not_allowed: Counter,
+    is_endpoint_heard: AtomicBool,
+    other_port: AtomicU16,
+    is_own_port_proven: AtomicBool,
 }
 
 impl PeerCounters {
@@ -169,6 +174,43 @@ impl PeerCounters {
     pub fn packets_tried(&self) -> u64 {
         let failed = self.drop_send_full.get() + self.drop_send_error.get();
         self.packets_sent.get() + failed
+    }
+
+    /// Notes the port that packets have come from, `expected` being that of the
+    /// peer's endpoint. For the worker; it writes only what is news.
+    #[inline]
+    pub fn note_port(&self, port: u16, expected: u16) {
+        if port == expected {
+            if !self.is_endpoint_heard.load(Ordering::Relaxed) {
+                self.is_endpoint_heard.store(true, Ordering::Relaxed);
+            }
+        } else if self.other_port.load(Ordering::Relaxed) != port {
+            self.other_port.store(port, Ordering::Relaxed);
+        }
+    }
+
+    /// What [`Self::note_port`] has noted since the last call: whether packets
+    /// came from the endpoint's port, and the last other port.
+    pub fn take_ports(&self) -> (bool, Option<u16>) {
+        let is_endpoint_heard = self.is_endpoint_heard.load(Ordering::Relaxed)
+            && self.is_endpoint_heard.swap(false, Ordering::Relaxed);
+        let other = match self.other_port.load(Ordering::Relaxed) {
+            0 => 0,
+            _ => self.other_port.swap(0, Ordering::Relaxed),
+        };
+        (is_endpoint_heard, (other != 0).then_some(other))
+    }
+
+    /// Whether the worker's own port is known to reach the peer, so that it may
+    /// send from there ([`crate::transport::steering`]).
+    #[inline]
+    pub fn is_own_port_proven(&self) -> bool {
+        self.is_own_port_proven.load(Ordering::Relaxed)
+    }
+
+    /// Says whether it is.
+    pub fn set_own_port_proven(&self, is_proven: bool) {
+        self.is_own_port_proven.store(is_proven, Ordering::Relaxed);
     }
 }
 

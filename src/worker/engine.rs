@@ -4,7 +4,7 @@
 //! caller. Buffers change owner by value: whoever holds one may touch it, and
 //! what the kernel is working on is held by the engine.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use crate::error::Result;
 use crate::packet::coalesce::FrameSink;
@@ -44,7 +44,7 @@ pub enum Event {
         /// The datagrams' payload.
         received: Received,
         /// Where they came from.
-        sender: IpAddr,
+        sender: SocketAddr,
         /// Bytes of every datagram but the last.
         segment_bytes: usize,
     },
@@ -74,6 +74,24 @@ impl SendFailure {
     pub fn is_full(&self) -> bool {
         matches!(self.errno, libc::EAGAIN | libc::ENOBUFS)
     }
+}
+
+/// A port that a worker sends from; see [`crate::transport::steering`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Port {
+    /// The port that all workers receive on.
+    Listen,
+    /// The worker's own, if it has one.
+    Own,
+}
+
+/// Where a train goes, and from which port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Destination {
+    /// The peer's address and port.
+    pub endpoint: SocketAddr,
+    /// The port to send from.
+    pub from: Port,
 }
 
 /// See the module's documentation.
@@ -112,7 +130,7 @@ pub trait Engine: FrameSink {
     fn take_train(&mut self) -> Option<Train>;
 
     /// Sends a train. Trains toward one destination leave in the order given.
-    fn send(&mut self, train: Train, destination: SocketAddr);
+    fn send(&mut self, train: Train, destination: Destination);
 
     /// How long trains toward a destination may be.
     fn limits(&self, destination: SocketAddr) -> Limits;

@@ -91,7 +91,7 @@ mod tests {
     use super::*;
     use crate::packet::coalesce::{Frame, FrameSink};
     use crate::packet::train::{Limits, Train};
-    use crate::worker::engine::{Event, Received, Source};
+    use crate::worker::engine::{Destination, Event, Received, Source};
 
     /// Has an event from the given look on.
     struct Fake {
@@ -124,7 +124,7 @@ mod tests {
         fn take_train(&mut self) -> Option<Train> {
             None
         }
-        fn send(&mut self, _: Train, _: std::net::SocketAddr) {}
+        fn send(&mut self, _: Train, _: Destination) {}
         fn limits(&self, _: std::net::SocketAddr) -> Limits {
             Limits::FULL
         }

@@ -2,13 +2,19 @@
 //! verified to be one whole IP packet that its sender may send, packets of a
 //! flow coalesced, and the result written to the TUN queue.
 
-use std::net::IpAddr;
+use std::net::SocketAddr;
+
+use crossbeam_channel::Sender;
 
 use super::counters::Counters;
 use super::engine::Engine;
 use super::table::{Peer, Table};
 use crate::packet::coalesce::{Coalescer, Offloads};
 use crate::packet::ip::{self, Malformed, Version};
+use crate::packet::probe::{Kind, Probe};
+
+/// A probe, and where it came from: for the control thread.
+pub type ReceivedProbe = (SocketAddr, Probe);
 
 /// The inbound half of a worker.
 #[derive(Debug)]
@@ -16,15 +22,17 @@ pub struct Inbound {
     coalescer: Coalescer,
     /// Index of the worker.
     worker: usize,
+    probes: Sender<ReceivedProbe>,
 }
 
 impl Inbound {
     /// `offloads`: the super-packets that the TUN device takes. `worker`: the
-    /// worker's index.
-    pub fn new(offloads: Offloads, worker: usize) -> Self {
+    /// worker's index. `probes`: takes those that come.
+    pub fn new(offloads: Offloads, worker: usize, probes: Sender<ReceivedProbe>) -> Self {
         Self {
             coalescer: Coalescer::new(offloads),
             worker,
+            probes,
         }
     }
 
@@ -35,34 +43,33 @@ impl Inbound {
         &mut self,
         payload: &[u8],
         segment_bytes: usize,
-        sender: IpAddr,
+        sender: SocketAddr,
         table: &Table,
         counters: &Counters,
         engine: &mut impl Engine,
     ) {
         counters.trains_received.add(1);
         let datagrams = payload.chunks(segment_bytes.max(1));
-        if !table.is_sender(sender) {
+        if !table.is_sender(sender.ip()) {
             counters
                 .drop_sender_unknown
                 .add(datagrams.len().max(1) as u64);
-            counters.first.sender_unknown.give(sender);
+            counters.first.sender_unknown.give(sender.ip());
             return;
         }
         if payload.is_empty() {
             counters.drop_short.add(1);
             return;
         }
-        let mut allowed = Allowed::none(self.worker);
+        let mut allowed = Allowed::none(self.worker, sender);
         for datagram in datagrams {
             match ip::verify(datagram) {
                 Ok(version) => {
-                    if allowed.admits(version, datagram, sender, table, counters) {
+                    if allowed.admits(version, datagram, table, counters) {
                         allowed.count(datagram.len());
                         self.coalescer.push(version, datagram, engine);
                     } else {
-                        let source = ip::source(version, datagram);
-                        self.not_allowed(sender, source, table, counters);
+                        self.refuse(version, datagram, sender, table, counters);
                     }
                 }
                 Err(Malformed::Short) => counters.drop_short.add(1),
@@ -73,9 +80,25 @@ impl Inbound {
         allowed.settle(counters);
     }
 
-    /// Counts a packet that its sender may not send.
+    /// Takes in a packet that its sender may not send, unless it is a probe.
     #[cold]
-    fn not_allowed(&self, sender: IpAddr, source: IpAddr, table: &Table, counters: &Counters) {
+    fn refuse(
+        &self,
+        version: Version,
+        packet: &[u8],
+        sender: SocketAddr,
+        table: &Table,
+        counters: &Counters,
+    ) {
+        if let Some(probe) = Probe::from_packet(packet) {
+            counters.probes_received.add(1);
+            if probe.kind != Kind::Size {
+                // One that finds no room is as good as lost on its way.
+                let _ = self.probes.try_send((sender, probe));
+            }
+            return;
+        }
+        let (sender, source) = (sender.ip(), ip::source(version, packet));
         counters.drop_source_not_allowed.add(1);
         counters.first.source_not_allowed.give((sender, source));
         let traffic = table
@@ -98,6 +121,7 @@ impl Inbound {
 /// mostly have one source, so the last verdict is kept.
 struct Allowed<'a> {
     worker: usize,
+    sender: SocketAddr,
     /// The packet that the verdict was about.
     last: Option<(Version, &'a [u8])>,
     /// The peer behind which its source is, if it is the sender.
@@ -109,9 +133,10 @@ struct Allowed<'a> {
 
 impl<'a> Allowed<'a> {
     #[inline]
-    fn none(worker: usize) -> Self {
+    fn none(worker: usize, sender: SocketAddr) -> Self {
         Self {
             worker,
+            sender,
             last: None,
             peer: None,
             packets: 0,
@@ -119,13 +144,12 @@ impl<'a> Allowed<'a> {
         }
     }
 
-    /// Whether a packet that [`ip::verify`] passed may come from `sender`.
+    /// Whether a packet that [`ip::verify`] passed may come from the sender.
     #[inline]
     fn admits(
         &mut self,
         version: Version,
         packet: &'a [u8],
-        sender: IpAddr,
         table: &'a Table,
         counters: &Counters,
     ) -> bool {
@@ -135,6 +159,7 @@ impl<'a> Allowed<'a> {
         if !is_known {
             self.settle(counters);
             self.last = Some((version, packet));
+            let sender = self.sender.ip();
             self.peer = table
                 .peer(ip::source(version, packet))
                 .map(|(_, peer)| peer)
@@ -161,9 +186,13 @@ impl<'a> Allowed<'a> {
         }
         counters.packets_received.add(packets);
         counters.bytes_received.add(bytes);
-        if let Some(traffic) = self.peer.and_then(|peer| peer.traffic.get(self.worker)) {
+        if let Some(peer) = self.peer
+            && let Some(traffic) = peer.traffic.get(self.worker)
+        {
             traffic.packets_received.add(packets);
             traffic.bytes_received.add(bytes);
+            let expected = peer.endpoint.map_or(0, |endpoint| endpoint.port());
+            traffic.note_port(self.sender.port(), expected);
         }
     }
 }

@@ -27,7 +27,6 @@ use self::inbound::Inbound;
 use self::outbound::Outbound;
 use self::table::Table;
 use crate::error::Result;
-use crate::packet::coalesce::Offloads;
 
 /// What the control thread tells a worker. An [`Event::Wake`] follows.
 #[derive(Debug)]
@@ -57,12 +56,11 @@ pub fn run(
     engine: &mut impl Engine,
     commands: &Receiver<Command>,
     mut table: Arc<Table>,
-    tun: Offloads,
+    mut inbound: Inbound,
     busy_poll: BusyPoll,
     counters: &Counters,
 ) -> Result<()> {
     let mut outbound = Outbound::new(index);
-    let mut inbound = Inbound::new(tun, index);
     let mut idle = Idle::new(busy_poll);
     let mut carried = 0;
     let mut is_stopping = false;

@@ -6,9 +6,9 @@
 use std::net::SocketAddr;
 
 use super::counters::Counters;
-use super::engine::{Engine, SendFailure};
+use super::engine::{Destination, Engine, Port, SendFailure};
 use super::report::Reporter;
-use super::table::Table;
+use super::table::{Peer, Table};
 use crate::packet::hop::{self, Hop};
 use crate::packet::icmp::Problem;
 use crate::packet::ip;
@@ -21,7 +21,7 @@ pub const OPEN_TRAINS_MAX: usize = 32;
 /// The trains being filled, at most one per next hop, oldest first.
 #[derive(Debug)]
 pub struct Outbound {
-    open: Vec<(Train, SocketAddr)>,
+    open: Vec<(Train, Destination)>,
     reporter: Reporter,
     /// Index of the worker.
     worker: usize,
@@ -89,7 +89,7 @@ impl Outbound {
         let to = NextHopPeer {
             next_hop,
             endpoint,
-            mtu_bytes: peer.mtu_bytes,
+            peer,
         };
         let Some(mut index) = self.train_to(to, engine) else {
             counters.drop_no_buffer.add(count as u64);
@@ -101,8 +101,8 @@ impl Outbound {
             let mut room = self.open[index].0.reserve(packet_bytes);
             if room.is_none() {
                 // Full, or of another size: on with the next train.
-                let (train, endpoint) = self.open.remove(index);
-                engine.send(train, endpoint);
+                let (train, destination) = self.open.remove(index);
+                engine.send(train, destination);
                 match self.start_train(to, engine) {
                     Some(fresh) => index = fresh,
                     None => {
@@ -128,16 +128,16 @@ impl Outbound {
     #[inline]
     pub fn send_closed(&mut self, engine: &mut impl Engine) {
         while let Some(index) = self.open.iter().position(|(train, _)| train.is_closed()) {
-            let (train, endpoint) = self.open.remove(index);
-            engine.send(train, endpoint);
+            let (train, destination) = self.open.remove(index);
+            engine.send(train, destination);
         }
     }
 
     /// Sends all open trains: no more frames are at hand.
     #[inline]
     pub fn flush(&mut self, engine: &mut impl Engine) {
-        for (train, endpoint) in self.open.drain(..) {
-            engine.send(train, endpoint);
+        for (train, destination) in self.open.drain(..) {
+            engine.send(train, destination);
         }
     }
 
@@ -165,25 +165,33 @@ impl Outbound {
 
     /// Index of the open train toward a peer, a fresh one if there is none.
     #[inline]
-    fn train_to(&mut self, to: NextHopPeer, engine: &mut impl Engine) -> Option<usize> {
-        let found = self.open.iter().position(|(train, endpoint)| {
+    fn train_to(&mut self, to: NextHopPeer<'_>, engine: &mut impl Engine) -> Option<usize> {
+        let found = self.open.iter().position(|(train, destination)| {
             // The endpoint of a next hop changes with the table.
-            train.next_hop() == to.next_hop && *endpoint == to.endpoint
+            train.next_hop() == to.next_hop && destination.endpoint == to.endpoint
         });
         found.or_else(|| self.start_train(to, engine))
     }
 
-    fn start_train(&mut self, to: NextHopPeer, engine: &mut impl Engine) -> Option<usize> {
+    fn start_train(&mut self, to: NextHopPeer<'_>, engine: &mut impl Engine) -> Option<usize> {
         if self.open.len() == OPEN_TRAINS_MAX {
-            let (train, endpoint) = self.open.remove(0);
-            engine.send(train, endpoint);
+            let (train, destination) = self.open.remove(0);
+            engine.send(train, destination);
         }
         let mut train = engine.take_train()?;
         let mut limits = engine.limits(to.endpoint);
         // What is longer than the path takes travels alone, in fragments.
-        limits.segment_bytes_max = limits.segment_bytes_max.min(to.mtu_bytes);
+        limits.segment_bytes_max = limits.segment_bytes_max.min(to.peer.mtu_bytes);
         train.start(to.next_hop, limits);
-        self.open.push((train, to.endpoint));
+        let from = match to.peer.traffic.get(self.worker) {
+            Some(traffic) if traffic.is_own_port_proven() => Port::Own,
+            _ => Port::Listen,
+        };
+        let destination = Destination {
+            endpoint: to.endpoint,
+            from,
+        };
+        self.open.push((train, destination));
         Some(self.open.len() - 1)
     }
 
@@ -204,8 +212,8 @@ impl Outbound {
 
 /// What a train toward a peer needs to know of it.
 #[derive(Clone, Copy)]
-struct NextHopPeer {
+struct NextHopPeer<'a> {
     next_hop: NextHop,
     endpoint: SocketAddr,
-    mtu_bytes: usize,
+    peer: &'a Peer,
 }

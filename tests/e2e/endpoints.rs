@@ -101,7 +101,7 @@ impl OneAddress {
             start(1, "fastvpn1", OTHER_PORT, &format!("{}/32", second[0]))?,
         ];
         for operator in [&asker, &answerers[0], &answerers[1]] {
-            operator.wait()?;
+            operator.wait_for_own_ports()?;
         }
         Ok(Self {
             _bridge: switch.bridge,
@@ -238,8 +238,11 @@ fn each_family_over_the_other_alone() -> Result<()> {
     };
     // The middle's address and that of the peer over the other family.
     let [inside_v4, inside_v6] = FAMILIES;
-    let start = |host: &Namespace, addresses: &[IpAddr], peers: &[String]| -> Result<Tunnel> {
-        let mut flags = "--queues 2".to_string();
+    let operators = [Operator::new()?, Operator::new()?, Operator::new()?];
+    let mut sockets = operators.iter().map(Operator::socket_text);
+    let mut start = |host: &Namespace, addresses: &[IpAddr], peers: &[String]| -> Result<Tunnel> {
+        let socket = sockets.next().unwrap_or_default();
+        let mut flags = format!("--queues 2 --control {socket}");
         for address in addresses {
             flags += &format!(" --address {}", IpNet::from(*address));
         }
@@ -269,6 +272,9 @@ fn each_family_over_the_other_alone() -> Result<()> {
             &[format!("[{}]={}", underlay_v6(1), host(inside_v4[0]))],
         )?,
     ];
+    operators
+        .iter()
+        .try_for_each(Operator::wait_for_own_ports)?;
     // The largest datagram that goes whole: the middle's MTU is that of its
     // worse path, the others' that of their only one.
     let tun_mtu = |host: &Namespace| link(host, "fastvpn0").map(|link| link.mtu);

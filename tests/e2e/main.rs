@@ -36,8 +36,10 @@ mod packets;
 mod path_mtu;
 mod peers;
 mod plain_peer;
+mod ports;
 mod queues;
 mod raw;
+mod relay;
 mod reload;
 mod reload_device;
 mod requests;
@@ -84,6 +86,7 @@ fn main() -> ExitCode {
         hosts::tests(),
         peers::tests(),
         full_socket::tests(),
+        ports::tests(),
         strangers::tests(),
         trouble::tests(),
         mesh::tests(),
@@ -124,6 +127,7 @@ fn main() -> ExitCode {
         overlay_mtu::tests_of_no_engine(),
         trouble::tests_of_no_engine(),
         path_mtu::tests_of_no_engine(),
+        ports::tests_of_no_engine(),
     ];
     // Shown as ignored, never left out in silence.
     let without_uring = fastvpn::ring::probe(URING_FEATURES)

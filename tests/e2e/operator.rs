@@ -150,6 +150,19 @@ impl Operator {
         })
     }
 
+    /// Waits until the running tunnel's workers send to all peers from their own
+    /// ports.
+    pub fn wait_for_own_ports(&self) -> Result<()> {
+        self.wait()?;
+        let own_ports = &self.ask("status")?["own_ports"];
+        let count = own_ports.as_array().map_or(0, Vec::len);
+        wait_until("own ports are proven", || {
+            let answer = self.ask("peers")?;
+            let mut peers = answer["peers"].as_array().into_iter().flatten();
+            Ok(peers.all(|peer| peer["own_ports_proven"] == count))
+        })
+    }
+
     /// A bare connection.
     pub fn connect(&self) -> Result<UnixStream> {
         connect(&self.socket())

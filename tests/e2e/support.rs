@@ -15,6 +15,8 @@ use fastvpn::lab::{Child, Namespace, Pair, pair};
 use fastvpn::netlink::Link;
 use ipnet::IpNet;
 
+use crate::operator::Operator;
+
 /// A test's name and body.
 pub type Test = (&'static str, fn() -> Result<()>);
 
@@ -391,15 +393,26 @@ pub fn start_dual_stack(hosts: &Pair, host: usize, flags: &[&str]) -> Result<Tun
 }
 
 /// Both ends of a tunnel that carries both families, host A's with `flags[0]`
-/// and host B's with `flags[1]`, waited for until they answer.
+/// and host B's with `flags[1]`, waited for until they answer, and until all
+/// workers send from the ports that they stay with: what is sent before may be
+/// overtaken.
 pub fn dual_stack_tunnels(hosts: &Pair, flags: [&[&str]; 2]) -> Result<[Tunnel; 2]> {
-    let tunnels = [
-        start_dual_stack(hosts, 0, flags[0])?,
-        start_dual_stack(hosts, 1, flags[1])?,
-    ];
+    let operators = [Operator::new()?, Operator::new()?];
+    let start = |host: usize| {
+        let socket = operators[host].socket_text();
+        start_dual_stack(
+            hosts,
+            host,
+            &[flags[host], &["--control", &socket]].concat(),
+        )
+    };
+    let tunnels = [start(0)?, start(1)?];
     for family in FAMILIES {
         wait_for(&hosts.a, family[1])?;
     }
+    operators
+        .iter()
+        .try_for_each(Operator::wait_for_own_ports)?;
     Ok(tunnels)
 }
 

@@ -20,6 +20,7 @@ use crate::device::link;
 use crate::error::{Error, Result};
 use crate::transport::socket;
 use crate::tunnel::host::{HostNews, suspend_inside};
+use crate::tunnel::ports::Ports;
 use crate::tunnel::start::{self, Claimed, Prepared, Suspended};
 use crate::tunnel::takeover::{self, Inherited};
 use crate::tunnel::trouble::Troubles;
@@ -132,13 +133,9 @@ impl Running {
         let accept_local = link::accept_local(&mut netlink, &config.tun);
         let addresses = tunnel_addresses(&settled.link.addresses, accept_local);
         let table = Arc::new(overlay.table(addresses, config.hop));
-        let setup = start::setup(&config, device.offloads, udp, &table);
         let descriptors = handover::keep(&device.queues, &sockets)?;
-        let source_ports = sockets
-            .iter()
-            .filter_map(|sockets| sockets.send.as_ref()?.local_addr().ok()?.as_socket())
-            .map(|address| address.port())
-            .collect();
+        let (ports, probes) = Ports::new(&descriptors);
+        let setup = start::setup(&config, device.offloads, udp, &table, probes);
         let counters = std::iter::repeat_with(Arc::default).take(worker_count);
         let counters: Vec<_> = counters.collect();
         let workers = Workers::start(device.queues, sockets, counters.clone(), &setup)?;
@@ -155,9 +152,9 @@ impl Running {
             udp_offloads: udp,
             is_steered: device.steered,
             worker_count,
-            source_ports,
             descriptors: Arc::new(descriptors),
             names,
+            ports,
             heard: HashMap::new(),
             paths: Paths::default(),
             host: HostNews::new(),
@@ -230,7 +227,10 @@ impl Running {
     fn check_routes(&mut self, suspended: &Suspended) -> Result<()> {
         let (wanted, tun) = (self.kernel_routes(&self.overlay), &self.config.tun);
         let addresses = &self.settled.link.addresses;
-        let endpoints = self.overlay.peers().filter_map(|(_, peer)| peer.endpoint);
+        let endpoints = self
+            .overlay
+            .peers()
+            .filter_map(|(_, peer)| peer.endpoint_learned());
         for endpoint in endpoints {
             link::check_will_be_outside(
                 &mut self.netlink,
