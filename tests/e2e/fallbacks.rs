@@ -53,7 +53,7 @@ fn without(features: &str) -> Result<()> {
             exchange_trains(from, to, &trains(full))?;
         }
         for (addresses, streams) in FAMILIES.into_iter().zip([1, 4]) {
-            transfer_both_ways(&hosts, addresses, streams, 50_000_000)?;
+            transfer_both_ways(&hosts, addresses, streams, 10_000_000)?;
         }
         let ended = stop_all(tunnels)?;
         for (end, flags) in ended.iter().zip(flags) {

@@ -60,6 +60,7 @@ mod trouble;
 mod tuning;
 mod underlay;
 
+use std::num::NonZero;
 use std::process::ExitCode;
 
 use fastvpn::ring::Features;
@@ -68,7 +69,10 @@ use libtest_mimic::{Arguments, Completion, Trial};
 use crate::support::{Engines, Test};
 
 fn main() -> ExitCode {
-    let arguments = Arguments::from_args();
+    let mut arguments = Arguments::from_args();
+    // Many wait for something most of the time.
+    let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+    arguments.test_threads.get_or_insert(cores + 2);
     // Before the first thread: only a process with one thread may enter a
     // user namespace.
     if let Err(error) = fastvpn::lab::enter_user_namespace_if_needed() {

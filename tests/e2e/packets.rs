@@ -21,7 +21,7 @@ pub const TUNNEL_NAME: &str = "fastvpn0";
 pub const BUFFER_BYTES: usize = 65_600;
 
 /// How long a packet may take; see `datagrams::ARRIVAL_MAX`.
-const ARRIVAL_MAX: Duration = Duration::from_secs(10);
+const ARRIVAL_MAX: Duration = Duration::from_secs(30);
 
 /// A packet socket on a device (`packet(7)`): it sees the IP packets that come
 /// out of the device into the host, and what it sends goes into the device,

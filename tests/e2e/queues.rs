@@ -50,7 +50,7 @@ const DATAGRAMS: u64 = 1500;
 const UNDER_WAY_MAX: u64 = 256;
 
 /// How long those under way may take before they are held for lost.
-const LOST_AFTER: Duration = Duration::from_secs(2);
+const LOST_AFTER: Duration = Duration::from_secs(5);
 
 /// TCP bytes per stream, and streams in each direction of each family.
 const STREAMS: usize = 4;

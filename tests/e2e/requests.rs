@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::operator::{Operator, in_time};
 use crate::routes::own_routes;
 use crate::site::{peer, sites};
-use crate::support::{Test, check, stop, tried};
+use crate::support::{PATIENCE, Test, check, stop, tried};
 
 /// The tests of this file, which are about control alone.
 pub fn tests() -> Vec<Test> {
@@ -42,6 +42,11 @@ fn all_at_once(operator: &Operator, line: &[u8]) -> Result<Vec<Value>> {
     let mut clients = (0..CLIENTS)
         .map(|_| {
             let mut client = operator.connect()?;
+            // A debug build takes long over all of them, one after the other.
+            tried(
+                "set a timeout",
+                client.set_read_timeout(Some(10 * PATIENCE)),
+            )?;
             tried("send most of a request", client.write_all(most))?;
             Ok(client)
         })

@@ -72,6 +72,9 @@ const FULL: [usize; 2] = [1444, 1424];
 
 const MB: u64 = 1_000_000;
 
+/// Of each transfer: a thousand GSO packets and more.
+const BULK_BYTES: u64 = 64 * MB;
+
 /// Both directions between the hosts in both families.
 pub fn directions(hosts: &Pair) -> Vec<[(&Namespace, IpAddr); 2]> {
     let both = |[a, b]: [IpAddr; 2]| {
@@ -152,7 +155,7 @@ fn tcp_one_stream() -> Result<()> {
     let hosts = hosts(1500)?;
     let tunnels = dual_stack_tunnels(&hosts, [&[], &[]])?;
     for [(client, _), (server, address)] in directions(&hosts) {
-        transfer(client, server, address, 1, 200 * MB)?;
+        transfer(client, server, address, 1, BULK_BYTES)?;
     }
     stop_all(tunnels)?;
     Ok(())
@@ -162,7 +165,7 @@ fn tcp_many_streams() -> Result<()> {
     let hosts = hosts(1500)?;
     let tunnels = dual_stack_tunnels(&hosts, [&[], &[]])?;
     for [(client, _), (server, address)] in directions(&hosts) {
-        transfer(client, server, address, 8, 200 * MB)?;
+        transfer(client, server, address, 8, BULK_BYTES)?;
     }
     stop_all(tunnels)?;
     Ok(())
@@ -173,7 +176,7 @@ fn tcp_both_directions_at_once() -> Result<()> {
     let tunnels = dual_stack_tunnels(&hosts, [&[], &[]])?;
     for addresses in FAMILIES {
         for streams in [1, 8] {
-            transfer_both_ways(&hosts, addresses, streams, 200 * MB)?;
+            transfer_both_ways(&hosts, addresses, streams, BULK_BYTES)?;
         }
     }
     stop_all(tunnels)?;

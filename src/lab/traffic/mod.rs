@@ -31,10 +31,10 @@ use super::Namespace;
 use crate::error::{Error, Result};
 
 /// How long a connection may stand still before the transfer has failed.
-pub const STALL_MAX: Duration = Duration::from_secs(10);
+pub const STALL_MAX: Duration = Duration::from_secs(30);
 
 /// How long a connection may take to come about.
-const CONNECT_MAX: Duration = Duration::from_secs(5);
+const CONNECT_MAX: Duration = Duration::from_secs(30);
 
 /// How often a blocked socket looks whether it should stop.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
