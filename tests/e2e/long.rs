@@ -13,6 +13,8 @@ const TRIALS: &[&str] = &[
     "either_side_killed_twelve_times_at_any_step",
     // With nft.
     "masquerade_and_dnat",
+    "a_firewall_of_the_kernel",
+    "a_nat_of_the_kernel",
 ];
 
 /// Whether a trial is in the long tier.

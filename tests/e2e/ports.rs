@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::{Namespace, Pair};
+use fastvpn::lab::{self, Namespace, Pair};
 use fastvpn::packet::probe::{Kind, Probe};
 use ipnet::IpNet;
 use serde_json::Value;
@@ -19,6 +19,7 @@ use crate::support::{
     Ended, FASTVPN, PATIENCE, TUNNEL, Test, Tunnel, UNDERLAY, check, fail, fastvpn, hosts, link,
     stop, tried, udp, wait_for, wait_until,
 };
+use crate::tools::nft;
 use crate::traffic::transfer;
 
 /// The tests of this file.
@@ -27,6 +28,8 @@ pub fn tests() -> Vec<Test> {
         ("a_firewall_that_admits_answers_alone", firewall),
         ("a_nat_that_rewrites_ports", nat),
         ("own_ports_are_proven_and_used", own_ports),
+        ("a_firewall_of_the_kernel", firewall_of_the_kernel),
+        ("a_nat_of_the_kernel", nat_of_the_kernel),
     ]
 }
 
@@ -218,6 +221,55 @@ fn firewall_that_comes_later() -> Result<()> {
     check(a.log.contains("sending from the listen port"), || {
         a.log.clone()
     })
+}
+
+/// As [`firewall`], by the kernel's own.
+fn firewall_of_the_kernel() -> Result<()> {
+    let hosts = hosts(1500)?;
+    nft(
+        &hosts.b,
+        "table inet filter { chain in { type filter hook input priority 0; policy drop; \
+         ct state established accept; iifname fastvpn0 accept; }; }",
+    )?;
+    let start = |namespace: &Namespace, peer: Ipv4Addr| {
+        fastvpn(namespace, &format!("--queues {QUEUES} --peer {peer}"))
+    };
+    let tunnels = [start(&hosts.a, UNDERLAY[1])?, start(&hosts.b, UNDERLAY[0])?];
+    wait_for(&hosts.b, TUNNEL[0].into())?;
+    transfer(&hosts.a, &hosts.b, TUNNEL[1].into(), 12, 1_200_000)?;
+    transfer(&hosts.b, &hosts.a, TUNNEL[0].into(), 12, 1_200_000)?;
+    tunnels.into_iter().try_for_each(|end| stop(end).map(drop))
+}
+
+/// As [`nat`], by the kernel's own: host B's container has the tunnel.
+fn nat_of_the_kernel() -> Result<()> {
+    let hosts = hosts(1500)?;
+    let net = |text: &str| text.parse::<IpNet>().map_err(|_| Error::new("no prefix"));
+    let inside = (net("10.88.0.1/24")?, net("10.88.0.2/24")?);
+    let container = lab::container(&hosts.b, "inside0", &[inside], 1500)?;
+    nft(
+        &hosts.b,
+        "table ip nat { chain after { type nat hook postrouting priority 100; \
+         oifname underlay0 meta l4proto udp masquerade to :20000-20100; }; }",
+    )?;
+    let operator = Operator::new()?;
+    let start = |namespace: &Namespace, host: usize, more: &str| {
+        let flags = format!(
+            "--queues {QUEUES} --peer {} --address {}/16 {more}",
+            UNDERLAY[1 - host],
+            TUNNEL[host]
+        );
+        fastvpn(namespace, &flags)
+    };
+    let control = format!("--control {}", operator.socket_text());
+    let tunnels = [start(&hosts.a, 0, &control)?, start(&container, 1, "")?];
+    wait_for(&container, TUNNEL[0].into())?;
+    transfer(&hosts.a, &container, TUNNEL[1].into(), 12, 1_200_000)?;
+    transfer(&container, &hosts.a, TUNNEL[0].into(), 12, 1_200_000)?;
+    let seen = peer(&operator)?;
+    let port = seen["seen_port"].as_u64().unwrap_or(0);
+    check((20_000..=20_100).contains(&port), || seen.to_string())?;
+    tunnels.into_iter().try_for_each(|end| stop(end).map(drop))
 }
 
 /// A tunnel on host A, and a socket in the place of its peer.
@@ -456,7 +508,7 @@ fn check_asks_the_peer() -> Result<()> {
 
 /// A socket at a further address of a host.
 fn stranger(host: &Namespace, address: Ipv4Addr) -> Result<UdpSocket> {
-    let index = link(host, fastvpn::lab::UNDERLAY_NAME)?.index;
+    let index = link(host, lab::UNDERLAY_NAME)?.index;
     let mut netlink = host.netlink()?;
     netlink.add_address(index, IpNet::new_assert(address.into(), 24))?;
     udp(host, address, 0)
