@@ -4,7 +4,7 @@
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -252,9 +252,13 @@ fn tun_queue() -> Result<Queue> {
         mtu_bytes: 1500,
         txqueuelen: 100,
     };
-    link::bring_up(&mut Netlink::open()?, PROBE_NAME, &config, &[])?;
     let mut queues = tun.queues.into_iter();
-    queues.next().ok_or_else(|| Error::new("no queue"))
+    let queue = queues.next().ok_or_else(|| Error::new("no queue"))?;
+    let mut netlink = Netlink::open()?;
+    let index = tun::index_of(queue.as_fd(), &mut netlink)?;
+    let index = index.ok_or_else(|| Error::new("the device is in another namespace"))?;
+    link::bring_up(&mut netlink, index, &config, &[])?;
+    Ok(queue)
 }
 
 /// What it means.

@@ -35,7 +35,13 @@ pub(super) fn status(status: &Status) -> String {
     );
     let addresses: Vec<String> = status.addresses.iter().map(ToString::to_string).collect();
     let mut lines: Vec<(&str, String)> = vec![
-        ("device", format!("{tun}, MTU {} bytes", status.mtu_bytes)),
+        (
+            "device",
+            match status.tun_index {
+                Some(_) => format!("{tun}, MTU {} bytes", status.mtu_bytes),
+                None => format!("{tun}, in another network namespace"),
+            },
+        ),
         ("addresses", or_none(&addresses)),
         ("listening on", status.listen.clone()),
         ("sending from", sending_from(status)),
@@ -394,6 +400,7 @@ mod tests {
                 "10.244.2.2/24".parse().unwrap(),
                 "fd00:244:2::2/64".parse().unwrap(),
             ],
+            tun_index: Some(7),
             mtu_bytes: 1472,
             listen: "0.0.0.0:8285".into(),
             own_ports: vec![61118, 61119],

@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -627,6 +627,7 @@ impl Overlay {
                 peer.forget_proofs();
                 peer.is_suspended = false;
                 peer.path_mtu_bytes = None;
+                self.built = None;
                 true
             }
             _ => false,
@@ -677,6 +678,26 @@ impl Overlay {
         self.prefixes.keys().copied().collect()
     }
 
+    /// Addresses that are never a peer's inside the tunnel, whatever its prefixes:
+    /// this host's own, those that the peers have outside, and those of nobody.
+    ///
+    /// A packet from one of them would pass, outside the tunnel, for a datagram of
+    /// that peer. And one to a peer's has to go there outside: what comes into the
+    /// tunnel for it may be our own datagram, which must not be wrapped again.
+    fn outside(&self) -> impl Iterator<Item = IpAddr> {
+        let own = self.own.iter().copied();
+        let endpoints = self
+            .peers()
+            .filter_map(|(_, peer)| Some(peer.endpoint?.ip()));
+        let nobodys = [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
+        own.chain(endpoints).chain(nobodys)
+    }
+
+    /// Whether packets to or from `address` are never carried.
+    pub fn is_outside(&self, address: IpAddr) -> bool {
+        self.outside().any(|outside| outside == address)
+    }
+
     /// The workers' table.
     pub fn table(&mut self, addresses: TunnelAddresses, is_hop: bool) -> Table {
         let prefixes = match &self.built {
@@ -692,13 +713,10 @@ impl Overlay {
                     .prefixes
                     .iter()
                     .map(|(&prefix, behind)| (prefix, behind.peer));
-                let own = self.own.iter().map(|&own| (IpNet::from(own), NOBODY));
-                // No packet comes from there but probes.
-                let unspecified = (IpNet::from(IpAddr::V4(Ipv4Addr::UNSPECIFIED)), NOBODY);
-                let nobodys = own.chain([unspecified]);
+                let outside = self.outside().map(|outside| (IpNet::from(outside), NOBODY));
                 // The last of several that are the same wins: 0.0.0.0/0 that was
                 // given, and this host.
-                let built = Arc::new(Prefixes::new(anywhere.chain(given).chain(nobodys)));
+                let built = Arc::new(Prefixes::new(anywhere.chain(given).chain(outside)));
                 self.built = Some(Arc::clone(&built));
                 built
             }

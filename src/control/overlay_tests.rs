@@ -298,7 +298,7 @@ fn as_many_peers_as_there_may_be_come_and_go() {
             },
             prefixes: vec![IpAddr::from((number + 1).to_be_bytes()).into()],
         };
-        (0..count as u32).map(spec).collect()
+        (1..=count as u32).map(spec).collect()
     };
     let mut overlay = Overlay::new(0);
     let added = overlay.configure(&peers(PEERS_MAX)).unwrap();
@@ -411,6 +411,46 @@ fn nobody_is_behind_this_hosts_own_addresses() {
     }
     assert!(overlay.set_own_addresses(BTreeSet::new()));
     assert!(is_behind(&mut overlay, "10.1.0.7"));
+}
+
+/// What has such a source inside could pass outside for the peer itself.
+#[test]
+fn nobody_is_behind_the_addresses_that_peers_have_outside() {
+    let mut overlay = overlay(&[
+        "10.0.0.1=10.0.0.0/8",
+        "[fd00::2]:1",
+        "peer.example=10.9.0.0/16",
+    ]);
+    let is_behind = |overlay: &mut Overlay, address: &str| {
+        let address = address.parse().unwrap();
+        let table = overlay.table(TunnelAddresses::default(), false);
+        let is_behind = table.peer(address).is_some();
+        assert_eq!(overlay.is_outside(address), !is_behind);
+        is_behind
+    };
+    for address in ["10.0.0.1", "fd00::2", "0.0.0.0", "::"] {
+        assert!(!is_behind(&mut overlay, address), "{address}");
+    }
+    for address in ["10.0.0.2", "fd00::1", "10.0.0.9", "10.0.0.3"] {
+        assert!(is_behind(&mut overlay, address), "{address}");
+    }
+    // Also once a name has an address, and another one; and who is suspended.
+    let (hop, _) = overlay.find(&name("peer.example")).unwrap();
+    overlay.set_endpoint(hop, "10.0.0.9:1".parse().ok());
+    assert!(!is_behind(&mut overlay, "10.0.0.9"));
+    overlay.set_suspended(hop, true);
+    assert!(!is_behind(&mut overlay, "10.0.0.9"));
+    overlay.set_endpoint(hop, "10.0.0.3:1".parse().ok());
+    assert!(is_behind(&mut overlay, "10.0.0.9") && !is_behind(&mut overlay, "10.0.0.3"));
+    // A prefix of that length makes no difference, and the address is free again
+    // with the peer.
+    let prefix = [net("10.0.0.3/32")];
+    overlay
+        .add_prefixes(&name("10.0.0.1"), &prefix, Origin::Runtime, false)
+        .unwrap();
+    assert!(!is_behind(&mut overlay, "10.0.0.3"));
+    overlay.remove_peer(&name("peer.example")).unwrap();
+    assert!(is_behind(&mut overlay, "10.0.0.3"));
 }
 
 #[test]

@@ -199,6 +199,9 @@ pub struct Status {
     pub uptime_seconds: u64,
     /// Name of the TUN device.
     pub tun: String,
+    /// Its index; none while it is in another network namespace.
+    #[serde(default)]
+    pub tun_index: Option<u32>,
     /// Its addresses.
     pub addresses: Vec<IpNet>,
     /// Its MTU in bytes.

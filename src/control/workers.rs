@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::engine::Engine;
@@ -144,12 +144,13 @@ impl Workers {
         &self.failures
     }
 
-    /// Tells all workers. A worker that has not taken its last commands yet is
-    /// left out rather than waited for; `false` then.
+    /// Tells all workers that have not ended. A worker that has not taken its last
+    /// commands yet is left out rather than waited for; `false` then.
     pub fn tell(&self, command: impl Fn() -> Command) -> bool {
         let mut all = true;
         for worker in &self.workers {
-            all &= worker.commands.try_send(command()).is_ok();
+            let told = worker.commands.try_send(command());
+            all &= !matches!(told, Err(TrySendError::Full(_)));
             // The counter cannot overflow: a worker empties it each time.
             let _ = worker.wake.write(1);
         }
@@ -167,13 +168,6 @@ impl Drop for Workers {
         drop(gate);
         while !self.tell(|| Command::Stop) {
             std::thread::sleep(std::time::Duration::from_millis(1));
-            if self
-                .workers
-                .iter()
-                .all(|worker| worker.thread.is_finished())
-            {
-                break;
-            }
         }
         for worker in self.workers.drain(..) {
             if worker.thread.join().is_err() {

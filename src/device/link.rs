@@ -43,21 +43,14 @@ pub struct LinkConfig {
 /// Names the address or setting that the kernel refused.
 pub fn bring_up(
     netlink: &mut Netlink,
-    name: &str,
+    index: u32,
     config: &LinkConfig,
     old: &[IpNet],
 ) -> Result<()> {
-    let index = index_of(netlink, name)?;
     netlink.set_txqueuelen(index, config.txqueuelen)?;
     netlink.set_mtu(index, config.mtu_bytes)?;
     set_addresses(netlink, index, old, &config.addresses)?;
     netlink.set_up(index)
-}
-
-fn index_of(netlink: &mut Netlink, name: &str) -> Result<u32> {
-    netlink
-        .link_index(name)?
-        .ok_or_else(|| Error::new(format!("interface {name} has disappeared")))
 }
 
 /// Those of the `new` addresses that a successor can give the device while its
@@ -65,14 +58,13 @@ fn index_of(netlink: &mut Netlink, name: &str) -> Result<u32> {
 /// none away. The others come with [`bring_up`].
 ///
 /// # Errors
-/// When there is no such device, or the kernel refuses.
+/// When the kernel refuses.
 pub fn addresses_to_add(
     netlink: &mut Netlink,
-    name: &str,
+    index: u32,
     old: &[IpNet],
     new: &[IpNet],
 ) -> Result<Vec<IpNet>> {
-    let index = index_of(netlink, name)?;
     let present = addresses_of(netlink, index)?;
     let link = netlink.link_by_index(index)?;
     let takes_v6 = link.is_some_and(|link| link.mtu >= IPV6_MTU_BYTES_MIN);
@@ -88,11 +80,10 @@ pub fn addresses_to_add(
 ///
 /// # Errors
 /// Names the address that the kernel refused. The device is then as it was.
-pub fn add_addresses(netlink: &mut Netlink, name: &str, addresses: &[IpNet]) -> Result<()> {
-    let index = index_of(netlink, name)?;
+pub fn add_addresses(netlink: &mut Netlink, index: u32, addresses: &[IpNet]) -> Result<()> {
     for (count, &address) in addresses.iter().enumerate() {
         if let Err(error) = netlink.add_address(index, address) {
-            remove_addresses(netlink, name, &addresses[..count]);
+            remove_addresses(netlink, index, &addresses[..count]);
             return Err(error);
         }
     }
@@ -106,9 +97,8 @@ fn excludes(one: &IpNet, other: &IpNet) -> bool {
 }
 
 /// Takes back what [`add_addresses`] gave, as far as it is still there.
-pub fn remove_addresses(netlink: &mut Netlink, name: &str, added: &[IpNet]) {
-    let removed = index_of(netlink, name).and_then(|index| remove_present(netlink, index, added));
-    if let Err(error) = removed {
+pub fn remove_addresses(netlink: &mut Netlink, index: u32, added: &[IpNet]) {
+    if let Err(error) = remove_present(netlink, index, added) {
         tracing::warn!("{error}");
     }
 }
@@ -122,12 +112,9 @@ fn addresses_of(netlink: &mut Netlink, index: u32) -> Result<Vec<IpNet>> {
 
 /// Lets the device deliver what we report to senders from our own address,
 /// which the kernel else takes for a forgery; tells whether it does.
-pub fn accept_local(netlink: &mut Netlink, name: &str) -> bool {
-    let accepted = netlink.link_index(name).and_then(|index| match index {
-        Some(index) => netlink.accept_local(index),
-        None => Err(Error::new(format!("interface {name} has disappeared"))),
-    });
-    accepted
+pub fn accept_local(netlink: &mut Netlink, index: u32) -> bool {
+    netlink
+        .accept_local(index)
         .inspect_err(|error| tracing::debug!("reports come from the address asked for: {error}"))
         .is_ok()
 }
@@ -195,8 +182,7 @@ fn add_missing(netlink: &mut Netlink, index: u32, addresses: &[IpNet]) -> Result
 ///
 /// # Errors
 /// Names the address and the interface.
-pub fn check_networks(netlink: &mut Netlink, name: &str, addresses: &[IpNet]) -> Result<()> {
-    let own = netlink.link_index(name)?;
+pub fn check_networks(netlink: &mut Netlink, own: Option<u32>, addresses: &[IpNet]) -> Result<()> {
     let others: Vec<_> = netlink.addresses()?;
     let others = || others.iter().filter(|(index, _)| Some(*index) != own);
     // Without a network there is no route; and all interfaces have that of the
@@ -235,12 +221,12 @@ fn link_name(netlink: &mut Netlink, index: u32) -> String {
 }
 
 /// Makes sure that datagrams to a peer do not themselves go into the tunnel,
-/// where each would be wrapped again and again.
+/// where each would be wrapped again and again. `own`: the tunnel's device, if
+/// it is in this namespace.
 ///
 /// # Errors
 /// Names the peer if they would.
-pub fn check_outside(netlink: &mut Netlink, name: &str, peer: SocketAddr) -> Result<()> {
-    let own = netlink.link_index(name)?;
+pub fn check_outside(netlink: &mut Netlink, own: Option<u32>, peer: SocketAddr) -> Result<()> {
     if own.is_some() && netlink.interface_to_endpoint(peer)? == own {
         return Err(inside(peer.ip()));
     }
@@ -262,7 +248,7 @@ fn inside(peer: IpAddr) -> Error {
 /// Names the peer if it would.
 pub fn check_will_be_outside(
     netlink: &mut Netlink,
-    name: &str,
+    own: Option<u32>,
     peer: SocketAddr,
     addresses: &[IpNet],
     routes: &BTreeSet<IpNet>,
@@ -275,7 +261,6 @@ pub fn check_will_be_outside(
     if subnet_length.is_none() && route_length.is_none() {
         return Ok(());
     }
-    let own = netlink.link_index(name)?;
     if let SocketAddr::V6(peer) = peer
         && peer.scope_id() != 0
         && Some(peer.scope_id()) != own

@@ -1,19 +1,30 @@
 //! A multi-queue TUN device with offloads (`Documentation/networking/tuntap.rst`
 //! and `drivers/net/tun.c` in the kernel tree).
 
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tun_rs::{DeviceBuilder, SyncDevice};
 
 use super::steering;
 use crate::error::{Error, Result};
+use crate::netlink::Netlink;
 use crate::packet::coalesce::Offloads;
 
 mod ioctl {
-    // TUNSETOFFLOAD, `linux/if_tun.h`.
+    // TUNSETOFFLOAD, TUNGETIFF, TUNGETDEVNETNS (Linux 5.2), `linux/if_tun.h`. The
+    // second is declared to take an `unsigned int`, and fills a `struct ifreq`.
     nix::ioctl_write_int!(set_offload, b'T', 208);
+    nix::ioctl_read_bad!(
+        get_interface,
+        nix::request_code_read!(b'T', 210, 4),
+        libc::ifreq
+    );
+    nix::ioctl_none!(get_namespace, b'T', 227);
 }
 
 /// One queue of the device: a descriptor that reads and writes frames with a
@@ -25,6 +36,60 @@ impl AsFd for Queue {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
+}
+
+/// Index of the device that `queue` belongs to, whatever it is called by now;
+/// `None` once it has been moved to another network namespace than the calling
+/// thread's.
+///
+/// # Errors
+/// When the device has been deleted, or the kernel refuses.
+pub fn index_of(queue: BorrowedFd<'_>, netlink: &mut Netlink) -> Result<Option<u32>> {
+    /// Somebody may rename it between two steps.
+    const ATTEMPTS: usize = 10;
+    for _ in 0..ATTEMPTS {
+        let failed = |error: io::Error| match error.raw_os_error() {
+            Some(libc::EBADFD) => Error::new("the TUN device has been deleted"),
+            _ => Error::os("cannot ask for the TUN device's name", error),
+        };
+        let name = name_of(queue).map_err(failed)?;
+        match is_here(queue).map_err(failed)? {
+            Some(false) => return Ok(None),
+            // The name has to tell.
+            None => return netlink.link_index(&name),
+            Some(true) => {}
+        }
+        let index = netlink.link_index(&name)?;
+        if index.is_some() {
+            return Ok(index);
+        }
+    }
+    Err(Error::new("the TUN device's name changes all the time"))
+}
+
+fn name_of(queue: BorrowedFd<'_>) -> io::Result<String> {
+    // SAFETY: a `struct ifreq` is valid with all bytes zero.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // SAFETY: the descriptor is open, and the kernel writes one `struct ifreq`.
+    unsafe { ioctl::get_interface(queue.as_raw_fd(), &raw mut request) }?;
+    let name = request.ifr_name.iter().map(|&byte| byte as u8);
+    let name = name.take_while(|&byte| byte != 0).collect();
+    String::from_utf8(name).map_err(io::Error::other)
+}
+
+/// Whether the device is in the calling thread's network namespace; `None` if
+/// the kernel does not tell, as before Linux 5.2.
+fn is_here(queue: BorrowedFd<'_>) -> io::Result<Option<bool>> {
+    // SAFETY: the descriptor is open, and the request has no argument.
+    let namespace = match unsafe { ioctl::get_namespace(queue.as_raw_fd()) } {
+        Err(Errno::EINVAL | Errno::EPERM) => return Ok(None),
+        namespace => namespace?,
+    };
+    // SAFETY: the call returned a new descriptor that nobody else has.
+    let namespace = File::from(unsafe { OwnedFd::from_raw_fd(namespace) });
+    let its = namespace.metadata()?;
+    let own = std::fs::metadata("/proc/thread-self/ns/net").ok();
+    Ok(own.map(|own| (its.dev(), its.ino()) == (own.dev(), own.ino())))
 }
 
 /// Tests and probes put another descriptor in a queue's place: any that keeps
@@ -105,7 +170,6 @@ fn into_queue(device: SyncDevice) -> io::Result<Queue> {
 }
 
 fn set_offloads(queue: &Queue, offloads: Offloads) -> io::Result<()> {
-    use std::os::fd::AsRawFd;
     let mut flags = 0;
     if offloads.tcp {
         flags |= libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6;

@@ -348,7 +348,7 @@ impl Netlink {
     }
 
     /// The interface's name, or its index when it has no name any more.
-    pub(super) fn name_for_error(&mut self, index: u32) -> String {
+    pub fn name_for_error(&mut self, index: u32) -> String {
         match self.link_by_index(index) {
             Ok(Some(link)) => link.name,
             _ => format!("number {index}"),

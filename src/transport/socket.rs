@@ -2,11 +2,12 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::sys::socket::{setsockopt, sockopt as nix_sockopt};
-use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
 
+pub use super::sockopt::drops;
 use super::sockopt::{MtuDiscover, MtuDiscoverV6};
 use super::{sockopt, steering};
 use crate::error::{Error, Result};
@@ -147,6 +148,27 @@ fn open_sender(listen: SocketAddr, index: u16) -> Option<Socket> {
     Some(socket)
 }
 
+/// Has the kernel drop what reaches the socket through the interface `index`:
+/// the tunnel's own device. A peer could else send, inside the tunnel, datagrams
+/// that this socket takes for another peer's. `None`: there is no such interface.
+///
+/// The filter belongs to the socket, and goes with it to another process.
+///
+/// # Errors
+/// When the kernel takes no filter.
+pub fn drop_from(socket: BorrowedFd<'_>, index: Option<u32>) -> io::Result<()> {
+    use libc::{BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W};
+    let interface_index = (libc::SKF_AD_OFF + libc::SKF_AD_IFINDEX) as u32;
+    let instruction = |code: u32, jt, jf, k| socket2::SockFilter::new(code as u16, jt, jf, k);
+    SockRef::from(&socket).attach_filter(&[
+        instruction(BPF_LD | BPF_W | BPF_ABS, 0, 0, interface_index),
+        // No interface has the index 0.
+        instruction(BPF_JMP | BPF_JEQ | BPF_K, 0, 1, index.unwrap_or(0)),
+        instruction(BPF_RET | BPF_K, 0, 0, 0),
+        instruction(BPF_RET | BPF_K, 0, 0, u32::MAX),
+    ])
+}
+
 /// The *FORCE options go beyond `net.core.{r,w}mem_max` but need
 /// CAP_NET_ADMIN; without it the limits apply.
 fn enlarge_buffers(socket: &Socket) -> io::Result<()> {
@@ -184,6 +206,72 @@ mod tests {
         assert!(text.contains(&listen.to_string()), "{text}");
         assert!(text.contains("address already in use"), "{text}");
         assert!(text.contains("--listen"), "{text}");
+    }
+
+    /// A UDP datagram as it comes out of a TUN device, without a checksum (RFC 768).
+    fn frame(source: [u8; 4], destination: [u8; 4], port: u16) -> Vec<u8> {
+        let virtio = [0; crate::packet::virtio::HEADER_BYTES];
+        let mut ip = vec![0x45, 0, 0, 29, 0, 0, 0, 0, 64, 17, 0, 0];
+        ip.extend([source, destination].concat());
+        let words = ip
+            .chunks(2)
+            .map(|word| u32::from(u16::from_be_bytes([word[0], word[1]])));
+        let sum: u32 = words.sum();
+        let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
+        ip[10..12].copy_from_slice(&sum.to_be_bytes());
+        let [high, low] = port.to_be_bytes();
+        [&virtio[..], &ip, &[high, low, high, low, 0, 9, 0, 0, 7]].concat()
+    }
+
+    /// Through a real device, as nested datagrams come.
+    #[test]
+    fn what_comes_through_the_tunnel_itself_is_dropped_and_counted() {
+        const PORT: u16 = 8285;
+        let namespace = crate::lab::Namespace::new().unwrap();
+        let mut netlink = namespace.netlink().unwrap();
+        let none = crate::packet::coalesce::Offloads {
+            tcp: false,
+            udp: false,
+        };
+        let listen = SocketAddr::from(([0, 0, 0, 0], PORT));
+        let (device, (sockets, _)) = namespace.run(|| {
+            let device = crate::device::tun::create("tun0", 1, none).unwrap();
+            (device, open(listen, 1, ALL).unwrap())
+        });
+        let index = netlink.link_index("tun0").unwrap();
+        netlink
+            .add_address(index.unwrap(), "10.9.0.1/24".parse().unwrap())
+            .unwrap();
+        netlink.set_up(index.unwrap()).unwrap();
+        let socket = &sockets[0].receive;
+        let frame = frame([10, 9, 0, 2], [10, 9, 0, 1], PORT);
+        let has_come = || socket.recv(&mut [std::mem::MaybeUninit::uninit()]).is_ok();
+        let wait_until = |is_so: &dyn Fn() -> bool| {
+            for _ in 0..10_000 {
+                if is_so() {
+                    return;
+                }
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+            panic!("waited in vain");
+        };
+        let write = || nix::unistd::write(&device.queues[0], &frame).unwrap();
+        write();
+        wait_until(&has_come);
+        drop_from(socket.as_fd(), index).unwrap();
+        for count in 1..=20 {
+            write();
+            wait_until(&|| drops(socket.as_fd()).unwrap() == count);
+        }
+        assert!(!has_come());
+        // Through another interface it still comes.
+        let other = namespace.run(|| UdpSocket::bind("127.0.0.1:0").unwrap());
+        other.send_to(&[7], ("10.9.0.1", PORT)).unwrap();
+        wait_until(&has_come);
+        drop_from(socket.as_fd(), None).unwrap();
+        write();
+        wait_until(&has_come);
+        assert_eq!(drops(socket.as_fd()).unwrap(), 20);
     }
 
     #[test]

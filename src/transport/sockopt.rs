@@ -22,6 +22,29 @@ sockopt_impl!(
     libc::c_int
 );
 
+/// Datagrams that the kernel has dropped at the socket since it was made, modulo
+/// 2^32: no room in its receive buffer, refused by its filter, or damaged
+/// (`SO_MEMINFO`, Linux 4.12).
+pub fn drops(socket: BorrowedFd<'_>) -> io::Result<u32> {
+    // `SK_MEMINFO_VARS` and `SK_MEMINFO_DROPS` (`linux/sock_diag.h`).
+    let mut memory = [0_u32; 9];
+    let mut len = size_of_val(&memory) as libc::socklen_t;
+    // SAFETY: `memory` and `len` are live, and `len` is the size of `memory`.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_MEMINFO,
+            (&raw mut memory).cast(),
+            &raw mut len,
+        )
+    };
+    match result {
+        0 => Ok(memory[8]),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// `SO_ATTACH_REUSEPORT_CBPF`: the program picks a socket of the group
 /// (`socket(7)`).
 pub fn attach_reuseport_cbpf(

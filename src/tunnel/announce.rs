@@ -39,7 +39,7 @@ pub fn announce(running: &Running) {
     let queues = running.worker_count;
     tracing::info!(
         "{}: {}, MTU {}, {queues} {}",
-        running.config.tun,
+        running.device.name,
         addresses.join(" "),
         link.mtu_bytes,
         if queues == 1 { "queue" } else { "queues" },

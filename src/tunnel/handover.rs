@@ -36,6 +36,16 @@ pub struct Kept {
 }
 
 impl Kept {
+    /// Its TUN queue.
+    pub fn queue(&self) -> BorrowedFd<'_> {
+        self.queue.as_fd()
+    }
+
+    /// Its socket to receive from.
+    pub fn receive(&self) -> BorrowedFd<'_> {
+        self.receive.as_fd()
+    }
+
     /// What a worker needs, over again.
     fn of(
         queue: BorrowedFd<'_>,
@@ -250,7 +260,9 @@ fn take_back_addresses(running: &mut Running, added: &[IpNet]) {
     let own = &running.settled.link.addresses;
     let others = added.iter().filter(|net| !own.contains(net));
     let others: Vec<_> = others.copied().collect();
-    link::remove_addresses(&mut running.netlink, &running.config.tun, &others);
+    if let Some(index) = running.device.index {
+        link::remove_addresses(&mut running.netlink, index, &others);
+    }
 }
 
 fn manifest(running: &Running) -> Manifest {

@@ -4,6 +4,8 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, at, bounded, never};
@@ -13,10 +15,11 @@ use super::paths::ask_routes;
 use super::running::Running;
 use crate::control::journal::Journal;
 use crate::control::overlay::Overlay;
-use crate::device::link;
+use crate::device::{link, tun};
 use crate::error::Result;
-use crate::netlink::Netlink;
+use crate::netlink::{Link, LinkStats, Netlink};
 use crate::packet::train::NextHop;
+use crate::transport::socket;
 use crate::worker::Command;
 
 /// How long after the first piece of news the host is looked at: what belongs
@@ -124,13 +127,53 @@ pub fn own_addresses(netlink: &mut Netlink, given: &[IpNet]) -> Result<BTreeSet<
     Ok(present.chain(given).map(|net| net.addr()).collect())
 }
 
-/// Suspends the peers to whom the way leads through the device `tun`, and no
+/// The TUN device as it was found last.
+pub(super) struct Device {
+    /// By which the kernel knows it, whatever it is called; `None` while it is in
+    /// another network namespace.
+    pub index: Option<u32>,
+    /// What it is called.
+    pub name: String,
+    /// Its MTU in bytes, where somebody has set another than this process.
+    pub mtu_by_hand: Option<u32>,
+}
+
+impl Device {
+    /// The device of a `queue`, which was made with this name.
+    ///
+    /// # Errors
+    /// When it has been deleted, or the kernel refuses.
+    pub fn find(queue: BorrowedFd<'_>, name: &str, netlink: &mut Netlink) -> Result<Self> {
+        let index = tun::index_of(queue, netlink)?;
+        if index.is_none() {
+            tell_of_move(name);
+        }
+        Ok(Self {
+            index,
+            name: name.to_string(),
+            mtu_by_hand: None,
+        })
+    }
+}
+
+fn tell_of_move(name: &str) {
+    tracing::warn!(
+        "the TUN device {name} is in another network namespace now: packets are carried as \
+         before, but its addresses, MTU and routes are left to you"
+    );
+}
+
+/// Suspends the peers to whom the way leads through the device `own`, and no
 /// others: for a successor, before its workers send anything. Returns the peers'
 /// addresses.
-pub fn suspend_inside(overlay: &mut Overlay, netlink: &mut Netlink, tun: &str) -> Vec<SocketAddr> {
-    let Ok(Some(own)) = netlink.link_index(tun) else {
+pub fn suspend_inside(
+    overlay: &mut Overlay,
+    netlink: &mut Netlink,
+    own: Option<u32>,
+) -> Vec<SocketAddr> {
+    if own.is_none() {
         return Vec::new();
-    };
+    }
     let peers: Vec<_> = overlay
         .peers()
         .filter_map(|(hop, peer)| Some((hop, peer.endpoint?)))
@@ -139,7 +182,7 @@ pub fn suspend_inside(overlay: &mut Overlay, netlink: &mut Netlink, tun: &str) -
     for (hop, endpoint) in peers {
         match netlink.interface_to_endpoint(endpoint) {
             Ok(way) => {
-                let is_inside = way == Some(own);
+                let is_inside = way == own;
                 overlay.set_suspended(hop, is_inside);
                 inside.extend(is_inside.then_some(endpoint));
             }
@@ -150,9 +193,10 @@ pub fn suspend_inside(overlay: &mut Overlay, netlink: &mut Netlink, tun: &str) -
 }
 
 impl Running {
-    /// Looks at this host's addresses and at the ways to all peers.
+    /// Looks at the device, at this host's addresses and at the ways to all peers.
     pub(super) fn look_at_host(&mut self) {
         let started = Instant::now();
+        self.look_at_device();
         let own = own_addresses(&mut self.netlink, &self.settled.link.addresses);
         let has_failed = own.is_err();
         let mut is_news = match own {
@@ -182,14 +226,94 @@ impl Running {
         }
     }
 
+    /// Notes what others have made of the device.
+    pub(super) fn look_at_device(&mut self) {
+        if let Err(error) = self.find_device() {
+            // One that is deleted ends the workers, and these the process.
+            tracing::debug!("{error}");
+        }
+    }
+
+    fn find_device(&mut self) -> Result<()> {
+        let descriptors = Arc::clone(self.descriptors());
+        let Some(worker) = descriptors.first() else {
+            return Ok(());
+        };
+        let index = tun::index_of(worker.queue(), &mut self.netlink)?;
+        let was_away = self
+            .routes
+            .as_ref()
+            .is_some_and(|routes| !routes.has_device());
+        if index != self.device.index || (was_away && index.is_some()) {
+            self.device_has_moved(index);
+        }
+        let Some(index) = index else {
+            return Ok(());
+        };
+        let Some(link) = self.netlink.link_by_index(index)? else {
+            return Ok(());
+        };
+        if link.name != self.device.name {
+            tracing::info!(
+                "the TUN device {} is called {} now",
+                self.device.name,
+                link.name
+            );
+            self.device.name.clone_from(&link.name);
+        }
+        let wanted = self.settled.link.mtu_bytes;
+        let mtu_by_hand = Some(link.mtu).filter(|mtu_bytes| *mtu_bytes != wanted);
+        if mtu_by_hand != self.device.mtu_by_hand {
+            self.device.mtu_by_hand = mtu_by_hand;
+            let Link { name, mtu, .. } = link;
+            match mtu_by_hand {
+                Some(_) => tracing::warn!(
+                    "somebody has set the MTU of {name} to {mtu} bytes; it is left so, though \
+                     {wanted} is what fits"
+                ),
+                None => tracing::info!("the MTU of {name} is {mtu} bytes again"),
+            }
+        }
+        Ok(())
+    }
+
+    /// To another namespace, or back to this one, where it may get another index.
+    fn device_has_moved(&mut self, index: Option<u32>) {
+        let was_here = std::mem::replace(&mut self.device.index, index).is_some();
+        let name = &self.device.name;
+        match index {
+            None => tell_of_move(name),
+            Some(_) if was_here => {
+                tracing::warn!("the TUN device {name} was in another network namespace for a while")
+            }
+            Some(_) => tracing::info!("the TUN device {name} is in this network namespace again"),
+        }
+        // Something else may have the old index by now, such as the underlay.
+        for worker in self.descriptors().iter() {
+            if let Err(error) = socket::drop_from(worker.receive(), index) {
+                tracing::error!("cannot filter what comes through the tunnel itself: {error}");
+            }
+        }
+        // That setting has not come along.
+        self.accept_local = index.is_some_and(|index| link::accept_local(&mut self.netlink, index));
+        self.republish();
+        self.stop_routes();
+        if let Err(error) = self.start_routes() {
+            tracing::error!("{error}");
+        }
+    }
+
+    /// What the device has counted.
+    pub fn link_stats(&mut self) -> Option<LinkStats> {
+        self.netlink.link_stats(self.device.index?).ok()
+    }
+
     /// Suspends those of the peers to whom the way leads through the tunnel
     /// itself, where each datagram would be wrapped again and again, and ends
     /// the suspension of those to whom it leads outside again. Tells whether the
     /// workers need a new table for it.
     pub(super) fn look_at_ways(&mut self, peers: &[(NextHop, SocketAddr)]) -> bool {
-        let Ok(Some(own)) = self.netlink.link_index(&self.config.tun) else {
-            return false;
-        };
+        let own = self.device.index;
         let (mut is_news, mut has_resumed) = (false, false);
         for &(hop, endpoint) in peers {
             let way = match self.netlink.interface_to_endpoint(endpoint) {
@@ -200,7 +324,7 @@ impl Running {
                 }
             };
             self.host.note_way(endpoint, way.is_some());
-            let is_inside = way == Some(own);
+            let is_inside = own.is_some() && way == own;
             if !self.overlay.set_suspended(hop, is_inside) {
                 continue;
             }
@@ -234,7 +358,7 @@ impl Running {
             .peers()
             .filter_map(|(_, peer)| peer.endpoint_in_use())
             .try_for_each(|endpoint| {
-                link::check_outside(&mut self.netlink, &self.config.tun, endpoint)
+                link::check_outside(&mut self.netlink, self.device.index, endpoint)
             })
     }
 }

@@ -33,7 +33,7 @@ pub use self::start::rehearse;
 use crate::config::Config;
 use crate::control::summary;
 use crate::error::{Error, Result};
-use crate::netlink::{LinkStats, Netlink};
+use crate::netlink::LinkStats;
 use crate::worker::counters::{Counters, Snapshot};
 
 /// Runs a tunnel until SIGINT, SIGTERM, an operator's word, or a successor ends
@@ -45,7 +45,6 @@ pub fn run(config: Config) -> Result<()> {
     let signals = SignalWatch::start()?;
     raise_descriptor_limit();
     memory::give_back_large_blocks();
-    let tun = config.tun.clone();
     let mut running = Running::start(config)?;
     let counters = running.counters().to_vec();
     let end = running.run(&signals.received);
@@ -53,9 +52,7 @@ pub fn run(config: Config) -> Result<()> {
         // The successor counts from zero; what this process has seen is told.
         Ok(End::HandedOver) => tracing::info!("handed over to a successor"),
         Ok(End::Stopped) | Err(_) => {
-            let link_stats = Netlink::open()
-                .ok()
-                .and_then(|mut netlink| read_link_stats(&mut netlink, &tun));
+            let link_stats = running.link_stats();
             running.take_down();
             summarize(&counters, link_stats.as_ref());
             return end.map(drop);
@@ -80,11 +77,6 @@ fn raise_descriptor_limit() {
     {
         let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
-}
-
-fn read_link_stats(netlink: &mut Netlink, name: &str) -> Option<LinkStats> {
-    let index = netlink.link_index(name).ok()??;
-    netlink.link_stats(index).ok()
 }
 
 /// SIGHUP, SIGINT and SIGTERM as messages.

@@ -17,7 +17,6 @@ use crate::control::protocol::{
 };
 use crate::control::server::{Asker, Call};
 use crate::error::{Error, Result, shortened};
-use crate::netlink::Netlink;
 use crate::worker::counters::{PeerCounters, Snapshot};
 
 /// Sees to a call; `Some` if that ends the run.
@@ -75,9 +74,18 @@ pub fn catch_up(running: &mut Running) {
 
 fn done(running: &mut Running, request: Request, asker: Asker) -> Result<Answer> {
     Ok(match request {
-        Request::Status {} => Answer::Status(Box::new(status(running))),
+        Request::Status {} => {
+            running.count_socket_drops();
+            Answer::Status(Box::new(status(running)))
+        }
         Request::Peers {} => Answer::Peers(peers(running)),
         Request::RouteList {} => Answer::Routes(routes(&running.overlay)),
+        Request::RouteGet { address } if running.overlay.is_outside(address) => {
+            return Err(Error::new(format!(
+                "packets to {address} do not go through the tunnel: it is this host's own \
+                 address, or a peer's outside the tunnel"
+            )));
+        }
         Request::RouteGet { address } => {
             let (prefix, peer) = running
                 .overlay
@@ -196,7 +204,10 @@ fn check_new_prefixes(running: &Running, prefixes: &[IpNet]) -> Result<()> {
     check_ipv6_mtu(running.settled.link.mtu_bytes, prefixes.iter().copied())
 }
 
-fn status(running: &Running) -> Status {
+fn status(running: &mut Running) -> Status {
+    // Before anybody has told of a change.
+    running.look_at_device();
+    let stats = running.link_stats();
     let snapshots: Vec<Snapshot> = running
         .counters()
         .iter()
@@ -207,17 +218,15 @@ fn status(running: &Running) -> Status {
         .fold(Snapshot::default(), |sum, worker| sum.plus(worker));
     let named = |(name, value): (&str, u64)| (name.to_string(), value);
     let is_drop = |name: &str| name.starts_with("drop_");
-    let link = Netlink::open()
-        .ok()
-        .and_then(|mut netlink| super::read_link_stats(&mut netlink, &running.config.tun));
     let settled = &running.settled;
     Status {
         version: env!("CARGO_PKG_VERSION").into(),
         pid: std::process::id(),
         uptime_seconds: running.started.elapsed().as_secs(),
-        tun: running.config.tun.clone(),
+        tun: running.device.name.clone(),
+        tun_index: running.device.index,
         addresses: settled.link.addresses.clone(),
-        mtu_bytes: settled.link.mtu_bytes,
+        mtu_bytes: running.device.mtu_by_hand.unwrap_or(settled.link.mtu_bytes),
         listen: settled.listen.to_string(),
         own_ports: running.ports.own(),
         engine: running.workers().engine().to_string(),
@@ -238,7 +247,7 @@ fn status(running: &Running) -> Status {
             .map(named)
             .collect(),
         drops: total.drops().map(named).collect(),
-        tun_queue_drops: link.map_or(0, |link| link.tx_dropped),
+        tun_queue_drops: stats.map_or(0, |stats| stats.tx_dropped),
         workers: snapshots
             .iter()
             .map(|worker| worker.iter().map(named).collect::<BTreeMap<_, _>>())

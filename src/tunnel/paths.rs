@@ -313,7 +313,7 @@ impl Running {
         let (config, old) = (&self.config, &self.settled);
         let link = config.settle_again(config, old, &endpoints, prefixes)?;
         let (old_bytes, new_bytes) = (old.link.mtu_bytes, link.mtu_bytes);
-        let Some(index) = self.netlink.link_index(&self.config.tun)? else {
+        let Some(index) = self.device.index else {
             return Ok(());
         };
         let present = self.netlink.link_by_index(index)?;
@@ -321,7 +321,7 @@ impl Running {
         if new_bytes != old_bytes && is_ours {
             self.netlink.set_mtu(index, new_bytes)?;
             self.settled.link.mtu_bytes = new_bytes;
-            let tun = &self.config.tun;
+            let tun = &self.device.name;
             tracing::info!(
                 "MTU of {tun}: {new_bytes} bytes, no longer {old_bytes}: what the routes to the peers take"
             );

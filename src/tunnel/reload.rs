@@ -61,9 +61,10 @@ impl Plan {
         let link = new.settle_again(old, in_force, &resolved, prefixes)?;
         check_host(
             &mut running.netlink,
+            running.device.index,
             in_force,
             &mut overlay,
-            (old, &new),
+            &new,
             &link,
         )?;
         let needs_restart = old.needs_restart(&new);
@@ -93,7 +94,7 @@ impl Plan {
 
     /// Puts it in force, or leaves everything as it was.
     fn carry_out(self, running: &mut Running) -> Result<Reloaded> {
-        let mut device = Device::find(&running.config.tun)?;
+        let mut device = Device::open(running.device.index)?;
         let has_new_addresses = running.settled.link.addresses != self.link.addresses;
         let old_config = std::mem::replace(&mut running.config, self.config);
         let old_link = std::mem::replace(&mut running.settled.link, self.link);
@@ -129,12 +130,12 @@ impl Plan {
 /// of those `in_force`, is none of its peers.
 fn check_host(
     netlink: &mut Netlink,
+    device: Option<u32>,
     in_force: &Settled,
     overlay: &mut Overlay,
-    (old, new): (&Config, &Config),
+    new: &Config,
     link: &LinkConfig,
 ) -> Result<()> {
-    let device = netlink.link_index(&old.tun)?;
     let is_replaced =
         |index: u32, net| Some(index) == device && in_force.link.addresses.contains(net);
     let present: Vec<_> = netlink.addresses()?;
@@ -154,7 +155,7 @@ fn check_host(
         reach::check_configured(in_force.listen, overlay, endpoint)?;
     }
     if link.addresses != in_force.link.addresses {
-        link::check_networks(netlink, &old.tun, &link.addresses)?;
+        link::check_networks(netlink, device, &link.addresses)?;
     }
     reach::check_prefixes(&own, overlay.prefixes().map(|(prefix, ..)| prefix))
 }
@@ -179,6 +180,7 @@ fn settings_changed(old: (&Config, &LinkConfig), new: (&Config, &LinkConfig)) ->
 /// The TUN device while its settings are being changed.
 struct Device {
     netlink: Netlink,
+    /// 0, which no interface has, while the device is in another namespace.
     index: u32,
     /// What undoes each step that was taken, in the order of the steps.
     undo: Vec<Undo>,
@@ -192,14 +194,10 @@ enum Undo {
 }
 
 impl Device {
-    fn find(name: &str) -> Result<Self> {
-        let mut netlink = Netlink::open()?;
-        let index = netlink
-            .link_index(name)?
-            .ok_or_else(|| Error::new(format!("interface {name} has disappeared")))?;
+    fn open(index: Option<u32>) -> Result<Self> {
         Ok(Self {
-            netlink,
-            index,
+            netlink: Netlink::open()?,
+            index: index.unwrap_or(0),
             undo: Vec::new(),
         })
     }
@@ -207,6 +205,16 @@ impl Device {
     /// Changes what differs in `new`, and no more: the rest may have been set by
     /// hand.
     fn change(&mut self, old: &LinkConfig, new: &LinkConfig) -> Result<()> {
+        if self.index == 0 {
+            let settings =
+                |link: &LinkConfig| (link.txqueuelen, link.mtu_bytes, link.addresses.clone());
+            if settings(old) == settings(new) {
+                return Ok(());
+            }
+            let what = "cannot change the TUN device, which is in another network namespace";
+            return Err(Error::new(what)
+                .hint("leave address, mtu and txqueuelen as they are, or move it back first"));
+        }
         let Some(present) = self.netlink.link_by_index(self.index)? else {
             return Err(Error::new("the TUN device has disappeared"));
         };

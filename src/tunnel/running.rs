@@ -14,7 +14,7 @@ use ipnet::IpNet;
 use signal_hook::consts::{SIGHUP, SIGTERM};
 
 use super::handover::{self, Handover};
-use super::host::{HostNews, own_addresses};
+use super::host::{Device, HostNews, own_addresses};
 use super::paths::{Paths, ask_routes};
 use super::ports::Ports;
 use super::trouble::Troubles;
@@ -118,10 +118,13 @@ pub struct Running {
     pub(super) host: HostNews,
     pub(super) troubles: Troubles,
     quiet_log: Journal,
+    pub(super) device: Device,
+    /// What the kernel has counted at each worker's socket.
+    socket_drops: Vec<u32>,
     pub(super) netlink: Netlink,
-    accept_local: bool,
+    pub(super) accept_local: bool,
     /// `None` once the tunnel has ended, or if it could not be started again.
-    routes: Option<RouteKeeper>,
+    pub(super) routes: Option<RouteKeeper>,
     /// What it was told to keep.
     routes_kept: BTreeSet<IpNet>,
     pub(super) server: Option<Server>,
@@ -197,7 +200,7 @@ impl Running {
     /// When there is no other keeper to be had, or it cannot set the routes.
     pub(super) fn start_routes(&mut self) -> Result<()> {
         let addresses = self.settled.link.addresses.clone();
-        let routes = RouteKeeper::start(&self.config.tun, addresses, self.host.sender())?;
+        let routes = RouteKeeper::start(self.device.index, addresses, self.host.sender())?;
         // The new one does not know yet what it is to keep. IPv6 that the device
         // has no room for any more is on its way out.
         let takes_v6 = self.settled.link.mtu_bytes >= link::IPV6_MTU_BYTES_MIN;
@@ -441,7 +444,7 @@ impl Running {
     /// Whether a name's address may be a peer's.
     fn check_answer(&mut self, endpoint: SocketAddr) -> Result<()> {
         self.check_endpoint(endpoint)?;
-        link::check_outside(&mut self.netlink, &self.config.tun, endpoint)
+        link::check_outside(&mut self.netlink, self.device.index, endpoint)
     }
 
     /// Notes who answers, asks for the names of those who do not, and looks at
@@ -486,6 +489,7 @@ impl Running {
         self.names.tick(now);
         self.look_at_ports(now);
         self.look_after_paths();
+        self.count_socket_drops();
         self.host.flush_log(now);
         self.quiet_log.flush(now);
         self.tell_of_drops(now);
@@ -493,6 +497,19 @@ impl Running {
             self.keep_routes_again(now);
         }
         self.retired.retain(|old| Arc::strong_count(old) > 1);
+    }
+
+    /// Adds to the workers' counters what the kernel has dropped at their sockets
+    /// since the last time.
+    pub(super) fn count_socket_drops(&mut self) {
+        let counters = self.counters.iter().zip(&mut self.socket_drops);
+        for (worker, (counters, seen)) in self.descriptors.iter().zip(counters) {
+            if let Ok(drops) = socket::drops(worker.receive()) {
+                // The kernel's count wraps round.
+                let fresh = drops.wrapping_sub(std::mem::replace(seen, drops));
+                counters.drop_at_socket.add(fresh.into());
+            }
+        }
     }
 
     /// The descriptors that a successor gets.
@@ -516,6 +533,7 @@ impl Running {
 
     /// Ends the tunnel: routes, device and operators' socket go.
     pub fn take_down(mut self) {
+        self.count_socket_drops();
         self.host.end_log();
         self.quiet_log.end();
         self.ports.end_log();
@@ -536,6 +554,7 @@ impl Running {
 
     /// Ends this process's part in a tunnel that a successor carries on.
     pub(super) fn leave(&mut self) {
+        self.count_socket_drops();
         if let Some(routes) = self.routes.take() {
             routes.stop(AtEnd::Keep);
         }

@@ -78,6 +78,8 @@ pub struct Prepared {
     pub netlink: Netlink,
     /// Asks for the peers' names.
     pub names: Names,
+    /// Index of the device that there is already, if it is in this namespace.
+    pub device: Option<u32>,
     /// To whom the tunnel that is to be taken over sends nothing.
     pub suspended: Suspended,
     known: Known,
@@ -104,7 +106,7 @@ impl Prepared {
 
     fn find_unusable(&mut self) {
         let routes = kernel_routes(&self.config, &self.overlay);
-        let (tun, addresses) = (&self.config.tun, &self.settled.link.addresses);
+        let (own, addresses) = (self.device, &self.settled.link.addresses);
         let named: Vec<_> = self
             .overlay
             .peers()
@@ -116,7 +118,7 @@ impl Prepared {
             let netlink = &mut self.netlink;
             let other = self.overlay.check_other(self.settled.listen, peer);
             let usable = other.and_then(|()| {
-                link::check_will_be_outside(netlink, tun, peer, addresses, &routes, is_suspended)
+                link::check_will_be_outside(netlink, own, peer, addresses, &routes, is_suspended)
             });
             if let Err(error) = usable {
                 self.overlay.set_endpoint(hop, None);
@@ -147,11 +149,12 @@ pub fn prepare(config: Config) -> Result<Prepared> {
         true => ask_predecessor(&config),
         false => Default::default(),
     };
+    let device = present_device(&config, &mut netlink)?;
     let own = own_addresses(&mut netlink, &config.addresses)?;
     let (mut overlay, mut unresolved) = resolve(&config, &mut names, &known, own)?;
     // The way through the tunnel says nothing of the paths outside.
     let inside = match config.takeover {
-        true => suspend_inside(&mut overlay, &mut netlink, &config.tun),
+        true => suspend_inside(&mut overlay, &mut netlink, device),
         false => Vec::new(),
     };
     let endpoints = endpoints(&config, &overlay);
@@ -173,7 +176,7 @@ pub fn prepare(config: Config) -> Result<Prepared> {
     let literals = overlay.peers().map(|(_, peer)| peer).filter(literal);
     reach::check_addresses(addresses, &present, literals)?;
     if !settled.address_is_derived {
-        link::check_networks(&mut netlink, &config.tun, addresses)?;
+        link::check_networks(&mut netlink, device, addresses)?;
     }
     let own: BTreeSet<_> = addresses.iter().map(IpNet::addr).collect();
     reach::check_prefixes(&own, overlay.prefixes().map(|(prefix, ..)| prefix))?;
@@ -188,10 +191,23 @@ pub fn prepare(config: Config) -> Result<Prepared> {
         overlay,
         netlink,
         names,
+        device,
         suspended,
         known,
         unusable,
     })
+}
+
+/// Index of the device of this name, or of that which is to be taken over, whatever
+/// it is called by now.
+fn present_device(config: &Config, netlink: &mut Netlink) -> Result<Option<u32>> {
+    if config.takeover {
+        match client::status(&config.control, PREDECESSOR_WAIT_MAX) {
+            Ok(status) => return Ok(status.tun_index),
+            Err(error) => tracing::debug!("{error}"),
+        }
+    }
+    netlink.link_index(&config.tun)
 }
 
 /// Whether a tunnel could start with this configuration, or a running one take it
@@ -210,20 +226,20 @@ pub fn rehearse(mut config: Config) -> Result<Vec<Error>> {
         overlay,
         netlink,
         unusable,
+        device,
         ..
     } = &mut prepared;
-    let (tun, addresses) = (&config.tun, &settled.link.addresses);
+    let (own, addresses) = (*device, &settled.link.addresses);
     if settled.address_is_derived {
-        let own = netlink.link_index(tun)?;
         check_derived(netlink, settled, own)?;
     }
     let routes = kernel_routes(config, overlay);
     for (_, peer) in overlay.peers() {
         if let Some(endpoint) = peer.endpoint {
-            link::check_will_be_outside(netlink, tun, endpoint, addresses, &routes, false)?;
+            link::check_will_be_outside(netlink, own, endpoint, addresses, &routes, false)?;
         }
     }
-    routes::check_free(netlink, tun, &routes)?;
+    routes::check_free(netlink, own, &routes)?;
     Ok(std::mem::take(unusable))
 }
 

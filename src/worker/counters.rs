@@ -10,7 +10,8 @@ use super::first::FirstDrops;
 pub struct Counter(AtomicU64);
 
 impl Counter {
-    /// Adds `n`. Only the owning worker may call this.
+    /// Adds `n`. Only the counter's one writer may call this: the worker, or the
+    /// control thread for what it asks the kernel.
     #[inline]
     pub fn add(&self, n: u64) {
         self.0.store(
@@ -104,6 +105,10 @@ counters! {
     drop_send_full,
     /// Outbound: packets whose send the kernel refused for another reason.
     drop_send_error,
+    /// Inbound: datagrams that the kernel dropped at the socket: its receive buffer
+    /// was full, or they came out of the tunnel itself. (Written by the control
+    /// thread; a GRO train is one.)
+    drop_at_socket,
     /// Inbound: datagrams from an address that is no peer's.
     drop_sender_unknown,
     /// Inbound: packets from an inner address that is not behind their sender.

@@ -15,6 +15,7 @@ const TRIALS: &[&str] = &[
     "masquerade_and_dnat",
     "a_firewall_of_the_kernel",
     "a_nat_of_the_kernel",
+    "nested_datagrams_behind_nat",
 ];
 
 /// Whether a trial is in the long tier.

@@ -14,6 +14,7 @@ mod checks;
 mod churn;
 mod control;
 mod datagrams;
+mod device;
 mod endpoints;
 mod errors;
 mod exact;
@@ -28,6 +29,7 @@ mod long;
 mod memory;
 mod mesh;
 mod names;
+mod nested;
 mod numbered;
 mod operator;
 mod overlay_errors;
@@ -95,6 +97,7 @@ fn main() -> ExitCode {
         trouble::tests(),
         mesh::tests(),
         sources::tests(),
+        nested::tests(),
         churn::tests(),
         endpoints::tests(),
         overlay_errors::tests(),
@@ -106,6 +109,7 @@ fn main() -> ExitCode {
         killed::tests(),
         underlay::tests(),
         life::tests(),
+        device::tests(),
     ];
     let of_uring = [fallbacks::tests_of_uring(), exact::tests_of_uring()];
     let of_mixed_engines = [
@@ -126,6 +130,7 @@ fn main() -> ExitCode {
         reload_device::tests(),
         routes::tests(),
         surroundings::tests(),
+        device::tests_of_control(),
         takeover::tests_of_control(),
         handover::tests_of_control(),
         overlay_mtu::tests_of_no_engine(),

@@ -60,8 +60,14 @@ const BUFFERS_BYTES: u64 = 2 * (9 << 20);
 /// Reasons for which packets may be dropped here: multicast of the hosts' own
 /// has no route, nor what was under way to a peer that has been removed; what
 /// the hub's kernel says about routes that were deleted comes from addresses
-/// that are not the tunnel's; queues are full while a process is away.
-const REASONS: [&str; 3] = ["no-route", "tun-queue-full", "source-not-allowed"];
+/// that are not the tunnel's; queues and receive buffers are full while a process
+/// is away.
+const REASONS: [&str; 4] = [
+    "no-route",
+    "tun-queue-full",
+    "source-not-allowed",
+    "at-socket",
+];
 
 const HUB: usize = 0;
 const TAKEN_OVER: usize = 1;

@@ -28,16 +28,17 @@ pub fn tests() -> Vec<Test> {
 }
 
 /// The port that the tunnel listens on.
-const PORT: u16 = 8285;
+pub const PORT: u16 = 8285;
 
 /// Where the packets go inside: a socket at the victim's tunnel address.
-struct Victim<'a> {
+pub struct Victim<'a> {
     site: &'a Site,
     sockets: [UdpSocket; 2],
 }
 
 impl<'a> Victim<'a> {
-    fn new(site: &'a Site) -> Result<Self> {
+    /// On a site whose tunnel comes up.
+    pub fn new(site: &'a Site) -> Result<Self> {
         wait_until_up(&site.host, TUNNEL_NAME)?;
         let open = |family: usize| {
             let socket = udp(&site.host, tunnel(site.number)[family], 0)?;
@@ -52,7 +53,7 @@ impl<'a> Victim<'a> {
     }
 
     /// A packet from `source` to the socket of its family.
-    fn packet(&self, source: IpAddr, payload: &[u8]) -> Result<Vec<u8>> {
+    pub fn packet(&self, source: IpAddr, payload: &[u8]) -> Result<Vec<u8>> {
         let family = usize::from(source.is_ipv6());
         let port = tried("read an address", self.sockets[family].local_addr())?.port();
         let to = tunnel(self.site.number)[family];
@@ -60,7 +61,7 @@ impl<'a> Victim<'a> {
     }
 
     /// Takes in what has come; all of it must be `expected`.
-    fn hears_only(&self, family: usize, expected: &[u8]) -> Result<usize> {
+    pub fn hears_only(&self, family: usize, expected: &[u8]) -> Result<usize> {
         let mut buffer = [0; 2000];
         let mut heard = 0;
         while let Ok((length, from)) = self.sockets[family].recv_from(&mut buffer) {
@@ -83,7 +84,7 @@ fn sender(site: &Site, victim: &Site) -> Result<UdpSocket> {
 
 /// Sends an allowed packet until it is heard. What was sent before, by the same
 /// socket, has then been seen to.
-fn is_heard(victim: &Victim<'_>, from: &UdpSocket, source: IpAddr) -> Result<()> {
+pub fn is_heard(victim: &Victim<'_>, from: &UdpSocket, source: IpAddr) -> Result<()> {
     let packet = victim.packet(source, b"allowed")?;
     wait_until("an allowed packet arrives", || {
         tried("send", from.send(&packet))?;

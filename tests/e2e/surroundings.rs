@@ -62,7 +62,7 @@ fn scene(hosts: Pair, flags: [&str; 2]) -> Result<Scene> {
 }
 
 /// The only peer, as operators see it.
-fn only_peer(operator: &Operator) -> Result<Value> {
+pub fn only_peer(operator: &Operator) -> Result<Value> {
     let answer = operator.ask("peers")?;
     match answer["peers"].as_array().map(Vec::as_slice) {
         Some([peer]) => Ok(peer.clone()),

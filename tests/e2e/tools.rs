@@ -339,7 +339,7 @@ fn root_queue(
 
 /// One rtnetlink(7) request and its acknowledgement: what the library has no
 /// use for, and operators do.
-fn transact(
+pub fn transact(
     namespace: &Namespace,
     kind: u16,
     flags: libc::c_int,
@@ -370,7 +370,7 @@ fn transact(
 }
 
 /// A netlink attribute.
-fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+pub fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
     let mut bytes = ((4 + value.len()) as u16).to_ne_bytes().to_vec();
     bytes.extend(kind.to_ne_bytes());
     bytes.extend(value);

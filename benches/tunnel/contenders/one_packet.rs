@@ -89,7 +89,14 @@ pub fn forward(own: &str) -> Result<()> {
         mtu_bytes: UNDERLAY_MTU_BYTES - OVERHEAD_BYTES,
         txqueuelen: TXQUEUELEN,
     };
-    bring_up(&mut Netlink::open()?, TUN_NAME, &config, &[])?;
+    let mut netlink = Netlink::open()?;
+    let index = netlink.link_index(TUN_NAME)?;
+    bring_up(
+        &mut netlink,
+        index.ok_or_else(|| Error::new("the TUN device has vanished"))?,
+        &config,
+        &[],
+    )?;
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, PORT))
         .map_err(|cause| Error::os(format!("cannot listen on UDP port {PORT}"), cause))?;
     let peer = SocketAddr::from((UNDERLAY[1 - own], PORT));

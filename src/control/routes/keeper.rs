@@ -10,7 +10,7 @@ mod repair;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
@@ -43,6 +43,10 @@ const CREDIT: Duration = Duration::from_secs(2);
 
 /// How long after a failure of the kernel's it is asked again.
 const RETRY_WAIT: Duration = Duration::from_secs(1);
+
+/// In [`DeviceRoute::oif`], where no interface has this index: the device has
+/// left the namespace, and another one may get the index that it had.
+pub const NO_DEVICE: u32 = 0;
 
 /// What the owner can ask.
 pub enum Command {
@@ -79,8 +83,6 @@ pub struct Parts {
     pub watch: Watch,
     /// How our routes are told from others'.
     pub ours: DeviceRoute,
-    /// The device's name, for log lines.
-    pub name: String,
     /// The device's addresses.
     pub addresses: Vec<IpNet>,
     /// Tells the owner that something about the host has changed. It has room
@@ -92,6 +94,8 @@ pub struct Parts {
     pub wake: Arc<EventFd>,
     /// Counts the routes that were added for the owner.
     pub added: Arc<AtomicUsize>,
+    /// Whether the device is still there.
+    pub has_device: Arc<AtomicBool>,
 }
 
 /// The thread's state.
@@ -244,6 +248,13 @@ impl Keeper {
     }
 }
 
+impl Parts {
+    /// The device's name now.
+    fn name(&mut self) -> String {
+        self.netlink.name_for_error(self.ours.oif)
+    }
+}
+
 /// How the wanted prefixes stand, and all that have routes of ours.
 fn standings(parts: &mut Parts, wanted: &BTreeSet<IpNet>) -> Result<Standings> {
     Standings::read(&mut parts.netlink, parts.ours, wanted)
@@ -251,6 +262,9 @@ fn standings(parts: &mut Parts, wanted: &BTreeSet<IpNet>) -> Result<Standings> {
 
 /// The device, unless it is down or gone.
 fn device_if_up(parts: &mut Parts) -> Result<Option<Link>> {
+    if parts.ours.oif == NO_DEVICE {
+        return Ok(None);
+    }
     let link = parts.netlink.link_by_index(parts.ours.oif)?;
     Ok(link.filter(|link| link.up))
 }

@@ -31,7 +31,7 @@ mod tests;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -66,19 +66,19 @@ pub struct RouteKeeper {
     commands: Sender<Command>,
     wake: Arc<EventFd>,
     added: Arc<AtomicUsize>,
+    has_device: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// Makes sure that a keeper for the device `tun` could [`set`](RouteKeeper::set)
+/// Makes sure that a keeper for the device `oif` could [`set`](RouteKeeper::set)
 /// these prefixes now, as far as others' routes go.
 ///
 /// # Errors
 /// When one of them is in the way; names prefix and interface. When the kernel
 /// refuses to list its routes.
-pub fn check_free(netlink: &mut Netlink, tun: &str, wanted: &BTreeSet<IpNet>) -> Result<()> {
+pub fn check_free(netlink: &mut Netlink, oif: Option<u32>, wanted: &BTreeSet<IpNet>) -> Result<()> {
     let ours = DeviceRoute {
-        // No interface has the number 0.
-        oif: netlink.link_index(tun)?.unwrap_or(0),
+        oif: oif.unwrap_or(keeper::NO_DEVICE),
         protocol: PROTOCOL,
     };
     let wanted = wanted.iter().map(IpNet::trunc).collect();
@@ -87,8 +87,9 @@ pub fn check_free(netlink: &mut Netlink, tun: &str, wanted: &BTreeSet<IpNet>) ->
 }
 
 impl RouteKeeper {
-    /// Starts to keep the routes through the device `tun`, in the calling
-    /// thread's network namespace. Routes of ours that are there already, a
+    /// Starts to keep the routes through the device with this index, in the calling
+    /// thread's network namespace. `None`: the device is in another one, and there
+    /// is nothing to keep, but changes are told. Routes of ours that are there already, a
     /// predecessor's, are kept until [`set`](Self::set) says otherwise; the
     /// predecessor's keeper must have ended.
     ///
@@ -102,33 +103,31 @@ impl RouteKeeper {
     /// is left out.
     ///
     /// # Errors
-    /// When there is no such device, or no netlink sockets.
-    pub fn start(tun: &str, addresses: Vec<IpNet>, changes: Sender<()>) -> Result<Self> {
-        let mut netlink = Netlink::open()?;
-        let oif = netlink.link_index(tun)?.ok_or_else(|| {
-            Error::new(format!("cannot keep routes: there is no interface {tun}"))
-        })?;
+    /// When there are no netlink sockets.
+    pub fn start(index: Option<u32>, addresses: Vec<IpNet>, changes: Sender<()>) -> Result<Self> {
+        let netlink = Netlink::open()?;
         let watch = Watch::open(&netlink)?;
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let wake = EventFd::from_value_and_flags(0, flags)
             .map_err(|errno| Error::os("cannot create an event counter", errno.into()))?;
         let wake = Arc::new(wake);
         let added = Arc::new(AtomicUsize::new(0));
+        let has_device = Arc::new(AtomicBool::new(index.is_some()));
         let (commands, receiver) = bounded(COMMANDS_MAX);
         let ours = DeviceRoute {
-            oif,
+            oif: index.unwrap_or(keeper::NO_DEVICE),
             protocol: PROTOCOL,
         };
         let parts = keeper::Parts {
             netlink,
             watch,
             ours,
-            name: tun.to_string(),
             addresses,
             changes,
             commands: receiver,
             wake: Arc::clone(&wake),
             added: Arc::clone(&added),
+            has_device: Arc::clone(&has_device),
         };
         let keeper = Keeper::new(parts)?;
         let thread = std::thread::Builder::new()
@@ -139,8 +138,15 @@ impl RouteKeeper {
             commands,
             wake,
             added,
+            has_device,
             thread: Some(thread),
         })
+    }
+
+    /// Whether the device has been there all the time since the start. If not,
+    /// nothing is kept any more, even if it is there again.
+    pub fn has_device(&self) -> bool {
+        self.has_device.load(Ordering::Acquire)
     }
 
     /// Makes `wanted` the prefixes that have routes: adds those that are

@@ -72,7 +72,7 @@ impl Host {
     fn keeper_with(&self, addresses: &[&str]) -> RouteKeeper {
         let addresses = addresses.iter().copied().map(net).collect();
         self.namespace
-            .run(|| RouteKeeper::start("tun0", addresses, bounded(1).0))
+            .run(|| RouteKeeper::start(Some(self.ours.oif), addresses, bounded(1).0))
             .unwrap()
     }
 
@@ -89,11 +89,11 @@ impl Host {
             netlink,
             watch,
             ours: self.ours,
-            name: "tun0".into(),
             addresses: Vec::new(),
             changes: bounded(1).0,
             commands: receiver,
             wake: Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap()),
+            has_device: Arc::new(true.into()),
         };
         (parts, commands)
     }
@@ -340,7 +340,7 @@ fn the_owner_is_told_of_changes_wherever_they_are() {
     let (changed, changes) = bounded(1);
     let keeper = host
         .namespace
-        .run(|| RouteKeeper::start("tun0", Vec::new(), changed))
+        .run(|| RouteKeeper::start(Some(host.ours.oif), Vec::new(), changed))
         .unwrap();
     keeper.set(set(&[V4])).unwrap();
     let told = || changes.recv_timeout(PATIENCE).unwrap();
@@ -437,7 +437,7 @@ fn a_successor_goes_round_what_is_in_the_way() {
     keeper.set(set(&["10.7.0.0/16"])).unwrap();
     let wanted = set(&[V4, V6, "10.8.0.0/16"]);
     let mut netlink = host.namespace.netlink().unwrap();
-    let free = super::check_free(&mut netlink, "tun0", &wanted).unwrap_err();
+    let free = super::check_free(&mut netlink, Some(host.ours.oif), &wanted).unwrap_err();
     let error = keeper.go_on(wanted.clone()).unwrap_err();
     for error in [free.to_string(), error.to_string()] {
         assert!(error.contains("exists already on other0"), "{error}");
@@ -449,7 +449,7 @@ fn a_successor_goes_round_what_is_in_the_way() {
         host.routes_to("10.7.0.0/16").is_empty()
     });
     assert!(host.has_foreign(V4) && host.has_foreign(V6));
-    super::check_free(&mut netlink, "tun0", &wanted).unwrap();
+    super::check_free(&mut netlink, Some(host.ours.oif), &wanted).unwrap();
     // What has nothing to do with it can be changed.
     let more = &wanted | &set(&["10.9.0.0/16"]);
     keeper.set(more.clone()).unwrap();

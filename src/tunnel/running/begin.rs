@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,10 +16,10 @@ use crate::control::overlay::tunnel_addresses;
 use crate::control::routes::{self, RouteKeeper};
 use crate::control::server::Call;
 use crate::control::workers::Workers;
-use crate::device::link;
+use crate::device::{link, tun};
 use crate::error::{Error, Result};
 use crate::transport::socket;
-use crate::tunnel::host::{HostNews, suspend_inside};
+use crate::tunnel::host::{Device, HostNews, suspend_inside};
 use crate::tunnel::ports::Ports;
 use crate::tunnel::start::{self, Claimed, Prepared, Suspended};
 use crate::tunnel::takeover::{self, Inherited};
@@ -78,10 +78,12 @@ impl Running {
         let mtu_bytes = prepared.settled.link.mtu_bytes;
         inherit::inherit(&mut prepared.overlay, &manifest, mtu_bytes)?;
         prepared.resolve_now();
+        let own = tun::index_of(device.queues[0].as_fd(), &mut prepared.netlink)?;
+        prepared.device = own;
         prepared.set_aside();
         let suspended = std::mem::take(&mut prepared.suspended);
         let (overlay, netlink) = (&mut prepared.overlay, &mut prepared.netlink);
-        tell_of_inside(&suspend_inside(overlay, netlink, &prepared.config.tun));
+        tell_of_inside(&suspend_inside(overlay, netlink, own));
         let claimed = Claimed {
             sockets,
             udp,
@@ -89,14 +91,21 @@ impl Running {
         };
         let mut running = Self::ready(prepared, claimed)?;
         running.check_routes(&suspended)?;
-        let tun = running.config.tun.clone();
         let (old, new) = (&manifest.addresses, &running.settled.link.addresses);
-        let added = link::addresses_to_add(&mut running.netlink, &tun, old, new)?;
+        let (netlink, index) = (&mut running.netlink, running.device.index);
+        let added = match index {
+            Some(index) => link::addresses_to_add(netlink, index, old, new)?,
+            None => Vec::new(),
+        };
         predecessor.will_add(&added)?;
-        link::add_addresses(&mut running.netlink, &tun, &added)?;
-        let stopped = predecessor
-            .stop()
-            .inspect_err(|_| link::remove_addresses(&mut running.netlink, &tun, &added));
+        if let Some(index) = index {
+            link::add_addresses(netlink, index, &added)?;
+        }
+        let stopped = predecessor.stop().inspect_err(|_| {
+            if let Some(index) = index {
+                link::remove_addresses(netlink, index, &added);
+            }
+        });
         let is_reload_due = stopped?;
         running.go_on(&manifest.addresses, listener);
         tracing::info!(
@@ -130,12 +139,25 @@ impl Running {
         overlay.count_for(worker_count);
         ask_routes(&mut overlay, &mut netlink);
         socket::ignore_path_mtus(&sockets)?;
-        let accept_local = link::accept_local(&mut netlink, &config.tun);
+        let queue = device.queues[0].as_fd();
+        let found = Device::find(queue, &config.tun, &mut netlink)?;
+        for sockets in &sockets {
+            socket::drop_from(sockets.receive.as_fd(), found.index).map_err(|error| {
+                Error::os("cannot filter what comes through the tunnel itself", error)
+            })?;
+        }
+        let accept_local = found
+            .index
+            .is_some_and(|index| link::accept_local(&mut netlink, index));
         let addresses = tunnel_addresses(&settled.link.addresses, accept_local);
         let table = Arc::new(overlay.table(addresses, config.hop));
         let descriptors = handover::keep(&device.queues, &sockets)?;
         let (ports, probes) = Ports::new(&descriptors);
         let setup = start::setup(&config, device.offloads, udp, &table, probes);
+        let socket_drops = descriptors.iter().map(|worker| worker.receive());
+        // A predecessor has told of those so far.
+        let socket_drops = socket_drops.map(|receive| socket::drops(receive).unwrap_or(0));
+        let socket_drops = socket_drops.collect();
         let counters = std::iter::repeat_with(Arc::default).take(worker_count);
         let counters: Vec<_> = counters.collect();
         let workers = Workers::start(device.queues, sockets, counters.clone(), &setup)?;
@@ -160,6 +182,8 @@ impl Running {
             host: HostNews::new(),
             troubles: Troubles::new(),
             quiet_log: Journal::new("peers that went quiet or were heard again"),
+            device: found,
+            socket_drops,
             netlink,
             accept_local,
             routes: None,
@@ -180,8 +204,11 @@ impl Running {
     }
 
     fn bring_up(&mut self, old_addresses: &[IpNet]) -> Result<()> {
-        let (tun, link) = (&self.config.tun, &self.settled.link);
-        link::bring_up(&mut self.netlink, tun, link, old_addresses)
+        let link = &self.settled.link;
+        match self.device.index {
+            Some(index) => link::bring_up(&mut self.netlink, index, link, old_addresses),
+            None => Ok(()),
+        }
     }
 
     /// What the host sees of a tunnel.
@@ -190,7 +217,7 @@ impl Running {
         self.let_workers_go();
         self.bring_up(&[])?;
         let addresses = self.settled.link.addresses.clone();
-        let routes = RouteKeeper::start(&self.config.tun, addresses, self.host.sender())?;
+        let routes = RouteKeeper::start(self.device.index, addresses, self.host.sender())?;
         self.routes = Some(routes);
         self.serve(None)?;
         self.set_first_routes()?;
@@ -225,7 +252,11 @@ impl Running {
     /// # Errors
     /// Names the route that is in the way, or the peer.
     fn check_routes(&mut self, suspended: &Suspended) -> Result<()> {
-        let (wanted, tun) = (self.kernel_routes(&self.overlay), &self.config.tun);
+        let wanted = self.kernel_routes(&self.overlay);
+        let own = self.device.index;
+        if own.is_none() {
+            return Ok(());
+        }
         let addresses = &self.settled.link.addresses;
         let endpoints = self
             .overlay
@@ -234,14 +265,14 @@ impl Running {
         for endpoint in endpoints {
             link::check_will_be_outside(
                 &mut self.netlink,
-                tun,
+                own,
                 endpoint,
                 addresses,
                 &wanted,
                 suspended.contains(&endpoint),
             )?;
         }
-        routes::check_free(&mut self.netlink, tun, &wanted)
+        routes::check_free(&mut self.netlink, own, &wanted)
     }
 
     /// [`Self::open`] for a successor: there is nobody to go back to, and the
@@ -266,7 +297,7 @@ impl Running {
     pub(super) fn take_routes_on(&mut self) -> Result<()> {
         self.routes_kept = self.kernel_routes(&self.overlay);
         let addresses = self.settled.link.addresses.clone();
-        let routes = RouteKeeper::start(&self.config.tun, addresses, self.host.sender())?;
+        let routes = RouteKeeper::start(self.device.index, addresses, self.host.sender())?;
         let result = routes.go_on(self.routes_kept.clone());
         self.routes = Some(routes);
         result

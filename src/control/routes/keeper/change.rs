@@ -7,7 +7,7 @@ use std::time::Instant;
 use ipnet::IpNet;
 
 use super::super::standing::Standings;
-use super::{Keeper, RETRY_WAIT, device_if_up, standings, way};
+use super::{Keeper, NO_DEVICE, RETRY_WAIT, device_if_up, standings, way};
 use crate::device::link::IPV6_MTU_BYTES_MIN;
 use crate::error::{Error, Result};
 use crate::netlink::{Netlink, RouteChange, RouteEntry};
@@ -17,6 +17,10 @@ const PART_MAX: usize = 1000;
 
 impl Keeper {
     pub(in super::super) fn set(&mut self, wanted: BTreeSet<IpNet>) -> Result<()> {
+        if self.parts.ours.oif == NO_DEVICE {
+            self.wanted = wanted;
+            return Ok(());
+        }
         let standings = standings(&mut self.parts, &wanted)?;
         let fresh = wanted.difference(&self.wanted);
         check_free(&mut self.parts.netlink, &standings, fresh)?;

@@ -1,11 +1,12 @@
 //! What the kernel tells.
 
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 
 use super::super::standing::may_harm;
-use super::{Keeper, NEWS_PER_TURN_MAX, RETRY_WAIT};
+use super::{Keeper, NEWS_PER_TURN_MAX, NO_DEVICE, RETRY_WAIT};
 use crate::device::link::IPV6_MTU_BYTES_MIN;
 use crate::error::{Error, Result};
 use crate::netlink::device_route::MAIN_TABLE;
@@ -74,7 +75,9 @@ impl Keeper {
                     self.addresses_due = true;
                     self.compare_at(now);
                 }
-                News::LinkDeleted { index } if index == self.parts.ours.oif => self.up = false,
+                News::LinkDeleted { index } if index == self.parts.ours.oif => {
+                    self.device_is_gone();
+                }
                 News::Lost => {
                     tracing::debug!("news of route changes was lost; comparing all routes");
                     self.note_loss(now);
@@ -97,15 +100,29 @@ impl Keeper {
     pub(super) fn note_link(&mut self, up: bool, now: Instant) {
         if self.up && !up {
             self.up = false;
+            let oif = self.parts.ours.oif;
+            // On its way to another namespace it is taken down, too.
+            if let Ok(None) = self.parts.netlink.link_by_index(oif) {
+                self.device_is_gone();
+                return;
+            }
             self.warn(|parts| {
                 format!(
                     "interface {} was taken down: its routes are gone until it is up again",
-                    parts.name
+                    parts.name()
                 )
             });
         } else if !self.up && up {
             self.compare_at(now);
         }
+    }
+
+    /// The device has been deleted, or moved to another namespace: whatever has
+    /// its index from now on is another one.
+    fn device_is_gone(&mut self) {
+        self.up = false;
+        self.parts.ours.oif = NO_DEVICE;
+        self.parts.has_device.store(false, Ordering::Release);
     }
 
     /// Below the least MTU that IPv6 may have, the kernel takes all of it away
@@ -124,7 +141,7 @@ impl Keeper {
                 format!(
                     "interface {} has an MTU of {mtu_bytes} bytes now, and IPv6 needs \
                      {IPV6_MTU_BYTES_MIN}: its IPv6 routes are gone until it has that again",
-                    parts.name
+                    parts.name()
                 )
             });
         }

@@ -120,7 +120,7 @@ impl Keeper {
         let now = Instant::now();
         let count = repairs.len() - failed.len();
         if !in_peace && count > 0 {
-            self.warn(|parts| format!("interface {}: {count} routes put back", parts.name));
+            self.warn(|parts| format!("interface {}: {count} routes put back", parts.name()));
         }
         for Repair { prefix, standing } in repairs {
             // An IPv6 route that is there and does not win cannot be helped.
@@ -167,7 +167,7 @@ impl Keeper {
                     was_given_any = true;
                     if was_up {
                         self.warn(|parts| {
-                            format!("address {address} on {} was gone; put back", parts.name)
+                            format!("address {address} on {} was gone; put back", parts.name())
                         });
                     }
                 }
@@ -190,7 +190,7 @@ fn describe(parts: &mut Parts, prefix: IpNet, standing: &Standing, hopeless: boo
     let way = standing
         .winner
         .map(|winner| way(&mut parts.netlink, &winner));
-    let name = &parts.name;
+    let name = parts.name();
     match way {
         None => format!("route {prefix} on {name} was deleted; put back"),
         Some(way) if hopeless => format!(
