@@ -129,7 +129,7 @@ fn expect(items: &[Value], name: &str, status: &str, parts: &[&str]) -> Result<(
 }
 
 /// What fastvpn cannot run without, and what every kernel of today has.
-const REQUIRED: [&str; 9] = [
+const REQUIRED: [&str; 8] = [
     "CAP_NET_ADMIN",
     "open files",
     "/dev/net/tun",
@@ -138,7 +138,6 @@ const REQUIRED: [&str; 9] = [
     "UDP_SEGMENT",
     "UDP_GRO",
     "SO_REUSEPORT",
-    "peer",
 ];
 
 fn agrees_with_the_tunnel() -> Result<()> {
@@ -147,6 +146,8 @@ fn agrees_with_the_tunnel() -> Result<()> {
     for name in REQUIRED {
         expect(&items, name, "ok", &[])?;
     }
+    // No tunnel runs over there yet.
+    expect(&items, "peer", "info", &["nothing receives on that port"])?;
     expect(&items, "path MTU", "ok", &["1500", "MTU 1472"])?;
     expect(&items, "tunnel address", "ok", &["10.244.55.122/16"])?;
     expect(&items, "interface", "ok", &[UNDERLAY_NAME, "veth", "1500"])?;

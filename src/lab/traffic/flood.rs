@@ -158,9 +158,13 @@ fn drain(
     let mut headers = MultiHeaders::<()>::preallocate(BATCH, None);
     let mut report = FloodReport::default();
     let mut next = 0u64;
-    while !done.load(Ordering::Relaxed) {
+    loop {
+        // Before the look at the socket: what is in it by then is still counted,
+        // however late this thread gets to run.
+        let is_done = done.load(Ordering::Relaxed);
         let count = match receive_batch(socket, &mut headers, &mut datagrams, &mut lengths) {
             Ok(count) => count,
+            Err(error) if is_timeout(&error) && is_done => break,
             Err(error) if is_timeout(&error) => continue,
             Err(error) => return Err(error),
         };
