@@ -119,24 +119,20 @@ pub(crate) fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream>
 /// # Errors
 /// As [`run`], and when neither root nor this user listens there.
 pub(crate) fn peers(path: &Path, patience: Duration) -> Result<Peers> {
-    let connection = Connection::open(path, patience)?;
-    connection.check_user()?;
-    answer(&Request::Peers {}, connection, path)
+    answer(&Request::Peers {}, path, patience)
 }
 
 /// The tunnel behind the control socket at `path`, in numbers.
 ///
 /// # Errors
-/// As [`run`].
+/// As [`peers`].
 pub(crate) fn status(path: &Path, patience: Duration) -> Result<Status> {
-    answer(&Request::Status {}, Connection::open(path, patience)?, path)
+    answer(&Request::Status {}, path, patience)
 }
 
-fn answer<T: DeserializeOwned>(
-    request: &Request,
-    mut connection: Connection,
-    path: &Path,
-) -> Result<T> {
+fn answer<T: DeserializeOwned>(request: &Request, path: &Path, patience: Duration) -> Result<T> {
+    let mut connection = Connection::open(path, patience)?;
+    connection.check_user()?;
     let line = connection.ask(&encode(request)?)?;
     parse::<Verdict>(&line, path)?.check()?;
     parse(&line, path)
