@@ -1,7 +1,7 @@
 #!/bin/sh
 # Runs every fuzz target for a bounded time; fails as soon as one crashes.
 #
-#   fuzz/run.sh [SECONDS_PER_TARGET]      default: 20
+#   fuzz/run.sh [SECONDS_PER_TARGET]      default: 10
 #
 # Stable Rust will do: RUSTC_BOOTSTRAP lets it take the coverage flags that
 # cargo-fuzz passes, and no sanitizer is used (the code under test has no
@@ -10,7 +10,7 @@
 # repository; the input of a crash stays in fuzz/artifacts.
 set -eu
 
-seconds=${1:-20}
+seconds=${1:-10}
 cd "$(dirname "$0")/.."
 export RUSTC_BOOTSTRAP=1
 

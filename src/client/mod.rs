@@ -148,25 +148,42 @@ fn perform(
     let request = encode(&request(command))?;
     let mut connection = Connection::open(path, patience.answer)?;
     let line = connection.ask(&request)?;
-    let verdict: Verdict = parse(&line, path)?;
+    show_answer(command, path, &line, out, || {
+        connection.wait_for_end(patience.end)
+    })
+}
+
+/// Shows a command's answer. `wait_for_end`: when it is that the tunnel ends.
+///
+/// # Errors
+/// When the answer is a refusal, or none to this command.
+#[doc(hidden)]
+pub fn show_answer(
+    command: &ClientCommand,
+    path: &Path,
+    line: &str,
+    out: &mut impl Write,
+    wait_for_end: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    let verdict: Verdict = parse(line, path)?;
     if command.target().json {
-        show(out, |out| writeln!(out, "{}", printable_json(&line)))?;
+        show(out, |out| writeln!(out, "{}", printable_json(line)))?;
     }
     verdict.check()?;
     if let ClientCommand::Stop(_) = command {
-        connection.wait_for_end(patience.end)?;
+        wait_for_end()?;
     }
     if command.target().json {
         return Ok(());
     }
     match command {
-        ClientCommand::Status(_) => render_as(&line, path, out, render::status),
-        ClientCommand::Peers(_) => render_as(&line, path, out, render::peers),
-        ClientCommand::Route(RouteCommand::List(_)) => render_as(&line, path, out, render::routes),
-        ClientCommand::Route(RouteCommand::Get(_)) => render_as(&line, path, out, render::found),
+        ClientCommand::Status(_) => render_as(line, path, out, render::status),
+        ClientCommand::Peers(_) => render_as(line, path, out, render::peers),
+        ClientCommand::Route(RouteCommand::List(_)) => render_as(line, path, out, render::routes),
+        ClientCommand::Route(RouteCommand::Get(_)) => render_as(line, path, out, render::found),
         ClientCommand::Route(RouteCommand::Add(_) | RouteCommand::Del(_))
-        | ClientCommand::Peer(_) => render_as(&line, path, out, render::changed),
-        ClientCommand::Reload(_) => render_as(&line, path, out, render::reloaded),
+        | ClientCommand::Peer(_) => render_as(line, path, out, render::changed),
+        ClientCommand::Reload(_) => render_as(line, path, out, render::reloaded),
         ClientCommand::Stop(_) => show(out, |out| writeln!(out, "stopped")),
     }
 }

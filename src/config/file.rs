@@ -82,6 +82,12 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// What a file with these bytes says; for fuzzing.
+#[doc(hidden)]
+pub fn parse_bytes(name: &str, bytes: &[u8]) -> Result<TunnelArgs> {
+    parse(name, bytes).map(|parsed| parsed.args)
+}
+
 /// `name`: of the file, for errors.
 fn parse(name: &str, bytes: &[u8]) -> Result<Parsed> {
     let at = |offset: usize| format!("{name}:{}", Place::of(bytes, offset));

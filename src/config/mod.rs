@@ -22,6 +22,8 @@ use crate::ring;
 use crate::transport::socket;
 use crate::worker::idle::BusyPoll;
 pub use file::FILE_BYTES_MAX;
+#[doc(hidden)]
+pub use file::parse_bytes;
 use file::{Parsed, Places, parse_file};
 pub use peers::{PEERS_MAX, check_peers};
 pub(crate) use underlay::default_mtu_bytes;

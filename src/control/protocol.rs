@@ -78,7 +78,9 @@ impl Request {
             return Err("expected an object with a `command`".into());
         }
         let keys: Result<Keys, _> = serde_json::from_slice(line);
-        keys.map_err(|error| shortened(&error.to_string()).into_owned())?
+        // It may quote a key or a value, line feeds and all.
+        let one_line = |error: serde_json::Error| error.to_string().replace(char::is_control, " ");
+        keys.map_err(|error| shortened(&one_line(error)).into_owned())?
             .into_request()
     }
 }
@@ -444,6 +446,7 @@ mod tests {
     fn says_what_is_wrong() {
         for (line, parts) in [
             (r#"["status"]"#, &["object"][..]),
+            (r#"{"a\nb":1}"#, &["a b"]),
             (r#"{"command":"sudo"}"#, &["sudo", "route-add", "column"]),
             (r#"{"command":"stop","force":1}"#, &["force", "column"]),
             (r#"{"command":"stop","peer":"a"}"#, &["`peer`"]),
@@ -456,6 +459,7 @@ mod tests {
             ),
         ] {
             let error = Request::read(line.as_bytes()).unwrap_err();
+            assert!(!error.contains('\n'), "{error:?}");
             assert!(parts.iter().all(|part| error.contains(part)), "{error}");
         }
     }

@@ -5,6 +5,9 @@
 pub(crate) mod message;
 pub(crate) mod refusal;
 
+#[doc(hidden)]
+pub use message::{parse_name, parse_segment_bytes};
+
 use std::time::Duration;
 
 use crate::error::Error;

@@ -88,7 +88,7 @@ pub(super) fn family(network: &IpNet) -> AddressFamily {
     }
 }
 
-fn read_address(message: &AddressMessage) -> Option<(u32, IpNet)> {
+pub(super) fn read_address(message: &AddressMessage) -> Option<(u32, IpNet)> {
     // On a point-to-point interface IFA_ADDRESS is the other end and IFA_LOCAL
     // is ours; elsewhere IPv6 has IFA_ADDRESS alone (linux/if_addr.h).
     let local = message

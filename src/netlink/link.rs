@@ -375,7 +375,7 @@ fn check_name(name: &str) -> Result<()> {
     Ok(())
 }
 
-fn read_link(message: &LinkMessage) -> Link {
+pub(super) fn read_link(message: &LinkMessage) -> Link {
     let mut link = Link {
         index: message.header.index,
         name: String::new(),

@@ -14,6 +14,8 @@
 pub mod address;
 mod batch;
 pub mod device_route;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod link;
 pub mod route;
 mod route_mtu;
@@ -379,14 +381,14 @@ fn read_message(bytes: &[u8], sequence: u32) -> std::result::Result<Event, Refus
             flags,
         }),
         NetlinkPayload::Error(error) if error.code.is_some() => Err(Refusal {
-            cause: error.to_io(),
+            cause: io::Error::from_raw_os_error(error.raw_code().wrapping_neg()),
             reason: (flags & NLM_F_ACK_TLVS != 0)
                 .then(|| kernel_reason(&error))
                 .flatten(),
         }),
         NetlinkPayload::Error(_) => Ok(Event::End { flags }),
         NetlinkPayload::Done(done) if done.code < 0 => {
-            Err(io::Error::from_raw_os_error(-done.code).into())
+            Err(io::Error::from_raw_os_error(done.code.wrapping_neg()).into())
         }
         NetlinkPayload::Done(_) => Ok(Event::End { flags }),
         _ => Ok(Event::NotUnderstood),
@@ -410,6 +412,21 @@ fn kernel_reason(error: &ErrorMessage) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn any_error_code_is_read() {
+        for code in [i32::MIN, -1] {
+            for kind in [libc::NLMSG_ERROR, libc::NLMSG_DONE] {
+                let mut message = 36u32.to_ne_bytes().to_vec();
+                message.extend((kind as u16).to_ne_bytes());
+                message.resize(16, 0);
+                message.extend(code.to_ne_bytes());
+                message.resize(36, 0);
+                let refusal = read_message(&message, 0).err().unwrap();
+                assert_eq!(refusal.cause.raw_os_error(), Some(code.wrapping_neg()));
+            }
+        }
+    }
 
     #[test]
     fn splits_a_datagram_into_its_messages() {

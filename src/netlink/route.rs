@@ -278,7 +278,7 @@ pub(super) fn prefix_message(prefix: IpNet) -> RouteMessage {
     message
 }
 
-fn read_route(message: &RouteMessage, routes: &mut Vec<Route>) {
+pub(super) fn read_route(message: &RouteMessage, routes: &mut Vec<Route>) {
     let kind = match message.header.kind {
         RouteType::Unicast => RouteKind::Unicast,
         RouteType::BlackHole => RouteKind::Blackhole,

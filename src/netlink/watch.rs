@@ -182,7 +182,7 @@ fn all_but_changes_of(port: u32) -> [SockFilter; 4] {
     ]
 }
 
-fn read_news(message: &[u8]) -> Option<News> {
+pub(super) fn read_news(message: &[u8]) -> Option<News> {
     let body = message.get(HEADER_BYTES..)?;
     match RawHeader::read(message).kind {
         libc::RTM_NEWROUTE => RouteEntry::parse(body).map(News::RouteAdded),

@@ -46,6 +46,8 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+#[doc(hidden)]
+pub use predecessor::receive;
 pub use predecessor::{Inherited, Predecessor, ask};
 pub use successor::{Successor, WorkerDescriptors};
 

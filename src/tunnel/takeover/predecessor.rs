@@ -149,7 +149,11 @@ fn failed(error: io::Error) -> Error {
     }
 }
 
-fn receive(mut stream: UnixStream) -> Result<Inherited> {
+/// As [`ask`], on a connection that is open already.
+///
+/// # Errors
+/// As [`ask`].
+pub fn receive(mut stream: UnixStream) -> Result<Inherited> {
     let bounded = |stream: &UnixStream| {
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))
