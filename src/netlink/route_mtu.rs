@@ -215,6 +215,13 @@ mod tests {
         netlink.set_up(LOOPBACK_INDEX).unwrap();
         assert_eq!(loopback.name, "lo");
         for own in ["127.0.0.1", "10.1.0.1", "::1", "fd01::1"] {
+            // The kernel adds IPv6 routes to them from a work queue.
+            for _ in 0..3000 {
+                if mtu(&mut netlink, own) == direct(loopback.mtu) {
+                    break;
+                }
+                std::thread::sleep(std::time::Duration::from_millis(10));
+            }
             assert_eq!(mtu(&mut netlink, own), direct(loopback.mtu), "{own}");
         }
     }
