@@ -11,3 +11,4 @@ if ! command -v nft >/dev/null; then
 fi
 
 cargo test --locked --test e2e -- --ignored
+tests/kernels/run
