@@ -196,14 +196,17 @@ fn inbound(flags: &[&str], in_trains: bool) -> Result<()> {
     check(ended.all_dropped() == 0, || ended.log.clone())?;
     let (_, received) = ended.packets("total")?;
     check(received == PACKETS as u64, || ended.log.clone())?;
-    // A test of merging is none if nothing is merged.
-    let merges = ended.log.contains("TSO on, USO on");
+    // A test of merging is none if nothing is merged. Without USO, which Linux 6.1
+    // lacks, TCP still is.
+    let merges_all = ended.log.contains("TSO on, USO on");
     let written = ended.total_before("to the TUN")?;
     let receives = ended.total_before("receives")?;
     if in_trains && ended.log.contains("UDP_GRO on") {
         check(receives < received / 4, || ended.log.clone())?;
-        check(!merges || written < received * 2 / 3, || ended.log.clone())?;
+        let much_merged = written < received * 2 / 3;
+        check(!merges_all || much_merged, || ended.log.clone())?;
     }
+    let merges = ended.log.contains("TSO on");
     check(merges || written == received, || ended.log.clone())
 }
 
