@@ -5,7 +5,6 @@
 //! Anybody can send such ICMP. What counts here quotes the packet with its random
 //! nonce, which only those on the path have seen.
 
-use std::hash::{BuildHasher, RandomState};
 use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd};
@@ -32,7 +31,7 @@ impl MtuProbe {
     /// From a port that nobody knows, toward `peer`, for sockets on `listen`.
     ///
     /// # Errors
-    /// When there is no descriptor left, or no way to the peer.
+    /// When there is no descriptor or random number left, or no way to the peer.
     pub fn open(listen: IpAddr, peer: SocketAddr) -> io::Result<Self> {
         let any: IpAddr = match peer {
             SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
@@ -52,7 +51,7 @@ impl MtuProbe {
         Ok(Self {
             socket,
             peer,
-            nonce: RandomState::new().hash_one(peer),
+            nonce: crate::io::random()?,
             beginning: Vec::new(),
         })
     }
