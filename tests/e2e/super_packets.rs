@@ -101,7 +101,7 @@ fn cut(flags: &[&str]) -> Result<()> {
     })
 }
 
-/// Whether this kernel's virtio-net header knows UDP super-packets; one that does
+/// Whether this kernel's virtio-net header knows UDP GSO packets; one that does
 /// not takes none from a test either.
 fn knows_uso() -> Result<bool> {
     let path = "/proc/sys/kernel/osrelease";

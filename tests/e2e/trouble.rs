@@ -107,7 +107,7 @@ fn drops_are_told_of() -> Result<()> {
             Ok(operator.dropped(reason)? >= FORGED)
         })
     };
-    // Somebody who is no peer, and a peer that sends in the name of host A.
+    // A stranger, and a peer that sends in the name of host A.
     flood(stranger, TUNNEL[1], "sender-unknown")?;
     flood(UNDERLAY[1], TUNNEL[0], "source-not-allowed")?;
     let forged = operator.dropped("source-not-allowed")?;
