@@ -1,7 +1,7 @@
 //! The one error type of the control plane: a line that an operator can act on.
 //!
 //! The data path has no errors of this kind; it counts
-//! (see [`crate::worker::counters`]).
+//! (see [`crate::counters`]).
 
 use std::borrow::Cow;
 use std::fmt;

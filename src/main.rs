@@ -4,9 +4,10 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use fastvpn::cli::{Cli, Command};
+use fastvpn::cli::{check, commands};
 use fastvpn::config::Config;
-use fastvpn::control::logging;
-use fastvpn::{check, client, demo, tunnel};
+use fastvpn::testbed::demo;
+use fastvpn::{daemon, log};
 
 fn main() -> ExitCode {
     let cli = Cli::from_command_line();
@@ -19,11 +20,11 @@ fn main() -> ExitCode {
                 ExitCode::FAILURE
             };
         }
-        Some(Command::Client(command)) => client::run(command),
+        Some(Command::Client(command)) => commands::run(command),
         None => Config::from_args(&cli.tunnel).and_then(|config| {
-            let log = config.log;
-            logging::init(log.verbose, log.quiet, log.format);
-            tunnel::run(config)
+            let wanted = config.log;
+            log::init(wanted.verbose, wanted.quiet, wanted.format);
+            daemon::run(config)
         }),
     };
     match result {

@@ -22,8 +22,8 @@ use contenders::{
     Contender, TUNNEL, UNDERLAY, UNDERLAY_MTU_BYTES, UNDERLAY_PREFIX, others::others,
     overlay::Overlay,
 };
-use fastvpn::lab::traffic::{Between, Bulk, BulkLimit, Watch, ping, tcp_bulk};
-use fastvpn::lab::{self, Namespace, Pair, UNDERLAY_NAME};
+use fastvpn::testbed::traffic::{Between, Bulk, BulkLimit, Watch, ping, tcp_bulk};
+use fastvpn::testbed::{self, Namespace, Pair, UNDERLAY_NAME};
 use ipnet::IpNet;
 use libtest_mimic::{Arguments, Failed, Trial};
 
@@ -40,7 +40,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     // Before the first thread: only a process with one thread may enter a
     // user namespace.
-    if let Err(error) = lab::enter_user_namespace_if_needed() {
+    if let Err(error) = testbed::enter_user_namespace_if_needed() {
         eprintln!("the tests of other tunnels cannot run: {error}");
         return ExitCode::FAILURE;
     }
@@ -69,7 +69,7 @@ fn check(key: &str) -> Result<(), Failed> {
         .ok_or("gone")?;
     println!("{}: {}", contender.title(), contender.detail());
     let net = |own: usize| IpNet::new(UNDERLAY[own].into(), UNDERLAY_PREFIX);
-    let pair = lab::pair(&[(net(0)?, net(1)?)], UNDERLAY_MTU_BYTES)?;
+    let pair = testbed::pair(&[(net(0)?, net(1)?)], UNDERLAY_MTU_BYTES)?;
     let link = contender.start(&pair)?;
 
     fills_the_cable(&pair, link.address)?;

@@ -23,7 +23,7 @@ readonly GROUPS_DEFAULT="buffers backlog budget txqueuelen queues irq xps"
 readonly GROUPS_ON_REQUEST="rps rfs busy-poll"
 
 # Wanted values. The socket buffers are those that fastvpn asks for
-# (SOCKET_BUFFER_BYTES in src/transport/socket.rs).
+# (SOCKET_BUFFER_BYTES in src/io/udp.rs).
 readonly SOCKET_BUFFER_BYTES=8388608
 readonly BACKLOG_PACKETS=4096
 readonly BUDGET_PACKETS=600

@@ -4,13 +4,13 @@ use std::hint::black_box;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
+use fastvpn::counters::PeerCounters;
+use fastvpn::dataplane::table::{Peer, Table};
 use fastvpn::packet::icmp::TunnelAddresses;
 use fastvpn::packet::ip::{self, Version};
-use fastvpn::packet::prefixes::Prefixes;
+use fastvpn::packet::lpm::Prefixes;
 use fastvpn::packet::segment::Segments;
 use fastvpn::packet::{TCP, UDP};
-use fastvpn::worker::counters::PeerCounters;
-use fastvpn::worker::table::{Peer, Table};
 use ipnet::IpNet;
 
 use super::inputs::{self, MTU_BYTES};

@@ -11,7 +11,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion};
-use fastvpn::packet::prefixes::Prefixes;
+use fastvpn::packet::lpm::Prefixes;
 use fastvpn::packet::train::NextHop;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 

@@ -36,7 +36,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::enter_user_namespace_if_needed;
+use fastvpn::testbed::enter_user_namespace_if_needed;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use cli::Cli;

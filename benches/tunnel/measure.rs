@@ -7,11 +7,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::traffic::{
+use fastvpn::testbed::traffic::{
     Between, Bulk, BulkLimit, BulkManner, BulkReport, Flood, FloodReport, Latency, PingPong, Watch,
     tcp_bulk_with, tcp_ping_pong, udp_flood, udp_ping_pong,
 };
-use fastvpn::lab::{Child, Pair, cpu_ns, rss_bytes, rss_peak_bytes};
+use fastvpn::testbed::{Child, Pair, cpu_ns, rss_bytes, rss_peak_bytes};
 
 use crate::contenders::Link;
 use crate::contenders::overlay::{CHANGE_INTERVAL, Changes};

@@ -4,7 +4,7 @@
 use std::sync::atomic::Ordering;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::{self, Pair};
+use fastvpn::testbed::{self, Pair};
 use ipnet::IpNet;
 
 use crate::contenders::{Contender, Link, UNDERLAY, UNDERLAY_MTU_BYTES, UNDERLAY_PREFIX};
@@ -154,7 +154,7 @@ impl Run<'_> {
     fn start(&mut self, contender: &dyn Contender, name: &str) -> Result<Option<(Pair, Link)>> {
         self.check_signal()?;
         let net = |host: usize| IpNet::new_assert(UNDERLAY[host].into(), UNDERLAY_PREFIX);
-        let pair = lab::pair(&[(net(0), net(1))], UNDERLAY_MTU_BYTES)?;
+        let pair = testbed::pair(&[(net(0), net(1))], UNDERLAY_MTU_BYTES)?;
         match contender.start(&pair) {
             Ok(link) => Ok(Some((pair, link))),
             Err(error) => {

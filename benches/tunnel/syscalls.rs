@@ -11,7 +11,7 @@ use std::thread;
 use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::Child;
+use fastvpn::testbed::Child;
 use nix::sys::signal::Signal;
 
 use crate::measure::{Sample, Stage};

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use clap::Parser;
 use fastvpn::cli::client::ClientCommand;
-use fastvpn::client::show_answer;
+use fastvpn::cli::commands::show_answer;
 use fastvpn::control::protocol::Request;
 use libfuzzer_sys::fuzz_target;
 

@@ -2,7 +2,7 @@
 //! and routes; and as one message of each kind with the header set right.
 #![no_main]
 
-use fastvpn::netlink::fuzz::read_datagram;
+use fastvpn::host::netlink::fuzz::read_datagram;
 use libfuzzer_sys::fuzz_target;
 
 /// NLMSG_ERROR, NLMSG_DONE, RTM_NEWLINK, RTM_DELLINK, RTM_NEWADDR, RTM_DELADDR,

@@ -7,7 +7,7 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::OnceLock;
 
-use fastvpn::tunnel::takeover::{Manifest, PROTOCOL, Successor, receive};
+use fastvpn::daemon::takeover::{Manifest, PROTOCOL, Successor, receive};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {

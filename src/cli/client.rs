@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use ipnet::IpNet;
 
-use super::parse::{parse_endpoint, parse_peer, parse_route, parse_tun_name};
-use super::{Endpoint, PeerSpec, TUN_NAME_DEFAULT};
 use crate::config::default_control_path;
+use crate::config::parse::{parse_endpoint, parse_peer, parse_route, parse_tun_name};
+use crate::config::{Endpoint, PeerSpec, TUN_NAME_DEFAULT};
 
 /// Commands for a running tunnel.
 #[derive(Clone, Debug, Subcommand)]

@@ -14,16 +14,16 @@ use serde::de::{self, Deserialize, Deserializer, Visitor};
 use toml::Spanned;
 
 use super::peers;
-use crate::cli::parse::{
+use crate::config::parse::{
     BUSY_POLL_US_MAX, ParseResult, parse_address, parse_busy_poll, parse_choice, parse_cores,
     parse_endpoint, parse_listen, parse_route, parse_tun_name,
 };
-use crate::cli::{
+use crate::config::{
     CoreList, Endpoint, Feature, Io, Listen, LogFormat, MTU_BYTES_MAX, MTU_BYTES_MIN, PeerSpec,
     QUEUES_MAX, TXQUEUELEN_MAX, TunnelArgs,
 };
+use crate::dataplane::idle::BusyPoll;
 use crate::error::{Error, Result};
-use crate::worker::idle::BusyPoll;
 
 /// Largest file that is read: some 700 000 prefixes. Reading one takes 15 times
 /// its size in memory, and one that is made to hurt up to 100 times.

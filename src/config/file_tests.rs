@@ -212,7 +212,7 @@ fn the_example_has_every_key_and_the_defaults() {
     let (mut with, without) = (with.unwrap(), without.unwrap());
     with.args = without.args.clone();
     assert_eq!(with, without);
-    assert_eq!(full.listen.unwrap().port, crate::transport::DEFAULT_PORT);
+    assert_eq!(full.listen.unwrap().port, crate::config::DEFAULT_PORT);
 }
 
 /// Lines of a file, good ones and bad ones.
@@ -294,8 +294,8 @@ proptest! {
     /// On the command line, too.
     #[test]
     fn any_peer_is_read_or_refused(text in "[a-z0-9.:/\\[\\],%=\\-]{0,40}") {
-        if let Ok(peer) = crate::cli::parse::parse_peer(&text) {
-            prop_assert_eq!(crate::cli::parse::parse_peer(&peer.to_string()), Ok(peer));
+        if let Ok(peer) = crate::config::parse::parse_peer(&text) {
+            prop_assert_eq!(crate::config::parse::parse_peer(&peer.to_string()), Ok(peer));
         }
     }
 }

@@ -5,27 +5,31 @@
 //! from the peers that can be reached now.
 
 mod file;
+mod options;
+pub(crate) mod parse;
 mod peers;
 mod reload;
+mod types;
 mod underlay;
 
 use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 
-use crate::cli::{
-    CoreList, Feature, Io, Listen, LogFormat, PeerSpec, TUN_NAME_DEFAULT, TunnelArgs,
-};
+use crate::dataplane::idle::BusyPoll;
 use crate::error::{Error, Result};
+use crate::io::udp;
+use crate::io::uring;
 use crate::packet::coalesce;
-use crate::ring;
-use crate::transport::socket;
-use crate::worker::idle::BusyPoll;
 pub use file::FILE_BYTES_MAX;
 #[doc(hidden)]
 pub use file::parse_bytes;
 use file::{Parsed, Places, parse_file};
+pub(crate) use options::{MTU_BYTES_MAX, MTU_BYTES_MIN, QUEUES_MAX, TXQUEUELEN_MAX};
+pub use options::{TUN_NAME_DEFAULT, TunnelArgs};
+pub(crate) use parse::{parse_cores, parse_endpoint};
 pub use peers::{PEERS_MAX, check_peers};
+pub use types::{CoreList, DEFAULT_PORT, Endpoint, Feature, Io, Listen, LogFormat, PeerSpec};
 pub(crate) use underlay::default_mtu_bytes;
 pub use underlay::{Settled, check_ipv6_mtu};
 
@@ -83,7 +87,7 @@ pub struct Config {
     pub log: Log,
 }
 
-/// What to log, and how: the arguments of [`crate::control::logging::init`].
+/// What to log, and how: the arguments of [`crate::log::init`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Log {
     /// How much more than usual.
@@ -100,9 +104,9 @@ pub struct Wanted {
     /// On the TUN device.
     pub tun: coalesce::Offloads,
     /// On the UDP sockets.
-    pub udp: socket::Offloads,
+    pub udp: udp::Offloads,
     /// In io_uring.
-    pub uring: ring::Features,
+    pub uring: uring::Features,
 }
 
 impl Config {
@@ -258,11 +262,11 @@ fn wanted(without: &[Feature]) -> Wanted {
             tcp: with(Feature::Tso),
             udp: with(Feature::Uso),
         },
-        udp: socket::Offloads {
+        udp: udp::Offloads {
             segment: with(Feature::UdpSegment),
             gro: with(Feature::UdpGro),
         },
-        uring: ring::Features {
+        uring: uring::Features {
             receive_multishot: with(Feature::RecvMultishot),
         },
     }

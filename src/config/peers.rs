@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use crate::cli::PeerSpec;
+use crate::config::PeerSpec;
 use crate::error::{Error, Result};
 
 /// Most peers: workers number them in 16 bits, and need some numbers for
@@ -79,7 +79,7 @@ pub(super) fn find_fault(peers: &[PeerSpec]) -> Option<Fault> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::parse::parse_peer;
+    use crate::config::parse::parse_peer;
 
     fn fault(peers: &[&str]) -> Option<String> {
         let peers: Vec<_> = peers.iter().map(|text| parse_peer(text).unwrap()).collect();

@@ -6,12 +6,13 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use ipnet::IpNet;
 
 use super::Config;
-use crate::cli::{Endpoint, Listen};
-use crate::device::link::{self, IPV4_MTU_BYTES_MIN, IPV6_MTU_BYTES_MIN};
+use super::DEFAULT_PORT;
+use crate::config::{Endpoint, Listen};
 use crate::error::{Error, Result};
-use crate::netlink::Netlink;
-use crate::transport::path::{self, Path};
-use crate::transport::{self, DEFAULT_PORT};
+use crate::host::link::{self, IPV4_MTU_BYTES_MIN, IPV6_MTU_BYTES_MIN};
+use crate::host::netlink::Netlink;
+use crate::host::path::{self, Path};
+use crate::wire;
 
 /// What was left open in a [`Config`], for as long as the process runs.
 #[derive(Debug)]
@@ -213,7 +214,7 @@ impl Config {
         let smallest = paths.iter().min_by_key(|path| of_path(path));
         let mtu_bytes = self.mtu_bytes.unwrap_or_else(|| match smallest {
             Some(smallest) => of_path(smallest),
-            None => path::MTU_BYTES_DEFAULT - transport::overhead_bytes(listen.ip()),
+            None => path::MTU_BYTES_DEFAULT - wire::overhead_bytes(listen.ip()),
         });
         match smallest {
             Some((peer, path)) if mtu_bytes < IPV4_MTU_BYTES_MIN => Err(Error::new(format!(
@@ -272,5 +273,5 @@ fn paths(
 pub(crate) fn default_mtu_bytes(path: Path, peer: IpAddr) -> u32 {
     // A loopback path has 65536: no datagram is that long.
     let datagram_bytes_max = path.mtu_bytes.min(65535);
-    datagram_bytes_max.saturating_sub(transport::overhead_bytes(peer))
+    datagram_bytes_max.saturating_sub(wire::overhead_bytes(peer))
 }

@@ -60,7 +60,7 @@ pub enum Request {
     Reload {},
     /// Ends the tunnel: [`Changed`].
     Stop {},
-    /// Hands the tunnel over to the process that asks (`crate::tunnel::takeover`).
+    /// Hands the tunnel over to the process that asks (`crate::daemon::takeover`).
     Takeover {
         /// The version of what follows.
         protocol: u32,

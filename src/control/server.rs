@@ -68,7 +68,7 @@ const STACK_BYTES: usize = 512 << 10;
 pub enum Call {
     /// A request to answer.
     Request(Request, Reply),
-    /// A process that wants to take over ([`crate::tunnel::takeover`]); the
+    /// A process that wants to take over ([`crate::daemon::takeover`]); the
     /// connection is the control thread's from here on.
     Takeover {
         /// The connection, without any answer yet.

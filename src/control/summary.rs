@@ -1,7 +1,7 @@
 //! The counters in words.
 
-use crate::netlink::LinkStats;
-use crate::worker::counters::Snapshot;
+use crate::counters::Snapshot;
+use crate::host::netlink::LinkStats;
 
 /// Lines that sum a run up: all queues together, each queue, and what was
 /// dropped and why. `link`: the TUN device's own counters, if they were read.

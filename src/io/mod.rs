@@ -2,8 +2,13 @@
 //! what is learnt from sends that the kernel refuses, and errors that end a
 //! worker; and random numbers.
 
+pub mod engine;
+pub mod epoll;
 pub(crate) mod message;
-pub(crate) mod refusal;
+pub(crate) mod path_limits;
+pub mod tun;
+pub mod udp;
+pub mod uring;
 
 #[doc(hidden)]
 pub use message::{parse_name, parse_segment_bytes};

@@ -1,8 +1,21 @@
 //! The IP header as far as a tunnel needs it (RFC 791, RFC 8200).
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::{IPV4_HEADER_BYTES, IPV6_HEADER_BYTES, be16};
+
+/// An IPv4 address that a dual-stack socket shows as `::ffff:a.b.c.d`, as
+/// plain IPv4 again (RFC 4291, section 2.5.5.2).
+pub fn canonical(address: SocketAddr) -> SocketAddr {
+    match address {
+        // Anything else keeps its scope: fe80::1%eth0.
+        SocketAddr::V6(v6) => match v6.ip().to_ipv4_mapped() {
+            Some(v4) => SocketAddr::new(v4.into(), v6.port()),
+            None => address,
+        },
+        SocketAddr::V4(_) => address,
+    }
+}
 
 /// IP version of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

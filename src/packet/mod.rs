@@ -15,7 +15,7 @@ pub mod coalesce;
 pub mod hop;
 pub mod icmp;
 pub mod ip;
-pub mod prefixes;
+pub mod lpm;
 pub mod probe;
 pub mod segment;
 pub mod train;

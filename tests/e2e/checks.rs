@@ -7,8 +7,8 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::{Namespace, UNDERLAY_NAME};
-use fastvpn::netlink::Netlink;
+use fastvpn::host::netlink::Netlink;
+use fastvpn::testbed::{Namespace, UNDERLAY_NAME};
 use serde_json::Value;
 use tun_rs::DeviceBuilder;
 

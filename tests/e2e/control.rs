@@ -10,7 +10,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::{Namespace, rss_bytes};
+use fastvpn::testbed::{Namespace, rss_bytes};
 use ipnet::IpNet;
 use nix::sys::signal::Signal;
 use serde_json::Value;

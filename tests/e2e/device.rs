@@ -3,10 +3,10 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use fastvpn::control::routes::PROTOCOL;
 use fastvpn::error::Result;
-use fastvpn::lab::{Namespace, Pair};
-use fastvpn::netlink::RouteEntry;
+use fastvpn::host::netlink::RouteEntry;
+use fastvpn::host::routes::PROTOCOL;
+use fastvpn::testbed::{Namespace, Pair};
 use ipnet::IpNet;
 use serde_json::{Value, json};
 

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr};
 
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::{self, Namespace};
+use fastvpn::testbed::{self, Namespace};
 use ipnet::IpNet;
 use serde_json::json;
 
@@ -65,7 +65,7 @@ const INSIDE: [[Ipv4Addr; 2]; 2] = [
 impl OneAddress {
     fn start() -> Result<Self> {
         let underlays = [1, 2].map(|number| vec![IpNet::new_assert(underlay(number).into(), 24)]);
-        let switch = lab::switch(&underlays, MTU_BYTES)?;
+        let switch = testbed::switch(&underlays, MTU_BYTES)?;
         let mut hosts = switch.hosts.into_iter();
         let (Some(alone), Some(shared)) = (hosts.next(), hosts.next()) else {
             return fail("two hosts");
@@ -232,7 +232,7 @@ fn each_family_over_the_other_alone() -> Result<()> {
     let v4 = |number| net(underlay(number).into(), 24);
     let v6 = |number| net(underlay_v6(number).into(), 64);
     let addresses = [vec![v4(1), v6(1)], vec![v4(2)], vec![v6(3)]];
-    let network = lab::switch(&addresses, MTU_BYTES)?;
+    let network = testbed::switch(&addresses, MTU_BYTES)?;
     let [middle, over_v4, over_v6] = &network.hosts[..] else {
         return fail("three hosts");
     };

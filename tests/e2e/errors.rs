@@ -7,7 +7,7 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, Stdio};
 
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::{self, Namespace, Pair};
+use fastvpn::testbed::{self, Namespace, Pair};
 use ipnet::IpNet;
 
 use crate::support::{
@@ -268,7 +268,7 @@ fn derived_addresses_that_clash() -> Result<()> {
         &[("", &["10.244.7.7/24", "underlay0", "--address"])],
     )?;
     // Two hosts whose addresses end alike.
-    let Pair { a, b: _far } = lab::pair(&[(net("10.1.3.4/8")?, net("10.2.3.4/8")?)], 1500)?;
+    let Pair { a, b: _far } = testbed::pair(&[(net("10.1.3.4/8")?, net("10.2.3.4/8")?)], 1500)?;
     refusals(
         &a,
         "--peer 10.2.3.4",

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::Pair;
+use fastvpn::testbed::Pair;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use tun_rs::SyncDevice;

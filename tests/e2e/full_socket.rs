@@ -5,8 +5,8 @@
 use std::net::IpAddr;
 
 use fastvpn::error::Result;
-use fastvpn::lab::{Namespace, UNDERLAY_NAME};
-use fastvpn::netlink::LinkStats;
+use fastvpn::host::netlink::LinkStats;
+use fastvpn::testbed::{Namespace, UNDERLAY_NAME};
 use ipnet::IpNet;
 
 use crate::datagrams::{Order, exchange};

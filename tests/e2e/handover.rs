@@ -6,8 +6,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
+use fastvpn::daemon::takeover::PROTOCOL;
 use fastvpn::error::{Error, Result};
-use fastvpn::tunnel::takeover::PROTOCOL;
 use ipnet::IpNet;
 use nix::sys::signal::Signal;
 use serde_json::json;
@@ -283,14 +283,12 @@ fn a_reload_in_a_takeover() -> Result<()> {
             Ok(has_thread(&near, "handover") || near.child().try_wait()?.is_some())
         })?;
         new.child().signal(Signal::SIGSTOP);
-        // What it had said before is heard by then.
-        std::thread::sleep(Duration::from_millis(200));
-        let is_held = has_thread(&near, "handover");
+        let is_held = waits_for_stopped(&near, &new)?;
         let prefix = format!("10.{number}.0.0/16");
         if is_held {
             write(&prefix)?;
             near.child().signal(Signal::SIGHUP);
-            std::thread::sleep(Duration::from_millis(500));
+            near.wait_for_line("the reload waits")?;
             check(!has(&prefix)?, || "it does not wait".into())?;
         }
         new.child().signal(Signal::SIGCONT);
@@ -459,13 +457,47 @@ fn a_predecessor_that_dies_after_the_word() -> Result<()> {
 }
 
 fn has_thread(tunnel: &Tunnel, name: &str) -> bool {
+    threads(tunnel).iter().any(|thread| thread.comm == name)
+}
+
+/// Whether the old process waits for the new one, which has been stopped. Its
+/// thread that hands over sleeps then, and what the new one said before it was
+/// stopped would have woken it.
+fn waits_for_stopped(old: &Tunnel, new: &Tunnel) -> Result<bool> {
+    wait_until("the new process is stopped", || {
+        Ok(threads(new).iter().all(|thread| thread.state == 'T'))
+    })?;
+    wait_until("it is handed something, or not", || {
+        let of_old = threads(old);
+        let handover = of_old.iter().find(|thread| thread.comm == "handover");
+        Ok(handover.is_none_or(|thread| thread.state == 'S'))
+    })?;
+    Ok(has_thread(old, "handover"))
+}
+
+/// One of a process's threads (proc_pid_stat(5)).
+struct Thread {
+    comm: String,
+    state: char,
+}
+
+fn threads(tunnel: &Tunnel) -> Vec<Thread> {
     let Ok(tasks) = std::fs::read_dir(format!("/proc/{}/task", tunnel.pid())) else {
-        return false;
+        return Vec::new();
     };
-    tasks.flatten().any(|task| {
-        let comm = std::fs::read_to_string(task.path().join("comm"));
-        comm.is_ok_and(|comm| comm.trim() == name)
-    })
+    let thread = |stat: String| {
+        let (start, rest) = stat.rsplit_once(')')?;
+        let (_, comm) = start.split_once('(')?;
+        Some(Thread {
+            comm: comm.to_string(),
+            state: rest.trim_start().chars().next()?,
+        })
+    };
+    let stats = tasks.flatten().filter_map(|task| {
+        let stat = std::fs::read_to_string(task.path().join("stat")).ok()?;
+        thread(stat)
+    });
+    stats.collect()
 }
 
 /// Who asks a question is answered, and who wants the end has it.

@@ -4,10 +4,10 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::traffic::{
+use fastvpn::testbed::traffic::{
     Between, Flood, PingPong, Watch, ping, tcp_ping_pong, udp_flood, udp_ping_pong,
 };
-use fastvpn::lab::{self, CONTAINER_NAME, Namespace, Pair};
+use fastvpn::testbed::{self, CONTAINER_NAME, Namespace, Pair};
 use ipnet::IpNet;
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -70,7 +70,7 @@ fn net(address: Ipv4Addr) -> IpNet {
 /// A container behind each host.
 fn containers(hosts: &Pair) -> Result<[Namespace; 2]> {
     let behind = |host: &Namespace, [router, container]: [Ipv4Addr; 2]| {
-        lab::container(host, "veth0", &[(net(router), net(container))], 1500)
+        testbed::container(host, "veth0", &[(net(router), net(container))], 1500)
     };
     Ok([behind(&hosts.a, BEHIND[0])?, behind(&hosts.b, BEHIND[1])?])
 }
@@ -79,7 +79,7 @@ fn containers(hosts: &Pair) -> Result<[Namespace; 2]> {
 /// container's veth is a port.
 fn bridged_container(host: &Namespace, [router, address]: [Ipv4Addr; 2]) -> Result<Namespace> {
     let container = Namespace::new()?;
-    lab::join(host, &container, "port0", CONTAINER_NAME)?;
+    testbed::join(host, &container, "port0", CONTAINER_NAME)?;
     let mut netlink = host.netlink()?;
     netlink.create_bridge("docker0")?;
     let (bridge, port) = (link(host, "docker0")?.index, link(host, "port0")?.index);
@@ -268,7 +268,7 @@ fn tunnels_side_by_side() -> Result<()> {
 fn two_tunnels_on_one_host() -> Result<()> {
     let hosts = hosts(1500)?;
     let third = Namespace::new()?;
-    lab::join(&hosts.a, &third, "underlay1", "underlay0")?;
+    testbed::join(&hosts.a, &third, "underlay1", "underlay0")?;
     for (namespace, name, address) in [
         (&hosts.a, "underlay1", "10.211.56.122/24"),
         (&third, "underlay0", "10.211.56.124/24"),

@@ -9,8 +9,8 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::traffic::ping;
-use fastvpn::lab::{Child, Namespace};
+use fastvpn::testbed::traffic::ping;
+use fastvpn::testbed::{Child, Namespace};
 use nix::sys::signal::Signal;
 
 use crate::support::{

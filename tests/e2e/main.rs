@@ -65,7 +65,7 @@ mod underlay;
 use std::num::NonZero;
 use std::process::ExitCode;
 
-use fastvpn::ring::Features;
+use fastvpn::io::uring::Features;
 use libtest_mimic::{Arguments, Completion, Trial};
 
 use crate::support::{Engines, Test};
@@ -77,7 +77,7 @@ fn main() -> ExitCode {
     arguments.test_threads.get_or_insert(cores + 2);
     // Before the first thread: only a process with one thread may enter a
     // user namespace.
-    if let Err(error) = fastvpn::lab::enter_user_namespace_if_needed() {
+    if let Err(error) = fastvpn::testbed::enter_user_namespace_if_needed() {
         eprintln!("the end-to-end tests cannot run: {error}");
         return ExitCode::FAILURE;
     }
@@ -139,7 +139,7 @@ fn main() -> ExitCode {
         ports::tests_of_no_engine(),
     ];
     // Shown as ignored, never left out in silence.
-    let without_uring = fastvpn::ring::probe(URING_FEATURES)
+    let without_uring = fastvpn::io::uring::probe(URING_FEATURES)
         .is_err()
         .then_some("needs io_uring");
     let without_ebpf = support::is_in_user_namespace().then_some("needs root, for eBPF");

@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::Namespace;
+use fastvpn::testbed::Namespace;
 use ipnet::IpNet;
 
 use crate::operator::Operator;

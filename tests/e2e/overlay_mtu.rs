@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::time::Duration;
 
 use fastvpn::error::Result;
-use fastvpn::lab::{self, CONTAINER_NAME, Namespace, UNDERLAY_NAME};
+use fastvpn::testbed::{self, CONTAINER_NAME, Namespace, UNDERLAY_NAME};
 use ipnet::IpNet;
 use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 use nix::{getsockopt_impl, setsockopt_impl, sockopt_impl};
@@ -94,7 +94,7 @@ impl Network {
     /// Makes it, without processes.
     pub fn new(underlay: Underlay) -> Result<Self> {
         let on_switch = [1, 3, ROUTER].map(|number| nets(near_underlay(number)));
-        let switch = lab::switch(&on_switch, MTU_BYTES)?;
+        let switch = testbed::switch(&on_switch, MTU_BYTES)?;
         let mut hosts = switch.hosts.into_iter();
         let (Some(near), Some(neighbour), Some(router)) =
             (hosts.next(), hosts.next(), hosts.next())
@@ -102,7 +102,7 @@ impl Network {
             return crate::support::fail("three hosts");
         };
         let far = Namespace::new()?;
-        lab::join(&router, &far, "right", UNDERLAY_NAME)?;
+        testbed::join(&router, &far, "right", UNDERLAY_NAME)?;
         for (namespace, name, addresses) in
             [(&router, "right", FAR_ROUTER), (&far, UNDERLAY_NAME, FAR)]
         {

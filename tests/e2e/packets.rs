@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::{Duration, Instant};
 
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::Namespace;
+use fastvpn::testbed::Namespace;
 use ipnet::IpNet;
 use nix::sys::socket::setsockopt;
 use nix::{setsockopt_impl, sockopt_impl};

@@ -5,7 +5,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 
 use fastvpn::error::Result;
-use fastvpn::lab::{Namespace, UNDERLAY_NAME};
+use fastvpn::testbed::{Namespace, UNDERLAY_NAME};
 use nix::sys::socket::{getsockopt, sockopt};
 use serde_json::Value;
 use socket2::{Domain, Protocol, Socket, Type};

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::{Namespace, Pair};
+use fastvpn::testbed::{Namespace, Pair};
 use ipnet::IpNet;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tun_rs::SyncDevice;

@@ -7,8 +7,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::{self, Namespace, Pair};
 use fastvpn::packet::probe::{Kind, Probe};
+use fastvpn::testbed::{self, Namespace, Pair};
 use ipnet::IpNet;
 use serde_json::Value;
 
@@ -246,7 +246,7 @@ fn nat_of_the_kernel() -> Result<()> {
     let hosts = hosts(1500)?;
     let net = |text: &str| text.parse::<IpNet>().map_err(|_| Error::new("no prefix"));
     let inside = (net("10.88.0.1/24")?, net("10.88.0.2/24")?);
-    let container = lab::container(&hosts.b, "inside0", &[inside], 1500)?;
+    let container = testbed::container(&hosts.b, "inside0", &[inside], 1500)?;
     nft(
         &hosts.b,
         "table ip nat { chain after { type nat hook postrouting priority 100; \
@@ -508,7 +508,7 @@ fn check_asks_the_peer() -> Result<()> {
 
 /// A socket at a further address of a host.
 fn stranger(host: &Namespace, address: Ipv4Addr) -> Result<UdpSocket> {
-    let index = link(host, lab::UNDERLAY_NAME)?.index;
+    let index = link(host, testbed::UNDERLAY_NAME)?.index;
     let mut netlink = host.netlink()?;
     netlink.add_address(index, IpNet::new_assert(address.into(), 24))?;
     udp(host, address, 0)

@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::Namespace;
+use fastvpn::testbed::Namespace;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::packets::{BUFFER_BYTES, Tap, Tcp, V4, V6, source, udp};

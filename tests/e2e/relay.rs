@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::{self, Namespace};
 use fastvpn::packet::probe::Probe;
+use fastvpn::testbed::{self, Namespace};
 use ipnet::IpNet;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -64,9 +64,9 @@ impl Relay {
         let (a, b, middle) = (Namespace::new()?, Namespace::new()?, Namespace::new()?);
         let names = ["side0", "side1"];
         for (side, host) in [&a, &b].into_iter().enumerate() {
-            lab::join(host, &middle, lab::UNDERLAY_NAME, names[side])?;
+            testbed::join(host, &middle, testbed::UNDERLAY_NAME, names[side])?;
             for (namespace, name, address) in [
-                (host, lab::UNDERLAY_NAME, HOSTS[side]),
+                (host, testbed::UNDERLAY_NAME, HOSTS[side]),
                 (&middle, names[side], FACES[side]),
             ] {
                 let index = link(namespace, name)?.index;

@@ -4,7 +4,7 @@
 use std::net::Ipv4Addr;
 
 use fastvpn::error::Result;
-use fastvpn::lab::{Namespace, UNDERLAY_NAME, join};
+use fastvpn::testbed::{Namespace, UNDERLAY_NAME, join};
 use ipnet::IpNet;
 use serde_json::json;
 

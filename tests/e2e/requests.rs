@@ -4,7 +4,7 @@
 use std::io::{BufRead, BufReader, Write};
 
 use fastvpn::error::Result;
-use fastvpn::lab::{rss_bytes, rss_peak_bytes};
+use fastvpn::testbed::{rss_bytes, rss_peak_bytes};
 use serde_json::{Value, json};
 
 use crate::operator::{Operator, in_time};

@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::{Namespace, UNDERLAY_NAME};
-use fastvpn::netlink::RouteEntry;
+use fastvpn::host::netlink::RouteEntry;
+use fastvpn::testbed::{Namespace, UNDERLAY_NAME};
 use ipnet::IpNet;
 use nix::sys::signal::Signal;
 

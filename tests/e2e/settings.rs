@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
 
 use fastvpn::error::Result;
-use fastvpn::lab::traffic::ping;
-use fastvpn::lab::{Namespace, Pair, UNDERLAY_NAME};
+use fastvpn::testbed::traffic::ping;
+use fastvpn::testbed::{Namespace, Pair, UNDERLAY_NAME};
 use ipnet::IpNet;
 use serde_json::{Value, json};
 

@@ -5,8 +5,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use fastvpn::error::Result;
-use fastvpn::lab::traffic::ping;
-use fastvpn::lab::{self, Namespace};
+use fastvpn::testbed::traffic::ping;
+use fastvpn::testbed::{self, Namespace};
 use ipnet::IpNet;
 
 use crate::support::{Ended, Tunnel, bulk, check, wait_for, wait_until};
@@ -99,7 +99,7 @@ pub fn sites(count: u8) -> Result<Sites> {
             ]
         })
         .collect();
-    let switch = lab::switch(&addresses, MTU_BYTES)?;
+    let switch = testbed::switch(&addresses, MTU_BYTES)?;
     let all = switch.hosts.into_iter().zip(1..).map(|(host, number)| {
         Ok(Site {
             number,
@@ -121,7 +121,7 @@ pub fn container(host: &Namespace, number: u8) -> Result<Namespace> {
         (net(router[0], 24), net(inside[0], 24)),
         (net(router[1], 64), net(inside[1], 64)),
     ];
-    lab::container(host, INSIDE_NAME, &addresses, MTU_BYTES)
+    testbed::container(host, INSIDE_NAME, &addresses, MTU_BYTES)
 }
 
 impl Site {

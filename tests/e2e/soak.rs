@@ -10,9 +10,9 @@ use std::net::IpAddr;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use fastvpn::daemon::takeover::PROTOCOL;
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::rss_bytes;
-use fastvpn::tunnel::takeover::PROTOCOL;
+use fastvpn::testbed::rss_bytes;
 use ipnet::IpNet;
 use nix::sys::signal::Signal;
 use serde_json::json;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use etherparse::PacketBuilder;
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::{self, Namespace, rss_bytes};
+use fastvpn::testbed::{self, Namespace, rss_bytes};
 use nix::sys::socket::{MsgFlags, MultiHeaders, sendmmsg, setsockopt, sockopt};
 
 use crate::support::{
@@ -43,7 +43,7 @@ fn strangers_are_not_let_in() -> Result<()> {
         (&hosts.a, "third", Ipv4Addr::new(10, 211, 66, 122)),
         (&stranger, "third", Ipv4Addr::new(10, 211, 66, 200)),
     ];
-    lab::join(&hosts.a, &stranger, "third", "third")?;
+    testbed::join(&hosts.a, &stranger, "third", "third")?;
     for (namespace, name, address) in addresses {
         let mut netlink = namespace.netlink()?;
         let index = link(namespace, name)?.index;

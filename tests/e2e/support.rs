@@ -10,9 +10,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::traffic::{Between, Bulk, BulkLimit, Watch, ping, ping_up_to, tcp_bulk};
-use fastvpn::lab::{Child, Namespace, Pair, pair};
-use fastvpn::netlink::Link;
+use fastvpn::host::netlink::Link;
+use fastvpn::testbed::traffic::{Between, Bulk, BulkLimit, Watch, ping, ping_up_to, tcp_bulk};
+use fastvpn::testbed::{Child, Namespace, Pair, pair};
 use ipnet::IpNet;
 
 use crate::operator::Operator;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::{Namespace, Pair, UNDERLAY_NAME, pair};
+use fastvpn::testbed::{Namespace, Pair, UNDERLAY_NAME, pair};
 use ipnet::IpNet;
 use serde_json::Value;
 

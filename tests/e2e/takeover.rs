@@ -5,9 +5,9 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use fastvpn::daemon::takeover::PROTOCOL;
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::Namespace;
-use fastvpn::tunnel::takeover::PROTOCOL;
+use fastvpn::testbed::Namespace;
 use nix::sys::signal::Signal;
 use serde_json::json;
 

@@ -13,9 +13,9 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::Namespace;
-use fastvpn::lab::traffic::bulk;
-use fastvpn::netlink::RouteEntry;
+use fastvpn::host::netlink::RouteEntry;
+use fastvpn::testbed::Namespace;
+use fastvpn::testbed::traffic::bulk;
 use ipnet::IpNet;
 use netlink_sys::{Socket as NetlinkSocket, SocketAddr as NetlinkAddr};
 use socket2::SockRef;

@@ -6,9 +6,9 @@ use std::thread;
 use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::process::cpu_ns;
-use fastvpn::lab::traffic::{Between, Bulk, BulkLimit, Watch, ping, tcp_bulk};
-use fastvpn::lab::{Namespace, Pair};
+use fastvpn::testbed::process::cpu_ns;
+use fastvpn::testbed::traffic::{Between, Bulk, BulkLimit, Watch, ping, tcp_bulk};
+use fastvpn::testbed::{Namespace, Pair};
 use nix::sys::socket::setsockopt;
 use nix::{setsockopt_impl, sockopt_impl};
 

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use etherparse::PacketBuilder;
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::{Namespace, Pair, UNDERLAY_NAME};
+use fastvpn::testbed::{Namespace, Pair, UNDERLAY_NAME};
 use ipnet::IpNet;
 use nix::sys::signal::Signal;
 use serde_json::Value;

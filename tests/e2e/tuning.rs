@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::{Namespace, UNDERLAY_NAME};
-use fastvpn::netlink::Link;
+use fastvpn::host::netlink::Link;
+use fastvpn::testbed::{Namespace, UNDERLAY_NAME};
 
 use crate::support::{Test, UNDERLAY, check, fail, fastvpn, hosts, stop, tried, wait_until};
 

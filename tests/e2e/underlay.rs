@@ -4,7 +4,7 @@
 use std::net::{IpAddr, Ipv4Addr};
 
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::{self, Namespace, Pair, UNDERLAY_NAME, pair};
+use fastvpn::testbed::{self, Namespace, Pair, UNDERLAY_NAME, pair};
 use ipnet::IpNet;
 
 use crate::support::{
@@ -83,7 +83,7 @@ pub fn routed() -> Result<Routed> {
         (&a, "left", "10.211.55.122/24", "10.211.55.1/24"),
         (&b, "right", "10.211.56.123/24", "10.211.56.1/24"),
     ] {
-        lab::join(host, &router, UNDERLAY_NAME, far_side)?;
+        testbed::join(host, &router, UNDERLAY_NAME, far_side)?;
         for (namespace, name, address) in [(host, UNDERLAY_NAME, own), (&router, far_side, gateway)]
         {
             let mut netlink = namespace.netlink()?;

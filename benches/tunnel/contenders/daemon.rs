@@ -8,8 +8,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::traffic::ping;
-use fastvpn::lab::{Child, Namespace, Pair};
+use fastvpn::testbed::traffic::ping;
+use fastvpn::testbed::{Child, Namespace, Pair};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::{Link, TUNNEL};

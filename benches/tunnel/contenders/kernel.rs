@@ -3,8 +3,8 @@
 use std::net::IpAddr;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::{Namespace, Pair};
-use fastvpn::netlink;
+use fastvpn::host::netlink;
+use fastvpn::testbed::{Namespace, Pair};
 use ipnet::IpNet;
 
 use super::{Contender, Link, TUNNEL, TUNNEL_PREFIX, UNDERLAY, UNDERLAY_MTU_BYTES};

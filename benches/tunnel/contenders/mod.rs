@@ -14,7 +14,7 @@ pub mod wireguard_go;
 use std::net::{IpAddr, Ipv4Addr};
 
 use ::fastvpn::error::Result;
-use ::fastvpn::lab::{Child, Pair};
+use ::fastvpn::testbed::{Child, Pair};
 use tempfile::TempDir;
 
 pub use others::others;

@@ -8,10 +8,10 @@ use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::process::Command;
 use std::thread;
 
-use fastvpn::device::link::{LinkConfig, bring_up};
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::Pair;
-use fastvpn::netlink::Netlink;
+use fastvpn::host::link::{LinkConfig, bring_up};
+use fastvpn::host::netlink::Netlink;
+use fastvpn::testbed::Pair;
 use ipnet::IpNet;
 use tun_rs::{DeviceBuilder, SyncDevice};
 

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::Namespace;
+use fastvpn::testbed::Namespace;
 use ipnet::IpNet;
 use tempfile::TempDir;
 

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use fastvpn::control::protocol::Request;
 use fastvpn::error::{Error, Result};
-use fastvpn::lab::{Child, Pair};
+use fastvpn::testbed::{Child, Pair};
 use ipnet::IpNet;
 
 use super::fastvpn::PROGRAM;

@@ -1,0 +1,247 @@
+//! What a worker counts: written by the worker alone, read by anyone.
+
+pub mod first;
+
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
+
+use self::first::FirstDrops;
+
+/// A counter with one writer. The writer pays for a plain load and store; a
+/// reader sees some recent value.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds `n`. Only the counter's one writer may call this: the worker, or the
+    /// control thread for what it asks the kernel.
+    #[inline]
+    pub fn add(&self, n: u64) {
+        self.0.store(
+            self.0.load(Ordering::Relaxed).wrapping_add(n),
+            Ordering::Relaxed,
+        );
+    }
+
+    /// Takes `n` back. Only the owning worker may call this.
+    pub fn sub(&self, n: u64) {
+        self.add(n.wrapping_neg());
+    }
+
+    /// The value now.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+macro_rules! counters {
+    ($($(#[doc = $doc:literal])+ $name:ident),+ $(,)?) => {
+        /// The counters of one worker. Aligned so that two workers never
+        /// write to one cache line (128: x86 fetches lines in pairs).
+        #[derive(Debug, Default)]
+        #[repr(align(128))]
+        pub struct Counters {
+            $($(#[doc = $doc])+ pub $name: Counter,)+
+            /// What some of the drops were about.
+            pub first: FirstDrops,
+        }
+
+        /// The counters' values at one time.
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+        pub struct Snapshot {
+            $($(#[doc = $doc])+ pub $name: u64,)+
+        }
+
+        impl Counters {
+            /// Reads all counters.
+            pub fn snapshot(&self) -> Snapshot {
+                Snapshot { $($name: self.$name.get(),)+ }
+            }
+        }
+
+        impl Snapshot {
+            /// The sum of two workers' values.
+            #[must_use]
+            pub fn plus(&self, other: &Self) -> Self {
+                Self { $($name: self.$name.wrapping_add(other.$name),)+ }
+            }
+
+            /// Names and values in order of declaration.
+            pub fn iter(&self) -> impl Iterator<Item = (&'static str, u64)> + use<> {
+                [$((stringify!($name), self.$name),)+].into_iter()
+            }
+        }
+    };
+}
+
+counters! {
+    /// Frames read from the TUN queue (a super-packet is one).
+    tun_frames_read,
+    /// Sends that the kernel took (a train is one).
+    trains_sent,
+    /// Packets in them: one datagram each.
+    packets_sent,
+    /// Bytes of those packets.
+    bytes_sent,
+    /// Receives (a GRO train is one).
+    trains_received,
+    /// Packets taken from known senders, well formed.
+    packets_received,
+    /// Bytes of those packets.
+    bytes_received,
+    /// Frames written to the TUN queue (a super-packet is one).
+    tun_frames_written,
+    /// Outbound: frames that are no whole IP packet or contradict their offloads.
+    drop_frame_malformed,
+    /// Outbound: packets to which no peer's prefix matches.
+    drop_no_route,
+    /// Outbound: packets to a peer whose name has not resolved, or to
+    /// whom the way leads through the tunnel itself.
+    drop_peer_unresolved,
+    /// Outbound: packets whose hops were spent (`--hop`).
+    drop_ttl,
+    /// Outbound: unfragmentable packets longer than their peer's path takes.
+    drop_too_big,
+    /// Outbound: packets longer than any UDP datagram.
+    drop_oversize,
+    /// Outbound: packets for which the socket's send buffer had no room.
+    drop_send_full,
+    /// Outbound: packets whose send the kernel refused for another reason.
+    drop_send_error,
+    /// Inbound: datagrams that the kernel dropped at the socket: its receive buffer
+    /// was full, or they came out of the tunnel itself. (Written by the control
+    /// thread; a GRO train is one.)
+    drop_at_socket,
+    /// Inbound: datagrams from an address that is no peer's.
+    drop_sender_unknown,
+    /// Inbound: packets from an inner address that is not behind their sender.
+    drop_source_not_allowed,
+    /// Inbound: datagrams shorter than the IP header they claim.
+    drop_short,
+    /// Inbound: datagrams that are neither IPv4 nor IPv6.
+    drop_version,
+    /// Inbound: datagrams whose IP length is not theirs.
+    drop_length,
+    /// Inbound: receives cut short by the kernel.
+    drop_truncated,
+    /// Inbound: frames that the TUN queue had no room for.
+    drop_tun_full,
+    /// Inbound: frames that the TUN device refused, such as while it is down.
+    drop_tun_error,
+    /// Either way: packets for which no output buffer was free.
+    drop_no_buffer,
+    /// ICMP errors written into the TUN queue about packets that were dropped.
+    icmp_sent,
+    /// ICMP errors that were due, but held back by the rate limit.
+    icmp_suppressed,
+    /// Probes from known senders ([`crate::packet::probe`]).
+    probes_received,
+    /// Receives that failed for reasons that pass, such as news of earlier sends.
+    receive_failed,
+    /// Times that a receive stopped for lack of a free buffer and was started
+    /// again. Nothing is lost by it.
+    rearmed,
+}
+
+/// What one worker has carried to and from one peer. Of a cache line of its
+/// own, as another worker writes to the next one.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+pub struct PeerCounters {
+    /// Packets handed over for sending, without those that were not sent.
+    pub packets_sent: Counter,
+    /// Bytes of those packets.
+    pub bytes_sent: Counter,
+    /// Packets that passed all checks.
+    pub packets_received: Counter,
+    /// Bytes of those packets.
+    pub bytes_received: Counter,
+    /// As in [`Counters`], of packets to this peer.
+    pub drop_send_full: Counter,
+    /// As in [`Counters`], of packets to this peer.
+    pub drop_send_error: Counter,
+    /// As in [`Counters`], of packets from this peer's address. Of several peers
+    /// at one address, one counts for all.
+    pub drop_source_not_allowed: Counter,
+    is_endpoint_heard: AtomicBool,
+    other_port: AtomicU16,
+    is_own_port_proven: AtomicBool,
+}
+
+impl PeerCounters {
+    /// Names and values of the drop counters, as those of a [`Snapshot`].
+    pub fn drops(&self) -> [(&'static str, u64); 3] {
+        [
+            ("send_full", self.drop_send_full.get()),
+            ("send_error", self.drop_send_error.get()),
+            ("source_not_allowed", self.drop_source_not_allowed.get()),
+        ]
+    }
+
+    /// Packets that were to be sent, whatever became of them.
+    pub fn packets_tried(&self) -> u64 {
+        let failed = self.drop_send_full.get() + self.drop_send_error.get();
+        self.packets_sent.get() + failed
+    }
+
+    /// Notes the port that packets have come from, `expected` being that of the
+    /// peer's endpoint. For the worker; it writes only what is news.
+    #[inline]
+    pub fn note_port(&self, port: u16, expected: u16) {
+        if port == expected {
+            if !self.is_endpoint_heard.load(Ordering::Relaxed) {
+                self.is_endpoint_heard.store(true, Ordering::Relaxed);
+            }
+        } else if self.other_port.load(Ordering::Relaxed) != port {
+            self.other_port.store(port, Ordering::Relaxed);
+        }
+    }
+
+    /// What [`Self::note_port`] has noted since the last call: whether packets
+    /// came from the endpoint's port, and the last other port.
+    pub fn take_ports(&self) -> (bool, Option<u16>) {
+        let is_endpoint_heard = self.is_endpoint_heard.load(Ordering::Relaxed)
+            && self.is_endpoint_heard.swap(false, Ordering::Relaxed);
+        let other = match self.other_port.load(Ordering::Relaxed) {
+            0 => 0,
+            _ => self.other_port.swap(0, Ordering::Relaxed),
+        };
+        (is_endpoint_heard, (other != 0).then_some(other))
+    }
+
+    /// Whether the worker's own port is known to reach the peer, so that it may
+    /// send from there ([`crate::io::udp::reuseport`]).
+    #[inline]
+    pub fn is_own_port_proven(&self) -> bool {
+        self.is_own_port_proven.load(Ordering::Relaxed)
+    }
+
+    /// Says whether it is.
+    pub fn set_own_port_proven(&self, is_proven: bool) {
+        self.is_own_port_proven.store(is_proven, Ordering::Relaxed);
+    }
+}
+
+impl Snapshot {
+    /// The drop counters that are not zero.
+    pub fn drops(&self) -> impl Iterator<Item = (&'static str, u64)> + use<> {
+        self.iter()
+            .filter_map(|(name, value)| Some((name.strip_prefix("drop_")?, value)))
+            .filter(|(_, value)| *value > 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sums_and_names() {
+        let counters = Counters::default();
+        counters.packets_sent.add(3);
+        counters.drop_version.add(2);
+        let sum = counters.snapshot().plus(&counters.snapshot());
+        assert_eq!(sum.packets_sent, 6);
+        assert_eq!(sum.drops().collect::<Vec<_>>(), [("version", 4)]);
+        assert_eq!(size_of::<Counters>() % 128, 0);
+    }
+}

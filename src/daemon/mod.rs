@@ -1,0 +1,118 @@
+//! A tunnel's life: set up or taken over, run until told to stop, taken down or
+//! handed over.
+//!
+//! Everything that is visible outside the process hangs on descriptors: the
+//! TUN device, with its addresses and routes, goes when its last queue is
+//! closed, and the ports with their sockets. So nothing is left behind,
+//! however the process ends; but for the operators' socket's name, which the
+//! next process finds dead and replaces.
+
+mod announce;
+pub mod engine;
+mod handover;
+mod host;
+mod inherit;
+mod memory;
+mod operator;
+mod paths;
+mod ports;
+mod reach;
+mod reload;
+mod running;
+mod start;
+pub mod takeover;
+mod trouble;
+pub mod workers;
+
+use std::sync::Arc;
+
+use crossbeam_channel::{Receiver, bounded};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::{Handle, Signals};
+
+use self::running::{End, Running};
+pub use self::start::rehearse;
+use crate::config::Config;
+use crate::control::summary;
+use crate::counters::{Counters, Snapshot};
+use crate::error::{Error, Result};
+use crate::host::netlink::LinkStats;
+
+/// Runs a tunnel until SIGINT, SIGTERM, an operator's word, or a successor ends
+/// it.
+///
+/// # Errors
+/// When it cannot be set up, or when the device is taken away.
+pub fn run(config: Config) -> Result<()> {
+    let signals = SignalWatch::start()?;
+    raise_descriptor_limit();
+    memory::give_back_large_blocks();
+    let mut running = Running::start(config)?;
+    let counters = running.counters().to_vec();
+    let end = running.run(&signals.received);
+    match end {
+        // The successor counts from zero; what this process has seen is told.
+        Ok(End::HandedOver) => tracing::info!("handed over to a successor"),
+        Ok(End::Stopped) | Err(_) => {
+            let link_stats = running.link_stats();
+            running.take_down();
+            summarize(&counters, link_stats.as_ref());
+            return end.map(drop);
+        }
+    }
+    summarize(&counters, None);
+    Ok(())
+}
+
+fn summarize(counters: &[Arc<Counters>], link: Option<&LinkStats>) {
+    let snapshots: Vec<Snapshot> = counters.iter().map(|worker| worker.snapshot()).collect();
+    for line in summary::lines(&snapshots, link) {
+        tracing::info!("{line}");
+    }
+}
+
+/// Five descriptors per worker: 256 workers need more than the usual 1024.
+fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+    {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
+
+/// SIGHUP, SIGINT and SIGTERM as messages.
+struct SignalWatch {
+    handle: Handle,
+    received: Receiver<i32>,
+}
+
+impl SignalWatch {
+    fn start() -> Result<Self> {
+        let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM])
+            .map_err(|error| Error::os("cannot watch signals", error))?;
+        let handle = signals.handle();
+        let (sender, received) = bounded(4);
+        std::thread::Builder::new()
+            .name("signals".into())
+            .spawn(move || {
+                for signal in signals.forever() {
+                    // More signals than fit say nothing new; but the last one
+                    // to end must not be lost behind reloads.
+                    if signal == SIGHUP {
+                        let _ = sender.try_send(signal);
+                    } else if sender.send(signal).is_err() {
+                        return;
+                    }
+                }
+            })
+            .map_err(|error| Error::os("cannot start the signal thread", error))?;
+        Ok(Self { handle, received })
+    }
+}
+
+impl Drop for SignalWatch {
+    fn drop(&mut self) {
+        self.handle.close();
+    }
+}

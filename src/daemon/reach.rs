@@ -1,0 +1,87 @@
+//! Whether an address may be a peer's, and a prefix behind it.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::IpNet;
+
+use crate::error::{Error, Result};
+use crate::host::path;
+use crate::routing::overlay::{Overlay, Peer};
+
+/// Makes sure that sockets on `listen` can send to `endpoint`, and that it is
+/// another host's. One that cannot be reached now may be later.
+///
+/// # Errors
+/// When it is no host's address, of an IP version that the sockets are not for,
+/// or this host's own; names it.
+pub fn check_endpoint(listen: SocketAddr, overlay: &Overlay, endpoint: SocketAddr) -> Result<()> {
+    check_configured(listen, overlay, endpoint)?;
+    // The kernel knows of addresses that no interface has, such as those of a
+    // `local` route.
+    match path::local_address(listen.ip(), endpoint) {
+        Ok(local) => path::check_other(listen, endpoint, local),
+        Err(_) => Ok(()),
+    }
+}
+
+/// As [`check_endpoint`], by the own addresses that the overlay has: for a change
+/// of these, of which the kernel knows nothing yet.
+///
+/// # Errors
+/// As [`check_endpoint`].
+pub fn check_configured(listen: SocketAddr, overlay: &Overlay, endpoint: SocketAddr) -> Result<()> {
+    if endpoint.ip().is_unspecified() || endpoint.ip().is_multicast() {
+        return Err(Error::new(format!("{endpoint} is no address of a host")));
+    }
+    let is_dual_stack = listen.is_ipv6() && listen.ip().is_unspecified();
+    if !is_dual_stack && listen.is_ipv6() != endpoint.is_ipv6() {
+        let error = Error::new(format!("cannot send to {endpoint} from {listen}"));
+        return Err(error.hint("start with --listen [::] to have peers of both IP versions"));
+    }
+    overlay.check_other(listen, endpoint)
+}
+
+/// Makes sure that the tunnel gives this host none of its peers' addresses:
+/// nothing would reach such a peer any more. `present`: the addresses that the
+/// host has anyway.
+///
+/// # Errors
+/// Names the address and the peer.
+pub fn check_addresses<'a>(
+    addresses: &[IpNet],
+    present: &BTreeSet<IpAddr>,
+    peers: impl Iterator<Item = &'a Peer>,
+) -> Result<()> {
+    let new = |ip: &IpAddr| {
+        let mut nets = addresses.iter().filter(|_| !present.contains(ip));
+        nets.find(|net| net.addr() == *ip)
+    };
+    for peer in peers {
+        if let Some(net) = peer.endpoint.and_then(|endpoint| new(&endpoint.ip())) {
+            let what = format!("the address {net} is that of peer {}", peer.name);
+            return Err(Error::new(what).hint("give the tunnel an address of its own"));
+        }
+    }
+    Ok(())
+}
+
+/// Makes sure that no prefix is just one of this host's `own` addresses, to which
+/// a peer's prefixes never apply.
+///
+/// # Errors
+/// Names the prefix.
+pub fn check_prefixes(
+    own: &BTreeSet<IpAddr>,
+    mut prefixes: impl Iterator<Item = IpNet>,
+) -> Result<()> {
+    let is_own =
+        |net: &IpNet| net.prefix_len() == net.max_prefix_len() && own.contains(&net.addr());
+    match prefixes.find(is_own) {
+        Some(net) => Err(
+            Error::new(format!("{net} is this host's own address, not a peer's"))
+                .hint("leave it out of the peer's prefixes"),
+        ),
+        None => Ok(()),
+    }
+}

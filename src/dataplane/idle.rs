@@ -1,0 +1,186 @@
+//! What a worker does when nothing has arrived: sleep at once, or look again and
+//! again for a while.
+
+use std::time::{Duration, Instant};
+
+use crate::error::Result;
+use crate::io::engine::Engine;
+
+/// How long to look for arrivals without sleeping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BusyPoll {
+    /// Not at all.
+    Off,
+    /// As long as has lately been worth it, up to 100 µs.
+    Auto,
+    /// This long after the last arrival.
+    For(Duration),
+}
+
+/// Longest spin of [`BusyPoll::Auto`]: two wake-ups of a sleeping core, which
+/// is what there is to win.
+const AUTO_MAX: Duration = Duration::from_micros(100);
+/// Shortest one, and what a spin starts with.
+const AUTO_MIN: Duration = Duration::from_micros(10);
+
+/// The state behind those choices.
+#[derive(Debug)]
+pub struct Idle {
+    busy_poll: BusyPoll,
+    /// How long [`BusyPoll::Auto`] spins now.
+    auto: Duration,
+}
+
+impl Idle {
+    /// Nothing has been seen yet.
+    pub fn new(busy_poll: BusyPoll) -> Self {
+        Self {
+            busy_poll,
+            auto: Duration::ZERO,
+        }
+    }
+
+    /// Sleeps until there is something, unless there is already.
+    ///
+    /// # Errors
+    /// As [`Engine::wait`].
+    pub fn wait(&mut self, engine: &mut impl Engine) -> Result<()> {
+        let spin = match self.busy_poll {
+            BusyPoll::Off => return engine.wait(),
+            BusyPoll::Auto => self.auto,
+            BusyPoll::For(duration) => duration,
+        };
+        let start = Instant::now();
+        loop {
+            if engine.look()? {
+                return Ok(());
+            }
+            if start.elapsed() >= spin {
+                break;
+            }
+            for _ in 0..PAUSES {
+                std::hint::spin_loop();
+            }
+        }
+        engine.wait()?;
+        self.auto = adapted(self.auto, start.elapsed());
+        Ok(())
+    }
+}
+
+/// Pauses of the processor between two looks: some hundred nanoseconds, which
+/// is little against what they wait for and leaves a sibling thread room.
+const PAUSES: usize = 16;
+
+/// How long to spin next time, when nothing came while spinning for `auto` and
+/// something after `waited` in all. Longer if a longer spin would have met it,
+/// else shorter, down to nothing: traffic that comes now and then costs no
+/// spinning, and silence costs nothing at all.
+fn adapted(auto: Duration, waited: Duration) -> Duration {
+    if waited <= AUTO_MAX {
+        (auto * 2).clamp(AUTO_MIN, AUTO_MAX)
+    } else if auto > AUTO_MIN {
+        auto / 2
+    } else {
+        Duration::ZERO
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::engine::{Destination, Event, Received, Source};
+    use crate::packet::coalesce::{Frame, FrameSink};
+    use crate::packet::train::{Limits, Train};
+
+    /// Has an event from the given look on.
+    struct Fake {
+        looks: usize,
+        ready_from: usize,
+        waits: usize,
+    }
+
+    fn fake(ready_from: usize) -> Fake {
+        Fake {
+            looks: 0,
+            ready_from,
+            waits: 0,
+        }
+    }
+
+    impl Engine for Fake {
+        fn poll(&mut self) -> Result<bool> {
+            self.looks += 1;
+            Ok(self.looks >= self.ready_from)
+        }
+        fn wait(&mut self) -> Result<()> {
+            self.waits += 1;
+            Ok(())
+        }
+        fn next_event(&mut self) -> Option<Event> {
+            None
+        }
+        fn recycle(&mut self, _: Received, _: Source) {}
+        fn take_train(&mut self) -> Option<Train> {
+            None
+        }
+        fn send(&mut self, _: Train, _: Destination) {}
+        fn limits(&self, _: std::net::SocketAddr) -> Limits {
+            Limits::FULL
+        }
+        fn quiesce(&mut self) {}
+        fn reset_limits(&mut self) {}
+    }
+
+    impl FrameSink for Fake {
+        fn take(&mut self) -> Option<Frame> {
+            None
+        }
+        fn put(&mut self, _: Frame) {}
+    }
+
+    #[test]
+    fn sleeps_at_once_when_off() {
+        let mut engine = fake(1);
+        Idle::new(BusyPoll::Off).wait(&mut engine).unwrap();
+        assert_eq!((engine.looks, engine.waits), (0, 1));
+    }
+
+    #[test]
+    fn what_comes_while_spinning_spares_the_sleep() {
+        let mut engine = fake(50);
+        let hour = Duration::from_secs(3600);
+        Idle::new(BusyPoll::For(hour)).wait(&mut engine).unwrap();
+        assert_eq!((engine.looks, engine.waits), (50, 0));
+    }
+
+    #[test]
+    fn spins_no_longer_than_told() {
+        let mut engine = fake(usize::MAX);
+        let duration = Duration::from_millis(3);
+        let start = Instant::now();
+        Idle::new(BusyPoll::For(duration))
+            .wait(&mut engine)
+            .unwrap();
+        assert!(start.elapsed() >= duration);
+        assert_eq!(engine.waits, 1);
+    }
+
+    #[test]
+    fn auto_follows_the_traffic() {
+        let us = Duration::from_micros;
+        let mut auto = Duration::ZERO;
+        for expected in [10, 20, 40, 80, 100, 100] {
+            auto = adapted(auto, us(60));
+            assert_eq!(auto, us(expected));
+        }
+        for expected in [50_000, 25_000, 12_500, 6_250, 0, 0] {
+            auto = adapted(auto, us(5_000));
+            assert_eq!(auto, Duration::from_nanos(expected));
+        }
+        // Silence: looked at once, then asleep.
+        let mut engine = fake(usize::MAX);
+        Idle::new(BusyPoll::Auto).wait(&mut engine).unwrap();
+        assert_eq!((engine.looks, engine.waits), (1, 1));
+    }
+}

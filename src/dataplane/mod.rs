@@ -1,0 +1,122 @@
+//! The loop that moves packets: one thread, one TUN queue, one UDP socket.
+//!
+//! Take in what is there, both directions in the order of arrival; start the
+//! output that is complete; and when nothing more is there, close what was
+//! left open for merging, start that too, and sleep. Nothing here allocates,
+//! locks or logs per packet.
+
+pub mod idle;
+pub mod inbound;
+pub mod outbound;
+pub mod rate;
+pub mod report;
+pub mod table;
+
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use crossbeam_channel::{Receiver, Sender};
+
+use self::idle::{BusyPoll, Idle};
+use self::inbound::Inbound;
+use self::outbound::Outbound;
+use self::table::Table;
+use crate::counters::Counters;
+use crate::error::Result;
+use crate::io::engine::{Engine, Event, Source};
+
+/// What the control thread tells a worker. An [`Event::Wake`] follows.
+#[derive(Debug)]
+pub enum Command {
+    /// End the loop.
+    Stop,
+    /// Forward by this table from now on, and let go of the sender once that is
+    /// so: who waits for it is told by the channel's end.
+    Table(Arc<Table>, Sender<Infallible>),
+    /// Try trains of full size again on all paths.
+    ResetLimits,
+}
+
+/// Most events taken in before the output they gave is started.
+const BATCH_EVENTS_MAX: usize = 64;
+
+/// Events that an open train or frame may wait for more while more arrives, so
+/// that nothing waits behind an endless stream.
+const CARRIED_EVENTS_MAX: usize = 64;
+
+/// Runs the worker with this index until it is told to stop.
+///
+/// # Errors
+/// When the engine fails for good, such as when the device was deleted.
+pub fn run(
+    index: usize,
+    engine: &mut impl Engine,
+    commands: &Receiver<Command>,
+    mut table: Arc<Table>,
+    mut inbound: Inbound,
+    busy_poll: BusyPoll,
+    counters: &Counters,
+) -> Result<()> {
+    let mut outbound = Outbound::new(index);
+    let mut idle = Idle::new(busy_poll);
+    let mut carried = 0;
+    let mut is_stopping = false;
+    loop {
+        // While more arrives, what is open may still grow: a frame rarely
+        // fills its last train.
+        if carried >= CARRIED_EVENTS_MAX || !engine.poll()? {
+            outbound.flush(engine);
+            inbound.flush(engine);
+            carried = 0;
+            if is_stopping && !engine.poll()? {
+                return Ok(());
+            }
+        }
+        if !is_stopping {
+            idle.wait(engine)?;
+        }
+        for _ in 0..BATCH_EVENTS_MAX {
+            let Some(event) = engine.next_event() else {
+                break;
+            };
+            carried += 1;
+            match event {
+                Event::Frame(mut received) => {
+                    outbound.push(received.bytes_mut(), &table, counters, engine);
+                    engine.recycle(received, Source::Tun);
+                }
+                Event::Datagrams {
+                    received,
+                    sender,
+                    segment_bytes,
+                } => {
+                    let payload = received.bytes();
+                    inbound.push(payload, segment_bytes, sender, &table, counters, engine);
+                    engine.recycle(received, Source::Udp);
+                }
+                Event::SendFailed(failure) => outbound.failed(&failure, &table, counters),
+                Event::Wake => {
+                    for command in commands.try_iter() {
+                        match command {
+                            // What has arrived is still carried: a successor
+                            // may go on with what has not.
+                            Command::Stop => {
+                                is_stopping = true;
+                                engine.quiesce();
+                            }
+                            Command::Table(new, in_force) => {
+                                // What was looked up in the old one leaves
+                                // before what is looked up in the new one.
+                                outbound.flush(engine);
+                                table = new;
+                                drop(in_force);
+                            }
+                            Command::ResetLimits => engine.reset_limits(),
+                        }
+                    }
+                }
+            }
+        }
+        outbound.send_closed(engine);
+    }
+}

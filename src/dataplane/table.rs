@@ -1,0 +1,199 @@
+//! The forwarding table: which peer a packet goes to, and what each peer may
+//! send.
+//!
+//! Workers hold a read-only snapshot; the control thread replaces it as a
+//! whole ([`super::Command::Table`]), so nothing in a packet's way waits for a
+//! change, and no packet sees half of one.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use crate::counters::PeerCounters;
+use crate::packet::icmp::TunnelAddresses;
+use crate::packet::ip::Version;
+use crate::packet::lpm::Prefixes;
+use crate::packet::train::NextHop;
+
+/// Smallest MTU of any IPv6 link (RFC 8200, section 5): packets of this length
+/// are carried whatever the path, in fragments if need be.
+const IPV6_MTU_BYTES_MIN: usize = 1280;
+
+/// A far end of the tunnel, as workers see it.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    /// Where its datagrams go; `None` while its name does not resolve, or while
+    /// they would come back into the tunnel.
+    pub endpoint: Option<SocketAddr>,
+    /// Longest inner packet that reaches it in one piece: the path MTU less
+    /// the outer headers.
+    pub mtu_bytes: usize,
+    /// Whether longer ones are fragmented on their way, so that they arrive.
+    pub is_fragmented: bool,
+    /// What each worker has carried to and from it, by the worker's index.
+    pub traffic: Arc<[PeerCounters]>,
+}
+
+impl Peer {
+    /// Longest packet of this IP version that is not reported as too big.
+    #[inline]
+    pub fn packet_bytes_max(&self, version: Version) -> usize {
+        match version {
+            Version::V4 => self.mtu_bytes,
+            Version::V6 => self.mtu_bytes.max(IPV6_MTU_BYTES_MIN),
+        }
+    }
+}
+
+/// A snapshot of all peers and of the prefixes behind them.
+#[derive(Debug)]
+pub struct Table {
+    /// By next hop.
+    peers: Vec<Peer>,
+    prefixes: Arc<Prefixes>,
+    /// Addresses that peers send from, sorted.
+    senders: Vec<IpAddr>,
+    /// In the order of those: a peer that sends from there.
+    sending_peers: Vec<NextHop>,
+    addresses: TunnelAddresses,
+    is_hop: bool,
+}
+
+impl Table {
+    /// A table in which `prefixes` lead to `peers` by their index.
+    ///
+    /// `addresses` are this host's in the tunnel, which errors are reported
+    /// from; `is_hop` makes the tunnel count as an IP hop.
+    pub fn new(
+        peers: Vec<Peer>,
+        prefixes: Arc<Prefixes>,
+        addresses: TunnelAddresses,
+        is_hop: bool,
+    ) -> Self {
+        let mut senders: Vec<_> = peers
+            .iter()
+            .zip(0..)
+            .filter_map(|(peer, next_hop)| Some((peer.endpoint?.ip(), next_hop)))
+            .collect();
+        senders.sort_unstable();
+        senders.dedup_by_key(|(address, _)| *address);
+        let (senders, sending_peers) = senders.into_iter().unzip();
+        Self {
+            peers,
+            prefixes,
+            senders,
+            sending_peers,
+            addresses,
+            is_hop,
+        }
+    }
+
+    /// The peer with the longest prefix that matches an inner address: where
+    /// packets to it go, and who may send packets from it.
+    #[inline]
+    pub fn peer(&self, address: IpAddr) -> Option<(NextHop, &Peer)> {
+        let next_hop = self.prefixes.lookup(address)?;
+        Some((next_hop, self.at(next_hop)?))
+    }
+
+    /// The peer with this next hop.
+    #[inline]
+    pub fn at(&self, next_hop: NextHop) -> Option<&Peer> {
+        self.peers.get(usize::from(next_hop))
+    }
+
+    /// Whether any peer sends from `address`. The source port says nothing: a
+    /// peer's workers send from several.
+    #[inline]
+    pub fn is_sender(&self, address: IpAddr) -> bool {
+        self.senders.binary_search(&address).is_ok()
+    }
+
+    /// A peer that sends from `address`.
+    pub fn sender(&self, address: IpAddr) -> Option<&Peer> {
+        let found = self.senders.binary_search(&address).ok()?;
+        self.at(*self.sending_peers.get(found)?)
+    }
+
+    /// This host's addresses in the tunnel.
+    #[inline]
+    pub fn addresses(&self) -> &TunnelAddresses {
+        &self.addresses
+    }
+
+    /// Whether packets into the tunnel spend one of their hops.
+    #[inline]
+    pub fn is_hop(&self) -> bool {
+        self.is_hop
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn peer(endpoint: &str) -> Peer {
+        Peer {
+            endpoint: endpoint.parse().ok(),
+            mtu_bytes: 1000,
+            is_fragmented: true,
+            traffic: Arc::new([]),
+        }
+    }
+
+    fn table(peers: &[&str], prefixes: &[(&str, NextHop)]) -> Table {
+        let prefixes = prefixes
+            .iter()
+            .map(|(prefix, hop)| (prefix.parse().unwrap(), *hop));
+        Table::new(
+            peers.iter().map(|endpoint| peer(endpoint)).collect(),
+            Arc::new(Prefixes::new(prefixes)),
+            TunnelAddresses::default(),
+            false,
+        )
+    }
+
+    #[test]
+    fn knows_its_senders() {
+        let table = table(&["10.0.0.2:8285", "[fd00::2]:8285", "unresolved"], &[]);
+        for (sender, endpoint) in [
+            ("10.0.0.2", Some("10.0.0.2:8285")),
+            ("fd00::2", Some("[fd00::2]:8285")),
+            ("10.0.0.3", None),
+        ] {
+            let peer = table.sender(sender.parse().unwrap());
+            let found = peer.and_then(|peer| peer.endpoint);
+            assert_eq!(table.is_sender(sender.parse().unwrap()), peer.is_some());
+            assert_eq!(found, endpoint.and_then(|text| text.parse().ok()));
+        }
+        assert!(table.peer("10.0.0.2".parse().unwrap()).is_none());
+    }
+
+    #[test]
+    fn the_longest_prefix_wins() {
+        let table = table(
+            &["10.0.0.2:1", "10.0.0.3:1", "unresolved"],
+            &[
+                ("10.244.0.0/16", 0),
+                ("10.244.7.0/24", 1),
+                ("fd00::/8", 2),
+                // A next hop that is not there leads nowhere.
+                ("10.99.0.0/16", 9),
+            ],
+        );
+        let hop = |address: &str| table.peer(address.parse().unwrap()).map(|(hop, _)| hop);
+        assert_eq!(hop("10.244.1.1"), Some(0));
+        assert_eq!(hop("10.244.7.1"), Some(1));
+        assert_eq!(hop("fd01::1"), Some(2));
+        assert_eq!(hop("10.99.1.1"), None);
+        assert_eq!(hop("192.0.2.1"), None);
+        let (_, peer) = table.peer("10.244.7.1".parse().unwrap()).unwrap();
+        assert_eq!(peer.endpoint, "10.0.0.3:1".parse().ok());
+    }
+
+    #[test]
+    fn every_path_carries_the_smallest_ipv6_packets() {
+        let peer = peer("10.0.0.2:1");
+        assert_eq!(peer.packet_bytes_max(Version::V4), 1000);
+        assert_eq!(peer.packet_bytes_max(Version::V6), 1280);
+    }
+}

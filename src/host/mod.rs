@@ -1,0 +1,8 @@
+//! The host: links, addresses, routes and the paths to the peers, all by way of
+//! the kernel's netlink sockets.
+
+pub mod link;
+pub mod mtu_probe;
+pub mod netlink;
+pub mod path;
+pub mod routes;

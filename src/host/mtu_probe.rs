@@ -1,0 +1,194 @@
+//! Asks a path itself how long its packets may be: a packet of the size in
+//! question is sent, which no router may fragment, and who has no room for it says
+//! so by ICMP.
+//!
+//! Anybody can send such ICMP. What counts here quotes the packet with its random
+//! nonce, which only those on the path have seen.
+
+use std::io::{self, IoSliceMut};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::os::fd::{AsFd, AsRawFd};
+
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, setsockopt, sockopt};
+
+use crate::io::udp::sockopt::{MtuDiscover, MtuDiscoverV6};
+use crate::packet::probe::{Kind, PROBE_BYTES_MIN, Probe};
+use crate::wire::overhead_bytes;
+
+/// Error messages read at a time: more than one packet gives, fewer than a flood.
+const MESSAGES_MAX: usize = 64;
+
+/// A path whose MTU is asked for.
+pub struct MtuProbe {
+    socket: UdpSocket,
+    peer: SocketAddr,
+    nonce: u64,
+    /// Begins the last packet that was sent; its length is part of it.
+    beginning: Vec<u8>,
+}
+
+impl MtuProbe {
+    /// From a port that nobody knows, toward `peer`, for sockets on `listen`.
+    ///
+    /// # Errors
+    /// When there is no descriptor or random number left, or no way to the peer.
+    pub fn open(listen: IpAddr, peer: SocketAddr) -> io::Result<Self> {
+        let any: IpAddr = match peer {
+            SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let from = if listen.is_unspecified() { any } else { listen };
+        let socket = UdpSocket::bind((from, 0))?;
+        socket.set_nonblocking(true)?;
+        // Not to be fragmented, whatever the kernel believes of the path.
+        match peer {
+            SocketAddr::V4(_) => setsockopt(&socket, MtuDiscover, &libc::IP_PMTUDISC_PROBE)
+                .and_then(|()| setsockopt(&socket, sockopt::Ipv4RecvErr, &true))?,
+            SocketAddr::V6(_) => setsockopt(&socket, MtuDiscoverV6, &libc::IPV6_PMTUDISC_PROBE)
+                .and_then(|()| setsockopt(&socket, sockopt::Ipv6RecvErr, &true))?,
+        }
+        socket.connect(peer)?;
+        Ok(Self {
+            socket,
+            peer,
+            nonce: crate::io::random()?,
+            beginning: Vec::new(),
+        })
+    }
+
+    /// Sends an IP packet of `packet_bytes`.
+    ///
+    /// # Errors
+    /// When the kernel does not take it, as if its interface is narrower.
+    pub fn send(&mut self, packet_bytes: u32) -> io::Result<()> {
+        let payload_bytes = packet_bytes.saturating_sub(overhead_bytes(self.peer.ip()));
+        let probe = Probe {
+            kind: Kind::Size,
+            nonce: self.nonce,
+        };
+        let packet = probe.to_packet(payload_bytes as usize);
+        self.beginning = packet[..PROBE_BYTES_MIN].to_vec();
+        self.socket.send(&packet).map(drop)
+    }
+
+    /// The MTU of who had no room for the last packet, if somebody has said so.
+    pub fn too_long_for(&self) -> Option<u32> {
+        let mut quote = [0; PROBE_BYTES_MIN];
+        let mut mtu_bytes: Option<u32> = None;
+        for _ in 0..MESSAGES_MAX {
+            // The error, and the address of who has sent it.
+            let mut control = nix::cmsg_space!(libc::sock_extended_err, libc::sockaddr_in6);
+            let mut slices = [IoSliceMut::new(&mut quote)];
+            let flags = MsgFlags::MSG_ERRQUEUE | MsgFlags::MSG_DONTWAIT;
+            let fd = self.socket.as_fd().as_raw_fd();
+            let Ok(message) = recvmsg::<()>(fd, &mut slices, Some(&mut control), flags) else {
+                break;
+            };
+            let Ok(errors) = message.cmsgs() else {
+                continue;
+            };
+            let told = errors.filter_map(|error| match error {
+                ControlMessageOwned::Ipv4RecvErr(error, _) => {
+                    Some((libc::SO_EE_ORIGIN_ICMP, error))
+                }
+                ControlMessageOwned::Ipv6RecvErr(error, _) => {
+                    Some((libc::SO_EE_ORIGIN_ICMP6, error))
+                }
+                _ => None,
+            });
+            let told = told
+                .filter(|(icmp, error)| error.ee_origin == *icmp)
+                .filter(|(_, error)| error.ee_errno == libc::EMSGSIZE as u32)
+                // Routers older than RFC 1191 do not say how long it may be.
+                .find_map(|(_, error)| Some(error.ee_info).filter(|bytes| *bytes > 0));
+            let length = message.bytes;
+            if let Some(told) = told
+                && quote[..length] == self.beginning[..]
+            {
+                mtu_bytes = Some(mtu_bytes.map_or(told, |other| other.min(told)));
+            }
+        }
+        mtu_bytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use socket2::{Domain, Protocol, Socket, Type};
+
+    use super::*;
+    use crate::packet::checksum::Sum;
+    use crate::packet::put_be16;
+    use crate::testbed::{UNDERLAY_NAME, pair};
+
+    const FAR: &str = "10.9.9.9:8285";
+
+    /// An ICMP message "fragmentation needed" about a datagram from this port to
+    /// [`FAR`] that begins with `payload`.
+    fn too_big(port: u16, mtu_bytes: u16, payload: &[u8]) -> Vec<u8> {
+        let mut quote = vec![];
+        etherparse::PacketBuilder::ipv4([10, 1, 0, 1], [10, 9, 9, 9], 64)
+            .udp(port, 8285)
+            .write(&mut quote, payload)
+            .unwrap();
+        let mut message = vec![3, 4, 0, 0, 0, 0, 0, 0];
+        put_be16(&mut message, 6, mtu_bytes);
+        message.extend(quote);
+        let sum = Sum::ZERO.add_bytes(&message).checksum();
+        message[2..4].copy_from_slice(&sum);
+        message
+    }
+
+    #[test]
+    fn only_who_has_seen_the_packet_is_believed() {
+        let nets = ["10.1.0.1/24", "10.1.0.2/24"].map(|net| net.parse().unwrap());
+        let hosts = pair(&[(nets[0], nets[1])], 1500).unwrap();
+        let mut netlink = hosts.a.netlink().unwrap();
+        let index = netlink.link_index(UNDERLAY_NAME).unwrap();
+        let router = Some(nets[1].addr());
+        netlink
+            .add_route("10.9.0.0/16".parse().unwrap(), router, index)
+            .unwrap();
+        let any = Ipv4Addr::UNSPECIFIED.into();
+        let open = || MtuProbe::open(any, FAR.parse().unwrap());
+        let mut probe = hosts.a.run(open).unwrap();
+        probe.send(1500).unwrap();
+        assert_eq!(probe.too_long_for(), None);
+
+        let open = || Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4));
+        let stranger = hosts.b.run(open).unwrap();
+        let port = probe.socket.local_addr().unwrap().port();
+        let tell = |mtu_bytes, quoted: &[u8]| {
+            let message = too_big(port, mtu_bytes, quoted);
+            let to: SocketAddr = "10.1.0.1:0".parse().unwrap();
+            stranger.send_to(&message, &to.into()).unwrap();
+        };
+        let sent = Probe {
+            kind: Kind::Size,
+            nonce: probe.nonce,
+        };
+        let guessed = Probe {
+            nonce: probe.nonce.wrapping_add(1),
+            ..sent
+        };
+        tell(600, &guessed.to_packet(1472));
+        // One that quotes too little to tell, and one about a packet of before.
+        tell(610, &sent.to_packet(1472)[..PROBE_BYTES_MIN - 1]);
+        tell(620, &sent.to_packet(1400));
+        tell(0, &sent.to_packet(1472));
+        tell(1400, &sent.to_packet(1472)[..PROBE_BYTES_MIN]);
+        let deadline = Instant::now() + Duration::from_secs(30);
+        let told = loop {
+            match probe.too_long_for() {
+                None if Instant::now() < deadline => std::thread::yield_now(),
+                told => break told,
+            }
+        };
+        assert_eq!(told, Some(1400));
+        // Having heard of it does not keep the next one from being sent.
+        probe.send(1400).unwrap();
+        assert_eq!(probe.too_long_for(), None);
+    }
+}

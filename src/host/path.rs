@@ -1,0 +1,232 @@
+//! The underlay path toward a peer: its name, the local address that reaches
+//! it, and the path MTU.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
+
+use crate::error::{Error, Result};
+use crate::host::netlink::Netlink;
+
+/// Path MTU that is counted on while no path is known: Ethernet's.
+pub const MTU_BYTES_DEFAULT: u32 = 1500;
+
+/// Most addresses of a peer that are looked at.
+pub const ADDRESSES_MAX: usize = 16;
+
+/// What this host's routes say about a peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Path {
+    /// The source address that datagrams to the peer will carry.
+    pub local: IpAddr,
+    /// MTU in bytes of the route, or else of the interface. The path beyond may
+    /// have less.
+    pub mtu_bytes: u32,
+}
+
+/// The best of [`resolve_all`]'s addresses.
+///
+/// # Errors
+/// As [`resolve_all`].
+pub fn resolve(host: &str, port: u16, listen: Option<IpAddr>) -> Result<SocketAddr> {
+    resolve_all(host, port, listen).map(|addresses| addresses[0])
+}
+
+/// Addresses of `host`, a literal or a DNS name, with `port`: one at least, at
+/// most [`ADDRESSES_MAX`], the best first. `listen`'s family is better if it is
+/// a particular address, else IPv4 is; apart from that the resolver's order
+/// stands. An address that cannot be reached from `listen` now is there only if
+/// none can.
+///
+/// # Errors
+/// When the name does not resolve, or only to what is no address of a host:
+/// 0.0.0.0 is how some name servers block a name, and would lead to this host.
+pub fn resolve_all(host: &str, port: u16, listen: Option<IpAddr>) -> Result<Vec<SocketAddr>> {
+    let resolved: Vec<SocketAddr> = (host, port)
+        .to_socket_addrs()
+        .map_err(|error| {
+            Error::new(format!("cannot resolve peer {host}: {error}"))
+                .hint("check the name, or give the address")
+        })?
+        .collect();
+    let is_reached = |address: &SocketAddr| is_reached(listen, *address);
+    let wanted_v6 = listen.is_some_and(|ip| ip.is_ipv6() && !ip.is_unspecified());
+    let addresses = usable(&resolved, is_reached, wanted_v6);
+    if addresses.is_empty() {
+        return Err(Error::new(format!("peer {host} has no address of a host")));
+    }
+    Ok(addresses)
+}
+
+/// Whether there is a way now from sockets on `listen`.
+fn is_reached(listen: Option<IpAddr>, peer: SocketAddr) -> bool {
+    let any = Ipv6Addr::UNSPECIFIED.into();
+    let listen = listen.unwrap_or(any);
+    // Sockets on 0.0.0.0 are for IPv4 alone, those on :: for both.
+    let is_of_family = listen == any || listen.is_ipv6() == peer.is_ipv6();
+    is_of_family && local_address(listen, peer).is_ok()
+}
+
+/// What [`resolve_all`] makes of the resolver's answer.
+fn usable(
+    resolved: &[SocketAddr],
+    is_reached: impl Fn(&SocketAddr) -> bool,
+    wanted_v6: bool,
+) -> Vec<SocketAddr> {
+    let mut seen = BTreeSet::new();
+    let mut addresses: Vec<SocketAddr> = resolved
+        .iter()
+        .map(|&address| crate::packet::ip::canonical(address))
+        .filter(|address| !address.ip().is_unspecified() && !address.ip().is_multicast())
+        .filter(|&address| seen.insert(address))
+        .collect();
+    if addresses.iter().any(&is_reached) {
+        addresses.retain(is_reached);
+    }
+    let is_other_family = |address: &SocketAddr| address.is_ipv6() != wanted_v6;
+    addresses.sort_by_key(is_other_family);
+    if addresses.len() > ADDRESSES_MAX {
+        // The same ones whatever the name server begins with: the address in
+        // use must not come and go.
+        let mut kept = addresses.clone();
+        kept.sort_by_key(|address| (is_other_family(address), *address));
+        kept.truncate(ADDRESSES_MAX);
+        addresses.retain(|address| kept.contains(address));
+    }
+    addresses
+}
+
+/// Asks the kernel how it would reach `peer` from `listen`'s address. Nothing
+/// is sent.
+///
+/// # Errors
+/// As [`local_address`], or when the kernel refuses to tell the route.
+pub fn discover(netlink: &mut Netlink, listen: IpAddr, peer: SocketAddr) -> Result<Path> {
+    let local = local_address(listen, peer)?;
+    let route = netlink.route_mtu(peer)?;
+    Ok(Path {
+        local,
+        mtu_bytes: route.map_or(MTU_BYTES_DEFAULT, |route| route.mtu_bytes),
+    })
+}
+
+/// The source address that datagrams to `peer` from sockets on `listen` will
+/// carry. Nothing is sent.
+///
+/// # Errors
+/// When there is no route to the peer, or `listen` is not an address of this
+/// host.
+pub fn local_address(listen: IpAddr, peer: SocketAddr) -> Result<IpAddr> {
+    let any: IpAddr = match peer {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let from = if listen.is_unspecified() { any } else { listen };
+    let socket = UdpSocket::bind((from, 0)).map_err(|error| {
+        Error::os(format!("cannot use the listen address {from}"), error)
+            .hint("--listen takes an address of this host")
+    })?;
+    let unreachable = |error| {
+        Error::os(format!("cannot reach peer {peer}"), error)
+            .hint("check the address and this host's routes")
+    };
+    socket.connect(peer).map_err(|error| {
+        if listen.is_unspecified() || local_address(any, peer).is_err() {
+            return unreachable(error);
+        }
+        Error::os(
+            format!("cannot reach peer {peer} from the listen address {listen}"),
+            error,
+        )
+        .hint("--listen takes the address of an interface toward the peers, or 0.0.0.0")
+    })?;
+    Ok(socket.local_addr().map_err(unreachable)?.ip())
+}
+
+/// That `peer`, which sockets on `listen` reach from the address `local`, is not
+/// this process.
+///
+/// # Errors
+/// When it is, names it.
+pub fn check_other(listen: SocketAddr, peer: SocketAddr, local: IpAddr) -> Result<()> {
+    if local != peer.ip() || listen.port() != peer.port() {
+        return Ok(());
+    }
+    Err(Error::new(format!("peer {peer} is this host itself")).hint("name the other host"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn loopback_is_reached_from_itself() {
+        let path = discover(
+            &mut Netlink::open().unwrap(),
+            Ipv4Addr::UNSPECIFIED.into(),
+            "127.0.0.1:8285".parse().unwrap(),
+        )
+        .unwrap();
+        assert_eq!(path.local, IpAddr::from(Ipv4Addr::LOCALHOST));
+        assert!(path.mtu_bytes >= 1280);
+    }
+
+    #[test]
+    fn what_is_no_host_is_no_answer() {
+        for host in ["0.0.0.0", "::", "224.0.0.1", "ff02::1"] {
+            let text = resolve(host, 1, None).unwrap_err().to_string();
+            assert!(text.contains(host), "{text}");
+        }
+        assert!(resolve("127.0.0.1", 1, None).is_ok());
+    }
+
+    #[test]
+    fn the_best_addresses_come_first_and_the_rest_is_bounded() {
+        let parse = |texts: &[&str]| -> Vec<SocketAddr> {
+            texts.iter().map(|text| text.parse().unwrap()).collect()
+        };
+        let resolved = parse(&[
+            "[fd00::1]:1",
+            "10.0.0.2:1",
+            "0.0.0.0:1",
+            "10.0.0.1:1",
+            "[::ffff:10.0.0.2]:1",
+        ]);
+        let all = |_: &SocketAddr| true;
+        let v4_first = parse(&["10.0.0.2:1", "10.0.0.1:1", "[fd00::1]:1"]);
+        assert_eq!(usable(&resolved, all, false), v4_first);
+        assert_eq!(usable(&resolved, all, true)[0], resolved[0]);
+        // Who cannot be reached is no choice, unless there is no other.
+        assert_eq!(usable(&resolved, SocketAddr::is_ipv6, false), [resolved[0]]);
+        assert_eq!(usable(&resolved, |_| false, false), v4_first);
+        // Of too many, the same ones are kept in whatever order they come.
+        let mut many: Vec<SocketAddr> = (1..=40u8).map(|n| ([10, 0, 0, n], 1).into()).collect();
+        for _ in 0..many.len() {
+            let mut kept = usable(&many, all, false);
+            kept.sort();
+            assert_eq!(kept.len(), ADDRESSES_MAX);
+            assert_eq!(kept[0], "10.0.0.1:1".parse().unwrap());
+            assert_eq!(kept[ADDRESSES_MAX - 1], "10.0.0.16:1".parse().unwrap());
+            many.rotate_left(1);
+        }
+    }
+
+    #[test]
+    fn sockets_reach_the_families_that_they_are_for() {
+        let [v4, v6] = ["127.0.0.1:1", "[::1]:1"].map(|text| text.parse().unwrap());
+        let listen = |text: &str| Some(text.parse().unwrap());
+        for dual_stack in [None, listen("::")] {
+            assert!(is_reached(dual_stack, v4));
+        }
+        assert!(is_reached(listen("0.0.0.0"), v4));
+        assert!(!is_reached(listen("0.0.0.0"), v6));
+        assert!(!is_reached(listen("::1"), v4));
+    }
+
+    #[test]
+    fn a_bad_name_is_one_clear_line() {
+        let error = resolve("no-such-host.invalid", 1, None).unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains("no-such-host.invalid"), "{text}");
+        assert!(!text.contains('\n'));
+    }
+}

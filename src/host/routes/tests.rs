@@ -1,0 +1,689 @@
+//! The keeper against meddlers, in namespaces. These tests need root.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Sender, bounded};
+use ipnet::{IpNet, Ipv4Net};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::keeper::{Command, Keeper, Parts};
+use super::{AtEnd, PROTOCOL, RouteKeeper};
+use crate::host::netlink::device_route::{Meddling, RouteEntry};
+use crate::host::netlink::{DeviceRoute, Netlink, News, RouteChange, Watch};
+use crate::io::tun::{self, Tun};
+use crate::packet::coalesce::Offloads;
+use crate::testbed::Namespace;
+
+const V4: &str = "10.1.0.0/16";
+const V6: &str = "fd01::/64";
+
+/// Ends a test that would otherwise wait for ever; nothing is measured by it.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn net(text: &str) -> IpNet {
+    text.parse().unwrap()
+}
+
+fn set(prefixes: &[&str]) -> BTreeSet<IpNet> {
+    prefixes.iter().copied().map(net).collect()
+}
+
+/// A host with the tunnel's device and somebody else's.
+struct Host {
+    namespace: Namespace,
+    netlink: Netlink,
+    ours: DeviceRoute,
+    other: u32,
+    _devices: [Tun; 2],
+}
+
+impl Host {
+    fn new() -> Self {
+        let namespace = Namespace::new().unwrap();
+        let none = Offloads {
+            tcp: false,
+            udp: false,
+        };
+        let devices =
+            namespace.run(|| ["tun0", "other0"].map(|name| tun::create(name, 1, none).unwrap()));
+        let mut netlink = namespace.netlink().unwrap();
+        let index = ["tun0", "other0"].map(|name| netlink.link_index(name).unwrap().unwrap());
+        for index in index {
+            netlink.set_up(index).unwrap();
+        }
+        Self {
+            namespace,
+            netlink,
+            ours: DeviceRoute {
+                oif: index[0],
+                protocol: PROTOCOL,
+            },
+            other: index[1],
+            _devices: devices,
+        }
+    }
+
+    fn keeper(&self) -> RouteKeeper {
+        self.keeper_with(&[])
+    }
+
+    fn keeper_with(&self, addresses: &[&str]) -> RouteKeeper {
+        let addresses = addresses.iter().copied().map(net).collect();
+        self.namespace
+            .run(|| RouteKeeper::start(Some(self.ours.oif), addresses, bounded(1).0))
+            .unwrap()
+    }
+
+    /// What a keeper starts with, and the sender of its commands.
+    fn parts(&self) -> (Parts, Sender<Command>) {
+        let (commands, receiver) = bounded(4);
+        let (netlink, watch) = self.namespace.run(|| {
+            let netlink = Netlink::open().unwrap();
+            let watch = Watch::open(&netlink).unwrap();
+            (netlink, watch)
+        });
+        let parts = Parts {
+            added: Arc::default(),
+            netlink,
+            watch,
+            ours: self.ours,
+            addresses: Vec::new(),
+            changes: bounded(1).0,
+            commands: receiver,
+            wake: Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap()),
+            has_device: Arc::new(true.into()),
+        };
+        (parts, commands)
+    }
+
+    fn main_routes(&mut self) -> Vec<RouteEntry> {
+        self.netlink.main_routes(&|_| true).unwrap()
+    }
+
+    fn routes_to(&mut self, prefix: &str) -> Vec<RouteEntry> {
+        let mut routes = self.main_routes();
+        routes.retain(|entry| entry.destination == net(prefix));
+        routes
+    }
+
+    fn owned(&mut self) -> BTreeSet<IpNet> {
+        let ours = self.ours;
+        let mut routes = self.main_routes();
+        routes.retain(|entry| entry.belongs_to(ours));
+        routes.iter().map(|entry| entry.destination).collect()
+    }
+
+    /// Where the kernel sends packets to an address of the prefix.
+    fn leads_to(&mut self, prefix: &str) -> Option<u32> {
+        let address = net(prefix).hosts().nth(5).unwrap();
+        self.netlink.interface_to(address).unwrap()
+    }
+
+    fn meddle(&mut self, meddling: Meddling, prefix: &str, metric: u32) {
+        self.netlink
+            .meddle(meddling, net(prefix), self.other, metric)
+            .unwrap();
+    }
+
+    fn has_foreign(&mut self, prefix: &str) -> bool {
+        let other = self.other;
+        let routes = self.routes_to(prefix);
+        routes.iter().any(|entry| entry.oif == Some(other))
+    }
+
+    /// Waits until packets to the prefix go into the tunnel.
+    fn await_ours(&mut self, prefix: &str) {
+        let ours = self.ours.oif;
+        self.wait_for(prefix, |host| host.leads_to(prefix) == Some(ours));
+    }
+
+    fn wait_for(&mut self, what: &str, mut happened: impl FnMut(&mut Self) -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !happened(self) {
+            if Instant::now() > deadline {
+                panic!("{what} never came right: {:?}", self.main_routes());
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+/// `count` prefixes of 10.0.0.0/8 and on, 24 bits each, from the `first` on.
+fn many(first: u32, count: u32) -> BTreeSet<IpNet> {
+    let base = u32::from_be_bytes([10, 0, 0, 0]);
+    (first..first + count)
+        .map(|number| Ipv4Net::new_assert((base + (number << 8)).into(), 24).into())
+        .collect()
+}
+
+#[test]
+fn routes_are_added_and_deleted_by_the_difference() {
+    let mut host = Host::new();
+    let keeper = host.keeper();
+    keeper.set(set(&[V4, V6, "10.2.3.4/16"])).unwrap();
+    assert_eq!(host.owned(), set(&[V4, V6, "10.2.0.0/16"]));
+    assert_eq!(host.leads_to(V4), Some(host.ours.oif));
+    assert_eq!(host.leads_to(V6), Some(host.ours.oif));
+    keeper.set(set(&[V6, "10.3.0.0/16"])).unwrap();
+    assert_eq!(host.owned(), set(&[V6, "10.3.0.0/16"]));
+    drop(keeper);
+    assert_eq!(host.owned(), set(&[]));
+}
+
+#[test]
+fn what_is_deleted_comes_back() {
+    let mut host = Host::new();
+    let keeper = host.keeper();
+    keeper.set(set(&[V4, V6])).unwrap();
+    let oif = host.ours.oif;
+    // More often than answers come at once.
+    for _ in 0..5 {
+        for prefix in [V4, V6] {
+            host.netlink
+                .del_route(net(prefix), None, Some(oif))
+                .unwrap();
+            host.await_ours(prefix);
+        }
+    }
+}
+
+#[test]
+fn what_is_replaced_is_put_in_front_and_the_other_route_stays() {
+    let mut host = Host::new();
+    let keeper = host.keeper();
+    keeper.set(set(&[V4, V6])).unwrap();
+    for metric in [0, 1] {
+        host.meddle(Meddling::Replace, V6, metric);
+        host.await_ours(V6);
+        assert!(host.has_foreign(V6), "metric {metric}");
+    }
+    host.meddle(Meddling::Replace, V4, 0);
+    assert!(host.has_foreign(V4));
+    host.await_ours(V4);
+    assert!(host.has_foreign(V4));
+    drop(keeper);
+    for prefix in [V4, V6] {
+        assert!(host.has_foreign(prefix));
+        assert_eq!(host.leads_to(prefix), Some(host.other));
+    }
+}
+
+#[test]
+fn what_is_overridden_is_put_in_front() {
+    let mut host = Host::new();
+    let keeper = host.keeper();
+    keeper.set(set(&[V4, V6])).unwrap();
+    for meddling in [Meddling::Append, Meddling::Prepend] {
+        for prefix in [V4, V6] {
+            host.meddle(meddling, prefix, 0);
+            host.await_ours(prefix);
+            assert!(host.has_foreign(prefix));
+            host.netlink
+                .del_route(net(prefix), None, Some(host.other))
+                .unwrap();
+        }
+    }
+    assert_eq!(host.routes_to(V4).len(), 1, "no duplicates of ours");
+}
+
+#[test]
+fn routes_and_addresses_survive_the_device_being_down() {
+    let mut host = Host::new();
+    let oif = host.ours.oif;
+    let addresses = ["10.9.0.1/24", "fd09::1/64"];
+    for address in addresses {
+        host.netlink.add_address(oif, net(address)).unwrap();
+    }
+    let keeper = host.keeper_with(&addresses);
+    let wanted = [V4, V6, "10.9.0.0/24", "fd09::/64"];
+    keeper.set(set(&wanted)).unwrap();
+    assert_eq!(host.owned(), set(&[V4, V6]), "the others are the kernel's");
+
+    host.netlink.set_down(oif).unwrap();
+    assert!(
+        !host
+            .netlink
+            .addresses()
+            .unwrap()
+            .contains(&(oif, net("fd09::1/64")))
+    );
+    assert_eq!(host.owned(), set(&[]));
+    // What is wanted meanwhile comes with the device.
+    let mut wanted = set(&wanted);
+    wanted.insert(net("10.5.0.0/16"));
+    keeper.set(wanted).unwrap();
+    host.netlink.set_up(oif).unwrap();
+    for prefix in [V4, V6, "10.5.0.0/16", "10.9.0.0/24", "fd09::/64"] {
+        host.await_ours(prefix);
+    }
+    let present = host.netlink.addresses().unwrap();
+    for address in addresses {
+        assert!(present.contains(&(oif, net(address))), "{address}");
+    }
+}
+
+/// With its last IPv4 address the kernel drops all IPv4 routes of a device, and
+/// tells nobody.
+#[test]
+fn routes_and_addresses_survive_the_addresses_being_taken_away() {
+    let mut host = Host::new();
+    let oif = host.ours.oif;
+    let addresses = ["10.9.0.1/24", "10.9.0.2/24", "fd09::1/64"].map(net);
+    for address in addresses {
+        host.netlink.add_address(oif, address).unwrap();
+    }
+    let keeper = host.keeper_with(&["10.9.0.1/24", "10.9.0.2/24", "fd09::1/64"]);
+    keeper.set(set(&[V4, V6])).unwrap();
+    for _ in 0..6 {
+        // The second IPv4 address may go with the first one.
+        for address in addresses {
+            let _ = host.netlink.del_address(oif, address);
+        }
+        host.wait_for("all addresses and routes", |host| {
+            let present = host.netlink.addresses().unwrap();
+            let is_there = |address: &IpNet| present.contains(&(oif, *address));
+            addresses.iter().all(is_there) && host.owned() == set(&[V4, V6])
+        });
+    }
+    keeper.stop(AtEnd::Keep);
+    host.netlink.del_address(oif, addresses[2]).unwrap();
+    let present = host.netlink.addresses().unwrap();
+    assert!(!present.contains(&(oif, addresses[2])));
+}
+
+/// With its last address the device loses its IPv4 routes, and somebody else
+/// takes the place of one.
+#[test]
+fn what_is_lost_between_two_keepers_comes_back() {
+    let mut host = Host::new();
+    let (oif, address) = (host.ours.oif, net("10.9.0.1/24"));
+    host.netlink.add_address(oif, address).unwrap();
+    let keeper = host.keeper_with(&["10.9.0.1/24"]);
+    keeper.set(set(&[V4, V6])).unwrap();
+    keeper.stop(AtEnd::Keep);
+    host.netlink.del_address(oif, address).unwrap();
+    host.meddle(Meddling::Append, V4, 0);
+    let keeper = host.keeper_with(&["10.9.0.1/24"]);
+    keeper.resume(set(&[V4, V6])).unwrap();
+    assert_eq!(host.owned(), set(&[V4, V6]));
+    host.await_ours(V4);
+    host.wait_for("the address", |host| {
+        host.netlink.addresses().unwrap().contains(&(oif, address))
+    });
+    assert!(host.has_foreign(V4));
+}
+
+#[test]
+fn ipv6_that_is_away_between_two_keepers_comes_back_with_the_mtu() {
+    let mut host = Host::new();
+    let keeper = host.keeper();
+    keeper.set(set(&[V4, V6])).unwrap();
+    host.netlink.set_mtu(host.ours.oif, 1000).unwrap();
+    keeper.stop(AtEnd::Keep);
+    let keeper = host.keeper();
+    keeper.resume(set(&[V4, V6])).unwrap();
+    assert_eq!(host.owned(), set(&[V4]));
+    // A change that fails leaves it so.
+    let taken = "10.7.0.0/16";
+    host.meddle(Meddling::Append, taken, 0);
+    keeper.set(set(&[V4, V6, taken])).unwrap_err();
+    host.netlink.set_mtu(host.ours.oif, 1500).unwrap();
+    host.await_ours(V6);
+    assert_eq!(host.owned(), set(&[V4, V6]));
+}
+
+#[test]
+fn the_owner_is_told_of_changes_wherever_they_are() {
+    let mut host = Host::new();
+    let (changed, changes) = bounded(1);
+    let keeper = host
+        .namespace
+        .run(|| RouteKeeper::start(Some(host.ours.oif), Vec::new(), changed))
+        .unwrap();
+    keeper.set(set(&[V4])).unwrap();
+    let told = || changes.recv_timeout(PATIENCE).unwrap();
+    let (other, address) = (host.other, net("10.9.0.1/32"));
+    host.netlink.add_address(other, address).unwrap();
+    told();
+    host.netlink.set_down(other).unwrap();
+    told();
+    drop(keeper);
+}
+
+#[test]
+fn a_foreign_route_is_a_conflict_and_nothing_is_half_done() {
+    let mut host = Host::new();
+    let keeper = host.keeper();
+    keeper.set(set(&["10.7.0.0/16"])).unwrap();
+    for (prefix, text) in [
+        (V4, "route 10.1.0.0/16 exists already on other0; "),
+        (V6, "route fd01::/64 exists already on other0; "),
+    ] {
+        host.meddle(Meddling::Append, prefix, 0);
+        let before = host.main_routes();
+        let wanted = set(&["10.0.0.0/16", prefix, "fd02::/64"]);
+        let error = keeper.set(wanted.clone()).unwrap_err().to_string();
+        assert!(error.starts_with(text), "{error}");
+        assert_eq!(host.main_routes(), before);
+        host.netlink
+            .del_route(net(prefix), None, Some(host.other))
+            .unwrap();
+        keeper.set(wanted).unwrap();
+        keeper.set(set(&["10.7.0.0/16"])).unwrap();
+    }
+    // One that does not get in the way is none.
+    host.meddle(Meddling::Append, V4, 100);
+    host.meddle(Meddling::Append, V6, 2000);
+    keeper.set(set(&[V4, V6])).unwrap();
+    assert_eq!(host.leads_to(V6), Some(host.ours.oif));
+    drop(keeper);
+    assert!(host.has_foreign(V4) && host.has_foreign(V6));
+}
+
+#[test]
+fn routes_of_others_through_the_device_are_left_alone() {
+    let mut host = Host::new();
+    let oif = host.ours.oif;
+    host.netlink.add_address(oif, net("10.9.0.1/24")).unwrap();
+    host.netlink.add_route(net(V4), None, Some(oif)).unwrap();
+    let before = host.main_routes();
+    let keeper = host.keeper();
+    keeper.set(set(&["10.9.0.0/24", V4])).unwrap();
+    keeper.set(set(&[])).unwrap();
+    keeper.set(set(&["10.9.0.0/24", V4])).unwrap();
+    assert_eq!(host.main_routes(), before);
+    assert_eq!(host.owned(), set(&[]));
+    // When the kernel's is deleted or overridden, ours takes its place.
+    host.netlink
+        .del_route(net("10.9.0.0/24"), None, Some(oif))
+        .unwrap();
+    host.await_ours("10.9.0.0/24");
+    host.meddle(Meddling::Prepend, V4, 0);
+    host.await_ours(V4);
+    assert_eq!(host.owned(), set(&["10.9.0.0/24", V4]));
+    drop(keeper);
+    assert_eq!(host.routes_to(V4).len(), 2);
+}
+
+#[test]
+fn a_successor_finds_its_predecessors_routes() {
+    let mut host = Host::new();
+    let keeper = host.keeper();
+    keeper.set(set(&[V4, V6, "10.2.0.0/16"])).unwrap();
+    keeper.stop(AtEnd::Keep);
+    assert_eq!(host.owned(), set(&[V4, V6, "10.2.0.0/16"]));
+
+    // Overridden while nobody looks; put right by the successor at its start.
+    host.meddle(Meddling::Prepend, V4, 0);
+    let keeper = host.keeper();
+    host.await_ours(V4);
+    keeper.set(set(&[V4, V6])).unwrap();
+    assert_eq!(host.owned(), set(&[V4, V6]));
+    keeper.stop(AtEnd::Remove);
+    assert_eq!(host.owned(), set(&[]));
+    assert!(host.has_foreign(V4));
+}
+
+/// What is in the way is no reason to forget what is wanted.
+#[test]
+fn a_successor_goes_round_what_is_in_the_way() {
+    let mut host = Host::new();
+    for prefix in [V4, V6] {
+        host.meddle(Meddling::Append, prefix, 0);
+    }
+    let keeper = host.keeper();
+    keeper.set(set(&["10.7.0.0/16"])).unwrap();
+    let wanted = set(&[V4, V6, "10.8.0.0/16"]);
+    let mut netlink = host.namespace.netlink().unwrap();
+    let free = super::check_free(&mut netlink, Some(host.ours.oif), &wanted).unwrap_err();
+    let error = keeper.go_on(wanted.clone()).unwrap_err();
+    for error in [free.to_string(), error.to_string()] {
+        assert!(error.contains("exists already on other0"), "{error}");
+    }
+    for prefix in &wanted {
+        host.await_ours(&prefix.to_string());
+    }
+    host.wait_for("10.7.0.0/16", |host| {
+        host.routes_to("10.7.0.0/16").is_empty()
+    });
+    assert!(host.has_foreign(V4) && host.has_foreign(V6));
+    super::check_free(&mut netlink, Some(host.ours.oif), &wanted).unwrap();
+    // What has nothing to do with it can be changed.
+    let more = &wanted | &set(&["10.9.0.0/16"]);
+    keeper.set(more.clone()).unwrap();
+    assert_eq!(host.owned(), more);
+}
+
+#[test]
+fn who_insists_is_answered_ever_more_rarely_but_in_the_end() {
+    let mut host = Host::new();
+    let keeper = host.keeper();
+    keeper.set(set(&[V4])).unwrap();
+    let mut watch = host.namespace.run(|| Watch::open(&host.netlink)).unwrap();
+    let ours = host.ours;
+    let mut answers = 0;
+    let mut count_answers = |watch: &mut Watch| {
+        let mut count = |news| match news {
+            News::RouteAdded(entry) if entry.belongs_to(ours) => answers += 1,
+            _ => {}
+        };
+        while watch.read(100, &mut count).unwrap() {}
+        answers
+    };
+    let started = Instant::now();
+    for _ in 0..300 {
+        // When ours is in front of this very route, it is deleted first.
+        let _ = host.netlink.del_route(net(V4), None, Some(host.other));
+        host.meddle(Meddling::Replace, V4, 0);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    host.await_ours(V4);
+    // Two at once and then one each 100 ms at most, however long it took.
+    let answers_max = 3 + started.elapsed().as_millis() / 100;
+    let answers = count_answers(&mut watch);
+    assert!(answers > 0 && answers <= answers_max, "{answers}");
+    drop(keeper);
+}
+
+#[test]
+fn an_ipv6_route_that_nothing_can_override_is_waited_out() {
+    let mut host = Host::new();
+    let (ours, theirs) = (
+        host.ours,
+        DeviceRoute {
+            oif: host.other,
+            protocol: 3,
+        },
+    );
+    // The same metric and preference as ours, and there first.
+    for owner in [theirs, ours] {
+        let change = [RouteChange::Prepend(net(V6))];
+        let refusals = host.netlink.change_device_routes(owner, &change);
+        assert!(refusals.unwrap().is_empty());
+    }
+    let keeper = host.keeper();
+    keeper.set(set(&[V4, V6])).unwrap();
+    assert_eq!(host.leads_to(V6), Some(host.other));
+    host.netlink
+        .del_route(net(V4), None, Some(host.ours.oif))
+        .unwrap();
+    host.await_ours(V4);
+    assert!(host.has_foreign(V6));
+    let change = [RouteChange::Delete(net(V6))];
+    host.netlink.change_device_routes(theirs, &change).unwrap();
+    host.await_ours(V6);
+    drop(keeper);
+}
+
+/// Listening fails as it does when memory is short, and works again later.
+#[test]
+fn news_is_heard_again_after_a_failure() {
+    let mut host = Host::new();
+    let (mut parts, commands) = host.parts();
+    let wake = Arc::clone(&parts.wake);
+    parts.watch.break_socket();
+    let mut keeper = Keeper::new(parts).unwrap();
+    keeper.set(set(&[V4])).unwrap();
+    let thread = host.namespace.spawn_thread("routes", || keeper.run());
+    let oif = host.ours.oif;
+    for _ in 0..3 {
+        host.netlink.del_route(net(V4), None, Some(oif)).unwrap();
+        host.await_ours(V4);
+    }
+    let ask = |command| {
+        commands.send(command).unwrap();
+        wake.write(1).unwrap();
+    };
+    let (answer, answered) = bounded(1);
+    let wanted = set(&["10.2.0.0/16"]);
+    ask(Command::Set { wanted, answer });
+    answered.recv_timeout(PATIENCE).unwrap().unwrap();
+    assert_eq!(host.owned(), set(&["10.2.0.0/16"]));
+    ask(Command::End(AtEnd::Remove));
+    thread.unwrap().join().unwrap();
+    assert_eq!(host.owned(), set(&[]));
+}
+
+/// The kernel's answers are lost in the midst of a change.
+#[test]
+fn a_change_that_breaks_off_is_taken_back() {
+    let mut host = Host::new();
+    let (parts, _commands) = host.parts();
+    parts.netlink.shrink();
+    let mut keeper = Keeper::new(parts).unwrap();
+    keeper.set(set(&[V4])).unwrap();
+    // Without IPv6 each of its routes is refused, and each refusal takes room.
+    host.netlink.set_mtu(host.ours.oif, 1200).unwrap();
+    let mut wanted = many(1000, 100);
+    wanted.extend((0..100).map(|number| net(&format!("fd01:{number:x}::/32"))));
+    let error = keeper.set(wanted).unwrap_err();
+    assert_eq!(error.errno(), Some(libc::ENOBUFS), "{error}");
+    assert_eq!(host.owned(), set(&[V4]));
+    // The late answers do not get in the way of the next change's.
+    keeper.set(set(&[V4, "10.2.0.0/16"])).unwrap();
+    assert_eq!(host.owned(), set(&[V4, "10.2.0.0/16"]));
+}
+
+/// What cannot be taken back at once goes with the next comparison.
+#[test]
+fn what_a_change_has_left_behind_goes() {
+    let mut host = Host::new();
+    let (parts, commands) = host.parts();
+    let wake = Arc::clone(&parts.wake);
+    let mut keeper = Keeper::new(parts).unwrap();
+    keeper.set(set(&[V4])).unwrap();
+    keeper.undo(&[]);
+    let stray = [RouteChange::Add(net("10.2.0.0/16"))];
+    let refusals = host.netlink.change_device_routes(host.ours, &stray);
+    assert!(refusals.unwrap().is_empty());
+    let thread = std::thread::spawn(move || keeper.run());
+    host.wait_for("the stray route", |host| host.owned() == set(&[V4]));
+    commands.send(Command::End(AtEnd::Remove)).unwrap();
+    wake.write(1).unwrap();
+    thread.join().unwrap();
+}
+
+/// Below an MTU of 1280 bytes the device has no IPv6.
+#[test]
+fn ipv4_is_kept_while_the_device_takes_no_ipv6() {
+    let mut host = Host::new();
+    let oif = host.ours.oif;
+    let address = "fd09::1/128";
+    host.netlink.add_address(oif, net(address)).unwrap();
+    let keeper = host.keeper_with(&[address]);
+    keeper.set(set(&[V4, V6])).unwrap();
+    for _ in 0..2 {
+        host.netlink.set_mtu(oif, 1200).unwrap();
+        assert_eq!(host.routes_to(V6), []);
+        host.netlink.del_route(net(V4), None, Some(oif)).unwrap();
+        host.await_ours(V4);
+        // Others can be had meanwhile, but not of IPv6.
+        keeper.set(set(&[V4, V6, "10.2.0.0/16"])).unwrap();
+        let error = keeper.set(set(&[V4, V6, "fd02::/64"])).unwrap_err();
+        assert!(error.to_string().contains("1280"), "{error}");
+        assert_eq!(host.owned(), set(&[V4, "10.2.0.0/16"]));
+        keeper.set(set(&[V4, V6])).unwrap();
+        host.netlink.set_mtu(oif, 1280).unwrap();
+        host.await_ours(V6);
+        assert_eq!(host.owned(), set(&[V4, V6]));
+        let addresses = host.netlink.addresses().unwrap();
+        assert!(addresses.contains(&(oif, net(address))));
+    }
+}
+
+#[test]
+fn lost_news_is_made_good() {
+    let mut host = Host::new();
+    let (parts, commands) = host.parts();
+    parts.watch.shrink();
+    let wake = Arc::clone(&parts.wake);
+    let mut keeper = Keeper::new(parts).unwrap();
+    keeper.set(set(&[V4])).unwrap();
+    // Before the news that matters come a thousand pieces that do not.
+    let theirs = DeviceRoute {
+        oif: host.other,
+        protocol: 3,
+    };
+    let noise: Vec<_> = many(10_000, 1000)
+        .into_iter()
+        .map(RouteChange::Add)
+        .collect();
+    host.netlink.change_device_routes(theirs, &noise).unwrap();
+    host.netlink
+        .del_route(net(V4), None, Some(host.ours.oif))
+        .unwrap();
+    wake.write(1).unwrap();
+    let thread = std::thread::spawn(move || keeper.run());
+    host.await_ours(V4);
+    commands.send(Command::End(AtEnd::Keep)).unwrap();
+    wake.write(1).unwrap();
+    thread.join().unwrap();
+}
+
+fn replace_all(count: u32) {
+    let mut host = Host::new();
+    let keeper = host.keeper();
+    let timed = |what: &str, work: &mut dyn FnMut()| {
+        let started = Instant::now();
+        work();
+        eprintln!(
+            "{count} routes {what}: {:.2} s",
+            started.elapsed().as_secs_f64()
+        );
+    };
+    let (first, second) = (many(0, count), many(count, count));
+    timed("set", &mut || keeper.set(first.clone()).unwrap());
+    assert_eq!(host.owned(), first);
+    timed("set again", &mut || keeper.set(first.clone()).unwrap());
+    timed("replaced", &mut || keeper.set(second.clone()).unwrap());
+    assert_eq!(host.owned(), second);
+    let oif = host.ours.oif;
+    host.netlink.set_down(oif).unwrap();
+    host.netlink.set_up(oif).unwrap();
+    timed("put back", &mut || {
+        host.wait_for("all", |host| host.owned() == second);
+    });
+    let one = *second.iter().next().unwrap();
+    host.wait_for("one", |host| {
+        let _ = host.netlink.del_route(one, None, Some(oif));
+        true
+    });
+    timed("one of them put back", &mut || {
+        host.await_ours(&one.to_string());
+    });
+    timed("removed", &mut || keeper.set(BTreeSet::new()).unwrap());
+    assert_eq!(host.owned(), set(&[]));
+}
+
+#[test]
+fn ten_thousand_routes_are_replaced_by_ten_thousand_others() {
+    replace_all(10_000);
+}
+
+#[test]
+#[ignore = "takes long; prints how long"]
+fn a_hundred_thousand_routes_are_replaced_by_as_many_others() {
+    replace_all(100_000);
+}

@@ -1,0 +1,303 @@
+//! One UDP socket per worker on a shared port, and the offloads on them.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use nix::sys::socket::{setsockopt, sockopt as nix_sockopt};
+use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
+
+pub mod reuseport;
+pub(crate) mod sockopt;
+
+pub use self::sockopt::drops;
+use self::sockopt::{MtuDiscover, MtuDiscoverV6};
+
+use crate::error::{Error, Result};
+use crate::io::engine::Port;
+
+/// Bytes asked for with `SO_RCVBUF` and `SO_SNDBUF`: some milliseconds of
+/// datagrams at full rate, so that a worker that waits for its core loses none.
+pub const SOCKET_BUFFER_BYTES: usize = 8 << 20;
+
+/// UDP offloads in use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offloads {
+    /// `UDP_SEGMENT`: one send carries many datagrams (Linux 4.18).
+    pub segment: bool,
+    /// `UDP_GRO`: one receive brings many datagrams (Linux 5.0).
+    pub gro: bool,
+}
+
+/// The sockets of one worker.
+#[derive(Debug)]
+pub struct WorkerSockets {
+    /// Member of the shared port's group.
+    pub receive: Socket,
+    /// Socket on the worker's own port, to send from; see [`reuseport`].
+    pub send: Option<Socket>,
+}
+
+impl WorkerSockets {
+    /// The socket that sends from a port.
+    #[inline]
+    pub fn sender(&self, from: Port) -> &Socket {
+        match &self.send {
+            Some(send) if from == Port::Own => send,
+            _ => &self.receive,
+        }
+    }
+}
+
+/// Opens the sockets of `workers` workers on `listen`. `wanted` says which
+/// offloads to try; the second value tells which of them the kernel has.
+///
+/// # Errors
+/// When the port is taken or the address is not this host's.
+pub fn open(
+    listen: SocketAddr,
+    workers: u16,
+    wanted: Offloads,
+) -> Result<(Vec<WorkerSockets>, Offloads)> {
+    let failed = |error: io::Error| {
+        let hint = match error.raw_os_error() {
+            Some(libc::EADDRINUSE) => "stop what uses the port, or choose another with --listen",
+            Some(libc::EADDRNOTAVAIL) => "--listen takes an address of this host",
+            Some(libc::EMFILE | libc::ENFILE) => {
+                "raise the limit on open files (ulimit -n), or ask for fewer --queues"
+            }
+            Some(libc::EACCES) => "ports below 1024 need CAP_NET_BIND_SERVICE",
+            _ => "check --listen",
+        };
+        Error::os(format!("cannot open UDP socket on {listen}"), error).hint(hint)
+    };
+    // With SO_REUSEPORT another process of ours would join the group in
+    // silence and take a share of the datagrams. A bind without it does not.
+    bind(listen, false).map_err(failed)?;
+
+    let mut offloads = wanted;
+    let mut sockets = Vec::with_capacity(usize::from(workers));
+    for index in 0..workers {
+        let receive = bind(listen, true).map_err(failed)?;
+        enlarge_buffers(&receive).map_err(failed)?;
+        if offloads.gro {
+            offloads.gro = setsockopt(&receive, nix_sockopt::UdpGroSegment, &true).is_ok();
+        }
+        let send = if index == 0 {
+            None
+        } else {
+            open_sender(listen, index)
+        };
+        if offloads.segment {
+            // Zero is "no segmentation unless a send asks for it".
+            let sender = send.as_ref().unwrap_or(&receive);
+            offloads.segment = setsockopt(sender, nix_sockopt::UdpGsoSegment, &0).is_ok();
+        }
+        sockets.push(WorkerSockets { receive, send });
+    }
+    if workers > 1 {
+        let program = reuseport::program(listen, workers);
+        sockopt::attach_reuseport_cbpf(sockets[0].receive.as_fd(), &program).map_err(failed)?;
+    }
+    Ok((sockets, offloads))
+}
+
+/// Has all sockets of the workers send whatever the interface takes, as the kernel's
+/// own tunnels do: the kernel's memory of path MTUs, which anybody can write to by
+/// ICMP, is left aside, and IPv4 datagrams may be fragmented on their way.
+///
+/// # Errors
+/// When the kernel does not know how.
+pub fn ignore_path_mtus(sockets: &[WorkerSockets]) -> Result<()> {
+    let ignore = |socket: &Socket| -> io::Result<()> {
+        // On a dual-stack socket either is about its own family alone.
+        setsockopt(socket, MtuDiscover, &libc::IP_PMTUDISC_OMIT)?;
+        if socket.domain()? == Domain::IPV6 {
+            setsockopt(socket, MtuDiscoverV6, &libc::IPV6_PMTUDISC_OMIT)?;
+        }
+        Ok(())
+    };
+    let all = sockets.iter();
+    all.flat_map(|worker| [Some(&worker.receive), worker.send.as_ref()])
+        .flatten()
+        .try_for_each(ignore)
+        .map_err(|error| Error::os("cannot set IP_MTU_DISCOVER on a UDP socket", error))
+}
+
+fn bind(address: SocketAddr, reuse_port: bool) -> io::Result<Socket> {
+    let domain = Domain::for_address(address);
+    let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP))?;
+    socket.set_nonblocking(true)?;
+    if domain == Domain::IPV6 {
+        // Dual-stack when the address is `::`, so that peers of both families
+        // share the port.
+        socket.set_only_v6(!address.ip().is_unspecified())?;
+    }
+    socket.set_reuse_port(reuse_port)?;
+    socket.bind(&SockAddr::from(address))?;
+    Ok(socket)
+}
+
+/// A socket with a source port of worker `index`'s own. `None` when all such
+/// ports are taken: the worker then always sends from the shared port, and the
+/// far side receives it on its worker 0.
+fn open_sender(listen: SocketAddr, index: u16) -> Option<Socket> {
+    let socket = reuseport::source_ports(listen.port(), index)
+        .find_map(|port| bind(SocketAddr::new(listen.ip(), port), false).ok())?;
+    // Nothing is ever received here; drop what comes before it is queued.
+    let drop_all = socket2::SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, 0);
+    socket.attach_filter(&[drop_all]).ok()?;
+    enlarge_buffers(&socket).ok()?;
+    Some(socket)
+}
+
+/// Has the kernel drop what reaches the socket through the interface `index`:
+/// the tunnel's own device. A peer could else send, inside the tunnel, datagrams
+/// that this socket takes for another peer's. `None`: there is no such interface.
+///
+/// The filter belongs to the socket, and goes with it to another process.
+///
+/// # Errors
+/// When the kernel takes no filter.
+pub fn drop_from(socket: BorrowedFd<'_>, index: Option<u32>) -> io::Result<()> {
+    use libc::{BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W};
+    let interface_index = (libc::SKF_AD_OFF + libc::SKF_AD_IFINDEX) as u32;
+    let instruction = |code: u32, jt, jf, k| socket2::SockFilter::new(code as u16, jt, jf, k);
+    SockRef::from(&socket).attach_filter(&[
+        instruction(BPF_LD | BPF_W | BPF_ABS, 0, 0, interface_index),
+        // No interface has the index 0.
+        instruction(BPF_JMP | BPF_JEQ | BPF_K, 0, 1, index.unwrap_or(0)),
+        instruction(BPF_RET | BPF_K, 0, 0, 0),
+        instruction(BPF_RET | BPF_K, 0, 0, u32::MAX),
+    ])
+}
+
+/// The *FORCE options go beyond `net.core.{r,w}mem_max` but need
+/// CAP_NET_ADMIN; without it the limits apply.
+fn enlarge_buffers(socket: &Socket) -> io::Result<()> {
+    if setsockopt(socket, nix_sockopt::RcvBufForce, &SOCKET_BUFFER_BYTES).is_err() {
+        socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES)?;
+    }
+    if setsockopt(socket, nix_sockopt::SndBufForce, &SOCKET_BUFFER_BYTES).is_err() {
+        socket.set_send_buffer_size(SOCKET_BUFFER_BYTES)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::UdpSocket;
+
+    const ALL: Offloads = Offloads {
+        segment: true,
+        gro: true,
+    };
+
+    fn free_port() -> SocketAddr {
+        UdpSocket::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+    }
+
+    #[test]
+    fn a_port_in_use_is_refused_even_by_our_own() {
+        let listen = free_port();
+        let (_first, _) = open(listen, 2, ALL).unwrap();
+        let text = open(listen, 2, ALL).unwrap_err().to_string();
+        assert!(text.contains(&listen.to_string()), "{text}");
+        assert!(text.contains("address already in use"), "{text}");
+        assert!(text.contains("--listen"), "{text}");
+    }
+
+    /// A UDP datagram as it comes out of a TUN device, without a checksum (RFC 768).
+    fn frame(source: [u8; 4], destination: [u8; 4], port: u16) -> Vec<u8> {
+        let virtio = [0; crate::packet::virtio::HEADER_BYTES];
+        let mut ip = vec![0x45, 0, 0, 29, 0, 0, 0, 0, 64, 17, 0, 0];
+        ip.extend([source, destination].concat());
+        let words = ip
+            .chunks(2)
+            .map(|word| u32::from(u16::from_be_bytes([word[0], word[1]])));
+        let sum: u32 = words.sum();
+        let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
+        ip[10..12].copy_from_slice(&sum.to_be_bytes());
+        let [high, low] = port.to_be_bytes();
+        [&virtio[..], &ip, &[high, low, high, low, 0, 9, 0, 0, 7]].concat()
+    }
+
+    /// Through a real device, as nested datagrams come.
+    #[test]
+    fn what_comes_through_the_tunnel_itself_is_dropped_and_counted() {
+        const PORT: u16 = 8285;
+        let namespace = crate::testbed::Namespace::new().unwrap();
+        let mut netlink = namespace.netlink().unwrap();
+        let none = crate::packet::coalesce::Offloads {
+            tcp: false,
+            udp: false,
+        };
+        let listen = SocketAddr::from(([0, 0, 0, 0], PORT));
+        let (device, (sockets, _)) = namespace.run(|| {
+            let device = crate::io::tun::create("tun0", 1, none).unwrap();
+            (device, open(listen, 1, ALL).unwrap())
+        });
+        let index = netlink.link_index("tun0").unwrap();
+        netlink
+            .add_address(index.unwrap(), "10.9.0.1/24".parse().unwrap())
+            .unwrap();
+        netlink.set_up(index.unwrap()).unwrap();
+        let socket = &sockets[0].receive;
+        let frame = frame([10, 9, 0, 2], [10, 9, 0, 1], PORT);
+        let has_come = || socket.recv(&mut [std::mem::MaybeUninit::uninit()]).is_ok();
+        let wait_until = |is_so: &dyn Fn() -> bool| {
+            for _ in 0..10_000 {
+                if is_so() {
+                    return;
+                }
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+            panic!("waited in vain");
+        };
+        let write = || nix::unistd::write(&device.queues[0], &frame).unwrap();
+        write();
+        wait_until(&has_come);
+        drop_from(socket.as_fd(), index).unwrap();
+        for count in 1..=20 {
+            write();
+            wait_until(&|| drops(socket.as_fd()).unwrap() == count);
+        }
+        assert!(!has_come());
+        // Through another interface it still comes.
+        let other = namespace.run(|| UdpSocket::bind("127.0.0.1:0").unwrap());
+        other.send_to(&[7], ("10.9.0.1", PORT)).unwrap();
+        wait_until(&has_come);
+        drop_from(socket.as_fd(), None).unwrap();
+        write();
+        wait_until(&has_come);
+        assert_eq!(drops(socket.as_fd()).unwrap(), 20);
+    }
+
+    #[test]
+    fn the_source_port_picks_the_worker() {
+        let listen = free_port();
+        let (sockets, _) = open(listen, 3, ALL).unwrap();
+        let peer_port = free_port();
+        let (peers, _) = open(peer_port, 4, ALL).unwrap();
+        // The receiver goes by its own port: pick senders by that.
+        for (worker, peer) in peers.iter().enumerate() {
+            let sender = peer.send.as_ref().unwrap_or(&peer.receive);
+            let source = sender.local_addr().unwrap().as_socket().unwrap();
+            assert_eq!(
+                source.port().wrapping_sub(peer_port.port()) % reuseport::WORKERS_MAX,
+                worker as u16
+            );
+            sender.send_to(&[7], &SockAddr::from(listen)).unwrap();
+            let expected = source.port().wrapping_sub(listen.port()) % reuseport::WORKERS_MAX % 3;
+            for (index, socket) in sockets.iter().enumerate() {
+                let mut byte = [std::mem::MaybeUninit::uninit()];
+                let got = socket.receive.recv(&mut byte);
+                assert_eq!(got.is_ok(), index == usize::from(expected));
+            }
+        }
+    }
+}

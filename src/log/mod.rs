@@ -1,0 +1,48 @@
+//! Log lines on standard error.
+
+pub(crate) mod rate_limited;
+
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+
+use tracing::level_filters::LevelFilter;
+
+use crate::config::LogFormat;
+
+/// Sends log lines to standard error. `verbose` counts `-v` flags.
+pub fn init(verbose: u8, quiet: bool, format: LogFormat) {
+    let level = match (quiet, verbose) {
+        (true, _) => LevelFilter::WARN,
+        (false, 0) => LevelFilter::INFO,
+        (false, 1) => LevelFilter::DEBUG,
+        (false, _) => LevelFilter::TRACE,
+    };
+    let builder = tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_target(false)
+        // It would report a closed standard error there, and panic.
+        .log_internal_errors(false)
+        .with_writer(std::io::stderr);
+    // A second call, as tests make it, changes nothing.
+    let _ = match format {
+        LogFormat::Json => builder.json().flatten_event(true).try_init(),
+        LogFormat::Text => {
+            let text = builder.compact().with_ansi(false);
+            match journald_reads(io::stderr()).unwrap_or(false) {
+                true => text.without_time().try_init(),
+                false => text.try_init(),
+            }
+        }
+    };
+}
+
+/// Whether what is written to `stream` goes to journald, which adds the time
+/// itself: systemd then names the stream's device and inode in the environment
+/// (systemd.exec(5)).
+fn journald_reads(stream: impl AsFd) -> io::Result<bool> {
+    let named = std::env::var("JOURNAL_STREAM").unwrap_or_default();
+    let file = std::fs::File::from(stream.as_fd().try_clone_to_owned()?);
+    let metadata = file.metadata()?;
+    Ok(named == format!("{}:{}", metadata.dev(), metadata.ino()))
+}

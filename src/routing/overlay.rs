@@ -1,0 +1,796 @@
+//! The overlay as the control thread knows it: the peers, the prefixes behind
+//! each, and how each is reached.
+//!
+//! A change is made to a copy, which then takes the original's place or is
+//! thrown away: so what is in force is always consistent, whoever asks for
+//! what.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+
+use crate::config::PEERS_MAX;
+use crate::config::{Endpoint, PeerSpec};
+use crate::counters::PeerCounters;
+use crate::dataplane::table::{self, Table};
+use crate::error::{Error, Result};
+use crate::packet::icmp::TunnelAddresses;
+use crate::packet::lpm::Prefixes;
+use crate::packet::train::{NextHop, TRAIN_BYTES_MAX};
+use crate::wire;
+
+/// Most prefixes over all peers: bounds the memory that requests can take.
+pub const PREFIXES_MAX: usize = 1_000_000;
+
+/// Changes that are named one by one. More are counted.
+const DIFFERENCES_NAMED_MAX: usize = 8;
+
+/// Where a peer or a prefix comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// A flag or the configuration file. A reload brings it back or takes it
+    /// away.
+    Config,
+    /// The operators' socket. A reload leaves it.
+    Runtime,
+}
+
+impl Origin {
+    /// As operators read it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Config => "config",
+            Self::Runtime => "runtime",
+        }
+    }
+}
+
+/// A peer.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    /// Host and port as they were given.
+    pub name: Endpoint,
+    /// Who added it.
+    pub origin: Origin,
+    /// It was given no prefixes: it takes what no prefix matches.
+    pub is_default: bool,
+    /// Its address, with the port that it was given; `None` while its name does
+    /// not resolve.
+    pub endpoint: Option<SocketAddr>,
+    /// The port that it has been seen to send from instead.
+    pub learned_port: Option<u16>,
+    /// The way there leads through the tunnel itself, so nothing is sent.
+    pub is_suspended: bool,
+    /// MTU of the path to it in bytes, if it is known.
+    pub path_mtu_bytes: Option<u32>,
+    /// A router on the path takes less than this host's interface.
+    pub is_path_narrow: bool,
+    /// What the workers count for it.
+    pub traffic: Arc<[PeerCounters]>,
+    /// How many prefixes it has.
+    pub prefix_count: usize,
+}
+
+impl Peer {
+    /// Its address, with the port that was learned, if one was.
+    pub fn endpoint_learned(&self) -> Option<SocketAddr> {
+        let mut endpoint = self.endpoint?;
+        let port = self.learned_port.unwrap_or(endpoint.port());
+        endpoint.set_port(port);
+        Some(endpoint)
+    }
+
+    /// Forgets which workers' own ports reach it: it is somewhere else now.
+    fn forget_proofs(&self) {
+        for worker in self.traffic.iter() {
+            worker.set_own_port_proven(false);
+        }
+    }
+
+    /// Where its datagrams go now, if anywhere.
+    pub fn endpoint_in_use(&self) -> Option<SocketAddr> {
+        self.endpoint_learned().filter(|_| !self.is_suspended)
+    }
+}
+
+/// A prefix's place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Behind {
+    peer: NextHop,
+    origin: Origin,
+}
+
+/// What changed, in numbers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// Peers that were not there.
+    pub peers_added: usize,
+    /// Peers that are there no more.
+    pub peers_removed: usize,
+    /// Prefixes that were not there, or behind another peer.
+    pub prefixes_added: usize,
+    /// Prefixes that are there no more.
+    pub prefixes_removed: usize,
+}
+
+/// A next hop that no peer has.
+const NOBODY: NextHop = NextHop::MAX;
+const _: () = assert!(PEERS_MAX < NOBODY as usize);
+
+/// See the module's documentation.
+#[derive(Clone, Debug)]
+pub struct Overlay {
+    /// By next hop. A peer keeps its place as long as it is there.
+    peers: Vec<Option<Peer>>,
+    /// The places that no peer has.
+    free: BTreeSet<NextHop>,
+    /// The one peer that is the default one.
+    default: Option<NextHop>,
+    /// By [`Endpoint::key`].
+    names: BTreeMap<(String, u16), NextHop>,
+    prefixes: BTreeMap<IpNet, Behind>,
+    /// This host's addresses.
+    own: BTreeSet<IpAddr>,
+    /// The lookup structure, until prefixes or own addresses change.
+    built: Option<Arc<Prefixes>>,
+    /// Number of workers: each counts for itself.
+    workers: usize,
+}
+
+impl Overlay {
+    /// No peers yet, and `workers` that will count for each.
+    pub fn new(workers: usize) -> Self {
+        Self {
+            peers: Vec::new(),
+            free: BTreeSet::new(),
+            default: None,
+            names: BTreeMap::new(),
+            prefixes: BTreeMap::new(),
+            own: BTreeSet::new(),
+            built: None,
+            workers,
+        }
+    }
+
+    /// Lets `workers` count for each peer, from zero.
+    pub fn count_for(&mut self, workers: usize) {
+        self.workers = workers;
+        for peer in self.peers.iter_mut().flatten() {
+            peer.traffic = traffic(workers);
+        }
+    }
+
+    /// Notes this host's own addresses, on whatever interface: no peer is behind
+    /// them, whatever its prefixes, so that nobody sends in their name. Tells
+    /// whether that is news.
+    pub fn set_own_addresses(&mut self, own: BTreeSet<IpAddr>) -> bool {
+        let is_news = self.own != own;
+        if is_news {
+            self.own = own;
+            self.built = None;
+        }
+        is_news
+    }
+
+    /// This host's addresses, as of [`Self::set_own_addresses`].
+    pub fn own_addresses(&self) -> &BTreeSet<IpAddr> {
+        &self.own
+    }
+
+    /// Makes sure that datagrams to `endpoint` do not come back to sockets on
+    /// `listen`.
+    ///
+    /// # Errors
+    /// When they would, names it.
+    pub fn check_other(&self, listen: SocketAddr, endpoint: SocketAddr) -> Result<()> {
+        let ip = endpoint.ip();
+        let is_own = match listen.ip().is_unspecified() {
+            true => ip.is_loopback() || self.own.contains(&ip),
+            false => listen.ip() == ip,
+        };
+        if !is_own || listen.port() != endpoint.port() {
+            return Ok(());
+        }
+        let error = Error::new(format!("peer {endpoint} is this host itself"));
+        Err(error.hint("name the other host"))
+    }
+
+    /// The peers with their next hops, in no particular order.
+    pub fn peers(&self) -> impl Iterator<Item = (NextHop, &Peer)> {
+        self.peers
+            .iter()
+            .enumerate()
+            .filter_map(|(hop, peer)| Some((hop as NextHop, peer.as_ref()?)))
+    }
+
+    /// The peers in the order of their names.
+    pub fn peers_by_name(&self) -> impl Iterator<Item = &Peer> {
+        self.names.values().filter_map(|&hop| self.peer(hop))
+    }
+
+    /// All prefixes in order, with the peer and the origin of each.
+    pub fn prefixes(&self) -> impl Iterator<Item = (IpNet, &Peer, Origin)> {
+        self.prefixes
+            .iter()
+            .filter_map(|(&prefix, behind)| Some((prefix, self.peer(behind.peer)?, behind.origin)))
+    }
+
+    /// Number of peers.
+    pub fn peer_count(&self) -> usize {
+        self.names.len()
+    }
+
+    /// Number of prefixes.
+    pub fn prefix_count(&self) -> usize {
+        self.prefixes.len()
+    }
+
+    fn peer(&self, hop: NextHop) -> Option<&Peer> {
+        self.peers.get(usize::from(hop))?.as_ref()
+    }
+
+    fn peer_mut(&mut self, hop: NextHop) -> Option<&mut Peer> {
+        self.peers.get_mut(usize::from(hop))?.as_mut()
+    }
+
+    /// The peer of this name.
+    pub fn find(&self, name: &Endpoint) -> Option<(NextHop, &Peer)> {
+        let hop = *self.names.get(&name.key())?;
+        Some((hop, self.peer(hop)?))
+    }
+
+    /// Whether a peer has this next hop.
+    pub fn has(&self, hop: NextHop) -> bool {
+        self.peer(hop).is_some()
+    }
+
+    /// The peer with this next hop, if something can be sent to it now.
+    pub fn in_use(&self, hop: NextHop) -> Option<&Peer> {
+        self.peer(hop)
+            .filter(|peer| peer.endpoint_in_use().is_some())
+    }
+
+    /// A peer with this address.
+    pub fn peer_at(&self, address: IpAddr) -> Option<&Peer> {
+        let mut peers = self.peers.iter().flatten();
+        peers.find(|peer| peer.endpoint.is_some_and(|to| to.ip() == address))
+    }
+
+    /// Whether this host has the address.
+    pub fn is_own(&self, address: IpAddr) -> bool {
+        self.own.contains(&address)
+    }
+
+    fn hop_of(&self, name: &Endpoint) -> Result<NextHop> {
+        self.names.get(&name.key()).copied().ok_or_else(|| {
+            Error::new(format!("there is no peer {name}")).hint("`fastvpn peers` lists them")
+        })
+    }
+
+    fn default_peer(&self) -> Option<&Peer> {
+        self.peer(self.default?)
+    }
+
+    fn set_default(&mut self, hop: NextHop, is_default: bool) {
+        if let Some(peer) = self.peer_mut(hop) {
+            peer.is_default = is_default;
+        }
+        if is_default {
+            self.default = Some(hop);
+        } else if self.default == Some(hop) {
+            self.default = None;
+        }
+        self.built = None;
+    }
+
+    /// The peer that packets to `address` go to, and the prefix that says so;
+    /// `None` for the peer without prefixes.
+    pub fn route_to(&self, address: IpAddr) -> Option<(Option<IpNet>, &Peer)> {
+        let host = IpNet::from(address);
+        let longest = (0..=host.max_prefix_len()).rev().find_map(|length| {
+            let prefix = IpNet::new(address, length).ok()?.trunc();
+            Some((prefix, self.prefixes.get(&prefix)?))
+        });
+        match longest {
+            Some((prefix, behind)) => Some((Some(prefix), self.peer(behind.peer)?)),
+            None => Some((None, self.default_peer()?)),
+        }
+    }
+
+    /// Adds a peer with its prefixes.
+    ///
+    /// # Errors
+    /// When it is there already, when one of its prefixes is another's, when
+    /// it and another have none, or when there are too many.
+    pub fn add_peer(&mut self, spec: &PeerSpec, origin: Origin) -> Result<()> {
+        let is_default = spec.prefixes.is_empty();
+        self.insert_peer(&spec.endpoint, is_default, &spec.prefixes, origin)
+    }
+
+    /// As [`Self::add_peer`]; `is_default` says whether the peer takes what no
+    /// prefix matches, whatever prefixes it has itself.
+    ///
+    /// # Errors
+    /// As [`Self::add_peer`].
+    pub fn insert_peer(
+        &mut self,
+        name: &Endpoint,
+        is_default: bool,
+        prefixes: &[IpNet],
+        origin: Origin,
+    ) -> Result<()> {
+        if self.names.contains_key(&name.key()) {
+            return Err(Error::new(format!("there is a peer {name} already"))
+                .hint("`fastvpn route add` gives it more prefixes"));
+        }
+        if self.names.len() >= PEERS_MAX {
+            return Err(Error::new(format!(
+                "cannot add peer {name}: there are {PEERS_MAX} already"
+            )));
+        }
+        if let Some(other) = self.default_peer().filter(|_| is_default) {
+            return Err(two_without_prefixes(&other.name, name));
+        }
+        let peer = Peer {
+            name: name.clone(),
+            origin,
+            is_default: false,
+            endpoint: None,
+            learned_port: None,
+            is_suspended: false,
+            path_mtu_bytes: None,
+            is_path_narrow: false,
+            traffic: traffic(self.workers),
+            prefix_count: 0,
+        };
+        let hop = self.free.pop_first().unwrap_or_else(|| {
+            self.peers.push(None);
+            // There are at most PEERS_MAX.
+            (self.peers.len() - 1) as NextHop
+        });
+        self.peers[usize::from(hop)] = Some(peer);
+        self.names.insert(name.key(), hop);
+        self.set_default(hop, is_default);
+        self.add_prefixes(name, prefixes, origin, false).map(drop)
+    }
+
+    /// Removes a peer and all its prefixes; tells how many there were.
+    ///
+    /// # Errors
+    /// When there is no such peer.
+    pub fn remove_peer(&mut self, name: &Endpoint) -> Result<usize> {
+        self.remove_peers(std::slice::from_ref(name))
+    }
+
+    /// Removes peers and all their prefixes in one pass over these; tells how
+    /// many there were.
+    fn remove_peers(&mut self, names: &[Endpoint]) -> Result<usize> {
+        for name in names {
+            let hop = self.hop_of(name)?;
+            self.set_default(hop, false);
+            self.names.remove(&name.key());
+            self.peers[usize::from(hop)] = None;
+            self.free.insert(hop);
+        }
+        let before = self.prefixes.len();
+        let peers = &self.peers;
+        self.prefixes
+            .retain(|_, behind| peers[usize::from(behind.peer)].is_some());
+        self.built = None;
+        Ok(before - self.prefixes.len())
+    }
+
+    /// Puts prefixes behind a peer; `replace` takes them from others. Tells how
+    /// many were not there before.
+    ///
+    /// # Errors
+    /// When there is no such peer, or another has a prefix and it is not to be
+    /// replaced.
+    pub fn add_prefixes(
+        &mut self,
+        name: &Endpoint,
+        prefixes: &[IpNet],
+        origin: Origin,
+        replace: bool,
+    ) -> Result<usize> {
+        let hop = self.hop_of(name)?;
+        let mut added = 0;
+        for prefix in prefixes.iter().map(IpNet::trunc) {
+            let behind = Behind { peer: hop, origin };
+            match self.prefixes.get(&prefix).copied() {
+                // Whoever configured it still has; and what was added at run
+                // time is configured once the file has it.
+                Some(old) if old.peer == hop => {
+                    if origin == Origin::Config {
+                        self.prefixes.insert(prefix, behind);
+                    }
+                    continue;
+                }
+                Some(old) if !replace => {
+                    let other = self.peer(old.peer).map(|peer| &peer.name);
+                    return Err(Error::new(format!(
+                        "prefix {prefix} is given to both {} and {name}",
+                        other.map(ToString::to_string).unwrap_or_default()
+                    ))
+                    .hint("give it to one of them (`route add --replace` moves it)"));
+                }
+                Some(old) => {
+                    if let Some(peer) = self.peer_mut(old.peer) {
+                        peer.prefix_count -= 1;
+                    }
+                }
+                None if self.prefixes.len() >= PREFIXES_MAX => {
+                    return Err(Error::new(format!(
+                        "cannot add prefix {prefix}: there are {PREFIXES_MAX} already"
+                    )));
+                }
+                None => {}
+            }
+            self.prefixes.insert(prefix, behind);
+            if let Some(peer) = self.peer_mut(hop) {
+                peer.prefix_count += 1;
+            }
+            added += 1;
+        }
+        if added > 0 {
+            self.built = None;
+        }
+        Ok(added)
+    }
+
+    /// Removes prefixes, whosever they are.
+    ///
+    /// # Errors
+    /// Names the first one that is not there.
+    pub fn remove_prefixes(&mut self, prefixes: &[IpNet]) -> Result<usize> {
+        for prefix in prefixes.iter().map(IpNet::trunc) {
+            let Some(behind) = self.prefixes.remove(&prefix) else {
+                return Err(Error::new(format!("no peer has the prefix {prefix}"))
+                    .hint("`fastvpn route list` shows who has which"));
+            };
+            if let Some(peer) = self.peer_mut(behind.peer) {
+                peer.prefix_count -= 1;
+            }
+        }
+        self.built = None;
+        Ok(prefixes.len())
+    }
+
+    /// Makes the configured part what `specs` say, also what operators had added
+    /// of it. The rest of what they added stays; peers that stay keep their place, address and counters.
+    ///
+    /// # Errors
+    /// When the new configuration clashes with itself or with what was added
+    /// at run time; nothing has changed then.
+    pub fn configure(&mut self, specs: &[PeerSpec]) -> Result<Changes> {
+        let mut next = self.clone();
+        next.apply(specs)?;
+        let changes = self.changes_to(&next);
+        *self = next;
+        Ok(changes)
+    }
+
+    /// [`Self::configure`], but half done after an error.
+    fn apply(&mut self, specs: &[PeerSpec]) -> Result<()> {
+        let wanted: BTreeSet<_> = specs.iter().map(|spec| spec.endpoint.key()).collect();
+        let gone: Vec<Endpoint> = self
+            .peers_by_name()
+            .filter(|peer| peer.origin == Origin::Config && !wanted.contains(&peer.name.key()))
+            .map(|peer| peer.name.clone())
+            .collect();
+        // With the prefixes that were added to them at run time: there is nobody
+        // left to have them.
+        self.remove_peers(&gone)?;
+        self.prefixes
+            .retain(|_, behind| behind.origin == Origin::Runtime);
+        let mut counts = vec![0; self.peers.len()];
+        for behind in self.prefixes.values() {
+            counts[usize::from(behind.peer)] += 1;
+        }
+        for (peer, count) in self.peers.iter_mut().zip(counts) {
+            if let Some(peer) = peer {
+                peer.prefix_count = count;
+            }
+        }
+        // Who of those that are wanted is the default one is said anew below, in
+        // whatever order they come.
+        if let Some(hop) = self.default
+            && self
+                .peer(hop)
+                .is_some_and(|peer| wanted.contains(&peer.name.key()))
+        {
+            self.set_default(hop, false);
+        }
+        self.built = None;
+        for spec in specs {
+            let Ok(hop) = self.hop_of(&spec.endpoint) else {
+                self.add_peer(spec, Origin::Config)?;
+                continue;
+            };
+            let is_default = spec.prefixes.is_empty();
+            let other = self
+                .default_peer()
+                .filter(|other| is_default && !other.name.is_same(&spec.endpoint));
+            if let Some(other) = other {
+                return Err(two_without_prefixes(&other.name, &spec.endpoint));
+            }
+            if let Some(peer) = self.peer_mut(hop) {
+                peer.origin = Origin::Config;
+            }
+            self.set_default(hop, is_default);
+            self.add_prefixes(&spec.endpoint, &spec.prefixes, Origin::Config, false)?;
+        }
+        Ok(())
+    }
+
+    /// What is different in `new`.
+    fn changes_to(&self, new: &Self) -> Changes {
+        let name_of = |overlay: &Self, hop| overlay.peer(hop).map(|peer| peer.name.key());
+        let mut changes = Changes {
+            peers_added: new
+                .names
+                .keys()
+                .filter(|name| !self.names.contains_key(name))
+                .count(),
+            peers_removed: self
+                .names
+                .keys()
+                .filter(|name| !new.names.contains_key(name))
+                .count(),
+            ..Changes::default()
+        };
+        for (prefix, behind) in &new.prefixes {
+            let before = self.prefixes.get(prefix).map(|old| name_of(self, old.peer));
+            if before != Some(name_of(new, behind.peer)) {
+                changes.prefixes_added += 1;
+            }
+        }
+        changes.prefixes_removed = self
+            .prefixes
+            .keys()
+            .filter(|prefix| !new.prefixes.contains_key(prefix))
+            .count();
+        changes
+    }
+
+    /// What is different in `new`, in words: peers, and whose those of `prefixes`
+    /// are. Of many changes the first few; nothing if there are none.
+    pub fn differences(&self, new: &Self, prefixes: impl Iterator<Item = IpNet>) -> String {
+        let mut named = Vec::new();
+        let mut more = 0;
+        let mut add = |text: &dyn Fn() -> String| match named.len() < DIFFERENCES_NAMED_MAX {
+            true => named.push(text()),
+            false => more += 1,
+        };
+        for (old, new, verb) in [(new, self, "added"), (self, new, "removed")] {
+            for (key, &hop) in &old.names {
+                if let Some(peer) = old.peer(hop).filter(|_| !new.names.contains_key(key)) {
+                    add(&|| format!("peer {} {verb}", peer.name));
+                }
+            }
+        }
+        let mut compare =
+            |what: &dyn fmt::Display, before: Option<&Peer>, after: Option<&Peer>| match (
+                before.map(|peer| &peer.name),
+                after.map(|peer| &peer.name),
+            ) {
+                (before, after) if before == after => {}
+                (Some(before), Some(after)) => {
+                    add(&|| format!("{what} moved from {before} to {after}"));
+                }
+                (None, Some(peer)) => add(&|| format!("{what} given to {peer}")),
+                (Some(peer), None) => add(&|| format!("{what} taken from {peer}")),
+                (None, None) => {}
+            };
+        let mut last = None;
+        for prefix in prefixes.map(|prefix| prefix.trunc()) {
+            // Requests may be long, and all the same.
+            if last.replace(prefix) == Some(prefix) {
+                continue;
+            }
+            let owner = |overlay: &Self| overlay.prefixes.get(&prefix).map(|behind| behind.peer);
+            let (before, after) = (owner(self), owner(new));
+            compare(
+                &prefix,
+                before.and_then(|hop| self.peer(hop)),
+                after.and_then(|hop| new.peer(hop)),
+            );
+        }
+        compare(&"the rest", self.default_peer(), new.default_peer());
+        let mut words = named.join(", ");
+        if more > 0 {
+            words += &format!(" and {more} more changes");
+        }
+        words
+    }
+
+    /// The prefixes of a peer.
+    pub fn prefixes_of(&self, name: &Endpoint) -> Vec<IpNet> {
+        let Some(&hop) = self.names.get(&name.key()) else {
+            return Vec::new();
+        };
+        let all = self.prefixes.iter();
+        all.filter(|(_, behind)| behind.peer == hop)
+            .map(|(&prefix, _)| prefix)
+            .collect()
+    }
+
+    /// Notes where a peer is; tells whether that is news.
+    pub fn set_endpoint(&mut self, hop: NextHop, endpoint: Option<SocketAddr>) -> bool {
+        match self.peer_mut(hop) {
+            Some(peer) if peer.endpoint != endpoint => {
+                peer.endpoint = endpoint;
+                peer.learned_port = None;
+                peer.forget_proofs();
+                peer.is_suspended = false;
+                peer.path_mtu_bytes = None;
+                self.built = None;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Notes the port that a peer sends from in place of the one that it was
+    /// given; tells whether that is news.
+    pub fn set_learned_port(&mut self, hop: NextHop, port: Option<u16>) -> bool {
+        match self.peer_mut(hop) {
+            Some(peer) if peer.learned_port != port => {
+                peer.learned_port = port;
+                peer.forget_proofs();
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Notes whether the way to a peer leads through the tunnel itself; tells
+    /// whether that is news. What was known of the path is that of another way
+    /// then.
+    pub fn set_suspended(&mut self, hop: NextHop, is_suspended: bool) -> bool {
+        match self.peer_mut(hop) {
+            Some(peer) if peer.is_suspended != is_suspended => {
+                peer.is_suspended = is_suspended;
+                peer.forget_proofs();
+                peer.path_mtu_bytes = None;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Notes the MTU of the path to a peer, and whether a router on it takes less
+    /// than this host's interface; tells whether that is news.
+    pub fn set_path_mtu(&mut self, hop: NextHop, mtu_bytes: u32, is_narrow: bool) -> bool {
+        let Some(peer) = self.peer_mut(hop) else {
+            return false;
+        };
+        let old = (peer.path_mtu_bytes, peer.is_path_narrow);
+        (peer.path_mtu_bytes, peer.is_path_narrow) = (Some(mtu_bytes), is_narrow);
+        old != (Some(mtu_bytes), is_narrow)
+    }
+
+    /// The prefixes that the host's kernel should route into the tunnel.
+    pub fn kernel_routes(&self) -> BTreeSet<IpNet> {
+        self.prefixes.keys().copied().collect()
+    }
+
+    /// Addresses that are never a peer's inside the tunnel, whatever its prefixes:
+    /// this host's own, those that the peers have outside, and those of nobody.
+    ///
+    /// A packet from one of them would pass, outside the tunnel, for a datagram of
+    /// that peer. And one to a peer's has to go there outside: what comes into the
+    /// tunnel for it may be our own datagram, which must not be wrapped again.
+    fn outside(&self) -> impl Iterator<Item = IpAddr> {
+        let own = self.own.iter().copied();
+        let endpoints = self
+            .peers()
+            .filter_map(|(_, peer)| Some(peer.endpoint?.ip()));
+        let nobodys = [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
+        own.chain(endpoints).chain(nobodys)
+    }
+
+    /// Whether packets to or from `address` are never carried.
+    pub fn is_outside(&self, address: IpAddr) -> bool {
+        self.outside().any(|outside| outside == address)
+    }
+
+    /// The workers' table.
+    pub fn table(&mut self, addresses: TunnelAddresses, is_hop: bool) -> Table {
+        let prefixes = match &self.built {
+            Some(built) => Arc::clone(built),
+            None => {
+                let anywhere = self.default.into_iter().flat_map(|hop| {
+                    [
+                        (IpNet::V4(Ipv4Net::default()), hop),
+                        (IpNet::V6(Ipv6Net::default()), hop),
+                    ]
+                });
+                let given = self
+                    .prefixes
+                    .iter()
+                    .map(|(&prefix, behind)| (prefix, behind.peer));
+                let outside = self.outside().map(|outside| (IpNet::from(outside), NOBODY));
+                // The last of several that are the same wins: 0.0.0.0/0 that was
+                // given, and this host.
+                let built = Arc::new(Prefixes::new(anywhere.chain(given).chain(outside)));
+                self.built = Some(Arc::clone(&built));
+                built
+            }
+        };
+        let peers = self.peers.iter().map(|peer| match peer {
+            Some(peer) => table::Peer {
+                endpoint: peer.endpoint_in_use(),
+                mtu_bytes: inner_mtu_bytes(peer),
+                // IPv6 routers do not (RFC 8200, section 5).
+                is_fragmented: !peer.is_path_narrow || peer.endpoint.is_some_and(|to| to.is_ipv4()),
+                traffic: Arc::clone(&peer.traffic),
+            },
+            // A place that is free: no prefix leads there.
+            None => table::Peer {
+                endpoint: None,
+                mtu_bytes: 0,
+                is_fragmented: true,
+                traffic: Arc::new([]),
+            },
+        });
+        Table::new(peers.collect(), prefixes, addresses, is_hop)
+    }
+}
+
+fn traffic(workers: usize) -> Arc<[PeerCounters]> {
+    (0..workers).map(|_| PeerCounters::default()).collect()
+}
+
+fn two_without_prefixes(one: &Endpoint, other: &Endpoint) -> Error {
+    Error::new(format!("both peer {one} and peer {other} have no prefixes"))
+        .hint("give one of them the prefixes behind it, as in HOST=10.1.0.0/16")
+}
+
+impl Overlay {
+    /// The longest packet that reaches every peer in one piece, and the peer that
+    /// says so; `None` while no path is known.
+    pub fn smallest_path(&self) -> Option<(usize, SocketAddr)> {
+        let known = self
+            .peers()
+            .filter(|(_, peer)| peer.path_mtu_bytes.is_some());
+        known
+            .filter_map(|(_, peer)| Some((inner_mtu_bytes(peer), peer.endpoint?)))
+            .min()
+    }
+}
+
+/// Longest inner packet that reaches a peer in one piece.
+fn inner_mtu_bytes(peer: &Peer) -> usize {
+    match (peer.endpoint, peer.path_mtu_bytes) {
+        (Some(endpoint), Some(path_mtu_bytes)) => {
+            let overhead_bytes = wire::overhead_bytes(endpoint.ip());
+            path_mtu_bytes.saturating_sub(overhead_bytes) as usize
+        }
+        // Nothing is known yet: nothing is refused.
+        _ => TRAIN_BYTES_MAX,
+    }
+}
+
+/// The addresses that errors are reported from: the first of each family.
+/// `accept_local`: the device takes IPv4 packets from there.
+pub fn tunnel_addresses(addresses: &[IpNet], accept_local: bool) -> TunnelAddresses {
+    let mut found = TunnelAddresses {
+        accept_local,
+        ..TunnelAddresses::default()
+    };
+    for address in addresses {
+        match *address {
+            IpNet::V4(v4) => found.v4 = found.v4.or(Some(v4)),
+            IpNet::V6(v6) => found.v6 = found.v6.or(Some(v6)),
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+#[path = "overlay_tests.rs"]
+mod tests;

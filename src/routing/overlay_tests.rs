@@ -1,0 +1,518 @@
+use super::*;
+use crate::config::parse::parse_peer;
+
+fn spec(text: &str) -> PeerSpec {
+    parse_peer(text).unwrap()
+}
+
+fn specs(texts: &[&str]) -> Vec<PeerSpec> {
+    texts.iter().map(|text| spec(text)).collect()
+}
+
+fn name(text: &str) -> Endpoint {
+    spec(text).endpoint
+}
+
+fn net(text: &str) -> IpNet {
+    text.parse().unwrap()
+}
+
+fn overlay(texts: &[&str]) -> Overlay {
+    let mut overlay = Overlay::new(2);
+    for text in texts {
+        overlay.add_peer(&spec(text), Origin::Config).unwrap();
+    }
+    resolve(&mut overlay);
+    overlay
+}
+
+/// Every peer at the address that it is named by.
+fn resolve(overlay: &mut Overlay) {
+    let all: Vec<_> = overlay
+        .peers()
+        .filter_map(|(hop, peer)| Some((hop, peer.name.literal()?)))
+        .collect();
+    for (hop, endpoint) in all {
+        overlay.set_endpoint(hop, Some(endpoint));
+    }
+}
+
+/// What all views of an overlay must agree on.
+fn check(overlay: &mut Overlay) {
+    let table = overlay.table(TunnelAddresses::default(), false);
+    let mut counts = BTreeMap::new();
+    for (prefix, peer, _) in overlay.prefixes() {
+        *counts.entry(peer.name.key()).or_insert(0) += 1;
+        let (found, by) = overlay.route_to(prefix.network()).unwrap();
+        let longest = overlay
+            .prefixes()
+            .map(|(other, ..)| other)
+            .filter(|other| other.contains(&prefix.network()))
+            .max_by_key(IpNet::prefix_len);
+        assert_eq!(found, longest);
+        let (hop, in_table) = table.peer(prefix.network()).unwrap();
+        assert_eq!(in_table.endpoint, by.endpoint);
+        assert!(Arc::ptr_eq(&in_table.traffic, &by.traffic));
+        assert_eq!(overlay.find(&by.name).unwrap().0, hop);
+    }
+    for peer in overlay.peers_by_name() {
+        let count = counts.get(&peer.name.key()).copied().unwrap_or(0);
+        assert_eq!(peer.prefix_count, count, "{}", peer.name);
+    }
+    assert_eq!(overlay.peers().count(), overlay.peer_count());
+    assert_eq!(overlay.prefixes().count(), overlay.prefix_count());
+    assert_eq!(overlay.kernel_routes().len(), overlay.prefix_count());
+    let defaults = overlay.peers().filter(|(_, peer)| peer.is_default);
+    let defaults: Vec<_> = defaults.map(|(hop, _)| hop).collect();
+    assert_eq!(defaults, Vec::from_iter(overlay.default));
+    let hops: BTreeSet<_> = overlay.peers().map(|(hop, _)| hop).collect();
+    for hop in 0..overlay.peers.len() as NextHop {
+        let is_there = hops.contains(&hop);
+        assert_eq!(overlay.has(hop), is_there);
+        assert_eq!(overlay.free.contains(&hop), !is_there);
+    }
+    assert!(!overlay.has(overlay.peers.len() as NextHop));
+}
+
+fn who(overlay: &Overlay, address: &str) -> Option<String> {
+    let (_, peer) = overlay.route_to(address.parse().unwrap())?;
+    Some(peer.name.to_string())
+}
+
+#[test]
+fn the_longest_prefix_wins_and_the_rest_goes_to_the_peer_without() {
+    let mut overlay = overlay(&[
+        "10.0.0.1=10.1.0.0/16,fd00:1::/32",
+        "10.0.0.2:99=10.1.7.0/24",
+        "[fd00::3]",
+    ]);
+    check(&mut overlay);
+    let to = |address| who(&overlay, address).unwrap();
+    assert_eq!(to("10.1.1.1"), "10.0.0.1:8285");
+    assert_eq!(to("10.1.7.1"), "10.0.0.2:99");
+    assert_eq!(to("fd00:1::1"), "10.0.0.1:8285");
+    assert_eq!(to("192.0.2.1"), "[fd00::3]:8285");
+    let table = overlay.table(TunnelAddresses::default(), false);
+    let (_, rest) = table.peer("192.0.2.1".parse().unwrap()).unwrap();
+    assert_eq!(rest.endpoint, "[fd00::3]:8285".parse().ok());
+}
+
+#[test]
+fn contradictions_name_both_sides() {
+    let mut one = overlay(&["10.0.0.1=10.1.0.0/16", "10.0.0.2"]);
+    let text = |result: Result<()>| result.unwrap_err().to_string();
+    let clash = text(one.add_peer(&spec("10.0.0.3=10.1.0.0/16"), Origin::Runtime));
+    for part in ["10.1.0.0/16", "10.0.0.1:8285", "10.0.0.3:8285"] {
+        assert!(clash.contains(part), "{clash}");
+    }
+    let mut two = overlay(&["10.0.0.1=10.1.0.0/16", "10.0.0.2"]);
+    let clash = text(two.add_peer(&spec("10.0.0.3"), Origin::Runtime));
+    assert!(
+        clash.contains("10.0.0.2:8285") && clash.contains("10.0.0.3:8285"),
+        "{clash}"
+    );
+    let again = text(two.add_peer(&spec("10.0.0.1:8285=10.7.0.0/16"), Origin::Runtime));
+    assert!(again.contains("already"), "{again}");
+    let nobody = text(two.remove_peer(&name("10.9.9.9")).map(drop));
+    assert!(nobody.contains("10.9.9.9:8285"), "{nobody}");
+    let nothing = text(two.remove_prefixes(&[net("10.9.0.0/16")]).map(drop));
+    assert!(nothing.contains("10.9.0.0/16"), "{nothing}");
+}
+
+#[test]
+fn prefixes_move_only_when_asked_to() {
+    let mut overlay = overlay(&["10.0.0.1=10.1.0.0/16,10.2.0.0/16", "10.0.0.2=10.3.0.0/16"]);
+    let (to, prefixes) = (name("10.0.0.2"), [net("10.1.0.0/16"), net("10.4.0.0/16")]);
+    let kept = overlay.clone();
+    assert!(
+        overlay
+            .add_prefixes(&to, &prefixes, Origin::Runtime, false)
+            .is_err()
+    );
+    overlay = kept;
+    let added = overlay.add_prefixes(&to, &prefixes, Origin::Runtime, true);
+    assert_eq!(added.unwrap(), 2);
+    check(&mut overlay);
+    assert_eq!(who(&overlay, "10.1.0.1").unwrap(), "10.0.0.2:8285");
+    // What is there already is no change.
+    let again = overlay.add_prefixes(&to, &prefixes, Origin::Runtime, true);
+    assert_eq!(again.unwrap(), 0);
+    assert_eq!(overlay.remove_prefixes(&prefixes).unwrap(), 2);
+    check(&mut overlay);
+    assert_eq!(who(&overlay, "10.1.0.1"), None);
+    assert_eq!(overlay.remove_peer(&to).unwrap(), 1);
+    check(&mut overlay);
+    assert_eq!(who(&overlay, "10.3.0.1"), None);
+}
+
+#[test]
+fn a_reload_applies_the_difference_and_leaves_the_operators_additions() {
+    let mut overlay = overlay(&[
+        "10.0.0.1=10.1.0.0/16,10.2.0.0/16",
+        "10.0.0.2=10.3.0.0/16",
+        "a",
+    ]);
+    let runtime = spec("10.0.0.9=10.9.0.0/16");
+    overlay.add_peer(&runtime, Origin::Runtime).unwrap();
+    overlay
+        .add_prefixes(
+            &name("10.0.0.1"),
+            &[net("10.8.0.0/16")],
+            Origin::Runtime,
+            false,
+        )
+        .unwrap();
+    let traffic = Arc::clone(&overlay.find(&name("10.0.0.1")).unwrap().1.traffic);
+
+    // The first loses one prefix to a new one, the second goes, the third is
+    // no longer the one without.
+    let new = specs(&[
+        "10.0.0.1=10.1.0.0/16",
+        "10.0.0.4=10.2.0.0/16",
+        "A.=10.5.0.0/16",
+    ]);
+    let changes = overlay.configure(&new).unwrap();
+    let expected = Changes {
+        peers_added: 1,
+        peers_removed: 1,
+        prefixes_added: 2,
+        prefixes_removed: 1,
+    };
+    assert_eq!(changes, expected);
+    resolve(&mut overlay);
+    check(&mut overlay);
+    let to = |address| who(&overlay, address);
+    assert_eq!(to("10.1.0.1").unwrap(), "10.0.0.1:8285");
+    assert_eq!(to("10.2.0.1").unwrap(), "10.0.0.4:8285");
+    assert_eq!(to("10.3.0.1"), None);
+    assert_eq!(to("10.5.0.1").unwrap(), "a:8285");
+    assert_eq!(to("10.8.0.1").unwrap(), "10.0.0.1:8285");
+    assert_eq!(to("10.9.0.1").unwrap(), "10.0.0.9:8285");
+    let (_, kept) = overlay.find(&name("10.0.0.1")).unwrap();
+    assert!(Arc::ptr_eq(&kept.traffic, &traffic), "counters go on");
+    // The same again is no difference.
+    assert_eq!(overlay.configure(&new).unwrap(), Changes::default());
+}
+
+/// Also to what takes it away again.
+#[test]
+fn what_the_file_has_is_the_files_whoever_added_it() {
+    let mut overlay = overlay(&["10.0.0.1=10.1.0.0/16"]);
+    let runtime = [net("10.5.0.0/16"), net("10.6.0.0/16")];
+    let first = name("10.0.0.1");
+    overlay
+        .add_prefixes(&first, &runtime, Origin::Runtime, false)
+        .unwrap();
+    overlay
+        .add_peer(&spec("10.0.0.2=10.7.0.0/16"), Origin::Runtime)
+        .unwrap();
+    let all = specs(&["10.0.0.1=10.1.0.0/16,10.5.0.0/16", "10.0.0.2=10.7.0.0/16"]);
+    assert_eq!(overlay.configure(&all).unwrap(), Changes::default());
+    let origins: Vec<_> = overlay.prefixes().map(|(_, _, origin)| origin).collect();
+    let (config, runtime) = (Origin::Config, Origin::Runtime);
+    assert_eq!(origins, [config, config, runtime, config]);
+    let changes = overlay.configure(&specs(&["10.0.0.1=10.1.0.0/16"]));
+    let expected = Changes {
+        peers_removed: 1,
+        prefixes_removed: 2,
+        ..Changes::default()
+    };
+    assert_eq!(changes.unwrap(), expected);
+    assert!(overlay.route_to("10.5.0.1".parse().unwrap()).is_none());
+    let kept = overlay.route_to("10.6.0.1".parse().unwrap()).unwrap();
+    assert_eq!(kept.0, Some(net("10.6.0.0/16")));
+}
+
+#[test]
+fn a_reload_that_clashes_with_the_operators_additions_is_refused() {
+    let mut overlay = overlay(&["10.0.0.1=10.1.0.0/16"]);
+    let runtime = spec("10.0.0.9=10.9.0.0/16");
+    overlay.add_peer(&runtime, Origin::Runtime).unwrap();
+    let clash = overlay.configure(&specs(&["10.0.0.1=10.9.0.0/16"]));
+    let text = clash.unwrap_err().to_string();
+    assert!(
+        text.contains("10.9.0.0/16") && text.contains("10.0.0.9"),
+        "{text}"
+    );
+}
+
+/// In whatever order the file names them.
+#[test]
+fn a_reload_may_give_an_operators_default_peer_prefixes() {
+    for peers in [
+        ["10.0.0.1", "10.0.0.9=10.9.0.0/16"],
+        ["10.0.0.9=10.9.0.0/16", "10.0.0.1"],
+    ] {
+        let mut overlay = overlay(&["10.0.0.1=10.1.0.0/16"]);
+        overlay
+            .add_peer(&spec("10.0.0.9"), Origin::Runtime)
+            .unwrap();
+        overlay.configure(&specs(&peers)).unwrap();
+        resolve(&mut overlay);
+        check(&mut overlay);
+        assert_eq!(who(&overlay, "192.0.2.1").unwrap(), "10.0.0.1:8285");
+        assert_eq!(who(&overlay, "10.9.0.1").unwrap(), "10.0.0.9:8285");
+    }
+    // An operator's that the file says nothing about stays what it is.
+    let mut overlay = overlay(&["10.0.0.1=10.1.0.0/16"]);
+    overlay
+        .add_peer(&spec("10.0.0.9"), Origin::Runtime)
+        .unwrap();
+    let new = specs(&["10.0.0.2=10.2.0.0/16", "10.0.0.1"]);
+    let text = overlay.configure(&new).unwrap_err().to_string();
+    assert!(
+        text.contains("10.0.0.9:8285") && text.contains("10.0.0.1:8285"),
+        "{text}"
+    );
+    // As a whole or not at all.
+    check(&mut overlay);
+    assert_eq!(who(&overlay, "10.1.0.1").unwrap(), "10.0.0.1:8285");
+    assert_eq!(who(&overlay, "10.2.0.1").unwrap(), "10.0.0.9:8285");
+    assert_eq!(overlay.peer_count(), 2);
+}
+
+#[test]
+fn places_are_used_again_and_counters_are_not() {
+    let mut overlay = overlay(&["10.0.0.1=10.1.0.0/16", "10.0.0.2=10.2.0.0/16"]);
+    let (hop, peer) = overlay.find(&name("10.0.0.1")).unwrap();
+    peer.traffic[0].packets_sent.add(7);
+    overlay.remove_peer(&name("10.0.0.1")).unwrap();
+    overlay
+        .add_peer(&spec("10.0.0.3=10.1.0.0/16"), Origin::Runtime)
+        .unwrap();
+    let (again, peer) = overlay.find(&name("10.0.0.3")).unwrap();
+    assert_eq!(again, hop);
+    assert_eq!(peer.traffic[0].packets_sent.get(), 0);
+    resolve(&mut overlay);
+    check(&mut overlay);
+}
+
+/// However many there are: who is there is looked up, not searched for.
+#[test]
+fn as_many_peers_as_there_may_be_come_and_go() {
+    let peers = |count: usize| -> Vec<PeerSpec> {
+        let spec = |number: u32| PeerSpec {
+            endpoint: Endpoint {
+                host: format!("p{number}.example"),
+                port: 1,
+            },
+            prefixes: vec![IpAddr::from((number + 1).to_be_bytes()).into()],
+        };
+        (1..=count as u32).map(spec).collect()
+    };
+    let mut overlay = Overlay::new(0);
+    let added = overlay.configure(&peers(PEERS_MAX)).unwrap();
+    assert_eq!(added.peers_added, PEERS_MAX);
+    assert!(overlay.has(PEERS_MAX as NextHop - 1) && !overlay.has(PEERS_MAX as NextHop));
+    let one_more = overlay.add_peer(&spec("a=10.0.0.0/8"), Origin::Runtime);
+    assert!(one_more.is_err());
+    let gone = overlay.configure(&peers(1)).unwrap();
+    assert_eq!(gone.peers_removed, PEERS_MAX - 1);
+    assert_eq!(gone.prefixes_removed, PEERS_MAX - 1);
+    check(&mut overlay);
+}
+
+#[test]
+fn a_path_limits_what_is_carried_in_one_piece() {
+    let mut overlay = overlay(&["10.0.0.1=10.1.0.0/16", "[fd00::2]=10.2.0.0/16"]);
+    let mtu = |overlay: &mut Overlay, address: &str| {
+        let table = overlay.table(TunnelAddresses::default(), false);
+        table.peer(address.parse().unwrap()).unwrap().1.mtu_bytes
+    };
+    assert_eq!(mtu(&mut overlay, "10.1.0.1"), TRAIN_BYTES_MAX);
+    for (text, overhead) in [("10.0.0.1", 28), ("[fd00::2]", 48)] {
+        let (hop, _) = overlay.find(&name(text)).unwrap();
+        assert!(overlay.set_path_mtu(hop, 1400, false));
+        assert!(!overlay.set_path_mtu(hop, 1400, false));
+        let address = if overhead == 28 {
+            "10.1.0.1"
+        } else {
+            "10.2.0.1"
+        };
+        assert_eq!(mtu(&mut overlay, address), 1400 - overhead);
+    }
+    // Another address, another path.
+    let (hop, _) = overlay.find(&name("10.0.0.1")).unwrap();
+    assert!(overlay.set_endpoint(hop, "10.0.0.7:1".parse().ok()));
+    assert_eq!(mtu(&mut overlay, "10.1.0.1"), TRAIN_BYTES_MAX);
+}
+
+#[test]
+fn nothing_goes_to_who_is_suspended_until_it_ends_or_the_peer_has_moved() {
+    let mut overlay = overlay(&["10.0.0.1=10.1.0.0/16", "10.0.0.2=10.2.0.0/16"]);
+    let (hop, _) = overlay.find(&name("10.0.0.1")).unwrap();
+    let sent_to = |overlay: &mut Overlay, address: &str| {
+        let table = overlay.table(TunnelAddresses::default(), false);
+        table.peer(address.parse().unwrap()).unwrap().1.endpoint
+    };
+    let there = sent_to(&mut overlay, "10.1.0.1");
+    assert!(there.is_some() && overlay.in_use(hop).is_some());
+    overlay.set_path_mtu(hop, 1400, false);
+    assert!(overlay.set_suspended(hop, true));
+    assert!(!overlay.set_suspended(hop, true));
+    assert_eq!(sent_to(&mut overlay, "10.1.0.1"), None);
+    assert!(sent_to(&mut overlay, "10.2.0.1").is_some() && overlay.in_use(hop).is_none());
+    let (_, peer) = overlay.find(&name("10.0.0.1")).unwrap();
+    assert_eq!((peer.endpoint, peer.path_mtu_bytes), (there, None));
+    assert!(overlay.set_suspended(hop, false));
+    assert_eq!(sent_to(&mut overlay, "10.1.0.1"), there);
+    overlay.set_suspended(hop, true);
+    let elsewhere = "10.0.0.7:1".parse().ok();
+    overlay.set_endpoint(hop, elsewhere);
+    assert_eq!(sent_to(&mut overlay, "10.1.0.1"), elsewhere);
+}
+
+#[test]
+fn probes_come_from_nobody() {
+    let mut overlay = overlay(&["10.0.0.1=0.0.0.0/0,0.0.0.0/32", "10.0.0.2"]);
+    let table = overlay.table(TunnelAddresses::default(), false);
+    assert!(table.peer(Ipv4Addr::UNSPECIFIED.into()).is_none());
+    assert!(table.peer([0, 0, 0, 1].into()).is_some());
+}
+
+#[test]
+fn a_peer_elsewhere_has_no_learned_port_and_no_proof() {
+    let mut overlay = overlay(&["10.0.0.1:1"]);
+    let hop = overlay.find(&name("10.0.0.1:1")).unwrap().0;
+    let traffic = Arc::clone(&overlay.in_use(hop).unwrap().traffic);
+    let in_use = |overlay: &Overlay| overlay.in_use(hop).unwrap().endpoint_in_use().unwrap();
+    let is_proven = || traffic.iter().any(PeerCounters::is_own_port_proven);
+    traffic[1].set_own_port_proven(true);
+    assert!(overlay.set_learned_port(hop, Some(2)));
+    assert!(!overlay.set_learned_port(hop, Some(2)) && !is_proven());
+    assert_eq!(in_use(&overlay).to_string(), "10.0.0.1:2");
+    let table = overlay.table(TunnelAddresses::default(), false);
+    let (_, peer) = table.peer([10, 9, 9, 9].into()).unwrap();
+    assert_eq!(peer.endpoint, Some(in_use(&overlay)));
+    traffic[1].set_own_port_proven(true);
+    assert!(overlay.set_endpoint(hop, "10.0.0.9:1".parse().ok()) && !is_proven());
+    assert_eq!(in_use(&overlay).to_string(), "10.0.0.9:1");
+}
+
+#[test]
+fn nobody_is_behind_this_hosts_own_addresses() {
+    let mut overlay = overlay(&["10.0.0.1=10.1.0.0/16,10.1.0.7/32,fd00::/16", "10.0.0.2"]);
+    let is_behind = |overlay: &mut Overlay, address: &str| {
+        let table = overlay.table(TunnelAddresses::default(), false);
+        table.peer(address.parse().unwrap()).is_some()
+    };
+    let own = ["10.1.0.7", "10.1.0.8", "fd00::8", "192.0.2.1"];
+    for address in own {
+        assert!(is_behind(&mut overlay, address), "{address}");
+    }
+    let addresses: BTreeSet<IpAddr> = own.iter().map(|own| own.parse().unwrap()).collect();
+    assert!(overlay.set_own_addresses(addresses.clone()));
+    assert!(!overlay.set_own_addresses(addresses));
+    for address in own {
+        assert!(!is_behind(&mut overlay, address), "{address}");
+    }
+    for address in ["10.1.0.9", "fd00::9", "192.0.2.2"] {
+        assert!(is_behind(&mut overlay, address), "{address}");
+    }
+    assert!(overlay.set_own_addresses(BTreeSet::new()));
+    assert!(is_behind(&mut overlay, "10.1.0.7"));
+}
+
+/// What has such a source inside could pass outside for the peer itself.
+#[test]
+fn nobody_is_behind_the_addresses_that_peers_have_outside() {
+    let mut overlay = overlay(&[
+        "10.0.0.1=10.0.0.0/8",
+        "[fd00::2]:1",
+        "peer.example=10.9.0.0/16",
+    ]);
+    let is_behind = |overlay: &mut Overlay, address: &str| {
+        let address = address.parse().unwrap();
+        let table = overlay.table(TunnelAddresses::default(), false);
+        let is_behind = table.peer(address).is_some();
+        assert_eq!(overlay.is_outside(address), !is_behind);
+        is_behind
+    };
+    for address in ["10.0.0.1", "fd00::2", "0.0.0.0", "::"] {
+        assert!(!is_behind(&mut overlay, address), "{address}");
+    }
+    for address in ["10.0.0.2", "fd00::1", "10.0.0.9", "10.0.0.3"] {
+        assert!(is_behind(&mut overlay, address), "{address}");
+    }
+    // Also once a name has an address, and another one; and who is suspended.
+    let (hop, _) = overlay.find(&name("peer.example")).unwrap();
+    overlay.set_endpoint(hop, "10.0.0.9:1".parse().ok());
+    assert!(!is_behind(&mut overlay, "10.0.0.9"));
+    overlay.set_suspended(hop, true);
+    assert!(!is_behind(&mut overlay, "10.0.0.9"));
+    overlay.set_endpoint(hop, "10.0.0.3:1".parse().ok());
+    assert!(is_behind(&mut overlay, "10.0.0.9") && !is_behind(&mut overlay, "10.0.0.3"));
+    // A prefix of that length makes no difference, and the address is free again
+    // with the peer.
+    let prefix = [net("10.0.0.3/32")];
+    overlay
+        .add_prefixes(&name("10.0.0.1"), &prefix, Origin::Runtime, false)
+        .unwrap();
+    assert!(!is_behind(&mut overlay, "10.0.0.3"));
+    overlay.remove_peer(&name("peer.example")).unwrap();
+    assert!(is_behind(&mut overlay, "10.0.0.3"));
+}
+
+#[test]
+fn errors_come_from_the_first_address_of_each_family() {
+    let addresses = ["fd00::1/64", "10.244.1.2/16", "10.9.9.9/32"].map(net);
+    let found = tunnel_addresses(&addresses, true);
+    assert_eq!(found.v4.map(IpNet::V4), Some(addresses[1]));
+    assert_eq!(found.v6.map(IpNet::V6), Some(addresses[0]));
+    assert!(found.accept_local);
+}
+
+proptest::proptest! {
+    /// Whatever is asked for in whatever order: all views agree.
+    #[test]
+    fn stays_consistent(steps in proptest::collection::vec((0..6u8, 0..4u8, 0..6u8), 0..60)) {
+        let mut overlay = Overlay::new(1);
+        for (step, peer, prefix) in steps {
+            let peer = format!("10.0.0.{}", peer + 1);
+            let prefix = net(&format!("10.{}.0.0/{}", prefix / 2, 15 + prefix % 3));
+            let prefix = prefix.trunc();
+            let mut next = overlay.clone();
+            let changed = match step {
+                0 => next.add_peer(&spec(&format!("{peer}={prefix}")), Origin::Config),
+                1 => next.add_peer(&spec(&peer), Origin::Runtime),
+                2 => next.remove_peer(&name(&peer)).map(drop),
+                3 => next
+                    .add_prefixes(&name(&peer), &[prefix], Origin::Runtime, prefix.prefix_len() == 16)
+                    .map(drop),
+                4 => next.remove_prefixes(&[prefix]).map(drop),
+                _ => next.configure(&specs(&[&format!("{peer}={prefix}")])).map(drop),
+            };
+            if changed.is_ok() {
+                overlay = next;
+                resolve(&mut overlay);
+                check(&mut overlay);
+            }
+        }
+    }
+}
+
+#[test]
+fn differences_are_named_and_many_are_counted() {
+    let old = overlay(&["10.0.0.1=10.1.0.0/16,10.2.0.0/16", "10.0.0.2"]);
+    let new = overlay(&["10.0.0.1=10.2.0.0/16", "10.0.0.3=10.1.0.0/16,10.3.0.0/16"]);
+    let prefixes = || {
+        ["10.1.0.0/16", "10.2.0.0/16", "10.3.0.0/16"]
+            .map(net)
+            .into_iter()
+    };
+    assert_eq!(old.differences(&old, prefixes()), "");
+    assert_eq!(
+        old.differences(&new, prefixes()),
+        "peer 10.0.0.3:8285 added, peer 10.0.0.2:8285 removed, 10.1.0.0/16 moved from \
+         10.0.0.1:8285 to 10.0.0.3:8285, 10.3.0.0/16 given to 10.0.0.3:8285, the rest taken \
+         from 10.0.0.2:8285"
+    );
+    let many: Vec<_> = (0..20)
+        .map(|third| net(&format!("10.9.{third}.0/24")))
+        .collect();
+    let mut more = old.clone();
+    more.add_prefixes(&name("10.0.0.1"), &many, Origin::Runtime, false)
+        .unwrap();
+    let words = old.differences(&more, many.into_iter());
+    assert!(words.ends_with(" and 12 more changes"), "{words}");
+}
