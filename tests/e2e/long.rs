@@ -16,6 +16,11 @@ const TRIALS: &[&str] = &[
     "a_firewall_of_the_kernel",
     "a_nat_of_the_kernel",
     "nested_datagrams_behind_nat",
+    // With curl, ip, nft, ping, python3 and socat.
+    "guide_two_hosts",
+    "guide_containers",
+    "guide_site_to_site",
+    "guide_plain_peer",
 ];
 
 /// Whether a trial is in the long tier.

@@ -20,6 +20,7 @@ mod errors;
 mod exact;
 mod fallbacks;
 mod full_socket;
+mod guides;
 mod handover;
 mod hosts;
 mod icmp_error;
@@ -137,6 +138,7 @@ fn main() -> ExitCode {
         trouble::tests_of_no_engine(),
         path_mtu::tests_of_no_engine(),
         ports::tests_of_no_engine(),
+        guides::tests(),
     ];
     // Shown as ignored, never left out in silence.
     let without_uring = fastvpn::io::uring::probe(URING_FEATURES)
