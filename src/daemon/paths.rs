@@ -12,6 +12,7 @@ use crate::dataplane::Command;
 use crate::error::Result;
 use crate::host::mtu_probe::MtuProbe;
 use crate::host::netlink::{Netlink, RouteMtu};
+use crate::io::random;
 use crate::packet::train::NextHop;
 use crate::routing::overlay::Overlay;
 
@@ -142,7 +143,7 @@ impl Paths {
         }
         known.probed = Some((now, sent_bytes));
         let endpoint = known.endpoint;
-        match MtuProbe::open(listen, endpoint) {
+        match random().and_then(|nonce| MtuProbe::open(listen, endpoint, nonce)) {
             Ok(socket) => {
                 let mut probe = Probe {
                     hop,

@@ -21,6 +21,7 @@ use crate::dataplane::inbound::ReceivedProbe;
 use crate::dataplane::table::Table;
 use crate::error::{Error, Result};
 use crate::host::link;
+use crate::host::path;
 use crate::host::netlink::Netlink;
 use crate::host::routes;
 use crate::io::tun;
@@ -145,7 +146,8 @@ impl Prepared {
 /// When the configuration cannot be had on this host.
 pub fn prepare(config: Config) -> Result<Prepared> {
     let mut netlink = Netlink::open()?;
-    let mut names = Names::start(config.listen.map(|listen| listen.ip))?;
+    let listen = config.listen.map(|listen| listen.ip);
+    let mut names = Names::start(move |name| path::resolve_all(&name.host, name.port, listen))?;
     let (known, suspended) = match config.takeover {
         true => ask_predecessor(&config),
         false => Default::default(),

@@ -10,13 +10,30 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd};
 
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, setsockopt, sockopt};
+use nix::{setsockopt_impl, sockopt_impl};
 
-use crate::io::udp::sockopt::{MtuDiscover, MtuDiscoverV6};
 use crate::packet::probe::{Kind, PROBE_BYTES_MIN, Probe};
 use crate::wire::overhead_bytes;
 
 /// Error messages read at a time: more than one packet gives, fewer than a flood.
 const MESSAGES_MAX: usize = 64;
+
+sockopt_impl!(
+    /// What a socket does about path MTUs over IPv4.
+    MtuDiscover,
+    SetOnly,
+    libc::IPPROTO_IP,
+    libc::IP_MTU_DISCOVER,
+    libc::c_int
+);
+sockopt_impl!(
+    /// What a socket does about path MTUs over IPv6.
+    MtuDiscoverV6,
+    SetOnly,
+    libc::IPPROTO_IPV6,
+    libc::IPV6_MTU_DISCOVER,
+    libc::c_int
+);
 
 /// A path whose MTU is asked for.
 pub struct MtuProbe {
@@ -29,10 +46,11 @@ pub struct MtuProbe {
 
 impl MtuProbe {
     /// From a port that nobody knows, toward `peer`, for sockets on `listen`.
+    /// `nonce`: a random number that nobody can guess.
     ///
     /// # Errors
-    /// When there is no descriptor or random number left, or no way to the peer.
-    pub fn open(listen: IpAddr, peer: SocketAddr) -> io::Result<Self> {
+    /// When there is no descriptor left, or no way to the peer.
+    pub fn open(listen: IpAddr, peer: SocketAddr, nonce: u64) -> io::Result<Self> {
         let any: IpAddr = match peer {
             SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
             SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
@@ -51,7 +69,7 @@ impl MtuProbe {
         Ok(Self {
             socket,
             peer,
-            nonce: crate::io::random()?,
+            nonce,
             beginning: Vec::new(),
         })
     }
@@ -152,7 +170,7 @@ mod tests {
             .add_route("10.9.0.0/16".parse().unwrap(), router, index)
             .unwrap();
         let any = Ipv4Addr::UNSPECIFIED.into();
-        let open = || MtuProbe::open(any, FAR.parse().unwrap());
+        let open = || MtuProbe::open(any, FAR.parse().unwrap(), 0x0123_4567_89ab_cdef);
         let mut probe = hosts.a.run(open).unwrap();
         probe.send(1500).unwrap();
         assert_eq!(probe.too_long_for(), None);

@@ -6,14 +6,14 @@
 //! after a move to another address, and when the operator says so.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use crate::config::Endpoint;
 use crate::error::{Error, Result};
-use crate::host::path;
 
 /// Names that can be asked for at the same time.
 const THREADS: usize = 8;
@@ -35,7 +35,7 @@ const SILENCE_MAX: Duration = Duration::from_secs(300);
 pub struct Answer {
     /// The peer's name.
     pub name: Endpoint,
-    /// Its addresses as of [`path::resolve_all`], or why there are none.
+    /// Its addresses, the best first, or why there are none.
     pub result: Result<Vec<SocketAddr>>,
 }
 
@@ -111,22 +111,26 @@ struct Watched {
 }
 
 impl Names {
-    /// Starts the threads. `listen`: as for [`path::resolve`].
+    /// Starts the threads, which call `resolve`: it may take its time.
     ///
     /// # Errors
     /// When there are no more threads.
-    pub fn start(listen: Option<IpAddr>) -> Result<Self> {
+    pub fn start(
+        resolve: impl Fn(&Endpoint) -> Result<Vec<SocketAddr>> + Send + Sync + 'static,
+    ) -> Result<Self> {
+        let resolve = Arc::new(resolve);
         let (jobs, waiting) = bounded::<Endpoint>(JOBS_MAX);
         let (answer, answers) = bounded(JOBS_MAX + THREADS);
         for _ in 0..THREADS {
             let (waiting, answer) = (waiting.clone(), answer.clone());
+            let resolve = Arc::clone(&resolve);
             std::thread::Builder::new()
                 .name("names".into())
                 .spawn(move || {
                     // Ends with the channel; one that waits for a name server
                     // then ends with the process.
                     for name in waiting {
-                        let result = path::resolve_all(&name.host, name.port, listen);
+                        let result = resolve(&name);
                         if answer.send(Answer { name, result }).is_err() {
                             return;
                         }
@@ -429,16 +433,18 @@ mod tests {
 
     #[test]
     fn threads_answer() {
-        let mut names = Names::start(None).unwrap();
+        let known = SocketAddr::from(([10, 0, 0, 1], 1));
+        let resolve = move |asked: &Endpoint| match *asked == name("known") {
+            true => Ok(vec![known]),
+            false => Err(Error::new("unknown")),
+        };
+        let mut names = Names::start(resolve).unwrap();
         let now = Instant::now();
-        names.watch(
-            [name("localhost"), name("no-such-host.invalid")].iter(),
-            now,
-        );
+        names.watch([name("known"), name("unknown")].iter(), now);
         names.tick(now);
         for _ in 0..2 {
             let answer = names.answers().recv().unwrap();
-            assert_eq!(answer.result.is_ok(), answer.name == name("localhost"));
+            assert_eq!(answer.result.is_ok(), answer.name == name("known"));
         }
     }
 }
