@@ -7,8 +7,8 @@ use clap::{Args, Subcommand};
 use ipnet::IpNet;
 
 use crate::config::default_control_path;
-use crate::config::parse::{parse_endpoint, parse_peer, parse_route, parse_tun_name};
-use crate::config::{Endpoint, PeerSpec, TUN_NAME_DEFAULT};
+use crate::config::parse::{parse_peer, parse_peer_name, parse_route, parse_tun_name};
+use crate::config::{PeerName, PeerSpec, TUN_NAME_DEFAULT};
 
 /// Commands for a running tunnel.
 #[derive(Clone, Debug, Subcommand)]
@@ -124,8 +124,8 @@ pub struct RouteAddArgs {
     pub prefixes: Vec<IpNet>,
 
     /// The peer, named as when it was added
-    #[arg(long, value_name = "HOST[:PORT]", value_parser = parse_endpoint)]
-    pub peer: Endpoint,
+    #[arg(long, value_name = "HOST[:PORT]", value_parser = parse_peer_name)]
+    pub peer: PeerName,
 
     /// Take the prefixes from the peers that have them now
     #[arg(long)]
@@ -184,8 +184,8 @@ pub struct PeerAddArgs {
 #[derive(Clone, Debug, Args)]
 pub struct PeerDelArgs {
     /// The peer, named as when it was added
-    #[arg(value_name = "HOST[:PORT]", value_parser = parse_endpoint)]
-    pub peer: Endpoint,
+    #[arg(value_name = "HOST[:PORT]", value_parser = parse_peer_name)]
+    pub peer: PeerName,
 
     /// Whom to tell.
     #[command(flatten)]

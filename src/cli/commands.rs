@@ -165,7 +165,7 @@ fn request(command: &ClientCommand) -> Request {
             prefixes: args.prefixes.clone(),
         },
         ClientCommand::Peer(PeerCommand::Add(args)) => Request::PeerAdd {
-            peer: args.peer.endpoint.to_string(),
+            peer: args.peer.name.to_string(),
             prefixes: args.peer.prefixes.clone(),
         },
         ClientCommand::Peer(PeerCommand::Del(args)) => Request::PeerDel {

@@ -16,10 +16,10 @@ use toml::Spanned;
 use super::peers;
 use crate::config::parse::{
     BUSY_POLL_US_MAX, ParseResult, parse_address, parse_busy_poll, parse_choice, parse_cores,
-    parse_endpoint, parse_listen, parse_route, parse_tun_name,
+    parse_listen, parse_peer_name, parse_route, parse_tun_name,
 };
 use crate::config::{
-    CoreList, Endpoint, Feature, Io, Listen, LogFormat, MTU_BYTES_MAX, MTU_BYTES_MIN, PeerSpec,
+    CoreList, Feature, Io, Listen, LogFormat, MTU_BYTES_MAX, MTU_BYTES_MIN, PeerName, PeerSpec,
     QUEUES_MAX, TXQUEUELEN_MAX, TunnelArgs,
 };
 use crate::dataplane::idle::BusyPoll;
@@ -196,7 +196,7 @@ struct File {
 #[derive(serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 struct PeerTable {
-    endpoint: Spanned<Text<Endpoint>>,
+    endpoint: Spanned<Text<PeerName>>,
     #[serde(default)]
     prefixes: Vec<Spanned<Text<Prefix>>>,
 }
@@ -210,7 +210,7 @@ impl From<File> for TunnelArgs {
             prefixes.collect()
         };
         let peer = |table: PeerTable| PeerSpec {
-            endpoint: table.endpoint.into_inner().0,
+            name: table.endpoint.into_inner().0,
             prefixes: prefixes(table.prefixes),
         };
         Self {
@@ -319,7 +319,7 @@ macro_rules! from_text {
 
 from_text! {
     Listen: "a string \"ADDR[:PORT]\"", parse_listen;
-    Endpoint: "a string \"HOST[:PORT]\"", parse_endpoint;
+    PeerName: "a string \"HOST[:PORT]\"", parse_peer_name;
     TunName: "a string with an interface name", |text| parse_tun_name(text).map(Self);
     Address: "a string \"ADDRESS/LENGTH\"", |text| parse_address(text).map(Self);
     Prefix: "a string \"ADDRESS/LENGTH\"", |text| parse_route(text).map(Self);

@@ -27,9 +27,9 @@ pub use file::parse_bytes;
 use file::{Parsed, Places, parse_file};
 pub(crate) use options::{MTU_BYTES_MAX, MTU_BYTES_MIN, QUEUES_MAX, TXQUEUELEN_MAX};
 pub use options::{TUN_NAME_DEFAULT, TunnelArgs};
-pub(crate) use parse::{parse_cores, parse_endpoint};
+pub(crate) use parse::{parse_cores, parse_peer_name};
 pub use peers::{PEERS_MAX, check_peers};
-pub use types::{CoreList, DEFAULT_PORT, Endpoint, Feature, Io, Listen, LogFormat, PeerSpec};
+pub use types::{CoreList, DEFAULT_PORT, Feature, Io, Listen, LogFormat, PeerName, PeerSpec};
 pub(crate) use underlay::default_mtu_bytes;
 pub use underlay::{Settled, check_ipv6_mtu};
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::ValueEnum;
 use ipnet::IpNet;
 
-use super::{CoreList, Endpoint, Listen, PeerSpec};
+use super::{CoreList, Listen, PeerName, PeerSpec};
 use crate::config::DEFAULT_PORT;
 use crate::dataplane::idle::BusyPoll;
 
@@ -45,7 +45,7 @@ fn split_port(text: &str) -> ParseResult<(&str, u16)> {
     }
 }
 
-pub(crate) fn parse_endpoint(text: &str) -> ParseResult<Endpoint> {
+pub(crate) fn parse_peer_name(text: &str) -> ParseResult<PeerName> {
     // First of all, so that nothing of any length is said again.
     if text.len() > HOST_BYTES_MAX + "[]:65535".len() {
         return Err(format!("a host has at most {HOST_BYTES_MAX} bytes"));
@@ -59,7 +59,7 @@ pub(crate) fn parse_endpoint(text: &str) -> ParseResult<Endpoint> {
     if (host.contains(':') || host.contains('%')) && !is_ipv6(host) {
         return Err(format!("{host:?} is no IPv6 address"));
     }
-    Ok(Endpoint {
+    Ok(PeerName {
         host: host.to_string(),
         port,
     })
@@ -93,19 +93,19 @@ pub(crate) fn parse_listen(text: &str) -> ParseResult<Listen> {
 
 /// `HOST[:PORT][=PREFIX[,PREFIX…]]`.
 pub(crate) fn parse_peer(text: &str) -> ParseResult<PeerSpec> {
-    let (endpoint, prefixes) = match text.split_once('=') {
+    let (name, prefixes) = match text.split_once('=') {
         None => (text, Vec::new()),
-        Some((endpoint, "")) => {
-            return Err(format!("expected prefixes after {endpoint}="));
+        Some((name, "")) => {
+            return Err(format!("expected prefixes after {name}="));
         }
-        Some((endpoint, list)) => {
+        Some((name, list)) => {
             let prefix = |text| parse_route(text).map_err(|error| format!("{text:?}: {error}"));
             let prefixes: ParseResult<_> = list.split(',').map(prefix).collect();
-            (endpoint, prefixes?)
+            (name, prefixes?)
         }
     };
     Ok(PeerSpec {
-        endpoint: parse_endpoint(endpoint)?,
+        name: parse_peer_name(name)?,
         prefixes,
     })
 }
@@ -208,7 +208,7 @@ mod tests {
     fn reads_peers_and_gives_their_text_back() {
         let peer = parse_peer("vpn.example.org:99=10.1.0.0/16,fd00:1::/64").unwrap();
         assert_eq!(
-            (&peer.endpoint.host[..], peer.endpoint.port),
+            (&peer.name.host[..], peer.name.port),
             ("vpn.example.org", 99)
         );
         assert_eq!(peer.prefixes.len(), 2);
@@ -248,7 +248,7 @@ mod tests {
         // What is too long is not said again.
         let long = "9".repeat(1 << 20);
         for long in [long.clone(), format!("a:{long}"), format!("[a]{long}")] {
-            assert!(parse_endpoint(&long).unwrap_err().len() < 100);
+            assert!(parse_peer_name(&long).unwrap_err().len() < 100);
         }
     }
 
@@ -263,7 +263,7 @@ mod tests {
 
     #[test]
     fn reads_endpoints() {
-        let parse = |text: &str| parse_endpoint(text).map(|e| (e.host, e.port));
+        let parse = |text: &str| parse_peer_name(text).map(|e| (e.host, e.port));
         let ok = |host: &str, port| Ok((host.to_string(), port));
         assert_eq!(parse("10.211.55.123:8285"), ok("10.211.55.123", 8285));
         assert_eq!(parse("10.211.55.123"), ok("10.211.55.123", 8285));

@@ -46,7 +46,7 @@ pub(super) fn find_fault(peers: &[PeerSpec]) -> Option<Fault> {
     let mut prefixes = HashMap::new();
     let mut without_prefixes: Option<&PeerSpec> = None;
     for (index, peer) in peers.iter().enumerate() {
-        let endpoint = &peer.endpoint;
+        let endpoint = &peer.name;
         let ip = endpoint.literal().map(|address| address.ip());
         if ip.is_some_and(|ip| ip.is_unspecified() || ip.is_multicast()) {
             let what = format!("--peer {endpoint} is no address of a host");
@@ -61,7 +61,7 @@ pub(super) fn find_fault(peers: &[PeerSpec]) -> Option<Fault> {
         {
             let what = format!(
                 "--peer {} and --peer {endpoint} are both without prefixes",
-                first.endpoint
+                first.name
             );
             let hint = format!("say which goes where, as in --peer {endpoint}=PREFIX");
             return fault(index, None, what, &hint);

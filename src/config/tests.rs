@@ -14,7 +14,7 @@ fn config(flags: &str) -> Result<Config> {
 fn settled(flags: &str) -> Result<Settled> {
     let config = config(flags)?;
     let peers = config.peers.iter();
-    let resolved: Vec<SocketAddr> = peers.filter_map(|peer| peer.endpoint.literal()).collect();
+    let resolved: Vec<SocketAddr> = peers.filter_map(|peer| peer.name.literal()).collect();
     config.settle(&resolved)
 }
 
@@ -23,7 +23,7 @@ fn fills_in_what_was_left_open() {
     let flags = "--queues 3 --peer 127.0.1.9 --address 10.9.0.1/24";
     let config = config(flags).unwrap();
     assert_eq!(config.queues, 3);
-    assert_eq!(config.peers[0].endpoint.to_string(), "127.0.1.9:8285");
+    assert_eq!(config.peers[0].name.to_string(), "127.0.1.9:8285");
     assert!(config.wanted.tun.udp && config.wanted.udp.gro);
     assert_eq!((config.io, config.txqueuelen), (Io::Auto, 1000));
     assert_eq!(config.control, default_control_path("fastvpn0"));

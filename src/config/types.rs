@@ -49,16 +49,16 @@ pub enum Feature {
     RecvMultishot,
 }
 
-/// A host to resolve and a port.
+/// What a peer is called: the host to resolve and the port, as they were given.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Endpoint {
+pub struct PeerName {
     /// Address or DNS name.
     pub host: String,
     /// UDP port.
     pub port: u16,
 }
 
-impl Endpoint {
+impl PeerName {
     /// The address, if the host is one; `None` for a DNS name, and for an IPv6
     /// address with a zone, as in `fe80::1%eth0`, which the resolver reads.
     pub fn literal(&self) -> Option<SocketAddr> {
@@ -92,7 +92,7 @@ impl Endpoint {
     }
 }
 
-impl fmt::Display for Endpoint {
+impl fmt::Display for PeerName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.host.contains(':') {
             write!(f, "[{}]:{}", self.host, self.port)
@@ -106,14 +106,14 @@ impl fmt::Display for Endpoint {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PeerSpec {
     /// Where its datagrams go.
-    pub endpoint: Endpoint,
+    pub name: PeerName,
     /// Inner addresses that it has; none for whatever no peer's prefixes match.
     pub prefixes: Vec<IpNet>,
 }
 
 impl fmt::Display for PeerSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.endpoint.fmt(f)?;
+        self.name.fmt(f)?;
         for (index, prefix) in self.prefixes.iter().enumerate() {
             let separator = if index == 0 { '=' } else { ',' };
             write!(f, "{separator}{prefix}")?;
@@ -138,11 +138,11 @@ pub struct CoreList(pub Vec<usize>);
 
 #[cfg(test)]
 mod tests {
-    use super::super::parse::parse_endpoint;
+    use super::super::parse::parse_peer_name;
 
     #[test]
     fn tells_names_from_addresses() {
-        let endpoint = |text: &str| parse_endpoint(text).unwrap();
+        let endpoint = |text: &str| parse_peer_name(text).unwrap();
         assert!(endpoint("vpn.example.org").is_name());
         for literal in ["10.0.0.1", "fd00::1", "fe80::1%eth0"] {
             assert!(!endpoint(literal).is_name(), "{literal}");

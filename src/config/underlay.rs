@@ -7,7 +7,7 @@ use ipnet::IpNet;
 
 use super::Config;
 use super::DEFAULT_PORT;
-use crate::config::{Endpoint, Listen};
+use crate::config::{Listen, PeerName};
 use crate::error::{Error, Result};
 use crate::host::link::{self, IPV4_MTU_BYTES_MIN, IPV6_MTU_BYTES_MIN};
 use crate::host::netlink::Netlink;
@@ -151,8 +151,8 @@ impl Config {
         if resolved.iter().any(SocketAddr::is_ipv6) {
             return true;
         }
-        let is_ipv4 = |endpoint: &Endpoint| endpoint.literal().is_some_and(|peer| peer.is_ipv4());
-        let ipv4_for_good = self.peers.iter().all(|peer| is_ipv4(&peer.endpoint));
+        let is_ipv4 = |name: &PeerName| name.literal().is_some_and(|peer| peer.is_ipv4());
+        let ipv4_for_good = self.peers.iter().all(|peer| is_ipv4(&peer.name));
         // A host without IPv6 still has its IPv4 peers.
         (self.peers.is_empty() || !ipv4_for_good)
             && UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)).is_ok()
@@ -197,11 +197,11 @@ impl Config {
         match &self.peers[..] {
             [] => Error::new("there is no --peer to derive a tunnel address from")
                 .hint("name the other host with --peer, or give this host's --address"),
-            [peer] => Error::new(format!("cannot resolve peer {}", peer.endpoint.host))
+            [peer] => Error::new(format!("cannot resolve peer {}", peer.name.host))
                 .hint("check the name; given an --address, the tunnel starts and tries again"),
             [first, ..] => Error::new(format!(
                 "cannot resolve peer {}, nor any of the other {}",
-                first.endpoint.host,
+                first.name.host,
                 self.peers.len() - 1
             ))
             .hint("check the names; given an --address, the tunnel starts and tries again"),

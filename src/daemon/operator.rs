@@ -9,8 +9,8 @@ use super::reload::reload;
 use super::running::{End, Running};
 use super::{announce, handover, reach};
 use crate::config::check_ipv6_mtu;
-use crate::config::parse::{checked_route, parse_endpoint};
-use crate::config::{Endpoint, PeerSpec};
+use crate::config::parse::{checked_route, parse_peer_name};
+use crate::config::{PeerName, PeerSpec};
 use crate::control::protocol::{
     Answer, Changed, Found, PeerStatus, Peers, Request, RouteEntry, Routes, Status,
 };
@@ -125,10 +125,10 @@ fn done(running: &mut Running, request: Request, asker: Asker) -> Result<Answer>
         }
         Request::PeerAdd { peer, prefixes } => {
             let spec = PeerSpec {
-                endpoint: parse_name(&peer)?,
+                name: parse_name(&peer)?,
                 prefixes,
             };
-            if let Some(endpoint) = spec.endpoint.literal() {
+            if let Some(endpoint) = spec.name.literal() {
                 running.check_endpoint(endpoint)?;
             }
             check_new_prefixes(running, &spec.prefixes)?;
@@ -165,8 +165,8 @@ fn done(running: &mut Running, request: Request, asker: Asker) -> Result<Answer>
 ///
 /// # Errors
 /// When it is none.
-pub fn parse_name(text: &str) -> Result<Endpoint> {
-    parse_endpoint(text).map_err(|error| {
+pub fn parse_name(text: &str) -> Result<PeerName> {
+    parse_peer_name(text).map_err(|error| {
         // Escapes are longer than what they stand for.
         let quoted = format!("{:?}", shortened(text));
         Error::new(format!("{} is no peer: {error}", shortened(&quoted)))

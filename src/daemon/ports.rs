@@ -22,7 +22,7 @@ use self::proof::Proof;
 use self::seen::Seen;
 use super::handover::Kept;
 use super::running::Running;
-use crate::config::Endpoint;
+use crate::config::PeerName;
 use crate::counters::PeerCounters;
 use crate::dataplane::inbound::ReceivedProbe;
 use crate::io::engine::Port;
@@ -183,7 +183,7 @@ impl Ports {
     }
 
     /// Asks a peer from the ports for which it is time; returns how many that are.
-    fn ask(&mut self, hop: NextHop, name: &Endpoint, descriptors: &[Kept], now: Instant) -> usize {
+    fn ask(&mut self, hop: NextHop, name: &PeerName, descriptors: &[Kept], now: Instant) -> usize {
         let Some(known) = self.peers.get_mut(&hop) else {
             return 0;
         };

@@ -151,7 +151,7 @@ fn check_host(
         &present,
         overlay.peers().map(|(_, peer)| peer),
     )?;
-    for endpoint in new.peers.iter().filter_map(|spec| spec.endpoint.literal()) {
+    for endpoint in new.peers.iter().filter_map(|spec| spec.name.literal()) {
         reach::check_configured(in_force.listen, overlay, endpoint)?;
     }
     if link.addresses != in_force.link.addresses {

@@ -13,7 +13,7 @@ use super::host::{own_addresses, suspend_inside};
 use super::reach;
 use crate::config::DEFAULT_PORT;
 use crate::config::{Config, Settled};
-use crate::config::{Endpoint, Listen};
+use crate::config::{Listen, PeerName};
 use crate::control::client;
 use crate::daemon::engine::Engine;
 use crate::daemon::workers::Setup;
@@ -21,8 +21,8 @@ use crate::dataplane::inbound::ReceivedProbe;
 use crate::dataplane::table::Table;
 use crate::error::{Error, Result};
 use crate::host::link;
-use crate::host::path;
 use crate::host::netlink::Netlink;
+use crate::host::path;
 use crate::host::routes;
 use crate::io::tun;
 use crate::io::udp::{self, WorkerSockets};
@@ -329,13 +329,13 @@ fn resolve_now(overlay: &mut Overlay, names: &mut Names, listen: SocketAddr) -> 
     let is_named = |peer: &&Peer| peer.name.literal().is_none();
     let all = overlay.peers().map(|(_, peer)| peer);
     names.watch(all.filter(is_named).map(|peer| &peer.name), now);
-    let mut waiting: HashSet<Endpoint> = overlay
+    let mut waiting: HashSet<PeerName> = overlay
         .peers_by_name()
         .filter(|peer| peer.endpoint.is_none() && names.is_expected(&peer.name, now))
         .map(|peer| peer.name.clone())
         .collect();
     let deadline = now + NAMES_WAIT_MAX;
-    let mut failed: Vec<(Endpoint, Error)> = Vec::new();
+    let mut failed: Vec<(PeerName, Error)> = Vec::new();
     while !waiting.is_empty() {
         let now = Instant::now();
         names.tick(now);
@@ -374,7 +374,7 @@ fn resolve_now(overlay: &mut Overlay, names: &mut Names, listen: SocketAddr) -> 
     failed.into_iter().map(|(_, error)| error).collect()
 }
 
-fn no_answer_yet(name: &Endpoint) -> Error {
+fn no_answer_yet(name: &PeerName) -> Error {
     Error::new(format!("cannot resolve peer {}: no answer yet", name.host))
         .hint("check the name, or give the address")
 }
@@ -417,7 +417,7 @@ pub fn endpoints(config: &Config, overlay: &Overlay) -> Vec<SocketAddr> {
     config
         .peers
         .iter()
-        .filter_map(|spec| overlay.find(&spec.endpoint)?.1.endpoint_in_use())
+        .filter_map(|spec| overlay.find(&spec.name)?.1.endpoint_in_use())
         .collect()
 }
 
@@ -490,8 +490,8 @@ mod tests {
 
     const ANY: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), DEFAULT_PORT);
 
-    fn name(host: &str) -> Endpoint {
-        Endpoint {
+    fn name(host: &str) -> PeerName {
+        PeerName {
             host: host.to_string(),
             port: 8285,
         }

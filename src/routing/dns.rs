@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
-use crate::config::Endpoint;
+use crate::config::PeerName;
 use crate::error::{Error, Result};
 
 /// Names that can be asked for at the same time.
@@ -34,7 +34,7 @@ const SILENCE_MAX: Duration = Duration::from_secs(300);
 #[derive(Debug)]
 pub struct Answer {
     /// The peer's name.
-    pub name: Endpoint,
+    pub name: PeerName,
     /// Its addresses, the best first, or why there are none.
     pub result: Result<Vec<SocketAddr>>,
 }
@@ -65,7 +65,7 @@ pub fn in_order(
 /// # Errors
 /// When none passes; names the peer.
 pub fn first_usable(
-    name: &Endpoint,
+    name: &PeerName,
     addresses: Vec<SocketAddr>,
     mut check: impl FnMut(SocketAddr) -> Result<()>,
 ) -> Result<SocketAddr> {
@@ -81,15 +81,15 @@ pub fn first_usable(
 }
 
 /// That a peer's name resolves, but not to an address that can be used.
-pub fn cannot_use(name: &Endpoint, reason: &Error) -> Error {
+pub fn cannot_use(name: &PeerName, reason: &Error) -> Error {
     Error::new(format!("cannot use peer {name}: {reason}"))
 }
 
 /// The names that have to be looked after.
 pub struct Names {
-    jobs: Sender<Endpoint>,
+    jobs: Sender<PeerName>,
     answers: Receiver<Answer>,
-    watched: HashMap<Endpoint, Watched>,
+    watched: HashMap<PeerName, Watched>,
 }
 
 /// A name's state.
@@ -116,10 +116,10 @@ impl Names {
     /// # Errors
     /// When there are no more threads.
     pub fn start(
-        resolve: impl Fn(&Endpoint) -> Result<Vec<SocketAddr>> + Send + Sync + 'static,
+        resolve: impl Fn(&PeerName) -> Result<Vec<SocketAddr>> + Send + Sync + 'static,
     ) -> Result<Self> {
         let resolve = Arc::new(resolve);
-        let (jobs, waiting) = bounded::<Endpoint>(JOBS_MAX);
+        let (jobs, waiting) = bounded::<PeerName>(JOBS_MAX);
         let (answer, answers) = bounded(JOBS_MAX + THREADS);
         for _ in 0..THREADS {
             let (waiting, answer) = (waiting.clone(), answer.clone());
@@ -152,7 +152,7 @@ impl Names {
 
     /// Looks after these names and no others. New ones are asked for at the
     /// next [`Self::tick`].
-    pub fn watch<'a>(&mut self, names: impl Iterator<Item = &'a Endpoint>, now: Instant) {
+    pub fn watch<'a>(&mut self, names: impl Iterator<Item = &'a PeerName>, now: Instant) {
         let mut old = std::mem::take(&mut self.watched);
         for name in names {
             let watched = old.remove(name).unwrap_or(Watched {
@@ -193,7 +193,7 @@ impl Names {
 
     /// Whether an answer about this name will come: it has been asked for, or
     /// will be at a [`Self::tick`] now.
-    pub fn is_expected(&self, name: &Endpoint, now: Instant) -> bool {
+    pub fn is_expected(&self, name: &PeerName, now: Instant) -> bool {
         self.watched.get(name).is_some_and(|watched| {
             watched.is_asked || watched.next_at.is_some_and(|next_at| next_at <= now)
         })
@@ -201,7 +201,7 @@ impl Names {
 
     /// The peer of this name has been silent for `silence`, although we send
     /// to it.
-    pub fn silent(&mut self, name: &Endpoint, silence: Duration, now: Instant) {
+    pub fn silent(&mut self, name: &PeerName, silence: Duration, now: Instant) {
         if let Some(watched) = self.watched.get_mut(name)
             && watched.is_resolved
             && !watched.is_asked
@@ -220,7 +220,7 @@ impl Names {
     }
 
     /// The peer of this name answers.
-    pub fn answered(&mut self, name: &Endpoint) {
+    pub fn answered(&mut self, name: &PeerName) {
         if let Some(watched) = self.watched.get_mut(name) {
             watched.silence = SILENCE_MIN;
             watched.is_silent = false;
@@ -229,7 +229,7 @@ impl Names {
 
     /// Whether the name is asked for because its peer is silent, until the
     /// answer has been [`Self::heard`].
-    pub fn is_for_silence(&self, name: &Endpoint) -> bool {
+    pub fn is_for_silence(&self, name: &PeerName) -> bool {
         self.watched
             .get(name)
             .is_some_and(|watched| watched.is_silent)
@@ -237,7 +237,7 @@ impl Names {
 
     /// Takes note of an answer. The name is asked for again later if there was
     /// no address that is good. `false`: nobody wants to know any more.
-    pub fn heard(&mut self, name: &Endpoint, is_good: bool, now: Instant) -> bool {
+    pub fn heard(&mut self, name: &PeerName, is_good: bool, now: Instant) -> bool {
         let Some(watched) = self.watched.get_mut(name) else {
             return false;
         };
@@ -258,7 +258,7 @@ impl Names {
 impl Names {
     /// Names whose threads are the caller: what is asked for, and where the
     /// answers go.
-    pub(crate) fn without_threads() -> (Self, Receiver<Endpoint>, Sender<Answer>) {
+    pub(crate) fn without_threads() -> (Self, Receiver<PeerName>, Sender<Answer>) {
         let (jobs, asked) = bounded(JOBS_MAX);
         let (answer, answers) = bounded(JOBS_MAX);
         let names = Self {
@@ -274,8 +274,8 @@ impl Names {
 mod tests {
     use super::*;
 
-    fn name(host: &str) -> Endpoint {
-        Endpoint {
+    fn name(host: &str) -> PeerName {
+        PeerName {
             host: host.to_string(),
             port: 8285,
         }
@@ -364,7 +364,7 @@ mod tests {
         assert!(names.is_for_silence(&a));
         names.heard(&a, true, now);
         assert!(!names.is_for_silence(&a));
-        for who_ends_it in [Names::answered, |names: &mut Names, _: &Endpoint| {
+        for who_ends_it in [Names::answered, |names: &mut Names, _: &PeerName| {
             names.ask_all(Instant::now());
         }] {
             names.ask_all(now);
@@ -434,7 +434,7 @@ mod tests {
     #[test]
     fn threads_answer() {
         let known = SocketAddr::from(([10, 0, 0, 1], 1));
-        let resolve = move |asked: &Endpoint| match *asked == name("known") {
+        let resolve = move |asked: &PeerName| match *asked == name("known") {
             true => Ok(vec![known]),
             false => Err(Error::new("unknown")),
         };

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::config::PEERS_MAX;
-use crate::config::{Endpoint, PeerSpec};
+use crate::config::{PeerName, PeerSpec};
 use crate::counters::PeerCounters;
 use crate::dataplane::table::{self, Table};
 use crate::error::{Error, Result};
@@ -52,7 +52,7 @@ impl Origin {
 #[derive(Clone, Debug)]
 pub struct Peer {
     /// Host and port as they were given.
-    pub name: Endpoint,
+    pub name: PeerName,
     /// Who added it.
     pub origin: Origin,
     /// It was given no prefixes: it takes what no prefix matches.
@@ -129,7 +129,7 @@ pub struct Overlay {
     free: BTreeSet<NextHop>,
     /// The one peer that is the default one.
     default: Option<NextHop>,
-    /// By [`Endpoint::key`].
+    /// By [`PeerName::key`].
     names: BTreeMap<(String, u16), NextHop>,
     prefixes: BTreeMap<IpNet, Behind>,
     /// This host's addresses.
@@ -237,7 +237,7 @@ impl Overlay {
     }
 
     /// The peer of this name.
-    pub fn find(&self, name: &Endpoint) -> Option<(NextHop, &Peer)> {
+    pub fn find(&self, name: &PeerName) -> Option<(NextHop, &Peer)> {
         let hop = *self.names.get(&name.key())?;
         Some((hop, self.peer(hop)?))
     }
@@ -264,7 +264,7 @@ impl Overlay {
         self.own.contains(&address)
     }
 
-    fn hop_of(&self, name: &Endpoint) -> Result<NextHop> {
+    fn hop_of(&self, name: &PeerName) -> Result<NextHop> {
         self.names.get(&name.key()).copied().ok_or_else(|| {
             Error::new(format!("there is no peer {name}")).hint("`fastvpn peers` lists them")
         })
@@ -307,7 +307,7 @@ impl Overlay {
     /// it and another have none, or when there are too many.
     pub fn add_peer(&mut self, spec: &PeerSpec, origin: Origin) -> Result<()> {
         let is_default = spec.prefixes.is_empty();
-        self.insert_peer(&spec.endpoint, is_default, &spec.prefixes, origin)
+        self.insert_peer(&spec.name, is_default, &spec.prefixes, origin)
     }
 
     /// As [`Self::add_peer`]; `is_default` says whether the peer takes what no
@@ -317,7 +317,7 @@ impl Overlay {
     /// As [`Self::add_peer`].
     pub fn insert_peer(
         &mut self,
-        name: &Endpoint,
+        name: &PeerName,
         is_default: bool,
         prefixes: &[IpNet],
         origin: Origin,
@@ -361,13 +361,13 @@ impl Overlay {
     ///
     /// # Errors
     /// When there is no such peer.
-    pub fn remove_peer(&mut self, name: &Endpoint) -> Result<usize> {
+    pub fn remove_peer(&mut self, name: &PeerName) -> Result<usize> {
         self.remove_peers(std::slice::from_ref(name))
     }
 
     /// Removes peers and all their prefixes in one pass over these; tells how
     /// many there were.
-    fn remove_peers(&mut self, names: &[Endpoint]) -> Result<usize> {
+    fn remove_peers(&mut self, names: &[PeerName]) -> Result<usize> {
         for name in names {
             let hop = self.hop_of(name)?;
             self.set_default(hop, false);
@@ -391,7 +391,7 @@ impl Overlay {
     /// replaced.
     pub fn add_prefixes(
         &mut self,
-        name: &Endpoint,
+        name: &PeerName,
         prefixes: &[IpNet],
         origin: Origin,
         replace: bool,
@@ -475,8 +475,8 @@ impl Overlay {
 
     /// [`Self::configure`], but half done after an error.
     fn apply(&mut self, specs: &[PeerSpec]) -> Result<()> {
-        let wanted: BTreeSet<_> = specs.iter().map(|spec| spec.endpoint.key()).collect();
-        let gone: Vec<Endpoint> = self
+        let wanted: BTreeSet<_> = specs.iter().map(|spec| spec.name.key()).collect();
+        let gone: Vec<PeerName> = self
             .peers_by_name()
             .filter(|peer| peer.origin == Origin::Config && !wanted.contains(&peer.name.key()))
             .map(|peer| peer.name.clone())
@@ -506,22 +506,22 @@ impl Overlay {
         }
         self.built = None;
         for spec in specs {
-            let Ok(hop) = self.hop_of(&spec.endpoint) else {
+            let Ok(hop) = self.hop_of(&spec.name) else {
                 self.add_peer(spec, Origin::Config)?;
                 continue;
             };
             let is_default = spec.prefixes.is_empty();
             let other = self
                 .default_peer()
-                .filter(|other| is_default && !other.name.is_same(&spec.endpoint));
+                .filter(|other| is_default && !other.name.is_same(&spec.name));
             if let Some(other) = other {
-                return Err(two_without_prefixes(&other.name, &spec.endpoint));
+                return Err(two_without_prefixes(&other.name, &spec.name));
             }
             if let Some(peer) = self.peer_mut(hop) {
                 peer.origin = Origin::Config;
             }
             self.set_default(hop, is_default);
-            self.add_prefixes(&spec.endpoint, &spec.prefixes, Origin::Config, false)?;
+            self.add_prefixes(&spec.name, &spec.prefixes, Origin::Config, false)?;
         }
         Ok(())
     }
@@ -608,7 +608,7 @@ impl Overlay {
     }
 
     /// The prefixes of a peer.
-    pub fn prefixes_of(&self, name: &Endpoint) -> Vec<IpNet> {
+    pub fn prefixes_of(&self, name: &PeerName) -> Vec<IpNet> {
         let Some(&hop) = self.names.get(&name.key()) else {
             return Vec::new();
         };
@@ -745,7 +745,7 @@ fn traffic(workers: usize) -> Arc<[PeerCounters]> {
     (0..workers).map(|_| PeerCounters::default()).collect()
 }
 
-fn two_without_prefixes(one: &Endpoint, other: &Endpoint) -> Error {
+fn two_without_prefixes(one: &PeerName, other: &PeerName) -> Error {
     Error::new(format!("both peer {one} and peer {other} have no prefixes"))
         .hint("give one of them the prefixes behind it, as in HOST=10.1.0.0/16")
 }

@@ -9,8 +9,8 @@ fn specs(texts: &[&str]) -> Vec<PeerSpec> {
     texts.iter().map(|text| spec(text)).collect()
 }
 
-fn name(text: &str) -> Endpoint {
-    spec(text).endpoint
+fn name(text: &str) -> PeerName {
+    spec(text).name
 }
 
 fn net(text: &str) -> IpNet {
@@ -292,7 +292,7 @@ fn places_are_used_again_and_counters_are_not() {
 fn as_many_peers_as_there_may_be_come_and_go() {
     let peers = |count: usize| -> Vec<PeerSpec> {
         let spec = |number: u32| PeerSpec {
-            endpoint: Endpoint {
+            name: PeerName {
                 host: format!("p{number}.example"),
                 port: 1,
             },

@@ -38,7 +38,7 @@ use std::time::{Duration, Instant};
 
 use self::item::Item;
 use crate::config::default_queues;
-use crate::config::{Endpoint, parse_endpoint};
+use crate::config::{PeerName, parse_peer_name};
 
 /// How long all of it may take.
 const TIME_MAX: Duration = Duration::from_millis(1800);
@@ -47,8 +47,8 @@ const TIME_MAX: Duration = Duration::from_millis(1800);
 #[derive(Debug, Clone, clap::Args)]
 pub struct CheckOptions {
     /// Also check the way to this host: address or DNS name, port 8285 unless given
-    #[arg(long, value_name = "HOST[:PORT]", value_parser = parse_endpoint)]
-    pub peer: Option<Endpoint>,
+    #[arg(long, value_name = "HOST[:PORT]", value_parser = parse_peer_name)]
+    pub peer: Option<PeerName>,
     /// Also check this configuration file, as a start or a reload would read it
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -171,7 +171,7 @@ mod tests {
             json: false,
         };
         let without_peer = names(&options);
-        options.peer = parse_endpoint("127.0.0.1").ok();
+        options.peer = parse_peer_name("127.0.0.1").ok();
         let with_peer = names(&options);
         let mut unique = with_peer.clone();
         unique.sort_unstable();

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::ask::{self, Answer};
 use super::item::Item;
 use crate::config::DEFAULT_PORT;
-use crate::config::Endpoint;
+use crate::config::PeerName;
 use crate::config::default_mtu_bytes;
 use crate::error::Error;
 use crate::host::link::{self, IPV4_MTU_BYTES_MIN, IPV6_MTU_BYTES_MIN};
@@ -55,7 +55,7 @@ const TIME_MAX: Duration = Duration::from_millis(1300);
 /// Resolves the name, which may take as long as the resolver does, asks the
 /// kernel for the way, and the peer whether it answers.
 /// `own`: the device of the tunnel that runs already.
-pub fn probe(peer: &Endpoint, own: Option<u32>) -> Facts {
+pub fn probe(peer: &PeerName, own: Option<u32>) -> Facts {
     let started = Instant::now();
     let address = path::resolve(&peer.host, peer.port, None).map_err(Reason::from);
     let any = Ipv4Addr::UNSPECIFIED.into();
