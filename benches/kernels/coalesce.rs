@@ -3,7 +3,7 @@
 use std::hint::black_box;
 
 use fastvpn::packet::coalesce::{
-    Coalescer, FLOWS_MAX, Frame, FrameSink, Offloads, UDP_SEGMENTS_MAX,
+    Coalescer, FLOWS_MAX, Frame, FrameSink, TunOffloads, UDP_SEGMENTS_MAX,
 };
 use fastvpn::packet::ip::{self, Version};
 use fastvpn::packet::{TCP, UDP};
@@ -78,7 +78,7 @@ fn acknowledgments() -> Kernel {
 fn merge(packets: &[Vec<u8>], frames: usize) -> Kernel {
     let packet_bytes = packets.first().map_or(1, Vec::len);
     let payload = packets.concat();
-    let offloads = Offloads {
+    let offloads = TunOffloads {
         tcp: true,
         udp: true,
     };

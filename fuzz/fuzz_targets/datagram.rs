@@ -7,7 +7,7 @@
 //! runs of one flow are what a fuzzer would never guess.
 #![no_main]
 
-use fastvpn::packet::coalesce::{Coalescer, Frame, FrameSink, Offloads};
+use fastvpn::packet::coalesce::{Coalescer, Frame, FrameSink, TunOffloads};
 use fastvpn::packet::ip;
 use libfuzzer_sys::fuzz_target;
 
@@ -39,7 +39,7 @@ fuzz_target!(|data: &[u8]| {
     let _ = ip::verify(data);
     let packets = packets(data);
     let mut sink = Sink::default();
-    let mut coalescer = Coalescer::new(Offloads {
+    let mut coalescer = Coalescer::new(TunOffloads {
         tcp: true,
         udp: true,
     });

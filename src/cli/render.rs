@@ -404,7 +404,7 @@ mod tests {
             mtu_bytes: 1472,
             listen: "0.0.0.0:8285".into(),
             own_ports: vec![61118, 61119],
-            engine: "io_uring (multishot receive on)".into(),
+            engine: "io_uring".into(),
             offloads: "TSO on, USO off, UDP_SEGMENT on, UDP_GRO on".into(),
             hop: false,
             keeps_routes: true,
@@ -447,7 +447,7 @@ device         fastvpn0, MTU 1472 bytes
 addresses      10.244.2.2/24, fd00:244:2::2/64
 listening on   0.0.0.0:8285
 sending from   port 8285, and 61118, 61119 to peers that these are known to reach
-engine         io_uring (multishot receive on)
+engine         io_uring
 offloads       TSO on, USO off, UDP_SEGMENT on, UDP_GRO on
 IP hop         no
 kernel routes  one per prefix

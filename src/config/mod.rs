@@ -19,7 +19,6 @@ use ipnet::IpNet;
 use crate::dataplane::idle::BusyPoll;
 use crate::error::{Error, Result};
 use crate::io::udp;
-use crate::io::uring;
 use crate::packet::coalesce;
 pub use file::FILE_BYTES_MAX;
 #[doc(hidden)]
@@ -102,11 +101,9 @@ pub struct Log {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Wanted {
     /// On the TUN device.
-    pub tun: coalesce::Offloads,
+    pub tun: coalesce::TunOffloads,
     /// On the UDP sockets.
-    pub udp: udp::Offloads,
-    /// In io_uring.
-    pub uring: uring::Features,
+    pub udp: udp::UdpOffloads,
 }
 
 impl Config {
@@ -258,16 +255,13 @@ fn checked_cores(list: CoreList, places: &Places) -> Result<Vec<usize>> {
 fn wanted(without: &[Feature]) -> Wanted {
     let with = |feature| !without.contains(&feature);
     Wanted {
-        tun: coalesce::Offloads {
+        tun: coalesce::TunOffloads {
             tcp: with(Feature::Tso),
             udp: with(Feature::Uso),
         },
-        udp: udp::Offloads {
+        udp: udp::UdpOffloads {
             segment: with(Feature::UdpSegment),
             gro: with(Feature::UdpGro),
-        },
-        uring: uring::Features {
-            receive_multishot: with(Feature::RecvMultishot),
         },
     }
 }

@@ -45,8 +45,6 @@ pub enum Feature {
     UdpSegment,
     /// UDP_GRO on the UDP socket
     UdpGro,
-    /// io_uring's multishot receive on the UDP socket
-    RecvMultishot,
 }
 
 /// What a peer is called: the host to resolve and the port, as they were given.

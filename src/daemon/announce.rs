@@ -1,8 +1,6 @@
 //! What is running, in a few log lines.
 
 use super::running::Running;
-use crate::daemon::engine::Engine;
-use crate::io::uring;
 
 /// Peers that are named one by one. More are counted.
 const PEERS_NAMED_MAX: usize = 8;
@@ -109,10 +107,6 @@ fn lacks(running: &Running) {
         running.tun_offloads,
         running.udp_offloads,
     );
-    let lacks_of_uring = |feature: fn(&uring::Features) -> bool| match running.workers().engine() {
-        Engine::Uring(in_use) => feature(&wanted.uring) && !feature(&in_use),
-        Engine::Epoll => false,
-    };
     let missing = [
         (
             wanted.tun.udp && !tun.udp,
@@ -125,10 +119,6 @@ fn lacks(running: &Running) {
         (
             wanted.udp.gro && !udp.gro,
             "UDP_GRO (Linux 5.0): one datagram per receive",
-        ),
-        (
-            lacks_of_uring(|uring| uring.receive_multishot),
-            "multishot receive (Linux 6.0): the UDP socket is polled",
         ),
     ];
     for (_, what) in missing.iter().filter(|(is_missing, _)| *is_missing) {

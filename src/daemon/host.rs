@@ -144,8 +144,8 @@ impl Device {
     ///
     /// # Errors
     /// When it has been deleted, or the kernel refuses.
-    pub fn find(queue: BorrowedFd<'_>, name: &str, netlink: &mut Netlink) -> Result<Self> {
-        let index = tun::index_of(queue, netlink)?;
+    pub fn find(queue: BorrowedFd<'_>, name: &str) -> Result<Self> {
+        let index = tun::index_of(queue)?;
         if index.is_none() {
             tell_of_move(name);
         }
@@ -240,7 +240,7 @@ impl Running {
         let Some(worker) = descriptors.first() else {
             return Ok(());
         };
-        let index = tun::index_of(worker.queue(), &mut self.netlink)?;
+        let index = tun::index_of(worker.queue())?;
         let was_away = self
             .routes
             .as_ref()

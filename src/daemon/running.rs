@@ -102,8 +102,8 @@ pub struct Running {
     retired: Vec<Arc<Table>>,
     /// `None` once they have been stopped.
     workers: Option<Workers>,
-    pub(super) tun_offloads: coalesce::Offloads,
-    pub(super) udp_offloads: udp::Offloads,
+    pub(super) tun_offloads: coalesce::TunOffloads,
+    pub(super) udp_offloads: udp::UdpOffloads,
     pub(super) is_steered: bool,
     pub(super) worker_count: usize,
     /// The workers', also of those that come after them.

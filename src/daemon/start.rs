@@ -257,8 +257,8 @@ fn way_is_inside(peer: SocketAddr) -> Error {
 /// What all workers have in common.
 pub fn setup(
     config: &Config,
-    tun: coalesce::Offloads,
-    udp: udp::Offloads,
+    tun: coalesce::TunOffloads,
+    udp: udp::UdpOffloads,
     table: &Arc<Table>,
     probes: Sender<ReceivedProbe>,
 ) -> Setup {
@@ -272,7 +272,7 @@ pub fn setup(
             },
             ..Limits::FULL
         },
-        engine: Engine::choose(config.io, config.wanted.uring),
+        engine: Engine::choose(config.io),
         busy_poll: config.busy_poll,
         cores: config.cores.clone(),
         table: Arc::clone(table),
@@ -426,7 +426,7 @@ pub struct Claimed {
     /// The workers' sockets.
     pub sockets: Vec<WorkerSockets>,
     /// Offloads of the sockets.
-    pub udp: udp::Offloads,
+    pub udp: udp::UdpOffloads,
     /// The device.
     pub device: tun::Tun,
 }

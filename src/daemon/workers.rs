@@ -19,7 +19,7 @@ use crate::io::epoll::Epoll;
 use crate::io::tun::Queue;
 use crate::io::udp::WorkerSockets;
 use crate::io::uring::Uring;
-use crate::packet::coalesce::Offloads;
+use crate::packet::coalesce::TunOffloads;
 use crate::packet::train::Limits;
 
 /// Commands that may wait for a worker.
@@ -29,7 +29,7 @@ const COMMANDS_MAX: usize = 64;
 #[derive(Clone, Debug)]
 pub struct Setup {
     /// Super-packets that the TUN device takes.
-    pub tun: Offloads,
+    pub tun: TunOffloads,
     /// How long trains may be.
     pub limits: Limits,
     /// What the workers run on.
@@ -102,7 +102,7 @@ impl Workers {
         }
         drop(ready_sender);
         for _ in 0..count {
-            workers.engine = ready
+            ready
                 .recv()
                 .map_err(|_| Error::new("a worker thread ended before it was ready"))??;
         }
@@ -135,7 +135,7 @@ impl Workers {
         }
     }
 
-    /// What the workers run on, and what of it is in use.
+    /// What the workers run on.
     pub fn engine(&self) -> Engine {
         self.engine
     }
@@ -185,7 +185,7 @@ struct Parts {
     sockets: WorkerSockets,
     counters: Arc<Counters>,
     setup: Setup,
-    ready: Sender<Result<Engine>>,
+    ready: Sender<Result<()>>,
     start: Receiver<()>,
     failures: Sender<Error>,
 }
@@ -239,14 +239,8 @@ impl Parts {
             failures: self.failures,
         };
         match self.setup.engine {
-            Engine::Uring(wanted) => {
-                let uring = Uring::new(queue, sockets, wake, wanted, limits, shared_counters);
-                run.on(uring, |uring| Engine::Uring(uring.features()));
-            }
-            Engine::Epoll => {
-                let epoll = Epoll::new(queue, sockets, wake, limits, shared_counters);
-                run.on(epoll, |_| Engine::Epoll);
-            }
+            Engine::Uring => run.on(Uring::new(queue, sockets, wake, limits, shared_counters)),
+            Engine::Epoll => run.on(Epoll::new(queue, sockets, wake, limits, shared_counters)),
         }
     }
 }
@@ -257,15 +251,14 @@ struct Run<'a> {
     commands: &'a Receiver<Command>,
     counters: &'a Counters,
     setup: &'a Setup,
-    ready: Sender<Result<Engine>>,
+    ready: Sender<Result<()>>,
     start: Receiver<()>,
     failures: Sender<Error>,
 }
 
 impl Run<'_> {
     /// Says that the engine is ready, or why it is not, and runs the loop.
-    /// `in_use` tells what of the engine is in use.
-    fn on<E: engine::Engine>(self, engine: Result<E>, in_use: impl FnOnce(&E) -> Engine) {
+    fn on(self, engine: Result<impl engine::Engine>) {
         let mut engine = match engine {
             Ok(engine) => engine,
             Err(error) => {
@@ -273,7 +266,7 @@ impl Run<'_> {
                 return;
             }
         };
-        let _ = self.ready.send(Ok(in_use(&engine)));
+        let _ = self.ready.send(Ok(()));
         // Nothing is ever sent: the gate opens by being dropped.
         let _ = self.start.recv();
         let table = Arc::clone(&self.setup.table);

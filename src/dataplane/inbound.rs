@@ -9,7 +9,7 @@ use crossbeam_channel::Sender;
 use super::table::{Peer, Table};
 use crate::counters::Counters;
 use crate::io::engine::Engine;
-use crate::packet::coalesce::{Coalescer, Offloads};
+use crate::packet::coalesce::{Coalescer, TunOffloads};
 use crate::packet::ip::{self, Malformed, Version};
 use crate::packet::probe::{Kind, Probe};
 
@@ -28,7 +28,7 @@ pub struct Inbound {
 impl Inbound {
     /// `offloads`: the super-packets that the TUN device takes. `worker`: the
     /// worker's index. `probes`: takes those that come.
-    pub fn new(offloads: Offloads, worker: usize, probes: Sender<ReceivedProbe>) -> Self {
+    pub fn new(offloads: TunOffloads, worker: usize, probes: Sender<ReceivedProbe>) -> Self {
         Self {
             coalescer: Coalescer::new(offloads),
             worker,

@@ -10,11 +10,11 @@ use std::os::unix::fs::MetadataExt;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::net::if_::if_nametoindex;
 use tun_rs::{DeviceBuilder, SyncDevice};
 
 use crate::error::{Error, Result};
-use crate::host::netlink::Netlink;
-use crate::packet::coalesce::Offloads;
+use crate::packet::coalesce::TunOffloads;
 
 mod ioctl {
     // TUNSETOFFLOAD, TUNGETIFF, TUNGETDEVNETNS (Linux 5.2), `linux/if_tun.h`. The
@@ -45,27 +45,34 @@ impl AsFd for Queue {
 ///
 /// # Errors
 /// When the device has been deleted, or the kernel refuses.
-pub fn index_of(queue: BorrowedFd<'_>, netlink: &mut Netlink) -> Result<Option<u32>> {
+pub fn index_of(queue: BorrowedFd<'_>) -> Result<Option<u32>> {
     /// Somebody may rename it between two steps.
     const ATTEMPTS: usize = 10;
     for _ in 0..ATTEMPTS {
         let failed = |error: io::Error| match error.raw_os_error() {
             Some(libc::EBADFD) => Error::new("the TUN device has been deleted"),
-            _ => Error::os("cannot ask for the TUN device's name", error),
+            _ => Error::os("cannot find the TUN device", error),
         };
         let name = name_of(queue).map_err(failed)?;
         match is_here(queue).map_err(failed)? {
             Some(false) => return Ok(None),
             // The name has to tell.
-            None => return netlink.link_index(&name),
+            None => return index_named(&name).map_err(failed),
             Some(true) => {}
         }
-        let index = netlink.link_index(&name)?;
-        if index.is_some() {
-            return Ok(index);
+        if let Some(index) = index_named(&name).map_err(failed)? {
+            return Ok(Some(index));
         }
     }
     Err(Error::new("the TUN device's name changes all the time"))
+}
+
+fn index_named(name: &str) -> io::Result<Option<u32>> {
+    match if_nametoindex(name) {
+        Ok(index) => Ok(Some(index)),
+        Err(Errno::ENODEV) => Ok(None),
+        Err(errno) => Err(errno.into()),
+    }
 }
 
 fn name_of(queue: BorrowedFd<'_>) -> io::Result<String> {
@@ -107,7 +114,7 @@ pub struct Tun {
     /// One per worker.
     pub queues: Vec<Queue>,
     /// The super-packets that pass in both directions.
-    pub offloads: Offloads,
+    pub offloads: TunOffloads,
     /// Whether a flow's queue depends on the flow alone; see [`steering`].
     pub steered: bool,
 }
@@ -117,9 +124,9 @@ pub struct Tun {
 ///
 /// # Errors
 /// When the name is in use, or the privilege or `/dev/net/tun` is missing.
-pub fn create(name: &str, queues: u16, wanted: Offloads) -> Result<Tun> {
+pub fn create(name: &str, queues: u16, wanted: TunOffloads) -> Result<Tun> {
     // Opening a name that exists would join that device, not make one.
-    if nix::net::if_::if_nametoindex(name).is_ok() {
+    if if_nametoindex(name).is_ok() {
         return Err(Error::new(format!("interface {name} exists already"))
             .hint("stop what uses it, or choose another name with --tun"));
     }
@@ -131,7 +138,7 @@ pub fn create(name: &str, queues: u16, wanted: Offloads) -> Result<Tun> {
         .enable(false)
         .build_sync()
         .map_err(failed)?;
-    let usable = Offloads {
+    let usable = TunOffloads {
         tcp: wanted.tcp,
         udp: wanted.udp && first.udp_gso(),
     };
@@ -170,7 +177,7 @@ fn into_queue(device: SyncDevice) -> io::Result<Queue> {
     Ok(Queue(fd))
 }
 
-fn set_offloads(queue: &Queue, offloads: Offloads) -> io::Result<()> {
+fn set_offloads(queue: &Queue, offloads: TunOffloads) -> io::Result<()> {
     let mut flags = 0;
     if offloads.tcp {
         flags |= libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6;

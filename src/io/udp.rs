@@ -22,7 +22,7 @@ pub const SOCKET_BUFFER_BYTES: usize = 8 << 20;
 
 /// UDP offloads in use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Offloads {
+pub struct UdpOffloads {
     /// `UDP_SEGMENT`: one send carries many datagrams (Linux 4.18).
     pub segment: bool,
     /// `UDP_GRO`: one receive brings many datagrams (Linux 5.0).
@@ -57,8 +57,8 @@ impl WorkerSockets {
 pub fn open(
     listen: SocketAddr,
     workers: u16,
-    wanted: Offloads,
-) -> Result<(Vec<WorkerSockets>, Offloads)> {
+    wanted: UdpOffloads,
+) -> Result<(Vec<WorkerSockets>, UdpOffloads)> {
     let failed = |error: io::Error| {
         let hint = match error.raw_os_error() {
             Some(libc::EADDRINUSE) => "stop what uses the port, or choose another with --listen",
@@ -189,7 +189,7 @@ mod tests {
     use super::*;
     use std::net::UdpSocket;
 
-    const ALL: Offloads = Offloads {
+    const ALL: UdpOffloads = UdpOffloads {
         segment: true,
         gro: true,
     };
@@ -232,7 +232,7 @@ mod tests {
         const PORT: u16 = 8285;
         let namespace = crate::testbed::Namespace::new().unwrap();
         let mut netlink = namespace.netlink().unwrap();
-        let none = crate::packet::coalesce::Offloads {
+        let none = crate::packet::coalesce::TunOffloads {
             tcp: false,
             udp: false,
         };

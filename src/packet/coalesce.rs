@@ -126,7 +126,7 @@ pub trait FrameSink {
 
 /// Which super-packets the TUN device takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Offloads {
+pub struct TunOffloads {
     /// TCP, IPv4 and IPv6 (`TUN_F_TSO4`, `TUN_F_TSO6`).
     pub tcp: bool,
     /// UDP (`TUN_F_USO4`, `TUN_F_USO6`; Linux 6.2).
@@ -136,14 +136,14 @@ pub struct Offloads {
 /// Merges packets; see the module's documentation.
 #[derive(Debug)]
 pub struct Coalescer {
-    offloads: Offloads,
+    offloads: TunOffloads,
     /// At most [`FLOWS_MAX`], at most one per flow, oldest first.
     open: Vec<Open>,
 }
 
 impl Coalescer {
     /// An empty coalescer.
-    pub fn new(offloads: Offloads) -> Self {
+    pub fn new(offloads: TunOffloads) -> Self {
         Self {
             offloads,
             open: Vec::with_capacity(FLOWS_MAX),

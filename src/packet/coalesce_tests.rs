@@ -14,11 +14,11 @@ use super::super::test_support::*;
 use super::super::train::{Limits, Train};
 use super::*;
 
-const ALL: Offloads = Offloads {
+const ALL: TunOffloads = TunOffloads {
     tcp: true,
     udp: true,
 };
-const NONE: Offloads = Offloads {
+const NONE: TunOffloads = TunOffloads {
     tcp: false,
     udp: false,
 };
@@ -45,7 +45,7 @@ impl FrameSink for Sink {
 /// What comes out, with a flush wherever `flush_after` says so.
 fn coalesce_into(
     frames_max: usize,
-    offloads: Offloads,
+    offloads: TunOffloads,
     packets: &[Vec<u8>],
     flush_after: impl Fn(usize) -> bool,
 ) -> Vec<Vec<u8>> {
@@ -386,7 +386,7 @@ proptest! {
     fn nor_with_one_kind_of_offload_and_flushes(
         packets in traffic(), tcp in any::<bool>(), every in 1usize..20,
     ) {
-        let offloads = Offloads { tcp, udp: !tcp };
+        let offloads = TunOffloads { tcp, udp: !tcp };
         let frames = coalesce_into(usize::MAX, offloads, &packets, |index| index % every == 0);
         check(oracle::same_traffic(&packets, &frames, false))?;
         let unwanted = if tcp { virtio::GSO_UDP_L4 } else { virtio::GSO_TCPV4 };

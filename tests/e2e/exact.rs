@@ -29,7 +29,7 @@ pub fn tests() -> Vec<Test> {
             outbound(&["--queues", "4"], Order::PerFlow)
         }),
         ("exact_outbound_without_offloads", || {
-            let without = "tso,uso,udp-segment,udp-gro,recv-multishot";
+            let without = "tso,uso,udp-segment,udp-gro";
             outbound(&["--queues", "1", "--without", without], Order::Total)
         }),
         ("exact_inbound_datagrams", || inbound(&[], false)),
@@ -41,13 +41,6 @@ pub fn tests() -> Vec<Test> {
             inbound(&["--without", "tso,uso"], true)
         }),
     ]
-}
-
-/// Without io_uring's multishot receive.
-pub fn tests_of_uring() -> Vec<Test> {
-    vec![("exact_inbound_trains_polled", || {
-        inbound(&["--without", "recv-multishot"], true)
-    })]
 }
 
 /// Packets in the script, and under way at a time.

@@ -17,23 +17,17 @@ pub fn tests() -> Vec<Test> {
         ("without_udp_segment", || without("udp-segment")),
         ("without_udp_gro", || without("udp-gro")),
         ("without_all_of_them", || {
-            without("tso,uso,udp-segment,udp-gro,recv-multishot")
+            without("tso,uso,udp-segment,udp-gro")
         }),
     ]
 }
 
-/// Features of io_uring alone.
-pub fn tests_of_uring() -> Vec<Test> {
-    vec![("without_recv_multishot", || without("recv-multishot"))]
-}
-
 /// What the log calls the features.
-const NAMES: [(&str, &str); 5] = [
+const NAMES: [(&str, &str); 4] = [
     ("tso", "TSO"),
     ("uso", "USO"),
     ("udp-segment", "UDP_SEGMENT"),
     ("udp-gro", "UDP_GRO"),
-    ("recv-multishot", "multishot receive"),
 ];
 
 fn without(features: &str) -> Result<()> {
@@ -65,11 +59,7 @@ fn without(features: &str) -> Result<()> {
 
 /// Whether exactly `features` were off, as far as there are such.
 fn is_left_out(end: &Ended, features: &str) -> Result<()> {
-    let is_epoll = end.log.contains("engine: epoll");
     for (feature, name) in NAMES {
-        if is_epoll && name.starts_with("multishot") {
-            continue;
-        }
         let on = !features.split(',').any(|off| off == feature);
         let words = format!("{name} {}", if on { "on" } else { "off" });
         check(end.log.contains(&words), || {

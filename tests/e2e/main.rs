@@ -66,7 +66,6 @@ mod underlay;
 use std::num::NonZero;
 use std::process::ExitCode;
 
-use fastvpn::io::uring::Features;
 use libtest_mimic::{Arguments, Completion, Trial};
 
 use crate::support::{Engines, Test};
@@ -112,7 +111,6 @@ fn main() -> ExitCode {
         life::tests(),
         device::tests(),
     ];
-    let of_uring = [fallbacks::tests_of_uring(), exact::tests_of_uring()];
     let of_mixed_engines = [
         traffic::tests_of_mixed_engines(),
         takeover::tests_of_mixed_engines(),
@@ -141,7 +139,7 @@ fn main() -> ExitCode {
         guides::tests(),
     ];
     // Shown as ignored, never left out in silence.
-    let without_uring = fastvpn::io::uring::probe(URING_FEATURES)
+    let without_uring = fastvpn::io::uring::probe()
         .is_err()
         .then_some("needs io_uring");
     let without_ebpf = support::is_in_user_namespace().then_some("needs root, for eBPF");
@@ -154,7 +152,6 @@ fn main() -> ExitCode {
         add(engines, &tests.concat(), lacks);
         add(engines, &need_ebpf, lacks.or(without_ebpf));
     }
-    add(Engines::Uring, &of_uring.concat(), without_uring);
     add(Engines::Mixed, &of_mixed_engines.concat(), without_uring);
     add(Engines::Any, &of_no_engine.concat(), None);
     add(Engines::Any, &tuning::tests_that_need_root(), without_ebpf);
@@ -173,10 +170,6 @@ fn main() -> ExitCode {
     }
     libtest_mimic::run(&arguments, trials).exit_code()
 }
-
-const URING_FEATURES: Features = Features {
-    receive_multishot: true,
-};
 
 /// A test, run with tunnels on these engines, unless this system lacks something.
 fn trial(engines: Engines, &(name, test): &Test, lacks: Option<&'static str>) -> Trial {

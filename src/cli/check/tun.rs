@@ -9,7 +9,7 @@ use super::item::Item;
 use super::read::{self, Tried};
 use super::scratch;
 use crate::io::tun;
-use crate::packet::coalesce::Offloads;
+use crate::packet::coalesce::TunOffloads;
 
 const NODE: &str = "/dev/net/tun";
 
@@ -23,7 +23,7 @@ const PROBE_NAME: &str = "probe0";
 #[derive(Clone, Copy, Debug)]
 pub struct Device {
     queues: u16,
-    offloads: Offloads,
+    offloads: TunOffloads,
     steered: bool,
 }
 
@@ -57,7 +57,7 @@ pub fn probe(node: Tried<()>, queues: u16, may_make_node: bool) -> Facts {
 }
 
 fn device(queues: u16) -> Tried<Device> {
-    let wanted = Offloads {
+    let wanted = TunOffloads {
         tcp: true,
         udp: true,
     };
@@ -193,7 +193,7 @@ mod tests {
 
     const DEVICE: Device = Device {
         queues: 2,
-        offloads: Offloads {
+        offloads: TunOffloads {
             tcp: true,
             udp: true,
         },
@@ -218,7 +218,7 @@ mod tests {
             [Good, Missing, Unknown, Unknown, Unknown]
         );
         let old = Device {
-            offloads: Offloads {
+            offloads: TunOffloads {
                 tcp: true,
                 udp: false,
             },

@@ -15,7 +15,7 @@ use super::item::Item;
 use super::read::{self, Tried};
 use super::scratch;
 use crate::error::{Error, Result};
-use crate::io::udp::{self, Offloads, SOCKET_BUFFER_BYTES, WorkerSockets};
+use crate::io::udp::{self, SOCKET_BUFFER_BYTES, UdpOffloads, WorkerSockets};
 
 /// The names of the items.
 pub const NAMES: [&str; 4] = ["UDP_SEGMENT", "UDP_GRO", "SO_REUSEPORT", "socket buffers"];
@@ -74,7 +74,7 @@ pub fn probe() -> Facts {
 /// # Errors
 /// As [`udp::open`].
 pub fn open_on_loopback(workers: u16) -> Result<(Vec<WorkerSockets>, SocketAddr)> {
-    let all = Offloads {
+    let all = UdpOffloads {
         segment: true,
         gro: true,
     };

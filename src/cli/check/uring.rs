@@ -23,15 +23,14 @@ use crate::host::netlink::Netlink;
 use crate::io::engine::{Engine, Event, Source};
 use crate::io::tun::{self, Queue};
 use crate::io::udp::WorkerSockets;
-use crate::io::uring::{Features, Uring};
-use crate::packet::coalesce::Offloads;
+use crate::io::uring::Uring;
+use crate::packet::coalesce::TunOffloads;
 use crate::packet::train::Limits;
 
 /// The names of the items.
-pub const NAMES: [&str; 5] = [
+pub const NAMES: [&str; 4] = [
     "io_uring",
     "io_uring flags",
-    "buffer rings",
     "TUN reads",
     "multishot receive",
 ];
@@ -44,19 +43,10 @@ const OWN: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 const FAR: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
 const PROBE_NAME: &str = "probe0";
 
-const MULTISHOT: Features = Features {
-    receive_multishot: true,
-};
-const SINGLE: Features = Features {
-    receive_multishot: false,
-};
-
 /// How a frame or a datagram came in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Delivery {
     AsMeant,
-    /// The kernel refused the multishot request, and the engine polls.
-    Polled,
     Nothing,
 }
 
@@ -78,18 +68,16 @@ pub struct Facts {
     is_filtered: bool,
     /// A ring without any flag.
     plain: Tried<()>,
-    /// A ring as the engine sets it up.
+    /// A ring and its buffers as the engine sets them up.
     flags: Option<Tried<()>>,
-    /// Buffer rings registered with it.
-    buffers: Option<Tried<()>>,
     /// `Err`: there was nothing to try it on.
     delivered: Option<Tried<Delivered>>,
 }
 
-/// Sets an engine up as a tunnel does and has it deliver; where that fails, goes
-/// back step by step to find out what it is that fails. In this order, since
-/// every ring that is tried counts against the limit on locked memory for some
-/// time after it is gone.
+/// Sets an engine up as a tunnel does and has it deliver; where that fails, sets
+/// up a plain ring to find out what it is that fails. In this order, since every
+/// ring that is tried counts against the limit on locked memory for some time
+/// after it is gone.
 pub fn probe() -> Facts {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mut facts = Facts {
@@ -98,40 +86,30 @@ pub fn probe() -> Facts {
         is_filtered: read::status_field(&status, "Seccomp") == Some("2"),
         plain: Ok(()),
         flags: None,
-        buffers: None,
         delivered: None,
     };
     let in_scratch = scratch::enter().is_ok();
-    match probe_engine(in_scratch, MULTISHOT) {
+    match probe_engine(in_scratch) {
         Ok(delivered) => {
             facts.flags = Some(Ok(()));
-            facts.buffers = Some(Ok(()));
             facts.delivered = Some(delivered);
         }
-        Err(refused) => match probe_engine(in_scratch, SINGLE) {
-            Ok(_) => {
-                facts.flags = Some(Ok(()));
-                facts.buffers = Some(Err(refused));
-            }
-            Err(refused) => {
-                facts.plain = IoUring::new(8)
-                    .map(drop)
-                    .map_err(|error| read::errno(&error));
-                facts.flags = facts.plain.is_ok().then_some(Err(refused));
-            }
-        },
+        Err(refused) => {
+            facts.plain = IoUring::new(8)
+                .map(drop)
+                .map_err(|error| read::errno(&error));
+            facts.flags = facts.plain.is_ok().then_some(Err(refused));
+        }
     }
     facts
 }
 
 /// The outer error is that of setting up, the inner one that of what is not
 /// io_uring's.
-fn probe_engine(in_scratch: bool, features: Features) -> Tried<Tried<Delivered>> {
+fn probe_engine(in_scratch: bool) -> Tried<Tried<Delivered>> {
     let errno = |error: Error| error.errno().unwrap_or(libc::EIO);
     let (bench, parts) = Bench::new(in_scratch).map_err(errno)?;
-    let engine = parts
-        .engine(Arc::clone(&bench.wake), features)
-        .map_err(errno)?;
+    let engine = parts.engine(Arc::clone(&bench.wake)).map_err(errno)?;
     Ok(bench.deliver(engine).map_err(errno))
 }
 
@@ -158,10 +136,10 @@ struct Parts {
 }
 
 impl Parts {
-    fn engine(self, wake: Arc<EventFd>, features: Features) -> Result<Uring> {
+    fn engine(self, wake: Arc<EventFd>) -> Result<Uring> {
         let counters = Arc::new(Counters::default());
         let Self { queue, sockets } = self;
-        Uring::new(queue, sockets, wake, features, Limits::FULL, counters)
+        Uring::new(queue, sockets, wake, Limits::FULL, counters)
     }
 }
 
@@ -215,15 +193,13 @@ impl Bench {
             }
             std::thread::sleep(Duration::from_millis(1));
         }
-        let in_use = engine.features();
-        let delivery = |arrived, is_multishot| match (arrived, is_multishot) {
-            (false, _) => Delivery::Nothing,
-            (true, true) => Delivery::AsMeant,
-            (true, false) => Delivery::Polled,
+        let delivery = |arrived| match arrived {
+            false => Delivery::Nothing,
+            true => Delivery::AsMeant,
         };
         Ok(Delivered {
-            read: delivery(read, true),
-            receive: delivery(received, in_use.receive_multishot),
+            read: delivery(read),
+            receive: delivery(received),
             on_tun: matches!(self.device, Device::Tun),
         })
     }
@@ -241,7 +217,7 @@ impl Bench {
 
 /// The only queue of a device that is up.
 fn tun_queue() -> Result<Queue> {
-    let wanted = Offloads {
+    let wanted = TunOffloads {
         tcp: true,
         udp: true,
     };
@@ -255,7 +231,7 @@ fn tun_queue() -> Result<Queue> {
     let mut queues = tun.queues.into_iter();
     let queue = queues.next().ok_or_else(|| Error::new("no queue"))?;
     let mut netlink = Netlink::open()?;
-    let index = tun::index_of(queue.as_fd(), &mut netlink)?;
+    let index = tun::index_of(queue.as_fd())?;
     let index = index.ok_or_else(|| Error::new("the device is in another namespace"))?;
     link::bring_up(&mut netlink, index, &config, &[])?;
     Ok(queue)
@@ -267,18 +243,13 @@ pub fn items(facts: &Facts) -> Vec<Item> {
     vec![
         usable(facts),
         step(NAMES[1], facts.flags, "single issuer, deferred task work"),
-        step(NAMES[2], facts.buffers, "registered"),
         delivery(
-            NAMES[3],
+            NAMES[2],
             delivered.map(|found| found.map(|found| (found.read, found.on_tun))),
-            COST,
-            KERNEL,
         ),
         delivery(
-            NAMES[4],
+            NAMES[3],
             delivered.map(|found| found.map(|found| (found.receive, true))),
-            "the UDP socket is polled: a system call per receive",
-            "Linux 6.0 or later",
         ),
     ]
 }
@@ -333,12 +304,7 @@ fn step(name: &'static str, tried: Option<Tried<()>>, good: &str) -> Item {
 }
 
 /// `delivered`: how it came, and whether from what a tunnel would use.
-fn delivery(
-    name: &'static str,
-    delivered: Option<Option<(Delivery, bool)>>,
-    cost: &str,
-    remedy: &str,
-) -> Item {
+fn delivery(name: &'static str, delivered: Option<Option<(Delivery, bool)>>) -> Item {
     match delivered {
         None => Item::unknown(name, "an earlier step failed"),
         Some(None) => Item::unknown(name, "the loopback interface carries nothing"),
@@ -346,7 +312,6 @@ fn delivery(
         Some(Some((Delivery::AsMeant, false))) => {
             Item::ok(name, "delivers, from a socket; on a TUN queue not probed")
         }
-        Some(Some((Delivery::Polled, _))) => Item::degraded(name, "refused", cost, remedy),
         Some(Some((Delivery::Nothing, _))) => Item::unknown(name, "nothing was delivered in time"),
     }
 }
@@ -363,7 +328,6 @@ mod tests {
             is_filtered: false,
             plain: Ok(()),
             flags: Some(Ok(())),
-            buffers: Some(Ok(())),
             delivered: Some(Ok(Delivered {
                 read: Delivery::AsMeant,
                 receive: Delivery::AsMeant,
@@ -372,7 +336,7 @@ mod tests {
         }
     }
 
-    fn statuses(facts: &Facts) -> [Status; 5] {
+    fn statuses(facts: &Facts) -> [Status; 4] {
         let items = items(facts);
         let names: Vec<_> = items.iter().map(|item| item.name).collect();
         assert_eq!(names, NAMES);
@@ -381,38 +345,16 @@ mod tests {
 
     #[test]
     fn a_failure_leaves_the_later_steps_open() {
-        assert_eq!(statuses(&good()), [Good; 5]);
+        assert_eq!(statuses(&good()), [Good; 4]);
         let mut facts = Facts {
             delivered: None,
-            buffers: Some(Err(libc::ENOMEM)),
+            flags: Some(Err(libc::EINVAL)),
             ..good()
         };
-        assert_eq!(statuses(&facts), [Good, Good, Degraded, Unknown, Unknown]);
-        facts.buffers = None;
-        facts.flags = Some(Err(libc::EINVAL));
-        assert_eq!(
-            statuses(&facts),
-            [Good, Degraded, Unknown, Unknown, Unknown]
-        );
+        assert_eq!(statuses(&facts), [Good, Degraded, Unknown, Unknown]);
         facts.flags = None;
         facts.plain = Err(libc::ENOSYS);
-        assert_eq!(
-            statuses(&facts),
-            [Degraded, Unknown, Unknown, Unknown, Unknown]
-        );
-    }
-
-    #[test]
-    fn what_is_polled_is_degraded() {
-        let facts = Facts {
-            delivered: Some(Ok(Delivered {
-                read: Delivery::Nothing,
-                receive: Delivery::Polled,
-                on_tun: true,
-            })),
-            ..good()
-        };
-        assert_eq!(statuses(&facts), [Good, Good, Good, Unknown, Degraded]);
+        assert_eq!(statuses(&facts), [Degraded, Unknown, Unknown, Unknown]);
     }
 
     #[test]

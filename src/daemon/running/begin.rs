@@ -79,7 +79,7 @@ impl Running {
         let mtu_bytes = prepared.settled.link.mtu_bytes;
         inherit::inherit(&mut prepared.overlay, &manifest, mtu_bytes)?;
         prepared.resolve_now();
-        let own = tun::index_of(device.queues[0].as_fd(), &mut prepared.netlink)?;
+        let own = tun::index_of(device.queues[0].as_fd())?;
         prepared.device = own;
         prepared.set_aside();
         let suspended = std::mem::take(&mut prepared.suspended);
@@ -141,7 +141,7 @@ impl Running {
         ask_routes(&mut overlay, &mut netlink);
         udp::ignore_path_mtus(&sockets)?;
         let queue = device.queues[0].as_fd();
-        let found = Device::find(queue, &config.tun, &mut netlink)?;
+        let found = Device::find(queue, &config.tun)?;
         for sockets in &sockets {
             udp::drop_from(sockets.receive.as_fd(), found.index).map_err(|error| {
                 Error::os("cannot filter what comes through the tunnel itself", error)

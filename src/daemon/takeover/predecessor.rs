@@ -35,7 +35,7 @@ pub struct Inherited {
     /// The workers' sockets.
     pub sockets: Vec<WorkerSockets>,
     /// Offloads of the sockets.
-    pub udp: udp::Offloads,
+    pub udp: udp::UdpOffloads,
     /// The operators' socket, if there is one.
     pub listener: Option<OwnedFd>,
     /// The predecessor, which still runs.
@@ -185,11 +185,11 @@ pub fn receive(mut stream: UnixStream) -> Result<Inherited> {
     Ok(Inherited {
         device: Tun {
             queues,
-            offloads: coalesce::Offloads { tcp, udp },
+            offloads: coalesce::TunOffloads { tcp, udp },
             steered: manifest.is_steered,
         },
         sockets,
-        udp: udp::Offloads { segment, gro },
+        udp: udp::UdpOffloads { segment, gro },
         listener,
         predecessor: Predecessor(stream),
         manifest,

@@ -13,7 +13,7 @@ use super::{AtEnd, PROTOCOL, RouteKeeper};
 use crate::host::netlink::device_route::{Meddling, RouteEntry};
 use crate::host::netlink::{DeviceRoute, Netlink, News, RouteChange, Watch};
 use crate::io::tun::{self, Tun};
-use crate::packet::coalesce::Offloads;
+use crate::packet::coalesce::TunOffloads;
 use crate::testbed::Namespace;
 
 const V4: &str = "10.1.0.0/16";
@@ -42,7 +42,7 @@ struct Host {
 impl Host {
     fn new() -> Self {
         let namespace = Namespace::new().unwrap();
-        let none = Offloads {
+        let none = TunOffloads {
             tcp: false,
             udp: false,
         };

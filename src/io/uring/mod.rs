@@ -48,13 +48,6 @@ const COMPLETIONS_MAX: usize = 256;
 /// should still be in the second-level cache when the kernel copies it.
 const STAGED_BYTES_MAX: usize = 512 << 10;
 
-/// Which io_uring features to use where the kernel has them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Features {
-    /// Multishot `IORING_OP_RECVMSG` on the UDP socket (Linux 6.0).
-    pub receive_multishot: bool,
-}
-
 /// An engine on io_uring; see the module's documentation.
 pub struct Uring {
     ring: IoUring,
@@ -81,13 +74,11 @@ impl Uring {
         queue: Queue,
         sockets: WorkerSockets,
         wake: Arc<EventFd>,
-        wanted: Features,
         limits: Limits,
         counters: Arc<Counters>,
     ) -> Result<Self> {
         let ring = build_ring()?;
-        let sources =
-            Sources::new(&ring.submitter(), wanted.receive_multishot).map_err(buffers_error)?;
+        let sources = Sources::new(&ring.submitter()).map_err(buffers_error)?;
         Ok(Self {
             ring,
             queue,
@@ -101,13 +92,6 @@ impl Uring {
             completions: Vec::with_capacity(COMPLETIONS_MAX),
             counters,
         })
-    }
-
-    /// What is in use of the [`Features`] wanted.
-    pub fn features(&self) -> Features {
-        Features {
-            receive_multishot: self.sources.is_multishot(),
-        }
     }
 
     /// Queues a request. The queue is larger than all that can be under way,
@@ -235,12 +219,8 @@ impl Uring {
         if self.is_quiet {
             return Ok(());
         }
-        self.sources.refill(
-            self.takes_frames(),
-            self.queue.as_fd(),
-            self.sockets.receive.as_fd(),
-            &self.counters,
-        )
+        self.sources
+            .refill(self.takes_frames(), self.queue.as_fd(), &self.counters)
     }
 
     /// Starts what is queued, cancels what waits, and takes in the completions
@@ -431,10 +411,9 @@ const DRAIN_WAIT_NS: u32 = 1_000_000;
 ///
 /// # Errors
 /// As [`Uring::new`].
-pub fn probe(wanted: Features) -> Result<()> {
+pub fn probe() -> Result<()> {
     let ring = build_ring()?;
-    let mut sources =
-        Sources::new(&ring.submitter(), wanted.receive_multishot).map_err(buffers_error)?;
+    let sources = Sources::new(&ring.submitter()).map_err(buffers_error)?;
     sources.unregister(&ring.submitter());
     Ok(())
 }

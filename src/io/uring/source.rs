@@ -10,7 +10,7 @@
 //! 0.93 on one TCP stream, 0.92 to 0.97 on four, 0.99 to 1.04 on 64-byte UDP.
 //!
 //! The UDP socket is received from by a multishot request that fills provided
-//! buffers. Where the kernel lacks that request, it is read like the TUN queue.
+//! buffers (Linux 6.0, and so wherever there is a ring).
 
 use std::collections::VecDeque;
 use std::io;
@@ -86,12 +86,6 @@ impl Calls {
     }
 }
 
-/// How the UDP socket is received from.
-enum Udp {
-    Multishot { buffers: BufferRing, armed: bool },
-    Calls(Calls),
-}
-
 /// A received train that waits for the worker.
 struct Datagrams {
     received: Received,
@@ -102,7 +96,10 @@ struct Datagrams {
 /// Both sides and their arrivals.
 pub struct Sources {
     tun: Calls,
-    udp: Udp,
+    /// What the multishot receive fills.
+    buffers: BufferRing,
+    /// It is under way.
+    receive_armed: bool,
     /// A frame that waits for the worker.
     frame: Option<Received>,
     datagrams: VecDeque<Datagrams>,
@@ -119,21 +116,11 @@ pub struct Sources {
 unsafe impl Send for Sources {}
 
 impl Sources {
-    /// `receive_multishot`: use the request where the kernel has it.
-    pub fn new(submitter: &Submitter<'_>, receive_multishot: bool) -> io::Result<Self> {
-        let udp = if receive_multishot {
-            let buffers =
-                BufferRing::register(submitter, UDP_GROUP, MULTISHOT_BUFFERS, BUFFER_BYTES)?;
-            Udp::Multishot {
-                buffers,
-                armed: false,
-            }
-        } else {
-            Udp::Calls(Calls::new())
-        };
+    pub fn new(submitter: &Submitter<'_>) -> io::Result<Self> {
         Ok(Self {
             tun: Calls::new(),
-            udp,
+            buffers: BufferRing::register(submitter, UDP_GROUP, MULTISHOT_BUFFERS, BUFFER_BYTES)?,
+            receive_armed: false,
             frame: None,
             datagrams: VecDeque::with_capacity(usize::from(MULTISHOT_BUFFERS)),
             tun_is_next: true,
@@ -142,25 +129,14 @@ impl Sources {
         })
     }
 
-    /// Whether a multishot receive is in use.
-    pub fn is_multishot(&self) -> bool {
-        matches!(self.udp, Udp::Multishot { .. })
-    }
-
     /// Whether a request of either side is under way.
     pub fn is_armed(&self) -> bool {
-        self.tun.armed
-            || match &self.udp {
-                Udp::Multishot { armed, .. } => *armed,
-                Udp::Calls(calls) => calls.armed,
-            }
+        self.tun.armed || self.receive_armed
     }
 
     /// Takes the buffers back from the kernel, when no request uses them.
-    pub fn unregister(&mut self, submitter: &Submitter<'_>) {
-        if let Udp::Multishot { buffers, .. } = &self.udp {
-            let _ = buffers.unregister(submitter);
-        }
+    pub fn unregister(&self, submitter: &Submitter<'_>) {
+        let _ = self.buffers.unregister(submitter);
     }
 
     /// The request that tells of frames, unless it is under way or not needed.
@@ -168,23 +144,17 @@ impl Sources {
         self.tun.arm(Fd(queue.as_raw_fd()), Token::TunPoll)
     }
 
-    /// The request that receives datagrams or tells of them, unless it is under
-    /// way, not needed, or there is no buffer to receive into.
+    /// The request that receives datagrams, unless it is under way or there is
+    /// no buffer to receive into.
     pub fn arm_udp(&mut self, socket: BorrowedFd<'_>) -> Option<squeue::Entry> {
-        let fd = Fd(socket.as_raw_fd());
-        match &mut self.udp {
-            Udp::Multishot { buffers, armed } => {
-                buffers.provide();
-                if *armed || buffers.available() == 0 {
-                    return None;
-                }
-                *armed = true;
-                let entry =
-                    opcode::RecvMsgMulti::new(fd, &raw const *self.template, buffers.group());
-                Some(entry.build().user_data(Token::UdpReceive.to_user_data()))
-            }
-            Udp::Calls(calls) => calls.arm(fd, Token::UdpReceive),
+        self.buffers.provide();
+        if self.receive_armed || self.buffers.available() == 0 {
+            return None;
         }
+        self.receive_armed = true;
+        let fd = Fd(socket.as_raw_fd());
+        let entry = opcode::RecvMsgMulti::new(fd, &raw const *self.template, self.buffers.group());
+        Some(entry.build().user_data(Token::UdpReceive.to_user_data()))
     }
 
     /// There is a frame, or an error to be found by reading.
@@ -193,16 +163,10 @@ impl Sources {
         self.tun.polled();
     }
 
-    /// A train, or the news that there is one.
+    /// A received train.
     #[inline]
     pub fn udp_completed(&mut self, completion: &cqueue::Entry, counters: &Counters) -> Result<()> {
-        let Udp::Multishot { buffers, armed } = &mut self.udp else {
-            if let Udp::Calls(calls) = &mut self.udp {
-                calls.polled();
-            }
-            return Ok(());
-        };
-        *armed = cqueue::more(completion.flags());
+        self.receive_armed = cqueue::more(completion.flags());
         let result = completion.result();
         let Ok(filled) = usize::try_from(result) else {
             return match -result {
@@ -210,12 +174,11 @@ impl Sources {
                     counters.rearmed.add(1);
                     Ok(())
                 }
-                libc::EINVAL | libc::EOPNOTSUPP => {
-                    tracing::warn!("multishot receive refused: polling the UDP socket instead");
-                    self.udp = Udp::Calls(Calls::new());
-                    Ok(())
-                }
-                errno @ (libc::EBADF | libc::ENOTSOCK | libc::EFAULT) => Err(socket_error(errno)),
+                errno @ (libc::EBADF
+                | libc::ENOTSOCK
+                | libc::EFAULT
+                | libc::EINVAL
+                | libc::EOPNOTSUPP) => Err(socket_error(errno)),
                 // What the network says of earlier sends (ECONNREFUSED,
                 // EHOSTUNREACH ...) is no reason to stop.
                 _ => {
@@ -228,7 +191,7 @@ impl Sources {
         let Some(id) = cqueue::buffer_select(completion.flags()) else {
             return Ok(());
         };
-        let Some(buffer) = buffers.take(id, filled) else {
+        let Some(buffer) = self.buffers.take(id, filled) else {
             return Ok(());
         };
         let end = buffer.len().min(filled);
@@ -252,7 +215,7 @@ impl Sources {
             }),
             None => {
                 counters.drop_truncated.add(1);
-                buffers.give_back(id, buffer);
+                self.buffers.give_back(id, buffer);
             }
         }
         Ok(())
@@ -279,7 +242,7 @@ impl Sources {
     /// Whether a side may have something that [`Self::refill`] has yet to read.
     #[inline]
     pub fn may_refill(&self, with_frames: bool) -> bool {
-        (with_frames && self.tun.ready) || matches!(&self.udp, Udp::Calls(calls) if calls.ready)
+        with_frames && self.tun.ready
     }
 
     /// The next arrival, from both sides in turn.
@@ -306,35 +269,27 @@ impl Sources {
     #[inline]
     pub fn recycle(&mut self, received: Received, source: Source) {
         let Received { id, buffer, .. } = received;
-        match (source, &mut self.udp) {
-            (Source::Tun, _) => self.tun.free.push((id, buffer)),
-            (Source::Udp, Udp::Multishot { buffers, .. }) => buffers.give_back(id, buffer),
-            (Source::Udp, Udp::Calls(calls)) => calls.free.push((id, buffer)),
+        match source {
+            Source::Tun => self.tun.free.push((id, buffer)),
+            Source::Udp => self.buffers.give_back(id, buffer),
         }
     }
 
-    /// Reads the sides that are read by system calls, if nothing of theirs
-    /// waits and there may be something.
+    /// Reads a frame, if none waits and there may be one.
     ///
     /// # Errors
-    /// When the device or the socket is gone.
+    /// When the device is gone.
     #[inline]
     pub fn refill(
         &mut self,
         with_frames: bool,
         queue: BorrowedFd<'_>,
-        socket: BorrowedFd<'_>,
         counters: &Counters,
     ) -> Result<()> {
         if with_frames && self.tun.ready && self.frame.is_none() {
             self.read_tun(queue, counters)?;
         }
-        match &self.udp {
-            Udp::Calls(calls) if calls.ready && self.datagrams.is_empty() => {
-                self.receive_udp(socket, counters)
-            }
-            _ => Ok(()),
-        }
+        Ok(())
     }
 
     #[inline]
@@ -362,45 +317,6 @@ impl Sources {
             libc::EINVAL => counters.drop_frame_malformed.add(1),
             libc::EINTR | libc::ENOMEM => self.failed_oddly(counters),
             errno => return Err(queue_error(errno)),
-        }
-        Ok(())
-    }
-
-    fn receive_udp(&mut self, socket: BorrowedFd<'_>, counters: &Counters) -> Result<()> {
-        let Udp::Calls(calls) = &mut self.udp else {
-            return Ok(());
-        };
-        let Some((id, mut buffer)) = calls.free.pop() else {
-            return Ok(());
-        };
-        let mut has_failed = false;
-        match message::receive(socket, &mut buffer) {
-            Ok(Some(message)) => {
-                self.failures = 0;
-                self.datagrams.push_back(Datagrams {
-                    received: Received {
-                        buffer,
-                        start: PAYLOAD_START,
-                        end: message.end,
-                        id,
-                    },
-                    sender: message.sender,
-                    segment_bytes: message.segment_bytes.unwrap_or(message.end - PAYLOAD_START),
-                });
-                return Ok(());
-            }
-            Ok(None) => counters.drop_truncated.add(1),
-            Err(error) => match error.raw_os_error().unwrap_or(0) {
-                libc::EAGAIN => calls.ready = false,
-                errno @ (libc::EBADF | libc::ENOTSOCK | libc::EFAULT | libc::EINVAL) => {
-                    return Err(socket_error(errno));
-                }
-                _ => has_failed = true,
-            },
-        }
-        calls.free.push((id, buffer));
-        if has_failed {
-            self.failed_oddly(counters);
         }
         Ok(())
     }
