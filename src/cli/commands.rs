@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 use super::render;
 use crate::cli::client::{ClientCommand, PeerCommand, RouteCommand};
 use crate::config::{default_control_path, default_control_paths};
-use crate::control::client::{Connection, Verdict, encode, parse};
+use crate::control::client::{Connection, Verdict, parse};
 use crate::control::protocol::{Request, Status};
 use crate::control::text::printable_json;
 use crate::error::{Error, Result};
@@ -68,11 +68,11 @@ fn running(
     default_path: impl Fn(&str) -> PathBuf,
     patience: Duration,
 ) -> Result<Vec<Running>> {
-    let request = encode(&Request::Status {})?;
     let mut found = Vec::new();
     for path in paths {
         // A killed process leaves its socket behind.
-        let answer = Connection::open(&path, patience).and_then(|mut it| it.ask(&request));
+        let answer =
+            Connection::open(&path, patience).and_then(|mut it| it.ask(&Request::Status {}));
         let Ok(line) = answer else {
             continue;
         };
@@ -105,9 +105,8 @@ fn perform(
     out: &mut impl Write,
     patience: Patience,
 ) -> Result<()> {
-    let request = encode(&request(command))?;
     let mut connection = Connection::open(path, patience.answer)?;
-    let line = connection.ask(&request)?;
+    let line = connection.ask(&request(command))?;
     show_answer(command, path, &line, out, || {
         connection.wait_for_end(patience.end)
     })

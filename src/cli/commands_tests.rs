@@ -303,7 +303,7 @@ fn a_refusal_before_the_request_is_read_nevertheless() {
         .unwrap();
     drop(theirs);
     let mut connection = Connection::over(ours, PATIENT.answer);
-    let line = connection.ask(b"{\"command\":\"peers\"}\n").unwrap();
+    let line = connection.ask(&Request::Peers {}).unwrap();
     assert!(line.contains("too many connections"), "{line}");
 }
 
@@ -506,12 +506,12 @@ fn requests_that_no_tunnel_reads_are_not_sent() {
         .map(|index| std::net::IpAddr::from(std::net::Ipv4Addr::from_bits(0x0a00_0000 + index)))
         .map(ipnet::IpNet::from)
         .collect();
-    let error = encode(&Request::RouteDel { prefixes }).unwrap_err();
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let mut connection = Connection::over(ours, PATIENT.answer);
+    let error = connection.ask(&Request::RouteDel { prefixes }).unwrap_err();
     assert!(error.to_string().contains("4194304 bytes"), "{error}");
-    assert_eq!(
-        encode(&Request::Peers {}).unwrap(),
-        b"{\"command\":\"peers\"}\n"
-    );
+    drop(connection);
+    assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
 }
 
 /// The server that the program has, and not one of ours.

@@ -1,7 +1,7 @@
-//! A connection to a running tunnel's operators' socket.
+//! A connection to a running tunnel's control socket.
 
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
@@ -12,21 +12,18 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use socket2::{Domain, SockAddr, Socket, Type};
 
-use super::protocol::{Peers, Request, Status};
-use super::server::{Asker, REQUEST_BYTES_MAX};
+use super::codec::Lines;
+use super::credentials::Asker;
+use super::protocol::{ANSWER_BYTES_MAX, Peers, REQUEST_BYTES_MAX, Request, Status};
 use super::text::printable;
 use crate::error::{Error, Result};
-
-/// Longest answer that is read: several times what a tunnel with the most
-/// prefixes it can have says.
-pub(crate) const ANSWER_BYTES_MAX: usize = 256 << 20;
 
 /// Pause between looks at whether a process has ended.
 const END_PAUSE: Duration = Duration::from_millis(10);
 
 /// See the module's documentation.
 pub(crate) struct Connection {
-    stream: UnixStream,
+    lines: Lines,
     path: PathBuf,
     /// Device and inode of the socket's name when it was connected to.
     inode: Option<(u64, u64)>,
@@ -34,8 +31,8 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    /// Connects to the socket at `path`. `patience`: how long each step may
-    /// take, this one and those of [`Self::ask`].
+    /// Connects to the socket at `path`. `patience`: how long that may take, and
+    /// each [`Self::ask`].
     ///
     /// # Errors
     /// When nobody listens there, or this user may not ask.
@@ -43,7 +40,7 @@ impl Connection {
         let inode = inode(path);
         let stream = connect(path, patience).map_err(|error| refused(path, error))?;
         Ok(Self {
-            stream,
+            lines: Lines::new(stream, ANSWER_BYTES_MAX),
             path: path.to_path_buf(),
             inode,
             patience,
@@ -54,103 +51,51 @@ impl Connection {
     #[cfg(test)]
     pub(crate) fn over(stream: UnixStream, patience: Duration) -> Self {
         Self {
-            stream,
+            lines: Lines::new(stream, ANSWER_BYTES_MAX),
             path: PathBuf::new(),
             inode: None,
             patience,
         }
     }
 
-    /// Makes sure that root or this user listens at the other end.
-    ///
-    /// # Errors
-    /// When somebody else does.
-    pub(crate) fn check_user(&self) -> Result<()> {
-        check_user(&self.stream).map_err(|error| refused(&self.path, error))
-    }
-
-    /// Sends a request, a line, and reads the answer, without its line end.
+    /// Sends a request and reads the answer, without its line feed.
     ///
     /// # Errors
     /// When there is no answer, or none of a bounded length in a bounded time.
-    pub(crate) fn ask(&mut self, request: &[u8]) -> Result<String> {
-        let sent = self.send(request);
-        match sent.and_then(|()| self.receive()) {
-            Ok(line) => String::from_utf8(line).map_err(|_| {
-                Error::new(format!("{} with bytes that are no UTF-8", self.answered()))
-            }),
-            Err(error) => Err(self.failed(error)),
-        }
-    }
-
-    fn answered(&self) -> String {
-        format!("what listens at {} answered", self.path.display())
+    pub(crate) fn ask(&mut self, request: &Request) -> Result<String> {
+        let deadline = Instant::now() + self.patience;
+        let sent = self.lines.send(encode(request)?, deadline);
+        let answer = match sent {
+            // A server that does not want the request may have said why before it
+            // closed.
+            Err(error) if !is_end(&error) => Err(error),
+            _ => self.lines.receive(deadline),
+        };
+        let answer = answer.and_then(|line| line.ok_or(io::ErrorKind::UnexpectedEof.into()));
+        let line = answer.map_err(|error| self.failed(error))?;
+        String::from_utf8(line).map_err(|_| {
+            Error::new(format!(
+                "what listens at {} answered with bytes that are no UTF-8",
+                self.path.display()
+            ))
+        })
     }
 
     fn failed(&self, error: io::Error) -> Error {
         let shown = self.path.display();
-        let seconds = self.patience.as_secs();
         match error.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Error::new(format!(
-                "the fastvpn at {shown} gives no answer within {seconds} seconds"
+            io::ErrorKind::TimedOut => Error::new(format!(
+                "the fastvpn at {shown} gives no answer within {} seconds",
+                self.patience.as_secs()
             )),
-            io::ErrorKind::UnexpectedEof
-            | io::ErrorKind::BrokenPipe
-            | io::ErrorKind::ConnectionReset => Error::new(format!(
+            io::ErrorKind::FileTooLarge => Error::new(format!(
+                "what listens at {shown} answered with more than {ANSWER_BYTES_MAX} bytes"
+            )),
+            _ if is_end(&error) => Error::new(format!(
                 "the fastvpn at {shown} closed the connection without a whole answer"
             ))
             .hint("it may be ending; its log may say more"),
-            io::ErrorKind::FileTooLarge => Error::new(format!(
-                "{} with more than {ANSWER_BYTES_MAX} bytes",
-                self.answered()
-            )),
             _ => Error::os(format!("cannot talk to the fastvpn at {shown}"), error),
-        }
-    }
-
-    fn send(&mut self, request: &[u8]) -> io::Result<()> {
-        match self.stream.write_all(request) {
-            // Who does not want the request may have said why before it closed.
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
-                ) =>
-            {
-                Ok(())
-            }
-            result => result,
-        }
-    }
-
-    fn receive(&mut self) -> io::Result<Vec<u8>> {
-        let mut line = Vec::new();
-        let mut chunk = vec![0; 64 << 10];
-        let mut deadline = Instant::now() + self.patience;
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            self.stream.set_read_timeout(Some(left))?;
-            let bytes = match self.stream.read(&mut chunk) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(bytes) => bytes,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(error),
-            };
-            if line.is_empty() {
-                // It took its time to think; now it has as much to talk.
-                deadline = Instant::now() + self.patience;
-            }
-            let end = chunk[..bytes].iter().position(|byte| *byte == b'\n');
-            line.extend_from_slice(&chunk[..end.unwrap_or(bytes)]);
-            if line.len() > ANSWER_BYTES_MAX {
-                return Err(io::ErrorKind::FileTooLarge.into());
-            }
-            if end.is_some() {
-                return Ok(line);
-            }
         }
     }
 
@@ -161,7 +106,7 @@ impl Connection {
     /// When that takes longer than `patience`.
     pub(crate) fn wait_for_end(mut self, patience: Duration) -> Result<()> {
         let deadline = Instant::now() + patience;
-        self.wait_for_close(deadline);
+        while let Ok(Some(_)) = self.lines.receive(deadline) {}
         while self.is_served() {
             if Instant::now() >= deadline {
                 return Err(Error::new(format!(
@@ -176,28 +121,11 @@ impl Connection {
         Ok(())
     }
 
-    /// Reads to the end, or to the deadline.
-    fn wait_for_close(&mut self, deadline: Instant) {
-        let mut chunk = [0; 4096];
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() || self.stream.set_read_timeout(Some(left)).is_err() {
-                return;
-            }
-            match self.stream.read(&mut chunk) {
-                Ok(1..) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // Reset is an end, too.
-                Ok(0) | Err(_) => return,
-            }
-        }
-    }
-
     /// Whether someone still listens at the socket that was connected to.
     fn is_served(&self) -> bool {
         let now = inode(&self.path);
         if now.is_none() || now != self.inode {
-            // Nothing is there, or a successor's.
+            // Nothing is there, or another process's.
             return false;
         }
         // Killed processes leave the name behind. Connections that nobody takes
@@ -231,8 +159,8 @@ pub(crate) fn refused(path: &Path, error: io::Error) -> Error {
     }
 }
 
-/// Connects, and bounds how long this and later writes may take.
-pub(crate) fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream> {
+/// Connects, and bounds how long that may take.
+fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     // unix(7) waits as long as SO_SNDTIMEO says while the backlog is full.
     socket.set_write_timeout(Some(patience))?;
@@ -240,8 +168,22 @@ pub(crate) fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream>
     Ok(UnixStream::from(OwnedFd::from(socket)))
 }
 
-/// See [`Connection::check_user`].
-pub(crate) fn check_user(stream: &UnixStream) -> io::Result<()> {
+fn inode(path: &Path) -> Option<(u64, u64)> {
+    let metadata = fs::metadata(path).ok()?;
+    Some((metadata.dev(), metadata.ino()))
+}
+
+/// Connects to the control socket at `path` if root or this user listens there.
+///
+/// # Errors
+/// `PermissionDenied` if somebody else does.
+pub(crate) fn connect_trusted(path: &Path, patience: Duration) -> io::Result<UnixStream> {
+    let stream = connect(path, patience)?;
+    check_trusted(&stream)?;
+    Ok(stream)
+}
+
+fn check_trusted(stream: &UnixStream) -> io::Result<()> {
     let listener = Asker::of(stream)?;
     if listener.is_trusted() {
         return Ok(());
@@ -253,17 +195,12 @@ pub(crate) fn check_user(stream: &UnixStream) -> io::Result<()> {
     Err(io::Error::new(io::ErrorKind::PermissionDenied, text))
 }
 
-fn inode(path: &Path) -> Option<(u64, u64)> {
-    let metadata = fs::metadata(path).ok()?;
-    Some((metadata.dev(), metadata.ino()))
-}
-
-/// Connects to the control socket at `path` if root or this user listens there, and
-/// bounds how long that and later writes may take.
-pub(crate) fn connect_trusted(path: &Path, patience: Duration) -> io::Result<UnixStream> {
-    let stream = connect(path, patience)?;
-    check_user(&stream)?;
-    Ok(stream)
+/// Whether the other side has closed the connection.
+pub(crate) fn is_end(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+    )
 }
 
 /// The peers of the tunnel behind the control socket at `path`.
@@ -284,8 +221,8 @@ pub(crate) fn status(path: &Path, patience: Duration) -> Result<Status> {
 
 fn answer<T: DeserializeOwned>(request: &Request, path: &Path, patience: Duration) -> Result<T> {
     let mut connection = Connection::open(path, patience)?;
-    connection.check_user()?;
-    let line = connection.ask(&encode(request)?)?;
+    check_trusted(connection.lines.stream()).map_err(|error| refused(path, error))?;
+    let line = connection.ask(request)?;
     parse::<Verdict>(&line, path)?.check()?;
     parse(&line, path)
 }
@@ -310,9 +247,8 @@ impl Verdict {
     }
 }
 
-/// A request as a line.
-pub(crate) fn encode(request: &Request) -> Result<Vec<u8>> {
-    let mut line = serde_json::to_vec(request)
+fn encode(request: &Request) -> Result<Vec<u8>> {
+    let line = serde_json::to_vec(request)
         .map_err(|error| Error::os("cannot write the request", error.into()))?;
     if line.len() > REQUEST_BYTES_MAX {
         return Err(Error::new(format!(
@@ -320,7 +256,6 @@ pub(crate) fn encode(request: &Request) -> Result<Vec<u8>> {
         ))
         .hint("ask for less at a time, or use the configuration file"));
     }
-    line.push(b'\n');
     Ok(line)
 }
 

@@ -1,5 +1,4 @@
-//! What operators and the running tunnel say to each other: one JSON object a
-//! line, each way. `docs/control.md` describes it for those who write programs.
+//! What is said on the control socket: one JSON object a line, each way. `docs/control.md` describes it for those who write programs.
 //!
 //! Clients skip what they do not know of an answer, so answers may grow. A client
 //! of a later version may still meet an earlier tunnel: give fields that are new a
@@ -9,13 +8,25 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 
 use crate::error::shortened;
 
+/// Longest request in bytes: some 200 000 prefixes.
+pub const REQUEST_BYTES_MAX: usize = 4 << 20;
+
+/// Longest answer that is read: several times what a tunnel with the most
+/// prefixes it can have says.
+pub const ANSWER_BYTES_MAX: usize = 256 << 20;
+
 /// What an operator may ask for.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(tag = "command", rename_all = "kebab-case")]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(
+    tag = "command",
+    rename_all = "kebab-case",
+    deny_unknown_fields,
+    expecting = "the name of a command"
+)]
 pub enum Request {
     /// How the tunnel is doing: [`Status`].
     Status {},
@@ -77,117 +88,12 @@ impl Request {
         if line.trim_ascii_start().first() != Some(&b'{') {
             return Err("expected an object with a `command`".into());
         }
-        let keys: Result<Keys, _> = serde_json::from_slice(line);
-        // It may quote a key or a value, line feeds and all.
-        let one_line = |error: serde_json::Error| error.to_string().replace(char::is_control, " ");
-        keys.map_err(|error| shortened(&one_line(error)).into_owned())?
-            .into_request()
+        serde_json::from_slice(line).map_err(|error| {
+            // It may quote a key or a value, line feeds and all.
+            let one_line = error.to_string().replace(char::is_control, " ");
+            shortened(&one_line).into_owned()
+        })
     }
-}
-
-/// The `command` of a [`Request`].
-#[derive(Clone, Copy, Deserialize)]
-#[serde(
-    variant_identifier,
-    rename_all = "kebab-case",
-    expecting = "the name of a command"
-)]
-enum Command {
-    Status,
-    Peers,
-    RouteList,
-    RouteGet,
-    RouteAdd,
-    RouteDel,
-    PeerAdd,
-    PeerDel,
-    Reload,
-    Stop,
-    Takeover,
-}
-
-/// All keys that requests have. serde could tell requests apart by their tag
-/// itself, but would first hold everything else of one as a tree, at fifteen
-/// times the length of its text.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Keys {
-    command: Command,
-    #[serde(default, deserialize_with = "not_null")]
-    address: Option<IpAddr>,
-    #[serde(default, deserialize_with = "not_null")]
-    peer: Option<String>,
-    #[serde(default, deserialize_with = "not_null")]
-    prefixes: Option<Vec<IpNet>>,
-    #[serde(default, deserialize_with = "not_null")]
-    replace: Option<bool>,
-    #[serde(default, deserialize_with = "not_null")]
-    protocol: Option<u32>,
-}
-
-/// A key is absent, or it has a value.
-fn not_null<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
-    from: D,
-) -> Result<Option<T>, D::Error> {
-    T::deserialize(from).map(Some)
-}
-
-impl Keys {
-    /// The request that has these keys, and no others.
-    fn into_request(mut self) -> Result<Request, String> {
-        let request = match self.command {
-            Command::Status => Request::Status {},
-            Command::Peers => Request::Peers {},
-            Command::RouteList => Request::RouteList {},
-            Command::RouteGet => Request::RouteGet {
-                address: needed("address", &mut self.address)?,
-            },
-            Command::RouteAdd => Request::RouteAdd {
-                peer: needed("peer", &mut self.peer)?,
-                prefixes: needed("prefixes", &mut self.prefixes)?,
-                replace: self.replace.take().unwrap_or_default(),
-            },
-            Command::RouteDel => Request::RouteDel {
-                prefixes: needed("prefixes", &mut self.prefixes)?,
-            },
-            Command::PeerAdd => Request::PeerAdd {
-                peer: needed("peer", &mut self.peer)?,
-                prefixes: self.prefixes.take().unwrap_or_default(),
-            },
-            Command::PeerDel => Request::PeerDel {
-                peer: needed("peer", &mut self.peer)?,
-            },
-            Command::Reload => Request::Reload {},
-            Command::Stop => Request::Stop {},
-            Command::Takeover => Request::Takeover {
-                protocol: needed("protocol", &mut self.protocol)?,
-            },
-        };
-        match self.any() {
-            Some(key) => Err(format!("this command has no key `{key}`")),
-            None => Ok(request),
-        }
-    }
-
-    /// A key that nothing has been made of.
-    fn any(&self) -> Option<&'static str> {
-        let given = [
-            ("address", self.address.is_some()),
-            ("peer", self.peer.is_some()),
-            ("prefixes", self.prefixes.is_some()),
-            ("replace", self.replace.is_some()),
-            ("protocol", self.protocol.is_some()),
-        ];
-        given
-            .into_iter()
-            .find_map(|(key, is_given)| is_given.then_some(key))
-    }
-}
-
-fn needed<T>(key: &str, value: &mut Option<T>) -> Result<T, String> {
-    value
-        .take()
-        .ok_or_else(|| format!("this command needs a `{key}`"))
 }
 
 /// The tunnel, in numbers.
@@ -365,7 +271,7 @@ pub enum Answer {
     Reloaded(Reloaded),
 }
 
-/// A line of the operators' socket: an answer with `"ok":true`, or the reason
+/// A line of the control socket: an answer with `"ok":true`, or the reason
 /// why there is none, with `"ok":false`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
@@ -446,9 +352,9 @@ mod tests {
     fn says_what_is_wrong() {
         for (line, parts) in [
             (r#"["status"]"#, &["object"][..]),
-            (r#"{"a\nb":1}"#, &["a b"]),
-            (r#"{"command":"sudo"}"#, &["sudo", "route-add", "column"]),
-            (r#"{"command":"stop","force":1}"#, &["force", "column"]),
+            (r#"{"command":"stop","a\nb":1}"#, &["a b"]),
+            (r#"{"command":"sudo"}"#, &["sudo", "route-add"]),
+            (r#"{"command":"stop","force":1}"#, &["force"]),
             (r#"{"command":"stop","peer":"a"}"#, &["`peer`"]),
             (r#"{"command":"route-del"}"#, &["`prefixes`"]),
             (r#"{"command":"stop","command":"stop"}"#, &["duplicate"]),

@@ -1,67 +1,39 @@
-//! The operators' socket: requests in, answers out, one JSON object a line
+//! The control socket's server: requests in, answers out, one JSON object a line
 //! ([`super::protocol`]).
 //!
-//! Each connection has a thread of its own, which reads, hands the request to
-//! the control thread, and writes the answer. So a client that is slow, stuck
-//! or hostile keeps only itself waiting. All of it is bounded: connections,
-//! bytes of a request, and the time that each step may take.
+//! One thread serves all connections. It never waits for a client: it reads and
+//! writes what can be read and written at once, and closes a connection that takes
+//! longer than [`CLIENT_TIME_MAX`] over a request or an answer. It hands requests
+//! to the control thread one at a time and waits for the answer, so that there is
+//! never more than one being done.
 
-use std::fmt;
-use std::io::{self, Read, Write};
-use std::net;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::{getsockopt, sockopt};
 
-use super::protocol::{Answer, Line, Request};
+use super::codec::{self, Lines};
+use super::credentials::Asker;
+use super::protocol::{Answer, Line, REQUEST_BYTES_MAX, Request};
 use super::socket_name::{self, SocketName};
-use super::turns::{Turn, Turns};
 use crate::error::{Error, Result};
 
 /// Connections at a time. One more is told so and closed.
 pub const CONNECTIONS_MAX: usize = 16;
 
-/// Longest request in bytes: some 200 000 prefixes.
-pub const REQUEST_BYTES_MAX: usize = 4 << 20;
-
-/// Longer requests are read one at a time: until it is done, one takes several
-/// times its length.
-const LONG_REQUEST_BYTES: usize = 64 << 10;
-
-/// How long a client may take for a request, and for reading the answer.
-const REQUEST_TIME_MAX: Duration = Duration::from_secs(30);
-const ANSWER_TIME_MAX: Duration = Duration::from_secs(30);
-
-/// How long a client may read nothing of its answer.
-const WRITE_TIME_MAX: Duration = Duration::from_secs(5);
-
-/// Bytes of all long answers that are being written; a single one may be longer.
-/// One that is too much waits for nobody: the client is told to come again.
-const LONG_ANSWERS_BYTES_MAX: usize = 64 << 20;
-
-/// How long a request that has arrived may take until it is answered, with the
-/// time in which it waits for others.
-const DONE_TIME_MAX: Duration = Duration::from_secs(60);
+/// How long a client may take for a request, and for reading an answer.
+const CLIENT_TIME_MAX: Duration = Duration::from_secs(30);
 
 /// How long answers that are under way are waited for at the end.
-const CLOSE_TIME_MAX: Duration = Duration::from_secs(3);
+const CLOSE_TIME_MAX: Duration = Duration::from_secs(1);
 
 /// Pause after a failed `accept(2)`, as when descriptors have run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-
-const TOO_BUSY: &str = "the tunnel is too busy to answer";
-
-/// Stack of a connection's thread. The deepest JSON that is read has 128 levels.
-const STACK_BYTES: usize = 512 << 10;
 
 /// Something that a client wants of the control thread.
 #[derive(Debug)]
@@ -72,46 +44,10 @@ pub enum Call {
     /// connection is the control thread's from here on.
     Takeover {
         /// The connection, without any answer yet.
-        stream: UnixStream,
+        connection: Lines,
         /// The version that the process speaks.
         protocol: u32,
-        /// Others that want to take over are refused until this is dropped.
-        turn: Turn,
     },
-}
-
-/// The process at the other end of a connection (`SO_PEERCRED`, unix(7)).
-#[derive(Clone, Copy, Debug)]
-pub struct Asker {
-    /// Its process id; 0 if it is in a PID namespace that cannot be seen.
-    pub pid: i32,
-    /// Its user.
-    pub uid: u32,
-}
-
-impl Asker {
-    /// Who is at the other end of `stream`: who called connect(2), or listen(2).
-    ///
-    /// # Errors
-    /// When the kernel does not tell.
-    pub fn of(stream: &UnixStream) -> io::Result<Self> {
-        let peer = getsockopt(stream, sockopt::PeerCredentials)?;
-        Ok(Self {
-            pid: peer.pid(),
-            uid: peer.uid(),
-        })
-    }
-
-    /// Whether it is root's, or of the user who runs this process.
-    pub fn is_trusted(self) -> bool {
-        self.uid == 0 || self.uid == nix::unistd::geteuid().as_raw()
-    }
-}
-
-impl fmt::Display for Asker {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "process {} of user {}", self.pid, self.uid)
-    }
 }
 
 /// Where the answer to a request goes. Dropped, it says that there is none.
@@ -119,8 +55,6 @@ impl fmt::Display for Asker {
 pub struct Reply {
     answer: Sender<std::result::Result<Answer, String>>,
     asker: Asker,
-    /// A long request's, of which the next one is read when this one is done.
-    _turn: Option<Turn>,
 }
 
 impl Reply {
@@ -136,31 +70,15 @@ impl Reply {
     }
 }
 
-/// See the module's documentation. Dropped, it closes and unlinks its socket.
+/// See the module's documentation. Dropped, it closes and removes its socket.
 pub struct Server {
-    /// Before the socket: as long as it is there, somebody listens.
+    /// Before the listener: as long as the name is there, somebody listens.
     name: SocketName,
-    calls: Receiver<Call>,
-    shared: Arc<Shared>,
-    accept: Option<JoinHandle<()>>,
-}
-
-struct Shared {
     listener: UnixListener,
-    calls: Sender<Call>,
-    stop: EventFd,
-    stopping: AtomicBool,
-    /// The open connections, for closing them.
-    open: Mutex<Vec<(u64, UnixStream)>>,
-    /// Who may have a long request read and done.
-    long_requests: Turns,
-    /// Who may have a long answer made. More than one at a time would be in
-    /// memory before its length is known.
-    long_answers: Turns,
-    /// Bytes of long answers that are being written. Grows by whose turn it is.
-    long_answers_bytes: AtomicUsize,
-    /// Who may take over.
-    takeovers: Turns,
+    calls: Receiver<Call>,
+    /// Closed, it tells the thread to end.
+    stop: Option<UnixStream>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl Server {
@@ -174,7 +92,7 @@ impl Server {
         Self::serve(listener, name)
     }
 
-    /// Goes on with a predecessor's listening socket, whose name is `path`.
+    /// Goes on with an old process's listening socket, whose name is `path`.
     ///
     /// # Errors
     /// When there are no more threads or descriptors.
@@ -183,36 +101,25 @@ impl Server {
     }
 
     fn serve(listener: UnixListener, name: SocketName) -> Result<Self> {
-        let failed = |error| Error::os("cannot serve the operators' socket", error);
+        let failed = |error| Error::os("cannot serve the control socket", error);
         listener.set_nonblocking(true).map_err(failed)?;
-        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-        let stop = EventFd::from_value_and_flags(0, flags).map_err(|errno| failed(errno.into()))?;
-        let (sender, calls) = bounded(CONNECTIONS_MAX);
-        let shared = Arc::new(Shared {
-            listener,
-            calls: sender,
-            stop,
-            stopping: AtomicBool::new(false),
-            open: Mutex::new(Vec::with_capacity(CONNECTIONS_MAX)),
-            long_requests: Turns::default(),
-            long_answers: Turns::default(),
-            long_answers_bytes: AtomicUsize::new(0),
-            takeovers: Turns::default(),
-        });
+        let for_thread = listener.try_clone().map_err(failed)?;
+        let (stop, stopped) = UnixStream::pair().map_err(failed)?;
+        let (sender, calls) = bounded(1);
         // Before the last step, so that a failure ends it as any end does: the
         // name goes while the socket still listens.
         let mut server = Self {
             name,
+            listener,
             calls,
-            shared,
-            accept: None,
+            stop: Some(stop),
+            thread: None,
         };
-        let accepting = Arc::clone(&server.shared);
-        let accept = std::thread::Builder::new()
-            .name("operators".into())
-            .spawn(move || accepting.accept())
+        let thread = std::thread::Builder::new()
+            .name("control".into())
+            .spawn(move || serve_all(&for_thread, &stopped, &sender))
             .map_err(failed)?;
-        server.accept = Some(accept);
+        server.thread = Some(thread);
         Ok(server)
     }
 
@@ -221,9 +128,9 @@ impl Server {
         &self.calls
     }
 
-    /// The listening socket, for a successor.
+    /// The listening socket, for a new process.
     pub fn listener(&self) -> BorrowedFd<'_> {
-        self.shared.listener.as_fd()
+        self.listener.as_fd()
     }
 
     /// Closes all connections, after answers that are under way. `unlink`: the
@@ -237,303 +144,178 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.shared.stopping.store(true, Ordering::SeqCst);
-        let _ = self.shared.stop.write(1);
-        if let Some(accept) = self.accept.take() {
-            let _ = accept.join();
-        }
-        // Those that wait for a request hear the end of it; those that write
-        // an answer may finish.
-        self.shared.shut_down(net::Shutdown::Read);
-        let deadline = Instant::now() + CLOSE_TIME_MAX;
-        while !self.shared.open().is_empty() && Instant::now() < deadline {
-            // Answers to what nobody will do any more; a client may have sent
-            // several requests at once.
-            while self.calls.try_recv().is_ok() {}
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        self.shared.shut_down(net::Shutdown::Both);
-    }
-}
-
-impl Shared {
-    fn open(&self) -> std::sync::MutexGuard<'_, Vec<(u64, UnixStream)>> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn shut_down(&self, how: net::Shutdown) {
-        for (_, stream) in self.open().iter() {
-            let _ = stream.shutdown(how);
-        }
-    }
-
-    fn accept(self: Arc<Self>) {
-        for id in 0.. {
-            let mut ready = [
-                PollFd::new(self.listener.as_fd(), PollFlags::POLLIN),
-                PollFd::new(self.stop.as_fd(), PollFlags::POLLIN),
-            ];
-            let _ = poll(&mut ready, PollTimeout::NONE);
-            if self.stopping.load(Ordering::SeqCst) {
-                return;
-            }
-            match self.listener.accept() {
-                Ok((stream, _)) => {
-                    if let Err(error) = self.welcome(id, stream) {
-                        tracing::debug!("an operator's connection was lost: {error}");
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => {
-                    tracing::debug!("cannot take an operator's connection: {error}");
-                    std::thread::sleep(ACCEPT_PAUSE);
-                }
-            }
-        }
-    }
-
-    /// Gives a connection its thread, if it may have one.
-    fn welcome(self: &Arc<Self>, id: u64, mut stream: UnixStream) -> io::Result<()> {
-        // Not inherited from the listener, but other systems do.
-        stream.set_nonblocking(false)?;
-        stream.set_write_timeout(Some(WRITE_TIME_MAX))?;
-        // The socket's mode says so already; unless someone has changed it.
-        let refusal = if !Asker::of(&stream).is_ok_and(Asker::is_trusted) {
-            Some("only root and the tunnel's own user may ask")
-        } else if self.open().len() >= CONNECTIONS_MAX {
-            Some("too many connections")
-        } else {
-            None
-        };
-        if let Some(reason) = refusal {
-            // A line is always taken whole by a fresh connection's buffer.
-            return write_line(&mut stream, Err(reason.to_string()));
-        }
-        self.open().push((id, stream.try_clone()?));
-        let shared = Arc::clone(self);
-        let spawned = std::thread::Builder::new()
-            .name("operator".into())
-            .stack_size(STACK_BYTES)
-            .spawn(move || {
-                shared.converse(id, stream);
-                shared.forget(id);
-            });
-        if spawned.is_err() {
-            self.forget(id);
-        }
-        spawned.map(drop)
-    }
-
-    /// Leaves a connection to whoever holds its stream.
-    fn forget(&self, id: u64) {
-        self.open().retain(|(open, _)| *open != id);
-    }
-
-    /// Requests and answers, until either side has enough.
-    fn converse(&self, id: u64, mut stream: UnixStream) {
-        let Ok(asker) = Asker::of(&stream) else {
+        drop(self.stop.take());
+        let Some(thread) = self.thread.take() else {
             return;
         };
-        let mut reader = LineReader::default();
-        loop {
-            let line = match reader.next(&mut stream, Instant::now() + REQUEST_TIME_MAX) {
-                Ok(Some(line)) => line,
-                Ok(None) => return,
-                Err(error) => {
-                    if error.kind() == io::ErrorKind::InvalidData {
-                        let _ = write_line(&mut stream, Err(error.to_string()));
-                    }
-                    return;
-                }
-            };
-            let deadline = Instant::now() + DONE_TIME_MAX;
-            let result = match self.read(line, deadline) {
-                Ok((Request::Takeover { protocol }, _)) => {
-                    // The connection leaves its place among all; so this is
-                    // what bounds those that wait for the control thread.
-                    if let Some(turn) = self.takeovers.take(Duration::ZERO) {
-                        // Before the control thread has it: this server may end in
-                        // the course of the takeover, and must not close it then.
-                        self.forget(id);
-                        let call = Call::Takeover {
-                            stream,
-                            protocol,
-                            turn,
-                        };
-                        let _ = self.calls.send_deadline(call, deadline);
-                        return;
-                    }
-                    Err("another process is taking over already; try again".into())
-                }
-                Ok((request, turn)) => {
-                    let asked = Asked {
-                        asker,
-                        request,
-                        turn,
-                        deadline,
-                    };
-                    if self.answer(&mut stream, asked).is_err() {
-                        return;
-                    }
-                    continue;
-                }
-                Err(error) => Err(error),
-            };
-            if write_line(&mut stream, result).is_err() {
-                return;
-            }
+        while !thread.is_finished() {
+            // What nobody will do any more is dropped, which answers it.
+            drop(self.calls.recv_timeout(Duration::from_millis(1)));
         }
-    }
-
-    /// What a line asks for; with a long one's turn, once it has come.
-    fn read(
-        &self,
-        line: Vec<u8>,
-        deadline: Instant,
-    ) -> std::result::Result<(Request, Option<Turn>), String> {
-        let turn = match line.len() > LONG_REQUEST_BYTES {
-            true => Some(self.long_requests.take(left(deadline)).ok_or(TOO_BUSY)?),
-            false => None,
-        };
-        let request = Request::read(&line);
-        let request = request.map_err(|error| format!("cannot read the request: {error}"))?;
-        Ok((request, turn))
-    }
-
-    fn answer(&self, stream: &mut UnixStream, asked: Asked) -> io::Result<()> {
-        if !has_long_answer(&asked.request) {
-            return write_line(stream, self.ask(asked));
-        }
-        let under_way = || self.long_answers_bytes.load(Ordering::SeqCst);
-        let refuse = |stream: &mut UnixStream| {
-            let reason = "too many long answers under way; try again";
-            write_line(stream, Err(reason.into()))
-        };
-        let turn = self.long_answers.take(left(asked.deadline));
-        let Some(turn) = turn.filter(|_| under_way() < LONG_ANSWERS_BYTES_MAX) else {
-            return refuse(stream);
-        };
-        // The answer itself is gone once it is a text.
-        let text = to_line(self.ask(asked))?;
-        let bytes = text.len();
-        if under_way() > 0 && under_way() + bytes > LONG_ANSWERS_BYTES_MAX {
-            drop((text, turn));
-            return refuse(stream);
-        }
-        self.long_answers_bytes.fetch_add(bytes, Ordering::SeqCst);
-        drop(turn);
-        let written = write_all(stream, &text, Instant::now() + ANSWER_TIME_MAX);
-        drop(text);
-        self.long_answers_bytes.fetch_sub(bytes, Ordering::SeqCst);
-        written
-    }
-
-    /// Has the control thread answer.
-    fn ask(&self, asked: Asked) -> std::result::Result<Answer, String> {
-        let (sender, answer) = bounded(1);
-        let reply = Reply {
-            answer: sender,
-            asker: asked.asker,
-            _turn: asked.turn,
-        };
-        let call = Call::Request(asked.request, reply);
-        if self.calls.send_deadline(call, asked.deadline).is_err() {
-            return Err(TOO_BUSY.into());
-        }
-        match answer.recv_deadline(asked.deadline) {
-            Ok(result) => result,
-            Err(_) => Err("the tunnel gives no answer; it may be ending".into()),
-        }
+        let _ = thread.join();
     }
 }
 
-/// A request on its way to the control thread.
-struct Asked {
+/// The thread, until `stop` is closed at its other end.
+fn serve_all(listener: &UnixListener, stop: &UnixStream, calls: &Sender<Call>) {
+    let mut connections: Vec<Connection> = Vec::new();
+    while !wait(listener, stop, &connections) {
+        if let Err(error) = accept(listener, &mut connections) {
+            tracing::debug!("cannot take a connection to the control socket: {error}");
+            std::thread::sleep(ACCEPT_PAUSE);
+        }
+        let mut served = Vec::with_capacity(connections.len());
+        let mut busy = Duration::ZERO;
+        for mut connection in connections {
+            // While others were served, this one could not be.
+            connection.deadline += busy;
+            let began = Instant::now();
+            served.extend(connection.serve(calls));
+            busy += began.elapsed();
+        }
+        connections = served;
+    }
+    let deadline = Instant::now() + CLOSE_TIME_MAX;
+    for connection in &mut connections {
+        let _ = connection.lines.flush(deadline);
+    }
+}
+
+/// Waits until something can be done; tells whether that is to end.
+fn wait(listener: &UnixListener, stop: &UnixStream, connections: &[Connection]) -> bool {
+    let mut ready = vec![
+        PollFd::new(stop.as_fd(), PollFlags::POLLIN),
+        PollFd::new(listener.as_fd(), PollFlags::POLLIN),
+    ];
+    let mut time_max = PollTimeout::NONE;
+    if let Some(next) = connections.iter().map(Connection::due).min() {
+        time_max = codec::timeout(next.saturating_duration_since(Instant::now()));
+    }
+    for Connection { lines, .. } in connections {
+        let events = match lines.is_flushed() {
+            true => PollFlags::POLLIN,
+            false => PollFlags::POLLOUT,
+        };
+        ready.push(PollFd::new(lines.stream().as_fd(), events));
+    }
+    let _ = poll(&mut ready, time_max);
+    ready[0].any().unwrap_or(false)
+}
+
+/// Takes a connection that waits to be taken.
+fn accept(listener: &UnixListener, connections: &mut Vec<Connection>) -> io::Result<()> {
+    let stream = match listener.accept() {
+        Ok((stream, _)) => stream,
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    let asker = Asker::of(&stream)?;
+    let deadline = Instant::now() + CLIENT_TIME_MAX;
+    let connection = Connection {
+        lines: Lines::new(stream, REQUEST_BYTES_MAX),
+        asker,
+        deadline,
+    };
+    // The socket's mode says so already; unless someone has changed it.
+    if !asker.is_trusted() {
+        connection.refuse("only root and the tunnel's own user may ask");
+    } else if connections.len() >= CONNECTIONS_MAX {
+        connection.refuse("too many connections");
+    } else {
+        connections.push(connection);
+    }
+    Ok(())
+}
+
+struct Connection {
+    lines: Lines,
     asker: Asker,
-    request: Request,
-    /// A long request's.
-    turn: Option<Turn>,
-    /// When it must have been answered.
+    /// When the client must have sent a whole request, or have read the answer.
     deadline: Instant,
 }
 
-fn left(deadline: Instant) -> Duration {
-    deadline.saturating_duration_since(Instant::now())
-}
-
-/// Whether the answer grows with the number of peers or prefixes.
-fn has_long_answer(request: &Request) -> bool {
-    matches!(request, Request::Peers {} | Request::RouteList {})
-}
-
-/// Cuts a stream into lines of bounded length, each within bounded time.
-#[derive(Default)]
-struct LineReader {
-    /// Bytes behind the last line.
-    rest: Vec<u8>,
-}
-
-impl LineReader {
-    /// The next line, `None` at the end.
-    fn next(&mut self, stream: &mut UnixStream, deadline: Instant) -> io::Result<Option<Vec<u8>>> {
-        let mut line = std::mem::take(&mut self.rest);
-        let mut searched = 0;
-        let mut chunk = [0; 16 << 10];
-        loop {
-            if let Some(end) = line[searched..].iter().position(|byte| *byte == b'\n') {
-                let end = searched + end;
-                self.rest = line.split_off(end + 1);
-                line.truncate(end);
-                return Ok(Some(line));
-            }
-            searched = line.len();
-            if line.len() > REQUEST_BYTES_MAX {
-                let text = format!("a request has at most {REQUEST_BYTES_MAX} bytes");
-                return Err(io::Error::new(io::ErrorKind::InvalidData, text));
-            }
-            let left = left(deadline);
-            if left.is_zero() {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            stream.set_read_timeout(Some(left))?;
-            match stream.read(&mut chunk) {
-                Ok(0) => return Ok(None),
-                Ok(bytes) => line.extend_from_slice(&chunk[..bytes]),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
+impl Connection {
+    /// When to serve it even if nothing can be read or written.
+    fn due(&self) -> Instant {
+        match self.lines.is_flushed() && self.lines.has_line() {
+            true => Instant::now(),
+            false => self.deadline,
         }
+    }
+
+    /// Sends what is left to send, or does one request. `None`: it is over.
+    fn serve(mut self, calls: &Sender<Call>) -> Option<Self> {
+        let now = Instant::now();
+        let result = match self.lines.is_flushed() {
+            true => self.lines.receive(now),
+            false => {
+                let flushed = self.lines.flush(now);
+                if flushed.is_ok() {
+                    self.deadline = now + CLIENT_TIME_MAX;
+                }
+                return self.unless_late(flushed);
+            }
+        };
+        let line = match result {
+            Ok(line) => line?,
+            Err(error) if error.kind() == io::ErrorKind::FileTooLarge => {
+                self.refuse(&format!("a request has at most {REQUEST_BYTES_MAX} bytes"));
+                return None;
+            }
+            Err(error) => return self.unless_late(Err(error)),
+        };
+        let answer = match Request::read(&line) {
+            Ok(Request::Takeover { protocol }) => {
+                let connection = self.lines;
+                let _ = calls.send(Call::Takeover {
+                    connection,
+                    protocol,
+                });
+                return None;
+            }
+            Ok(request) => ask(request, self.asker, calls),
+            Err(error) => Err(format!("cannot read the request: {error}")),
+        };
+        self.answer(answer)
+    }
+
+    /// The connection, unless it has failed or its time is up.
+    fn unless_late(self, result: io::Result<()>) -> Option<Self> {
+        let goes_on = match result {
+            Ok(()) => true,
+            Err(error) => error.kind() == io::ErrorKind::TimedOut && Instant::now() < self.deadline,
+        };
+        goes_on.then_some(self)
+    }
+
+    fn answer(mut self, answer: std::result::Result<Answer, String>) -> Option<Self> {
+        let line = serde_json::to_vec(&Line::from(answer)).ok()?;
+        let now = Instant::now();
+        self.deadline = now + CLIENT_TIME_MAX;
+        let sent = self.lines.send(line, now);
+        self.unless_late(sent)
+    }
+
+    /// Says why before it is closed. A line fits a fresh connection's buffer.
+    fn refuse(self, reason: &str) {
+        drop(self.answer(Err(reason.into())));
     }
 }
 
-fn to_line(result: std::result::Result<Answer, String>) -> io::Result<Vec<u8>> {
-    let mut text = serde_json::to_vec(&Line::from(result))?;
-    text.push(b'\n');
-    Ok(text)
-}
-
-fn write_line(
-    stream: &mut UnixStream,
-    result: std::result::Result<Answer, String>,
-) -> io::Result<()> {
-    let deadline = Instant::now() + ANSWER_TIME_MAX;
-    write_all(stream, &to_line(result)?, deadline)
-}
-
-/// `write_all` within bounded time, however slowly the client reads.
-fn write_all(stream: &mut UnixStream, mut rest: &[u8], deadline: Instant) -> io::Result<()> {
-    while !rest.is_empty() {
-        if Instant::now() > deadline {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        match stream.write(rest) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(bytes) => rest = &rest[bytes..],
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
+/// Has the control thread answer.
+fn ask(
+    request: Request,
+    asker: Asker,
+    calls: &Sender<Call>,
+) -> std::result::Result<Answer, String> {
+    let (sender, answer) = bounded(1);
+    let reply = Reply {
+        answer: sender,
+        asker,
+    };
+    let _ = calls.send(Call::Request(request, reply));
+    let none = |_| Err("the tunnel gives no answer; it may be ending".into());
+    answer.recv().unwrap_or_else(none)
 }
 
 #[cfg(test)]

@@ -1,14 +1,14 @@
-//! The operators' socket's name in the file system: one process at a time has
+//! The control socket's name in the file system: one process at a time has
 //! it, a dead one's is replaced, and nothing is left of it at the end.
 
 use std::ffi::OsString;
 use std::fs::{DirBuilder, File, OpenOptions};
+use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use std::{fs, io};
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, Flock, FlockArg, OFlag, openat};
@@ -25,9 +25,6 @@ const LOCK_TIME_MAX: Duration = Duration::from_secs(1);
 
 /// Pause between two attempts to get the lock.
 const LOCK_PAUSE: Duration = Duration::from_millis(2);
-
-/// Most sockets of other namespaces that a start looks at.
-const OTHERS_MAX: usize = 64;
 
 const ANOTHER_PATH: &str = "choose another path with --control";
 
@@ -110,8 +107,7 @@ impl Drop for SocketName {
 }
 
 /// Listens at `path`, for its owner alone. What a killed process has left there
-/// is replaced; and in the directory that is ours, some of what those in other
-/// network namespaces have left is removed.
+/// is replaced.
 ///
 /// # Errors
 /// When another process serves the path or is just starting to, or something
@@ -119,7 +115,7 @@ impl Drop for SocketName {
 pub fn listen(path: &Path, backlog: i32) -> Result<(UnixListener, SocketName)> {
     make_directory(path)?;
     let failed = |error| {
-        let what = format!("cannot open the operators' socket {}", path.display());
+        let what = format!("cannot open the control socket {}", path.display());
         Error::os(what, error).hint(ANOTHER_PATH)
     };
     let entry = Entry::of(path).map_err(failed)?;
@@ -136,11 +132,6 @@ pub fn listen(path: &Path, backlog: i32) -> Result<(UnixListener, SocketName)> {
     // Whatever fails from here on takes the name with it.
     let name = SocketName::of(Some(entry));
     socket.listen(backlog).map_err(failed)?;
-    if let Some(directory) = path.parent()
-        && directory == Path::new(CONTROL_DIRECTORY)
-    {
-        remove_dead_of_namespaces(directory);
-    }
     Ok((UnixListener::from(OwnedFd::from(socket)), name))
 }
 
@@ -259,7 +250,7 @@ fn remove_stale(entry: &Entry) -> Result<()> {
     };
     if SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT != SFlag::S_IFSOCK {
         return Err(Error::new(format!(
-            "cannot open the operators' socket: {shown} is no socket"
+            "cannot open the control socket: {shown} is no socket"
         ))
         .hint("remove it, or choose another path with --control"));
     }
@@ -287,44 +278,6 @@ fn remove_stale(entry: &Entry) -> Result<()> {
             )
         }),
     }
-}
-
-/// Removes dead sockets with the number of a network namespace in their names.
-/// Once that is gone nobody would replace them: the next one has another number.
-fn remove_dead_of_namespaces(directory: &Path) {
-    let Ok(entries) = fs::read_dir(directory) else {
-        return;
-    };
-    let paths = entries.flatten().map(|entry| entry.path());
-    for path in paths.filter(|path| is_of_namespace(path)).take(OTHERS_MAX) {
-        if !is_dead(&path) {
-            continue;
-        }
-        // One that is not listened at yet looks dead, too, but not to who has the
-        // lock.
-        if let Ok(_lock) = StartLock::take(&path, Duration::ZERO)
-            && is_dead(&path)
-        {
-            let _ = fs::remove_file(&path);
-        }
-    }
-}
-
-/// Whether it is called `NAME-NUMBER.sock`.
-fn is_of_namespace(path: &Path) -> bool {
-    let number = path
-        .file_name()
-        .and_then(|name| name.to_str()?.strip_suffix(".sock")?.rsplit_once('-'));
-    number.is_some_and(|(_, number)| number.parse::<u64>().is_ok())
-}
-
-/// Whether it is a socket of this user's at which nobody listens.
-fn is_dead(path: &Path) -> bool {
-    let is_own_socket = fs::symlink_metadata(path).is_ok_and(|metadata| {
-        metadata.file_type().is_socket() && metadata.uid() == geteuid().as_raw()
-    });
-    let refused = io::ErrorKind::ConnectionRefused;
-    is_own_socket && connect_at_once(path).is_err_and(|error| error.kind() == refused)
 }
 
 fn connect_at_once(path: &Path) -> io::Result<()> {
@@ -362,33 +315,6 @@ mod tests {
                 scope.spawn(work);
             }
         });
-        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
-    }
-
-    #[test]
-    fn dead_sockets_of_other_namespaces_go_and_nothing_else() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = |name: &str| directory.path().join(name);
-        // A listener that is dropped leaves its name behind.
-        let bind = |name: &str| UnixListener::bind(path(name)).unwrap();
-        for name in ["vpn0-4026531840.sock", "vpn1-7.sock", "starts-8.sock"] {
-            drop(bind(name));
-        }
-        for name in ["vpn0.sock", "my-vpn.sock", "vpn0-9.sock.old"] {
-            drop(bind(name));
-        }
-        let _alive = bind("alive-10.sock");
-        fs::write(path("file-11.sock"), "").unwrap();
-        let starts = StartLock::take(&path("starts-8.sock"), LOCK_TIME_MAX).unwrap();
-        remove_dead_of_namespaces(directory.path());
-        drop(starts);
-        let mut left: Vec<_> = fs::read_dir(directory.path())
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .collect();
-        left.sort();
-        let expected = "alive-10.sock file-11.sock my-vpn.sock starts-8.sock vpn0-9.sock.old \
-                        vpn0.sock";
-        assert_eq!(left.join(" "), expected);
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
     }
 }

@@ -18,8 +18,7 @@ use socket2::{SockRef, Socket};
 
 use super::running::{End, Running};
 use super::takeover::{Manifest, PROTOCOL, RuntimePeer, Successor, WorkerDescriptors};
-use crate::control::server::Asker;
-use crate::control::turns::Turn;
+use crate::control::credentials::Asker;
 use crate::error::{Error, Result};
 use crate::host::link;
 use crate::io::engine::Port;
@@ -125,17 +124,10 @@ pub struct Handover {
     /// The addresses that the successor is about to give the device, or has given
     /// it, once it has said so.
     adding: Arc<OnceLock<Vec<IpNet>>>,
-    /// Others that want to take over are refused until it is over.
-    _turn: Turn,
 }
 
 impl Handover {
-    fn start(
-        running: &mut Running,
-        successor: Successor,
-        protocol: u32,
-        turn: Turn,
-    ) -> Result<Self> {
+    fn start(running: &mut Running, successor: Successor, protocol: u32) -> Result<Self> {
         successor.check(protocol)?;
         let manifest = manifest(running);
         let listener = running.listener()?;
@@ -157,7 +149,6 @@ impl Handover {
             thread: Some(thread),
             ready,
             adding,
-            _turn: turn,
         })
     }
 
@@ -195,12 +186,16 @@ fn serve(
 }
 
 /// Begins to serve a successor.
-pub fn begin(running: &mut Running, stream: UnixStream, protocol: u32, turn: Turn) {
+pub fn begin(running: &mut Running, stream: UnixStream, protocol: u32) {
     if let Ok(asker) = Asker::of(&stream) {
         tracing::info!("{asker} asks to take over");
     }
     let successor = Successor::new(stream);
-    match Handover::start(running, successor.clone(), protocol, turn) {
+    if running.handover.is_some() {
+        let error = Error::new("another process is taking over already").hint("try again");
+        return successor.refuse(&error);
+    }
+    match Handover::start(running, successor.clone(), protocol) {
         Ok(handover) => running.handover = Some(handover),
         Err(error) => {
             successor.refuse(&error);
@@ -246,8 +241,6 @@ pub fn end(running: &mut Running, ready: Result<()>) -> Result<Option<End>> {
 }
 
 fn leave_to(running: &mut Running, successor: &Successor) -> Result<()> {
-    // Who waits is told that there will be no answer.
-    running.postponed.clear();
     running.leave();
     // Last: from here until the successor starts nobody carries packets.
     running.stop_workers();

@@ -36,7 +36,6 @@ use crate::config::Config;
 use crate::control::summary;
 use crate::counters::{Counters, Snapshot};
 use crate::error::{Error, Result};
-use crate::host::netlink::LinkStats;
 
 /// Runs a tunnel until SIGINT, SIGTERM, an operator's word, or a successor ends
 /// it.
@@ -56,17 +55,17 @@ pub fn run(config: Config) -> Result<()> {
         Ok(End::Stopped) | Err(_) => {
             let link_stats = running.link_stats();
             running.take_down();
-            summarize(&counters, link_stats.as_ref());
+            summarize(&counters, link_stats.map_or(0, |stats| stats.tx_dropped));
             return end.map(drop);
         }
     }
-    summarize(&counters, None);
+    summarize(&counters, 0);
     Ok(())
 }
 
-fn summarize(counters: &[Arc<Counters>], link: Option<&LinkStats>) {
+fn summarize(counters: &[Arc<Counters>], tun_queue_drops: u64) {
     let snapshots: Vec<Snapshot> = counters.iter().map(|worker| worker.snapshot()).collect();
-    for line in summary::lines(&snapshots, link) {
+    for line in summary::lines(&snapshots, tun_queue_drops) {
         tracing::info!("{line}");
     }
 }

@@ -11,10 +11,11 @@ use super::{announce, handover, reach};
 use crate::config::check_ipv6_mtu;
 use crate::config::parse::{checked_route, parse_peer_name};
 use crate::config::{PeerName, PeerSpec};
+use crate::control::credentials::Asker;
 use crate::control::protocol::{
     Answer, Changed, Found, PeerStatus, Peers, Request, RouteEntry, Routes, Status,
 };
-use crate::control::server::{Asker, Call};
+use crate::control::server::Call;
 use crate::counters::{PeerCounters, Snapshot};
 use crate::error::{Error, Result, shortened};
 use crate::routing::overlay::{Origin, Overlay};
@@ -23,11 +24,10 @@ use crate::routing::overlay::{Origin, Overlay};
 pub fn answer(running: &mut Running, call: Call) -> Option<End> {
     match call {
         Call::Takeover {
-            stream,
+            connection,
             protocol,
-            turn,
         } => {
-            handover::begin(running, stream, protocol, turn);
+            handover::begin(running, connection.into_stream(), protocol);
             None
         }
         Call::Request(Request::Stop {}, reply) => {
@@ -36,18 +36,17 @@ pub fn answer(running: &mut Running, call: Call) -> Option<End> {
             Some(End::Stopped)
         }
         Call::Request(request, reply) => {
-            if running.handover.is_some() && is_change(&request) {
-                running.postponed.push((request, reply));
-            } else {
-                let answer = done(running, request, reply.asker());
-                reply.send(answer);
-            }
+            let answer = match running.handover.is_some() && is_change(&request) {
+                true => Err(Error::new("another process is taking over").hint("try again")),
+                false => done(running, request, reply.asker()),
+            };
+            reply.send(answer);
             None
         }
     }
 }
 
-/// Whether a successor that has been told already what there is would miss it.
+/// Whether a new process that has been told already what there is would miss it.
 fn is_change(request: &Request) -> bool {
     match request {
         Request::RouteAdd { .. }
@@ -61,14 +60,6 @@ fn is_change(request: &Request) -> bool {
         | Request::RouteGet { .. }
         | Request::Stop {}
         | Request::Takeover { .. } => false,
-    }
-}
-
-/// Does what had to wait while the tunnel might have changed hands.
-pub fn catch_up(running: &mut Running) {
-    for (request, reply) in std::mem::take(&mut running.postponed) {
-        let answer = done(running, request, reply.asker());
-        reply.send(answer);
     }
 }
 

@@ -20,8 +20,7 @@ use super::ports::Ports;
 use super::trouble::Troubles;
 use super::{operator, reach, reload, start};
 use crate::config::{Config, Settled};
-use crate::control::protocol::Request;
-use crate::control::server::{Call, Reply, Server};
+use crate::control::server::{Call, Server};
 use crate::counters::{Counters, PeerCounters};
 use crate::daemon::workers::{Setup, Workers};
 use crate::dataplane::Command;
@@ -130,9 +129,7 @@ pub struct Running {
     pub(super) server: Option<Server>,
     /// While a successor gets ready.
     pub(super) handover: Option<Handover>,
-    /// What has to wait for the end of that: one request of a connection.
-    pub(super) postponed: Vec<(Request, Reply)>,
-    /// The same for a reload by signal.
+    /// A reload by signal has to wait for the end of that.
     pub(super) is_reload_due: bool,
     pub(super) started: Instant,
     pub(super) reload_error: Option<String>,
@@ -301,7 +298,6 @@ impl Running {
 
     /// Does what had to wait while a successor got ready.
     pub(super) fn catch_up(&mut self) {
-        operator::catch_up(self);
         if std::mem::take(&mut self.is_reload_due) {
             self.reload_by_signal();
         }
@@ -541,7 +537,6 @@ impl Running {
         self.quiet_log.end();
         self.ports.end_log();
         self.handover = None;
-        self.postponed.clear();
         // Its keeper first, which would miss the device.
         if let Some(routes) = self.routes.take() {
             routes.stop(AtEnd::Remove);

@@ -94,15 +94,11 @@ fn long_requests_together() -> Result<()> {
         let shown = String::from_utf8_lossy(&line[..40]).into_owned();
         let answers = all_at_once(&operator, &line)?;
         for answer in &answers {
-            // On a busy machine the last of them come too late for the tunnel.
-            let is_busy = answer["error"] == "the tunnel is too busy to answer";
             check(
-                (answer["ok"] == is_done || is_busy) && answer.to_string().len() < 1000,
+                answer["ok"] == is_done && answer.to_string().len() < 1000,
                 || format!("{shown}: {answer}"),
             )?;
         }
-        let is_answered = answers.iter().any(|answer| answer["ok"] == is_done);
-        check(is_answered, || format!("{shown}: {answers:?}"))?;
         let grown = rss_peak_bytes(end.pid())?.saturating_sub(before);
         check(grown < GROWTH_MAX, || {
             format!("{shown}: grew by {grown} bytes")
@@ -150,7 +146,7 @@ fn strange() -> Vec<(Value, &'static str)> {
         (route(json!("10.9.0.0/16")), "sequence"),
         (route(json!({"10.9.0.0/16": 1})), "sequence"),
         (route(json!(null)), "null"),
-        (route(json!(["10.9.0.0/16", 1e300])), "1e+300"),
+        (route(json!(["10.9.0.0/16", 1e300])), "floating point"),
         (
             route(json!(["10.9.0.0/16", u64::MAX])),
             "18446744073709551615",

@@ -191,7 +191,6 @@ impl Running {
             routes_kept: BTreeSet::new(),
             server: None,
             handover: None,
-            postponed: Vec::new(),
             is_reload_due: false,
             started: Instant::now(),
             reload_error: None,

@@ -1,0 +1,275 @@
+//! Lines on a Unix stream socket, of bounded length and within bounded time: what
+//! the control socket, its clients and both sides of a handoff speak.
+//!
+//! Nothing here blocks for longer than the caller's deadline. With one that has
+//! passed, [`Lines::receive`] and [`Lines::flush`] do what can be done at once.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, recv, send};
+
+const CHUNK_BYTES: usize = 64 << 10;
+
+/// One end of such a connection.
+#[derive(Debug)]
+pub struct Lines {
+    stream: UnixStream,
+    line_bytes_max: usize,
+    /// What has come and is not part of a line that was returned.
+    received: Vec<u8>,
+    /// How much of it has no line feed.
+    searched: usize,
+    /// What is to be sent, and how much of it has been.
+    sending: Vec<u8>,
+    sent: usize,
+}
+
+impl Lines {
+    /// Lines on `stream`. Those that are received have at most `line_bytes_max`
+    /// bytes.
+    pub fn new(stream: UnixStream, line_bytes_max: usize) -> Self {
+        Self {
+            stream,
+            line_bytes_max,
+            received: Vec::new(),
+            searched: 0,
+            sending: Vec::new(),
+            sent: 0,
+        }
+    }
+
+    /// The stream, for its options and its end.
+    pub fn stream(&self) -> &UnixStream {
+        &self.stream
+    }
+
+    /// The stream alone.
+    pub fn into_stream(self) -> UnixStream {
+        self.stream
+    }
+
+    /// The next line, without its line feed; `None` at the end of the stream.
+    ///
+    /// # Errors
+    /// `TimedOut` if none is complete in time: what has come of it is kept.
+    /// `FileTooLarge` if it is too long.
+    pub fn receive(&mut self, deadline: Instant) -> io::Result<Option<Vec<u8>>> {
+        loop {
+            if let Some(line) = self.take_line()? {
+                return Ok(Some(line));
+            }
+            match self.read() {
+                Ok(0) => return Ok(None),
+                Err(Errno::EAGAIN) => self.wait(PollFlags::POLLIN, deadline)?,
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+
+    /// Whether [`Self::receive`] has a line without reading.
+    pub fn has_line(&self) -> bool {
+        self.received[self.searched..].contains(&b'\n')
+    }
+
+    /// Sends a line, and whatever of the one before it has not been sent.
+    ///
+    /// # Errors
+    /// `TimedOut` if the other end does not read all of it in time; the rest is for
+    /// [`Self::flush`].
+    pub fn send(&mut self, mut line: Vec<u8>, deadline: Instant) -> io::Result<()> {
+        line.push(b'\n');
+        match self.is_flushed() {
+            true => self.sending = line,
+            false => self.sending.append(&mut line),
+        }
+        self.flush(deadline)
+    }
+
+    /// Sends what is left to send.
+    ///
+    /// # Errors
+    /// As [`Self::send`].
+    pub fn flush(&mut self, deadline: Instant) -> io::Result<()> {
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        while !self.is_flushed() {
+            match send(self.stream.as_raw_fd(), &self.sending[self.sent..], flags) {
+                Ok(bytes) => self.sent += bytes,
+                Err(Errno::EAGAIN) => self.wait(PollFlags::POLLOUT, deadline)?,
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        // Long answers are rare: their memory is not kept for the next one.
+        self.sending = Vec::new();
+        self.sent = 0;
+        Ok(())
+    }
+
+    /// Whether nothing is left to send.
+    pub fn is_flushed(&self) -> bool {
+        self.sent == self.sending.len()
+    }
+
+    fn take_line(&mut self) -> io::Result<Option<Vec<u8>>> {
+        let unsearched = &self.received[self.searched..];
+        let end = unsearched.iter().position(|byte| *byte == b'\n');
+        let end = end.map(|end| self.searched + end);
+        if end.unwrap_or(self.received.len()) > self.line_bytes_max {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        let Some(end) = end else {
+            self.searched = self.received.len();
+            return Ok(None);
+        };
+        let rest = self.received.split_off(end + 1);
+        let mut line = std::mem::replace(&mut self.received, rest);
+        line.truncate(end);
+        self.searched = 0;
+        Ok(Some(line))
+    }
+
+    fn read(&mut self) -> nix::Result<usize> {
+        let filled = self.received.len();
+        self.received.resize(filled + CHUNK_BYTES, 0);
+        let into = &mut self.received[filled..];
+        let result = recv(self.stream.as_raw_fd(), into, MsgFlags::MSG_DONTWAIT);
+        self.received.truncate(filled + result.unwrap_or(0));
+        result
+    }
+
+    fn wait(&self, events: PollFlags, deadline: Instant) -> io::Result<()> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        match poll(
+            &mut [PollFd::new(self.stream.as_fd(), events)],
+            timeout(left),
+        ) {
+            Ok(_) | Err(Errno::EINTR) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+}
+
+/// For poll(2), in milliseconds: not before the time is up.
+pub fn timeout(left: Duration) -> PollTimeout {
+    let up = left.saturating_add(Duration::from_millis(1));
+    PollTimeout::try_from(up).unwrap_or(PollTimeout::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::*;
+
+    const LINE_BYTES_MAX: usize = 1000;
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_millis(50)
+    }
+
+    fn pair() -> (Lines, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        (Lines::new(ours, LINE_BYTES_MAX), theirs)
+    }
+
+    #[test]
+    fn lines_may_come_together_and_in_pieces() {
+        let (mut lines, mut other) = pair();
+        let mut next = |bytes: &[u8]| {
+            other.write_all(bytes).unwrap();
+            let line = lines.receive(Instant::now());
+            line.map(|line| line.map(|line| String::from_utf8(line).unwrap()))
+        };
+        let late = |result: io::Result<_>| {
+            assert_eq!(result.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        };
+        assert_eq!(next(b"a\n\nbc\nd").unwrap().unwrap(), "a");
+        assert_eq!(next(b"").unwrap().unwrap(), "");
+        assert_eq!(next(b"").unwrap().unwrap(), "bc");
+        late(next(b""));
+        late(next(b"e"));
+        assert_eq!(next(b"f\ng").unwrap().unwrap(), "def");
+        // What has no end of line is no line.
+        drop(other);
+        assert!(lines.receive(soon()).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_line_has_a_longest_length() {
+        let longest = vec![b'x'; LINE_BYTES_MAX];
+        for (bytes, is_taken) in [
+            ([&longest[..], b"\n"].concat(), true),
+            ([&longest[..], b"x\n"].concat(), false),
+            ([&longest[..], b"x"].concat(), false),
+        ] {
+            let (mut lines, mut other) = pair();
+            other.write_all(&bytes).unwrap();
+            match lines.receive(soon()) {
+                Ok(line) => assert!(is_taken && line.unwrap() == longest),
+                Err(error) => {
+                    assert!(!is_taken && error.kind() == io::ErrorKind::FileTooLarge);
+                }
+            }
+        }
+    }
+
+    /// A byte now and then is no excuse; nor is silence.
+    #[test]
+    fn a_line_has_its_time() {
+        for is_silent in [true, false] {
+            let (mut lines, mut other) = pair();
+            let drip = std::thread::spawn(move || {
+                while !is_silent && other.write_all(b" ").is_ok() {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                other
+            });
+            let error = lines.receive(soon()).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+            drop(lines);
+            drip.join().unwrap();
+        }
+    }
+
+    /// It may be read by the byte, or not at all; what is late goes out later.
+    #[test]
+    fn sending_has_its_time() {
+        let long = vec![b'x'; 2 << 20];
+        for is_read in [true, false] {
+            let (mut lines, mut other) = pair();
+            other.set_read_timeout(Some(PATIENCE)).unwrap();
+            let reader = std::thread::spawn(move || {
+                let deadline = soon();
+                while is_read && Instant::now() < deadline {
+                    other.read_exact(&mut [0]).unwrap();
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                other
+            });
+            let error = lines.send(long.clone(), soon()).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+            assert!(!lines.is_flushed());
+            let mut other = reader.join().unwrap();
+            let rest = std::thread::spawn(move || {
+                let mut rest = Vec::new();
+                other.read_to_end(&mut rest).unwrap();
+                rest
+            });
+            lines.flush(Instant::now() + PATIENCE).unwrap();
+            assert!(lines.is_flushed());
+            drop(lines);
+            let rest = rest.join().unwrap();
+            assert!(rest.len() > long.len() / 2 && rest.ends_with(b"x\n"));
+        }
+    }
+}
