@@ -65,6 +65,10 @@ pub struct Cli {
     )]
     pub html: PathBuf,
 
+    /// Where the chart of the first figure goes, as a picture for a page elsewhere [default: nowhere]
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
+
     /// Results of an earlier run (its --json): show what has changed since
     #[arg(long, value_name = "FILE")]
     pub compare: Option<PathBuf>,

@@ -108,6 +108,9 @@ fn bench(cli: &Cli) -> Result<()> {
     }
     write_json(&results, &cli.json)?;
     report::write_html(&results, &cli.html)?;
+    if let Some(path) = &cli.svg {
+        report::write_svg(&results, path)?;
+    }
     say(&format!("the report is {}", cli.html.display()));
     if let Some(old) = old {
         print(&format!("\n{}", table::compare(&old, &results)));

@@ -51,20 +51,27 @@ const TICKS: usize = 6;
 /// # Errors
 /// When it cannot be drawn.
 pub fn render(figure: &Figure<'_>, contenders: &[Contender], id: &str) -> Result<Markup> {
-    let height = TOP + BAR_PITCH * u32::try_from(figure.bars.len()).unwrap_or(0) + AXIS_HEIGHT;
     let mut svg = String::new();
-    draw(figure, contenders, (WIDTH, height), &mut svg)?;
+    draw(figure, contenders, (WIDTH, height(figure)), &mut svg)?;
     let (title_id, description_id) = (format!("{id}-title"), format!("{id}-description"));
-    let view_box = format!("0 0 {WIDTH} {height}");
     let labels = format!("{title_id} {description_id}");
     Ok(html! {
-        svg role="img" xmlns="http://www.w3.org/2000/svg" viewBox=(view_box)
+        svg role="img" xmlns="http://www.w3.org/2000/svg" viewBox=(view_box(figure))
             aria-labelledby=(labels) {
             title id=(title_id) { (title(figure)) }
             desc id=(description_id) { (description(figure)) }
             (PreEscaped(svg))
         }
     })
+}
+
+fn height(figure: &Figure<'_>) -> u32 {
+    TOP + BAR_PITCH * u32::try_from(figure.bars.len()).unwrap_or(0) + AXIS_HEIGHT
+}
+
+/// What of the plane a figure's chart takes up.
+pub fn view_box(figure: &Figure<'_>) -> String {
+    format!("0 0 {WIDTH} {}", height(figure))
 }
 
 fn title(figure: &Figure<'_>) -> String {

@@ -27,8 +27,19 @@ use crate::results::Results;
 /// # Errors
 /// When a chart cannot be drawn or the file cannot be written.
 pub fn write_html(results: &Results, path: &Path) -> Result<()> {
+    write(path, &page::render(results)?)
+}
+
+/// Writes the chart of the first figure to `path`, as a picture by itself.
+///
+/// # Errors
+/// As [`write_html`], and when nothing was measured.
+pub fn write_svg(results: &Results, path: &Path) -> Result<()> {
+    write(path, &page::render_picture(results)?)
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
     let failed = |cause| Error::os(format!("cannot write {}", path.display()), cause);
-    let text = page::render(results)?;
     if let Some(directory) = path.parent() {
         fs::create_dir_all(directory).map_err(failed)?;
     }

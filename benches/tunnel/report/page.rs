@@ -1,6 +1,6 @@
 //! All of the report in order.
 
-use fastvpn::error::Result;
+use fastvpn::error::{Error, Result};
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use super::chart;
@@ -54,6 +54,29 @@ pub fn render(results: &Results) -> Result<String> {
         }
     };
     Ok(page.into_string())
+}
+
+/// The chart of the first figure, on paper of its own.
+///
+/// # Errors
+/// When it cannot be drawn, or nothing was measured.
+pub fn render_picture(results: &Results) -> Result<String> {
+    let groups = groups(results);
+    let figures = groups.iter().flat_map(|group| &group.figures);
+    let figure = figures.clone().find(|figure| !figure.bars.is_empty());
+    let figure = figure.ok_or_else(|| Error::new("nothing was measured that could be drawn"))?;
+    let chart = chart::render(figure, &results.contenders, "chart")?;
+    let paper = palette::hex(palette::PAPER.light);
+    let night = palette::night_rules();
+    let style = format!("@media (prefers-color-scheme: dark) {{\n{night}}}\n");
+    let picture = html! {
+        svg xmlns="http://www.w3.org/2000/svg" viewBox=(chart::view_box(figure)) {
+            style { (PreEscaped(style)) }
+            rect width="100%" height="100%" fill=(paper) {}
+            (chart)
+        }
+    };
+    Ok(picture.into_string())
 }
 
 fn headline(results: &Results) -> Markup {

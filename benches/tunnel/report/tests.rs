@@ -447,6 +447,34 @@ fn the_night_knows_every_colour_of_the_charts() {
 }
 
 #[test]
+fn a_picture_stands_by_itself() {
+    let results = example();
+    let picture = page::render_picture(&results).unwrap();
+    let document = Document::parse(&picture).unwrap();
+    let texts: Vec<_> = document
+        .descendants()
+        .filter_map(|node| node.text())
+        .collect();
+    for name in ["fastvpn, io_uring", "kernel VXLAN", "12.0"] {
+        assert!(
+            texts.iter().any(|text| text.trim() == name),
+            "{name}: {texts:?}"
+        );
+    }
+    let empty = page::render_picture(&results_of_nobody());
+    assert!(
+        empty
+            .unwrap_err()
+            .to_string()
+            .contains("nothing was measured")
+    );
+}
+
+fn results_of_nobody() -> Results {
+    results(Vec::new(), Vec::new(), Vec::new())
+}
+
+#[test]
 fn the_file_is_written_with_its_directory() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("new/report.html");
