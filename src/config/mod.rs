@@ -1,7 +1,7 @@
 //! Flags and a configuration file into one checked configuration.
 //!
 //! [`Config`] is what can be said without a look at the network. Names may not
-//! resolve yet and links may not be up yet; [`Config::settle`] adds what follows
+//! resolve yet and links may not be up yet; `daemon::settings` adds what follows
 //! from the peers that can be reached now.
 
 mod file;
@@ -10,7 +10,6 @@ pub(crate) mod parse;
 mod peers;
 mod reload;
 mod types;
-mod underlay;
 
 use std::path::{Path, PathBuf};
 
@@ -29,8 +28,6 @@ pub use options::{TUN_NAME_DEFAULT, TunnelArgs};
 pub(crate) use parse::{parse_cores, parse_peer_name};
 pub use peers::{PEERS_MAX, check_peers};
 pub use types::{CoreList, DEFAULT_PORT, Feature, Io, Listen, LogFormat, PeerName, PeerSpec};
-pub(crate) use underlay::default_mtu_bytes;
-pub use underlay::{Settled, check_ipv6_mtu};
 
 /// Queues that are used unless more are asked for.
 const QUEUES_DEFAULT_MAX: usize = 4;

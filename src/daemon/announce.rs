@@ -1,13 +1,14 @@
 //! What is running, in a few log lines.
 
-use super::running::Running;
+use super::tunnel::Tunnel;
+use super::workers::Workers;
 
 /// Peers that are named one by one. More are counted.
 const PEERS_NAMED_MAX: usize = 8;
 
 /// Says what is running, and what the kernel lacks.
-pub fn announce(running: &Running) {
-    let file = match &running.config.config_file {
+pub fn announce(tunnel: &Tunnel) {
+    let file = match &tunnel.config.config_file {
         Some(path) => format!("configuration file {}", path.display()),
         None => "no configuration file".into(),
     };
@@ -16,13 +17,13 @@ pub fn announce(running: &Running) {
         env!("CARGO_PKG_VERSION"),
         std::process::id(),
     );
-    let ports: Vec<String> = running
-        .ports
-        .own()
+    let ports: Vec<String> = tunnel
+        .peers
+        .own_ports()
         .into_iter()
         .map(|port| format!(", {port}"))
         .collect();
-    let listen = running.settled.listen;
+    let listen = tunnel.settings.listen;
     tracing::info!(
         "UDP: listening on {listen}, sending from port {}{}",
         listen.port(),
@@ -32,53 +33,50 @@ pub fn announce(running: &Running) {
         "plain mode: packets are neither encrypted nor authenticated; use it on networks that \
          you trust"
     );
-    let link = &running.settled.link;
+    let link = &tunnel.settings.link;
     let addresses: Vec<String> = link.addresses.iter().map(ToString::to_string).collect();
-    let queues = running.worker_count;
+    let queues = tunnel.workers.count();
     tracing::info!(
         "{}: {}, MTU {}, {queues} {}",
-        running.device.name,
+        tunnel.host.device.name,
         addresses.join(" "),
         link.mtu_bytes,
         if queues == 1 { "queue" } else { "queues" },
     );
-    for peer in running.overlay.peers_by_name().take(PEERS_NAMED_MAX) {
+    for peer in tunnel.peers.overlay.peers_by_name().take(PEERS_NAMED_MAX) {
         let name = match peer.endpoint {
             Some(endpoint) => endpoint.to_string(),
             None => format!("{} (not resolved yet)", peer.name),
         };
-        match (running.settled.peer_address, peer.prefix_count) {
+        match (tunnel.settings.peer_address, peer.prefix_count) {
             (Some(address), _) => tracing::info!("peer {name}, in the tunnel {address}"),
             (None, 0) => tracing::info!("peer {name}"),
             (None, 1) => tracing::info!("peer {name}, 1 prefix"),
             (None, count) => tracing::info!("peer {name}, {count} prefixes"),
         }
     }
-    let count = running.overlay.peer_count();
+    let count = tunnel.peers.overlay.peer_count();
     if count > PEERS_NAMED_MAX {
         tracing::info!("and {} more peers", count - PEERS_NAMED_MAX);
     }
     tracing::info!(
         "offloads: {}; engine: {}",
-        offloads(running),
-        running.workers().engine()
+        offloads(&tunnel.workers),
+        tunnel.workers.engine()
     );
-    lacks(running);
-    warn_of_fragments(running);
-    if !running.is_steered {
+    lacks(tunnel);
+    warn_of_fragments(tunnel);
+    if !tunnel.workers.is_steered {
         tracing::warn!(
             "no eBPF here (CAP_BPF): the TUN driver picks queues; use the same --queues at both ends"
         );
     }
-    if running.server.is_some() {
-        tracing::debug!("operators' socket: {}", running.config.control.display());
-    }
 }
 
 /// Warns of an MTU for which packets are sent in fragments.
-pub fn warn_of_fragments(running: &Running) {
-    let mtu_bytes = running.settled.link.mtu_bytes;
-    if let Some((fits, peer)) = running.overlay.smallest_path()
+pub fn warn_of_fragments(tunnel: &Tunnel) {
+    let mtu_bytes = tunnel.settings.link.mtu_bytes;
+    if let Some((fits, peer)) = tunnel.peers.overlay.smallest_path()
         && fits < mtu_bytes as usize
     {
         tracing::warn!(
@@ -89,23 +87,23 @@ pub fn warn_of_fragments(running: &Running) {
 }
 
 /// The offloads in use, in words.
-pub fn offloads(running: &Running) -> String {
+pub fn offloads(workers: &Workers) -> String {
     let on_off = |on| if on { "on" } else { "off" };
     format!(
         "TSO {}, USO {}, UDP_SEGMENT {}, UDP_GRO {}",
-        on_off(running.tun_offloads.tcp),
-        on_off(running.tun_offloads.udp),
-        on_off(running.udp_offloads.segment),
-        on_off(running.udp_offloads.gro),
+        on_off(workers.tun_offloads().tcp),
+        on_off(workers.tun_offloads().udp),
+        on_off(workers.udp_offloads().segment),
+        on_off(workers.udp_offloads().gro),
     )
 }
 
 /// Names the kernel features that were wanted and are not there.
-fn lacks(running: &Running) {
+fn lacks(tunnel: &Tunnel) {
     let (wanted, tun, udp) = (
-        &running.config.wanted,
-        running.tun_offloads,
-        running.udp_offloads,
+        &tunnel.config.wanted,
+        tunnel.workers.tun_offloads(),
+        tunnel.workers.udp_offloads(),
     );
     let missing = [
         (

@@ -5,10 +5,11 @@ use std::net::SocketAddr;
 
 use ipnet::IpNet;
 
-use super::operator::parse_name;
 use super::reach;
+use super::requests::parse_name;
+use super::settings::{Settings, check_ipv6_mtu};
 use super::takeover::{Manifest, RuntimePeer};
-use crate::config::{Config, Settled, Wanted, check_ipv6_mtu};
+use crate::config::{Config, Wanted};
 use crate::error::{Error, Result};
 use crate::routing::overlay::{Origin, Overlay};
 
@@ -16,7 +17,7 @@ use crate::routing::overlay::{Origin, Overlay};
 ///
 /// # Errors
 /// Names the setting that does not.
-pub fn check(config: &Config, settled: &Settled, manifest: &Manifest) -> Result<()> {
+pub fn check(config: &Config, settings: &Settings, manifest: &Manifest) -> Result<()> {
     let differs = |what: &str, ours: &dyn std::fmt::Display, theirs: &dyn std::fmt::Display| {
         Err(Error::new(format!(
             "cannot take over: this process wants {what} {ours}, the running one has {theirs}"
@@ -26,8 +27,8 @@ pub fn check(config: &Config, settled: &Settled, manifest: &Manifest) -> Result<
     if config.tun != manifest.tun {
         return differs("the device", &config.tun, &manifest.tun);
     }
-    if settled.listen != manifest.listen {
-        return differs("to listen on", &settled.listen, &manifest.listen);
+    if settings.listen != manifest.listen {
+        return differs("to listen on", &settings.listen, &manifest.listen);
     }
     if config.queues != manifest.workers {
         tracing::warn!(

@@ -8,20 +8,24 @@
 //! next process finds dead and replaces.
 
 mod announce;
+mod control_socket;
+mod drop_log;
 pub mod engine;
+mod event_loop;
 mod handover;
 mod host;
 mod inherit;
 mod memory;
-mod operator;
-mod paths;
-mod ports;
+mod peers;
 mod reach;
 mod reload;
-mod running;
+mod requests;
+mod resolve;
+mod settings;
 mod start;
+mod take_over;
 pub mod takeover;
-mod trouble;
+mod tunnel;
 pub mod workers;
 
 use std::sync::Arc;
@@ -30,7 +34,8 @@ use crossbeam_channel::{Receiver, bounded};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
 
-use self::running::{End, Running};
+use self::event_loop::{Daemon, End};
+pub(crate) use self::settings::default_mtu_bytes;
 pub use self::start::rehearse;
 use crate::config::Config;
 use crate::control::summary;
@@ -46,21 +51,39 @@ pub fn run(config: Config) -> Result<()> {
     let signals = SignalWatch::start()?;
     raise_descriptor_limit();
     memory::give_back_large_blocks();
-    let mut running = Running::start(config)?;
-    let counters = running.counters().to_vec();
-    let end = running.run(&signals.received);
+    let mut daemon = begin(config)?;
+    let counters = daemon.tunnel.workers.counters().to_vec();
+    let end = daemon.run(&signals.received);
     match end {
         // The successor counts from zero; what this process has seen is told.
         Ok(End::HandedOver) => tracing::info!("handed over to a successor"),
         Ok(End::Stopped) | Err(_) => {
-            let link_stats = running.link_stats();
-            running.take_down();
+            let link_stats = daemon.tunnel.host.link_stats();
+            daemon.take_down();
             summarize(&counters, link_stats.map_or(0, |stats| stats.tx_dropped));
             return end.map(drop);
         }
     }
     summarize(&counters, 0);
     Ok(())
+}
+
+/// Sets a tunnel up, or takes it over.
+fn begin(config: Config) -> Result<Daemon> {
+    let mut prepared = start::prepare(config)?;
+    if prepared.config.takeover {
+        if let Some(inherited) = takeover::ask(&prepared.config.control)? {
+            let (tunnel, control, is_reload_due) = take_over::take_over(prepared, inherited)?;
+            let mut daemon = Daemon::new(tunnel, control);
+            if is_reload_due {
+                daemon.reload_by_signal();
+            }
+            return Ok(daemon);
+        }
+        prepared.suspend_nobody();
+    }
+    let (tunnel, control) = start::start(prepared)?;
+    Ok(Daemon::new(tunnel, control))
 }
 
 fn summarize(counters: &[Arc<Counters>], tun_queue_drops: u64) {

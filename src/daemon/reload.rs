@@ -5,13 +5,15 @@ use std::collections::BTreeSet;
 
 use ipnet::IpNet;
 
-use super::running::Running;
-use super::{announce, reach, start};
-use crate::config::{Config, Settled};
+use super::settings::Settings;
+use super::tunnel::{Tunnel, endpoints};
+use super::{announce, reach};
+use crate::config::Config;
 use crate::control::protocol::{Changed, Reloaded};
 use crate::error::{Error, Result};
 use crate::host::link::{self, LinkConfig};
 use crate::host::netlink::Netlink;
+use crate::host::routes::AtEnd;
 use crate::routing::overlay::{Changes, Overlay};
 
 /// Reads the configuration file again and applies what is different. `by`: who
@@ -19,13 +21,13 @@ use crate::routing::overlay::{Changes, Overlay};
 ///
 /// # Errors
 /// When the file is bad or cannot be applied: nothing has changed then.
-pub fn reload(running: &mut Running, by: &str) -> Result<Reloaded> {
-    let result = Plan::new(running).and_then(|plan| {
-        let differences = plan.differences(running);
-        let report = plan.carry_out(running)?;
+pub fn reload(tunnel: &mut Tunnel, by: &str) -> Result<Reloaded> {
+    let result = Plan::new(tunnel).and_then(|plan| {
+        let differences = plan.differences(tunnel);
+        let report = plan.carry_out(tunnel)?;
         Ok((report, differences))
     });
-    running.reload_error = result.as_ref().err().map(ToString::to_string);
+    tunnel.reload_error = result.as_ref().err().map(ToString::to_string);
     match &result {
         Ok((report, differences)) => {
             tracing::info!("reloaded: {}, by {by}", in_words(report, differences));
@@ -44,24 +46,25 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(running: &mut Running) -> Result<Self> {
-        if running.config.config_file.is_none() {
+    fn new(tunnel: &mut Tunnel) -> Result<Self> {
+        if tunnel.config.config_file.is_none() {
             return Err(Error::new("there is no configuration file to read again")
                 .hint("start fastvpn with --config FILE, or use `fastvpn peer` and `route`"));
         }
-        let new = running.config.reread()?;
-        let mut overlay = running.overlay.clone();
+        let new = tunnel.config.reread()?;
+        let mut overlay = tunnel.peers.overlay.clone();
         let changes = overlay.configure(&new.peers)?;
         // What the file leaves open follows from its own peers, also from those
         // that are new.
-        start::set_literals(&mut overlay);
-        let resolved = start::endpoints(&new, &overlay);
+        let resolved = endpoints(&new, &overlay);
         let prefixes = overlay.prefixes().map(|(prefix, ..)| prefix);
-        let (old, in_force) = (&running.config, &running.settled);
-        let link = new.settle_again(old, in_force, &resolved, prefixes)?;
+        let (old, in_force) = (&tunnel.config, &tunnel.settings);
+        let netlink = &mut tunnel.host.netlink;
+        let settings = in_force.again((old, &new), &resolved, prefixes, netlink)?;
+        let link = settings.link;
         check_host(
-            &mut running.netlink,
-            running.device.index,
+            netlink,
+            tunnel.host.device.index,
             in_force,
             &mut overlay,
             &new,
@@ -82,8 +85,8 @@ impl Plan {
     }
 
     /// What will be different of peers and prefixes, in words.
-    fn differences(&self, running: &Running) -> String {
-        let (old, new) = (&running.overlay, &self.overlay);
+    fn differences(&self, tunnel: &Tunnel) -> String {
+        let (old, new) = (&tunnel.peers.overlay, &self.overlay);
         let prefixes: BTreeSet<IpNet> = old
             .prefixes()
             .chain(new.prefixes())
@@ -93,34 +96,34 @@ impl Plan {
     }
 
     /// Puts it in force, or leaves everything as it was.
-    fn carry_out(self, running: &mut Running) -> Result<Reloaded> {
-        let mut device = Device::open(running.device.index)?;
-        let has_new_addresses = running.settled.link.addresses != self.link.addresses;
-        let old_config = std::mem::replace(&mut running.config, self.config);
-        let old_link = std::mem::replace(&mut running.settled.link, self.link);
+    fn carry_out(self, tunnel: &mut Tunnel) -> Result<Reloaded> {
+        let mut device = Device::open(tunnel.host.device.index)?;
+        let has_new_addresses = tunnel.settings.link.addresses != self.link.addresses;
+        let old_config = std::mem::replace(&mut tunnel.config, self.config);
+        let old_link = std::mem::replace(&mut tunnel.settings.link, self.link);
         if has_new_addresses {
-            running.stop_routes();
+            tunnel.host.stop_routes(AtEnd::Keep);
         }
-        let mut result = device.change(&old_link, &running.settled.link);
+        let mut result = device.change(&old_link, &tunnel.settings.link);
         if result.is_ok() && has_new_addresses {
-            result = running.start_routes();
+            result = tunnel.resume_routes();
         }
-        if let Err(error) = result.and_then(|()| running.commit(self.overlay)) {
-            running.config = old_config;
-            running.settled.link = old_link;
+        if let Err(error) = result.and_then(|()| tunnel.commit(self.overlay)) {
+            tunnel.config = old_config;
+            tunnel.settings.link = old_link;
             if has_new_addresses || device.has_changed() {
-                running.stop_routes();
+                tunnel.host.stop_routes(AtEnd::Keep);
                 device.change_back();
                 // Routes may have gone with an address, or with all of IPv6.
-                if let Err(error) = running.start_routes() {
+                if let Err(error) = tunnel.resume_routes() {
                     tracing::error!("{error}");
                 }
             }
             return Err(error);
         }
-        running.resolve_again();
-        if running.settled.link.mtu_bytes != old_link.mtu_bytes {
-            announce::warn_of_fragments(running);
+        tunnel.peers.resolve_again();
+        if tunnel.settings.link.mtu_bytes != old_link.mtu_bytes {
+            announce::warn_of_fragments(tunnel);
         }
         Ok(self.report)
     }
@@ -131,7 +134,7 @@ impl Plan {
 fn check_host(
     netlink: &mut Netlink,
     device: Option<u32>,
-    in_force: &Settled,
+    in_force: &Settings,
     overlay: &mut Overlay,
     new: &Config,
     link: &LinkConfig,

@@ -1,35 +1,34 @@
-//! The start of a tunnel: names resolved, port and device claimed or taken
-//! over.
+//! The start of a tunnel: names resolved, port and device claimed, and everything
+//! set up; or taken over ([`super::take_over`]).
 
-use std::collections::{BTreeSet, HashMap, HashSet};
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-use std::sync::Arc;
+use std::collections::{BTreeSet, HashSet};
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::Sender;
+use crossbeam_channel::{Receiver, never, select, tick};
 use ipnet::IpNet;
 
-use super::host::{own_addresses, suspend_inside};
-use super::reach;
-use crate::config::DEFAULT_PORT;
-use crate::config::{Config, Settled};
-use crate::config::{Listen, PeerName};
+use super::control_socket::ControlSocket;
+use super::host::own_addresses;
+use super::resolve::{self, Known};
+use super::settings::Settings;
+use super::tunnel::{Plan, Tunnel, endpoints, kernel_routes};
+use super::workers::Claimed;
+use super::{announce, reach};
+use crate::config::Config;
 use crate::control::client;
-use crate::daemon::engine::Engine;
-use crate::daemon::workers::Setup;
-use crate::dataplane::inbound::ReceivedProbe;
-use crate::dataplane::table::Table;
+use crate::control::server::Call;
 use crate::error::{Error, Result};
 use crate::host::link;
 use crate::host::netlink::Netlink;
 use crate::host::path;
 use crate::host::routes;
-use crate::io::tun;
-use crate::io::udp::{self, WorkerSockets};
-use crate::packet::coalesce;
-use crate::packet::train::Limits;
-use crate::routing::dns::{self, Answer, Names};
-use crate::routing::overlay::{Origin, Overlay, Peer};
+use crate::io::{tun, udp};
+use crate::routing::dns::{self, Names};
+use crate::routing::overlay::{Overlay, Peer};
+
+/// How often it is said how far a long start is.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How long, and how often, a killed predecessor's port and device are waited
 /// for. Longer than the kernel takes; short enough for who has mistyped.
@@ -37,13 +36,6 @@ const PREDECESSOR_WAIT_MAX: Duration = Duration::from_secs(1);
 /// The same for one that died while it handed over, on a machine that may be busy.
 const TAKEOVER_WAIT_MAX: Duration = Duration::from_secs(5);
 const PREDECESSOR_WAIT_STEP: Duration = Duration::from_millis(10);
-
-/// How long names have at the start. What does not resolve until then is
-/// waited for while the tunnel runs.
-const NAMES_WAIT_MAX: Duration = Duration::from_secs(5);
-
-/// Addresses of peers by name, `HOST:PORT`, that a predecessor knows.
-pub type Known = HashMap<String, SocketAddr>;
 
 /// Addresses of peers to whom a predecessor sends nothing, because the way there
 /// leads through the tunnel itself.
@@ -73,7 +65,7 @@ pub struct Prepared {
     /// The configuration.
     pub config: Config,
     /// What it left open.
-    pub settled: Settled,
+    pub settings: Settings,
     /// The configured peers.
     pub overlay: Overlay,
     /// In the tunnel's network namespace.
@@ -92,9 +84,9 @@ pub struct Prepared {
 impl Prepared {
     /// Gives peers that were added since their addresses.
     pub fn resolve_now(&mut self) {
-        let listen = self.settled.listen;
-        set_known(&mut self.overlay, &self.known, listen);
-        resolve_now(&mut self.overlay, &mut self.names, listen);
+        let listen = self.settings.listen;
+        resolve::set_known(&mut self.overlay, &self.known, listen);
+        resolve::resolve_now(&mut self.overlay, &mut self.names, listen);
     }
 
     /// Takes those addresses of named peers for none that are this host's, or to
@@ -108,7 +100,7 @@ impl Prepared {
 
     fn find_unusable(&mut self) {
         let routes = kernel_routes(&self.config, &self.overlay);
-        let (own, addresses) = (self.device, &self.settled.link.addresses);
+        let (own, addresses) = (self.device, &self.settings.link.addresses);
         let named: Vec<_> = self
             .overlay
             .peers()
@@ -118,7 +110,7 @@ impl Prepared {
         for (hop, name, peer) in named {
             let is_suspended = self.suspended.contains(&peer);
             let netlink = &mut self.netlink;
-            let other = self.overlay.check_other(self.settled.listen, peer);
+            let other = self.overlay.check_other(self.settings.listen, peer);
             let usable = other.and_then(|()| {
                 link::check_will_be_outside(netlink, own, peer, addresses, &routes, is_suspended)
             });
@@ -128,6 +120,19 @@ impl Prepared {
                 self.unusable.push(dns::cannot_use(&name, &error));
             }
         }
+    }
+
+    /// The tunnel on this device and these sockets, with workers that wait.
+    ///
+    /// # Errors
+    /// As [`Tunnel::new`].
+    pub fn build(self, claimed: Claimed) -> Result<Tunnel> {
+        let plan = Plan {
+            config: self.config,
+            settings: self.settings,
+            overlay: self.overlay,
+        };
+        Tunnel::new(plan, self.names, self.netlink, claimed)
     }
 
     /// Forgets to whom the way led through a device that goes with a process that
@@ -154,31 +159,31 @@ pub fn prepare(config: Config) -> Result<Prepared> {
     };
     let device = present_device(&config, &mut netlink)?;
     let own = own_addresses(&mut netlink, &config.addresses)?;
-    let (mut overlay, mut unresolved) = resolve(&config, &mut names, &known, own)?;
+    let (mut overlay, mut unresolved) = resolve::resolve(&config, &mut names, &known, own)?;
     // The way through the tunnel says nothing of the paths outside.
     let inside = match config.takeover {
         true => suspend_inside(&mut overlay, &mut netlink, device),
         false => Vec::new(),
     };
     let endpoints = endpoints(&config, &overlay);
-    let mut settled = config.settle(&endpoints).map_err(|error| {
-        // Why nothing is known of the peers says more than that there is
-        // nothing to derive an address from.
-        let is_for_lack_of_peers = endpoints.is_empty() && config.addresses.is_empty();
-        let inside = inside.first().copied().map(way_is_inside);
-        match unresolved.drain(..).next().or(inside) {
-            Some(reason) if is_for_lack_of_peers => reason,
-            _ => error,
-        }
-    })?;
-    let mut unusable = std::mem::take(&mut settled.unreachable);
+    let (settings, mut unusable) =
+        Settings::at_start(&config, &endpoints, &mut netlink).map_err(|error| {
+            // Why nothing is known of the peers says more than that there is
+            // nothing to derive an address from.
+            let is_for_lack_of_peers = endpoints.is_empty() && config.addresses.is_empty();
+            let inside = inside.first().copied().map(way_is_inside);
+            match unresolved.drain(..).next().or(inside) {
+                Some(reason) if is_for_lack_of_peers => reason,
+                _ => error,
+            }
+        })?;
     unusable.extend(unresolved);
-    let addresses = &settled.link.addresses;
+    let addresses = &settings.link.addresses;
     let present = own_addresses(&mut netlink, &[])?;
     let literal = |peer: &&Peer| peer.name.literal().is_some();
     let literals = overlay.peers().map(|(_, peer)| peer).filter(literal);
     reach::check_addresses(addresses, &present, literals)?;
-    if !settled.address_is_derived {
+    if !settings.address_is_derived {
         link::check_networks(&mut netlink, device, addresses)?;
     }
     let own: BTreeSet<_> = addresses.iter().map(IpNet::addr).collect();
@@ -187,10 +192,10 @@ pub fn prepare(config: Config) -> Result<Prepared> {
     let literals = overlay.peers().map(|(_, peer)| peer).filter(literal);
     literals
         .filter_map(|peer| peer.endpoint)
-        .try_for_each(|endpoint| overlay.check_other(settled.listen, endpoint))?;
+        .try_for_each(|endpoint| overlay.check_other(settings.listen, endpoint))?;
     Ok(Prepared {
         config,
-        settled,
+        settings,
         overlay,
         netlink,
         names,
@@ -225,16 +230,16 @@ pub fn rehearse(mut config: Config) -> Result<Vec<Error>> {
     prepared.find_unusable();
     let Prepared {
         config,
-        settled,
+        settings,
         overlay,
         netlink,
         unusable,
         device,
         ..
     } = &mut prepared;
-    let (own, addresses) = (*device, &settled.link.addresses);
-    if settled.address_is_derived {
-        check_derived(netlink, settled, own)?;
+    let (own, addresses) = (*device, &settings.link.addresses);
+    if settings.address_is_derived {
+        check_derived(netlink, settings, own)?;
     }
     let routes = kernel_routes(config, overlay);
     for (_, peer) in overlay.peers() {
@@ -254,181 +259,113 @@ fn way_is_inside(peer: SocketAddr) -> Error {
     .hint("give this host's tunnel address with --address")
 }
 
-/// What all workers have in common.
-pub fn setup(
-    config: &Config,
-    tun: coalesce::TunOffloads,
-    udp: udp::UdpOffloads,
-    table: &Arc<Table>,
-    probes: Sender<ReceivedProbe>,
-) -> Setup {
-    Setup {
-        tun,
-        limits: Limits {
-            segments_max: if udp.segment {
-                Limits::FULL.segments_max
-            } else {
-                1
-            },
-            ..Limits::FULL
-        },
-        engine: Engine::choose(config.io),
-        busy_poll: config.busy_poll,
-        cores: config.cores.clone(),
-        table: Arc::clone(table),
-        probes,
+/// Suspends the peers to whom the way leads through the device `own`, and no
+/// others: for a successor, before its workers send anything. Returns the peers'
+/// addresses.
+pub fn suspend_inside(
+    overlay: &mut Overlay,
+    netlink: &mut Netlink,
+    own: Option<u32>,
+) -> Vec<SocketAddr> {
+    if own.is_none() {
+        return Vec::new();
     }
+    let peers: Vec<_> = overlay
+        .peers()
+        .filter_map(|(hop, peer)| Some((hop, peer.endpoint?)))
+        .collect();
+    let mut inside = Vec::new();
+    for (hop, endpoint) in peers {
+        match netlink.interface_to_endpoint(endpoint) {
+            Ok(way) => {
+                let is_inside = way == own;
+                overlay.set_suspended(hop, is_inside);
+                inside.extend(is_inside.then_some(endpoint));
+            }
+            Err(error) => tracing::debug!("{error}"),
+        }
+    }
+    inside
 }
 
-/// The configured peers, with the addresses of those that are known or whose
-/// names resolve now, and why the others do not. `own`: this host's addresses.
+/// Starts a tunnel where there is none.
 ///
 /// # Errors
-/// When the configuration contradicts itself.
-fn resolve(
-    config: &Config,
-    names: &mut Names,
-    known: &Known,
-    own: BTreeSet<IpAddr>,
-) -> Result<(Overlay, Vec<Error>)> {
-    let mut overlay = Overlay::new(0);
-    for spec in &config.peers {
-        overlay.add_peer(spec, Origin::Config)?;
-    }
-    overlay.set_own_addresses(own);
-    // Where there are names, sockets are for both IP versions unless it is said
-    // otherwise.
-    let any = Listen {
-        ip: Ipv6Addr::UNSPECIFIED.into(),
-        port: DEFAULT_PORT,
-    };
-    let Listen { ip, port } = config.listen.unwrap_or(any);
-    let listen = SocketAddr::new(ip, port);
-    set_known(&mut overlay, known, listen);
-    let failed = resolve_now(&mut overlay, names, listen);
-    Ok((overlay, failed))
-}
-
-/// The prefixes that the kernel should route into the tunnel.
-pub fn kernel_routes(config: &Config, overlay: &Overlay) -> BTreeSet<IpNet> {
-    let mut wanted = match config.no_routes {
-        true => Default::default(),
-        false => overlay.kernel_routes(),
-    };
-    wanted.extend(config.routes.iter().map(IpNet::trunc));
-    wanted
-}
-
-/// Gives peers that have no address yet theirs, as far as names resolve within
-/// a few seconds; tells why the others do not. Names that did not resolve a
-/// moment ago are not waited for again. An address that cannot be a peer's, for
-/// sockets on `listen`, is as good as none.
-fn resolve_now(overlay: &mut Overlay, names: &mut Names, listen: SocketAddr) -> Vec<Error> {
-    let now = Instant::now();
-    set_literals(overlay);
-    let is_named = |peer: &&Peer| peer.name.literal().is_none();
-    let all = overlay.peers().map(|(_, peer)| peer);
-    names.watch(all.filter(is_named).map(|peer| &peer.name), now);
-    let mut waiting: HashSet<PeerName> = overlay
-        .peers_by_name()
-        .filter(|peer| peer.endpoint.is_none() && names.is_expected(&peer.name, now))
-        .map(|peer| peer.name.clone())
-        .collect();
-    let deadline = now + NAMES_WAIT_MAX;
-    let mut failed: Vec<(PeerName, Error)> = Vec::new();
-    while !waiting.is_empty() {
-        let now = Instant::now();
-        names.tick(now);
-        let Ok(answer) = names
-            .answers()
-            .recv_timeout(deadline.saturating_duration_since(now))
-        else {
-            let late = overlay.peers_by_name().map(|peer| &peer.name);
-            failed.extend(
-                late.filter(|name| waiting.contains(name))
-                    .map(|name| (name.clone(), no_answer_yet(name))),
-            );
-            break;
-        };
-        // One that failed may have been asked for again in the meantime: its
-        // answer is not one of those that are still to come.
-        let Answer { name, result } = answer;
-        waiting.remove(&name);
-        failed.retain(|(failed, _)| *failed != name);
-        let Some((hop, peer)) = overlay.find(&name) else {
-            continue;
-        };
-        let endpoint = result.and_then(|addresses| {
-            let addresses = dns::in_order(addresses, peer.endpoint, false);
-            let check = |endpoint| reach::check_endpoint(listen, overlay, endpoint);
-            dns::first_usable(&name, addresses, check)
-        });
-        names.heard(&name, endpoint.is_ok(), Instant::now());
-        match endpoint {
-            Ok(endpoint) => {
-                overlay.set_endpoint(hop, Some(endpoint));
-            }
-            Err(error) => failed.push((name, error)),
-        }
-    }
-    failed.into_iter().map(|(_, error)| error).collect()
-}
-
-fn no_answer_yet(name: &PeerName) -> Error {
-    Error::new(format!("cannot resolve peer {}: no answer yet", name.host))
-        .hint("check the name, or give the address")
-}
-
-/// Gives peers the addresses that are known already. Their names are asked for
-/// all the same, but nobody waits for the answers.
-fn set_known(overlay: &mut Overlay, known: &Known, listen: SocketAddr) {
-    let found: Vec<_> = overlay
-        .peers_by_name()
-        .filter(|peer| peer.endpoint.is_none())
-        .filter_map(|peer| Some((peer.name.clone(), *known.get(&peer.name.to_string())?)))
-        .filter(|(_, endpoint)| overlay.check_other(listen, *endpoint).is_ok())
-        .collect();
-    for (name, endpoint) in found {
-        if let Some((hop, _)) = overlay.find(&name) {
-            let mut configured = endpoint;
-            configured.set_port(name.port);
-            overlay.set_endpoint(hop, Some(configured));
-            if configured != endpoint {
-                overlay.set_learned_port(hop, Some(endpoint.port()));
-            }
+/// When it cannot be had; then nothing is left behind.
+pub fn start(mut prepared: Prepared) -> Result<(Tunnel, ControlSocket)> {
+    let (config, settings) = (&prepared.config, &prepared.settings);
+    let claimed = claim(config, settings, &mut prepared.netlink)?;
+    prepared.set_aside();
+    let (mut tunnel, mut control) = (prepared.build(claimed)?, ControlSocket::default());
+    match open(&mut tunnel, &mut control) {
+        Ok(()) => Ok((tunnel, control)),
+        Err(error) => {
+            tunnel.take_down();
+            control.close(true);
+            Err(error)
         }
     }
 }
 
-/// Gives peers whose names are addresses these.
-pub fn set_literals(overlay: &mut Overlay) {
-    let literals: Vec<_> = overlay
-        .peers()
-        .filter(|(_, peer)| peer.endpoint.is_none())
-        .filter_map(|(hop, peer)| Some((hop, peer.name.literal()?)))
-        .collect();
-    for (hop, endpoint) in literals {
-        overlay.set_endpoint(hop, Some(endpoint));
+/// What the host sees of a tunnel.
+fn open(tunnel: &mut Tunnel, control: &mut ControlSocket) -> Result<()> {
+    // Packets that come the moment the link is up find their worker.
+    tunnel.workers.go();
+    tunnel.bring_up(&[])?;
+    tunnel.host.start_routes(&tunnel.settings.link.addresses)?;
+    control.open(&tunnel.config, None)?;
+    set_first_routes(tunnel, control)?;
+    tunnel.check_outside(&tunnel.peers.overlay.clone())?;
+    announce::announce(tunnel);
+    Ok(())
+}
+
+/// Sets the routes. Many take their time: how far it is goes to the log, and
+/// to whoever asks by the control socket.
+fn set_first_routes(tunnel: &mut Tunnel, control: &ControlSocket) -> Result<()> {
+    let wanted = tunnel.kernel_routes();
+    let (tun, count) = (&tunnel.config.tun, wanted.len());
+    let routes = tunnel.host.routes()?;
+    let set = routes.begin_set(wanted.clone())?;
+    report_until(&set, &control.calls(), &tick(PROGRESS_INTERVAL), || {
+        format!(
+            "{tun} is starting: {} of {count} routes are set",
+            routes.added()
+        )
+    })?;
+    tunnel.host.note_routes(wanted);
+    Ok(())
+}
+
+/// Waits for an answer. From the first tick on, logs the `progress` at each, and
+/// refuses `calls` with it.
+fn report_until(
+    done: &Receiver<Result<()>>,
+    calls: &Receiver<Call>,
+    ticks: &Receiver<Instant>,
+    progress: impl Fn() -> String,
+) -> Result<()> {
+    let mut refused = never();
+    loop {
+        select! {
+            recv(done) -> result => {
+                return result.unwrap_or_else(|_| Err(Error::new("the routes were not set")));
+            }
+            recv(ticks) -> _ => {
+                tracing::info!("{}", progress());
+                refused = calls.clone();
+            }
+            recv(refused) -> call => match call {
+                Ok(Call::Request(_, reply)) => {
+                    reply.send(Err(Error::new(progress()).hint("try again in a moment")));
+                }
+                Ok(Call::Takeover { .. }) => tracing::warn!(
+                    "another process wants to take over while this one starts: refused"
+                ),
+                Err(_) => refused = never(),
+            },
+        }
     }
-}
-
-/// Endpoints of the peers that have one, in the order of the configuration.
-pub fn endpoints(config: &Config, overlay: &Overlay) -> Vec<SocketAddr> {
-    config
-        .peers
-        .iter()
-        .filter_map(|spec| overlay.find(&spec.name)?.1.endpoint_in_use())
-        .collect()
-}
-
-/// What exists once in a namespace: the port and the device.
-pub struct Claimed {
-    /// The workers' sockets.
-    pub sockets: Vec<WorkerSockets>,
-    /// Offloads of the sockets.
-    pub udp: udp::UdpOffloads,
-    /// The device.
-    pub device: tun::Tun,
 }
 
 /// Claims the port and the device, and waits a moment for those of a process
@@ -438,7 +375,7 @@ pub struct Claimed {
 ///
 /// # Errors
 /// When another has them, or they are not to be had.
-pub fn claim(config: &Config, settled: &Settled, netlink: &mut Netlink) -> Result<Claimed> {
+pub fn claim(config: &Config, settings: &Settings, netlink: &mut Netlink) -> Result<Claimed> {
     let wait_max = match config.takeover {
         true => TAKEOVER_WAIT_MAX,
         false => PREDECESSOR_WAIT_MAX,
@@ -446,7 +383,7 @@ pub fn claim(config: &Config, settled: &Settled, netlink: &mut Netlink) -> Resul
     let deadline = Instant::now() + wait_max;
     loop {
         let name_taken = netlink.link_index(&config.tun)?.is_some();
-        match claim_now(config, settled, netlink) {
+        match claim_now(config, settings, netlink) {
             Err(error)
                 if (name_taken || error.errno() == Some(libc::EADDRINUSE))
                     && Instant::now() < deadline =>
@@ -458,12 +395,12 @@ pub fn claim(config: &Config, settled: &Settled, netlink: &mut Netlink) -> Resul
     }
 }
 
-fn claim_now(config: &Config, settled: &Settled, netlink: &mut Netlink) -> Result<Claimed> {
-    if settled.address_is_derived {
-        check_derived(netlink, settled, None)?;
+fn claim_now(config: &Config, settings: &Settings, netlink: &mut Netlink) -> Result<Claimed> {
+    if settings.address_is_derived {
+        check_derived(netlink, settings, None)?;
     }
     // Sockets first: they fail without a trace when the port is in use.
-    let (sockets, udp) = udp::open(settled.listen, config.queues, config.wanted.udp)?;
+    let (sockets, udp) = udp::open(settings.listen, config.queues, config.wanted.udp)?;
     let device = tun::create(&config.tun, config.queues, config.wanted.tun)?;
     Ok(Claimed {
         sockets,
@@ -473,8 +410,8 @@ fn claim_now(config: &Config, settled: &Settled, netlink: &mut Netlink) -> Resul
 }
 
 /// `own`: the device, if the tunnel has it already.
-fn check_derived(netlink: &mut Netlink, settled: &Settled, own: Option<u32>) -> Result<()> {
-    settled
+fn check_derived(netlink: &mut Netlink, settings: &Settings, own: Option<u32>) -> Result<()> {
+    settings
         .link
         .addresses
         .iter()
@@ -486,150 +423,33 @@ fn check_derived(netlink: &mut Netlink, settled: &Settled, own: Option<u32>) -> 
 
 #[cfg(test)]
 mod tests {
+    use crossbeam_channel::bounded;
+
     use super::*;
+    use crate::control::client;
+    use crate::control::server::Server;
 
-    const ANY: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), DEFAULT_PORT);
-
-    fn name(host: &str) -> PeerName {
-        PeerName {
-            host: host.to_string(),
-            port: 8285,
-        }
-    }
-
-    /// An overlay with peers of these names.
-    fn overlay(hosts: &[&str]) -> Overlay {
-        let mut overlay = Overlay::new(0);
-        for (host, number) in hosts.iter().zip(0..) {
-            let prefix = ipnet::IpNet::from(std::net::IpAddr::from([10, 0, 0, number]));
-            overlay
-                .insert_peer(&name(host), false, &[prefix], Origin::Config)
-                .unwrap();
-        }
-        overlay
-    }
-
-    fn endpoint(overlay: &Overlay, host: &str) -> Option<SocketAddr> {
-        overlay.find(&name(host)).unwrap().1.endpoint
-    }
-
-    fn answer(host: &str, address: Option<&str>) -> Answer {
-        Answer {
-            name: name(host),
-            result: match address {
-                Some(address) => Ok(address.split(' ').map(|one| one.parse().unwrap()).collect()),
-                None => Err(Error::new(format!("no {host}"))),
-            },
-        }
-    }
-
-    /// The second answer about one name is not taken for that about another.
+    /// Nobody who asks has to wait for the end of it.
     #[test]
-    fn a_name_that_fails_twice_keeps_no_other_from_being_waited_for() {
-        let (mut names, asked, answers) = Names::without_threads();
-        let mut overlay = overlay(&["bad", "slow", "slower"]);
-        let server = std::thread::spawn(move || {
-            let mut first: Vec<_> = asked.iter().take(3).map(|name| name.host).collect();
-            first.sort();
-            answers.send(answer("bad", None)).unwrap();
-            // Until "bad" is due again, at the next look.
-            std::thread::sleep(Duration::from_millis(1100));
-            answers.send(answer("slow", Some("10.1.0.1:8285"))).unwrap();
-            let again = asked.recv().unwrap().host;
-            answers.send(answer(&again, None)).unwrap();
-            answers
-                .send(answer("slower", Some("10.1.0.2:8285")))
-                .unwrap();
-            (first, again)
+    fn a_long_start_is_reported() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("test.sock");
+        let server = Server::start(&path).unwrap();
+        let (ticks, ticked) = bounded(1);
+        let (done, set) = bounded(1);
+        let asking = std::thread::spawn(move || {
+            ticks.send(Instant::now()).unwrap();
+            let answers = [(); 2].map(|()| client::peers(&path, Duration::from_secs(30)));
+            done.send(Ok(())).unwrap();
+            answers.map(|answer| answer.unwrap_err().to_string())
         });
-        let failed = resolve_now(&mut overlay, &mut names, ANY);
-        let (first, again) = server.join().unwrap();
-        assert_eq!(first, ["bad", "slow", "slower"]);
-        assert_eq!(again, "bad");
-        assert_eq!(endpoint(&overlay, "bad"), None);
-        for (host, address) in [("slow", "10.1.0.1:8285"), ("slower", "10.1.0.2:8285")] {
-            assert_eq!(endpoint(&overlay, host), Some(address.parse().unwrap()));
+        report_until(&set, server.calls(), &ticked, || "starting: 3 of 9".into()).unwrap();
+        for answer in asking.join().unwrap() {
+            assert!(answer.contains("starting: 3 of 9; try again"), "{answer}");
         }
-        let failed: Vec<_> = failed.iter().map(ToString::to_string).collect();
-        assert_eq!(failed, ["no bad"]);
-    }
-
-    /// Not even a name server that is silent holds up a successor.
-    #[test]
-    fn what_is_known_is_asked_for_but_not_waited_for() {
-        let (mut names, asked, _answers) = Names::without_threads();
-        let mut overlay = overlay(&["known"]);
-        let other = ("other:8285".to_string(), "10.1.0.9:8285".parse().unwrap());
-        let known = ("known:8285".to_string(), "10.1.0.1:8285".parse().unwrap());
-        set_known(&mut overlay, &Known::from([other, known.clone()]), ANY);
-        assert!(resolve_now(&mut overlay, &mut names, ANY).is_empty());
-        assert_eq!(endpoint(&overlay, "known"), Some(known.1));
-        names.tick(Instant::now());
-        assert_eq!(asked.try_iter().collect::<Vec<_>>(), [name("known")]);
-    }
-
-    /// A successor's peers stay where they are if they may be there.
-    #[test]
-    fn what_is_known_stays_while_it_is_among_the_answers() {
-        let (mut names, _asked, answers) = Names::without_threads();
-        let mut overlay = overlay(&["kept", "moved", "new"]);
-        let known = ["kept", "moved"]
-            .map(|host| (format!("{host}:8285"), "10.1.0.2:8285".parse().unwrap()));
-        set_known(&mut overlay, &known.into(), ANY);
-        for (host, addresses) in [
-            ("kept", "10.1.0.3:8285 10.1.0.1:8285 10.1.0.2:8285"),
-            ("moved", "10.1.0.3:8285 10.1.0.1:8285"),
-            ("new", "10.1.0.3:8285 10.1.0.1:8285 10.1.0.2:8285"),
-        ] {
-            answers.send(answer(host, Some(addresses))).unwrap();
-        }
-        assert!(resolve_now(&mut overlay, &mut names, ANY).is_empty());
-        for (host, address) in [
-            ("kept", "10.1.0.2:8285"),
-            ("moved", "10.1.0.3:8285"),
-            ("new", "10.1.0.3:8285"),
-        ] {
-            assert_eq!(
-                endpoint(&overlay, host),
-                Some(address.parse().unwrap()),
-                "{host}"
-            );
-        }
-    }
-
-    /// As a successor does, for the peers that it inherits.
-    #[test]
-    fn what_was_asked_for_in_vain_is_not_waited_for_again() {
-        let (mut names, asked, answers) = Names::without_threads();
-        let mut overlay = overlay(&["bad", "good"]);
-        answers.send(answer("bad", None)).unwrap();
-        answers.send(answer("good", Some("10.1.0.1:8285"))).unwrap();
-        assert_eq!(resolve_now(&mut overlay, &mut names, ANY).len(), 1);
-        assert_eq!(asked.try_iter().count(), 2);
-        assert!(resolve_now(&mut overlay, &mut names, ANY).is_empty());
-        assert_eq!(asked.try_iter().count(), 0);
-        // One that is new is.
-        overlay
-            .insert_peer(&name("new"), true, &[], Origin::Runtime)
-            .unwrap();
-        answers.send(answer("new", Some("10.1.0.3:8285"))).unwrap();
-        assert!(resolve_now(&mut overlay, &mut names, ANY).is_empty());
-        assert_eq!(asked.try_iter().collect::<Vec<_>>(), [name("new")]);
-        assert!(endpoint(&overlay, "new").is_some());
-    }
-
-    #[test]
-    fn who_is_late_is_named() {
-        let (mut names, _asked, answers) = Names::without_threads();
-        let mut overlay = overlay(&["early", "late"]);
-        answers
-            .send(answer("early", Some("10.1.0.1:8285")))
-            .unwrap();
-        // Nobody will answer any more, which is as good as too late.
-        drop(answers);
-        let failed = resolve_now(&mut overlay, &mut names, ANY);
-        let failed: Vec<_> = failed.iter().map(ToString::to_string).collect();
-        assert_eq!(failed.len(), 1, "{failed:?}");
-        assert!(failed[0].starts_with("cannot resolve peer late: no answer yet"));
+        let (refused, set) = bounded(1);
+        refused.send(Err(Error::new("no room"))).unwrap();
+        let result = report_until(&set, &never(), &never(), String::new);
+        assert_eq!(result.unwrap_err().to_string(), "no room");
     }
 }

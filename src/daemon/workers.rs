@@ -1,288 +1,243 @@
-//! Worker threads: started together, told together, ended together.
+//! The workers: their threads, the table that they forward by, what they count,
+//! and further descriptors of what they have.
+
+mod descriptors;
+mod threads;
 
 use std::sync::Arc;
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use crossbeam_channel::{Receiver, Sender};
 
+pub use self::descriptors::WorkerFds;
+use self::threads::{Setup, Threads};
 use super::engine::Engine;
-use crate::counters::Counters;
-use crate::dataplane::idle::BusyPoll;
-use crate::dataplane::inbound::{Inbound, ReceivedProbe};
+use crate::config::Config;
+use crate::counters::{Counters, Snapshot};
+use crate::dataplane::Command;
+use crate::dataplane::inbound::ReceivedProbe;
 use crate::dataplane::table::Table;
-use crate::dataplane::{self, Command};
 use crate::error::{Error, Result};
-use crate::io::engine;
-use crate::io::epoll::Epoll;
-use crate::io::tun::Queue;
-use crate::io::udp::WorkerSockets;
-use crate::io::uring::Uring;
-use crate::packet::coalesce::TunOffloads;
+use crate::io::tun::Tun;
+use crate::io::udp::{self, WorkerSockets};
+use crate::packet::coalesce;
 use crate::packet::train::Limits;
 
-/// Commands that may wait for a worker.
-const COMMANDS_MAX: usize = 64;
+/// Tables that workers may still hold on to, until they have taken newer ones.
+const RETIRED_MAX: usize = 64;
 
-/// What all workers have in common.
-#[derive(Clone, Debug)]
-pub struct Setup {
-    /// Super-packets that the TUN device takes.
-    pub tun: TunOffloads,
-    /// How long trains may be.
-    pub limits: Limits,
-    /// What the workers run on.
-    pub engine: Engine,
-    /// How long to look for arrivals without sleeping.
-    pub busy_poll: BusyPoll,
-    /// Cores to pin workers to, in turn.
-    pub cores: Option<Vec<usize>>,
-    /// The first forwarding table.
-    pub table: Arc<Table>,
-    /// Takes the probes that come.
-    pub probes: Sender<ReceivedProbe>,
+/// What there is once in a namespace: the device and the sockets on the port.
+pub struct Claimed {
+    /// The device.
+    pub device: Tun,
+    /// The workers' sockets.
+    pub sockets: Vec<WorkerSockets>,
+    /// Offloads of the sockets.
+    pub udp: udp::UdpOffloads,
 }
 
-struct Worker {
-    thread: JoinHandle<()>,
-    commands: Sender<Command>,
-    wake: Arc<EventFd>,
-}
-
-/// How long workers may take to take a new table, and how often they are told
-/// of it if they have not done so with the last ones.
-const PUBLISH_WAIT_MAX: Duration = Duration::from_secs(5);
-const PUBLISH_WAIT_STEP: Duration = Duration::from_millis(1);
-
-/// The running workers. Dropping them ends them.
+/// See the module's documentation.
 pub struct Workers {
-    workers: Vec<Worker>,
-    /// Keeps workers that are ready from starting, until it is dropped.
-    gate: Option<Sender<()>>,
-    failures: Receiver<Error>,
-    engine: Engine,
+    /// `None` once they have been stopped.
+    threads: Option<Threads>,
+    /// What they are started with, and the table in force.
+    setup: Setup,
+    /// Old tables: the last to let go of one has to free it, and that should
+    /// not be a worker.
+    retired: Vec<Arc<Table>>,
+    /// By worker. They outlast the threads.
+    counters: Vec<Arc<Counters>>,
+    descriptors: Arc<Vec<WorkerFds>>,
+    /// What the kernel has counted at each worker's socket.
+    socket_drops: Vec<u32>,
+    udp_offloads: udp::UdpOffloads,
+    /// Whether a flow's queue depends on the flow alone.
+    pub is_steered: bool,
 }
 
 impl Workers {
-    /// Makes one worker per queue, with these sockets and counters, and waits
-    /// until all are ready. They start with [`Self::go`].
+    /// Makes a worker for each queue. They wait for [`Self::go`]. `probes` takes the
+    /// probes that they receive.
     ///
     /// # Errors
-    /// The first error of any worker; then all are ended again.
-    pub fn start(
-        queues: Vec<Queue>,
-        sockets: Vec<WorkerSockets>,
-        counters: Vec<Arc<Counters>>,
-        setup: &Setup,
+    /// When one of them is not ready to start.
+    pub fn new(
+        config: &Config,
+        claimed: Claimed,
+        table: Arc<Table>,
+        probes: Sender<ReceivedProbe>,
     ) -> Result<Self> {
-        let count = queues.len();
-        let (ready_sender, ready) = bounded(count);
-        let (failure_sender, failures) = bounded(count);
-        let (gate, start) = bounded::<()>(0);
-        let mut workers = Self {
-            workers: Vec::with_capacity(count),
-            gate: Some(gate),
-            failures,
-            engine: setup.engine,
+        let Claimed {
+            device,
+            sockets,
+            udp,
+        } = claimed;
+        let pairs = device.queues.iter().zip(&sockets);
+        let descriptors: Vec<_> = pairs
+            .map(|(queue, sockets)| WorkerFds::of(queue, sockets))
+            .collect::<Result<_>>()?;
+        let segments_max = match udp.segment {
+            true => Limits::FULL.segments_max,
+            false => 1,
         };
-        let all = queues.into_iter().zip(sockets).zip(counters);
-        for (index, ((queue, sockets), counters)) in all.enumerate() {
-            let parts = Parts {
-                index,
-                queue,
-                sockets,
-                counters,
-                setup: setup.clone(),
-                ready: ready_sender.clone(),
-                start: start.clone(),
-                failures: failure_sender.clone(),
-            };
-            workers.workers.push(parts.spawn()?);
-        }
-        drop(ready_sender);
-        for _ in 0..count {
-            ready
-                .recv()
-                .map_err(|_| Error::new("a worker thread ended before it was ready"))??;
-        }
-        Ok(workers)
+        let setup = Setup {
+            tun: device.offloads,
+            limits: Limits {
+                segments_max,
+                ..Limits::FULL
+            },
+            engine: Engine::choose(config.io),
+            busy_poll: config.busy_poll,
+            cores: config.cores.clone(),
+            table,
+            probes,
+        };
+        // Another process that had these sockets has told of the drops so far.
+        let drops = |worker: &WorkerFds| udp::drops(worker.receive()).unwrap_or(0);
+        let socket_drops = descriptors.iter().map(drops).collect();
+        let counters: Vec<Arc<Counters>> = descriptors.iter().map(|_| Arc::default()).collect();
+        let threads = Threads::start(device.queues, sockets, counters.clone(), &setup)?;
+        Ok(Self {
+            threads: Some(threads),
+            setup,
+            retired: Vec::with_capacity(RETIRED_MAX),
+            counters,
+            descriptors: Arc::new(descriptors),
+            socket_drops,
+            udp_offloads: udp,
+            is_steered: device.steered,
+        })
     }
 
     /// Lets the workers start.
     pub fn go(&mut self) {
-        self.gate = None;
-    }
-
-    /// Gives all workers a new table, and waits until each of them forwards by
-    /// it: nothing that is sent into the tunnel after this goes by an older one.
-    pub fn publish(&self, table: &Arc<Table>) {
-        let deadline = Instant::now() + PUBLISH_WAIT_MAX;
-        let (sender, in_force) = bounded(0);
-        let mut all_told = false;
-        while !all_told && Instant::now() < deadline {
-            all_told = self.tell(|| Command::Table(Arc::clone(table), sender.clone()));
-            if !all_told {
-                std::thread::sleep(PUBLISH_WAIT_STEP);
-            }
-        }
-        drop(sender);
-        // Nothing is ever sent: it ends when the last worker has let go, or has
-        // ended itself.
-        let result = in_force.recv_deadline(deadline);
-        if !all_told || result == Err(RecvTimeoutError::Timeout) {
-            tracing::error!("a worker does not take the new table: is it stuck?");
+        if let Some(threads) = &mut self.threads {
+            threads.go();
         }
     }
 
-    /// What the workers run on.
-    pub fn engine(&self) -> Engine {
-        self.engine
+    /// Ends the workers: they send what they hold.
+    pub fn stop(&mut self) {
+        self.threads = None;
     }
 
-    /// Where a worker that fails later says so.
-    pub fn failures(&self) -> &Receiver<Error> {
-        &self.failures
+    /// Ends the workers for good: the device goes with their last descriptor.
+    pub fn close(&mut self) {
+        self.stop();
+        self.descriptors = Arc::default();
     }
 
-    /// Tells all workers that have not ended. A worker that has not taken its last
-    /// commands yet is left out rather than waited for; `false` then.
-    pub fn tell(&self, command: impl Fn() -> Command) -> bool {
-        let mut all = true;
-        for worker in &self.workers {
-            let told = worker.commands.try_send(command());
-            all &= !matches!(told, Err(TrySendError::Full(_)));
-            // The counter cannot overflow: a worker empties it each time.
-            let _ = worker.wake.write(1);
-        }
-        all
+    /// Whether they have been stopped.
+    pub fn are_stopped(&self) -> bool {
+        self.threads.is_none()
     }
-}
 
-impl Drop for Workers {
-    fn drop(&mut self) {
-        // Those that have not started yet find the word to stop first.
-        let gate = self.gate.take();
-        if gate.is_some() {
-            self.tell(|| Command::Stop);
-        }
-        drop(gate);
-        while !self.tell(|| Command::Stop) {
-            std::thread::sleep(std::time::Duration::from_millis(1));
-        }
-        for worker in self.workers.drain(..) {
-            if worker.thread.join().is_err() {
-                tracing::error!("a worker thread panicked");
-            }
-        }
+    /// Starts workers that have been stopped.
+    ///
+    /// # Errors
+    /// When one of them is not ready to start.
+    pub fn start_again(&mut self) -> Result<()> {
+        let parts = self.descriptors.iter().map(WorkerFds::for_worker);
+        let (queues, sockets) = parts.collect::<Result<Vec<_>>>()?.into_iter().unzip();
+        let counters = self.counters.clone();
+        self.threads = Some(Threads::start(queues, sockets, counters, &self.setup)?);
+        self.go();
+        Ok(())
     }
-}
 
-/// What a worker thread takes with it.
-struct Parts {
-    index: usize,
-    queue: Queue,
-    sockets: WorkerSockets,
-    counters: Arc<Counters>,
-    setup: Setup,
-    ready: Sender<Result<()>>,
-    start: Receiver<()>,
-    failures: Sender<Error>,
-}
-
-impl Parts {
-    fn spawn(self) -> Result<Worker> {
-        let (commands, receiver) = bounded(COMMANDS_MAX);
-        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-        let wake = EventFd::from_value_and_flags(0, flags).map_err(|errno| {
-            Error::os("cannot create an event counter", errno.into())
-                .hint("raise the limit on open files (ulimit -n), or ask for fewer --queues")
-        })?;
-        let wake = Arc::new(wake);
-        let worker_wake = Arc::clone(&wake);
-        let thread = std::thread::Builder::new()
-            .name(format!("fastvpn-{}", self.index))
-            .spawn(move || self.work(&receiver, worker_wake))
-            .map_err(|error| {
-                Error::os("cannot start a worker thread", error)
-                    .hint("raise the limit on processes (ulimit -u), or ask for fewer --queues")
-            })?;
-        Ok(Worker {
-            thread,
-            commands,
-            wake,
+    /// Where a worker that fails says so.
+    pub fn failures(&self) -> Receiver<Error> {
+        let threads = self.threads.as_ref();
+        threads.map_or_else(crossbeam_channel::never, |threads| {
+            threads.failures().clone()
         })
     }
 
-    fn work(self, commands: &Receiver<Command>, wake: Arc<EventFd>) {
-        if let Some(cores) = self.setup.cores.as_ref().filter(|cores| !cores.is_empty()) {
-            let id = cores[self.index % cores.len()];
-            if !core_affinity::set_for_current(core_affinity::CoreId { id }) {
-                tracing::warn!("cannot pin worker {} to core {id}", self.index);
-            }
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.counters.len()
+    }
+
+    /// What they run on, and what of it is in use.
+    pub fn engine(&self) -> Engine {
+        self.threads
+            .as_ref()
+            .map_or(self.setup.engine, Threads::engine)
+    }
+
+    /// GSO packets that the TUN device takes.
+    pub fn tun_offloads(&self) -> coalesce::TunOffloads {
+        self.setup.tun
+    }
+
+    /// Offloads of the sockets.
+    pub fn udp_offloads(&self) -> udp::UdpOffloads {
+        self.udp_offloads
+    }
+
+    /// Descriptors, by worker.
+    pub fn descriptors(&self) -> &Arc<Vec<WorkerFds>> {
+        &self.descriptors
+    }
+
+    /// Each worker's own port, if it has one.
+    pub fn own_ports(&self) -> Vec<Option<u16>> {
+        self.descriptors.iter().map(WorkerFds::own_port).collect()
+    }
+
+    /// The table in force.
+    pub fn table(&self) -> &Arc<Table> {
+        &self.setup.table
+    }
+
+    /// Gives all workers a new table, and waits until they forward by it.
+    pub fn publish(&mut self, table: Arc<Table>) {
+        if let Some(threads) = &self.threads {
+            threads.publish(&table);
         }
-        let Self {
-            queue,
-            sockets,
-            counters,
-            ..
-        } = self;
-        let limits = self.setup.limits;
-        let shared_counters = Arc::clone(&counters);
-        let run = Run {
-            index: self.index,
-            commands,
-            counters: &counters,
-            setup: &self.setup,
-            ready: self.ready,
-            start: self.start,
-            failures: self.failures,
-        };
-        match self.setup.engine {
-            Engine::Uring => run.on(Uring::new(queue, sockets, wake, limits, shared_counters)),
-            Engine::Epoll => run.on(Epoll::new(queue, sockets, wake, limits, shared_counters)),
+        let old = std::mem::replace(&mut self.setup.table, table);
+        self.retired.push(old);
+        self.free_retired();
+        // A worker that has not looked up for so long will free it.
+        if self.retired.len() >= RETIRED_MAX {
+            self.retired.remove(0);
         }
     }
-}
 
-/// A worker's run, whatever engine it is on.
-struct Run<'a> {
-    index: usize,
-    commands: &'a Receiver<Command>,
-    counters: &'a Counters,
-    setup: &'a Setup,
-    ready: Sender<Result<()>>,
-    start: Receiver<()>,
-    failures: Sender<Error>,
-}
+    /// Frees old tables that no worker uses any more.
+    pub fn free_retired(&mut self) {
+        self.retired.retain(|old| Arc::strong_count(old) > 1);
+    }
 
-impl Run<'_> {
-    /// Says that the engine is ready, or why it is not, and runs the loop.
-    fn on(self, engine: Result<impl engine::Engine>) {
-        let mut engine = match engine {
-            Ok(engine) => engine,
-            Err(error) => {
-                let _ = self.ready.send(Err(error));
-                return;
+    /// Has GSO batches of full size tried again on all paths.
+    pub fn reset_limits(&self) {
+        if let Some(threads) = &self.threads {
+            threads.tell(|| Command::ResetLimits);
+        }
+    }
+
+    /// The counters, by worker.
+    pub fn counters(&self) -> &[Arc<Counters>] {
+        &self.counters
+    }
+
+    /// What each worker has counted.
+    pub fn snapshots(&self) -> Vec<Snapshot> {
+        self.counters
+            .iter()
+            .map(|worker| worker.snapshot())
+            .collect()
+    }
+
+    /// Adds to the counters what the kernel has dropped at the sockets since the
+    /// last time.
+    pub fn count_socket_drops(&mut self) {
+        let counters = self.counters.iter().zip(&mut self.socket_drops);
+        for (worker, (counters, seen)) in self.descriptors.iter().zip(counters) {
+            if let Ok(drops) = udp::drops(worker.receive()) {
+                // The kernel's count wraps round.
+                let fresh = drops.wrapping_sub(std::mem::replace(seen, drops));
+                counters.drop_at_socket.add(fresh.into());
             }
-        };
-        let _ = self.ready.send(Ok(()));
-        // Nothing is ever sent: the gate opens by being dropped.
-        let _ = self.start.recv();
-        let table = Arc::clone(&self.setup.table);
-        let Setup { tun, busy_poll, .. } = *self.setup;
-        let inbound = Inbound::new(tun, self.index, self.setup.probes.clone());
-        let result = dataplane::run(
-            self.index,
-            &mut engine,
-            self.commands,
-            table,
-            inbound,
-            busy_poll,
-            self.counters,
-        );
-        if let Err(error) = result {
-            let _ = self.failures.send(error);
         }
     }
 }

@@ -338,7 +338,7 @@ impl Overlay {
             name: name.clone(),
             origin,
             is_default: false,
-            endpoint: None,
+            endpoint: name.literal(),
             learned_port: None,
             is_suspended: false,
             path_mtu_bytes: None,

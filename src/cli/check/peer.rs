@@ -7,7 +7,7 @@ use super::ask::{self, Answer};
 use super::item::Item;
 use crate::config::DEFAULT_PORT;
 use crate::config::PeerName;
-use crate::config::default_mtu_bytes;
+use crate::daemon::default_mtu_bytes;
 use crate::error::Error;
 use crate::host::link::{self, IPV4_MTU_BYTES_MIN, IPV6_MTU_BYTES_MIN};
 use crate::host::netlink::Netlink;

@@ -20,10 +20,10 @@ use crossbeam_channel::{Receiver, Sender, at, bounded, never};
 
 use self::proof::Proof;
 use self::seen::Seen;
-use super::handover::Kept;
-use super::running::Running;
+use super::Peers;
 use crate::config::PeerName;
 use crate::counters::PeerCounters;
+use crate::daemon::workers::{WorkerFds, Workers};
 use crate::dataplane::inbound::ReceivedProbe;
 use crate::io::engine::Port;
 use crate::io::random;
@@ -51,6 +51,11 @@ const SHARERS_MAX: usize = 16;
 /// How long ago a peer may have been heard for its silence to tell something of
 /// our ports, and not of the peer.
 const HEARD_LATELY: Duration = Duration::from_secs(5);
+
+/// Takes the probes that workers receive.
+pub fn probe_channel() -> (Sender<ReceivedProbe>, Receiver<ReceivedProbe>) {
+    bounded(WAITING_MAX)
+}
 
 /// See the module's documentation.
 pub struct Ports {
@@ -107,20 +112,17 @@ impl PeerPorts {
 }
 
 impl Ports {
-    /// For workers with these descriptors. The sender takes the probes that they
-    /// receive.
-    pub fn new(workers: &[Kept]) -> (Self, Sender<ReceivedProbe>) {
-        let (sender, received) = bounded(WAITING_MAX);
-        let ports = Self {
-            own: workers.iter().map(Kept::own_port).collect(),
+    /// For workers with these own ports, which receive these probes.
+    pub fn new(own: Vec<Option<u16>>, received: Receiver<ReceivedProbe>) -> Self {
+        Self {
+            own,
             peers: HashMap::new(),
             received,
             read_at: None,
             read_left: READ_MAX,
             cursor: 0,
             journal: Journal::new("changes of ports"),
-        };
-        (ports, sender)
+        }
     }
 
     /// The workers' own ports.
@@ -183,7 +185,13 @@ impl Ports {
     }
 
     /// Asks a peer from the ports for which it is time; returns how many that are.
-    fn ask(&mut self, hop: NextHop, name: &PeerName, descriptors: &[Kept], now: Instant) -> usize {
+    fn ask(
+        &mut self,
+        hop: NextHop,
+        name: &PeerName,
+        descriptors: &[WorkerFds],
+        now: Instant,
+    ) -> usize {
         let Some(known) = self.peers.get_mut(&hop) else {
             return 0;
         };
@@ -216,16 +224,16 @@ impl Ports {
             };
             let nonce = proof.ask(now, fresh);
             let kind = Kind::Request { port };
-            descriptors[worker].send(Port::Own, Probe { kind, nonce }, known.endpoint);
+            descriptors[worker].send_probe(Port::Own, Probe { kind, nonce }, known.endpoint);
             asked += 1;
         }
         asked
     }
 }
 
-impl Running {
+impl Peers {
     /// Looks at the ports that peers were seen at, and asks them about ours.
-    pub(super) fn look_at_ports(&mut self, now: Instant) {
+    pub(super) fn poll_ports(&mut self, now: Instant, workers: &Workers) -> bool {
         self.ports.journal.flush(now);
         self.ports.read_left = READ_MAX;
         self.ports.follow(&self.overlay, now);
@@ -253,11 +261,8 @@ impl Running {
         for (hop, port) in learned {
             is_news |= self.use_port(hop, port, now);
         }
-        if is_news {
-            self.republish();
-            self.ports.follow(&self.overlay, now);
-        }
-        self.ask_about_ports(now);
+        self.ask_about_ports(now, workers);
+        is_news
     }
 
     /// Has a peer sent to at this port; tells whether that is news.
@@ -291,12 +296,11 @@ impl Running {
     }
 
     /// Asks peers about the ports of which something is to be found out.
-    pub(super) fn ask_about_ports(&mut self, now: Instant) {
+    pub fn ask_about_ports(&mut self, now: Instant, workers: &Workers) {
         self.ports.follow(&self.overlay, now);
         if self.ports.own.iter().all(Option::is_none) {
             return;
         }
-        let descriptors = Arc::clone(self.descriptors());
         let count = self.overlay.peer_count().max(1);
         let start = self.ports.cursor % count;
         let (mut asked, mut turns) = (0, 0);
@@ -305,30 +309,45 @@ impl Running {
             if asked >= ASKED_MAX {
                 break;
             }
-            asked += self.ports.ask(hop, &peer.name, &descriptors, now);
+            asked += self.ports.ask(hop, &peer.name, workers.descriptors(), now);
             turns += 1;
         }
         self.ports.cursor = start + turns;
     }
 
-    /// Sees to the probes that have come, of which `first` is one.
-    pub(super) fn read_probes(&mut self, first: Option<ReceivedProbe>) {
+    /// Gives a probe, and the time when more are due, for [`Self::read_probes`].
+    pub fn probes(&self) -> (Receiver<ReceivedProbe>, Receiver<Instant>) {
+        self.ports.received()
+    }
+
+    /// Reads the probes that have come, of which `first` is one; tells whether the
+    /// workers need a new table.
+    pub fn read_probes(&mut self, first: Option<ReceivedProbe>, workers: &Workers) -> bool {
         let now = Instant::now();
         let waiting: Vec<_> = self.ports.received.try_iter().take(WAITING_MAX).collect();
         let has_come = first.is_some() || !waiting.is_empty();
         self.ports.read_at = has_come.then(|| now + READ_PAUSE);
+        let mut has_changed = false;
         for (from, probe) in first.into_iter().chain(waiting) {
             if self.ports.read_left == 0 {
                 break;
             }
             self.ports.read_left -= 1;
-            self.read_probe(from, probe, now);
+            has_changed |= self.read_probe(from, probe, now, workers);
         }
+        has_changed
     }
 
     /// Takes in a probe from an address that a peer has. Several may share it: it
     /// is as if each of them had sent it, and the nonce tells who was meant.
-    fn read_probe(&mut self, from: SocketAddr, probe: Probe, now: Instant) {
+    fn read_probe(
+        &mut self,
+        from: SocketAddr,
+        probe: Probe,
+        now: Instant,
+        workers: &Workers,
+    ) -> bool {
+        let mut has_changed = false;
         let at_address: Vec<_> = self
             .overlay
             .peers()
@@ -347,30 +366,36 @@ impl Running {
                 Kind::Request { port } => {
                     let kind = Kind::Reply { port: from.port() };
                     let reply = Probe { kind, ..probe };
-                    if let Some(any) = self.descriptors().first() {
-                        any.send(Port::Listen, reply, endpoint);
+                    if let Some(any) = workers.descriptors().first() {
+                        any.send_probe(Port::Listen, reply, endpoint);
                     }
-                    self.was_asked(hop, port, from.port(), now);
+                    has_changed |= self.was_asked(hop, (port, from.port()), now, workers);
                 }
                 Kind::Reply { port } => self.was_answered(hop, probe.nonce, port, now),
                 Kind::Size => {}
             }
         }
+        has_changed
     }
 
     /// A peer has asked from `port`, and the request came from `seen_port`.
-    fn was_asked(&mut self, hop: NextHop, port: u16, seen_port: u16, now: Instant) {
+    fn was_asked(
+        &mut self,
+        hop: NextHop,
+        (port, seen_port): (u16, u16),
+        now: Instant,
+        workers: &Workers,
+    ) -> bool {
         let Some((known, peer)) = self.ports.peers.get_mut(&hop).zip(self.overlay.in_use(hop))
         else {
-            return;
+            return false;
         };
+        let mut has_changed = false;
         let configured = peer.endpoint.map(|endpoint| endpoint.port());
         if port == seen_port && configured != Some(port) {
             known.seen.note_own(port, now);
-            if let Some(configured) = configured.filter(|_| peer.learned_port == Some(port))
-                && self.use_port(hop, configured, now)
-            {
-                self.republish();
+            if let Some(configured) = configured.filter(|_| peer.learned_port == Some(port)) {
+                has_changed = self.use_port(hop, configured, now);
             }
         }
         // Who asks can answer.
@@ -381,10 +406,10 @@ impl Running {
                 }
             }
         }
-        let descriptors = Arc::clone(self.descriptors());
         if let Some(peer) = self.overlay.in_use(hop) {
-            self.ports.ask(hop, &peer.name, &descriptors, now);
+            self.ports.ask(hop, &peer.name, workers.descriptors(), now);
         }
+        has_changed
     }
 
     /// A peer has answered the request with this nonce, which it has seen come

@@ -3,10 +3,10 @@
 //! control thread comes round; the rest is a number.
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::running::Running;
-use crate::counters::Snapshot;
+use crate::counters::{Counters, Snapshot};
 use crate::error::cause_text;
 use crate::routing::overlay::Overlay;
 
@@ -22,19 +22,49 @@ const LINES_MAX: u64 = 5;
 const KNOWN_MAX: usize = 32;
 
 /// What the log has said so far.
-pub struct Troubles {
+pub struct DropLog {
     sender_unknown: Trouble,
     source_not_allowed: Trouble,
     send_error: Trouble,
 }
 
-impl Troubles {
+impl DropLog {
     /// Nothing has been said.
     pub fn new() -> Self {
         Self {
             sender_unknown: Trouble::new("sender-unknown"),
             source_not_allowed: Trouble::new("source-not-allowed"),
             send_error: Trouble::new("send-error"),
+        }
+    }
+
+    /// Writes to the log what these workers have dropped since the last time.
+    pub fn poll(&mut self, workers: &[Arc<Counters>], overlay: &Overlay, now: Instant) {
+        let total = workers.iter().fold(Snapshot::default(), |sum, worker| {
+            sum.plus(&worker.snapshot())
+        });
+        let Self {
+            sender_unknown,
+            source_not_allowed,
+            send_error,
+        } = self;
+        let senders = workers
+            .iter()
+            .filter_map(|worker| worker.first.sender_unknown.take())
+            .map(|sender| unknown_sender(overlay, sender));
+        let mut said = sender_unknown.look(now, total.drop_sender_unknown, senders);
+        let sources = workers
+            .iter()
+            .filter_map(|worker| worker.first.source_not_allowed.take())
+            .map(|(sender, source)| forbidden_source(overlay, sender, source));
+        said.extend(source_not_allowed.look(now, total.drop_source_not_allowed, sources));
+        let errors = workers
+            .iter()
+            .filter_map(|worker| worker.first.send_error.take())
+            .map(|(destination, errno)| failed_send(overlay, destination, errno));
+        said.extend(send_error.look(now, total.drop_send_error, errors));
+        for line in said {
+            tracing::warn!("{line}");
         }
     }
 }
@@ -113,40 +143,6 @@ impl Trouble {
                 self.reason
             )
         })
-    }
-}
-
-impl Running {
-    /// Writes to the log what has been dropped since the last time.
-    pub(super) fn tell_of_drops(&mut self, now: Instant) {
-        let workers = self.counters().to_vec();
-        let total = workers.iter().fold(Snapshot::default(), |sum, worker| {
-            sum.plus(&worker.snapshot())
-        });
-        let overlay = &self.overlay;
-        let Troubles {
-            sender_unknown,
-            source_not_allowed,
-            send_error,
-        } = &mut self.troubles;
-        let senders = workers
-            .iter()
-            .filter_map(|worker| worker.first.sender_unknown.take())
-            .map(|sender| unknown_sender(overlay, sender));
-        let mut said = sender_unknown.look(now, total.drop_sender_unknown, senders);
-        let sources = workers
-            .iter()
-            .filter_map(|worker| worker.first.source_not_allowed.take())
-            .map(|(sender, source)| forbidden_source(overlay, sender, source));
-        said.extend(source_not_allowed.look(now, total.drop_source_not_allowed, sources));
-        let errors = workers
-            .iter()
-            .filter_map(|worker| worker.first.send_error.take())
-            .map(|(destination, errno)| failed_send(overlay, destination, errno));
-        said.extend(send_error.look(now, total.drop_send_error, errors));
-        for line in said {
-            tracing::warn!("{line}");
-        }
     }
 }
 

@@ -1,53 +1,27 @@
-//! What operators ask for, done by the control thread one after the other.
+//! Requests on the control socket: each is answered by a function of the request
+//! and the tunnel.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 
 use super::reload::reload;
-use super::running::{End, Running};
-use super::{announce, handover, reach};
-use crate::config::check_ipv6_mtu;
+use super::settings::check_ipv6_mtu;
+use super::tunnel::Tunnel;
+use super::{announce, reach};
 use crate::config::parse::{checked_route, parse_peer_name};
 use crate::config::{PeerName, PeerSpec};
 use crate::control::credentials::Asker;
 use crate::control::protocol::{
     Answer, Changed, Found, PeerStatus, Peers, Request, RouteEntry, Routes, Status,
 };
-use crate::control::server::Call;
 use crate::counters::{PeerCounters, Snapshot};
 use crate::error::{Error, Result, shortened};
 use crate::routing::overlay::{Origin, Overlay};
 
-/// Sees to a call; `Some` if that ends the run.
-pub fn answer(running: &mut Running, call: Call) -> Option<End> {
-    match call {
-        Call::Takeover {
-            connection,
-            protocol,
-        } => {
-            handover::begin(running, connection.into_stream(), protocol);
-            None
-        }
-        Call::Request(Request::Stop {}, reply) => {
-            tracing::info!("stopped by {}", reply.asker());
-            reply.send(Ok(Answer::Changed(Changed::default())));
-            Some(End::Stopped)
-        }
-        Call::Request(request, reply) => {
-            let answer = match running.handover.is_some() && is_change(&request) {
-                true => Err(Error::new("another process is taking over").hint("try again")),
-                false => done(running, request, reply.asker()),
-            };
-            reply.send(answer);
-            None
-        }
-    }
-}
-
-/// Whether a new process that has been told already what there is would miss it.
-fn is_change(request: &Request) -> bool {
+/// Whether a successor that has been told already what there is would miss it.
+pub fn is_change(request: &Request) -> bool {
     match request {
         Request::RouteAdd { .. }
         | Request::RouteDel { .. }
@@ -63,25 +37,31 @@ fn is_change(request: &Request) -> bool {
     }
 }
 
-fn done(running: &mut Running, request: Request, asker: Asker) -> Result<Answer> {
+/// Answers a request.
+///
+/// # Errors
+/// When it cannot be done, says why: nothing has changed then.
+pub fn answer(tunnel: &mut Tunnel, request: Request, asker: Asker) -> Result<Answer> {
     Ok(match request {
         Request::Status {} => {
-            running.count_socket_drops();
-            Answer::Status(Box::new(status(running)))
+            tunnel.workers.count_socket_drops();
+            // Before anybody has told of a change.
+            tunnel.refresh_device();
+            Answer::Status(Box::new(status(tunnel)))
         }
-        Request::Peers {} => Answer::Peers(peers(running)),
-        Request::RouteList {} => Answer::Routes(routes(&running.overlay)),
-        Request::RouteGet { address } if running.overlay.is_outside(address) => {
+        Request::Peers {} => Answer::Peers(peers(tunnel)),
+        Request::RouteList {} => Answer::Routes(routes(&tunnel.peers.overlay)),
+        Request::RouteGet { address } if tunnel.peers.overlay.is_outside(address) => {
             return Err(Error::new(format!(
                 "packets to {address} do not go through the tunnel: it is this host's own \
                  address, or a peer's outside the tunnel"
             )));
         }
         Request::RouteGet { address } => {
-            let (prefix, peer) = running
-                .overlay
-                .route_to(address)
-                .ok_or_else(|| Error::new(format!("no peer has a prefix that {address} is in")))?;
+            let (prefix, peer) =
+                tunnel.peers.overlay.route_to(address).ok_or_else(|| {
+                    Error::new(format!("no peer has a prefix that {address} is in"))
+                })?;
             Answer::Found(Found {
                 address,
                 prefix,
@@ -95,8 +75,8 @@ fn done(running: &mut Running, request: Request, asker: Asker) -> Result<Answer>
             replace,
         } => {
             let peer = parse_name(&peer)?;
-            check_new_prefixes(running, &prefixes)?;
-            changed(running, asker, &prefixes, |overlay| {
+            check_new_prefixes(tunnel, &prefixes)?;
+            changed(tunnel, asker, &prefixes, |overlay| {
                 let added = overlay.add_prefixes(&peer, &prefixes, Origin::Runtime, replace)?;
                 Ok(Changed {
                     prefixes_added: added,
@@ -106,7 +86,7 @@ fn done(running: &mut Running, request: Request, asker: Asker) -> Result<Answer>
         }
         Request::RouteDel { prefixes } => {
             prefixes.iter().try_for_each(check_prefix)?;
-            changed(running, asker, &prefixes, |overlay| {
+            changed(tunnel, asker, &prefixes, |overlay| {
                 let removed = overlay.remove_prefixes(&prefixes)?;
                 Ok(Changed {
                     prefixes_removed: removed,
@@ -120,10 +100,10 @@ fn done(running: &mut Running, request: Request, asker: Asker) -> Result<Answer>
                 prefixes,
             };
             if let Some(endpoint) = spec.name.literal() {
-                running.check_endpoint(endpoint)?;
+                reach::check_endpoint(tunnel.settings.listen, &tunnel.peers.overlay, endpoint)?;
             }
-            check_new_prefixes(running, &spec.prefixes)?;
-            changed(running, asker, &spec.prefixes, |overlay| {
+            check_new_prefixes(tunnel, &spec.prefixes)?;
+            changed(tunnel, asker, &spec.prefixes, |overlay| {
                 overlay.add_peer(&spec, Origin::Runtime)?;
                 Ok(Changed {
                     peers_added: 1,
@@ -134,8 +114,8 @@ fn done(running: &mut Running, request: Request, asker: Asker) -> Result<Answer>
         }
         Request::PeerDel { peer } => {
             let peer = parse_name(&peer)?;
-            let prefixes = running.overlay.prefixes_of(&peer);
-            changed(running, asker, &prefixes, |overlay| {
+            let prefixes = tunnel.peers.overlay.prefixes_of(&peer);
+            changed(tunnel, asker, &prefixes, |overlay| {
                 let removed = overlay.remove_peer(&peer)?;
                 Ok(Changed {
                     peers_removed: 1,
@@ -144,7 +124,7 @@ fn done(running: &mut Running, request: Request, asker: Asker) -> Result<Answer>
                 })
             })?
         }
-        Request::Reload {} => Answer::Reloaded(reload(running, &asker.to_string())?),
+        Request::Reload {} => Answer::Reloaded(reload(tunnel, &asker.to_string())?),
         // Both end the run, and are seen to before.
         Request::Stop {} | Request::Takeover { .. } => {
             return Err(Error::new("this cannot be asked for here"));
@@ -167,15 +147,18 @@ pub fn parse_name(text: &str) -> Result<PeerName> {
 /// Makes a change to the overlay, all of it or nothing. `prefixes`: those that it
 /// is about.
 fn changed(
-    running: &mut Running,
+    tunnel: &mut Tunnel,
     asker: Asker,
     prefixes: &[IpNet],
     change: impl FnOnce(&mut Overlay) -> Result<Changed>,
 ) -> Result<Answer> {
-    let mut next = running.overlay.clone();
+    let mut next = tunnel.peers.overlay.clone();
     let changed = change(&mut next)?;
-    let what = running.overlay.differences(&next, prefixes.iter().copied());
-    running.commit(next)?;
+    let what = tunnel
+        .peers
+        .overlay
+        .differences(&next, prefixes.iter().copied());
+    tunnel.commit(next)?;
     if !what.is_empty() {
         tracing::info!("{what}, by {asker}");
     }
@@ -188,50 +171,48 @@ fn check_prefix(prefix: &IpNet) -> Result<()> {
 }
 
 /// Makes sure that the tunnel can have these prefixes.
-fn check_new_prefixes(running: &Running, prefixes: &[IpNet]) -> Result<()> {
+fn check_new_prefixes(tunnel: &Tunnel, prefixes: &[IpNet]) -> Result<()> {
     prefixes.iter().try_for_each(check_prefix)?;
-    let own = running.overlay.own_addresses();
+    let own = tunnel.peers.overlay.own_addresses();
     reach::check_prefixes(own, prefixes.iter().copied())?;
-    check_ipv6_mtu(running.settled.link.mtu_bytes, prefixes.iter().copied())
+    check_ipv6_mtu(tunnel.settings.link.mtu_bytes, prefixes.iter().copied())
 }
 
-fn status(running: &mut Running) -> Status {
-    // Before anybody has told of a change.
-    running.look_at_device();
-    let stats = running.link_stats();
-    let snapshots: Vec<Snapshot> = running
-        .counters()
-        .iter()
-        .map(|worker| worker.snapshot())
-        .collect();
+fn status(tunnel: &mut Tunnel) -> Status {
+    let stats = tunnel.host.link_stats();
+    let snapshots = tunnel.workers.snapshots();
     let total = snapshots
         .iter()
         .fold(Snapshot::default(), |sum, worker| sum.plus(worker));
     let named = |(name, value): (&str, u64)| (name.to_string(), value);
     let is_drop = |name: &str| name.starts_with("drop_");
-    let settled = &running.settled;
+    let settings = &tunnel.settings;
     Status {
         version: env!("CARGO_PKG_VERSION").into(),
         pid: std::process::id(),
-        uptime_seconds: running.started.elapsed().as_secs(),
-        tun: running.device.name.clone(),
-        tun_index: running.device.index,
-        addresses: settled.link.addresses.clone(),
-        mtu_bytes: running.device.mtu_by_hand.unwrap_or(settled.link.mtu_bytes),
-        listen: settled.listen.to_string(),
-        own_ports: running.ports.own(),
-        engine: running.workers().engine().to_string(),
-        offloads: announce::offloads(running),
-        hop: running.config.hop,
-        keeps_routes: !running.config.no_routes,
-        config_file: running
+        uptime_seconds: tunnel.started.elapsed().as_secs(),
+        tun: tunnel.host.device.name.clone(),
+        tun_index: tunnel.host.device.index,
+        addresses: settings.link.addresses.clone(),
+        mtu_bytes: tunnel
+            .host
+            .device
+            .mtu_by_hand
+            .unwrap_or(settings.link.mtu_bytes),
+        listen: settings.listen.to_string(),
+        own_ports: tunnel.peers.own_ports(),
+        engine: tunnel.workers.engine().to_string(),
+        offloads: announce::offloads(&tunnel.workers),
+        hop: tunnel.config.hop,
+        keeps_routes: !tunnel.config.no_routes,
+        config_file: tunnel
             .config
             .config_file
             .as_ref()
             .map(|path| path.display().to_string()),
-        reload_error: running.reload_error.clone(),
-        peers: running.overlay.peer_count(),
-        prefixes: running.overlay.prefix_count(),
+        reload_error: tunnel.reload_error.clone(),
+        peers: tunnel.peers.overlay.peer_count(),
+        prefixes: tunnel.peers.overlay.prefix_count(),
         counters: total
             .iter()
             .filter(|(name, _)| !is_drop(name))
@@ -246,17 +227,16 @@ fn status(running: &mut Running) -> Status {
     }
 }
 
-fn peers(running: &Running) -> Peers {
+fn peers(tunnel: &Tunnel) -> Peers {
     let now = Instant::now();
-    let status = running.overlay.peers_by_name().map(|peer| {
+    let status = tunnel.peers.overlay.peers_by_name().map(|peer| {
         let sum = |count: fn(&PeerCounters) -> u64| peer.traffic.iter().map(count).sum::<u64>();
         let packets_received = sum(|worker| worker.packets_received.get());
-        let hop = running.overlay.find(&peer.name).map(|(hop, _)| hop);
-        let heard = hop.and_then(|hop| running.heard.get(&hop));
-        // It may have been heard since the control thread last looked.
-        let last = match heard {
-            Some(heard) if heard.received == packets_received => heard.last,
-            _ => (packets_received > 0).then_some(now),
+        let hop = tunnel.peers.overlay.find(&peer.name).map(|(hop, _)| hop);
+        let last_seen = hop.and_then(|hop| tunnel.peers.last_seen(hop));
+        let age = match last_seen {
+            Some(last_seen) => last_seen.age(&peer.traffic, now),
+            None => (packets_received > 0).then_some(Duration::ZERO),
         };
         let mut drops = BTreeMap::new();
         for (name, count) in peer.traffic.iter().flat_map(PeerCounters::drops) {
@@ -267,7 +247,7 @@ fn peers(running: &Running) -> Peers {
         PeerStatus {
             peer: peer.name.to_string(),
             endpoint: peer.endpoint_learned(),
-            seen_port: peer.learned_port.or_else(|| running.ports.seen(hop?)),
+            seen_port: peer.learned_port.or_else(|| tunnel.peers.seen_port(hop?)),
             own_ports_proven: peer
                 .traffic
                 .iter()
@@ -282,7 +262,7 @@ fn peers(running: &Running) -> Peers {
             bytes_sent: sum(|worker| worker.bytes_sent.get()),
             packets_received,
             bytes_received: sum(|worker| worker.bytes_received.get()),
-            last_heard_seconds: last.map(|last| (now - last).as_secs()),
+            last_heard_seconds: age.map(|age| age.as_secs()),
             drops,
         }
     });

@@ -6,10 +6,9 @@ use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use super::running::Running;
-use super::start;
-use crate::dataplane::Command;
-use crate::error::Result;
+use super::Peers;
+use crate::daemon::host::Host;
+use crate::daemon::workers::Workers;
 use crate::host::mtu_probe::MtuProbe;
 use crate::host::netlink::{Netlink, RouteMtu};
 use crate::io::random;
@@ -210,7 +209,7 @@ impl Paths {
 }
 
 /// Gives peers whose paths nothing is known of what the routes say.
-pub fn ask_routes(overlay: &mut Overlay, netlink: &mut Netlink) {
+pub fn learn_route_mtus(overlay: &mut Overlay, netlink: &mut Netlink) {
     let unknown: Vec<_> = overlay
         .peers()
         .filter(|(_, peer)| peer.path_mtu_bytes.is_none())
@@ -223,13 +222,22 @@ pub fn ask_routes(overlay: &mut Overlay, netlink: &mut Netlink) {
     }
 }
 
-impl Running {
+impl Peers {
     /// Looks at the paths in use: where they lead, and what they take. Not all that
     /// decides on it is told, such as policy rules.
-    pub(super) fn look_after_paths(&mut self) {
-        let now = Instant::now();
+    pub(super) fn poll_paths(
+        &mut self,
+        now: Instant,
+        listen: SocketAddr,
+        host: &mut Host,
+        workers: &Workers,
+    ) -> bool {
         let mut changed = self.paths.take_answers(now);
-        let is_used = |hop| self.heard.get(&hop).is_some_and(|heard| heard.path_used);
+        let is_used = |hop| {
+            self.states
+                .get(&hop)
+                .is_some_and(|state| state.is_path_used)
+        };
         let used: Vec<_> = self
             .overlay
             .peers()
@@ -245,34 +253,37 @@ impl Running {
             .take(PATHS_MAX)
             .copied()
             .collect();
-        let mut is_news = !turn.is_empty() && self.look_at_ways(&turn);
+        let mut is_news = !turn.is_empty() && self.check_ways(&turn, host, workers);
         for (hop, endpoint) in turn {
-            if let Some(heard) = self.heard.get_mut(&hop) {
-                heard.path_used = false;
+            if let Some(state) = self.states.get_mut(&hop) {
+                state.is_path_used = false;
             }
             let Some(peer) = self.overlay.in_use(hop) else {
                 continue;
             };
             let sent = peer.traffic.iter().map(|worker| worker.bytes_sent.get());
             let sent_bytes = sent.sum();
-            if let Ok(Some(route)) = self.netlink.route_mtu(endpoint) {
+            if let Ok(Some(route)) = host.netlink.route_mtu(endpoint) {
                 self.paths.set_route(hop, endpoint, route);
-                let listen = self.settled.listen.ip();
-                self.paths.probe(hop, sent_bytes, listen, now);
+                self.paths.probe(hop, sent_bytes, listen.ip(), now);
                 changed.push(hop);
             }
         }
         for hop in changed {
-            is_news |= self.set_path_mtu(hop, now);
+            is_news |= self.set_path_mtu(hop, now, host, workers);
         }
-        if is_news {
-            self.republish();
-        }
+        is_news
     }
 
     /// Puts in force what is known of the path to a peer; tells whether that is
     /// news.
-    fn set_path_mtu(&mut self, hop: NextHop, now: Instant) -> bool {
+    fn set_path_mtu(
+        &mut self,
+        hop: NextHop,
+        now: Instant,
+        host: &mut Host,
+        workers: &Workers,
+    ) -> bool {
         let (Some(known), Some(peer)) = (self.paths.known.get(&hop), self.overlay.in_use(hop))
         else {
             return false;
@@ -287,47 +298,17 @@ impl Running {
         }
         if before.is_some_and(|before| before < mtu_bytes) {
             // What was refused for its length may pass now.
-            self.workers().tell(|| Command::ResetLimits);
+            workers.reset_limits();
         }
         // That a path is as wide as its route, where nothing was known of it, is no news.
         let is_told = before.map_or(is_narrow, |before| before != mtu_bytes);
-        if is_told && self.host.journal.admits(now) {
+        if is_told && host.log.admits(now) {
             let no_longer =
                 before.map_or_else(String::new, |before| format!(", no longer {before}"));
             let endpoint = known.endpoint;
             tracing::info!("the path to {endpoint} takes {mtu_bytes} bytes{no_longer}");
         }
         true
-    }
-
-    /// Has the device's MTU, unless it was given, or set by somebody else, follow
-    /// the routes to the peers.
-    ///
-    /// # Errors
-    /// When the kernel refuses.
-    pub(super) fn follow_routes(&mut self) -> Result<()> {
-        if self.config.mtu_bytes.is_some() {
-            return Ok(());
-        }
-        let endpoints = start::endpoints(&self.config, &self.overlay);
-        let prefixes = self.overlay.prefixes().map(|(prefix, ..)| prefix);
-        let (config, old) = (&self.config, &self.settled);
-        let link = config.settle_again(config, old, &endpoints, prefixes)?;
-        let (old_bytes, new_bytes) = (old.link.mtu_bytes, link.mtu_bytes);
-        let Some(index) = self.device.index else {
-            return Ok(());
-        };
-        let present = self.netlink.link_by_index(index)?;
-        let is_ours = present.is_some_and(|present| present.mtu == old_bytes);
-        if new_bytes != old_bytes && is_ours {
-            self.netlink.set_mtu(index, new_bytes)?;
-            self.settled.link.mtu_bytes = new_bytes;
-            let tun = &self.device.name;
-            tracing::info!(
-                "MTU of {tun}: {new_bytes} bytes, no longer {old_bytes}: what the routes to the peers take"
-            );
-        }
-        Ok(())
     }
 }
 

@@ -1,0 +1,195 @@
+//! The one loop of the control thread: it waits for whatever may happen to the
+//! tunnel, and handles one event after the other until the end.
+
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, never, select, tick};
+use signal_hook::consts::{SIGHUP, SIGTERM};
+
+use super::control_socket::ControlSocket;
+use super::handover::{self, Handover};
+use super::tunnel::Tunnel;
+use super::{reload, requests};
+use crate::control::protocol::{Answer, Changed, Request};
+use crate::control::server::Call;
+use crate::error::{Error, Result};
+
+/// How often peers are polled: who answers, what the paths take.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How often GSO batches of full size are tried again on paths that refused them.
+const LIMITS_RESET_INTERVAL: Duration = Duration::from_secs(600);
+
+/// How the run ended, if not by an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// By a signal or a request.
+    Stopped,
+    /// Another process carries on: device, sockets and routes are its now.
+    HandedOver,
+}
+
+/// What this process runs.
+pub struct Daemon {
+    /// The tunnel.
+    pub tunnel: Tunnel,
+    /// Where it is asked about it.
+    pub control: ControlSocket,
+    /// While another process gets ready to take over.
+    handover: Option<Handover>,
+}
+
+impl Daemon {
+    /// Nobody takes over yet.
+    pub fn new(tunnel: Tunnel, control: ControlSocket) -> Self {
+        Self {
+            tunnel,
+            control,
+            handover: None,
+        }
+    }
+
+    /// Runs the tunnel until the end.
+    ///
+    /// # Errors
+    /// When a worker fails.
+    pub fn run(&mut self, signals: &Receiver<i32>) -> Result<End> {
+        let poll = tick(POLL_INTERVAL);
+        let limits_reset = tick(LIMITS_RESET_INTERVAL);
+        let names = self.tunnel.peers.answers();
+        self.tunnel
+            .peers
+            .ask_about_ports(Instant::now(), &self.tunnel.workers);
+        loop {
+            // Some are others after each event.
+            let failures = self.tunnel.workers.failures();
+            let calls = self.control.calls();
+            let handover = self.handover.as_ref();
+            let ready = handover.map_or_else(never, |handover| handover.ready().clone());
+            let (host_events, refresh_due) =
+                (self.tunnel.host.events(), self.tunnel.host.refresh_due());
+            let (probes, probes_due) = self.tunnel.peers.probes();
+            let end = select! {
+                recv(signals) -> signal => self.take_signal(signal.ok()),
+                recv(failures) -> failure => {
+                    return Err(failure.unwrap_or_else(|_| Error::new("all workers have ended")));
+                }
+                recv(calls) -> call => call.ok().and_then(|call| self.take_call(call)),
+                recv(ready) -> ready => {
+                    let ready = ready.unwrap_or_else(|_| Err(Error::new("its thread has ended")));
+                    self.end_handover(ready)?
+                }
+                recv(names) -> answer => {
+                    self.tunnel.take_name(answer.ok());
+                    None
+                }
+                recv(host_events) -> _ => {
+                    self.tunnel.host.schedule_refresh();
+                    None
+                }
+                recv(refresh_due) -> _ => {
+                    self.tunnel.refresh_host();
+                    None
+                }
+                recv(probes) -> probe => {
+                    self.tunnel.read_probes(probe.ok());
+                    None
+                }
+                recv(probes_due) -> _ => {
+                    self.tunnel.read_probes(None);
+                    None
+                }
+                recv(poll) -> _ => {
+                    self.tunnel.poll();
+                    None
+                }
+                recv(limits_reset) -> _ => {
+                    self.tunnel.workers.reset_limits();
+                    None
+                }
+            };
+            if let Some(end) = end {
+                return Ok(end);
+            }
+        }
+    }
+
+    fn take_signal(&mut self, signal: Option<i32>) -> Option<End> {
+        match signal {
+            Some(SIGHUP) if self.handover.is_some() => {
+                tracing::info!("the reload waits: another process is taking over");
+                self.control.is_reload_due = true;
+                None
+            }
+            Some(SIGHUP) => {
+                self.reload_by_signal();
+                None
+            }
+            signal => {
+                let name = if signal == Some(SIGTERM) {
+                    "SIGTERM"
+                } else {
+                    "SIGINT"
+                };
+                tracing::debug!("{name}: stopping");
+                Some(End::Stopped)
+            }
+        }
+    }
+
+    /// Reloads; what came of it is in the log.
+    pub fn reload_by_signal(&mut self) {
+        let _ = reload::reload(&mut self.tunnel, "SIGHUP");
+    }
+
+    fn take_call(&mut self, call: Call) -> Option<End> {
+        match call {
+            Call::Takeover {
+                connection,
+                protocol,
+            } => {
+                let (tunnel, control) = (&self.tunnel, &self.control);
+                let stream = connection.into_stream();
+                match self.handover {
+                    Some(_) => handover::refuse_second(stream),
+                    None => self.handover = handover::begin(tunnel, control, stream, protocol),
+                }
+            }
+            Call::Request(Request::Stop {}, reply) => {
+                tracing::info!("stopped by {}", reply.asker());
+                reply.send(Ok(Answer::Changed(Changed::default())));
+                return Some(End::Stopped);
+            }
+            Call::Request(request, reply) => {
+                let answer = match self.handover.is_some() && requests::is_change(&request) {
+                    true => Err(Error::new("another process is taking over").hint("try again")),
+                    false => requests::answer(&mut self.tunnel, request, reply.asker()),
+                };
+                reply.send(answer);
+            }
+        }
+        None
+    }
+
+    /// The process that takes over is `ready`, or has failed.
+    fn end_handover(&mut self, ready: Result<()>) -> Result<Option<End>> {
+        let Some(handover) = self.handover.take() else {
+            return Ok(None);
+        };
+        if handover::end(&mut self.tunnel, &mut self.control, handover, ready)? {
+            return Ok(Some(End::HandedOver));
+        }
+        if std::mem::take(&mut self.control.is_reload_due) {
+            self.reload_by_signal();
+        }
+        Ok(None)
+    }
+
+    /// Ends the tunnel: routes, device and control socket go.
+    pub fn take_down(&mut self) {
+        self.handover = None;
+        self.tunnel.take_down();
+        // Last: who has asked for the end takes the socket's for it.
+        self.control.close(true);
+    }
+}

@@ -1,0 +1,277 @@
+//! Peers' names resolved at the start of a tunnel.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use super::reach;
+use crate::config::{Config, DEFAULT_PORT, Listen, PeerName};
+use crate::error::{Error, Result};
+use crate::routing::dns::{self, Answer, Names};
+use crate::routing::overlay::{Origin, Overlay, Peer};
+
+/// How long names have at the start. What does not resolve until then is
+/// waited for while the tunnel runs.
+const NAMES_WAIT_MAX: Duration = Duration::from_secs(5);
+
+/// Addresses of peers by name, `HOST:PORT`, that a predecessor knows.
+pub type Known = HashMap<String, SocketAddr>;
+
+/// The configured peers, with the addresses of those that are known or whose
+/// names resolve now, and why the others do not. `own`: this host's addresses.
+///
+/// # Errors
+/// When the configuration contradicts itself.
+pub fn resolve(
+    config: &Config,
+    names: &mut Names,
+    known: &Known,
+    own: BTreeSet<IpAddr>,
+) -> Result<(Overlay, Vec<Error>)> {
+    let mut overlay = Overlay::new(0);
+    for spec in &config.peers {
+        overlay.add_peer(spec, Origin::Config)?;
+    }
+    overlay.set_own_addresses(own);
+    // Where there are names, sockets are for both IP versions unless it is said
+    // otherwise.
+    let any = Listen {
+        ip: Ipv6Addr::UNSPECIFIED.into(),
+        port: DEFAULT_PORT,
+    };
+    let Listen { ip, port } = config.listen.unwrap_or(any);
+    let listen = SocketAddr::new(ip, port);
+    set_known(&mut overlay, known, listen);
+    let failed = resolve_now(&mut overlay, names, listen);
+    Ok((overlay, failed))
+}
+
+/// Gives peers that have no address yet theirs, as far as names resolve within
+/// a few seconds; tells why the others do not. Names that did not resolve a
+/// moment ago are not waited for again. An address that cannot be a peer's, for
+/// sockets on `listen`, is as good as none.
+pub fn resolve_now(overlay: &mut Overlay, names: &mut Names, listen: SocketAddr) -> Vec<Error> {
+    let now = Instant::now();
+    let is_named = |peer: &&Peer| peer.name.literal().is_none();
+    let all = overlay.peers().map(|(_, peer)| peer);
+    names.watch(all.filter(is_named).map(|peer| &peer.name), now);
+    let mut waiting: HashSet<PeerName> = overlay
+        .peers_by_name()
+        .filter(|peer| peer.endpoint.is_none() && names.is_expected(&peer.name, now))
+        .map(|peer| peer.name.clone())
+        .collect();
+    let deadline = now + NAMES_WAIT_MAX;
+    let mut failed: Vec<(PeerName, Error)> = Vec::new();
+    while !waiting.is_empty() {
+        let now = Instant::now();
+        names.tick(now);
+        let Ok(answer) = names
+            .answers()
+            .recv_timeout(deadline.saturating_duration_since(now))
+        else {
+            let late = overlay.peers_by_name().map(|peer| &peer.name);
+            failed.extend(
+                late.filter(|name| waiting.contains(name))
+                    .map(|name| (name.clone(), no_answer_yet(name))),
+            );
+            break;
+        };
+        // One that failed may have been asked for again in the meantime: its
+        // answer is not one of those that are still to come.
+        let Answer { name, result } = answer;
+        waiting.remove(&name);
+        failed.retain(|(failed, _)| *failed != name);
+        let Some((hop, peer)) = overlay.find(&name) else {
+            continue;
+        };
+        let endpoint = result.and_then(|addresses| {
+            let addresses = dns::in_order(addresses, peer.endpoint, false);
+            let check = |endpoint| reach::check_endpoint(listen, overlay, endpoint);
+            dns::first_usable(&name, addresses, check)
+        });
+        names.heard(&name, endpoint.is_ok(), Instant::now());
+        match endpoint {
+            Ok(endpoint) => {
+                overlay.set_endpoint(hop, Some(endpoint));
+            }
+            Err(error) => failed.push((name, error)),
+        }
+    }
+    failed.into_iter().map(|(_, error)| error).collect()
+}
+
+fn no_answer_yet(name: &PeerName) -> Error {
+    Error::new(format!("cannot resolve peer {}: no answer yet", name.host))
+        .hint("check the name, or give the address")
+}
+
+/// Gives peers the addresses that are known already. Their names are asked for
+/// all the same, but nobody waits for the answers.
+pub fn set_known(overlay: &mut Overlay, known: &Known, listen: SocketAddr) {
+    let found: Vec<_> = overlay
+        .peers_by_name()
+        .filter(|peer| peer.endpoint.is_none())
+        .filter_map(|peer| Some((peer.name.clone(), *known.get(&peer.name.to_string())?)))
+        .filter(|(_, endpoint)| overlay.check_other(listen, *endpoint).is_ok())
+        .collect();
+    for (name, endpoint) in found {
+        if let Some((hop, _)) = overlay.find(&name) {
+            let mut configured = endpoint;
+            configured.set_port(name.port);
+            overlay.set_endpoint(hop, Some(configured));
+            if configured != endpoint {
+                overlay.set_learned_port(hop, Some(endpoint.port()));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ANY: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), DEFAULT_PORT);
+
+    fn name(host: &str) -> PeerName {
+        PeerName {
+            host: host.to_string(),
+            port: 8285,
+        }
+    }
+
+    /// An overlay with peers of these names.
+    fn overlay(hosts: &[&str]) -> Overlay {
+        let mut overlay = Overlay::new(0);
+        for (host, number) in hosts.iter().zip(0..) {
+            let prefix = ipnet::IpNet::from(std::net::IpAddr::from([10, 0, 0, number]));
+            overlay
+                .insert_peer(&name(host), false, &[prefix], Origin::Config)
+                .unwrap();
+        }
+        overlay
+    }
+
+    fn endpoint(overlay: &Overlay, host: &str) -> Option<SocketAddr> {
+        overlay.find(&name(host)).unwrap().1.endpoint
+    }
+
+    fn answer(host: &str, address: Option<&str>) -> Answer {
+        Answer {
+            name: name(host),
+            result: match address {
+                Some(address) => Ok(address.split(' ').map(|one| one.parse().unwrap()).collect()),
+                None => Err(Error::new(format!("no {host}"))),
+            },
+        }
+    }
+
+    /// The second answer about one name is not taken for that about another.
+    #[test]
+    fn a_name_that_fails_twice_keeps_no_other_from_being_waited_for() {
+        let (mut names, asked, answers) = Names::without_threads();
+        let mut overlay = overlay(&["bad", "slow", "slower"]);
+        let server = std::thread::spawn(move || {
+            let mut first: Vec<_> = asked.iter().take(3).map(|name| name.host).collect();
+            first.sort();
+            answers.send(answer("bad", None)).unwrap();
+            // Until "bad" is due again, at the next look.
+            std::thread::sleep(Duration::from_millis(1100));
+            answers.send(answer("slow", Some("10.1.0.1:8285"))).unwrap();
+            let again = asked.recv().unwrap().host;
+            answers.send(answer(&again, None)).unwrap();
+            answers
+                .send(answer("slower", Some("10.1.0.2:8285")))
+                .unwrap();
+            (first, again)
+        });
+        let failed = resolve_now(&mut overlay, &mut names, ANY);
+        let (first, again) = server.join().unwrap();
+        assert_eq!(first, ["bad", "slow", "slower"]);
+        assert_eq!(again, "bad");
+        assert_eq!(endpoint(&overlay, "bad"), None);
+        for (host, address) in [("slow", "10.1.0.1:8285"), ("slower", "10.1.0.2:8285")] {
+            assert_eq!(endpoint(&overlay, host), Some(address.parse().unwrap()));
+        }
+        let failed: Vec<_> = failed.iter().map(ToString::to_string).collect();
+        assert_eq!(failed, ["no bad"]);
+    }
+
+    /// Not even a name server that is silent holds up a successor.
+    #[test]
+    fn what_is_known_is_asked_for_but_not_waited_for() {
+        let (mut names, asked, _answers) = Names::without_threads();
+        let mut overlay = overlay(&["known"]);
+        let other = ("other:8285".to_string(), "10.1.0.9:8285".parse().unwrap());
+        let known = ("known:8285".to_string(), "10.1.0.1:8285".parse().unwrap());
+        set_known(&mut overlay, &Known::from([other, known.clone()]), ANY);
+        assert!(resolve_now(&mut overlay, &mut names, ANY).is_empty());
+        assert_eq!(endpoint(&overlay, "known"), Some(known.1));
+        names.tick(Instant::now());
+        assert_eq!(asked.try_iter().collect::<Vec<_>>(), [name("known")]);
+    }
+
+    /// A successor's peers stay where they are if they may be there.
+    #[test]
+    fn what_is_known_stays_while_it_is_among_the_answers() {
+        let (mut names, _asked, answers) = Names::without_threads();
+        let mut overlay = overlay(&["kept", "moved", "new"]);
+        let known = ["kept", "moved"]
+            .map(|host| (format!("{host}:8285"), "10.1.0.2:8285".parse().unwrap()));
+        set_known(&mut overlay, &known.into(), ANY);
+        for (host, addresses) in [
+            ("kept", "10.1.0.3:8285 10.1.0.1:8285 10.1.0.2:8285"),
+            ("moved", "10.1.0.3:8285 10.1.0.1:8285"),
+            ("new", "10.1.0.3:8285 10.1.0.1:8285 10.1.0.2:8285"),
+        ] {
+            answers.send(answer(host, Some(addresses))).unwrap();
+        }
+        assert!(resolve_now(&mut overlay, &mut names, ANY).is_empty());
+        for (host, address) in [
+            ("kept", "10.1.0.2:8285"),
+            ("moved", "10.1.0.3:8285"),
+            ("new", "10.1.0.3:8285"),
+        ] {
+            assert_eq!(
+                endpoint(&overlay, host),
+                Some(address.parse().unwrap()),
+                "{host}"
+            );
+        }
+    }
+
+    /// As a successor does, for the peers that it inherits.
+    #[test]
+    fn what_was_asked_for_in_vain_is_not_waited_for_again() {
+        let (mut names, asked, answers) = Names::without_threads();
+        let mut overlay = overlay(&["bad", "good"]);
+        answers.send(answer("bad", None)).unwrap();
+        answers.send(answer("good", Some("10.1.0.1:8285"))).unwrap();
+        assert_eq!(resolve_now(&mut overlay, &mut names, ANY).len(), 1);
+        assert_eq!(asked.try_iter().count(), 2);
+        assert!(resolve_now(&mut overlay, &mut names, ANY).is_empty());
+        assert_eq!(asked.try_iter().count(), 0);
+        // One that is new is.
+        overlay
+            .insert_peer(&name("new"), true, &[], Origin::Runtime)
+            .unwrap();
+        answers.send(answer("new", Some("10.1.0.3:8285"))).unwrap();
+        assert!(resolve_now(&mut overlay, &mut names, ANY).is_empty());
+        assert_eq!(asked.try_iter().collect::<Vec<_>>(), [name("new")]);
+        assert!(endpoint(&overlay, "new").is_some());
+    }
+
+    #[test]
+    fn who_is_late_is_named() {
+        let (mut names, _asked, answers) = Names::without_threads();
+        let mut overlay = overlay(&["early", "late"]);
+        answers
+            .send(answer("early", Some("10.1.0.1:8285")))
+            .unwrap();
+        // Nobody will answer any more, which is as good as too late.
+        drop(answers);
+        let failed = resolve_now(&mut overlay, &mut names, ANY);
+        let failed: Vec<_> = failed.iter().map(ToString::to_string).collect();
+        assert_eq!(failed.len(), 1, "{failed:?}");
+        assert!(failed[0].starts_with("cannot resolve peer late: no answer yet"));
+    }
+}

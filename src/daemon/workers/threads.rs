@@ -1,0 +1,288 @@
+//! Worker threads: started together, told together, ended together.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::counters::Counters;
+use crate::daemon::engine::Engine;
+use crate::dataplane::idle::BusyPoll;
+use crate::dataplane::inbound::{Inbound, ReceivedProbe};
+use crate::dataplane::table::Table;
+use crate::dataplane::{self, Command};
+use crate::error::{Error, Result};
+use crate::io::engine;
+use crate::io::epoll::Epoll;
+use crate::io::tun::Queue;
+use crate::io::udp::WorkerSockets;
+use crate::io::uring::Uring;
+use crate::packet::coalesce::TunOffloads;
+use crate::packet::train::Limits;
+
+/// Commands that may wait for a worker.
+const COMMANDS_MAX: usize = 64;
+
+/// What all workers have in common.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// Super-packets that the TUN device takes.
+    pub tun: TunOffloads,
+    /// How long trains may be.
+    pub limits: Limits,
+    /// What the workers run on.
+    pub engine: Engine,
+    /// How long to look for arrivals without sleeping.
+    pub busy_poll: BusyPoll,
+    /// Cores to pin workers to, in turn.
+    pub cores: Option<Vec<usize>>,
+    /// The first forwarding table.
+    pub table: Arc<Table>,
+    /// Takes the probes that come.
+    pub probes: Sender<ReceivedProbe>,
+}
+
+struct Worker {
+    thread: JoinHandle<()>,
+    commands: Sender<Command>,
+    wake: Arc<EventFd>,
+}
+
+/// How long workers may take to take a new table, and how often they are told
+/// of it if they have not done so with the last ones.
+const PUBLISH_WAIT_MAX: Duration = Duration::from_secs(5);
+const PUBLISH_WAIT_STEP: Duration = Duration::from_millis(1);
+
+/// The running workers. Dropping them ends them.
+pub struct Threads {
+    workers: Vec<Worker>,
+    /// Keeps workers that are ready from starting, until it is dropped.
+    gate: Option<Sender<()>>,
+    failures: Receiver<Error>,
+    engine: Engine,
+}
+
+impl Threads {
+    /// Makes one worker per queue, with these sockets and counters, and waits
+    /// until all are ready. They start with [`Self::go`].
+    ///
+    /// # Errors
+    /// The first error of any worker; then all are ended again.
+    pub fn start(
+        queues: Vec<Queue>,
+        sockets: Vec<WorkerSockets>,
+        counters: Vec<Arc<Counters>>,
+        setup: &Setup,
+    ) -> Result<Self> {
+        let count = queues.len();
+        let (ready_sender, ready) = bounded(count);
+        let (failure_sender, failures) = bounded(count);
+        let (gate, start) = bounded::<()>(0);
+        let mut threads = Self {
+            workers: Vec::with_capacity(count),
+            gate: Some(gate),
+            failures,
+            engine: setup.engine,
+        };
+        let all = queues.into_iter().zip(sockets).zip(counters);
+        for (index, ((queue, sockets), counters)) in all.enumerate() {
+            let parts = Parts {
+                index,
+                queue,
+                sockets,
+                counters,
+                setup: setup.clone(),
+                ready: ready_sender.clone(),
+                start: start.clone(),
+                failures: failure_sender.clone(),
+            };
+            threads.workers.push(parts.spawn()?);
+        }
+        drop(ready_sender);
+        for _ in 0..count {
+            ready
+                .recv()
+                .map_err(|_| Error::new("a worker thread ended before it was ready"))??;
+        }
+        Ok(threads)
+    }
+
+    /// Lets the workers start.
+    pub fn go(&mut self) {
+        self.gate = None;
+    }
+
+    /// Gives all workers a new table, and waits until each of them forwards by
+    /// it: nothing that is sent into the tunnel after this goes by an older one.
+    pub fn publish(&self, table: &Arc<Table>) {
+        let deadline = Instant::now() + PUBLISH_WAIT_MAX;
+        let (sender, in_force) = bounded(0);
+        let mut all_told = false;
+        while !all_told && Instant::now() < deadline {
+            all_told = self.tell(|| Command::Table(Arc::clone(table), sender.clone()));
+            if !all_told {
+                std::thread::sleep(PUBLISH_WAIT_STEP);
+            }
+        }
+        drop(sender);
+        // Nothing is ever sent: it ends when the last worker has let go, or has
+        // ended itself.
+        let result = in_force.recv_deadline(deadline);
+        if !all_told || result == Err(RecvTimeoutError::Timeout) {
+            tracing::error!("a worker does not take the new table: is it stuck?");
+        }
+    }
+
+    /// What the workers run on.
+    pub fn engine(&self) -> Engine {
+        self.engine
+    }
+
+    /// Where a worker that fails later says so.
+    pub fn failures(&self) -> &Receiver<Error> {
+        &self.failures
+    }
+
+    /// Tells all workers that have not ended. A worker that has not taken its last
+    /// commands yet is left out rather than waited for; `false` then.
+    pub fn tell(&self, command: impl Fn() -> Command) -> bool {
+        let mut all = true;
+        for worker in &self.workers {
+            let told = worker.commands.try_send(command());
+            all &= !matches!(told, Err(TrySendError::Full(_)));
+            // The counter cannot overflow: a worker empties it each time.
+            let _ = worker.wake.write(1);
+        }
+        all
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        // Those that have not started yet find the word to stop first.
+        let gate = self.gate.take();
+        if gate.is_some() {
+            self.tell(|| Command::Stop);
+        }
+        drop(gate);
+        while !self.tell(|| Command::Stop) {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        for worker in self.workers.drain(..) {
+            if worker.thread.join().is_err() {
+                tracing::error!("a worker thread panicked");
+            }
+        }
+    }
+}
+
+/// What a worker thread takes with it.
+struct Parts {
+    index: usize,
+    queue: Queue,
+    sockets: WorkerSockets,
+    counters: Arc<Counters>,
+    setup: Setup,
+    ready: Sender<Result<()>>,
+    start: Receiver<()>,
+    failures: Sender<Error>,
+}
+
+impl Parts {
+    fn spawn(self) -> Result<Worker> {
+        let (commands, receiver) = bounded(COMMANDS_MAX);
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let wake = EventFd::from_value_and_flags(0, flags).map_err(|errno| {
+            Error::os("cannot create an event counter", errno.into())
+                .hint("raise the limit on open files (ulimit -n), or ask for fewer --queues")
+        })?;
+        let wake = Arc::new(wake);
+        let worker_wake = Arc::clone(&wake);
+        let thread = std::thread::Builder::new()
+            .name(format!("fastvpn-{}", self.index))
+            .spawn(move || self.work(&receiver, worker_wake))
+            .map_err(|error| {
+                Error::os("cannot start a worker thread", error)
+                    .hint("raise the limit on processes (ulimit -u), or ask for fewer --queues")
+            })?;
+        Ok(Worker {
+            thread,
+            commands,
+            wake,
+        })
+    }
+
+    fn work(self, commands: &Receiver<Command>, wake: Arc<EventFd>) {
+        if let Some(cores) = self.setup.cores.as_ref().filter(|cores| !cores.is_empty()) {
+            let id = cores[self.index % cores.len()];
+            if !core_affinity::set_for_current(core_affinity::CoreId { id }) {
+                tracing::warn!("cannot pin worker {} to core {id}", self.index);
+            }
+        }
+        let Self {
+            queue,
+            sockets,
+            counters,
+            ..
+        } = self;
+        let limits = self.setup.limits;
+        let shared_counters = Arc::clone(&counters);
+        let run = Run {
+            index: self.index,
+            commands,
+            counters: &counters,
+            setup: &self.setup,
+            ready: self.ready,
+            start: self.start,
+            failures: self.failures,
+        };
+        match self.setup.engine {
+            Engine::Uring => run.on(Uring::new(queue, sockets, wake, limits, shared_counters)),
+            Engine::Epoll => run.on(Epoll::new(queue, sockets, wake, limits, shared_counters)),
+        }
+    }
+}
+
+/// A worker's run, whatever engine it is on.
+struct Run<'a> {
+    index: usize,
+    commands: &'a Receiver<Command>,
+    counters: &'a Counters,
+    setup: &'a Setup,
+    ready: Sender<Result<()>>,
+    start: Receiver<()>,
+    failures: Sender<Error>,
+}
+
+impl Run<'_> {
+    /// Says that the engine is ready, or why it is not, and runs the loop.
+    fn on(self, engine: Result<impl engine::Engine>) {
+        let mut engine = match engine {
+            Ok(engine) => engine,
+            Err(error) => {
+                let _ = self.ready.send(Err(error));
+                return;
+            }
+        };
+        let _ = self.ready.send(Ok(()));
+        // Nothing is ever sent: the gate opens by being dropped.
+        let _ = self.start.recv();
+        let table = Arc::clone(&self.setup.table);
+        let Setup { tun, busy_poll, .. } = *self.setup;
+        let inbound = Inbound::new(tun, self.index, self.setup.probes.clone());
+        let result = dataplane::run(
+            self.index,
+            &mut engine,
+            self.commands,
+            table,
+            inbound,
+            busy_poll,
+            self.counters,
+        );
+        if let Err(error) = result {
+            let _ = self.failures.send(error);
+        }
+    }
+}
