@@ -59,8 +59,8 @@ impl Settings {
     /// small. `prefixes`: what will be behind all peers.
     ///
     /// # Errors
-    /// When an address is to be derived and no peer can be reached, or when the
-    /// MTU is too small for what is inside.
+    /// When something is left open from now on and no peer can be reached, or when
+    /// the MTU is too small for what is inside.
     pub fn again(
         &self,
         (old, config): (&Config, &Config),
@@ -68,26 +68,19 @@ impl Settings {
         prefixes: impl Iterator<Item = IpNet>,
         netlink: &mut Netlink,
     ) -> Result<Self> {
-        let (paths, mut unreachable) =
-            match config.mtu_bytes.is_none() || config.addresses.is_empty() {
-                true => paths(self.listen, endpoints, netlink)?,
-                false => Default::default(),
-            };
+        let is_left_open = config.mtu_bytes.is_none() || config.addresses.is_empty();
+        let (paths, mut unreachable) = match is_left_open {
+            true => paths(self.listen, endpoints, netlink)?,
+            false => Default::default(),
+        };
         let keeps_addresses = config.addresses == old.addresses;
-        if !keeps_addresses
-            && config.addresses.is_empty()
-            && paths.is_empty()
-            && !unreachable.is_empty()
-        {
+        let derives_address = !keeps_addresses && config.addresses.is_empty();
+        let derives_mtu = old.mtu_bytes.is_some() && config.mtu_bytes.is_none();
+        if (derives_address || derives_mtu) && paths.is_empty() && !unreachable.is_empty() {
             return Err(unreachable.swap_remove(0));
         }
-        Self::new(
-            config,
-            self.listen,
-            &paths,
-            prefixes,
-            Some((self, keeps_addresses)),
-        )
+        let in_force = Some((self, keeps_addresses));
+        Self::new(config, self.listen, &paths, prefixes, in_force)
     }
 
     /// `in_force`: the settings in force, if there are any, and whether their
