@@ -6,13 +6,12 @@ use std::process::ExitCode;
 use fastvpn::cli::{Cli, Command};
 use fastvpn::cli::{check, commands};
 use fastvpn::config::Config;
-use fastvpn::testbed::demo;
 use fastvpn::{daemon, log};
 
 fn main() -> ExitCode {
     let cli = Cli::from_command_line();
     let result = match &cli.command {
-        Some(Command::Demo(options)) => demo::run(options.clone()),
+        Some(Command::Demo(options)) => commands::demo(options),
         Some(Command::Check(options)) => {
             return if check::run(options) {
                 ExitCode::SUCCESS

@@ -22,10 +22,10 @@ use contenders::{
     Contender, TUNNEL, UNDERLAY, UNDERLAY_MTU_BYTES, UNDERLAY_PREFIX, others::others,
     overlay::Overlay,
 };
-use fastvpn::testbed::traffic::{Between, Bulk, BulkLimit, Watch, ping, tcp_bulk};
-use fastvpn::testbed::{self, Namespace, Pair, UNDERLAY_NAME};
 use ipnet::IpNet;
 use libtest_mimic::{Arguments, Failed, Trial};
+use testbed::traffic::{Between, Bulk, BulkLimit, Watch, ping, snmp_counter, tcp_bulk};
+use testbed::{Namespace, Pair, UNDERLAY_NAME};
 
 const BYTES: u64 = 60_000_000;
 
@@ -76,7 +76,7 @@ fn check(key: &str) -> Result<(), Failed> {
     transfer(&pair.a, &pair.b, link.address)?;
     transfer(&pair.b, &pair.a, TUNNEL[0].into())?;
     for host in [&pair.a, &pair.b] {
-        let fragments = fragments_made(host)?;
+        let fragments = snmp_counter(host, "Ip", "FragCreates")?;
         if fragments != 0 {
             return Err(format!("{fragments} packets were cut to fit the cable").into());
         }
@@ -122,28 +122,13 @@ fn transfer(client: &Namespace, server: &Namespace, address: IpAddr) -> Result<(
         server,
         address,
     };
-    let bulk = Bulk {
-        streams: 1,
-        limit: BulkLimit::BytesPerStream(BYTES),
-    };
+    let bulk = Bulk::new(1, BulkLimit::BytesPerStream(BYTES));
     let report = tcp_bulk(between, bulk, &Watch::default())?;
     println!("to {address}: {:.2} Gbit/s", report.gigabits_per_second());
     match report.intact && report.bytes == BYTES {
         true => Ok(()),
         false => Err(format!("{report:?}").into()),
     }
-}
-
-/// Fragments that a host has made of packets so far (`FragCreates`).
-fn fragments_made(host: &Namespace) -> Result<u64, Failed> {
-    let text = host.run(|| fs::read_to_string("/proc/thread-self/net/snmp"))?;
-    let mut lines = text.lines().filter(|line| line.starts_with("Ip:"));
-    let (names, values) = (lines.next().unwrap_or(""), lines.next().unwrap_or(""));
-    let mut fields = names.split(' ').zip(values.split(' '));
-    let (_, value) = fields
-        .find(|(name, _)| *name == "FragCreates")
-        .ok_or("the kernel counts no fragments")?;
-    Ok(value.parse()?)
 }
 
 fn leaves_nothing(pair: &Pair, link: contenders::Link) -> Result<(), Failed> {

@@ -36,8 +36,8 @@ use std::time::Duration;
 
 use clap::Parser;
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::enter_user_namespace_if_needed;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use testbed::enter_user_namespace_if_needed;
 
 use cli::Cli;
 use contenders::{Contender, one_packet};

@@ -7,11 +7,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::traffic::{
-    Between, Bulk, BulkLimit, BulkManner, BulkReport, Flood, FloodReport, Latency, PingPong, Watch,
-    tcp_bulk_with, tcp_ping_pong, udp_flood, udp_ping_pong,
+use testbed::traffic::{
+    Between, Bulk, BulkLimit, BulkReport, Flood, FloodReport, Latency, PingPong, Watch,
+    snmp_counter, tcp_bulk, tcp_ping_pong, udp_flood, udp_ping_pong,
 };
-use fastvpn::testbed::{Child, Pair, cpu_ns, rss_bytes, rss_peak_bytes};
+use testbed::{Child, Pair, cpu_ns, rss_bytes, rss_peak_bytes};
 
 use crate::contenders::Link;
 use crate::contenders::overlay::{CHANGE_INTERVAL, Changes};
@@ -147,12 +147,10 @@ impl Stage<'_> {
         let bulk = Bulk {
             streams,
             limit: BulkLimit::Time(time),
-        };
-        let manner = BulkManner {
             reverse,
             verify: self.method.verify,
         };
-        let report = tcp_bulk_with(self.between(), bulk, manner, &self.watch())?;
+        let report = tcp_bulk(self.between(), bulk, &self.watch())?;
         if !report.intact {
             return Err(damaged("a TCP stream", self.link.address));
         }
@@ -166,6 +164,13 @@ impl Stage<'_> {
     fn tcp(&self, streams: usize, direction: Direction) -> Result<Sample> {
         let time = self.method.time;
         let one_way = |reverse| move || self.bulk(streams, time, reverse);
+        let retransmitted = || -> Result<u64> {
+            let hosts = [&self.pair.a, &self.pair.b].into_iter();
+            hosts
+                .map(|host| snmp_counter(host, "Tcp", "RetransSegs"))
+                .sum()
+        };
+        let before = retransmitted()?;
         let (reports, cost) = self.with_cost(|| match direction {
             Direction::Forward => Ok(vec![one_way(false)()?]),
             Direction::Reverse => Ok(vec![one_way(true)()?]),
@@ -176,7 +181,7 @@ impl Stage<'_> {
         })?;
         let bytes: u64 = reports.iter().map(|report| report.bytes).sum();
         let throughput: f64 = reports.iter().map(BulkReport::gigabits_per_second).sum();
-        let retransmits: u64 = reports.iter().map(|report| report.retransmissions).sum();
+        let retransmits = retransmitted()?.saturating_sub(before);
         let mut sample = vec![
             ("gbit_per_s", throughput),
             ("retransmits", retransmits as f64),

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use fastvpn::error::{Error, Result};
 
-/// `USER_HZ`, see [`fastvpn::testbed::cpu_seconds`].
+/// `USER_HZ`, see [`testbed::cpu_ns`].
 const TICKS_PER_SECOND: f64 = 100.0;
 
 /// `PF_KTHREAD` (linux/sched.h): the kernel's threads work for whoever causes

@@ -4,8 +4,8 @@
 use std::sync::atomic::Ordering;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::{self, Pair};
 use ipnet::IpNet;
+use testbed::Pair;
 
 use crate::contenders::{Contender, Link, UNDERLAY, UNDERLAY_MTU_BYTES, UNDERLAY_PREFIX};
 use crate::measure::{Method, Sample, Stage, is_damage};

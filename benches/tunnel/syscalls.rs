@@ -11,8 +11,8 @@ use std::thread;
 use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::Child;
 use nix::sys::signal::Signal;
+use testbed::Child;
 
 use crate::measure::{Sample, Stage};
 

@@ -14,6 +14,7 @@ use crate::control::client::{Connection, Verdict, parse};
 use crate::control::protocol::{Request, Status};
 use crate::control::text::printable_json;
 use crate::error::{Error, Result};
+use crate::testbed::demo::{self, DemoOptions};
 
 /// How long the client waits.
 #[derive(Clone, Copy, Debug)]
@@ -51,6 +52,15 @@ pub fn run(command: &ClientCommand) -> Result<()> {
         }
     }
     perform(command, &path, &mut out, Patience::DEFAULT)
+}
+
+/// Plays the demo and shows what it has measured.
+///
+/// # Errors
+/// As [`demo::run`].
+pub fn demo(options: &DemoOptions) -> Result<()> {
+    let text = render::measured(&demo::run(options)?);
+    show(&mut io::stdout(), |out| out.write_all(text.as_bytes()))
 }
 
 /// A tunnel that runs.

@@ -7,6 +7,7 @@ use super::units::{ago, count, counted, duration, exactly};
 use crate::control::protocol::{Changed, Found, PeerStatus, Peers, Reloaded, Routes, Status};
 use crate::control::summary::bytes;
 use crate::control::text::printable;
+use crate::testbed::demo::Measured;
 
 /// What stands where an address would, if the name server knows none.
 const NOT_RESOLVED: &str = "not resolved";
@@ -380,10 +381,45 @@ pub(super) fn reloaded(reloaded: &Reloaded) -> String {
     format!("reloaded: {}\n", printable(&parts.join("; ")))
 }
 
+/// What the demo has measured: a line for each kind of figure.
+pub(super) fn measured(measured: &Measured) -> String {
+    let mut table = Table::new([
+        (Side::Left, ""),
+        (Side::Right, "tunnel"),
+        (Side::Right, "bare veth"),
+        (Side::Right, "ratio"),
+    ]);
+    let Measured { tunnel, veth, .. } = measured;
+    for (name, tunnel, veth) in [
+        (
+            "TCP throughput, Gbit/s",
+            tunnel.gigabits_per_second,
+            veth.gigabits_per_second,
+        ),
+        ("ping p50, µs", tunnel.ping_p50_us, veth.ping_p50_us),
+        ("ping p99, µs", tunnel.ping_p99_us, veth.ping_p99_us),
+    ] {
+        table.push([
+            name.into(),
+            format!("{tunnel:.1}"),
+            format!("{veth:.1}"),
+            format!("{:.2}", tunnel / veth),
+        ]);
+    }
+    table.push([
+        "tunnel CPU seconds per GB".into(),
+        format!("{:.2}", measured.cpu_seconds_per_gb),
+        "-".into(),
+        String::new(),
+    ]);
+    table.text()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::control::protocol::RouteEntry;
+    use crate::testbed::demo::Figures;
 
     fn counters(named: &[(&str, u64)]) -> BTreeMap<String, u64> {
         let named = named.iter().map(|(name, value)| (name.to_string(), *value));
@@ -658,6 +694,31 @@ fd00:1::/64  vpn.invalid:8285 (not resolved)  runtime
         assert_eq!(
             reloaded(&later),
             "reloaded: nothing has changed; only after a restart: io\n"
+        );
+    }
+
+    #[test]
+    fn the_demo_compares_two_ways() {
+        let figures = |gigabits_per_second, ping_p50_us| Figures {
+            gigabits_per_second,
+            ping_p50_us,
+            ping_p99_us: 120.0,
+        };
+        let measured = Measured {
+            tunnel: figures(16.0, 60.0),
+            veth: figures(32.0, 30.0),
+            cpu_seconds_per_gb: 0.5,
+        };
+        let expected = "
+                           tunnel  bare veth  ratio
+TCP throughput, Gbit/s       16.0       32.0   0.50
+ping p50, µs                 60.0       30.0   2.00
+ping p99, µs                120.0      120.0   1.00
+tunnel CPU seconds per GB    0.50          -
+";
+        assert_eq!(
+            super::measured(&measured),
+            expected.trim_start_matches('\n')
         );
     }
 }

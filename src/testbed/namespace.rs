@@ -1,16 +1,15 @@
 //! One network namespace, held by a descriptor and nothing else.
 
 use std::fs::{self, File};
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic;
 use std::process::Command;
-use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::thread::{self, ScopedJoinHandle};
 
-use nix::sched::{CloneFlags, setns, unshare};
+use nix::sched::{CloneFlags, unshare};
 
-use super::process::{Child, Spawner};
+use super::enter;
+use super::process::Child;
 use crate::error::{Error, Result};
 use crate::host::netlink::Netlink;
 
@@ -19,7 +18,6 @@ use crate::host::netlink::Netlink;
 /// are, however they end.
 pub struct Namespace {
     fd: OwnedFd,
-    spawner: Arc<Spawner>,
 }
 
 impl Namespace {
@@ -31,11 +29,7 @@ impl Namespace {
     pub fn new() -> Result<Self> {
         // unshare(2) moves only the calling thread, so it is one of its own.
         let fd = thread::scope(|scope| join(scope.spawn(Self::create)))?;
-        let spawner = Spawner::start(fd.try_clone().map_err(cannot_hold)?)?;
-        let namespace = Self {
-            fd,
-            spawner: Arc::new(spawner),
-        };
+        let namespace = Self { fd };
         // Lets us use ping sockets (icmp(7)), which match answers to the asker,
         // instead of raw ones, which see everybody's. In a user namespace the
         // only group that can be named is the one that is mapped.
@@ -51,7 +45,8 @@ impl Namespace {
             Error::os("cannot create a network namespace", errno.into())
                 .hint("run as root or grant CAP_SYS_ADMIN")
         })?;
-        let file = File::open("/proc/thread-self/ns/net").map_err(cannot_hold)?;
+        let file = File::open("/proc/thread-self/ns/net")
+            .map_err(|cause| Error::os("cannot hold on to a network namespace", cause))?;
         let mut netlink = Netlink::open()?;
         if let Some(loopback) = netlink.link_index("lo")? {
             netlink.set_up(loopback)?;
@@ -79,32 +74,13 @@ impl Namespace {
         })
     }
 
-    /// Starts a thread inside the namespace.
-    ///
-    /// # Errors
-    /// When there are no more descriptors or threads.
-    pub fn spawn_thread<T: Send + 'static>(
-        &self,
-        name: &str,
-        work: impl FnOnce() -> T + Send + 'static,
-    ) -> Result<JoinHandle<T>> {
-        let fd = self.fd.try_clone().map_err(cannot_hold)?;
-        thread::Builder::new()
-            .name(name.to_string())
-            .spawn(move || {
-                enter(fd.as_fd()).expect("the process that made the namespace may enter it");
-                work()
-            })
-            .map_err(|cause| Error::os(format!("cannot start thread {name}"), cause))
-    }
-
     /// Starts a program inside the namespace. It is killed when the [`Child`]
     /// is dropped and when this process dies.
     ///
     /// # Errors
     /// When the program cannot be started; the error names it.
     pub fn spawn(&self, command: Command) -> Result<Child> {
-        Spawner::spawn(&self.spawner, command)
+        Child::start(self.fd(), command)
     }
 
     /// An rtnetlink socket of the namespace, for use on any thread.
@@ -126,18 +102,9 @@ impl Namespace {
     }
 }
 
-/// Moves the calling thread into a network namespace.
-pub(super) fn enter(fd: BorrowedFd<'_>) -> io::Result<()> {
-    Ok(setns(fd, CloneFlags::CLONE_NEWNET)?)
-}
-
-fn cannot_hold(cause: io::Error) -> Error {
-    Error::os("cannot hold on to a network namespace", cause)
-}
-
 /// The thread's result; its panic goes on in the caller.
-fn join<T>(handle: thread::ScopedJoinHandle<'_, T>) -> T {
-    handle
+pub(super) fn join<T>(thread: ScopedJoinHandle<'_, T>) -> T {
+    thread
         .join()
         .unwrap_or_else(|payload| panic::resume_unwind(payload))
 }

@@ -1,89 +1,46 @@
-//! Programs in a namespace: started, watched, stopped, and what they cost.
+//! Programs in a namespace: started, watched, stopped.
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{self, Command, ExitStatus};
-use std::sync::Arc;
+use std::sync::LazyLock;
+use std::sync::mpsc::{Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Sender, bounded};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, getpid, getppid};
 
-use super::namespace::enter;
+use super::enter;
 use crate::error::{Error, Result};
 
 /// `USER_HZ`: ticks per second in /proc/PID/stat, the same on every
 /// architecture that we run on (asm-generic/param.h).
 const TICKS_PER_SECOND: f64 = 100.0;
 
-/// How often a child that was asked to end is looked at.
+/// How often a child that was asked to end is checked.
 const WAIT_STEP: Duration = Duration::from_millis(10);
 
-type Job = Box<dyn FnOnce() + Send>;
+/// What the thread that starts all programs is sent: a namespace, a program for
+/// it, and where the answer goes.
+type Job = (OwnedFd, Command, Sender<io::Result<process::Child>>);
 
-/// A thread that lives in a namespace and starts programs there.
-///
-/// It has to outlive them: a child's `PR_SET_PDEATHSIG` goes off when the
-/// *thread* that started it ends (prctl(2)), so a short-lived one will not do.
-pub(super) struct Spawner {
-    jobs: Sender<Job>,
-}
-
-impl Spawner {
-    pub(super) fn start(namespace: OwnedFd) -> Result<Self> {
-        let (jobs, queue) = bounded::<Job>(0);
-        let (ready, entered) = bounded(1);
-        thread::Builder::new()
-            .name("lab-spawner".into())
-            .spawn(move || {
-                let result = enter(namespace.as_fd());
-                drop(namespace);
-                let failed = result.is_err();
-                // The maker waits for this answer, and only for this one.
-                let _ = ready.send(result);
-                if failed {
-                    return;
-                }
-                for job in queue {
-                    job();
-                }
-            })
-            .map_err(cannot_start)?;
-        match entered.recv() {
-            Ok(result) => result.map_err(cannot_start)?,
-            Err(_) => return Err(Error::new("the namespace's thread ended before it began")),
-        }
-        Ok(Self { jobs })
-    }
-
-    pub(super) fn spawn(spawner: &Arc<Self>, mut command: Command) -> Result<Child> {
-        let program = command.get_program().to_string_lossy().into_owned();
-        let (answer, started) = bounded(1);
-        let job = move || {
+/// That thread, which never ends: a child's `PR_SET_PDEATHSIG` goes off when the
+/// *thread* that started it ends (prctl(2)), so a caller's will not do.
+static SPAWNER: LazyLock<Sender<Job>> = LazyLock::new(|| {
+    let (jobs, queue) = channel::<Job>();
+    thread::spawn(move || {
+        for (namespace, mut command, answer) in queue {
             die_with_parent(&mut command);
-            let _ = answer.send(command.spawn());
-        };
-        let gone = || Error::new(format!("cannot start {program}: its namespace is gone"));
-        spawner.jobs.send(Box::new(job)).map_err(|_| gone())?;
-        let process = started
-            .recv()
-            .map_err(|_| gone())?
-            .map_err(|cause| Error::os(format!("cannot start {program}"), cause))?;
-        Ok(Child {
-            process,
-            program,
-            _spawner: Arc::clone(spawner),
-        })
-    }
-}
-
-fn cannot_start(cause: io::Error) -> Error {
-    Error::os("cannot start a thread in the namespace", cause)
-}
+            let started = enter(namespace.as_fd()).and_then(|()| command.spawn());
+            // The asker waits for this answer, and only for this one.
+            let _ = answer.send(started);
+        }
+    });
+    jobs
+});
 
 /// Lets the kernel kill the child when the calling thread ends, however it ends.
 fn die_with_parent(command: &mut Command) {
@@ -107,11 +64,23 @@ fn die_with_parent(command: &mut Command) {
 pub struct Child {
     process: process::Child,
     program: String,
-    // Keeps the thread alive on whose end the program would be killed.
-    _spawner: Arc<Spawner>,
 }
 
 impl Child {
+    /// See [`Namespace::spawn`](super::Namespace::spawn).
+    pub(super) fn start(namespace: BorrowedFd<'_>, command: Command) -> Result<Self> {
+        let program = command.get_program().to_string_lossy().into_owned();
+        let start = || {
+            let (answer, started) = channel();
+            let job = (namespace.try_clone_to_owned()?, command, answer);
+            SPAWNER.send(job).map_err(io::Error::other)?;
+            started.recv().map_err(io::Error::other)?
+        };
+        let process =
+            start().map_err(|cause| Error::os(format!("cannot start {program}"), cause))?;
+        Ok(Self { process, program })
+    }
+
     /// The process id.
     pub fn pid(&self) -> u32 {
         self.process.id()
@@ -145,26 +114,38 @@ impl Child {
         }
     }
 
+    /// CPU time in seconds that all its threads have used so far, user and system,
+    /// in steps of 10 ms (proc_pid_stat(5)).
+    ///
+    /// # Errors
+    /// When /proc does not show it.
+    pub fn cpu_seconds(&self) -> Result<f64> {
+        let path = format!("/proc/{}/stat", self.pid());
+        let stat = fs::read_to_string(&path)
+            .map_err(|cause| Error::os(format!("cannot read {path}"), cause))?;
+        parse_cpu_seconds(&stat).ok_or_else(|| Error::new(format!("cannot make sense of {path}")))
+    }
+
     /// Asks the program to end (SIGTERM), waits at most `grace`, then kills it.
     ///
     /// # Errors
     /// As [`Child::try_wait`].
     pub fn terminate(&mut self, grace: Duration) -> Result<ExitStatus> {
-        if let Some(status) = self.try_wait()? {
-            return Ok(status);
-        }
-        self.signal(Signal::SIGTERM);
-        let deadline = Instant::now() + grace;
-        while Instant::now() < deadline {
+        let mut deadline = None;
+        loop {
             if let Some(status) = self.try_wait()? {
                 return Ok(status);
             }
+            match deadline {
+                None => {
+                    self.signal(Signal::SIGTERM);
+                    deadline = Some(Instant::now() + grace);
+                }
+                Some(deadline) if Instant::now() >= deadline => self.signal(Signal::SIGKILL),
+                Some(_) => {}
+            }
             thread::sleep(WAIT_STEP);
         }
-        self.signal(Signal::SIGKILL);
-        self.process
-            .wait()
-            .map_err(|cause| Error::os(format!("cannot wait for {}", self.program), cause))
     }
 }
 
@@ -174,73 +155,6 @@ impl Drop for Child {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
-}
-
-/// CPU time in seconds that all threads of a process have used so far, user and
-/// system, in steps of 10 ms (proc_pid_stat(5)).
-///
-/// # Errors
-/// When there is no such process.
-pub fn cpu_seconds(pid: u32) -> Result<f64> {
-    let path = format!("/proc/{pid}/stat");
-    let stat = fs::read_to_string(&path)
-        .map_err(|cause| Error::os(format!("cannot read {path}"), cause))?;
-    parse_cpu_seconds(&stat).ok_or_else(|| Error::new(format!("cannot make sense of {path}")))
-}
-
-/// As [`cpu_seconds`], but of the threads that run now only, and exact:
-/// nanoseconds on a CPU as the scheduler counts them (`/proc/PID/task/*/schedstat`).
-/// Includes the network work that the kernel did for others in these threads'
-/// time, and io_uring's own workers.
-///
-/// # Errors
-/// When there is no such process, or the kernel was built without
-/// `CONFIG_SCHED_INFO`.
-pub fn cpu_ns(pid: u32) -> Result<u64> {
-    let tasks = format!("/proc/{pid}/task");
-    let entries =
-        fs::read_dir(&tasks).map_err(|cause| Error::os(format!("cannot read {tasks}"), cause))?;
-    let mut total_ns = 0;
-    for entry in entries {
-        let path = entry
-            .map_err(|cause| Error::os(format!("cannot read {tasks}"), cause))?
-            .path()
-            .join("schedstat");
-        let shown = path.display();
-        let text = match fs::read_to_string(&path) {
-            Ok(text) => text,
-            // The thread has ended, the process has not.
-            Err(_) if path.parent().is_some_and(|task| !task.exists()) => continue,
-            Err(cause) => return Err(Error::os(format!("cannot read {shown}"), cause)),
-        };
-        total_ns += parse_schedstat_ns(&text)
-            .ok_or_else(|| Error::new(format!("cannot make sense of {shown}")))?;
-    }
-    Ok(total_ns)
-}
-
-/// Bytes of physical memory that a process occupies (`VmRSS`, proc_pid_status(5)).
-///
-/// # Errors
-/// When there is no such process.
-pub fn rss_bytes(pid: u32) -> Result<u64> {
-    status_bytes(pid, "VmRSS:")
-}
-
-/// The most physical memory that a process has occupied so far (`VmHWM`).
-///
-/// # Errors
-/// When there is no such process.
-pub fn rss_peak_bytes(pid: u32) -> Result<u64> {
-    status_bytes(pid, "VmHWM:")
-}
-
-fn status_bytes(pid: u32, field: &str) -> Result<u64> {
-    let path = format!("/proc/{pid}/status");
-    let status = fs::read_to_string(&path)
-        .map_err(|cause| Error::os(format!("cannot read {path}"), cause))?;
-    parse_status_bytes(&status, field)
-        .ok_or_else(|| Error::new(format!("cannot make sense of {path}")))
 }
 
 fn parse_cpu_seconds(stat: &str) -> Option<f64> {
@@ -253,18 +167,6 @@ fn parse_cpu_seconds(stat: &str) -> Option<f64> {
     Some((user + system) as f64 / TICKS_PER_SECOND)
 }
 
-/// The first of the three numbers: time on a CPU, time waiting for one, and
-/// how often (`Documentation/scheduler/sched-stats.rst`).
-fn parse_schedstat_ns(text: &str) -> Option<u64> {
-    text.split_ascii_whitespace().next()?.parse().ok()
-}
-
-fn parse_status_bytes(status: &str, field: &str) -> Option<u64> {
-    let line = status.lines().find_map(|line| line.strip_prefix(field))?;
-    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kibibytes * 1024)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -274,34 +176,5 @@ mod tests {
         let stat = "7 (a) b) R 1 7 7 0 -1 4194304 90 0 0 0 150 50 0 0 20 0 1 0 123";
         assert_eq!(parse_cpu_seconds(stat), Some(2.0));
         assert_eq!(parse_cpu_seconds("7 (a"), None);
-    }
-
-    #[test]
-    fn reads_memory() {
-        let status = "VmHWM:\t   20 kB\nVmRSS:\t   12 kB\n";
-        assert_eq!(parse_status_bytes(status, "VmRSS:"), Some(12 * 1024));
-        assert_eq!(parse_status_bytes(status, "VmHWM:"), Some(20 * 1024));
-        assert_eq!(parse_status_bytes(status, "VmLck:"), None);
-        let rss_bytes = rss_bytes(process::id()).unwrap();
-        assert!(rss_bytes > 0);
-        assert!(rss_peak_bytes(process::id()).unwrap() >= rss_bytes);
-    }
-
-    #[test]
-    fn reads_time_on_the_cpu() {
-        assert_eq!(parse_schedstat_ns("669386 42053 1\n"), Some(669_386));
-        assert_eq!(parse_schedstat_ns(""), None);
-        let mut busy = Command::new("sh");
-        let mut busy = busy.args(["-c", "while :; do :; done"]).spawn().unwrap();
-        let start = Instant::now();
-        while cpu_seconds(busy.id()).unwrap() < 0.1 && start.elapsed() < Duration::from_secs(30) {
-            thread::sleep(WAIT_STEP);
-        }
-        let used_ns = cpu_ns(busy.id()).unwrap();
-        busy.kill().unwrap();
-        busy.wait().unwrap();
-        // Two ticks less, for what the coarser clock rounds up.
-        assert!(used_ns >= 80_000_000, "{used_ns}");
-        assert!(cpu_ns(u32::MAX).is_err());
     }
 }

@@ -8,8 +8,8 @@ use std::process::{Command, Stdio};
 
 use fastvpn::error::{Error, Result};
 use fastvpn::host::netlink::Netlink;
-use fastvpn::testbed::{Namespace, UNDERLAY_NAME};
 use serde_json::Value;
+use testbed::{Namespace, UNDERLAY_NAME};
 use tun_rs::DeviceBuilder;
 
 use crate::errors::{drop_capabilities, forbid_io_uring, hide_devices};

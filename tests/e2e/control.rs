@@ -10,10 +10,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::{Namespace, rss_bytes};
 use ipnet::IpNet;
 use nix::sys::signal::Signal;
 use serde_json::Value;
+use testbed::{Namespace, rss_bytes};
 
 use crate::operator::{Operator, connect, said};
 use crate::routes::{kernel_agrees, net, own_routes};

@@ -8,10 +8,10 @@ use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::Namespace;
 use nix::sys::socket::{
     ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg, setsockopt, sockopt,
 };
+use testbed::Namespace;
 
 use crate::support::{check, enlarge_receive_buffer, fail, noise, without_backlog_drops};
 

@@ -6,9 +6,9 @@ use std::net::IpAddr;
 use fastvpn::error::Result;
 use fastvpn::host::netlink::RouteEntry;
 use fastvpn::host::routes::PROTOCOL;
-use fastvpn::testbed::{Namespace, Pair};
 use ipnet::IpNet;
 use serde_json::{Value, json};
+use testbed::{Namespace, Pair, ip, move_link};
 
 use crate::operator::{Operator, has};
 use crate::packets::TUNNEL_NAME;
@@ -103,15 +103,9 @@ impl Scene {
 
 /// `ip link set NAME name NEW`, on kernels that want it down for that, too.
 fn rename(host: &Namespace, name: &str, new: &str) -> Result<()> {
-    // linux/if_link.h.
-    const IFLA_IFNAME: u16 = 3;
-    let index = link(host, name)?.index;
-    let mut netlink = host.netlink()?;
-    netlink.set_down(index)?;
-    let name = attribute(IFLA_IFNAME, format!("{new}\0").as_bytes());
-    let message = [link_message(index), name].concat();
-    tried("rename", transact(host, libc::RTM_NEWLINK, 0, &message))?;
-    netlink.set_up(index)
+    ip(host, &format!("link set {name} down"))?;
+    ip(host, &format!("link set {name} name {new}"))?;
+    ip(host, &format!("link set {new} up"))
 }
 
 /// `struct ifinfomsg` (rtnetlink(7)).
@@ -220,8 +214,7 @@ fn the_device_in_another_namespace() -> Result<()> {
     let (scene, mut near) = Scene::start()?;
     let (host, operator) = (&scene.hosts.a, &scene.operator);
     let inside = Namespace::new()?;
-    let index = link(host, TUNNEL_NAME)?.index;
-    host.netlink()?.move_to_netns(index, inside.fd())?;
+    move_link(host, TUNNEL_NAME, &inside)?;
     set_up_inside(&inside)?;
     wait_for(&inside, TUNNEL[1].into())?;
     bulk(&inside, &scene.hosts.b, TUNNEL[1].into(), 5)?;
@@ -256,8 +249,7 @@ fn the_device_in_another_namespace() -> Result<()> {
     }
 
     // Back again it is as it was, once it is up.
-    let index = link(&inside, TUNNEL_NAME)?.index;
-    inside.netlink()?.move_to_netns(index, host.fd())?;
+    move_link(&inside, TUNNEL_NAME, host)?;
     let index = link(host, TUNNEL_NAME)?.index;
     host.netlink()?.set_up(index)?;
     wait_for(host, TUNNEL[1].into())?;
@@ -296,7 +288,7 @@ fn the_index_of_a_device_that_has_left() -> Result<()> {
     let host = &scene.hosts.a;
     let inside = Namespace::new()?;
     let index = link(host, TUNNEL_NAME)?.index;
-    host.netlink()?.move_to_netns(index, inside.fd())?;
+    move_link(host, TUNNEL_NAME, &inside)?;
     let kind = attribute(IFLA_LINKINFO, &attribute(IFLA_INFO_KIND, b"bridge\0"));
     let name = attribute(IFLA_IFNAME, format!("{OTHER}\0").as_bytes());
     let message = [link_message(index), name, kind].concat();
@@ -337,8 +329,7 @@ fn the_index_of_a_device_that_has_left() -> Result<()> {
     wait_for(&inside, TUNNEL[1].into())?;
 
     // With its index taken, the device gets another one when it comes back.
-    let there = link(&inside, TUNNEL_NAME)?.index;
-    inside.netlink()?.move_to_netns(there, host.fd())?;
+    move_link(&inside, TUNNEL_NAME, host)?;
     let back = link(host, TUNNEL_NAME)?.index;
     check(back != index, || "the same index".into())?;
     host.netlink()?.set_up(back)?;

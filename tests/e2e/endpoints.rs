@@ -3,9 +3,9 @@
 use std::net::{IpAddr, Ipv4Addr};
 
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::{self, Namespace};
 use ipnet::IpNet;
 use serde_json::json;
+use testbed::Namespace;
 
 use crate::datagrams::{Order, exchange, exchange_trains};
 use crate::operator::Operator;

@@ -7,8 +7,8 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, Stdio};
 
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::{self, Namespace, Pair};
 use ipnet::IpNet;
+use testbed::{Namespace, Pair};
 
 use crate::support::{
     Ended, FASTVPN, TUNNEL, Test, Tunnel, bulk, check, fastvpn, hosts, link, stop, tunnel_between,

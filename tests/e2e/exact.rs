@@ -7,9 +7,9 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::Pair;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use testbed::Pair;
 use tun_rs::SyncDevice;
 
 use crate::packets::{BUFFER_BYTES, TUNNEL_NAME, Tap, checksum, plain_tun, source, wait_until_up};

@@ -6,8 +6,8 @@ use std::net::IpAddr;
 
 use fastvpn::error::Result;
 use fastvpn::host::netlink::LinkStats;
-use fastvpn::testbed::{Namespace, UNDERLAY_NAME};
 use ipnet::IpNet;
+use testbed::{Namespace, UNDERLAY_NAME};
 
 use crate::datagrams::{Order, exchange};
 use crate::operator::Operator;

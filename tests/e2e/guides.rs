@@ -10,7 +10,7 @@ use std::process::{ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::{Child, Namespace};
+use testbed::{Child, Namespace};
 
 use crate::support::{FASTVPN, PATIENCE, Test, fail, hosts};
 

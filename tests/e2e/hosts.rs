@@ -4,12 +4,12 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::traffic::{
-    Between, Flood, PingPong, Watch, ping, tcp_ping_pong, udp_flood, udp_ping_pong,
-};
-use fastvpn::testbed::{self, CONTAINER_NAME, Namespace, Pair};
 use ipnet::IpNet;
 use socket2::{Domain, Protocol, Socket, Type};
+use testbed::traffic::{
+    Between, Flood, PingPong, Watch, ping, tcp_ping_pong, udp_flood, udp_ping_pong,
+};
+use testbed::{CONTAINER_NAME, Namespace, Pair};
 
 use crate::support::{
     TUNNEL, Test, UNDERLAY, answers, bulk, check, fail, fastvpn, hosts, link, stop, tried,
@@ -80,13 +80,15 @@ fn containers(hosts: &Pair) -> Result<[Namespace; 2]> {
 fn bridged_container(host: &Namespace, [router, address]: [Ipv4Addr; 2]) -> Result<Namespace> {
     let container = Namespace::new()?;
     testbed::join(host, &container, "port0", CONTAINER_NAME)?;
-    let mut netlink = host.netlink()?;
-    netlink.create_bridge("docker0")?;
-    let (bridge, port) = (link(host, "docker0")?.index, link(host, "port0")?.index);
-    netlink.set_master(port, bridge)?;
-    netlink.set_up(port)?;
-    netlink.set_up(bridge)?;
-    netlink.add_address(bridge, net(router))?;
+    for words in [
+        "link add docker0 type bridge",
+        "link set port0 master docker0",
+        "link set port0 up",
+        "link set docker0 up",
+        &format!("address add {} dev docker0", net(router)),
+    ] {
+        testbed::ip(host, words)?;
+    }
     host.sysctl("net/ipv4/ip_forward", "1")?;
     let mut netlink = container.netlink()?;
     let index = link(&container, CONTAINER_NAME)?.index;

@@ -77,7 +77,7 @@ fn main() -> ExitCode {
     arguments.test_threads.get_or_insert(cores + 2);
     // Before the first thread: only a process with one thread may enter a
     // user namespace.
-    if let Err(error) = fastvpn::testbed::enter_user_namespace_if_needed() {
+    if let Err(error) = testbed::enter_user_namespace_if_needed() {
         eprintln!("the end-to-end tests cannot run: {error}");
         return ExitCode::FAILURE;
     }

@@ -4,8 +4,8 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::Namespace;
 use ipnet::IpNet;
+use testbed::Namespace;
 
 use crate::operator::Operator;
 use crate::packets::{Tap, hop_limit, is_udp_to};

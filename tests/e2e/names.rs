@@ -13,11 +13,11 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::Namespace;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::Signal;
 use tempfile::NamedTempFile;
+use testbed::Namespace;
 
 use crate::operator::Operator;
 use crate::site::{

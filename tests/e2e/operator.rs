@@ -7,10 +7,10 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::Namespace;
 use ipnet::IpNet;
 use serde_json::Value;
 use tempfile::TempDir;
+use testbed::Namespace;
 
 use crate::support::{FASTVPN, PATIENCE, check, fail, tried, wait_until};
 

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::{CONTAINER_NAME, Namespace};
+use testbed::{CONTAINER_NAME, Namespace};
 
 use crate::icmp_error::{IcmpError, NO_ROUTE, TIME_EXCEEDED};
 use crate::mesh::hop_limit_between;

@@ -6,10 +6,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::time::Duration;
 
 use fastvpn::error::Result;
-use fastvpn::testbed::{self, CONTAINER_NAME, Namespace, UNDERLAY_NAME};
 use ipnet::IpNet;
 use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 use nix::{getsockopt_impl, setsockopt_impl, sockopt_impl};
+use testbed::{CONTAINER_NAME, Namespace, UNDERLAY_NAME};
 
 use crate::icmp_error::{IcmpError, TOO_BIG};
 use crate::packets::Tap;

@@ -5,11 +5,11 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::{Duration, Instant};
 
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::Namespace;
 use ipnet::IpNet;
 use nix::sys::socket::setsockopt;
 use nix::{setsockopt_impl, sockopt_impl};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+use testbed::Namespace;
 use tun_rs::{DeviceBuilder, SyncDevice};
 
 use crate::support::{PATIENCE, enlarge_receive_buffer, fail};

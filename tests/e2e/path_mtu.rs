@@ -5,10 +5,10 @@ use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 
 use fastvpn::error::Result;
-use fastvpn::testbed::{Namespace, UNDERLAY_NAME};
 use nix::sys::socket::{getsockopt, sockopt};
 use serde_json::Value;
 use socket2::{Domain, Protocol, Socket, Type};
+use testbed::{Namespace, UNDERLAY_NAME};
 
 use crate::operator::Operator;
 use crate::overlay_mtu::{Network, PathMtuV6, Probe, Underlay};

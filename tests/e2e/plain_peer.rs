@@ -10,9 +10,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::{Namespace, Pair};
 use ipnet::IpNet;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use testbed::{Namespace, Pair, spawn_thread};
 use tun_rs::SyncDevice;
 
 use crate::datagrams::{Order, exchange, exchange_trains};
@@ -85,8 +85,9 @@ impl PlainPeer {
         enlarge_receive_buffer(&socket, 8 << 20);
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
-        let thread =
-            namespace.spawn_thread("plain-peer", move || carry(&tun, &socket, &table, &stopped))?;
+        let thread = spawn_thread(namespace, "plain-peer", move || {
+            carry(&tun, &socket, &table, &stopped)
+        })?;
         Ok(Self {
             stop,
             thread: Some(thread),

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use fastvpn::error::{Error, Result};
 use fastvpn::packet::probe::{Kind, Probe};
-use fastvpn::testbed::{self, Namespace, Pair};
 use ipnet::IpNet;
 use serde_json::Value;
+use testbed::{Namespace, Pair};
 
 use crate::operator::{Operator, said};
 use crate::packets::{TUNNEL_NAME, udp_packet, wait_until_up};

@@ -9,10 +9,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::{Namespace, Pair};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv};
+use testbed::{Namespace, Pair};
 
 use crate::support::{
     Ended, FAMILIES, Test, all_cores, backlog_drops, check, dual_stack_tunnels,

@@ -7,8 +7,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::Namespace;
 use socket2::{Domain, Protocol, Socket, Type};
+use testbed::Namespace;
 
 use crate::packets::{BUFFER_BYTES, Tap, Tcp, V4, V6, source, udp};
 use crate::support::{

@@ -11,9 +11,9 @@ use std::thread::JoinHandle;
 
 use fastvpn::error::{Error, Result};
 use fastvpn::packet::probe::Probe;
-use fastvpn::testbed::{self, Namespace};
 use ipnet::IpNet;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use testbed::Namespace;
 
 use crate::support::{enlarge_receive_buffer, fail, link};
 
@@ -79,7 +79,7 @@ impl Relay {
         shared.is_firewall.store(is_firewall, Ordering::Relaxed);
         let for_thread = Arc::clone(&shared);
         let carry = move || Carrier::new(ports, for_thread)?.carry();
-        let thread = middle.spawn_thread("relay", carry)?;
+        let thread = testbed::spawn_thread(&middle, "relay", carry)?;
         Ok(Self {
             a,
             b,

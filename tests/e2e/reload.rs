@@ -5,9 +5,9 @@ use std::collections::BTreeSet;
 use std::process::Command;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::Namespace;
 use ipnet::IpNet;
 use nix::sys::signal::Signal;
+use testbed::Namespace;
 
 use crate::mesh::hop_limit_between;
 use crate::operator::{Operator, is_refusal, said};

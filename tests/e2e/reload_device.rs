@@ -4,9 +4,9 @@
 use std::net::Ipv4Addr;
 
 use fastvpn::error::Result;
-use fastvpn::testbed::{Namespace, UNDERLAY_NAME, join};
 use ipnet::IpNet;
 use serde_json::json;
+use testbed::{Namespace, UNDERLAY_NAME, join};
 
 use crate::operator::{Operator, has};
 use crate::routes::net;
@@ -76,8 +76,7 @@ fn a_reload_to_another_path() -> Result<()> {
     reload("mtu = 1400", WIDE, 1400)?;
     reload("", WIDE, 1472)?;
     reload("mtu = 1400", NARROW, 1400)?;
-    let narrow = link(&hosts.a, NARROW_NAME)?.index;
-    hosts.a.netlink()?.set_down(narrow)?;
+    testbed::ip(&hosts.a, &format!("link set {NARROW_NAME} down"))?;
     // Away from a peer that cannot be reached any more, and to one that cannot
     // be reached yet.
     reload("mtu = 1350", WIDE, 1350)?;

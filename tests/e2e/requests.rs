@@ -4,8 +4,8 @@
 use std::io::{BufRead, BufReader, Write};
 
 use fastvpn::error::Result;
-use fastvpn::testbed::{rss_bytes, rss_peak_bytes};
 use serde_json::{Value, json};
+use testbed::{rss_bytes, rss_peak_bytes};
 
 use crate::operator::{Operator, in_time};
 use crate::routes::own_routes;

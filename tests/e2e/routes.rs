@@ -6,9 +6,9 @@ use std::net::IpAddr;
 
 use fastvpn::error::{Error, Result};
 use fastvpn::host::netlink::RouteEntry;
-use fastvpn::testbed::{Namespace, UNDERLAY_NAME};
 use ipnet::IpNet;
 use nix::sys::signal::Signal;
+use testbed::{Namespace, UNDERLAY_NAME};
 
 use crate::operator::Operator;
 use crate::packets::TUNNEL_NAME;
@@ -359,7 +359,7 @@ fn routes_return() -> Result<()> {
     let wanted = nets(&prefixes(2))?;
     let index = link(&a.host, TUNNEL_NAME)?.index;
     for _ in 0..2 {
-        a.host.netlink()?.set_down(index)?;
+        testbed::ip(&a.host, &format!("link set {TUNNEL_NAME} down"))?;
         check(own_routes(&a.host)?.is_empty(), || {
             "the kernel has changed".into()
         })?;

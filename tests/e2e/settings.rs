@@ -5,10 +5,10 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
 
 use fastvpn::error::Result;
-use fastvpn::testbed::traffic::ping;
-use fastvpn::testbed::{Namespace, Pair, UNDERLAY_NAME};
 use ipnet::IpNet;
 use serde_json::{Value, json};
+use testbed::traffic::ping;
+use testbed::{Namespace, Pair, UNDERLAY_NAME};
 
 use crate::operator::{Operator, has};
 use crate::routes::{kernel_agrees, own_routes};

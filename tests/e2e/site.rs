@@ -5,9 +5,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use fastvpn::error::Result;
-use fastvpn::testbed::traffic::ping;
-use fastvpn::testbed::{self, Namespace};
 use ipnet::IpNet;
+use testbed::Namespace;
+use testbed::traffic::ping;
 
 use crate::support::{Ended, Tunnel, bulk, check, wait_for, wait_until};
 

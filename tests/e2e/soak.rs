@@ -12,10 +12,10 @@ use std::time::{Duration, Instant};
 
 use fastvpn::daemon::takeover::PROTOCOL;
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::rss_bytes;
 use ipnet::IpNet;
 use nix::sys::signal::Signal;
 use serde_json::json;
+use testbed::rss_bytes;
 
 use crate::memory::Mappings;
 use crate::operator::Operator;

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use etherparse::PacketBuilder;
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::{self, Namespace, rss_bytes};
 use nix::sys::socket::{MsgFlags, MultiHeaders, sendmmsg, setsockopt, sockopt};
+use testbed::{Namespace, rss_bytes};
 
 use crate::support::{
     TUNNEL, Test, UNDERLAY, answers, bulk, check, hosts, link, snmp, stop, tried, tunnel_between,

@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use fastvpn::error::{Error, Result};
 use fastvpn::host::netlink::Link;
-use fastvpn::testbed::traffic::{Between, Bulk, BulkLimit, Watch, ping, ping_up_to, tcp_bulk};
-use fastvpn::testbed::{Child, Namespace, Pair, pair};
 use ipnet::IpNet;
+use testbed::traffic::{Between, Bulk, BulkLimit, Watch, ping, ping_up_to, tcp_bulk};
+use testbed::{Child, Namespace, Pair, pair};
 
 use crate::operator::Operator;
 
@@ -285,10 +285,7 @@ pub fn bulk(client: &Namespace, server: &Namespace, address: IpAddr, megabytes: 
         server,
         address,
     };
-    let bulk = Bulk {
-        streams: 1,
-        limit: BulkLimit::BytesPerStream(megabytes * 1_000_000),
-    };
+    let bulk = Bulk::new(1, BulkLimit::BytesPerStream(megabytes * 1_000_000));
     let report = tcp_bulk(between, bulk, &Watch::default())?;
     check(
         report.intact && report.bytes == megabytes * 1_000_000,

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::{Namespace, Pair, UNDERLAY_NAME, pair};
 use ipnet::IpNet;
 use serde_json::Value;
+use testbed::{Namespace, Pair, UNDERLAY_NAME, pair};
 
 use crate::operator::Operator;
 use crate::packets::TUNNEL_NAME;
@@ -71,12 +71,8 @@ pub fn only_peer(operator: &Operator) -> Result<Value> {
 }
 
 fn set_up(namespace: &Namespace, name: &str, is_up: bool) -> Result<()> {
-    let index = link(namespace, name)?.index;
-    let mut netlink = namespace.netlink()?;
-    match is_up {
-        true => netlink.set_up(index),
-        false => netlink.set_down(index),
-    }
+    let state = if is_up { "up" } else { "down" };
+    testbed::ip(namespace, &format!("link set {name} {state}"))
 }
 
 /// Gives the loopback interface an address.

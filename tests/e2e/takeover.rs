@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use fastvpn::daemon::takeover::PROTOCOL;
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::Namespace;
 use nix::sys::signal::Signal;
 use serde_json::json;
+use testbed::Namespace;
 
 use crate::mesh::hop_limit_between;
 use crate::numbered::{self, Sink, Streams};

@@ -14,11 +14,11 @@ use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
 use fastvpn::host::netlink::RouteEntry;
-use fastvpn::testbed::Namespace;
-use fastvpn::testbed::traffic::bulk;
 use ipnet::IpNet;
 use netlink_sys::{Socket as NetlinkSocket, SocketAddr as NetlinkAddr};
 use socket2::SockRef;
+use testbed::Namespace;
+use testbed::traffic;
 
 use crate::support::{PATIENCE, check, fail, link, noise, tried, wait_until};
 
@@ -106,7 +106,7 @@ impl Stream {
 
     /// Segments that were sent more than once.
     pub fn retransmissions(&self) -> Result<u64> {
-        let count = bulk::retransmissions(self.socket.as_fd());
+        let count = traffic::retransmissions(self.socket.as_fd());
         tried("read the retransmissions", count)
     }
 

@@ -6,11 +6,11 @@ use std::thread;
 use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::process::cpu_ns;
-use fastvpn::testbed::traffic::{Between, Bulk, BulkLimit, Watch, ping, tcp_bulk};
-use fastvpn::testbed::{Namespace, Pair};
 use nix::sys::socket::setsockopt;
 use nix::{setsockopt_impl, sockopt_impl};
+use testbed::cpu_ns;
+use testbed::traffic::{Between, Bulk, BulkLimit, Watch, ping, tcp_bulk};
+use testbed::{Namespace, Pair};
 
 use crate::datagrams::{Channel, Order, exchange, exchange_trains};
 use crate::packets::Tap;
@@ -108,7 +108,7 @@ pub fn transfer(
         address,
     };
     let limit = BulkLimit::BytesPerStream(bytes / streams as u64);
-    let report = tcp_bulk(between, Bulk { streams, limit }, &Watch::default())?;
+    let report = tcp_bulk(between, Bulk::new(streams, limit), &Watch::default())?;
     check(report.intact, || format!("TCP to {address}: bytes changed"))?;
     check(
         report.bytes == bytes / streams as u64 * streams as u64,

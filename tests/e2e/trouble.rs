@@ -7,10 +7,10 @@ use std::process::{Command, Stdio};
 
 use etherparse::PacketBuilder;
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::{Namespace, Pair, UNDERLAY_NAME};
 use ipnet::IpNet;
 use nix::sys::signal::Signal;
 use serde_json::Value;
+use testbed::{Namespace, Pair, UNDERLAY_NAME};
 
 use crate::operator::{Operator, said};
 use crate::support::{
@@ -145,7 +145,7 @@ fn a_path_is_lost() -> Result<()> {
     let (hosts, operator, ends) = tunnels("")?;
     let [near, far] = ends;
     let index = link(&hosts.a, UNDERLAY_NAME)?.index;
-    hosts.a.netlink()?.set_down(index)?;
+    testbed::ip(&hosts.a, &format!("link set {UNDERLAY_NAME} down"))?;
     let application = udp(&hosts.a, TUNNEL[0], 0)?;
     let send = |socket: &UdpSocket| tried("send", socket.send_to(b"lost", (TUNNEL[1], 9)));
     send(&application)?;

@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 
 use fastvpn::error::{Error, Result};
 use fastvpn::host::netlink::Link;
-use fastvpn::testbed::{Namespace, UNDERLAY_NAME};
+use testbed::{Namespace, UNDERLAY_NAME};
 
 use crate::support::{Test, UNDERLAY, check, fail, fastvpn, hosts, stop, tried, wait_until};
 

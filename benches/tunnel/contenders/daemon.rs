@@ -8,9 +8,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::traffic::ping;
-use fastvpn::testbed::{Child, Namespace, Pair};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use testbed::traffic::ping;
+use testbed::{Child, Namespace, Pair};
 
 use super::{Link, TUNNEL};
 

@@ -2,7 +2,7 @@
 //! packets are neither encrypted nor authenticated.
 
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::Pair;
+use testbed::Pair;
 
 use super::others::{Program, mtu_bytes, private_directory, set_up_interface, write};
 use super::{Contender, Link, UNDERLAY, daemon};

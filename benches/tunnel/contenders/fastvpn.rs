@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::Pair;
+use testbed::Pair;
 
 use super::{Contender, Link, UNDERLAY, daemon};
 use crate::variant::{self, Variant};

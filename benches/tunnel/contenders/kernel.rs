@@ -1,11 +1,8 @@
 //! What the kernel does by itself: the cable alone, and VXLAN over it.
 
-use std::net::IpAddr;
-
-use fastvpn::error::{Error, Result};
-use fastvpn::host::netlink;
-use fastvpn::testbed::{Namespace, Pair};
+use fastvpn::error::Result;
 use ipnet::IpNet;
+use testbed::{Namespace, Pair, configure, ip};
 
 use super::{Contender, Link, TUNNEL, TUNNEL_PREFIX, UNDERLAY, UNDERLAY_MTU_BYTES};
 
@@ -88,19 +85,15 @@ impl Contender for Vxlan {
 
 /// Makes the VXLAN interface of host `own`: 0 for `a`, 1 for `b`.
 fn create(host: &Namespace, own: usize) -> Result<()> {
-    let mut netlink = host.netlink()?;
-    let vxlan = netlink::Vxlan {
-        vni: VXLAN_VNI,
-        local: UNDERLAY[own].into(),
-        remote: UNDERLAY[1 - own].into(),
-        port: VXLAN_PORT,
-    };
-    netlink.create_vxlan(VXLAN_NAME, vxlan)?;
-    let index = netlink
-        .link_index(VXLAN_NAME)?
-        .ok_or_else(|| Error::new(format!("interface {VXLAN_NAME} has vanished")))?;
-    netlink.set_mtu(index, UNDERLAY_MTU_BYTES - VXLAN_OVERHEAD_BYTES)?;
-    let address = IpAddr::from(TUNNEL[own]);
-    netlink.add_address(index, IpNet::new_assert(address, TUNNEL_PREFIX))?;
-    netlink.set_up(index)
+    let (local, remote) = (UNDERLAY[own], UNDERLAY[1 - own]);
+    ip(
+        host,
+        &format!(
+            "link add {VXLAN_NAME} type vxlan id {VXLAN_VNI} local {local} remote {remote} \
+             dstport {VXLAN_PORT}"
+        ),
+    )?;
+    let address = IpNet::new_assert(TUNNEL[own].into(), TUNNEL_PREFIX);
+    let mtu = UNDERLAY_MTU_BYTES - VXLAN_OVERHEAD_BYTES;
+    configure(host, VXLAN_NAME, &[address], mtu)
 }

@@ -14,8 +14,8 @@ pub mod wireguard_go;
 use std::net::{IpAddr, Ipv4Addr};
 
 use ::fastvpn::error::Result;
-use ::fastvpn::testbed::{Child, Pair};
 use tempfile::TempDir;
+use testbed::{Child, Pair};
 
 pub use others::others;
 use overlay::{Changes, Overlay};

@@ -11,8 +11,8 @@ use std::thread;
 use fastvpn::error::{Error, Result};
 use fastvpn::host::link::{LinkConfig, bring_up};
 use fastvpn::host::netlink::Netlink;
-use fastvpn::testbed::Pair;
 use ipnet::IpNet;
+use testbed::Pair;
 use tun_rs::{DeviceBuilder, SyncDevice};
 
 use super::{Contender, Link, TUNNEL, TUNNEL_PREFIX, UNDERLAY, UNDERLAY_MTU_BYTES, daemon};

@@ -2,7 +2,7 @@
 //! nor authentication, and nothing around a packet but the UDP header.
 
 use fastvpn::error::Result;
-use fastvpn::testbed::Pair;
+use testbed::Pair;
 
 use super::others::{Program, mtu_bytes, set_up_interface};
 use super::{Contender, Link, UNDERLAY, daemon};

@@ -12,9 +12,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::Namespace;
 use ipnet::IpNet;
 use tempfile::TempDir;
+use testbed::Namespace;
 
 use super::fastd::Fastd;
 use super::openvpn::OpenVpn;

@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 
 use fastvpn::control::protocol::Request;
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::{Child, Pair};
 use ipnet::IpNet;
+use testbed::{Child, Pair};
 
 use super::fastvpn::PROGRAM;
 use super::others::{private_directory, write};

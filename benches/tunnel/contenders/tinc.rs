@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Stdio;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::Pair;
+use testbed::Pair;
 
 use super::others::{
     Program, make_directory, mtu_bytes, private_directory, set_up_interface, write,

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::testbed::Pair;
+use testbed::Pair;
 use x25519_dalek::{PublicKey, StaticSecret};
 
 use super::others::{Program, mtu_bytes, set_up_interface};

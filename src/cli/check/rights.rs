@@ -6,9 +6,11 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use super::item::Item;
 use super::read::{self, Tried};
 use crate::io::tun::steering;
-use crate::testbed::user::{CAP_NET_ADMIN, CAP_SYS_ADMIN, parse_capabilities};
+use crate::testbed::effective_capabilities;
 
 /// Bits of `CapEff` (linux/capability.h).
+const CAP_NET_ADMIN: u32 = 12;
+const CAP_SYS_ADMIN: u32 = 21;
 pub const CAP_IPC_LOCK: u32 = 14;
 pub const CAP_MKNOD: u32 = 27;
 const CAP_BPF: u32 = 39;
@@ -49,9 +51,8 @@ impl Facts {
 
 /// Reads it all; never waits.
 pub fn probe() -> Facts {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     Facts {
-        effective: parse_capabilities(&status).unwrap_or(0),
+        effective: effective_capabilities().unwrap_or(0),
         owns_network: owns_network(),
         uid_map: std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default(),
         program: steering::probe().map_err(|error| read::errno(&error)),

@@ -1,12 +1,11 @@
 //! Links: the host's network interfaces.
 
-use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{
-    InfoData, InfoKind, InfoVeth, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+    InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 
 use super::{Netlink, Refusal};
@@ -61,19 +60,6 @@ pub struct LinkStats {
     pub tx_dropped: u64,
     /// Packets that could not be sent.
     pub tx_errors: u64,
-}
-
-/// A point-to-point VXLAN interface (RFC 7348).
-#[derive(Debug, Clone, Copy)]
-pub struct Vxlan {
-    /// VXLAN network identifier, 24 bits.
-    pub vni: u32,
-    /// Our outer address.
-    pub local: IpAddr,
-    /// The other end's outer address, of the same family.
-    pub remote: IpAddr,
-    /// The UDP port both ends listen on; assigned by IANA is 4789.
-    pub port: u16,
 }
 
 impl Netlink {
@@ -135,11 +121,12 @@ impl Netlink {
         self.set_link(index, message, "bring up interface")
     }
 
+    #[cfg(test)]
     /// Takes an interface down. Routes through it and its IPv6 addresses go.
     ///
     /// # Errors
     /// When there is no such interface or the kernel refuses.
-    pub fn set_down(&mut self, index: u32) -> Result<()> {
+    pub(crate) fn set_down(&mut self, index: u32) -> Result<()> {
         let mut message = LinkMessage::default();
         message.header.change_mask = LinkFlags::Up;
         self.set_link(index, message, "take down interface")
@@ -178,38 +165,6 @@ impl Netlink {
         let families = DefaultNla::new(IFLA_AF_SPEC, family);
         let what = "accept local sources on interface";
         self.set_link_attribute(index, LinkAttribute::Other(families), what)
-    }
-
-    /// Makes an interface a port of a bridge.
-    ///
-    /// # Errors
-    /// When either does not exist or the kernel refuses.
-    pub fn set_master(&mut self, index: u32, bridge_index: u32) -> Result<()> {
-        let bridge = self.name_for_error(bridge_index);
-        let what = format!("attach to bridge {bridge} the interface");
-        self.set_link_attribute(index, LinkAttribute::Controller(bridge_index), &what)
-    }
-
-    /// Moves an interface into another network namespace; it loses its
-    /// addresses and goes down.
-    ///
-    /// # Errors
-    /// When the interface cannot move, or its name is taken over there.
-    pub fn move_to_netns(&mut self, index: u32, netns: BorrowedFd<'_>) -> Result<()> {
-        let attribute = LinkAttribute::NetNsFd(netns.as_raw_fd());
-        self.set_link_attribute(index, attribute, "move to another namespace the interface")
-    }
-
-    /// Deletes an interface (and a veth's other end with it).
-    ///
-    /// # Errors
-    /// When there is no such interface, or it is one that cannot be deleted.
-    pub fn delete_link(&mut self, index: u32) -> Result<()> {
-        let name = self.name_for_error(index);
-        let mut message = LinkMessage::default();
-        message.header.index = index;
-        self.execute(RouteNetlinkMessage::DelLink(message), 0)
-            .map_err(|refusal| refusal.describe(format!("cannot delete interface {name}")))
     }
 
     /// What the interface has counted so far.
@@ -262,41 +217,6 @@ impl Netlink {
         }
         let data = InfoData::Veth(InfoVeth::Peer(peer));
         self.create_link(name_a, InfoKind::Veth, Some(data))
-    }
-
-    /// Creates a VXLAN interface that knows one other end.
-    ///
-    /// # Errors
-    /// When the name is taken, the addresses' families differ, or the kernel
-    /// has no VXLAN.
-    pub fn create_vxlan(&mut self, name: &str, vxlan: Vxlan) -> Result<()> {
-        let mut data = vec![
-            InfoVxlan::Id(vxlan.vni),
-            InfoVxlan::Port(vxlan.port),
-            InfoVxlan::Learning(true),
-        ];
-        match (vxlan.local, vxlan.remote) {
-            (IpAddr::V4(local), IpAddr::V4(remote)) => {
-                data.extend([InfoVxlan::Local(local), InfoVxlan::Group(remote)]);
-            }
-            (IpAddr::V6(local), IpAddr::V6(remote)) => {
-                data.extend([InfoVxlan::Local6(local), InfoVxlan::Group6(remote)]);
-            }
-            (local, remote) => {
-                return Err(Error::new(format!(
-                    "cannot create interface {name}: {local} and {remote} are of different families"
-                )));
-            }
-        }
-        self.create_link(name, InfoKind::Vxlan, Some(InfoData::Vxlan(data)))
-    }
-
-    /// Creates a bridge without ports.
-    ///
-    /// # Errors
-    /// When the name is taken or the kernel has no bridges.
-    pub fn create_bridge(&mut self, name: &str) -> Result<()> {
-        self.create_link(name, InfoKind::Bridge, None)
     }
 
     fn create_link(&mut self, name: &str, kind: InfoKind, data: Option<InfoData>) -> Result<()> {

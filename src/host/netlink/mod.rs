@@ -35,7 +35,7 @@ use netlink_sys::{Socket, SocketAddr};
 use crate::error::{Error, Result};
 
 pub use device_route::{DeviceRoute, RouteChange, RouteEntry};
-pub use link::{Link, LinkStats, Vxlan};
+pub use link::{Link, LinkStats};
 pub use route::{Route, RouteKind, Way};
 pub use route_mtu::RouteMtu;
 pub use watch::{News, Watch};

@@ -1,6 +1,7 @@
 //! The keeper against meddlers, in namespaces. These tests need root.
 
 use std::collections::BTreeSet;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,7 +15,7 @@ use crate::host::netlink::device_route::{Meddling, RouteEntry};
 use crate::host::netlink::{DeviceRoute, Netlink, News, RouteChange, Watch};
 use crate::io::tun::{self, Tun};
 use crate::packet::coalesce::TunOffloads;
-use crate::testbed::Namespace;
+use crate::testbed::{self, Namespace};
 
 const V4: &str = "10.1.0.0/16";
 const V6: &str = "fd01::/64";
@@ -526,7 +527,11 @@ fn news_is_heard_again_after_a_failure() {
     parts.watch.break_socket();
     let mut keeper = Keeper::new(parts).unwrap();
     keeper.set(set(&[V4])).unwrap();
-    let thread = host.namespace.spawn_thread("routes", || keeper.run());
+    let namespace = host.namespace.fd().try_clone_to_owned().unwrap();
+    let thread = std::thread::spawn(move || {
+        testbed::enter(namespace.as_fd()).unwrap();
+        keeper.run()
+    });
     let oif = host.ours.oif;
     for _ in 0..3 {
         host.netlink.del_route(net(V4), None, Some(oif)).unwrap();
@@ -542,7 +547,7 @@ fn news_is_heard_again_after_a_failure() {
     answered.recv_timeout(PATIENCE).unwrap().unwrap();
     assert_eq!(host.owned(), set(&["10.2.0.0/16"]));
     ask(Command::End(AtEnd::Remove));
-    thread.unwrap().join().unwrap();
+    thread.join().unwrap();
     assert_eq!(host.owned(), set(&[]));
 }
 

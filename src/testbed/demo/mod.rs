@@ -5,16 +5,14 @@
 //! 3. Pings go across in both directions, in several sizes.
 //! 4. TCP goes through the tunnel and every byte is compared; then the same
 //!    over the bare veth pair, which is what the tunnel has to be measured by.
-//! 5. Small requests go back and forth over both.
-//! 6. A table says what came out.
+//! 5. Small pings go back and forth over both.
 //!
 //! Nothing is left behind: see [`crate::testbed`]. What the demo does goes to
-//! standard error, the table to standard output.
+//! standard error.
 
-mod endpoint;
-mod progress;
-mod table;
+mod end;
 
+use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr};
 use std::process::Command;
 use std::sync::Arc;
@@ -22,18 +20,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::IpNet;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
-use crate::error::{Error, Result};
-use crate::testbed::traffic::{
-    Between, Bulk, BulkLimit, BulkReport, Latency, PingPong, Watch, ping, ping_up_to, tcp_bulk,
-    tcp_ping_pong,
+use super::namespace::join;
+use super::traffic::{
+    Between, Bulk, BulkLimit, BulkReport, Pinger, Watch, ping, ping_up_to, tcp_bulk,
 };
-use crate::testbed::{self, Namespace, Pair, enter_user_namespace_if_needed};
-use endpoint::Endpoint;
-use progress::{Progress, say};
-use table::{Measured, table};
+use super::{Pair, enter_user_namespace_if_needed, pair};
+use crate::error::{Error, Result};
+use end::End;
 
 /// The two hosts' addresses, and those that the tunnel derives from them.
 const UNDERLAY: [Ipv4Addr; 2] = [
@@ -52,11 +48,11 @@ const PORT: u16 = 8285;
 const READY_MAX: Duration = Duration::from_secs(10);
 const READY_PING_TIMEOUT: Duration = Duration::from_millis(200);
 
-/// How long a tunnel end may take to end after SIGTERM.
-const GRACE: Duration = Duration::from_secs(2);
+/// How often signals and the tunnel's ends are checked.
+const CHECK_INTERVAL: Duration = Duration::from_millis(50);
 
-/// How often signals and the tunnel's ends are looked at.
-const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+/// How often the rate of a transfer is shown.
+const RATE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Payloads of the pings that must come back: one usual, one that just fills a
 /// packet, one in many fragments.
@@ -64,10 +60,9 @@ const PING_BYTES: [usize; 3] = [56, 1400, 20_000];
 const PING_TIMEOUT: Duration = Duration::from_secs(1);
 const PING_ATTEMPTS: usize = 3;
 
-const PING_PONG: PingPong = PingPong {
-    bytes: 64,
-    time: Duration::from_secs(2),
-};
+/// How long small pings are sent, one after another, to see how long they take.
+const LATENCY_TIME: Duration = Duration::from_secs(2);
+const LATENCY_BYTES: usize = 64;
 
 /// Options of `fastvpn demo`.
 #[derive(Debug, Clone, clap::Args)]
@@ -86,6 +81,26 @@ pub struct DemoOptions {
     pub verbose: bool,
 }
 
+/// What the demo has measured.
+pub struct Measured {
+    /// Through the tunnel.
+    pub tunnel: Figures,
+    /// Over the veth pair alone.
+    pub veth: Figures,
+    /// CPU time of the tunnel's two ends together while TCP went through.
+    pub cpu_seconds_per_gb: f64,
+}
+
+/// What was measured on one way.
+pub struct Figures {
+    /// Payload of TCP in 10⁹ bits per second.
+    pub gigabits_per_second: f64,
+    /// Half of the pings took at most this, in microseconds.
+    pub ping_p50_us: f64,
+    /// All but one in a hundred took at most this.
+    pub ping_p99_us: f64,
+}
+
 /// Runs the demo until its end, SIGINT, SIGTERM or SIGHUP.
 ///
 /// Call it while the process has one thread, or as root.
@@ -93,16 +108,15 @@ pub struct DemoOptions {
 /// # Errors
 /// When rights are missing, a tunnel end dies or does not answer, bytes do not
 /// arrive as they were sent, or a signal interrupts.
-pub fn run(options: DemoOptions) -> Result<()> {
+pub fn run(options: &DemoOptions) -> Result<Measured> {
     enter_user_namespace_if_needed()?;
     let program = std::env::current_exe()
         .map_err(|cause| Error::os("cannot find the path of this program", cause))?;
-    let commands = UNDERLAY.map(|own| {
-        let peer = UNDERLAY[usize::from(own == UNDERLAY[0])];
+    let commands = [1, 0].map(|peer| {
         let mut command = Command::new(&program);
         command
             .args(["--queues", &options.queues.to_string()])
-            .args(["--peer", &format!("{peer}:{PORT}")]);
+            .args(["--peer", &format!("{}:{PORT}", UNDERLAY[peer])]);
         command
     });
     let interrupted = Arc::new(AtomicBool::new(false));
@@ -110,7 +124,7 @@ pub fn run(options: DemoOptions) -> Result<()> {
         signal_hook::flag::register(signal, Arc::clone(&interrupted))
             .map_err(|cause| Error::os(format!("cannot catch signal {signal}"), cause))?;
     }
-    play(commands, TUNNEL, &options, interrupted)
+    play(commands, TUNNEL, options, interrupted)
 }
 
 /// The demo with any two programs as the tunnel's ends.
@@ -119,15 +133,13 @@ fn play(
     tunnel: [Ipv4Addr; 2],
     options: &DemoOptions,
     interrupted: Arc<AtomicBool>,
-) -> Result<()> {
-    let [underlay_a, underlay_b] = UNDERLAY.map(underlay_network);
-    let pair = testbed::pair(&[(underlay_a?, underlay_b?)], UNDERLAY_MTU)?;
+) -> Result<Measured> {
+    let [net_a, net_b] = UNDERLAY.map(|ip| IpNet::new_assert(ip.into(), UNDERLAY_PREFIX));
+    let pair = pair(&[(net_a, net_b)], UNDERLAY_MTU)?;
     let [command_a, command_b] = commands;
-    say(&format!("a: {}", words(&command_a)));
-    say(&format!("b: {}", words(&command_b)));
     let ends = vec![
-        Endpoint::start(&pair.a, 'a', command_a, options.verbose)?,
-        Endpoint::start(&pair.b, 'b', command_b, options.verbose)?,
+        End::start(&pair.a, 'a', command_a, options.verbose)?,
+        End::start(&pair.b, 'b', command_b, options.verbose)?,
     ];
     let mut stage = Stage {
         pair: &pair,
@@ -136,68 +148,38 @@ fn play(
         options,
         tunnel: tunnel.map(IpAddr::from),
     };
-    let result = stage.perform();
-    // Whether it went well or not, the ends are asked to end, and both at once.
-    let stopped = stage.clear();
-    let results = result.and_then(|results| stopped.map(|()| results))?;
-    progress::print(&results.table);
-    if !results.intact {
-        return Err(Error::new("bytes did not arrive as they were sent"));
+    let measured = stage.perform();
+    if measured.is_err() && !stage.interrupted() {
+        stage.ends.iter_mut().for_each(End::show_output);
     }
-    Ok(())
-}
-
-struct Results {
-    table: String,
-    intact: bool,
+    // Whether it went well or not, the ends are asked to end, and both at once.
+    stage.ends.iter().for_each(End::ask_to_end);
+    let ended = stage.ends.iter_mut().try_for_each(End::end);
+    measured.and_then(|measured| ended.map(|()| measured))
 }
 
 /// The two hosts with the tunnel between them.
 struct Stage<'a> {
     pair: &'a Pair,
-    ends: Vec<Endpoint>,
+    ends: Vec<End>,
     interrupted: Arc<AtomicBool>,
     options: &'a DemoOptions,
     tunnel: [IpAddr; 2],
 }
 
 impl Stage<'_> {
-    fn perform(&mut self) -> Result<Results> {
-        let result = self.perform_acts();
-        if result.is_err() && !self.interrupted() {
-            for end in &mut self.ends {
-                end.show_output();
-            }
-        }
-        result
-    }
-
-    fn perform_acts(&mut self) -> Result<Results> {
+    fn perform(&mut self) -> Result<Measured> {
         self.wait_until_ready()?;
         self.ping_across()?;
-        let (tunnel, bare) = (self.tunnel[1], UNDERLAY[1].into());
-
+        let (tunnel, veth) = (self.tunnel[1], UNDERLAY[1].into());
         let cpu_before = self.cpu_seconds()?;
         let through_tunnel = self.transfer("tunnel", tunnel)?;
         let cpu_seconds = self.cpu_seconds()? - cpu_before;
-        let over_veth = self.transfer("bare veth", bare)?;
-        let [tunnel_latency, veth_latency] = [("tunnel", tunnel), ("bare veth", bare)]
-            .map(|(name, address)| self.ping_pong(name, address));
-
-        Ok(Results {
-            intact: through_tunnel.intact && over_veth.intact,
-            table: table(
-                &Measured {
-                    bulk: through_tunnel,
-                    latency: tunnel_latency?,
-                    cpu_seconds_per_gb: Some(cpu_seconds / (through_tunnel.bytes as f64 / 1e9)),
-                },
-                &Measured {
-                    bulk: over_veth,
-                    latency: veth_latency?,
-                    cpu_seconds_per_gb: None,
-                },
-            ),
+        let over_veth = self.transfer("bare veth", veth)?;
+        Ok(Measured {
+            tunnel: self.figures("tunnel", tunnel, &through_tunnel)?,
+            veth: self.figures("bare veth", veth, &over_veth)?,
+            cpu_seconds_per_gb: cpu_seconds / (through_tunnel.bytes as f64 / 1e9),
         })
     }
 
@@ -208,12 +190,11 @@ impl Stage<'_> {
             match ping(&self.pair.a, self.tunnel[1], 8, READY_PING_TIMEOUT) {
                 Ok(_) => break,
                 Err(error) if start.elapsed() > READY_MAX => {
-                    return Err(Error::new(format!(
-                        "the tunnel was not there after {} s: {error}",
-                        READY_MAX.as_secs()
-                    )));
+                    let seconds = READY_MAX.as_secs();
+                    let what = format!("the tunnel was not there after {seconds} s: {error}");
+                    return Err(Error::new(what));
                 }
-                Err(_) => thread::sleep(LOOK_INTERVAL),
+                Err(_) => thread::sleep(CHECK_INTERVAL),
             }
         }
         let milliseconds = start.elapsed().as_millis();
@@ -222,94 +203,96 @@ impl Stage<'_> {
     }
 
     fn ping_across(&mut self) -> Result<()> {
-        let ways: [(&Namespace, IpAddr); 2] = [
-            (&self.pair.a, self.tunnel[1]),
-            (&self.pair.b, self.tunnel[0]),
-        ];
-        for (from, to) in ways {
-            for bytes in PING_BYTES {
-                self.check()?;
+        for bytes in PING_BYTES {
+            for (from, to) in [(&self.pair.a, 1), (&self.pair.b, 0)] {
+                let to = self.tunnel[to];
                 let time = ping_up_to(PING_ATTEMPTS, from, to, bytes, PING_TIMEOUT)?;
                 let microseconds = time.as_micros();
                 say(&format!("ping {to}, {bytes} bytes: {microseconds} µs"));
             }
+            self.check()?;
         }
         Ok(())
     }
 
+    /// Sends TCP from a to `address` at b; stops when a signal comes or a tunnel
+    /// end dies.
     fn transfer(&mut self, name: &str, address: IpAddr) -> Result<BulkReport> {
-        let bulk = Bulk {
-            streams: usize::from(self.options.streams),
-            limit: BulkLimit::Time(Duration::from_secs(self.options.seconds.into())),
-        };
-        let mut progress = Progress::new(format!("TCP over {name}"));
-        let report = self.supervise(&mut progress, address, |between, watch| {
-            tcp_bulk(between, bulk, watch)
-        })?;
-        say(&format!(
-            "TCP over {name}: {:.2} GB in {:.1} s, {}",
-            report.bytes as f64 / 1e9,
-            report.elapsed.as_secs_f64(),
-            if report.intact {
-                "every byte intact"
-            } else {
-                "BYTES DAMAGED"
-            }
-        ));
-        Ok(report)
-    }
-
-    fn ping_pong(&mut self, name: &str, address: IpAddr) -> Result<Latency> {
-        let latency = self.supervise(&mut Progress::silent(), address, |between, watch| {
-            tcp_ping_pong(between, PING_PONG, watch)
-        })?;
-        let exchanges = latency.exchanges;
-        say(&format!("ping-pong over {name}: {exchanges} exchanges"));
-        Ok(latency)
-    }
-
-    /// Runs traffic from a to `address` at b, and stops it when a signal comes
-    /// or a tunnel end dies.
-    fn supervise<T: Send>(
-        &mut self,
-        progress: &mut Progress,
-        address: IpAddr,
-        traffic: impl FnOnce(Between<'_>, &Watch) -> Result<T> + Send,
-    ) -> Result<T> {
-        let watch = Watch::default();
+        let time = Duration::from_secs(self.options.seconds.into());
+        let bulk = Bulk::new(self.options.streams.into(), BulkLimit::Time(time));
         let between = Between {
             client: &self.pair.a,
             server: &self.pair.b,
             address,
         };
-        let (result, checked) = thread::scope(|scope| {
-            let running = scope.spawn(|| traffic(between, &watch));
-            let mut checked = Ok(());
+        let watch = Watch::default();
+        let (mut shown_at, mut shown_bytes) = (Instant::now(), 0);
+        let mut checked = Ok(());
+        let result = thread::scope(|scope| {
+            let running = scope.spawn(|| tcp_bulk(between, bulk, &watch));
             while !running.is_finished() {
-                progress.show(watch.bytes.load(Ordering::Relaxed));
+                thread::sleep(CHECK_INTERVAL);
                 if checked.is_ok() {
                     checked = self.check();
                 }
-                if checked.is_err() {
-                    watch.stop.store(true, Ordering::Relaxed);
+                watch.stop.store(checked.is_err(), Ordering::Relaxed);
+                let since = shown_at.elapsed();
+                if since >= RATE_INTERVAL {
+                    let bytes = watch.bytes.load(Ordering::Relaxed);
+                    let rate = (bytes - shown_bytes) as f64 * 8e-9 / since.as_secs_f64();
+                    say(&format!("TCP over {name}: {rate:.1} Gbit/s"));
+                    (shown_at, shown_bytes) = (Instant::now(), bytes);
                 }
-                thread::sleep(LOOK_INTERVAL);
             }
-            let result = running
-                .join()
-                .unwrap_or_else(|payload| std::panic::resume_unwind(payload));
-            (result, checked)
+            join(running)
         });
-        progress.clear();
         // Why it was stopped says more than that it was stopped.
-        checked.and(result)
+        checked?;
+        let report = result?;
+        if !report.intact {
+            let what = format!("TCP over {name}: bytes did not arrive as they were sent");
+            return Err(Error::new(what));
+        }
+        let (gigabytes, seconds) = (report.bytes as f64 / 1e9, report.elapsed.as_secs_f64());
+        say(&format!(
+            "TCP over {name}: {gigabytes:.2} GB in {seconds:.1} s, every byte intact"
+        ));
+        Ok(report)
     }
 
+    /// What a transfer and pings to `address` at b come to.
+    fn figures(&mut self, name: &str, address: IpAddr, report: &BulkReport) -> Result<Figures> {
+        let mut pinger = Pinger::open(&self.pair.a, address)?;
+        let mut times = Vec::new();
+        let start = Instant::now();
+        let mut checked_at = start;
+        while start.elapsed() < LATENCY_TIME {
+            // A lost one is no measure of time.
+            times.extend(pinger.ping(LATENCY_BYTES, PING_TIMEOUT).ok());
+            if checked_at.elapsed() >= CHECK_INTERVAL {
+                self.check()?;
+                checked_at = Instant::now();
+            }
+        }
+        times.sort_unstable();
+        let microseconds = |percent: usize| {
+            let time = times.get(times.len() * percent / 100);
+            time.map_or(f64::NAN, |time| time.as_secs_f64() * 1e6)
+        };
+        say(&format!("{} pings over {name}", times.len()));
+        Ok(Figures {
+            gigabits_per_second: report.gigabits_per_second(),
+            ping_p50_us: microseconds(50),
+            ping_p99_us: microseconds(99),
+        })
+    }
+
+    /// Whether the show can go on.
     fn check(&mut self) -> Result<()> {
         if self.interrupted() {
             return Err(Error::new("interrupted"));
         }
-        self.ends.iter_mut().try_for_each(Endpoint::check)
+        self.ends.iter_mut().try_for_each(End::check)
     }
 
     fn interrupted(&self) -> bool {
@@ -317,30 +300,13 @@ impl Stage<'_> {
     }
 
     fn cpu_seconds(&self) -> Result<f64> {
-        self.ends.iter().map(Endpoint::cpu_seconds).sum()
-    }
-
-    fn clear(&mut self) -> Result<()> {
-        self.ends.iter().for_each(Endpoint::ask_to_end);
-        self.ends.iter_mut().try_for_each(|end| end.end(GRACE))
+        self.ends.iter().map(End::cpu_seconds).sum()
     }
 }
 
-fn underlay_network(address: Ipv4Addr) -> Result<IpNet> {
-    Ipv4Net::new(address, UNDERLAY_PREFIX)
-        .map(IpNet::from)
-        .map_err(|error| Error::new(format!("{address}/{UNDERLAY_PREFIX}: {error}")))
-}
-
-/// A command as one would type it.
-fn words(command: &Command) -> String {
-    let program = std::path::Path::new(command.get_program());
-    let name = program.file_name().unwrap_or(program.as_os_str());
-    std::iter::once(name)
-        .chain(command.get_args())
-        .map(|word| word.to_string_lossy())
-        .collect::<Vec<_>>()
-        .join(" ")
+/// Says a line on standard error. Nobody listening is no reason to stop.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 #[cfg(test)]

@@ -7,27 +7,22 @@
 //! whole number of blocks would still match, therefore lengths are compared too.
 
 use std::io::{self, Read, Write};
-use std::net::Shutdown;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use socket2::Socket;
+use socket2::SockRef;
 
-use super::{Between, Watch, all, check_limit, connect, failed, join, listen, pattern};
-use crate::error::Result;
+use super::{Between, POLL_INTERVAL, Watch, pattern};
+use crate::error::{Error, Result};
+use crate::testbed::namespace::join;
 
 /// Bytes of the repeating block, and of each read and write.
 const BLOCK_BYTES: usize = 256 * 1024;
 
-/// Most parallel streams: two threads for each.
-pub const STREAMS_MAX: usize = 256;
-
-/// How long a transfer may take over its time, until what is under way has
-/// arrived, or altogether if only its bytes are limited.
-const OVERTIME_MAX: Duration = Duration::from_secs(60);
-const TIME_MAX: Duration = Duration::from_secs(3600);
+/// How long a connection may take to come about.
+const CONNECT_MAX: Duration = Duration::from_secs(30);
 
 /// The congestion control asked for, so that figures from different hosts
 /// compare; the host's own where the kernel does not have it.
@@ -45,25 +40,22 @@ pub enum BulkLimit {
 /// A transfer to be made.
 #[derive(Debug, Clone, Copy)]
 pub struct Bulk {
-    /// Parallel connections, 1 to [`STREAMS_MAX`].
+    /// Parallel connections, each with two threads.
     pub streams: usize,
     /// When it is over.
     pub limit: BulkLimit,
-}
-
-/// How a transfer is made, where it is not as usual.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BulkManner {
     /// The server sends and the client receives.
     pub reverse: bool,
     /// The receiver compares every byte; otherwise it only counts them.
     pub verify: bool,
 }
 
-/// From client to server, every byte compared.
-impl Default for BulkManner {
-    fn default() -> Self {
+impl Bulk {
+    /// From client to server, every byte compared.
+    pub fn new(streams: usize, limit: BulkLimit) -> Self {
         Self {
+            streams,
+            limit,
             reverse: false,
             verify: true,
         }
@@ -80,8 +72,6 @@ pub struct BulkReport {
     /// Whether every byte arrived once, in order and unchanged; if they were
     /// not compared, whether as many arrived as were sent.
     pub intact: bool,
-    /// Segments sent again, on all streams (`tcpi_total_retrans`, linux/tcp.h).
-    pub retransmissions: u64,
 }
 
 impl BulkReport {
@@ -91,111 +81,84 @@ impl BulkReport {
     }
 }
 
-/// What a receiver has seen on its stream.
-struct Received {
-    bytes: u64,
-    intact: bool,
-}
-
-/// Sends bulk data over TCP from client to server; [`Watch::bytes`] counts
-/// what arrives.
+/// Sends bulk data over TCP; [`Watch::bytes`] counts what arrives.
 ///
 /// # Errors
-/// When a connection fails or stands still for [`STALL_MAX`](super::STALL_MAX),
-/// or [`Watch::stop`] is set. Damaged data is no error but a report.
+/// When a connection fails or stands still, or [`Watch::stop`] is set. Damaged
+/// data is no error but a report.
 pub fn tcp_bulk(between: Between<'_>, bulk: Bulk, watch: &Watch) -> Result<BulkReport> {
-    tcp_bulk_with(between, bulk, BulkManner::default(), watch)
-}
-
-/// As [`tcp_bulk`], in the given manner.
-///
-/// # Errors
-/// As [`tcp_bulk`].
-pub fn tcp_bulk_with(
-    between: Between<'_>,
-    bulk: Bulk,
-    manner: BulkManner,
-    watch: &Watch,
-) -> Result<BulkReport> {
-    check_limit("number of streams", bulk.streams, 1..=STREAMS_MAX)?;
-    run(between, bulk, manner, watch).map_err(|cause| failed("TCP transfer", between, cause))
-}
-
-fn run(
-    between: Between<'_>,
-    bulk: Bulk,
-    manner: BulkManner,
-    watch: &Watch,
-) -> io::Result<BulkReport> {
-    let (listener, address) = listen(between, bulk.streams)?;
-    let mut connections = Vec::with_capacity(bulk.streams);
-    for _ in 0..bulk.streams {
-        let (client, server) = connect(between, &listener, address, watch)?;
-        let (sender, receiver) = if manner.reverse {
+    let connections = (0..bulk.streams).map(|_| {
+        let (client, server) = connect(between)?;
+        Ok(if bulk.reverse {
             (server, client)
         } else {
             (client, server)
-        };
-        // A kernel without it uses what it has.
-        let _ = sender.set_tcp_congestion(CONGESTION_CONTROL);
-        connections.push((sender, receiver));
-    }
-    let block = pattern(BLOCK_BYTES);
-    // One failed stream ends the others.
-    let failed = AtomicBool::new(false);
-    let mark = |_: &io::Error| failed.store(true, Ordering::Relaxed);
-    let start = Instant::now();
-    let end = start
-        + match bulk.limit {
-            BulkLimit::Time(time) => time + OVERTIME_MAX,
-            BulkLimit::BytesPerStream(_) => TIME_MAX,
-        };
-    let go_on = || !failed.load(Ordering::Relaxed) && !watch.stopped() && Instant::now() < end;
-
-    let (sent, received) = thread::scope(|scope| {
-        let mut senders = Vec::new();
-        let mut receivers = Vec::new();
-        for (sender, receiver) in &connections {
-            let (block, go_on, mark) = (&block, &go_on, &mark);
-            let expected = manner.verify.then_some(&block[..]);
-            receivers.push(
-                scope.spawn(move || receive(receiver, expected, watch, go_on).inspect_err(mark)),
-            );
-            senders
-                .push(scope.spawn(move || {
-                    send(sender, block, bulk.limit, watch, go_on).inspect_err(mark)
-                }));
-        }
-        let received: Vec<_> = receivers.into_iter().map(join).collect();
-        let sent: Vec<_> = senders.into_iter().map(join).collect();
-        (sent, received)
+        })
     });
-    let elapsed = start.elapsed();
-    let (received, sent) = (all(received)?, all(sent)?);
+    connections
+        .collect::<io::Result<Vec<_>>>()
+        .and_then(|connections| run(&connections, bulk, watch))
+        .map_err(|cause| Error::os(format!("TCP transfer to {} failed", between.address), cause))
+}
 
+/// Makes one TCP connection, both of whose ends give up a blocked call after
+/// [`POLL_INTERVAL`]; gives the client's end and the server's.
+///
+/// # Errors
+/// When it does not come about.
+pub fn connect(between: Between<'_>) -> io::Result<(TcpStream, TcpStream)> {
+    let listener = between
+        .server
+        .run(|| TcpListener::bind((between.address, 0)))?;
+    SockRef::from(&listener).set_read_timeout(Some(CONNECT_MAX))?;
+    let address = listener.local_addr()?;
+    let client = between
+        .client
+        .run(|| TcpStream::connect_timeout(&address, CONNECT_MAX))?;
+    let (server, _) = listener.accept()?;
+    for end in [&client, &server] {
+        end.set_read_timeout(Some(POLL_INTERVAL))?;
+        end.set_write_timeout(Some(POLL_INTERVAL))?;
+    }
+    Ok((client, server))
+}
+
+/// `connections`: each one's sending and its receiving end.
+fn run(
+    connections: &[(TcpStream, TcpStream)],
+    bulk: Bulk,
+    watch: &Watch,
+) -> io::Result<BulkReport> {
+    let block = pattern(BLOCK_BYTES);
+    let expected = bulk.verify.then_some(&block[..]);
+    let start = Instant::now();
+    let streams: Vec<_> = thread::scope(|scope| {
+        let streams = connections.iter().map(|(sender, receiver)| {
+            // A kernel without it uses what it has.
+            let _ = SockRef::from(sender).set_tcp_congestion(CONGESTION_CONTROL);
+            let received = scope.spawn(move || receive(receiver, expected, watch));
+            let sent = scope.spawn(|| send(sender, &block, bulk.limit, watch));
+            (sent, received)
+        });
+        let streams: Vec<_> = streams.collect();
+        let joined = |(sent, received)| (join(sent), join(received));
+        streams.into_iter().map(joined).collect()
+    });
     let mut report = BulkReport {
-        bytes: received.iter().map(|stream| stream.bytes).sum(),
-        elapsed,
-        intact: received
-            .iter()
-            .zip(&sent)
-            .all(|(received, sent)| received.intact && received.bytes == *sent),
-        retransmissions: 0,
+        bytes: 0,
+        elapsed: start.elapsed(),
+        intact: true,
     };
-    for (sender, _) in &connections {
-        report.retransmissions += retransmissions(sender.as_fd())?;
+    for (sent, received) in streams {
+        let (bytes, intact) = received?;
+        report.bytes += bytes;
+        report.intact &= intact && bytes == sent?;
     }
     Ok(report)
 }
 
 /// Sends until the limit; returns the bytes that TCP has taken.
-fn send(
-    mut socket: &Socket,
-    block: &[u8],
-    limit: BulkLimit,
-    watch: &Watch,
-    go_on: &impl Fn() -> bool,
-) -> io::Result<u64> {
+fn send(mut socket: &TcpStream, block: &[u8], limit: BulkLimit, watch: &Watch) -> io::Result<u64> {
     let start = Instant::now();
     let mut sent = 0u64;
     loop {
@@ -211,9 +174,6 @@ fn send(
         if chunk.is_empty() {
             break;
         }
-        if !go_on() {
-            return Err(stopped());
-        }
         sent += watch.retry(|| socket.write(chunk))? as u64;
     }
     socket.shutdown(Shutdown::Write)?;
@@ -221,34 +181,23 @@ fn send(
 }
 
 /// Receives until the sender is done; compares every byte with the block that
-/// is expected, if one is.
+/// is expected, if one is. Returns how many came, and whether they were right.
 fn receive(
-    mut socket: &Socket,
+    mut socket: &TcpStream,
     expected: Option<&[u8]>,
     watch: &Watch,
-    go_on: &impl Fn() -> bool,
-) -> io::Result<Received> {
+) -> io::Result<(u64, bool)> {
     let mut buffer = vec![0; BLOCK_BYTES];
-    let mut received = Received {
-        bytes: 0,
-        intact: true,
-    };
+    let (mut bytes, mut intact) = (0, true);
     loop {
-        let length = watch.retry(|| match socket.read(&mut buffer) {
-            // A silent peer whose sender has failed will not speak again.
-            Err(_) if !go_on() => Err(stopped()),
-            result => result,
-        })?;
+        let length = watch.retry(|| socket.read(&mut buffer))?;
         if length == 0 {
-            return Ok(received);
-        }
-        if !go_on() {
-            return Err(stopped());
+            return Ok((bytes, intact));
         }
         if let Some(block) = expected {
-            received.intact &= matches(block, received.bytes, &buffer[..length]);
+            intact &= matches(block, bytes, &buffer[..length]);
         }
-        received.bytes += length as u64;
+        bytes += length as u64;
         watch.bytes.fetch_add(length as u64, Ordering::Relaxed);
     }
 }
@@ -263,39 +212,6 @@ fn matches(block: &[u8], offset: u64, data: &[u8]) -> bool {
 fn position(offset: u64) -> usize {
     (offset % BLOCK_BYTES as u64) as usize
 }
-
-/// Not of a kind that is tried again.
-fn stopped() -> io::Error {
-    io::Error::other("stopped, or another stream failed, or out of time")
-}
-
-/// `tcpi_total_retrans` of a connection (tcp(7), `TCP_INFO`): segments that it
-/// sent more than once.
-///
-/// # Errors
-/// When `socket` is none of TCP.
-pub fn retransmissions(socket: BorrowedFd<'_>) -> io::Result<u64> {
-    // SAFETY: tcp_info is plain integers, for which all zeros is a value. An
-    // older kernel fills in less of it than we know.
-    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
-    let mut length = size_of_val(&info) as libc::socklen_t;
-    // SAFETY: the kernel writes at most `length` bytes to `info`, which has
-    // them, and both outlive the call.
-    let result = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::IPPROTO_TCP,
-            libc::TCP_INFO,
-            (&raw mut info).cast(),
-            &raw mut length,
-        )
-    };
-    if result != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(u64::from(info.tcpi_total_retrans))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -6,15 +6,12 @@ use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::{check_limit, is_timeout, pattern};
+use super::{is_timeout, pattern};
 use crate::error::{Error, Result};
 use crate::testbed::Namespace;
 
 /// Largest payload in bytes; the kernel fragments what is longer than the MTU.
 pub const PING_BYTES_MAX: usize = 65_000;
-
-/// Most attempts at one ping.
-const ATTEMPTS_MAX: usize = 1000;
 
 /// RFC 792 and RFC 4443: type, code, checksum, identifier, sequence number.
 const HEADER_BYTES: usize = 8;
@@ -23,9 +20,6 @@ const ECHO_REPLY_V4: u8 = 0;
 const ECHO_REQUEST_V4: u8 = 8;
 const ECHO_REQUEST_V6: u8 = 128;
 const ECHO_REPLY_V6: u8 = 129;
-
-/// The one echo request of each socket. Not 0, so that an empty answer differs.
-const SEQUENCE_NUMBER: [u8; 2] = [0, 1];
 
 /// Sends one echo request with `bytes` of payload and waits for its answer;
 /// returns the round-trip time.
@@ -50,88 +44,108 @@ pub fn ping_up_to(
     bytes: usize,
     timeout: Duration,
 ) -> Result<Duration> {
-    check_limit("ping payload", bytes, 0..=PING_BYTES_MAX)?;
-    check_limit("number of pings", attempts, 1..=ATTEMPTS_MAX)?;
-    let mut result = ask(from, to, bytes, timeout);
+    let mut result = Pinger::open(from, to)?.ping(bytes, timeout);
     for _ in 1..attempts {
         match &result {
-            Err(error) if is_timeout(error) => result = ask(from, to, bytes, timeout),
+            Err(error) if error.cause().is_some_and(is_timeout) => {
+                result = Pinger::open(from, to)?.ping(bytes, timeout);
+            }
             _ => break,
         }
     }
-    match result {
-        Ok(Some(time)) => Ok(time),
-        Ok(None) => Err(Error::new(format!(
-            "the answer of {to} to a ping of {bytes} bytes came back changed"
-        ))),
-        Err(error) if is_timeout(&error) => Err(Error::new(format!(
-            "{to} did not answer a ping of {bytes} bytes within {} ms, asked {attempts} times",
-            timeout.as_millis()
-        ))),
-        Err(cause) => Err(Error::os(format!("cannot ping {to}"), cause)),
+    result
+}
+
+/// Sends echo requests to one address, one after another.
+pub struct Pinger {
+    socket: Socket,
+    to: IpAddr,
+    sequence: u16,
+}
+
+impl Pinger {
+    /// Opens a ping socket (icmp(7)): the kernel fills in identifier and
+    /// checksum, and passes on only the answers that belong to it.
+    ///
+    /// # Errors
+    /// When the kernel has none for us, or there is no route.
+    pub fn open(from: &Namespace, to: IpAddr) -> Result<Self> {
+        let target = SocketAddr::new(to, 0);
+        let protocol = match to {
+            IpAddr::V4(_) => Protocol::ICMPV4,
+            IpAddr::V6(_) => Protocol::ICMPV6,
+        };
+        let domain = Domain::for_address(target);
+        let open = || {
+            let socket = from.run(|| Socket::new(domain, Type::DGRAM, Some(protocol)))?;
+            // Two of the largest must fit, of which the kernel doubles the accounting.
+            socket.set_recv_buffer_size(4 * PING_BYTES_MAX)?;
+            socket.set_send_buffer_size(4 * PING_BYTES_MAX)?;
+            socket.connect(&target.into())?;
+            Ok(socket)
+        };
+        let socket = open().map_err(|cause| Error::os(format!("cannot ping {to}"), cause))?;
+        Ok(Self {
+            socket,
+            to,
+            sequence: 0,
+        })
     }
-}
 
-fn ask(
-    from: &Namespace,
-    to: IpAddr,
-    bytes: usize,
-    timeout: Duration,
-) -> io::Result<Option<Duration>> {
-    let deadline = Instant::now() + timeout;
-    let socket = open(from, to)?;
-    exchange(&socket, to, bytes, deadline)
-}
-
-/// A ping socket (icmp(7)): the kernel fills in identifier and checksum, and
-/// passes on only the answers that belong to it.
-fn open(from: &Namespace, to: IpAddr) -> io::Result<Socket> {
-    let target = SocketAddr::new(to, 0);
-    let protocol = match to {
-        IpAddr::V4(_) => Protocol::ICMPV4,
-        IpAddr::V6(_) => Protocol::ICMPV6,
-    };
-    let socket =
-        from.run(|| Socket::new(Domain::for_address(target), Type::DGRAM, Some(protocol)))?;
-    // Two of the largest must fit, of which the kernel doubles the accounting.
-    socket.set_recv_buffer_size(4 * PING_BYTES_MAX)?;
-    socket.set_send_buffer_size(4 * PING_BYTES_MAX)?;
-    socket.connect(&target.into())?;
-    Ok(socket)
-}
-
-/// `None` when the answer's payload differs from the request's.
-fn exchange(
-    mut socket: &Socket,
-    to: IpAddr,
-    bytes: usize,
-    deadline: Instant,
-) -> io::Result<Option<Duration>> {
-    let (request_type, reply_type) = match to {
-        IpAddr::V4(_) => (ECHO_REQUEST_V4, ECHO_REPLY_V4),
-        IpAddr::V6(_) => (ECHO_REQUEST_V6, ECHO_REPLY_V6),
-    };
-    let mut request = vec![0; HEADER_BYTES];
-    request[0] = request_type;
-    request[SEQUENCE].copy_from_slice(&SEQUENCE_NUMBER);
-    request.extend(pattern(bytes));
-    // Longer than any answer, so that one that has grown is seen.
-    let mut answer = vec![0; HEADER_BYTES + PING_BYTES_MAX + 1];
-    let sent = Instant::now();
-    socket.write_all(&request)?;
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
+    /// As [`ping`].
+    ///
+    /// # Errors
+    /// As [`ping`].
+    pub fn ping(&mut self, bytes: usize, timeout: Duration) -> Result<Duration> {
+        let to = self.to;
+        match self.exchange(bytes, timeout) {
+            Ok(Some(time)) => Ok(time),
+            Ok(None) => Err(Error::new(format!(
+                "the answer of {to} to a ping of {bytes} bytes came back changed"
+            ))),
+            Err(cause) if is_timeout(&cause) => {
+                let milliseconds = timeout.as_millis();
+                let what =
+                    format!("{to} did not answer a ping of {bytes} bytes within {milliseconds} ms");
+                Err(Error::os(what, io::ErrorKind::TimedOut.into()))
+            }
+            Err(cause) => Err(Error::os(format!("cannot ping {to}"), cause)),
         }
-        // Less than a microsecond would become zero, which means forever.
-        socket.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
-        let length = socket.read(&mut answer)?;
-        let answer = &answer[..length];
-        if length >= HEADER_BYTES && answer[0] == reply_type && answer[SEQUENCE] == SEQUENCE_NUMBER
-        {
-            let intact = answer[HEADER_BYTES..] == request[HEADER_BYTES..];
-            return Ok(intact.then(|| sent.elapsed()));
+    }
+
+    /// `None` when the answer's payload differs from the request's.
+    fn exchange(&mut self, bytes: usize, timeout: Duration) -> io::Result<Option<Duration>> {
+        let (request_type, reply_type) = match self.to {
+            IpAddr::V4(_) => (ECHO_REQUEST_V4, ECHO_REPLY_V4),
+            IpAddr::V6(_) => (ECHO_REQUEST_V6, ECHO_REPLY_V6),
+        };
+        // Not 0 at first, so that an empty answer differs.
+        self.sequence = self.sequence.wrapping_add(1);
+        let sequence = self.sequence.to_be_bytes();
+        let mut request = vec![0; HEADER_BYTES];
+        request[0] = request_type;
+        request[SEQUENCE].copy_from_slice(&sequence);
+        request.extend(pattern(bytes));
+        // Longer than the right answer, so that one that has grown is seen.
+        let mut answer = vec![0; request.len() + 1];
+        let sent = Instant::now();
+        self.socket.write_all(&request)?;
+        loop {
+            let left = timeout.saturating_sub(sent.elapsed());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            // Less than a microsecond would become zero, which means forever.
+            let left = left.max(Duration::from_millis(1));
+            self.socket.set_read_timeout(Some(left))?;
+            let length = self.socket.read(&mut answer)?;
+            let answer = &answer[..length];
+            let is_ours =
+                length >= HEADER_BYTES && answer[0] == reply_type && answer[SEQUENCE] == sequence;
+            if is_ours {
+                let intact = answer[HEADER_BYTES..] == request[HEADER_BYTES..];
+                return Ok(intact.then(|| sent.elapsed()));
+            }
         }
     }
 }

@@ -1,43 +1,31 @@
-//! Traffic for the lab: made, received and checked inside this process, and
-//! bounded in time and bytes.
+//! Traffic between namespaces: made, received and checked inside this process,
+//! and bounded in time and bytes.
 //!
 //! - [`bulk`]: TCP as fast as it goes, every byte compared.
-//! - [`ping_pong`]: round-trip times of small requests over TCP and UDP.
 //! - [`icmp`]: echo requests of any size.
-//! - [`flood`]: UDP packets as fast as they go, or at a given rate.
 //!
 //! A socket stays in the namespace where it was opened, so only that happens
 //! inside; the threads that use it need not be there.
 
-pub mod bulk;
-pub mod flood;
-pub mod icmp;
-pub mod ping_pong;
+mod bulk;
+mod icmp;
 
-pub use bulk::{Bulk, BulkLimit, BulkManner, BulkReport, tcp_bulk, tcp_bulk_with};
-pub use flood::{Flood, FloodReport, udp_flood};
-pub use icmp::{PING_BYTES_MAX, ping, ping_up_to};
-pub use ping_pong::{Latency, PingPong, tcp_ping_pong, udp_ping_pong};
+pub use bulk::{Bulk, BulkLimit, BulkReport, connect, tcp_bulk};
+pub use icmp::{PING_BYTES_MAX, Pinger, ping, ping_up_to};
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use socket2::{Domain, Socket, Type};
-
 use super::Namespace;
-use crate::error::{Error, Result};
 
 /// How long a connection may stand still before the transfer has failed.
-pub const STALL_MAX: Duration = Duration::from_secs(30);
+const STALL_MAX: Duration = Duration::from_secs(30);
 
-/// How long a connection may take to come about.
-const CONNECT_MAX: Duration = Duration::from_secs(30);
-
-/// How often a blocked socket looks whether it should stop.
-const POLL_INTERVAL: Duration = Duration::from_millis(100);
+/// How often a blocked socket checks whether it should stop.
+pub const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Who talks to whom.
 #[derive(Clone, Copy)]
@@ -61,81 +49,42 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Whether [`Watch::stop`] is set.
-    pub fn stopped(&self) -> bool {
-        self.stop.load(Ordering::Relaxed)
+    /// An error once [`Watch::stop`] is set.
+    ///
+    /// # Errors
+    /// That one, of a kind that nobody tries again.
+    pub fn check(&self) -> io::Result<()> {
+        match self.stop.load(Ordering::Relaxed) {
+            true => Err(io::Error::other("stopped")),
+            false => Ok(()),
+        }
     }
 
     /// Repeats an operation on a socket with a timeout until it succeeds,
-    /// [`Watch::stop`] is set, or [`STALL_MAX`] has passed.
-    fn retry<T>(&self, mut operation: impl FnMut() -> io::Result<T>) -> io::Result<T> {
-        let mut waiting_since = None;
+    /// [`Watch::stop`] is set, or it has stood still for half a minute.
+    ///
+    /// # Errors
+    /// The operation's own, or that it stood still or was stopped.
+    pub fn retry<T>(&self, mut operation: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+        let start = Instant::now();
         loop {
+            self.check()?;
             match operation() {
-                Err(error) if is_timeout(&error) => {
-                    let since = *waiting_since.get_or_insert_with(Instant::now);
-                    if self.stopped() {
-                        return Err(io::Error::new(io::ErrorKind::Interrupted, "stopped"));
-                    }
-                    if since.elapsed() > STALL_MAX {
-                        return Err(io::ErrorKind::TimedOut.into());
-                    }
-                }
+                Err(error) if is_timeout(&error) && start.elapsed() < STALL_MAX => {}
                 result => return result,
             }
         }
     }
 }
 
-fn is_timeout(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut | io::ErrorKind::Interrupted
-    )
-}
-
-/// Opens a socket that gives up a blocked call after [`POLL_INTERVAL`].
-fn open(namespace: &Namespace, address: IpAddr, kind: Type) -> io::Result<Socket> {
-    let domain = Domain::for_address(SocketAddr::new(address, 0));
-    let socket = namespace.run(|| Socket::new(domain, kind, None))?;
-    socket.set_read_timeout(Some(POLL_INTERVAL))?;
-    socket.set_write_timeout(Some(POLL_INTERVAL))?;
-    Ok(socket)
-}
-
-/// Opens a TCP listener on a port of the kernel's choice.
-fn listen(between: Between<'_>, streams: usize) -> io::Result<(Socket, SocketAddr)> {
-    let listener = open(between.server, between.address, Type::STREAM)?;
-    listener.bind(&SocketAddr::new(between.address, 0).into())?;
-    listener.listen(i32::try_from(streams).unwrap_or(i32::MAX))?;
-    let address = local_address(&listener)?;
-    Ok((listener, address))
-}
-
-/// Makes one TCP connection; gives the client's end and the server's.
-fn connect(
-    between: Between<'_>,
-    listener: &Socket,
-    address: SocketAddr,
-    watch: &Watch,
-) -> io::Result<(Socket, Socket)> {
-    let client = open(between.client, between.address, Type::STREAM)?;
-    client.connect_timeout(&address.into(), CONNECT_MAX)?;
-    let (server, _) = watch.retry(|| listener.accept())?;
-    server.set_read_timeout(Some(POLL_INTERVAL))?;
-    server.set_write_timeout(Some(POLL_INTERVAL))?;
-    Ok((client, server))
-}
-
-fn local_address(socket: &Socket) -> io::Result<SocketAddr> {
-    socket
-        .local_addr()?
-        .as_socket()
-        .ok_or_else(|| io::ErrorKind::AddrNotAvailable.into())
+/// Whether an error says that a socket's timeout has passed, or as little.
+pub fn is_timeout(error: &io::Error) -> bool {
+    use io::ErrorKind::{Interrupted, TimedOut, WouldBlock};
+    matches!(error.kind(), WouldBlock | TimedOut | Interrupted)
 }
 
 /// `bytes` pseudo-random bytes, the same in every run.
-fn pattern(bytes: usize) -> Vec<u8> {
+pub fn pattern(bytes: usize) -> Vec<u8> {
     // xorshift64 (Marsaglia, 2003): no byte-sized structure that a shifted or
     // swapped segment could hide in.
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
@@ -152,34 +101,3 @@ fn pattern(bytes: usize) -> Vec<u8> {
     out.truncate(bytes);
     out
 }
-
-fn failed(what: &str, between: Between<'_>, cause: io::Error) -> Error {
-    Error::os(format!("{what} to {} failed", between.address), cause)
-}
-
-/// The first error of several threads' results, or all that they came to.
-fn all<T>(results: impl IntoIterator<Item = io::Result<T>>) -> io::Result<Vec<T>> {
-    results.into_iter().collect()
-}
-
-/// A thread's result; its panic goes on here.
-fn join<T>(handle: std::thread::ScopedJoinHandle<'_, T>) -> T {
-    handle
-        .join()
-        .unwrap_or_else(|payload| std::panic::resume_unwind(payload))
-}
-
-/// Checks a count from the outside against a limit with a name.
-fn check_limit(what: &str, value: usize, range: std::ops::RangeInclusive<usize>) -> Result<()> {
-    if range.contains(&value) {
-        return Ok(());
-    }
-    Err(Error::new(format!(
-        "{what} {value} is not between {} and {}",
-        range.start(),
-        range.end()
-    )))
-}
-
-#[cfg(test)]
-mod tests;

@@ -2,23 +2,21 @@
 
 use std::io;
 use std::io::{IoSlice, IoSliceMut};
-use std::net::SocketAddr;
+use std::net::UdpSocket;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use fastvpn::error::Result;
+use fastvpn::testbed::traffic::{is_timeout, pattern};
 use nix::errno::Errno;
 use nix::sys::socket::{
     MsgFlags, MultiHeaders, recvmmsg, sendmmsg, setsockopt, sockopt::RcvBufForce,
 };
-use socket2::{Socket, Type};
+use socket2::SockRef;
 
-use super::{Between, Watch, check_limit, failed, is_timeout, join, local_address, open, pattern};
-use crate::error::Result;
-
-/// Largest payload of a UDP datagram over IPv4, in bytes.
-pub const DATAGRAM_BYTES_MAX: usize = 65_507;
+use super::{Between, Watch, failed, join, udp_pair};
 
 /// Each datagram begins with its number.
 const NUMBER_BYTES: usize = 8;
@@ -35,7 +33,7 @@ const QUIET: Duration = Duration::from_millis(200);
 /// A flood to be made.
 #[derive(Debug, Clone, Copy)]
 pub struct Flood {
-    /// Bytes of UDP payload, 8 to [`DATAGRAM_BYTES_MAX`].
+    /// Bytes of UDP payload, at least 8.
     pub bytes: usize,
     /// How long to send.
     pub time: Duration,
@@ -63,20 +61,12 @@ pub struct FloodReport {
 /// # Errors
 /// When a socket fails or [`Watch::stop`] is set. Loss is no error but a report.
 pub fn udp_flood(between: Between<'_>, flood: Flood, watch: &Watch) -> Result<FloodReport> {
-    check_limit(
-        "datagram size",
-        flood.bytes,
-        NUMBER_BYTES..=DATAGRAM_BYTES_MAX,
-    )?;
     let run = || {
-        let sink = open(between.server, between.address, Type::DGRAM)?;
+        let (source, sink) = udp_pair(between)?;
         if setsockopt(&sink, RcvBufForce, &SINK_BYTES).is_err() {
             // Without CAP_NET_ADMIN: as much as net.core.rmem_max allows.
-            sink.set_recv_buffer_size(SINK_BYTES)?;
+            SockRef::from(&sink).set_recv_buffer_size(SINK_BYTES)?;
         }
-        sink.bind(&SocketAddr::new(between.address, 0).into())?;
-        let source = open(between.client, between.address, Type::DGRAM)?;
-        source.connect(&local_address(&sink)?.into())?;
         let done = AtomicBool::new(false);
         thread::scope(|scope| {
             let receiver = scope.spawn(|| drain(&sink, flood.bytes, &done, watch));
@@ -95,16 +85,14 @@ pub fn udp_flood(between: Between<'_>, flood: Flood, watch: &Watch) -> Result<Fl
     run().map_err(|cause| failed("UDP flood", between, cause))
 }
 
-fn send(socket: &Socket, flood: Flood, watch: &Watch) -> io::Result<(u64, Duration)> {
+fn send(socket: &UdpSocket, flood: Flood, watch: &Watch) -> io::Result<(u64, Duration)> {
     let mut datagrams = vec![pattern(flood.bytes); BATCH];
     let mut headers = MultiHeaders::<()>::preallocate(BATCH, None);
     let no_addresses = [None; BATCH];
     let mut offered = 0u64;
     let start = Instant::now();
     while start.elapsed() < flood.time {
-        if watch.stopped() {
-            return Err(io::Error::new(io::ErrorKind::Interrupted, "stopped"));
-        }
+        watch.check()?;
         let batch = match flood.rate_pps {
             None => BATCH,
             Some(rate) => due(rate, start.elapsed(), offered),
@@ -146,7 +134,7 @@ fn due(rate_pps: u64, elapsed: Duration, offered: u64) -> usize {
 }
 
 fn drain(
-    socket: &Socket,
+    socket: &UdpSocket,
     bytes: usize,
     done: &AtomicBool,
     watch: &Watch,
@@ -188,7 +176,7 @@ fn drain(
 }
 
 fn receive_batch(
-    socket: &Socket,
+    socket: &UdpSocket,
     headers: &mut MultiHeaders<()>,
     datagrams: &mut [Vec<u8>],
     lengths: &mut [usize; BATCH],

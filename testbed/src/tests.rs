@@ -1,4 +1,4 @@
-//! The lab itself, and netlink in it. These tests need root.
+//! The networks themselves, and netlink in them. These tests need root.
 
 use std::io::Read;
 use std::net::IpAddr;
@@ -6,13 +6,13 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use super::*;
-use crate::host::netlink::{RouteKind, Vxlan};
+use fastvpn::host::netlink::RouteKind;
 
 fn net(text: &str) -> IpNet {
     text.parse().unwrap()
 }
 
-fn ip(text: &str) -> IpAddr {
+fn address(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
@@ -35,8 +35,7 @@ fn a_pair_has_its_addresses_and_mtu() {
     let addresses = netlink.addresses().unwrap();
     assert!(addresses.contains(&(index, net("10.9.0.2/24"))));
     assert!(addresses.contains(&(index, net("fd00:9::2/64"))));
-    let stats = netlink.link_stats(index).unwrap();
-    assert_eq!(stats.rx_errors, 0);
+    assert!(netlink.link_stats(index).is_ok());
 }
 
 #[test]
@@ -84,24 +83,19 @@ fn what_does_not_exist_is_none_or_a_named_error() {
 }
 
 #[test]
-fn links_are_made_changed_and_deleted() {
+fn links_are_changed() {
     let namespace = Namespace::new().unwrap();
     let mut netlink = namespace.netlink().unwrap();
-    netlink.create_bridge("br0").unwrap();
     netlink.create_veth("veth-a", "veth-b", None).unwrap();
-    let bridge = netlink.link_index("br0").unwrap().unwrap();
     let veth = netlink.link_index("veth-a").unwrap().unwrap();
-    netlink.set_master(veth, bridge).unwrap();
     netlink.set_mtu(veth, 9000).unwrap();
     netlink.set_txqueuelen(veth, 4000).unwrap();
     let link = netlink.link_by_index(veth).unwrap().unwrap();
     assert_eq!((link.mtu, link.txqueuelen, link.up), (9000, 4000, false));
     let error = netlink.set_mtu(veth, 1_000_000).unwrap_err();
     assert!(error.to_string().contains("veth-a"), "{error}");
-    let error = netlink.create_bridge("br0").unwrap_err();
+    let error = netlink.create_veth("veth-a", "veth-c", None).unwrap_err();
     assert_eq!(error.errno(), Some(libc::EEXIST));
-    netlink.delete_link(veth).unwrap();
-    assert_eq!(netlink.link_index("veth-b").unwrap(), None);
 }
 
 #[test]
@@ -109,32 +103,21 @@ fn a_link_moves_to_another_namespace() {
     let (here, there) = (Namespace::new().unwrap(), Namespace::new().unwrap());
     let mut netlink = here.netlink().unwrap();
     netlink.create_veth("mover", "stayer", None).unwrap();
-    let index = netlink.link_index("mover").unwrap().unwrap();
-    netlink.move_to_netns(index, there.fd()).unwrap();
+    move_link(&here, "mover", &there).unwrap();
     assert_eq!(netlink.link_index("mover").unwrap(), None);
     let mut netlink = there.netlink().unwrap();
     assert!(netlink.link_index("mover").unwrap().is_some());
 }
 
 #[test]
-fn a_vxlan_knows_its_other_end() {
-    let pair = example();
-    let mut netlink = pair.a.netlink().unwrap();
-    for (name, vni, local, remote) in [
-        ("vx4", 4, "10.9.0.1", "10.9.0.2"),
-        ("vx6", 6, "fd00:9::1", "fd00:9::2"),
-    ] {
-        let (local, remote) = (ip(local), ip(remote));
-        let port = 4789;
-        let vxlan = Vxlan {
-            vni,
-            local,
-            remote,
-            port,
-        };
-        netlink.create_vxlan(name, vxlan).unwrap();
-    }
-    assert!(netlink.link_index("vx6").unwrap().is_some());
+fn ip_says_what_is_wrong() {
+    let namespace = Namespace::new().unwrap();
+    let error = crate::ip(&namespace, "link set nothing0 up").unwrap_err();
+    assert!(
+        error.to_string().starts_with("ip link set nothing0 up: "),
+        "{error}"
+    );
+    assert!(error.to_string().contains("nothing0"), "{error}");
 }
 
 #[test]
@@ -151,7 +134,9 @@ fn routes_are_added_listed_and_deleted() {
         ("::/0", Some("fd00:9::2"), Some(index)),
     ];
     for (prefix, via, oif) in cases {
-        netlink.add_route(net(prefix), via.map(ip), oif).unwrap();
+        netlink
+            .add_route(net(prefix), via.map(address), oif)
+            .unwrap();
     }
     let routes = netlink.routes().unwrap();
     for (prefix, via, _) in cases {
@@ -159,7 +144,7 @@ fn routes_are_added_listed_and_deleted() {
             .iter()
             .find(|route| route.destination == net(prefix))
             .unwrap_or_else(|| panic!("{prefix} is not listed"));
-        assert_eq!(route.via, via.map(ip), "{prefix}");
+        assert_eq!(route.via, via.map(address), "{prefix}");
         assert_eq!(route.oif, Some(index), "{prefix}");
         assert_eq!((route.kind, route.table), (RouteKind::Unicast, 254));
     }
@@ -168,7 +153,9 @@ fn routes_are_added_listed_and_deleted() {
         .unwrap_err();
     assert_eq!(error.errno(), Some(libc::EEXIST));
     for (prefix, via, oif) in cases {
-        netlink.del_route(net(prefix), via.map(ip), oif).unwrap();
+        netlink
+            .del_route(net(prefix), via.map(address), oif)
+            .unwrap();
     }
     let left = netlink.routes().unwrap();
     assert!(left.iter().all(|route| {
@@ -178,7 +165,7 @@ fn routes_are_added_listed_and_deleted() {
     }));
     assert!(
         netlink
-            .add_route(net("10.1.0.0/16"), Some(ip("fd00:9::2")), None)
+            .add_route(net("10.1.0.0/16"), Some(address("fd00:9::2")), None)
             .is_err()
     );
 }
@@ -190,9 +177,10 @@ fn a_container_stands_behind_its_host() {
     let container = container(&pair.a, "ctr0", &addresses, 1400).unwrap();
     let routes = container.netlink().unwrap().routes().unwrap();
     assert!(
-        routes.iter().any(
-            |route| route.destination == net("0.0.0.0/0") && route.via == Some(ip("10.20.0.1"))
-        )
+        routes
+            .iter()
+            .any(|route| route.destination == net("0.0.0.0/0")
+                && route.via == Some(address("10.20.0.1")))
     );
 }
 
@@ -211,7 +199,7 @@ fn programs_run_inside_and_are_killed_with_their_handle() {
     command.arg("60");
     let child = pair.a.spawn(command).unwrap();
     let path = format!("/proc/{}", child.pid());
-    assert!(cpu_seconds(child.pid()).unwrap() < 1.0);
+    assert!(child.cpu_seconds().unwrap() < 1.0);
     drop(child);
     assert!(!std::path::Path::new(&path).exists());
 

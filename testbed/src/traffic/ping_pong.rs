@@ -2,18 +2,15 @@
 //! answer compared with its request.
 
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{Shutdown, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use socket2::{Socket, Type};
+use fastvpn::error::Result;
+use fastvpn::testbed::traffic::{POLL_INTERVAL, connect, is_timeout, pattern};
 
-use super::{
-    Between, POLL_INTERVAL, Watch, check_limit, connect, failed, is_timeout, join, listen,
-    local_address, open, pattern,
-};
-use crate::error::Result;
+use super::{Between, Watch, failed, join, udp_pair};
 
 /// Largest request, so that it is one packet.
 pub const REQUEST_BYTES_MAX: usize = 1400;
@@ -57,18 +54,16 @@ pub struct Latency {
 /// When the connection fails or stands still, [`Watch::stop`] is set, or an
 /// answer differs from its request (of the kind [`io::ErrorKind::InvalidData`]).
 pub fn tcp_ping_pong(between: Between<'_>, test: PingPong, watch: &Watch) -> Result<Latency> {
-    check_limit("request size", test.bytes, 1..=REQUEST_BYTES_MAX)?;
     let run = || {
-        let (listener, address) = listen(between, 1)?;
-        let (client, server) = connect(between, &listener, address, watch)?;
-        client.set_tcp_nodelay(true)?;
-        server.set_tcp_nodelay(true)?;
+        let (client, server) = connect(between)?;
+        client.set_nodelay(true)?;
+        server.set_nodelay(true)?;
         thread::scope(|scope| {
             let (server, length) = (&server, test.bytes);
             let echo = scope.spawn(move || echo_tcp(server, length, watch));
             let samples = ask_tcp(&client, test, watch);
             // The echo ends when it reads the end of the stream.
-            client.shutdown(std::net::Shutdown::Both)?;
+            client.shutdown(Shutdown::Both)?;
             let echoed = join(echo);
             let samples = samples?;
             echoed.map(|()| summarize(samples, 0))
@@ -84,13 +79,8 @@ pub fn tcp_ping_pong(between: Between<'_>, test: PingPong, watch: &Watch) -> Res
 /// When a socket fails, [`Watch::stop`] is set, or an answer is none to any
 /// request (of the kind [`io::ErrorKind::InvalidData`]).
 pub fn udp_ping_pong(between: Between<'_>, test: PingPong, watch: &Watch) -> Result<Latency> {
-    check_limit("request size", test.bytes, NUMBER_BYTES..=REQUEST_BYTES_MAX)?;
     let run = || {
-        let server = open(between.server, between.address, Type::DGRAM)?;
-        server.bind(&SocketAddr::new(between.address, 0).into())?;
-        let client = open(between.client, between.address, Type::DGRAM)?;
-        client.connect(&local_address(&server)?.into())?;
-        let server = UdpSocket::from(server);
+        let (client, server) = udp_pair(between)?;
         let done = AtomicBool::new(false);
         thread::scope(|scope| {
             let echo = scope.spawn(|| echo_udp(&server, &done));
@@ -104,7 +94,7 @@ pub fn udp_ping_pong(between: Between<'_>, test: PingPong, watch: &Watch) -> Res
     run().map_err(|cause| failed("UDP ping-pong", between, cause))
 }
 
-fn ask_tcp(mut socket: &Socket, test: PingPong, watch: &Watch) -> io::Result<Vec<u64>> {
+fn ask_tcp(mut socket: &TcpStream, test: PingPong, watch: &Watch) -> io::Result<Vec<u64>> {
     let mut request = pattern(test.bytes);
     let mut answer = vec![0; test.bytes];
     let mut samples = Vec::new();
@@ -125,7 +115,7 @@ fn ask_tcp(mut socket: &Socket, test: PingPong, watch: &Watch) -> io::Result<Vec
     Ok(samples)
 }
 
-fn echo_tcp(mut socket: &Socket, length: usize, watch: &Watch) -> io::Result<()> {
+fn echo_tcp(mut socket: &TcpStream, length: usize, watch: &Watch) -> io::Result<()> {
     let mut request = vec![0; length];
     while read_full(socket, &mut request, watch)? {
         watch.retry(|| socket.write(&request))?;
@@ -134,7 +124,7 @@ fn echo_tcp(mut socket: &Socket, length: usize, watch: &Watch) -> io::Result<()>
 }
 
 /// Fills the buffer; `false` at the end of the stream.
-fn read_full(mut socket: &Socket, buffer: &mut [u8], watch: &Watch) -> io::Result<bool> {
+fn read_full(mut socket: &TcpStream, buffer: &mut [u8], watch: &Watch) -> io::Result<bool> {
     let mut filled = 0;
     while filled < buffer.len() {
         match watch.retry(|| socket.read(&mut buffer[filled..]))? {
@@ -145,7 +135,7 @@ fn read_full(mut socket: &Socket, buffer: &mut [u8], watch: &Watch) -> io::Resul
     Ok(true)
 }
 
-fn ask_udp(mut socket: &Socket, test: PingPong, watch: &Watch) -> io::Result<(Vec<u64>, usize)> {
+fn ask_udp(socket: &UdpSocket, test: PingPong, watch: &Watch) -> io::Result<(Vec<u64>, usize)> {
     let mut request = pattern(test.bytes);
     // One byte more than is sent, so that an answer that has grown is seen.
     let mut answer = vec![0; test.bytes + 1];
@@ -155,9 +145,9 @@ fn ask_udp(mut socket: &Socket, test: PingPong, watch: &Watch) -> io::Result<(Ve
         let number = (samples.len() + lost) as u64;
         request[..NUMBER_BYTES].copy_from_slice(&number.to_le_bytes());
         let sent = Instant::now();
-        socket.write_all(&request)?;
+        socket.send(&request)?;
         loop {
-            match socket.read(&mut answer) {
+            match socket.recv(&mut answer) {
                 Ok(length) if answer[..length] != request => {
                     if !is_earlier(&answer[..length], &request) {
                         return Err(changed());
@@ -169,7 +159,10 @@ fn ask_udp(mut socket: &Socket, test: PingPong, watch: &Watch) -> io::Result<(Ve
                     lost += 1;
                 }
                 Ok(_) => samples.push(nanoseconds(sent.elapsed())),
-                Err(error) if is_timeout(&error) && !watch.stopped() => lost += 1,
+                Err(error) if is_timeout(&error) => {
+                    watch.check()?;
+                    lost += 1;
+                }
                 Err(error) => return Err(error),
             }
             break;

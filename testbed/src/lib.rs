@@ -1,0 +1,146 @@
+//! What fastvpn's tests and benches need of a network inside one machine, beyond
+//! what the demo does: hosts on a switch and containers behind hosts, more kinds
+//! of traffic, and what processes cost. The rest is fastvpn's own, see
+//! [`fastvpn::testbed`].
+
+pub mod process;
+pub mod traffic;
+
+pub use fastvpn::testbed::{
+    Child, Namespace, Pair, UNDERLAY_NAME, configure, enter_user_namespace_if_needed, join, pair,
+};
+pub use process::{cpu_ns, rss_bytes, rss_peak_bytes};
+
+use std::io::Read;
+use std::process::{Command, Stdio};
+use std::thread::{self, JoinHandle};
+
+use fastvpn::error::{Error, Result};
+use ipnet::IpNet;
+
+/// Name of the interface inside a [`container`].
+pub const CONTAINER_NAME: &str = "eth0";
+
+/// Hosts on one switch.
+pub struct Switch {
+    /// The switch: a bridge whose ports are `port0`, `port1` and so on, one for
+    /// each host.
+    pub bridge: Namespace,
+    /// The hosts, whose interfaces are called [`UNDERLAY_NAME`].
+    pub hosts: Vec<Namespace>,
+}
+
+/// Makes as many namespaces as there are lists of addresses, each joined to one
+/// switch by a veth pair of this MTU in bytes.
+///
+/// # Errors
+/// As [`pair`]; when the kernel has no bridges.
+pub fn switch(addresses: &[Vec<IpNet>], mtu: u32) -> Result<Switch> {
+    const BRIDGE_NAME: &str = "switch0";
+    let bridge = Namespace::new()?;
+    ip(&bridge, &format!("link add {BRIDGE_NAME} type bridge"))?;
+    configure(&bridge, BRIDGE_NAME, &[], mtu)?;
+    let mut hosts = Vec::with_capacity(addresses.len());
+    for (number, addresses) in addresses.iter().enumerate() {
+        let (host, port) = (Namespace::new()?, format!("port{number}"));
+        join(&host, &bridge, UNDERLAY_NAME, &port)?;
+        configure(&bridge, &port, &[], mtu)?;
+        ip(&bridge, &format!("link set {port} master {BRIDGE_NAME}"))?;
+        configure(&host, UNDERLAY_NAME, addresses, mtu)?;
+        hosts.push(host);
+    }
+    Ok(Switch { bridge, hosts })
+}
+
+/// Puts a container behind a host: a namespace whose interface
+/// [`CONTAINER_NAME`] is joined to the host's interface `host_name`, with
+/// default routes to the host's addresses. Switches forwarding on in the host.
+///
+/// `addresses` are pairs of the host's and the container's address.
+///
+/// # Errors
+/// As [`pair`].
+pub fn container(
+    host: &Namespace,
+    host_name: &str,
+    addresses: &[(IpNet, IpNet)],
+    mtu: u32,
+) -> Result<Namespace> {
+    let container = Namespace::new()?;
+    let (to_host, to_container): (Vec<_>, Vec<_>) = addresses.iter().copied().unzip();
+    join(host, &container, host_name, CONTAINER_NAME)?;
+    configure(host, host_name, &to_host, mtu)?;
+    configure(&container, CONTAINER_NAME, &to_container, mtu)?;
+    for router in to_host {
+        let forwarding = match router {
+            IpNet::V4(_) => "net/ipv4/ip_forward",
+            IpNet::V6(_) => "net/ipv6/conf/all/forwarding",
+        };
+        host.sysctl(forwarding, "1")?;
+        ip(
+            &container,
+            &format!("route add default via {}", router.addr()),
+        )?;
+    }
+    Ok(container)
+}
+
+/// What an operator does to interfaces, addresses and routes: ip(8) in the
+/// namespace, with these words.
+///
+/// # Errors
+/// When there is no such program, or it refuses; with what it says.
+pub fn ip(namespace: &Namespace, words: &str) -> Result<()> {
+    let mut command = Command::new("ip");
+    command
+        .args(words.split_whitespace())
+        .stderr(Stdio::piped());
+    let child = namespace.spawn(command);
+    let mut child = child.map_err(|error| match error.errno() {
+        Some(libc::ENOENT) => error.hint("install the package iproute2"),
+        _ => error,
+    })?;
+    let mut said = String::new();
+    if let Some(mut stderr) = child.process().stderr.take() {
+        let _ = stderr.read_to_string(&mut said);
+    }
+    match child.process().wait() {
+        Ok(status) if status.success() => Ok(()),
+        _ => Err(Error::new(format!("ip {words}: {}", said.trim()))),
+    }
+}
+
+/// Moves an interface to another namespace; it loses its addresses and goes down.
+///
+/// # Errors
+/// When there is no such interface, or its name is taken over there.
+pub fn move_link(from: &Namespace, name: &str, to: &Namespace) -> Result<()> {
+    // A namespace without a name is named by a process in it.
+    let mut command = Command::new("sleep");
+    command.arg("60");
+    let inside = to.spawn(command)?;
+    ip(from, &format!("link set {name} netns {}", inside.pid()))
+}
+
+/// Starts a thread inside a namespace.
+///
+/// # Errors
+/// When there are no more descriptors or threads.
+pub fn spawn_thread<T: Send + 'static>(
+    namespace: &Namespace,
+    name: &str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<JoinHandle<T>> {
+    let cannot = |cause| Error::os(format!("cannot start thread {name}"), cause);
+    let fd = namespace.fd().try_clone_to_owned().map_err(cannot)?;
+    let inside = move || {
+        nix::sched::setns(fd, nix::sched::CloneFlags::CLONE_NEWNET)
+            .expect("the process that made the namespace may enter it");
+        work()
+    };
+    let thread = thread::Builder::new().name(name.into()).spawn(inside);
+    thread.map_err(cannot)
+}
+
+#[cfg(test)]
+mod tests;
