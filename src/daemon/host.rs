@@ -1,7 +1,7 @@
 //! The host around a running tunnel: the TUN device as it was found last, this
 //! host's own addresses, the ways to the peers, and the kernel's routes into the
 //! tunnel. All of it may change without us, and is refreshed when the kernel says
-//! that something has ([`RouteKeeper`]).
+//! that something has ([`RouteReconciler`]).
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -14,7 +14,7 @@ use ipnet::IpNet;
 use crate::error::{Error, Result};
 use crate::host::link;
 use crate::host::netlink::{LinkStats, Netlink};
-use crate::host::routes::{AtEnd, RouteKeeper};
+use crate::host::routes::{AtEnd, RouteReconciler};
 use crate::io::tun;
 use crate::log::rate_limited::Journal;
 
@@ -89,7 +89,7 @@ pub struct Host {
     accept_local: bool,
     /// `None` while there is none: before the start, at the end, and where it
     /// could not be started again.
-    routes: Option<RouteKeeper>,
+    routes: Option<RouteReconciler>,
     /// What it was told to keep.
     routes_kept: BTreeSet<IpNet>,
     refresh: Refresh,
@@ -269,11 +269,15 @@ impl Host {
     /// When there are no netlink sockets, or no more threads.
     pub fn start_routes(&mut self, addresses: &[IpNet]) -> Result<()> {
         let (addresses, sender) = (addresses.to_vec(), self.refresh.sender.clone());
-        self.routes = Some(RouteKeeper::start(self.device.index, addresses, sender)?);
+        self.routes = Some(RouteReconciler::start(
+            self.device.index,
+            addresses,
+            sender,
+        )?);
         Ok(())
     }
 
-    /// Ends the keeper of the routes; tells whether there was one.
+    /// Ends the reconciler of the routes; tells whether there was one.
     pub fn stop_routes(&mut self, at_end: AtEnd) {
         if let Some(routes) = self.routes.take() {
             routes.stop(at_end);
@@ -286,11 +290,11 @@ impl Host {
         self.routes.is_none()
     }
 
-    /// The keeper of the kernel's routes.
+    /// The reconciler of the kernel's routes.
     ///
     /// # Errors
     /// When it could not be started again.
-    pub fn routes(&self) -> Result<&RouteKeeper> {
+    pub fn routes(&self) -> Result<&RouteReconciler> {
         self.routes.as_ref().ok_or_else(|| {
             Error::new("the kernel's routes are not kept just now").hint("try again later")
         })
@@ -300,13 +304,13 @@ impl Host {
     /// that the device's MTU has no room for any more is on its way out.
     ///
     /// # Errors
-    /// When the keeper cannot be started, or the kernel refuses.
+    /// When the reconciler cannot be started, or the kernel refuses.
     pub fn resume_routes(&mut self, addresses: &[IpNet], mtu_bytes: u32) -> Result<()> {
         self.start_routes(addresses)?;
         let takes_v6 = mtu_bytes >= link::IPV6_MTU_BYTES_MIN;
         let kept = self.routes_kept.iter().copied();
         let fits = kept.filter(|net| takes_v6 || net.addr().is_ipv4());
-        let result = self.routes()?.resume(fits.collect());
+        let result = self.routes()?.adopt(fits.collect());
         // Nobody has told of changes meanwhile.
         self.schedule_refresh();
         result
@@ -315,11 +319,11 @@ impl Host {
     /// Goes on with the routes that another process has kept.
     ///
     /// # Errors
-    /// When the keeper cannot be started, or the kernel refuses.
+    /// When the reconciler cannot be started, or the kernel refuses.
     pub fn take_over_routes(&mut self, wanted: BTreeSet<IpNet>, addresses: &[IpNet]) -> Result<()> {
         self.routes_kept = wanted;
         self.start_routes(addresses)?;
-        self.routes()?.go_on(self.routes_kept.clone())
+        self.routes()?.adopt(self.routes_kept.clone())
     }
 
     /// The prefixes that have routes.

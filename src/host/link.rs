@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use ipnet::{IpNet, Ipv4Net};
 
 use crate::error::{Error, Result};
-use crate::host::netlink::device_route::MAIN_TABLE;
+use crate::host::netlink::route::MAIN_TABLE;
 use crate::host::netlink::{Netlink, Way};
 
 /// Smallest MTU that IPv6 works with (RFC 8200, section 5).

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use fastvpn::error::Result;
-use fastvpn::host::netlink::RouteEntry;
+use fastvpn::host::netlink::Route;
 use fastvpn::host::routes::PROTOCOL;
 use ipnet::IpNet;
 use serde_json::{Value, json};
@@ -118,7 +118,7 @@ fn link_message(index: u32) -> Vec<u8> {
 
 /// Prefixes to which the tunnel has made routes, through whatever device.
 fn own_routes(namespace: &Namespace) -> Result<BTreeSet<IpNet>> {
-    let is_own = |route: &RouteEntry| route.protocol == PROTOCOL;
+    let is_own = |route: &Route| route.protocol == PROTOCOL;
     let routes = namespace.netlink()?.main_routes(&is_own)?;
     Ok(routes.iter().map(|route| route.destination).collect())
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::host::netlink::RouteEntry;
+use fastvpn::host::netlink::{Route, RouteKind};
 use ipnet::IpNet;
 use nix::sys::signal::Signal;
 use testbed::{Namespace, UNDERLAY_NAME};
@@ -48,8 +48,10 @@ const COMMON_PROTOCOLS: std::ops::RangeInclusive<u8> = 0..=4;
 /// own.
 pub fn own_routes(namespace: &Namespace) -> Result<BTreeSet<IpNet>> {
     let index = link(namespace, TUNNEL_NAME)?.index;
-    let is_own = |route: &RouteEntry| {
-        route.oif == Some(index) && route.unicast && !COMMON_PROTOCOLS.contains(&route.protocol)
+    let is_own = |route: &Route| {
+        route.oif == Some(index)
+            && route.kind == RouteKind::Unicast
+            && !COMMON_PROTOCOLS.contains(&route.protocol)
     };
     let routes = main_routes(namespace)?;
     let own = routes.iter().filter(|route| is_own(route));

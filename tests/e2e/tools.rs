@@ -13,7 +13,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
-use fastvpn::host::netlink::RouteEntry;
+use fastvpn::host::netlink::Route;
 use ipnet::IpNet;
 use netlink_sys::{Socket as NetlinkSocket, SocketAddr as NetlinkAddr};
 use socket2::SockRef;
@@ -449,7 +449,7 @@ fn link_index(namespace: &Namespace, name: &str) -> Result<u32> {
 
 /// All routes of the main table, in the order in which the kernel looks at
 /// those to one prefix.
-pub fn main_routes(namespace: &Namespace) -> Result<Vec<RouteEntry>> {
+pub fn main_routes(namespace: &Namespace) -> Result<Vec<Route>> {
     namespace.netlink()?.main_routes(&|_| true)
 }
 

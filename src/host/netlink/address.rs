@@ -18,17 +18,10 @@ impl Netlink {
     /// `EEXIST` when the interface has the address already; `ENODEV` when there
     /// is no such interface; `EACCES` when IPv6 is switched off on it.
     pub fn add_address(&mut self, index: u32, address: IpNet) -> Result<()> {
-        let mut message = AddressMessage::default();
-        message.header.index = index;
-        message.header.prefix_len = address.prefix_len();
-        message.header.family = family(&address);
-        if matches!(address, IpNet::V6(_)) {
+        let mut message = address_message(index, address);
+        if address.addr().is_ipv6() {
             message.header.flags = AddressHeaderFlags::Nodad;
         }
-        message.attributes = vec![
-            AddressAttribute::Local(address.addr()),
-            AddressAttribute::Address(address.addr()),
-        ];
         self.execute(
             RouteNetlinkMessage::NewAddress(message),
             NLM_F_CREATE | NLM_F_EXCL,
@@ -45,14 +38,7 @@ impl Netlink {
     /// # Errors
     /// `EADDRNOTAVAIL` when the interface does not have it.
     pub fn del_address(&mut self, index: u32, address: IpNet) -> Result<()> {
-        let mut message = AddressMessage::default();
-        message.header.index = index;
-        message.header.prefix_len = address.prefix_len();
-        message.header.family = family(&address);
-        message.attributes = vec![
-            AddressAttribute::Local(address.addr()),
-            AddressAttribute::Address(address.addr()),
-        ];
+        let message = address_message(index, address);
         self.execute(RouteNetlinkMessage::DelAddress(message), 0)
             .map_err(|refusal| {
                 let name = self.name_for_error(index);
@@ -68,17 +54,27 @@ impl Netlink {
     /// # Errors
     /// When the kernel refuses.
     pub fn addresses(&mut self) -> Result<Vec<(u32, IpNet)>> {
-        let messages = self
-            .dump(RouteNetlinkMessage::GetAddress(AddressMessage::default()))
-            .map_err(|refusal| refusal.describe("cannot list the addresses"))?;
-        Ok(messages
-            .iter()
-            .filter_map(|message| match message {
-                RouteNetlinkMessage::NewAddress(address) => read_address(address),
+        self.dump(
+            RouteNetlinkMessage::GetAddress(AddressMessage::default()),
+            &|object| match object {
+                RouteNetlinkMessage::NewAddress(address) => read_address(&address),
                 _ => None,
-            })
-            .collect())
+            },
+        )
+        .map_err(|refusal| refusal.describe("cannot list the addresses"))
     }
+}
+
+fn address_message(index: u32, address: IpNet) -> AddressMessage {
+    let mut message = AddressMessage::default();
+    message.header.index = index;
+    message.header.prefix_len = address.prefix_len();
+    message.header.family = family(&address);
+    message.attributes = vec![
+        AddressAttribute::Local(address.addr()),
+        AddressAttribute::Address(address.addr()),
+    ];
+    message
 }
 
 pub(super) fn family(network: &IpNet) -> AddressFamily {
@@ -91,22 +87,14 @@ pub(super) fn family(network: &IpNet) -> AddressFamily {
 pub(super) fn read_address(message: &AddressMessage) -> Option<(u32, IpNet)> {
     // On a point-to-point interface IFA_ADDRESS is the other end and IFA_LOCAL
     // is ours; elsewhere IPv6 has IFA_ADDRESS alone (linux/if_addr.h).
-    let local = message
-        .attributes
-        .iter()
-        .find_map(|attribute| match attribute {
-            AddressAttribute::Local(address) => Some(*address),
-            _ => None,
-        });
-    let any = || {
-        message
-            .attributes
-            .iter()
-            .find_map(|attribute| match attribute {
-                AddressAttribute::Address(address) => Some(*address),
-                _ => None,
-            })
-    };
-    let network = IpNet::new(local.or_else(any)?, message.header.prefix_len).ok()?;
+    let (mut local, mut any) = (None, None);
+    for attribute in &message.attributes {
+        match attribute {
+            AddressAttribute::Local(address) => local = Some(*address),
+            AddressAttribute::Address(address) => any = Some(*address),
+            _ => {}
+        }
+    }
+    let network = IpNet::new(local.or(any)?, message.header.prefix_len).ok()?;
     Some((message.header.index, network))
 }

@@ -1,11 +1,13 @@
 //! Links: the host's network interfaces.
 
+use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{
-    InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+    AfSpecInet6, AfSpecUnspec, InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo,
+    LinkMessage,
 };
 
 use super::{Netlink, Refusal};
@@ -38,29 +40,26 @@ pub struct Link {
     pub txqueuelen: u32,
     /// Whether it is administratively up (`IFF_UP`).
     pub up: bool,
+    /// Whether it has one other end, and no neighbours (`IFF_POINTOPOINT`).
+    pub is_point_to_point: bool,
+    /// Largest IPv6 packet in bytes, if that was set by itself: by a router
+    /// (RFC 4861, section 4.6.4) or an administrator.
+    ipv6_mtu: Option<u32>,
+}
+
+impl Link {
+    /// Longest packet in bytes to this address.
+    pub fn mtu_bytes_of(&self, address: IpAddr) -> u32 {
+        match self.ipv6_mtu.filter(|_| address.is_ipv6()) {
+            Some(ipv6_mtu) => self.mtu.min(ipv6_mtu),
+            None => self.mtu,
+        }
+    }
 }
 
 /// What an interface has counted since it was created
 /// (`struct rtnl_link_stats64`, linux/if_link.h).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct LinkStats {
-    /// Packets received by the host from the interface.
-    pub rx_packets: u64,
-    /// Bytes received by the host from the interface.
-    pub rx_bytes: u64,
-    /// Received packets thrown away for want of room.
-    pub rx_dropped: u64,
-    /// Received packets that were bad.
-    pub rx_errors: u64,
-    /// Packets that the host sent through the interface.
-    pub tx_packets: u64,
-    /// Bytes that the host sent through the interface.
-    pub tx_bytes: u64,
-    /// Packets thrown away on their way out for want of room.
-    pub tx_dropped: u64,
-    /// Packets that could not be sent.
-    pub tx_errors: u64,
-}
+pub use netlink_packet_route::link::Stats64 as LinkStats;
 
 impl Netlink {
     /// The index of the interface called `name`, `None` if there is none.
@@ -98,16 +97,14 @@ impl Netlink {
     /// # Errors
     /// When the kernel refuses.
     pub fn links(&mut self) -> Result<Vec<Link>> {
-        let messages = self
-            .dump(RouteNetlinkMessage::GetLink(LinkMessage::default()))
-            .map_err(|refusal| refusal.describe("cannot list the interfaces"))?;
-        Ok(messages
-            .iter()
-            .filter_map(|message| match message {
-                RouteNetlinkMessage::NewLink(link) => Some(read_link(link)),
+        self.dump(
+            RouteNetlinkMessage::GetLink(LinkMessage::default()),
+            &|object| match object {
+                RouteNetlinkMessage::NewLink(link) => Some(read_link(&link)),
                 _ => None,
-            })
-            .collect())
+            },
+        )
+        .map_err(|refusal| refusal.describe("cannot list the interfaces"))
     }
 
     /// Brings an interface up.
@@ -173,26 +170,15 @@ impl Netlink {
     /// When there is no such interface or it counts nothing.
     pub fn link_stats(&mut self, index: u32) -> Result<LinkStats> {
         let what = || format!("cannot read the counters of interface {index}");
-        let message = self
-            .get_link(index)
-            .map_err(|refusal| refusal.describe(what()))?
-            .ok_or_else(|| Error::new(what()))?;
-        message
-            .attributes
-            .iter()
-            .find_map(|attribute| match attribute {
-                LinkAttribute::Stats64(stats) => Some(LinkStats {
-                    rx_packets: stats.rx_packets,
-                    rx_bytes: stats.rx_bytes,
-                    rx_dropped: stats.rx_dropped,
-                    rx_errors: stats.rx_errors,
-                    tx_packets: stats.tx_packets,
-                    tx_bytes: stats.tx_bytes,
-                    tx_dropped: stats.tx_dropped,
-                    tx_errors: stats.tx_errors,
-                }),
-                _ => None,
-            })
+        let found = self.get_link(index);
+        let message = found.map_err(|refusal| refusal.describe(what()))?;
+        let attributes = message.iter().flat_map(|message| &message.attributes);
+        let mut stats = attributes.filter_map(|attribute| match attribute {
+            LinkAttribute::Stats64(stats) => Some(*stats),
+            _ => None,
+        });
+        stats
+            .next()
             .ok_or_else(|| Error::new(what()).hint("the kernel reports none"))
     }
 
@@ -255,10 +241,7 @@ impl Netlink {
             })
     }
 
-    pub(super) fn get_link(
-        &mut self,
-        index: u32,
-    ) -> std::result::Result<Option<LinkMessage>, Refusal> {
+    fn get_link(&mut self, index: u32) -> std::result::Result<Option<LinkMessage>, Refusal> {
         let mut message = LinkMessage::default();
         message.header.index = index;
         match self.get(RouteNetlinkMessage::GetLink(message))? {
@@ -302,16 +285,31 @@ pub(super) fn read_link(message: &LinkMessage) -> Link {
         mtu: 0,
         txqueuelen: 0,
         up: message.header.flags.contains(LinkFlags::Up),
+        is_point_to_point: message.header.flags.contains(LinkFlags::Pointopoint),
+        ipv6_mtu: None,
     };
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => link.name.clone_from(name),
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
             LinkAttribute::TxQueueLen(packets) => link.txqueuelen = *packets,
+            LinkAttribute::AfSpecUnspec(families) => link.ipv6_mtu = read_ipv6_mtu(families),
             _ => {}
         }
     }
     link
+}
+
+fn read_ipv6_mtu(families: &[AfSpecUnspec]) -> Option<u32> {
+    let settings = families.iter().filter_map(|family| match family {
+        AfSpecUnspec::Inet6(settings) => Some(settings),
+        _ => None,
+    });
+    let mtu = settings.flatten().find_map(|setting| match setting {
+        AfSpecInet6::DevConf(all) => u32::try_from(all.mtu6).ok(),
+        _ => None,
+    });
+    mtu.filter(|mtu| *mtu > 0)
 }
 
 #[cfg(test)]

@@ -3,22 +3,19 @@
 //!
 //! One [`Netlink`] is one socket and therefore one network namespace: that of
 //! the thread which opened it, whatever namespace the thread enters later.
-//! Operations stand in one file per noun: [`link`], [`address`], [`route`],
-//! [`device_route`]. What others change is told by [`watch`].
+//! Operations stand in one file per noun: [`link`], [`address`], [`route`].
+//! [`watch`] tells what others change.
 //!
 //! Every request waits for the kernel's acknowledgement, so when a function
 //! returns `Ok` the change is in force. The errno of a refusal is kept in the
 //! [`Error`]; where the kernel says in words what it did not like
 //! (`NETLINK_EXT_ACK`), those words become the error's hint.
 
-pub mod address;
-mod batch;
-pub mod device_route;
+mod address;
 #[doc(hidden)]
 pub mod fuzz;
 pub mod link;
 pub mod route;
-mod route_mtu;
 pub mod watch;
 
 use std::io;
@@ -34,18 +31,18 @@ use netlink_sys::{Socket, SocketAddr};
 
 use crate::error::{Error, Result};
 
-pub use device_route::{DeviceRoute, RouteChange, RouteEntry};
 pub use link::{Link, LinkStats};
-pub use route::{Route, RouteKind, Way};
-pub use route_mtu::RouteMtu;
-pub use watch::{News, Watch};
+pub use route::{DeviceRoute, Route, RouteChange, RouteKind, RouteMtu, Way};
+pub use watch::{Event, Watch};
 
 /// Bytes of the receive buffer. The kernel fills at most 32 KiB of it per
 /// datagram of a dump (`netlink_dump()` in net/netlink/af_netlink.c).
 const RECEIVE_BYTES: usize = 64 * 1024;
 
-/// How often a dump is asked for again when the table changed underneath it.
-const DUMP_ATTEMPTS_MAX: usize = 16;
+/// How often a table is listed because it changed while it was. The last listing
+/// counts, even if it has gaps: a table may change all the time, and whoever
+/// needs to know better hears of the changes from [`Watch`].
+const LISTINGS_MAX: usize = 4;
 
 /// How long the kernel may keep us waiting. It answers within the system call
 /// that asks; only a defect could make us wait, and then not forever.
@@ -57,6 +54,11 @@ const NLMSGERR_ATTR_MSG: u16 = 1;
 /// Bytes of `struct nlmsghdr`, and the alignment of messages in a datagram.
 const HEADER_BYTES: usize = 16;
 const MESSAGE_ALIGN: usize = 4;
+
+/// Requests per datagram. Each may be refused, and all refusals wait in the
+/// socket's receive buffer until the kernel has been through the datagram: 100
+/// take up about half of the usual 208 KiB (`net.core.rmem_default`).
+const REQUESTS_PER_SEND_MAX: usize = 100;
 
 /// Datagrams of answers that nobody waits for any more, read at most before the
 /// next request: those of a table of ten million routes.
@@ -70,7 +72,7 @@ pub struct Netlink {
     socket: Socket,
     sequence: u32,
     buffer: Vec<u8>,
-    /// Whether the last request was given up before its answer was read whole.
+    /// Whether the last answer was given up before it was read to its end.
     is_unread: bool,
 }
 
@@ -103,11 +105,14 @@ impl From<io::Error> for Refusal {
     }
 }
 
-/// What one pass over the kernel's answer came to.
-enum Answer {
-    Complete(Vec<RouteNetlinkMessage>),
-    /// `NLM_F_DUMP_INTR`: the table changed while it was being listed.
-    Interrupted,
+/// One message of the kernel's answer to a request.
+enum Reply<'a> {
+    /// One of the objects that were asked for: the whole message.
+    Object(&'a [u8]),
+    /// The end: it is done.
+    Done,
+    /// The end: it was not done.
+    Refused(Refusal),
 }
 
 impl Netlink {
@@ -144,7 +149,43 @@ impl Netlink {
         message: RouteNetlinkMessage,
         flags: u16,
     ) -> std::result::Result<(), Refusal> {
-        self.transact(message, NLM_F_REQUEST | NLM_F_ACK | flags)?;
+        self.transact(message, NLM_F_ACK | flags, &mut |_| {})?;
+        Ok(())
+    }
+
+    /// Sends many requests that change something and waits until all are done.
+    /// A refusal does not stop the others; `refused` gets the request's place
+    /// and the kernel's reason.
+    ///
+    /// The kernel acknowledges the last request of each datagram only: of the
+    /// others silence means success (`netlink_rcv_skb()` in
+    /// net/netlink/af_netlink.c).
+    fn execute_batch(
+        &mut self,
+        requests: impl Iterator<Item = (RouteNetlinkMessage, u16)>,
+        refused: &mut dyn FnMut(usize, Refusal),
+    ) -> io::Result<()> {
+        let mut requests = requests.peekable();
+        let mut done = 0;
+        while requests.peek().is_some() {
+            let mut bytes = Vec::new();
+            let mut count = 0;
+            while count < REQUESTS_PER_SEND_MAX
+                && let Some((message, flags)) = requests.next()
+            {
+                count += 1;
+                let is_last = count == REQUESTS_PER_SEND_MAX || requests.peek().is_none();
+                let acknowledge = if is_last { NLM_F_ACK } else { 0 };
+                self.append_request(&mut bytes, message, flags | acknowledge);
+            }
+            self.send(&bytes)?;
+            self.read_replies(count, &mut |index, _, reply| {
+                if let Reply::Refused(refusal) = reply {
+                    refused(done + index, refusal);
+                }
+            })?;
+            done += count;
+        }
         Ok(())
     }
 
@@ -153,98 +194,70 @@ impl Netlink {
         &mut self,
         message: RouteNetlinkMessage,
     ) -> std::result::Result<Option<RouteNetlinkMessage>, Refusal> {
-        match self.transact(message, NLM_F_REQUEST | NLM_F_ACK)? {
-            Answer::Complete(messages) => Ok(messages.into_iter().next()),
-            Answer::Interrupted => Ok(None),
-        }
+        let mut found = None;
+        self.transact(message, NLM_F_ACK, &mut |object| {
+            found = found.take().or(Some(object))
+        })?;
+        Ok(found)
     }
 
-    /// Lists a table, again and again until no change has interrupted the listing.
-    fn dump(
+    /// Lists what `pick` makes of the objects of a table.
+    fn dump<T>(
         &mut self,
         message: RouteNetlinkMessage,
-    ) -> std::result::Result<Vec<RouteNetlinkMessage>, Refusal> {
-        for _ in 0..DUMP_ATTEMPTS_MAX {
-            match self.transact(message.clone(), NLM_F_REQUEST | NLM_F_DUMP)? {
-                Answer::Complete(messages) => return Ok(messages),
-                Answer::Interrupted => continue,
+        pick: &dyn Fn(RouteNetlinkMessage) -> Option<T>,
+    ) -> std::result::Result<Vec<T>, Refusal> {
+        let mut objects = Vec::new();
+        for _ in 0..LISTINGS_MAX {
+            objects.clear();
+            let mut add = |object| objects.extend(pick(object));
+            if !self.transact(message.clone(), NLM_F_DUMP, &mut add)? {
+                break;
             }
         }
-        Err(io::Error::from_raw_os_error(libc::EAGAIN).into())
+        Ok(objects)
     }
 
+    /// Sends a request; `visit` gets the objects of the answer. Returns whether
+    /// the table that was asked for changed while the kernel listed it
+    /// (`NLM_F_DUMP_INTR`), so that objects may be missing or come twice.
     fn transact(
         &mut self,
         message: RouteNetlinkMessage,
         flags: u16,
-    ) -> std::result::Result<Answer, Refusal> {
-        self.send(message, flags)?;
-        let mut messages = Vec::new();
-        let mut interrupted = false;
-        loop {
-            let length = self.receive()?;
-            let mut rest = &self.buffer[..length];
-            while let Some((one, tail)) = split_message(rest) {
-                rest = tail;
-                match read_message(one, self.sequence)? {
-                    Event::Foreign => continue,
-                    Event::NotUnderstood => {}
-                    Event::Object { object, flags } => {
-                        interrupted |= flags & NLM_F_DUMP_INTR != 0;
-                        messages.push(*object);
-                    }
-                    Event::End { flags } => {
-                        interrupted |= flags & NLM_F_DUMP_INTR != 0;
-                        self.is_unread = false;
-                        return Ok(if interrupted {
-                            Answer::Interrupted
-                        } else {
-                            Answer::Complete(messages)
-                        });
-                    }
-                }
-            }
-        }
-    }
-
-    /// Lists a table object by object without keeping it: `visit` gets each
-    /// object's bytes, without the netlink header. `true` when the table changed
-    /// meanwhile, so that objects may be missing or come twice.
-    fn visit_dump(
-        &mut self,
-        message: RouteNetlinkMessage,
-        visit: &mut dyn FnMut(&[u8]),
+        visit: &mut dyn FnMut(RouteNetlinkMessage),
     ) -> std::result::Result<bool, Refusal> {
-        self.send(message, NLM_F_REQUEST | NLM_F_DUMP)?;
-        let mut interrupted = false;
-        loop {
-            let length = self.receive()?;
-            let mut rest = &self.buffer[..length];
-            while let Some((one, tail)) = split_message(rest) {
-                rest = tail;
-                let header = RawHeader::read(one);
-                if header.sequence != self.sequence {
-                    continue;
-                }
-                interrupted |= header.flags & NLM_F_DUMP_INTR != 0;
-                if header.kind >= NLMSG_MIN_TYPE {
-                    visit(&one[HEADER_BYTES..]);
-                } else if let Event::End { .. } = read_message(one, self.sequence)? {
-                    self.is_unread = false;
-                    return Ok(interrupted);
-                }
-            }
-        }
-    }
-
-    fn send(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
-        self.sequence = self.sequence.wrapping_add(1);
         let mut bytes = Vec::new();
-        append_request(&mut bytes, message, flags, self.sequence);
-        self.send_bytes(&bytes)
+        self.append_request(&mut bytes, message, flags);
+        self.send(&bytes)?;
+        let mut is_interrupted = false;
+        let mut refusal = None;
+        self.read_replies(1, &mut |_, flags, reply| {
+            is_interrupted |= flags & NLM_F_DUMP_INTR != 0;
+            match reply {
+                Reply::Object(message) => parse_object(message).into_iter().for_each(&mut *visit),
+                Reply::Done => {}
+                Reply::Refused(reason) => refusal = Some(reason),
+            }
+        })?;
+        refusal.map_or(Ok(is_interrupted), Err)
     }
 
-    fn send_bytes(&mut self, bytes: &[u8]) -> io::Result<()> {
+    /// Puts one request behind those in `bytes`, padded as the kernel wants it.
+    fn append_request(&mut self, bytes: &mut Vec<u8>, message: RouteNetlinkMessage, flags: u16) {
+        self.sequence = self.sequence.wrapping_add(1);
+        let mut header = NetlinkHeader::default();
+        header.flags = NLM_F_REQUEST | flags;
+        header.sequence_number = self.sequence;
+        let mut request = NetlinkMessage::new(header, NetlinkPayload::from(message));
+        request.finalize();
+        let start = bytes.len();
+        let length = request.buffer_len();
+        bytes.resize(start + length.next_multiple_of(MESSAGE_ALIGN), 0);
+        request.serialize(&mut bytes[start..start + length]);
+    }
+
+    fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
         if self.is_unread {
             self.discard_answers();
         }
@@ -253,10 +266,10 @@ impl Netlink {
         Ok(())
     }
 
-    /// Reads what is left of the answer to a request that was given up. As long
-    /// as any of it waits after an overrun, the kernel drops further answers
-    /// without a word (`netlink_overrun()` in net/netlink/af_netlink.c), and it
-    /// begins no other dump.
+    /// Reads what is left of an answer that was given up. As long as any of it
+    /// waits after an overrun, the kernel drops further answers without a word
+    /// (`netlink_overrun()` in net/netlink/af_netlink.c), and it begins no other
+    /// dump.
     fn discard_answers(&mut self) {
         for _ in 0..LATE_DATAGRAMS_MAX {
             let read = self
@@ -269,20 +282,33 @@ impl Netlink {
         }
     }
 
-    /// Gives answers so little room that those to many requests are lost.
-    #[cfg(test)]
-    pub(crate) fn shrink(&self) {
-        socket2::SockRef::from(&self.socket)
-            .set_recv_buffer_size(16 << 10)
-            .unwrap();
-    }
-
-    /// The socket's address among the kernel's netlink sockets; it stands in
-    /// every notification of a change that this socket asked for.
-    fn port(&self) -> io::Result<u32> {
-        let mut address = SocketAddr::new(0, 0);
-        self.socket.get_address(&mut address)?;
-        Ok(address.port_number())
+    /// Reads the replies to the last `count` requests, up to the end of the last
+    /// one's. `take` gets the request's place, the reply's flags and the reply.
+    fn read_replies(
+        &mut self,
+        count: usize,
+        take: &mut dyn FnMut(usize, u16, Reply<'_>),
+    ) -> io::Result<()> {
+        let first = self.sequence.wrapping_sub(count as u32 - 1);
+        loop {
+            let length = self.receive()?;
+            let mut rest = &self.buffer[..length];
+            while let Some((message, tail)) = split_message(rest) {
+                rest = tail;
+                let header = RawHeader::read(message);
+                let index = header.sequence.wrapping_sub(first) as usize;
+                let Some(reply) = read_reply(message).filter(|_| index < count) else {
+                    // Not understood, or about a request that was given up.
+                    continue;
+                };
+                let is_end = index + 1 == count && !matches!(reply, Reply::Object(_));
+                take(index, header.flags, reply);
+                if is_end {
+                    self.is_unread = false;
+                    return Ok(());
+                }
+            }
+        }
     }
 
     fn receive(&mut self) -> io::Result<usize> {
@@ -302,22 +328,22 @@ impl Netlink {
             }
         }
     }
-}
 
-/// One message of the kernel's answer.
-enum Event {
-    /// An answer to an earlier request that was given up.
-    Foreign,
-    /// An object with attributes that the parser rejects. It is left out: a
-    /// strange neighbour must not make the whole table unreadable.
-    NotUnderstood,
-    Object {
-        object: Box<RouteNetlinkMessage>,
-        flags: u16,
-    },
-    End {
-        flags: u16,
-    },
+    /// The socket's address among the kernel's netlink sockets; it stands in
+    /// every notification of a change that this socket asked for.
+    fn port(&self) -> io::Result<u32> {
+        let mut address = SocketAddr::new(0, 0);
+        self.socket.get_address(&mut address)?;
+        Ok(address.port_number())
+    }
+
+    /// Gives answers so little room that those to many requests are lost.
+    #[cfg(test)]
+    pub(crate) fn shrink(&self) {
+        socket2::SockRef::from(&self.socket)
+            .set_recv_buffer_size(16 << 10)
+            .unwrap();
+    }
 }
 
 /// Cuts the first message off a datagram; `None` at its end or on garbage.
@@ -349,50 +375,43 @@ impl RawHeader {
     }
 }
 
-/// Puts one request behind those in `bytes`, padded as the kernel wants it.
-fn append_request(bytes: &mut Vec<u8>, message: RouteNetlinkMessage, flags: u16, sequence: u32) {
-    let mut header = NetlinkHeader::default();
-    header.flags = flags;
-    header.sequence_number = sequence;
-    let mut request = NetlinkMessage::new(header, NetlinkPayload::from(message));
-    request.finalize();
-    let start = bytes.len();
-    let length = request.buffer_len();
-    bytes.resize(start + length.next_multiple_of(MESSAGE_ALIGN), 0);
-    request.serialize(&mut bytes[start..start + length]);
+/// Reads one message of an answer; `None` if it says nothing.
+fn read_reply(bytes: &[u8]) -> Option<Reply<'_>> {
+    if RawHeader::read(bytes).kind >= NLMSG_MIN_TYPE {
+        return Some(Reply::Object(bytes));
+    }
+    let (header, payload) = parse(bytes)?.into_parts();
+    let refused = |code: i32, reason| {
+        let cause = io::Error::from_raw_os_error(code.wrapping_neg());
+        Some(Reply::Refused(Refusal { cause, reason }))
+    };
+    match payload {
+        NetlinkPayload::Error(error) if error.code.is_some() => {
+            let has_reason = header.flags & NLM_F_ACK_TLVS != 0;
+            let reason = has_reason.then(|| kernel_reason(&error)).flatten();
+            refused(error.raw_code(), reason)
+        }
+        NetlinkPayload::Done(done) if done.code < 0 => refused(done.code, None),
+        NetlinkPayload::Error(_) | NetlinkPayload::Done(_) => Some(Reply::Done),
+        _ => None,
+    }
 }
 
-fn read_message(bytes: &[u8], sequence: u32) -> std::result::Result<Event, Refusal> {
-    let message = match NetlinkMessage::<RouteNetlinkMessage>::deserialize(bytes) {
-        Ok(message) => message,
-        Err(error) => {
+/// The object in a message. One with attributes that the parser rejects is left
+/// out: a strange neighbour must not make the whole table unreadable.
+fn parse_object(bytes: &[u8]) -> Option<RouteNetlinkMessage> {
+    match parse(bytes)?.payload {
+        NetlinkPayload::InnerMessage(object) => Some(object),
+        _ => None,
+    }
+}
+
+fn parse(bytes: &[u8]) -> Option<NetlinkMessage<RouteNetlinkMessage>> {
+    NetlinkMessage::deserialize(bytes)
+        .inspect_err(|error| {
             tracing::debug!(%error, "left out a netlink message that is not understood");
-            return Ok(Event::NotUnderstood);
-        }
-    };
-    let (header, payload) = message.into_parts();
-    if header.sequence_number != sequence {
-        return Ok(Event::Foreign);
-    }
-    let flags = header.flags;
-    match payload {
-        NetlinkPayload::InnerMessage(object) => Ok(Event::Object {
-            object: Box::new(object),
-            flags,
-        }),
-        NetlinkPayload::Error(error) if error.code.is_some() => Err(Refusal {
-            cause: io::Error::from_raw_os_error(error.raw_code().wrapping_neg()),
-            reason: (flags & NLM_F_ACK_TLVS != 0)
-                .then(|| kernel_reason(&error))
-                .flatten(),
-        }),
-        NetlinkPayload::Error(_) => Ok(Event::End { flags }),
-        NetlinkPayload::Done(done) if done.code < 0 => {
-            Err(io::Error::from_raw_os_error(done.code.wrapping_neg()).into())
-        }
-        NetlinkPayload::Done(_) => Ok(Event::End { flags }),
-        _ => Ok(Event::NotUnderstood),
-    }
+        })
+        .ok()
 }
 
 /// The extended acknowledgement's text. With `NETLINK_CAP_ACK` the attributes
@@ -412,6 +431,7 @@ fn kernel_reason(error: &ErrorMessage) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testbed::Namespace;
 
     #[test]
     fn any_error_code_is_read() {
@@ -422,7 +442,9 @@ mod tests {
                 message.resize(16, 0);
                 message.extend(code.to_ne_bytes());
                 message.resize(36, 0);
-                let refusal = read_message(&message, 0).err().unwrap();
+                let Some(Reply::Refused(refusal)) = read_reply(&message) else {
+                    panic!("{kind} {code} is no refusal");
+                };
                 assert_eq!(refusal.cause.raw_os_error(), Some(code.wrapping_neg()));
             }
         }
@@ -448,5 +470,27 @@ mod tests {
         assert!(split_message(&[1, 0, 0]).is_none());
         assert!(split_message(&[0; 32]).is_none());
         assert!(split_message(&[0xff; 32]).is_none());
+    }
+
+    #[test]
+    fn answers_that_were_given_up_do_not_hold_up_later_ones() {
+        let namespace = Namespace::new().unwrap();
+        let mut netlink = namespace.netlink().unwrap();
+        let ours = DeviceRoute {
+            oif: netlink.link_index("lo").unwrap().unwrap(),
+            protocol: 99,
+        };
+        netlink.set_up(ours.oif).unwrap();
+        netlink.shrink();
+        let there = RouteChange::Add("10.1.0.0/16".parse().unwrap());
+        let mut change = |changes: &[RouteChange]| netlink.change_device_routes(ours, changes);
+        assert!(change(&[there]).unwrap().is_empty());
+        for third in 0..3 {
+            // More refusals than there is room for.
+            let error = change(&[there; REQUESTS_PER_SEND_MAX]).unwrap_err();
+            assert_eq!(error.errno(), Some(libc::ENOBUFS), "{error}");
+            let other = RouteChange::Add(format!("10.2.{third}.0/24").parse().unwrap());
+            assert!(change(&[other]).unwrap().is_empty());
+        }
     }
 }

@@ -1,13 +1,12 @@
 //! Routes: which packets leave by which interface.
 
-use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope,
-    RouteType,
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric,
+    RoutePreference, RouteProtocol, RouteScope, RouteType,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
@@ -16,54 +15,211 @@ use super::{Netlink, Refusal};
 use crate::error::{Error, Result};
 
 /// What happens to a packet that a route matches (`rtm_type`, rtnetlink(7)).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum RouteKind {
-    /// It is sent on.
-    Unicast,
-    /// It is dropped without a word.
-    Blackhole,
-    /// It is dropped; the sender hears "host unreachable".
-    Unreachable,
-    /// It is dropped; the sender hears "administratively prohibited".
-    Prohibit,
-}
+pub use netlink_packet_route::route::RouteType as RouteKind;
 
-/// A route as the kernel lists it. A route with several next hops is listed
-/// once for each of them.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// The main routing table (`RT_TABLE_MAIN`, linux/rtnetlink.h).
+pub const MAIN_TABLE: u32 = RouteHeader::RT_TABLE_MAIN as u32;
+
+/// Metric of our IPv6 routes, the lowest there is (zero means 1024, and the
+/// kernel's own have 256, linux/ipv6_route.h). IPv4 routes have metric 0.
+pub const IPV6_METRIC: u32 = 1;
+
+/// Index of the loopback interface (`LOOPBACK_IFINDEX` in include/net/flow.h),
+/// by which the host reaches its own addresses.
+const LOOPBACK_INDEX: u32 = 1;
+
+/// What the kernel says where there is a route of one of the types unreachable,
+/// blackhole and prohibit, in this order (`fib_props` in
+/// net/ipv4/fib_semantics.c; `ip6_rt_type_to_error()` in net/ipv6/route.c).
+const DROPPED: [i32; 3] = [libc::EHOSTUNREACH, libc::EINVAL, libc::EACCES];
+
+/// Requests that failed and why, by their place.
+pub type Refusals = Vec<(usize, Error)>;
+
+/// A route as the kernel lists it: what decides whether it is ours, whether it
+/// wins, and where it leads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Route {
     /// The packets' destination, masked.
     pub destination: IpNet,
-    /// The router that they are sent to, if they are sent to one.
-    pub via: Option<IpAddr>,
-    /// Index of the interface that they leave by.
-    pub oif: Option<u32>,
-    /// What happens to them.
-    pub kind: RouteKind,
-    /// Routing table; the main one is 254.
+    /// Routing table.
     pub table: u32,
+    /// Who made it (`rtm_protocol`, rtnetlink(7)).
+    pub protocol: u8,
+    /// What happens to the packets.
+    pub kind: RouteKind,
+    /// The interface that packets leave by, the first one if there are several.
+    pub oif: Option<u32>,
+    /// Whether there are several next hops.
+    pub is_multipath: bool,
+    /// Routes with a lower metric win over others of the same prefix.
+    pub metric: u32,
+    /// IPv6: among equal metrics the greater preference wins (-1, 0 or 1).
+    pub preference: i8,
+    /// Whether it is for all packets: not for one type of service or some
+    /// sources alone, and not the cached copy of another route.
+    pub is_general: bool,
+}
+
+impl Route {
+    /// Whether it is one of `device`'s in the main table.
+    pub fn belongs_to(&self, device: DeviceRoute) -> bool {
+        self.protocol == device.protocol && self.table == MAIN_TABLE && self.leads_into(device.oif)
+    }
+
+    /// Whether all its packets leave by this interface.
+    pub fn leads_into(&self, oif: u32) -> bool {
+        self.kind == RouteKind::Unicast && self.oif == Some(oif) && !self.is_multipath
+    }
+
+    /// What of a listed route matters; `None` if it is no IP route.
+    pub(super) fn read(message: &RouteMessage) -> Option<Self> {
+        let header = &message.header;
+        let mut address: IpAddr = match header.address_family {
+            AddressFamily::Inet => Ipv4Addr::UNSPECIFIED.into(),
+            AddressFamily::Inet6 => Ipv6Addr::UNSPECIFIED.into(),
+            _ => return None,
+        };
+        let mut table = u32::from(header.table);
+        let (mut metric, mut preference) = (0, 0);
+        for attribute in &message.attributes {
+            match attribute {
+                RouteAttribute::Destination(RouteAddress::Inet(v4)) => address = (*v4).into(),
+                RouteAttribute::Destination(RouteAddress::Inet6(v6)) => address = (*v6).into(),
+                // The header has one byte for the table; larger numbers stand here.
+                RouteAttribute::Table(number) => table = *number,
+                RouteAttribute::Priority(number) => metric = *number,
+                RouteAttribute::Preference(RoutePreference::High) => preference = 1,
+                RouteAttribute::Preference(RoutePreference::Low) => preference = -1,
+                _ => {}
+            }
+        }
+        let hops = next_hops(message);
+        let is_cached = header.flags.contains(RouteFlags::Cloned);
+        Some(Self {
+            destination: IpNet::new(address, header.destination_prefix_length)
+                .ok()?
+                .trunc(),
+            table,
+            protocol: header.protocol.into(),
+            kind: header.kind,
+            oif: hops.first().map(|hop| hop.oif),
+            is_multipath: hops.len() > 1,
+            metric,
+            preference,
+            is_general: header.tos == 0 && header.source_prefix_length == 0 && !is_cached,
+        })
+    }
+}
+
+/// One of the ways that a route leads by.
+struct NextHop {
+    oif: u32,
+    /// Packets go to a router there, and not to their destination itself.
+    has_router: bool,
+}
+
+fn next_hops(route: &RouteMessage) -> Vec<NextHop> {
+    let hop = |oif: u32, attributes: &[RouteAttribute]| NextHop {
+        oif,
+        has_router: attributes.iter().any(|attribute| {
+            matches!(
+                attribute,
+                RouteAttribute::Gateway(_) | RouteAttribute::Via(_)
+            )
+        }),
+    };
+    let mut hops = Vec::new();
+    for attribute in &route.attributes {
+        match attribute {
+            RouteAttribute::Oif(index) => hops.push(hop(*index, &route.attributes)),
+            RouteAttribute::MultiPath(all) => {
+                let all = all.iter();
+                hops.extend(all.map(|one| hop(one.interface_index, &one.attributes)));
+            }
+            _ => {}
+        }
+    }
+    hops
 }
 
 /// How the host would reach an address.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Way {
-    /// By this route. Of several next hops it has the first.
-    Route(Route),
+pub enum Way<R = Route> {
+    /// By this route.
+    Route(R),
     /// There is a route, which drops all packets.
     Dropped,
     /// There is none.
     None,
 }
 
-/// What the kernel says where there is no route, or one of the types
-/// unreachable, blackhole and prohibit, in this order (`fib_props` in
-/// net/ipv4/fib_semantics.c; `ip6_rt_type_to_error()` in net/ipv6/route.c).
-pub(super) const NO_WAY: [i32; 4] = [
-    libc::ENETUNREACH,
-    libc::EHOSTUNREACH,
-    libc::EINVAL,
-    libc::EACCES,
-];
+/// How long packets toward an address may be, as far as this host's own settings
+/// say: the route and the interface. What the kernel has been told by ICMP is
+/// left aside, since anybody can send that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RouteMtu {
+    /// Largest packet in bytes.
+    pub mtu_bytes: u32,
+    /// The address is on the link itself: no router comes in between.
+    pub is_direct: bool,
+}
+
+/// Whose routes are meant: those of one protocol through one device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceRoute {
+    /// Index of the device.
+    pub oif: u32,
+    /// Who made the route (`rtm_protocol`, rtnetlink(7)).
+    pub protocol: u8,
+}
+
+/// One change to the main table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum RouteChange {
+    /// Adds a route; refused with `EEXIST` if there is one of the same prefix
+    /// and metric, whoever has made it.
+    Add(IpNet),
+    /// Adds a route and leaves others of the same prefix where they are. In
+    /// IPv4 it goes in front of them (`fib_table_insert()` in
+    /// net/ipv4/fib_trie.c), in IPv6 it wins by [`IPV6_METRIC`] and, where
+    /// another has that, by its preference (RFC 4191; `rt6_score_route()` in
+    /// net/ipv6/route.c). `EEXIST` if the very same route is there already.
+    Prepend(IpNet),
+    /// Deletes a route; `ESRCH` if it is not there. Those of others stay.
+    Delete(IpNet),
+}
+
+impl RouteChange {
+    /// The destination of the route.
+    pub fn prefix(&self) -> IpNet {
+        match self {
+            Self::Add(prefix) | Self::Prepend(prefix) | Self::Delete(prefix) => *prefix,
+        }
+    }
+
+    fn request(&self, route: DeviceRoute) -> (RouteNetlinkMessage, u16) {
+        let mut message = prefix_message(self.prefix());
+        message.attributes.push(RouteAttribute::Oif(route.oif));
+        message.header.protocol = RouteProtocol::from(route.protocol);
+        message.header.kind = RouteType::Unicast;
+        match self.prefix() {
+            IpNet::V4(_) => message.header.scope = RouteScope::Link,
+            IpNet::V6(_) => message.attributes.extend([
+                RouteAttribute::Priority(IPV6_METRIC),
+                RouteAttribute::Preference(RoutePreference::High),
+            ]),
+        }
+        match self {
+            Self::Add(_) => (
+                RouteNetlinkMessage::NewRoute(message),
+                NLM_F_CREATE | NLM_F_EXCL,
+            ),
+            Self::Prepend(_) => (RouteNetlinkMessage::NewRoute(message), NLM_F_CREATE),
+            Self::Delete(_) => (RouteNetlinkMessage::DelRoute(message), 0),
+        }
+    }
+}
 
 impl Netlink {
     /// Adds a route to the main table. Without `via` the destination is on the
@@ -115,27 +271,56 @@ impl Netlink {
             })
     }
 
-    /// The routes of all tables, IPv4 and IPv6, that decide where packets of
-    /// others go; not the host's own, broadcast, anycast and multicast
-    /// addresses.
+    /// The routes of all tables, IPv4 before IPv6, that decide where packets of
+    /// others go; not the host's own, broadcast, anycast and multicast addresses.
     ///
     /// # Errors
     /// When the kernel refuses.
     pub fn routes(&mut self) -> Result<Vec<Route>> {
+        let decides = |route: &Route| {
+            let is_for_others = matches!(
+                route.kind,
+                RouteKind::Unicast
+                    | RouteKind::BlackHole
+                    | RouteKind::Unreachable
+                    | RouteKind::Prohibit
+            );
+            route.is_general && is_for_others
+        };
+        self.list_routes(RouteHeader::RT_TABLE_UNSPEC, &decides)
+    }
+
+    /// The routes of the main table that `matters` picks, IPv4 before IPv6.
+    /// Routes to the same prefix stand in the order in which the kernel looks
+    /// at them. A table that changes all the time may be listed with gaps.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn main_routes(&mut self, matters: &dyn Fn(&Route) -> bool) -> Result<Vec<Route>> {
+        // Kernels before 4.20 do not filter by table.
+        self.list_routes(RouteHeader::RT_TABLE_MAIN, &|route| {
+            route.table == MAIN_TABLE && matters(route)
+        })
+    }
+
+    fn list_routes(&mut self, table: u8, matters: &dyn Fn(&Route) -> bool) -> Result<Vec<Route>> {
         let mut routes = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut message = RouteMessage::default();
             message.header.address_family = family;
-            let listed = match self.dump(RouteNetlinkMessage::GetRoute(message)) {
-                Ok(listed) => listed,
-                // A kernel without IPv6 has no such table.
-                Err(refusal) if refusal.is(libc::EOPNOTSUPP) => continue,
+            message.header.table = table;
+            let listed = self.dump(
+                RouteNetlinkMessage::GetRoute(message),
+                &|object| match object {
+                    RouteNetlinkMessage::NewRoute(route) => Route::read(&route).filter(matters),
+                    _ => None,
+                },
+            );
+            match listed {
+                Ok(listed) => routes.extend(listed),
+                // A kernel without IPv6, or a table without routes so far.
+                Err(refusal) if refusal.is(libc::EOPNOTSUPP) || refusal.is(libc::ENOENT) => {}
                 Err(refusal) => return Err(refusal.describe("cannot list the routes")),
-            };
-            for message in &listed {
-                if let RouteNetlinkMessage::NewRoute(route) = message {
-                    read_route(route, &mut routes);
-                }
             }
         }
         Ok(routes)
@@ -148,7 +333,7 @@ impl Netlink {
     /// # Errors
     /// When the kernel refuses for another reason.
     pub fn interface_to(&mut self, address: IpAddr) -> Result<Option<u32>> {
-        self.find_way(address, None)
+        self.interface_to_endpoint((address, 0).into())
     }
 
     /// As [`Self::interface_to`], for datagrams to `endpoint`: a link-local
@@ -157,25 +342,9 @@ impl Netlink {
     /// # Errors
     /// As [`Self::interface_to`].
     pub fn interface_to_endpoint(&mut self, endpoint: SocketAddr) -> Result<Option<u32>> {
-        self.find_way(endpoint.ip(), zone(endpoint))
-    }
-
-    fn find_way(&mut self, address: IpAddr, oif: Option<u32>) -> Result<Option<u32>> {
-        let mut message = route_message(IpNet::from(address), None, oif)?;
-        message.header.table = 0;
-        match self.get(RouteNetlinkMessage::GetRoute(message)) {
-            Ok(Some(RouteNetlinkMessage::NewRoute(route))) => {
-                Ok(route
-                    .attributes
-                    .iter()
-                    .find_map(|attribute| match attribute {
-                        RouteAttribute::Oif(index) => Some(*index),
-                        _ => None,
-                    }))
-            }
-            Ok(_) => Ok(None),
-            Err(refusal) if NO_WAY.iter().any(|errno| refusal.is(*errno)) => Ok(None),
-            Err(refusal) => Err(refusal.describe(format!("cannot look up the route to {address}"))),
+        match self.look_up(endpoint, RouteFlags::empty())? {
+            Way::Route(route) => Ok(next_hops(&route).first().map(|hop| hop.oif)),
+            Way::Dropped | Way::None => Ok(None),
         }
     }
 
@@ -185,40 +354,103 @@ impl Netlink {
     /// # Errors
     /// When the kernel refuses for another reason than that there is no way.
     pub fn way_to(&mut self, endpoint: SocketAddr) -> Result<Way> {
-        let address = endpoint.ip();
-        match self.fib_match(endpoint) {
-            Ok(Some(found)) => {
-                let mut routes = Vec::new();
-                read_route(&found, &mut routes);
-                Ok(routes.into_iter().next().map_or(Way::None, Way::Route))
-            }
-            Ok(None) => Ok(Way::None),
+        Ok(match self.look_up(endpoint, fib_match(endpoint))? {
+            Way::Route(route) => Route::read(&route).map_or(Way::None, Way::Route),
+            Way::Dropped => Way::Dropped,
+            Way::None => Way::None,
+        })
+    }
+
+    /// The MTU of the route to `endpoint`: that which an administrator gave it,
+    /// or else that of its interface. Of several next hops the smallest counts.
+    /// `None` if there is no way there.
+    ///
+    /// # Errors
+    /// When the kernel refuses for another reason.
+    pub fn route_mtu(&mut self, endpoint: SocketAddr) -> Result<Option<RouteMtu>> {
+        let Way::Route(route) = self.look_up(endpoint, fib_match(endpoint))? else {
+            return Ok(None);
+        };
+        let mut hops = next_hops(&route);
+        if route.header.kind == RouteKind::Local {
+            hops = vec![NextHop {
+                oif: LOOPBACK_INDEX,
+                has_router: false,
+            }];
+        }
+        let given = given_mtu_bytes(&route.attributes);
+        let mut found: Option<RouteMtu> = None;
+        for hop in hops {
+            let Some(link) = self.link_by_index(hop.oif)? else {
+                continue;
+            };
+            let own = link.mtu_bytes_of(endpoint.ip());
+            let mtu_bytes = given.map_or(own, |given| given.min(own));
+            // What is behind a point-to-point link, such as that of a modem or
+            // another tunnel, is rarely its other end alone.
+            let is_direct = !hop.has_router && !link.is_point_to_point;
+            found = Some(RouteMtu {
+                mtu_bytes: found.map_or(mtu_bytes, |other| other.mtu_bytes.min(mtu_bytes)),
+                is_direct: is_direct && found.is_none_or(|other| other.is_direct),
+            });
+        }
+        Ok(found)
+    }
+
+    /// Asks the kernel how it would reach `endpoint`.
+    fn look_up(&mut self, endpoint: SocketAddr, flags: RouteFlags) -> Result<Way<RouteMessage>> {
+        let mut message = prefix_message(IpNet::from(endpoint.ip()));
+        message.header.table = RouteHeader::RT_TABLE_UNSPEC;
+        message.header.flags = flags;
+        // The interface that the address is good for, if it is not for all.
+        if let SocketAddr::V6(endpoint) = endpoint
+            && endpoint.scope_id() != 0
+        {
+            let zone = RouteAttribute::Oif(endpoint.scope_id());
+            message.attributes.push(zone);
+        }
+        match self.get(RouteNetlinkMessage::GetRoute(message)) {
+            Ok(Some(RouteNetlinkMessage::NewRoute(route))) => Ok(Way::Route(route)),
+            Ok(_) => Ok(Way::None),
             Err(refusal) if refusal.is(libc::ENETUNREACH) => Ok(Way::None),
-            Err(refusal) if NO_WAY.iter().any(|errno| refusal.is(*errno)) => Ok(Way::Dropped),
-            Err(refusal) => Err(refusal.describe(format!("cannot look up the route to {address}"))),
+            Err(refusal) if DROPPED.iter().any(|errno| refusal.is(*errno)) => Ok(Way::Dropped),
+            Err(refusal) => {
+                let address = endpoint.ip();
+                Err(refusal.describe(format!("cannot look up the route to {address}")))
+            }
         }
     }
 
-    /// The route to `endpoint` as it stands in its table, without what the kernel
-    /// has learnt since.
-    pub(super) fn fib_match(
+    /// Makes many changes, in their order, a hundred per system call. Returns
+    /// those that the kernel refused; the others are in force.
+    ///
+    /// # Errors
+    /// When the socket fails; it is then unknown which changes are in force.
+    pub fn change_device_routes(
         &mut self,
-        endpoint: SocketAddr,
-    ) -> std::result::Result<Option<RouteMessage>, Refusal> {
-        let mut message = prefix_message(IpNet::from(endpoint.ip()));
-        message
-            .attributes
-            .extend(zone(endpoint).map(RouteAttribute::Oif));
-        message.header.table = 0;
-        // Of IPv6 the table is told without being asked for.
-        message.header.flags = match endpoint {
-            SocketAddr::V4(_) => RouteFlags::FibMatch | RouteFlags::LookupTable,
-            SocketAddr::V6(_) => RouteFlags::FibMatch,
-        };
-        match self.get(RouteNetlinkMessage::GetRoute(message))? {
-            Some(RouteNetlinkMessage::NewRoute(found)) => Ok(Some(found)),
-            _ => Ok(None),
+        route: DeviceRoute,
+        changes: &[RouteChange],
+    ) -> Result<Refusals> {
+        let mut refusals = Vec::new();
+        let requests = changes.iter().map(|change| change.request(route));
+        self.execute_batch(requests, &mut |place, refusal| {
+            refusals.push((place, refusal));
+        })
+        .map_err(|cause| Error::os("cannot change routes", cause))?;
+        if refusals.is_empty() {
+            return Ok(Vec::new());
         }
+        let name = self.name_for_error(route.oif);
+        let describe = |(place, refusal): (usize, Refusal)| {
+            let what = match changes[place] {
+                RouteChange::Delete(prefix) => format!("cannot delete route {prefix} on {name}"),
+                RouteChange::Add(prefix) | RouteChange::Prepend(prefix) => {
+                    format!("cannot add route {prefix} on {name}")
+                }
+            };
+            (place, refusal.describe(what))
+        };
+        Ok(refusals.into_iter().map(describe).collect())
     }
 
     fn hop_for_error(&mut self, via: Option<IpAddr>, oif: Option<u32>) -> String {
@@ -230,23 +462,24 @@ impl Netlink {
     }
 }
 
-/// The interface that an endpoint's address is good for, if it is not for all.
-fn zone(endpoint: SocketAddr) -> Option<u32> {
+/// Asks for the route as it stands in its table, without what the kernel has
+/// learnt since. Of IPv6 the table is told without being asked for.
+fn fib_match(endpoint: SocketAddr) -> RouteFlags {
     match endpoint {
-        SocketAddr::V6(endpoint) => Some(endpoint.scope_id()).filter(|zone| *zone != 0),
-        SocketAddr::V4(_) => None,
+        SocketAddr::V4(_) => RouteFlags::FibMatch | RouteFlags::LookupTable,
+        SocketAddr::V6(_) => RouteFlags::FibMatch,
     }
 }
 
-impl fmt::Display for RouteKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            RouteKind::Unicast => "unicast",
-            RouteKind::Blackhole => "blackhole",
-            RouteKind::Unreachable => "unreachable",
-            RouteKind::Prohibit => "prohibit",
-        })
-    }
+/// `ip route add … mtu N`.
+fn given_mtu_bytes(attributes: &[RouteAttribute]) -> Option<u32> {
+    attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Metrics(metrics) => metrics.iter().find_map(|metric| match metric {
+            RouteMetric::Mtu(mtu_bytes) => Some(*mtu_bytes).filter(|bytes| *bytes > 0),
+            _ => None,
+        }),
+        _ => None,
+    })
 }
 
 fn route_message(prefix: IpNet, via: Option<IpAddr>, oif: Option<u32>) -> Result<RouteMessage> {
@@ -266,7 +499,7 @@ fn route_message(prefix: IpNet, via: Option<IpAddr>, oif: Option<u32>) -> Result
 }
 
 /// A route to a prefix in the main table, without a way to it.
-pub(super) fn prefix_message(prefix: IpNet) -> RouteMessage {
+fn prefix_message(prefix: IpNet) -> RouteMessage {
     let prefix = prefix.trunc();
     let mut message = RouteMessage::default();
     message.header.address_family = family(&prefix);
@@ -278,73 +511,53 @@ pub(super) fn prefix_message(prefix: IpNet) -> RouteMessage {
     message
 }
 
-pub(super) fn read_route(message: &RouteMessage, routes: &mut Vec<Route>) {
-    let kind = match message.header.kind {
-        RouteType::Unicast => RouteKind::Unicast,
-        RouteType::BlackHole => RouteKind::Blackhole,
-        RouteType::Unreachable => RouteKind::Unreachable,
-        RouteType::Prohibit => RouteKind::Prohibit,
-        _ => return,
-    };
-    // A cached copy of a route (path MTU, redirect) is not a route of its own.
-    if message.header.flags.contains(RouteFlags::Cloned) {
-        return;
-    }
-    let mut address: IpAddr = match message.header.address_family {
-        AddressFamily::Inet => Ipv4Addr::UNSPECIFIED.into(),
-        AddressFamily::Inet6 => Ipv6Addr::UNSPECIFIED.into(),
-        _ => return,
-    };
-    let mut table = u32::from(message.header.table);
-    let mut hops = Vec::new();
-    for attribute in &message.attributes {
-        match attribute {
-            RouteAttribute::Destination(RouteAddress::Inet(v4)) => address = (*v4).into(),
-            RouteAttribute::Destination(RouteAddress::Inet6(v6)) => address = (*v6).into(),
-            // The header has one byte for the table; larger numbers stand here.
-            RouteAttribute::Table(number) => table = *number,
-            RouteAttribute::MultiPath(next_hops) => {
-                hops.extend(
-                    next_hops
-                        .iter()
-                        .map(|hop| (Some(hop.interface_index), find_gateway(&hop.attributes))),
-                );
-            }
-            _ => {}
-        }
-    }
-    if hops.is_empty() {
-        let oif = message
-            .attributes
-            .iter()
-            .find_map(|attribute| match attribute {
-                RouteAttribute::Oif(index) => Some(*index),
-                _ => None,
-            });
-        hops.push((oif, find_gateway(&message.attributes)));
-    }
-    let Ok(destination) = IpNet::new(address, message.header.destination_prefix_length) else {
-        return;
-    };
-    routes.extend(hops.into_iter().map(|(oif, via)| Route {
-        destination,
-        via,
-        oif,
-        kind,
-        table,
-    }));
+/// What somebody else does to a route, with the flags that iproute2 uses.
+#[cfg(test)]
+#[derive(Clone, Copy)]
+pub(crate) enum Meddling {
+    /// `ip route replace`
+    Replace,
+    /// `ip route prepend`
+    Prepend,
+    /// `ip route append`
+    Append,
 }
 
-fn find_gateway(attributes: &[RouteAttribute]) -> Option<IpAddr> {
-    attributes.iter().find_map(|attribute| match attribute {
-        RouteAttribute::Gateway(RouteAddress::Inet(v4)) => Some((*v4).into()),
-        RouteAttribute::Gateway(RouteAddress::Inet6(v6)) => Some((*v6).into()),
-        _ => None,
-    })
+#[cfg(test)]
+impl Netlink {
+    /// Does as iproute2 does, with protocol "boot". Metric 0 means the usual.
+    pub(crate) fn meddle(
+        &mut self,
+        meddling: Meddling,
+        prefix: IpNet,
+        oif: u32,
+        metric: u32,
+    ) -> Result<()> {
+        use netlink_packet_core::{NLM_F_APPEND, NLM_F_REPLACE};
+        let mut message = prefix_message(prefix);
+        message.header.protocol = RouteProtocol::Boot;
+        message.header.kind = RouteType::Unicast;
+        message.attributes.push(RouteAttribute::Oif(oif));
+        if metric != 0 {
+            message.attributes.push(RouteAttribute::Priority(metric));
+        }
+        if matches!(prefix, IpNet::V4(_)) {
+            message.header.scope = RouteScope::Link;
+        }
+        let flags = match meddling {
+            Meddling::Replace => NLM_F_CREATE | NLM_F_REPLACE,
+            Meddling::Prepend => NLM_F_CREATE,
+            Meddling::Append => NLM_F_CREATE | NLM_F_APPEND,
+        };
+        self.execute(RouteNetlinkMessage::NewRoute(message), flags)
+            .map_err(|refusal| refusal.describe(format!("cannot meddle with {prefix}")))
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use netlink_packet_core::NLM_F_REPLACE;
+
     use super::*;
     use crate::testbed::Namespace;
 
@@ -399,6 +612,86 @@ mod tests {
                     .del_route(prefix.parse().unwrap(), None, None)
                     .unwrap();
             }
+        }
+    }
+
+    fn mtu(netlink: &mut Netlink, address: &str) -> Option<RouteMtu> {
+        let endpoint = SocketAddr::new(address.parse().unwrap(), 1);
+        netlink.route_mtu(endpoint).unwrap()
+    }
+
+    fn direct(mtu_bytes: u32) -> Option<RouteMtu> {
+        Some(RouteMtu {
+            mtu_bytes,
+            is_direct: true,
+        })
+    }
+
+    fn routed(mtu_bytes: u32) -> Option<RouteMtu> {
+        direct(mtu_bytes).map(|mtu| RouteMtu {
+            is_direct: false,
+            ..mtu
+        })
+    }
+
+    #[test]
+    fn the_route_comes_before_the_interface_and_the_smaller_counts() {
+        let namespace = Namespace::new().unwrap();
+        namespace
+            .sysctl("net/ipv6/conf/default/accept_dad", "0")
+            .unwrap();
+        let mut netlink = namespace.netlink().unwrap();
+        netlink.create_veth("one", "two", None).unwrap();
+        let index = netlink.link_index("one").unwrap().unwrap();
+        netlink.set_mtu(index, 1400).unwrap();
+        netlink.set_up(index).unwrap();
+        for net in ["10.1.0.1/24", "fd01::1/64"] {
+            netlink.add_address(index, net.parse().unwrap()).unwrap();
+        }
+        for (far, near, gateway) in [
+            ("10.2.0.1", "10.1.0.2", "10.1.0.254"),
+            ("fd02::1", "fd01::2", "fd01::254"),
+        ] {
+            assert_eq!(mtu(&mut netlink, near), direct(1400));
+            assert_eq!(mtu(&mut netlink, far), None);
+            let prefix = format!("{far}/{}", if far.contains(':') { 128 } else { 32 });
+            let gateway = gateway.parse().unwrap();
+            netlink
+                .add_route(prefix.parse().unwrap(), Some(gateway), None)
+                .unwrap();
+            assert_eq!(mtu(&mut netlink, far), routed(1400));
+            for (given, expected) in [(1300, 1300), (1450, 1400)] {
+                let mut message = prefix_message(prefix.parse().unwrap());
+                message.header.protocol = RouteProtocol::Static;
+                message.header.kind = RouteType::Unicast;
+                message.attributes.extend([
+                    RouteAttribute::Gateway(gateway.into()),
+                    RouteAttribute::Metrics(vec![RouteMetric::Mtu(given)]),
+                ]);
+                let flags = NLM_F_CREATE | NLM_F_REPLACE;
+                let replaced = netlink.execute(RouteNetlinkMessage::NewRoute(message), flags);
+                replaced
+                    .map_err(|refusal| refusal.describe("replace"))
+                    .unwrap();
+                assert_eq!(mtu(&mut netlink, far), routed(expected), "{prefix} {given}");
+            }
+        }
+        namespace.sysctl("net/ipv6/conf/one/mtu", "1290").unwrap();
+        assert_eq!(mtu(&mut netlink, "fd01::2"), direct(1290));
+        assert_eq!(mtu(&mut netlink, "10.1.0.2"), direct(1400));
+        // The host's own addresses are behind the loopback interface.
+        let loopback = netlink.link_by_index(LOOPBACK_INDEX).unwrap().unwrap();
+        netlink.set_up(LOOPBACK_INDEX).unwrap();
+        assert_eq!(loopback.name, "lo");
+        for own in ["127.0.0.1", "10.1.0.1", "::1", "fd01::1"] {
+            // The kernel adds IPv6 routes to them from a work queue.
+            for _ in 0..3000 {
+                if mtu(&mut netlink, own) == direct(loopback.mtu) {
+                    break;
+                }
+                std::thread::sleep(std::time::Duration::from_millis(10));
+            }
+            assert_eq!(mtu(&mut netlink, own), direct(loopback.mtu), "{own}");
         }
     }
 }

@@ -4,39 +4,29 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
-use netlink_packet_core::NlasIterator;
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_ROUTE;
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{SockFilter, SockRef};
 
-use super::device_route::RouteEntry;
-use super::{HEADER_BYTES, Netlink, RECEIVE_BYTES, RawHeader, split_message};
+use super::{Netlink, RECEIVE_BYTES, Route, parse_object, split_message};
 use crate::error::{Error, Result};
 
-/// Notifications wait here while their reader is busy; a thousand take up about
-/// a megabyte. Those that do not fit are lost, and the reader is told.
+/// Events wait here while their reader is busy; a thousand take up about a
+/// megabyte. Those that do not fit are lost, and the reader is told.
 const QUEUE_BYTES: usize = 8 << 20;
 
 /// Where the port of who asked for a change stands in `struct nlmsghdr`.
 const PORT_AT: u32 = 12;
 
-// Of `struct ifinfomsg` (linux/rtnetlink.h).
-const IFINFOMSG_BYTES: usize = 16;
-
-// Of `struct ifaddrmsg` (linux/if_addr.h).
-const IFADDRMSG_BYTES: usize = 8;
-
-/// One piece of news.
+/// A change that somebody has made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum News {
-    /// A route was added or has replaced another, of which the kernel says
-    /// nothing.
-    RouteAdded(RouteEntry),
-    /// A route was deleted. For IPv4 routes that go because an interface goes
-    /// down or loses its last IPv4 address there is no such news
-    /// (`fib_sync_down_dev()` in net/ipv4/fib_semantics.c).
-    RouteDeleted(RouteEntry),
+pub enum Event {
+    /// A route was added or deleted. One that it has replaced is not told, nor are
+    /// IPv4 routes that go because an interface goes down or loses its last IPv4
+    /// address (`fib_sync_down_dev()` in net/ipv4/fib_semantics.c).
+    Route(Route),
     /// An interface has got or lost an address, or an address has changed.
     Address {
         /// The interface's index.
@@ -46,17 +36,13 @@ pub enum News {
     Link {
         /// Its index.
         index: u32,
-        /// Whether it is administratively up.
-        up: bool,
-        /// Its MTU in bytes, if it is told.
-        mtu_bytes: Option<u32>,
     },
     /// An interface is gone.
     LinkDeleted {
         /// The index that it had.
         index: u32,
     },
-    /// There was more news than there was room: anything may have changed.
+    /// There were more events than there was room: anything may have changed.
     Lost,
 }
 
@@ -84,7 +70,7 @@ impl Watch {
         // Before the subscription, so that nothing slips through.
         SockRef::from(&socket).attach_filter(&all_but_changes_of(own.port()?))?;
         // Beyond net.core.rmem_max it takes CAP_NET_ADMIN of the initial user
-        // namespace. With less room news is lost sooner, and said to be.
+        // namespace. With less room events are lost sooner, and said to be.
         if setsockopt(&socket, sockopt::RcvBufForce, &QUEUE_BYTES).is_err() {
             SockRef::from(&socket).set_recv_buffer_size(QUEUE_BYTES)?;
         }
@@ -105,7 +91,7 @@ impl Watch {
         })
     }
 
-    /// Gives news so little room that some is lost.
+    /// Gives events so little room that some are lost.
     #[cfg(test)]
     pub(crate) fn shrink(&self) {
         SockRef::from(&self.socket)
@@ -128,8 +114,8 @@ impl Watch {
     /// waiting. `true` if there may be more.
     ///
     /// # Errors
-    /// When the socket fails. News may be lost then, also if it works again.
-    pub fn read(&mut self, datagrams_max: usize, visit: &mut dyn FnMut(News)) -> Result<bool> {
+    /// When the socket fails. Events may be lost then, also if it works again.
+    pub fn read(&mut self, datagrams_max: usize, visit: &mut dyn FnMut(Event)) -> Result<bool> {
         for _ in 0..datagrams_max {
             match self
                 .socket
@@ -137,20 +123,20 @@ impl Watch {
             {
                 // Port 0 is the kernel; any process may send to our port.
                 Ok((_, from)) if from.port_number() != 0 => {}
-                Ok((length, _)) if length > self.buffer.len() => visit(News::Lost),
+                Ok((length, _)) if length > self.buffer.len() => visit(Event::Lost),
                 Ok((length, _)) => {
                     let mut rest = &self.buffer[..length];
                     while let Some((one, tail)) = split_message(rest) {
                         rest = tail;
-                        if let Some(news) = read_news(one) {
-                            visit(news);
+                        if let Some(event) = read_event(one) {
+                            visit(event);
                         }
                     }
                 }
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EAGAIN) => return Ok(false),
                     Some(libc::EINTR) => {}
-                    Some(libc::ENOBUFS) => visit(News::Lost),
+                    Some(libc::ENOBUFS) => visit(Event::Lost),
                     _ => return Err(Error::os("cannot hear of changes to routes", error)),
                 },
             }
@@ -182,58 +168,40 @@ fn all_but_changes_of(port: u32) -> [SockFilter; 4] {
     ]
 }
 
-pub(super) fn read_news(message: &[u8]) -> Option<News> {
-    let body = message.get(HEADER_BYTES..)?;
-    match RawHeader::read(message).kind {
-        libc::RTM_NEWROUTE => RouteEntry::parse(body).map(News::RouteAdded),
-        libc::RTM_DELROUTE => RouteEntry::parse(body).map(News::RouteDeleted),
-        libc::RTM_NEWADDR | libc::RTM_DELADDR => {
-            let header = body.get(..IFADDRMSG_BYTES)?;
-            let index = u32::from_ne_bytes(header[4..].try_into().ok()?);
-            Some(News::Address { index })
+pub(super) fn read_event(message: &[u8]) -> Option<Event> {
+    match parse_object(message)? {
+        RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route) => {
+            Route::read(&route).map(Event::Route)
         }
-        libc::RTM_NEWLINK => {
-            let (index, flags) = read_link(body)?;
-            let up = flags & libc::IFF_UP as u32 != 0;
-            let mtu_bytes = read_mtu(&body[IFINFOMSG_BYTES..]);
-            Some(News::Link {
-                index,
-                up,
-                mtu_bytes,
-            })
+        RouteNetlinkMessage::NewAddress(address) | RouteNetlinkMessage::DelAddress(address) => {
+            let index = address.header.index;
+            Some(Event::Address { index })
+        }
+        RouteNetlinkMessage::NewLink(link) => {
+            let index = link.header.index;
+            Some(Event::Link { index })
         }
         // A port that leaves a bridge is told as a deleted link, too; the
         // device itself has no family (`br_ifinfo_notify()`).
-        libc::RTM_DELLINK if body.first() == Some(&(libc::AF_UNSPEC as u8)) => {
-            let (index, _) = read_link(body)?;
-            Some(News::LinkDeleted { index })
+        RouteNetlinkMessage::DelLink(link)
+            if link.header.interface_family == AddressFamily::Unspec =>
+        {
+            let index = link.header.index;
+            Some(Event::LinkDeleted { index })
         }
         _ => None,
     }
 }
 
-/// Index and flags in `struct ifinfomsg`.
-fn read_link(body: &[u8]) -> Option<(u32, u32)> {
-    let header = body.get(..IFINFOMSG_BYTES)?;
-    let word = |at: usize| Some(u32::from_ne_bytes(header[at..at + 4].try_into().ok()?));
-    Some((word(4)?, word(8)?))
-}
-
-fn read_mtu(attributes: &[u8]) -> Option<u32> {
-    let mut attributes = NlasIterator::new(attributes).map_while(|attribute| attribute.ok());
-    let mtu = attributes.find(|attribute| attribute.kind() == libc::IFLA_MTU)?;
-    Some(u32::from_ne_bytes(mtu.value().try_into().ok()?))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::netlink::device_route::{DeviceRoute, RouteChange};
+    use crate::host::netlink::{DeviceRoute, HEADER_BYTES, RouteChange};
     use crate::testbed::Namespace;
 
     #[test]
-    fn garbage_is_no_news() {
-        assert_eq!(read_news(&[0; HEADER_BYTES]), None);
+    fn garbage_is_no_event() {
+        assert_eq!(read_event(&[0; HEADER_BYTES]), None);
         for kind in [
             libc::RTM_NEWROUTE,
             libc::RTM_NEWADDR,
@@ -242,15 +210,15 @@ mod tests {
         ] {
             let mut message = vec![0; HEADER_BYTES + 7];
             message[4..6].copy_from_slice(&kind.to_ne_bytes());
-            assert_eq!(read_news(&message), None, "{kind}");
+            assert_eq!(read_event(&message), None, "{kind}");
         }
     }
 
     fn routes_told(watch: &mut Watch) -> (usize, bool) {
         let (mut routes, mut lost) = (0, false);
-        let mut count = |news| match news {
-            News::RouteAdded(entry) if entry.protocol == 99 => routes += 1,
-            News::Lost => lost = true,
+        let mut count = |event| match event {
+            Event::Route(route) if route.protocol == 99 => routes += 1,
+            Event::Lost => lost = true,
             _ => {}
         };
         while watch.read(100, &mut count).unwrap() {}
@@ -258,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn own_changes_are_not_told_those_of_others_are_and_lost_news_is_said_to_be() {
+    fn own_changes_are_not_told_those_of_others_are_and_lost_events_are_said_to_be() {
         let namespace = Namespace::new().unwrap();
         let mut own = namespace.netlink().unwrap();
         let mut other = namespace.netlink().unwrap();

@@ -1,13 +1,12 @@
-//! The kernel routes to the peers' prefixes, kept: whoever deletes or overrides
-//! one finds it back at once. So are the device's addresses, with the last of
-//! which the kernel would drop the routes.
+//! The kernel routes to the peers' prefixes, and the device's addresses, kept as
+//! they are wanted: whatever somebody deletes or overrides is put back at once.
 //!
-//! A [`RouteKeeper`] is a thread that sleeps until its owner wants other routes
-//! or the kernel tells of a change by somebody else ([`Watch`]). It then
-//! compares the main table with what is wanted and puts right what differs. As
-//! it hears of all changes, it tells its owner that there are some. It never
-//! polls, and no state but the kernel's own decides what is done, so lost
-//! news does no harm.
+//! A [`RouteReconciler`] is a thread of its own: listing a table of a million
+//! routes or changing ten thousand takes longer than the control thread may be
+//! away. It sleeps until its owner wants other routes, the kernel tells of a
+//! change by somebody else ([`Watch`]), or a minute has passed. Then it compares
+//! the main table with what is wanted and fixes what differs. Nothing but the
+//! kernel's own state decides what is done, so a lost event does no harm.
 //!
 //! Ours are the routes with [`PROTOCOL`] through the tunnel's device in the
 //! main table. All others are left as they are, also those that have overridden
@@ -15,17 +14,16 @@
 //! such as the one that the kernel makes for the device's address, is as good
 //! as ours and none is added to it.
 //!
+//! If somebody, such as a network manager, undoes the fixes again and again, the
+//! log says so once, and from then on there is one fix every few seconds until
+//! it is quiet.
+//!
 //! What cannot be won: IPv4 routes for one type of service, IPv6 routes for
 //! some sources, policy routing rules, longer prefixes, and an IPv6 route with
 //! metric 1 and preference high that was there first.
-//!
-//! - `keeper`: the thread.
-//! - `standing`: how the prefixes stand in the kernel's table.
-//! - `backoff`: how often one prefix is put right in a fight.
 
-mod backoff;
-mod keeper;
-mod standing;
+mod reconciler;
+mod table;
 #[cfg(test)]
 mod tests;
 
@@ -40,105 +38,105 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::error::{Error, Result};
 use crate::host::netlink::{DeviceRoute, Netlink, Watch};
-use keeper::{Command, Keeper};
-use standing::Standings;
+use reconciler::{Job, Reconciler};
+use table::RouteTable;
 
 /// The `rtm_protocol` of our routes (rtnetlink(7)): not one of those that
 /// linux/rtnetlink.h and iproute2's rt_protos assign. `ip route show proto 82`
 /// lists our routes.
 pub const PROTOCOL: u8 = 82;
 
-/// Commands that may wait for the thread.
-const COMMANDS_MAX: usize = 4;
+/// Jobs that may wait for the thread.
+const JOBS_MAX: usize = 4;
 
-/// What becomes of the routes when their keeper ends.
+/// In [`DeviceRoute::oif`], where no interface has this index: the device has
+/// left the namespace, and another one may get the index that it had.
+const NO_DEVICE: u32 = 0;
+
+/// What becomes of the routes when their reconciler ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AtEnd {
     /// The tunnel ends: they are deleted.
     Remove,
-    /// Another process takes the tunnel over: they stay, and its keeper finds
-    /// them by their protocol number.
+    /// They stay, for another reconciler of this process or of one that takes
+    /// the tunnel over: it finds them by their protocol number.
     Keep,
 }
 
-/// Keeps the routes of one device. Dropping it removes them.
-pub struct RouteKeeper {
-    commands: Sender<Command>,
-    wake: Arc<EventFd>,
-    added: Arc<AtomicUsize>,
-    has_device: Arc<AtomicBool>,
+/// Keeps the routes and addresses of one device. Dropping it removes the routes.
+pub struct RouteReconciler {
+    jobs: Sender<Job>,
+    shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// Makes sure that a keeper for the device `oif` could [`set`](RouteKeeper::set)
-/// these prefixes now, as far as others' routes go.
+/// What the thread and its owner have in common.
+struct Shared {
+    /// Counts jobs, to wake the thread.
+    wake: EventFd,
+    /// Counts the routes that were added for the owner.
+    added: AtomicUsize,
+    /// Whether the device is still there.
+    has_device: AtomicBool,
+}
+
+/// Makes sure that a reconciler for the device `oif` could
+/// [`set`](RouteReconciler::set) these prefixes now, as far as others' routes go.
 ///
 /// # Errors
 /// When one of them is in the way; names prefix and interface. When the kernel
 /// refuses to list its routes.
 pub fn check_free(netlink: &mut Netlink, oif: Option<u32>, wanted: &BTreeSet<IpNet>) -> Result<()> {
-    let ours = DeviceRoute {
-        oif: oif.unwrap_or(keeper::NO_DEVICE),
-        protocol: PROTOCOL,
-    };
-    let wanted = wanted.iter().map(IpNet::trunc).collect();
-    let standings = Standings::read(netlink, ours, &wanted)?;
-    keeper::check_free(netlink, &standings, wanted.iter())
+    let wanted = masked(wanted);
+    RouteTable::read(netlink, ours(oif), &wanted)?.check_free(netlink, wanted.iter())
 }
 
-impl RouteKeeper {
-    /// Starts to keep the routes through the device with this index, in the calling
-    /// thread's network namespace. `None`: the device is in another one, and there
-    /// is nothing to keep, but changes are told. Routes of ours that are there already, a
-    /// predecessor's, are kept until [`set`](Self::set) says otherwise; the
-    /// predecessor's keeper must have ended.
+impl RouteReconciler {
+    /// Starts to keep the device with this index, in the calling thread's network
+    /// namespace. `None`: the device is in another one, and there is nothing to
+    /// keep, but changes are told. Routes of ours that are there already stay
+    /// untouched until [`set`](Self::set) or [`adopt`](Self::adopt) says what is
+    /// wanted; whoever has kept them must have ended.
     ///
     /// `addresses` are put back, too, when somebody takes them from the device,
     /// and when the device was taken down and is up again: the kernel forgets
     /// those of IPv6. So the device should be up and have its addresses before
-    /// this is called, and its keeper ends before it is given others.
+    /// this is called, and its reconciler ends before it is given others.
     ///
     /// `changes` is sent to when others have changed links, addresses or routes,
-    /// whichever, of the namespace. Room for one is enough: news that finds none
-    /// is left out.
+    /// whichever, of the namespace. Room for one is enough: a second one says
+    /// nothing more.
     ///
     /// # Errors
     /// When there are no netlink sockets.
     pub fn start(index: Option<u32>, addresses: Vec<IpNet>, changes: Sender<()>) -> Result<Self> {
         let netlink = Netlink::open()?;
         let watch = Watch::open(&netlink)?;
+        let (jobs, receiver) = bounded(JOBS_MAX);
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let wake = EventFd::from_value_and_flags(0, flags)
             .map_err(|errno| Error::os("cannot create an event counter", errno.into()))?;
-        let wake = Arc::new(wake);
-        let added = Arc::new(AtomicUsize::new(0));
-        let has_device = Arc::new(AtomicBool::new(index.is_some()));
-        let (commands, receiver) = bounded(COMMANDS_MAX);
-        let ours = DeviceRoute {
-            oif: index.unwrap_or(keeper::NO_DEVICE),
-            protocol: PROTOCOL,
-        };
-        let parts = keeper::Parts {
+        let shared = Arc::new(Shared {
+            wake,
+            added: AtomicUsize::new(0),
+            has_device: AtomicBool::new(index.is_some()),
+        });
+        let reconciler = Reconciler::new(
             netlink,
             watch,
-            ours,
+            ours(index),
             addresses,
             changes,
-            commands: receiver,
-            wake: Arc::clone(&wake),
-            added: Arc::clone(&added),
-            has_device: Arc::clone(&has_device),
-        };
-        let keeper = Keeper::new(parts)?;
+            receiver,
+            Arc::clone(&shared),
+        )?;
         let thread = std::thread::Builder::new()
             .name("routes".into())
-            .spawn(move || keeper.run())
-            .map_err(|cause| Error::os("cannot start the route keeper's thread", cause))?;
+            .spawn(move || reconciler.run())
+            .map_err(|cause| Error::os("cannot start the route reconciler's thread", cause))?;
         Ok(Self {
-            commands,
-            wake,
-            added,
-            has_device,
+            jobs,
+            shared,
             thread: Some(thread),
         })
     }
@@ -146,7 +144,12 @@ impl RouteKeeper {
     /// Whether the device has been there all the time since the start. If not,
     /// nothing is kept any more, even if it is there again.
     pub fn has_device(&self) -> bool {
-        self.has_device.load(Ordering::Acquire)
+        self.shared.has_device.load(Ordering::Acquire)
+    }
+
+    /// How many routes have been added so far, over all changes.
+    pub fn added(&self) -> usize {
+        self.shared.added.load(Ordering::Relaxed)
     }
 
     /// Makes `wanted` the prefixes that have routes: adds those that are
@@ -170,56 +173,39 @@ impl RouteKeeper {
     /// # Errors
     /// When the thread has ended.
     pub fn begin_set(&self, wanted: BTreeSet<IpNet>) -> Result<Receiver<Result<()>>> {
-        let wanted = wanted.iter().map(IpNet::trunc).collect();
-        self.begin(|answer| Command::Set { wanted, answer })
+        let wanted = masked(&wanted);
+        self.begin(|done| Job::Set { wanted, done })
     }
 
-    /// How many routes have been added so far, over all changes.
-    pub fn added(&self) -> usize {
-        self.added.load(Ordering::Relaxed)
-    }
-
-    /// As [`set`](Self::set), for prefixes that another keeper of this process has
-    /// kept until now: they are not new, so no route of somebody else's is in
-    /// their way. After an error, too, they are kept.
+    /// As [`set`](Self::set), for prefixes that were kept until now, by another
+    /// reconciler of this process or of one that was taken over. So no route of
+    /// somebody else's is in their way: ours go in front. There is nothing to go
+    /// back to: these are the prefixes that are kept from now on, also after an
+    /// error.
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn resume(&self, wanted: BTreeSet<IpNet>) -> Result<()> {
-        let wanted = wanted.iter().map(IpNet::trunc).collect();
-        self.ask(|answer| Command::Resume { wanted, answer })?
+    pub fn adopt(&self, wanted: BTreeSet<IpNet>) -> Result<()> {
+        let wanted = masked(&wanted);
+        let done = self.begin(|done| Job::Adopt { wanted, done })?;
+        done.recv().map_err(|_| ended())?
     }
 
-    /// As [`set`](Self::set), for who goes on with a predecessor's routes and has
-    /// nothing to go back to: after an error, too, these are the prefixes that
-    /// are kept from now on. What was in the way is got round as soon as can be.
-    ///
-    /// # Errors
-    /// As [`set`](Self::set).
-    pub fn go_on(&self, wanted: BTreeSet<IpNet>) -> Result<()> {
-        let wanted = wanted.iter().map(IpNet::trunc).collect();
-        self.ask(|answer| Command::GoOn { wanted, answer })?
-    }
-
-    /// Ends the keeper and waits for its end.
+    /// Ends the reconciler and waits for its end.
     pub fn stop(mut self, at_end: AtEnd) {
         self.end(at_end);
     }
 
-    fn begin<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Result<Receiver<T>> {
-        let (sender, answer) = bounded(1);
-        self.tell(command(sender)).map_err(|()| ended())?;
-        Ok(answer)
+    fn begin(&self, job: impl FnOnce(Sender<Result<()>>) -> Job) -> Result<Receiver<Result<()>>> {
+        let (done, result) = bounded(1);
+        self.send(job(done))?;
+        Ok(result)
     }
 
-    fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Result<T> {
-        self.begin(command)?.recv().map_err(|_| ended())
-    }
-
-    fn tell(&self, command: Command) -> std::result::Result<(), ()> {
-        self.commands.send(command).map_err(|_| ())?;
+    fn send(&self, job: Job) -> Result<()> {
+        self.jobs.send(job).map_err(|_| ended())?;
         // The counter cannot overflow: the thread empties it each time.
-        let _ = self.wake.write(1);
+        let _ = self.shared.wake.write(1);
         Ok(())
     }
 
@@ -227,19 +213,30 @@ impl RouteKeeper {
         let Some(thread) = self.thread.take() else {
             return;
         };
-        let _ = self.tell(Command::End(at_end));
+        let _ = self.send(Job::End(at_end));
         if thread.join().is_err() {
-            tracing::error!("the thread that keeps the routes panicked");
+            tracing::error!("the route reconciler's thread panicked");
         }
     }
 }
 
-impl Drop for RouteKeeper {
+impl Drop for RouteReconciler {
     fn drop(&mut self) {
         self.end(AtEnd::Remove);
     }
 }
 
+fn ours(oif: Option<u32>) -> DeviceRoute {
+    DeviceRoute {
+        oif: oif.unwrap_or(NO_DEVICE),
+        protocol: PROTOCOL,
+    }
+}
+
+fn masked(prefixes: &BTreeSet<IpNet>) -> BTreeSet<IpNet> {
+    prefixes.iter().map(IpNet::trunc).collect()
+}
+
 fn ended() -> Error {
-    Error::new("the thread that keeps the routes has ended")
+    Error::new("the route reconciler's thread has ended")
 }
