@@ -1,28 +1,24 @@
 //! The configuration file: TOML, a key for each flag of the same name, and a
 //! `[[peer]]` table for each peer. `docs/fastvpn.example.toml` shows them all.
+//!
+//! A key's value is read as the flag's would be, by the same reader with the same
+//! bounds: [`TunnelArgs`] is where both are defined.
 
-use std::fmt;
+use std::any::TypeId;
+use std::collections::HashMap;
 use std::io::Read;
-use std::marker::PhantomData;
-use std::ops::Range;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::Path;
 
-use ipnet::IpNet;
-use serde::de::{self, Deserialize, Deserializer, Visitor};
+use clap::error::{ContextKind, ContextValue};
+use clap::{Arg, ArgAction, Args, Command, FromArgMatches};
 use toml::Spanned;
+use toml::de::{DeArray, DeTable, DeValue};
 
+use super::options::TunnelArgs;
+use super::parse::{ParseResult, parse_peer_name, parse_route};
 use super::peers;
-use crate::config::parse::{
-    BUSY_POLL_US_MAX, ParseResult, parse_address, parse_busy_poll, parse_choice, parse_cores,
-    parse_listen, parse_peer_name, parse_route, parse_tun_name,
-};
-use crate::config::{
-    CoreList, Feature, Io, Listen, LogFormat, MTU_BYTES_MAX, MTU_BYTES_MIN, PeerName, PeerSpec,
-    QUEUES_MAX, TXQUEUELEN_MAX, TunnelArgs,
-};
-use crate::dataplane::idle::BusyPoll;
+use super::types::{BusyPoll, PeerSpec};
 use crate::error::{Error, Result};
 
 /// Largest file that is read: some 700 000 prefixes. Reading one takes 15 times
@@ -34,21 +30,16 @@ pub const FILE_BYTES_MAX: u64 = 16 << 20;
 pub(super) struct Parsed {
     /// Its settings.
     pub args: TunnelArgs,
-    /// Where some of them are.
-    pub places: Places,
     /// It says that there are no peers, rather than nothing of them.
     pub has_no_peers: bool,
+    /// `FILE:LINE:COLUMN` of the keys that are there of those in [`CHECKED_LATER`],
+    /// in a list that of the first element.
+    pub places: HashMap<&'static str, String>,
 }
 
-/// `FILE:LINE:COLUMN` of the settings that are checked only together with the
-/// flags, which may override them; `None` of those that are not there.
-#[derive(Debug, Default)]
-pub(super) struct Places {
-    /// The first of the routes.
-    pub route: Option<String>,
-    pub no_routes: Option<String>,
-    pub cores: Option<String>,
-}
+/// Keys whose values are checked only together with the flags, which may override
+/// them.
+const CHECKED_LATER: [&str; 3] = ["route", "no-routes", "cores"];
 
 /// Reads a configuration file.
 ///
@@ -90,308 +81,235 @@ pub fn parse_bytes(name: &str, bytes: &[u8]) -> Result<TunnelArgs> {
 
 /// `name`: of the file, for errors.
 fn parse(name: &str, bytes: &[u8]) -> Result<Parsed> {
-    let at = |offset: usize| format!("{name}:{}", Place::of(bytes, offset));
-    let text = std::str::from_utf8(bytes).map_err(|error| {
-        let place = at(error.valid_up_to());
-        Error::new(format!("{place}: this is not UTF-8"))
+    let place = |at| format!("{name}:{}", line_and_column(bytes, at));
+    let error = |Fault { at, what }| Error::new(format!("{}: {}", place(at), one_line(&what)));
+    let text = std::str::from_utf8(bytes)
+        .map_err(|fault| error(Fault::new(fault.valid_up_to(), "this is not UTF-8")))?;
+    let table = DeTable::parse(text).map_err(|fault| {
+        let at = fault.span().map_or(0, |span| span.start);
+        error(Fault::new(at, fault.message()))
     })?;
-    let file: File = toml::from_str(text).map_err(|error| {
-        let place = at(error.span().map_or(0, |span| span.start));
-        Error::new(format!("{place}: {}", one_line(error.message())))
-    })?;
-    if let (true, Some(verbose)) = (file.quiet, &file.verbose)
-        && verbose.get_ref().0 > 0
-    {
-        let place = at(verbose.span().start);
-        return Err(Error::new(format!("{place}: verbose contradicts quiet")));
-    }
-    let places = Places {
-        route: file.route.first().map(|route| at(route.span().start)),
-        no_routes: file.no_routes.as_ref().map(|key| at(key.span().start)),
-        cores: file.cores.as_ref().map(|cores| at(cores.span().start)),
+    let table = table.get_ref();
+    let (args, has_no_peers) = args_of(table).map_err(error)?;
+    let place_of = |key: &'static str| {
+        let value = table.get(key)?;
+        let value = value.get_ref().get(0).unwrap_or(value);
+        Some((key, place(value.span().start)))
     };
-    let peers = file.peer.as_deref();
-    let has_no_peers = peers.is_some_and(<[_]>::is_empty);
-    let spans = PeerSpans::of(peers.unwrap_or_default());
-    let args = TunnelArgs::from(file);
-    if let Some(fault) = peers::find_fault(&args.peer) {
-        let place = at(spans.of_fault(&fault).start);
-        return Err(Error::new(format!("{place}: {}", fault.error)));
-    }
     Ok(Parsed {
         args,
-        places,
         has_no_peers,
+        places: CHECKED_LATER.into_iter().filter_map(place_of).collect(),
     })
 }
 
-/// A line and a column, both from 1; columns are characters.
-struct Place {
-    line: usize,
-    column: usize,
+/// What is wrong, and the byte of the file where it begins.
+struct Fault {
+    at: usize,
+    what: String,
 }
 
-impl Place {
-    fn of(bytes: &[u8], offset: usize) -> Self {
-        let before = &bytes[..offset.min(bytes.len())];
-        let line_start = before
-            .iter()
-            .rposition(|&byte| byte == b'\n')
-            .map_or(0, |newline| newline + 1);
-        let on_line = String::from_utf8_lossy(&before[line_start..]);
-        Self {
-            line: before.iter().filter(|&&byte| byte == b'\n').count() + 1,
-            column: on_line.chars().count() + 1,
+impl Fault {
+    fn new(at: usize, what: impl Into<String>) -> Self {
+        let what = what.into();
+        Self { at, what }
+    }
+
+    /// A value of another type than is wanted.
+    fn of_type(value: &Value<'_>, expected: &str) -> Self {
+        let (at, found) = (value.span().start, value.get_ref());
+        let what = format!("expected {expected}, not {}", found.type_str());
+        match found.as_str() {
+            Some(text) => Self::of_value(at, text, &what),
+            None => Self::new(at, what),
+        }
+    }
+
+    /// A value that its reader does not take.
+    fn of_value(at: usize, value: &str, why: &str) -> Self {
+        /// Characters of a value that are shown.
+        const SHOWN_MAX: usize = 80;
+        let shown: String = value.chars().take(SHOWN_MAX).collect();
+        let more = if shown.len() < value.len() { "…" } else { "" };
+        Self::new(at, format!("{shown:?}{more}: {why}"))
+    }
+}
+
+type Value<'i> = Spanned<DeValue<'i>>;
+type Checked<T> = std::result::Result<T, Fault>;
+
+/// A word of a command line, and where in the file it comes from.
+type Word = (usize, String);
+
+/// The settings in a table, and whether it says that there are no peers.
+fn args_of(table: &DeTable<'_>) -> Checked<(TunnelArgs, bool)> {
+    let command = Command::new("file").no_binary_name(true);
+    let mut command = TunnelArgs::augment_args(command.disable_help_flag(true));
+    let mut words = Vec::new();
+    let mut peers = None;
+    for (key, value) in table.iter() {
+        let name = key.get_ref().as_ref();
+        if name == "peer" {
+            peers = Some(peers_of(value)?);
+            continue;
+        }
+        let is_key = |arg: &&Arg| arg.get_long() == Some(name) && name != "config";
+        let Some(arg) = command.get_arguments().find(is_key) else {
+            let keys = command.get_arguments().filter_map(Arg::get_long);
+            let keys: Vec<_> = keys.filter(|key| *key != "config").collect();
+            let what = format!("unknown key {name:?}, expected one of {}", keys.join(", "));
+            return Err(Fault::new(key.span().start, what));
+        };
+        match arg.get_action() {
+            ArgAction::Append => {
+                for item in array(value)? {
+                    words_of(arg, item, &mut words)?;
+                }
+            }
+            _ => words_of(arg, value, &mut words)?,
+        }
+    }
+    let place_of = |flag: &str| words.iter().find(|(_, word)| word == flag);
+    if let (Some(_), Some((at, _))) = (place_of("--quiet"), place_of("--verbose")) {
+        return Err(Fault::new(*at, "verbose contradicts quiet"));
+    }
+    let matches = command.try_get_matches_from_mut(words.iter().map(|(_, word)| word));
+    let matches = matches.map_err(|error| fault_in(&words, &mut command, &error))?;
+    let mut args =
+        TunnelArgs::from_arg_matches(&matches).map_err(|error| Fault::new(0, error.to_string()))?;
+    let has_no_peers = peers.as_ref().is_some_and(Vec::is_empty);
+    args.peer = peers.unwrap_or_default();
+    Ok((args, has_no_peers))
+}
+
+fn array<'v, 'i>(value: &'v Value<'i>) -> Checked<&'v DeArray<'i>> {
+    let array = value.get_ref().as_array();
+    array.ok_or_else(|| Fault::of_type(value, "an array"))
+}
+
+/// Adds a value in the words of its flag.
+fn words_of(arg: &Arg, value: &Value<'_>, words: &mut Vec<Word>) -> Checked<()> {
+    let kind = arg.get_value_parser().type_id();
+    let is_one_of = |types: &[TypeId]| types.iter().any(|of_value| kind == *of_value);
+    let numbers = [TypeId::of::<u8>(), TypeId::of::<u16>(), TypeId::of::<u32>()];
+    let (takes_number, takes_bool) = (is_one_of(&numbers), kind == TypeId::of::<bool>());
+    let takes_both = kind == TypeId::of::<BusyPoll>();
+    let text = match value.get_ref() {
+        DeValue::Boolean(is) if takes_bool => is.to_string(),
+        DeValue::Integer(number) if takes_number || takes_both => {
+            let decimal = i64::from_str_radix(number.as_str(), number.radix());
+            decimal.map_or_else(|_| number.to_string(), |number| number.to_string())
+        }
+        DeValue::String(text) if !takes_bool && !takes_number => text.to_string(),
+        _ if takes_bool => return Err(Fault::of_type(value, "a boolean")),
+        _ if takes_number => return Err(Fault::of_type(value, "an integer")),
+        _ if takes_both => return Err(Fault::of_type(value, "a string or an integer")),
+        _ => return Err(Fault::of_type(value, "a string")),
+    };
+    let at = value.span().start;
+    let flag = format!("--{}", arg.get_long().unwrap_or_default());
+    match arg.get_action() {
+        ArgAction::Count => {
+            let times = text.parse::<u8>();
+            let times = times.map_err(|_| Fault::of_value(at, &text, "not in 0..=255"))?;
+            words.extend((0..times).map(|_| (at, flag.clone())));
+        }
+        ArgAction::SetTrue => words.extend((text == "true").then_some((at, flag))),
+        _ => words.push((at, format!("{flag}={text}"))),
+    }
+    Ok(())
+}
+
+/// The first word that is not taken by itself; `error` is of all together.
+fn fault_in(words: &[Word], command: &mut Command, error: &clap::Error) -> Fault {
+    let fault = words.iter().find_map(|(at, word)| {
+        let error = command.try_get_matches_from_mut([word]).err()?;
+        let (_, value) = word.split_once('=').unwrap_or_default();
+        Some(Fault::of_value(*at, value, &reason(&error)))
+    });
+    fault.unwrap_or_else(|| Fault::new(0, reason(error)))
+}
+
+/// Why a flag's value is refused, without the flag.
+fn reason(error: &clap::Error) -> String {
+    if let Some(source) = std::error::Error::source(error) {
+        return source.to_string();
+    }
+    match error.get(ContextKind::ValidValue) {
+        Some(ContextValue::Strings(values)) => format!("expected {}", values.join(", ")),
+        _ => {
+            let text = error.to_string();
+            let line = text.lines().next().unwrap_or_default();
+            line.trim_start_matches("error: ").into()
         }
     }
 }
 
-impl fmt::Display for Place {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.line, self.column)
+/// The peers, each by itself and all of them together.
+fn peers_of(value: &Value<'_>) -> Checked<Vec<PeerSpec>> {
+    let mut peers = Vec::new();
+    let mut places = Vec::new();
+    for table in array(value)? {
+        let keys = table.get_ref().as_table();
+        let keys = keys.ok_or_else(|| Fault::of_type(table, "a table"))?;
+        let mut name = None;
+        let (mut prefixes, mut prefix_places) = (Vec::new(), Vec::new());
+        for (key, value) in keys.iter() {
+            match key.get_ref().as_ref() {
+                "endpoint" => name = Some((read_text(value, parse_peer_name)?, value)),
+                "prefixes" => {
+                    for prefix in array(value)? {
+                        prefixes.push(read_text(prefix, parse_route)?);
+                        prefix_places.push(prefix.span().start);
+                    }
+                }
+                other => {
+                    let what = format!("unknown key {other:?}, expected endpoint or prefixes");
+                    return Err(Fault::new(key.span().start, what));
+                }
+            }
+        }
+        let Some((name, value)) = name else {
+            let what = "the peer's endpoint is missing";
+            return Err(Fault::new(table.span().start, what));
+        };
+        peers.push(PeerSpec { name, prefixes });
+        places.push((value.span().start, prefix_places));
     }
+    let Some(fault) = peers::find_fault(&peers) else {
+        return Ok(peers);
+    };
+    let at = places.get(fault.peer).map_or(0, |(name, prefixes)| {
+        let prefix = fault.prefix.and_then(|index| prefixes.get(index));
+        *prefix.unwrap_or(name)
+    });
+    Err(Fault::new(at, fault.error.to_string()))
+}
+
+fn read_text<T>(value: &Value<'_>, read: impl FnOnce(&str) -> ParseResult<T>) -> Checked<T> {
+    let text = value.get_ref().as_str();
+    let text = text.ok_or_else(|| Fault::of_type(value, "a string"))?;
+    read(text).map_err(|why| Fault::of_value(value.span().start, text, &why))
+}
+
+/// `LINE:COLUMN`, both from 1; columns are characters.
+fn line_and_column(bytes: &[u8], offset: usize) -> String {
+    let before = String::from_utf8_lossy(&bytes[..offset.min(bytes.len())]);
+    let line = before.matches('\n').count() + 1;
+    let on_line = before.rsplit('\n').next().unwrap_or_default();
+    format!("{line}:{}", on_line.chars().count() + 1)
 }
 
 /// Messages may quote the file, control characters and all.
 fn one_line(message: &str) -> String {
-    let escape = |c: char| -> Box<dyn Iterator<Item = char>> {
-        if c.is_control() {
-            Box::new(c.escape_default())
-        } else {
-            Box::new(std::iter::once(c))
-        }
-    };
-    message.trim().chars().flat_map(escape).collect()
-}
-
-/// The keys.
-#[derive(serde::Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct File {
-    queues: Option<Number<1, { QUEUES_MAX as u64 }>>,
-    listen: Option<Text<Listen>>,
-    tun: Option<Text<TunName>>,
-    mtu: Option<Number<{ MTU_BYTES_MIN as u64 }, { MTU_BYTES_MAX as u64 }>>,
-    #[serde(default)]
-    address: Vec<Text<Address>>,
-    #[serde(default)]
-    route: Vec<Spanned<Text<Prefix>>>,
-    no_routes: Option<Spanned<bool>>,
-    hop: Option<bool>,
-    cores: Option<Spanned<Text<CoreList>>>,
-    busy_poll: Option<BusyPollKey>,
-    txqueuelen: Option<Number<1, { TXQUEUELEN_MAX as u64 }>>,
-    io: Option<Text<Io>>,
-    #[serde(default)]
-    without: Vec<Text<Feature>>,
-    control: Option<PathBuf>,
-    takeover: Option<bool>,
-    verbose: Option<Spanned<Number<0, { u8::MAX as u64 }>>>,
-    #[serde(default)]
-    quiet: bool,
-    log_format: Option<Text<LogFormat>>,
-    peer: Option<Vec<PeerTable>>,
-}
-
-#[derive(serde::Deserialize)]
-#[serde(deny_unknown_fields)]
-struct PeerTable {
-    endpoint: Spanned<Text<PeerName>>,
-    #[serde(default)]
-    prefixes: Vec<Spanned<Text<Prefix>>>,
-}
-
-impl From<File> for TunnelArgs {
-    fn from(file: File) -> Self {
-        // Their ranges fit.
-        let number = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
-        let prefixes = |spanned: Vec<Spanned<Text<Prefix>>>| {
-            let prefixes = spanned.into_iter().map(|prefix| prefix.into_inner().0.0);
-            prefixes.collect()
-        };
-        let peer = |table: PeerTable| PeerSpec {
-            name: table.endpoint.into_inner().0,
-            prefixes: prefixes(table.prefixes),
-        };
-        Self {
-            config: None,
-            queues: file.queues.map(|n| u16::try_from(n.0).unwrap_or(u16::MAX)),
-            peer: file.peer.into_iter().flatten().map(peer).collect(),
-            listen: file.listen.map(|text| text.0),
-            tun: file.tun.map(|text| text.0.0),
-            mtu: file.mtu.map(|n| number(n.0)),
-            address: file.address.into_iter().map(|text| text.0.0).collect(),
-            route: prefixes(file.route),
-            no_routes: file.no_routes.map(Spanned::into_inner),
-            hop: file.hop,
-            cores: file.cores.map(|text| text.into_inner().0),
-            busy_poll: file.busy_poll.map(|key| key.0),
-            txqueuelen: file.txqueuelen.map(|n| number(n.0)),
-            io: file.io.map(|text| text.0),
-            without: file.without.into_iter().map(|text| text.0).collect(),
-            control: file.control,
-            takeover: file.takeover,
-            verbose: file
-                .verbose
-                .map_or(0, |n| u8::try_from(n.into_inner().0).unwrap_or(u8::MAX)),
-            quiet: file.quiet,
-            log_format: file.log_format.map(|text| text.0),
+    let mut line = String::new();
+    for c in message.trim().chars() {
+        match c.is_control() {
+            true => line.extend(c.escape_default()),
+            false => line.push(c),
         }
     }
-}
-
-/// Where the peers are in the file.
-struct PeerSpans(Vec<(Range<usize>, Vec<Range<usize>>)>);
-
-impl PeerSpans {
-    fn of(peers: &[PeerTable]) -> Self {
-        let of_peer = |peer: &PeerTable| {
-            let prefixes = peer.prefixes.iter().map(Spanned::span).collect();
-            (peer.endpoint.span(), prefixes)
-        };
-        Self(peers.iter().map(of_peer).collect())
-    }
-
-    fn of_fault(&self, fault: &peers::Fault) -> Range<usize> {
-        let Some((endpoint, prefixes)) = self.0.get(fault.peer) else {
-            return 0..0;
-        };
-        let prefix = fault.prefix.and_then(|index| prefixes.get(index));
-        prefix.unwrap_or(endpoint).clone()
-    }
-}
-
-/// What is written as a string and read as a flag's value is. The error comes
-/// while the string is being visited, so it has the string's place.
-struct Text<T>(T);
-
-trait FromText: Sized {
-    /// What it is, for who has written something other than a string.
-    const EXPECTED: &'static str;
-
-    fn from_text(text: &str) -> ParseResult<Self>;
-}
-
-impl<'de, T: FromText> Deserialize<'de> for Text<T> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        struct TextVisitor<T>(PhantomData<T>);
-
-        impl<T: FromText> Visitor<'_> for TextVisitor<T> {
-            type Value = Text<T>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(T::EXPECTED)
-            }
-
-            fn visit_str<E: de::Error>(self, text: &str) -> std::result::Result<Self::Value, E> {
-                let value = T::from_text(text);
-                value.map(Text).map_err(|error| refused(text, &error))
-            }
-        }
-
-        deserializer.deserialize_str(TextVisitor(PhantomData))
-    }
-}
-
-fn refused<E: de::Error>(text: &str, error: &str) -> E {
-    /// Characters of a value that are shown.
-    const SHOWN_MAX: usize = 80;
-    let shown: String = text.chars().take(SHOWN_MAX).collect();
-    let more = if shown.len() < text.len() { "…" } else { "" };
-    E::custom(format_args!("{shown:?}{more}: {error}"))
-}
-
-struct TunName(String);
-struct Address(IpNet);
-struct Prefix(IpNet);
-
-macro_rules! from_text {
-    ($($type:ty: $expected:literal, $parse:expr;)*) => {$(
-        impl FromText for $type {
-            const EXPECTED: &'static str = $expected;
-
-            fn from_text(text: &str) -> ParseResult<Self> {
-                $parse(text)
-            }
-        }
-    )*};
-}
-
-from_text! {
-    Listen: "a string \"ADDR[:PORT]\"", parse_listen;
-    PeerName: "a string \"HOST[:PORT]\"", parse_peer_name;
-    TunName: "a string with an interface name", |text| parse_tun_name(text).map(Self);
-    Address: "a string \"ADDRESS/LENGTH\"", |text| parse_address(text).map(Self);
-    Prefix: "a string \"ADDRESS/LENGTH\"", |text| parse_route(text).map(Self);
-    CoreList: "a string with core numbers, as in \"0,2-3\"", parse_cores;
-    Io: "a string with an engine", parse_choice;
-    Feature: "a string with a kernel feature", parse_choice;
-    LogFormat: "a string with a form of log lines", parse_choice;
-}
-
-/// An integer in a range.
-struct Number<const MIN: u64, const MAX: u64>(u64);
-
-impl<'de, const MIN: u64, const MAX: u64> Deserialize<'de> for Number<MIN, MAX> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        struct NumberVisitor<const MIN: u64, const MAX: u64>;
-
-        impl<const MIN: u64, const MAX: u64> Visitor<'_> for NumberVisitor<MIN, MAX> {
-            type Value = Number<MIN, MAX>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, "an integer from {MIN} to {MAX}")
-            }
-
-            fn visit_i64<E: de::Error>(self, value: i64) -> std::result::Result<Self::Value, E> {
-                match u64::try_from(value) {
-                    Ok(number) if (MIN..=MAX).contains(&number) => Ok(Number(number)),
-                    _ => Err(E::invalid_value(de::Unexpected::Signed(value), &self)),
-                }
-            }
-        }
-
-        deserializer.deserialize_i64(NumberVisitor)
-    }
-}
-
-/// A string as the flag takes it, or a number of microseconds.
-struct BusyPollKey(BusyPoll);
-
-impl<'de> Deserialize<'de> for BusyPollKey {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        struct BusyPollVisitor;
-
-        impl Visitor<'_> for BusyPollVisitor {
-            type Value = BusyPollKey;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(
-                    f,
-                    "\"off\", \"auto\", or 0 to {BUSY_POLL_US_MAX} microseconds"
-                )
-            }
-
-            fn visit_str<E: de::Error>(self, text: &str) -> std::result::Result<Self::Value, E> {
-                let value = parse_busy_poll(text);
-                value
-                    .map(BusyPollKey)
-                    .map_err(|error| refused(text, &error))
-            }
-
-            fn visit_i64<E: de::Error>(self, value: i64) -> std::result::Result<Self::Value, E> {
-                match u64::try_from(value) {
-                    Ok(0) => Ok(BusyPollKey(BusyPoll::Off)),
-                    Ok(us @ 1..=BUSY_POLL_US_MAX) => {
-                        Ok(BusyPollKey(BusyPoll::For(Duration::from_micros(us))))
-                    }
-                    _ => Err(E::invalid_value(de::Unexpected::Signed(value), &self)),
-                }
-            }
-        }
-
-        deserializer.deserialize_any(BusyPollVisitor)
-    }
+    line
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 use super::*;
 use crate::cli::Cli;
+use crate::config::{Config, DEFAULT_PORT};
 use clap::CommandFactory;
 use proptest::prelude::*;
 use std::net::Ipv4Addr;
@@ -27,19 +28,19 @@ fn faults_have_their_place() {
         ),
         ("[peers]", "1:2", &["peers"]),
         // Types.
-        ("queues = \"2\"", "1:10", &["1 to 256"]),
-        ("mtu = 1400.0", "1:7", &["68 to 65507"]),
+        ("queues = \"2\"", "1:10", &["integer", "string"]),
+        ("mtu = 1400.0", "1:7", &["integer"]),
         ("hop = 1", "1:7", &["boolean"]),
-        ("tun = 5", "1:7", &["interface name"]),
-        ("address = \"10.9.0.1/24\"", "1:11", &["sequence"]),
-        ("busy-poll = true", "1:13", &["auto"]),
+        ("tun = 5", "1:7", &["a string"]),
+        ("address = \"10.9.0.1/24\"", "1:11", &["an array"]),
+        ("busy-poll = true", "1:13", &["integer"]),
         ("peer = [\"a\"]", "1:9", &[]),
         ("[[peer]]\nprefixes = []", "1:1", &["endpoint"]),
         // Values.
-        ("queues = 0", "1:10", &["1 to 256"]),
-        ("queues = 257", "1:10", &["1 to 256"]),
+        ("queues = 0", "1:10", &["1..=256"]),
+        ("queues = 257", "1:10", &["1..=256"]),
         ("mtu = 99999999999999999999", "1:7", &[]),
-        ("txqueuelen = -1", "1:14", &["1 to 100000"]),
+        ("txqueuelen = -1", "1:14", &["1..=100000"]),
         ("busy-poll = 1000001", "1:13", &["1000000"]),
         ("busy-poll = \"on\"", "1:13", &["auto"]),
         ("listen = \"localhost\"", "1:10", &["localhost"]),
@@ -193,7 +194,7 @@ fn the_example_has_every_key_and_the_defaults() {
         assert_eq!(table.contains_key(flag), is_key, "{flag}");
     }
     // What it calls the default of a key is what there is without the key.
-    let with = crate::config::Config::from_args(&TunnelArgs {
+    let with = Config::from_args(&TunnelArgs {
         // These have none to show: they depend on the host.
         queues: None,
         mtu: None,
@@ -202,7 +203,7 @@ fn the_example_has_every_key_and_the_defaults() {
         without: Vec::new(),
         ..full.clone()
     });
-    let without = crate::config::Config::from_args(&TunnelArgs {
+    let without = Config::from_args(&TunnelArgs {
         peer: full.peer.clone(),
         address: full.address.clone(),
         listen: full.listen,
@@ -212,7 +213,7 @@ fn the_example_has_every_key_and_the_defaults() {
     let (mut with, without) = (with.unwrap(), without.unwrap());
     with.args = without.args.clone();
     assert_eq!(with, without);
-    assert_eq!(full.listen.unwrap().port, crate::config::DEFAULT_PORT);
+    assert_eq!(full.listen.unwrap().port, DEFAULT_PORT);
 }
 
 /// Lines of a file, good ones and bad ones.

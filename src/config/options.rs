@@ -3,6 +3,7 @@
 //! They have no defaults here, so that it shows which were given: what is left
 //! open may come from the file, and [`super::Config`] fills in the rest.
 
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 use clap::{ArgAction, Args, value_parser};
@@ -12,23 +13,17 @@ use super::parse::{
     parse_address, parse_busy_poll, parse_cores, parse_listen, parse_peer, parse_route,
     parse_tun_name,
 };
-use super::types::{CoreList, Feature, Io, Listen, LogFormat, PeerSpec};
-use crate::dataplane::idle::BusyPoll;
-use crate::io::udp::reuseport;
+use super::types::{BusyPoll, CoreList, Feature, Io, Listen, LogFormat, PeerSpec};
 
 /// Name of the TUN device unless another is given.
 pub const TUN_NAME_DEFAULT: &str = "fastvpn0";
 
 /// Values of `--mtu`, in bytes: from what IPv4 asks for (RFC 791) to what fits a
 /// UDP datagram.
-pub(crate) const MTU_BYTES_MIN: u32 = 68;
-pub(crate) const MTU_BYTES_MAX: u32 = 65507;
+const MTU_BYTES: RangeInclusive<i64> = 68..=65507;
 
-/// Most packets that `--txqueuelen` takes.
-pub(crate) const TXQUEUELEN_MAX: u32 = 100_000;
-
-/// Most workers: the kernel's `MAX_TAP_QUEUES` (`linux/if_tun.h`).
-pub(crate) const QUEUES_MAX: u16 = reuseport::WORKERS_MAX;
+/// Values of `--queues`: up to the kernel's `MAX_TAP_QUEUES` (`linux/if_tun.h`).
+pub(crate) const QUEUES: RangeInclusive<i64> = 1..=256;
 
 /// The tunnel's options, as given: on the command line or in a file.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Args)]
@@ -38,7 +33,7 @@ pub struct TunnelArgs {
     pub config: Option<PathBuf>,
 
     /// Workers, each with a TUN queue, a UDP socket and a thread [default: one per core, at most 4]
-    #[arg(long, value_name = "N", value_parser = value_parser!(u16).range(1..=QUEUES_MAX as i64))]
+    #[arg(long, value_name = "N", value_parser = value_parser!(u16).range(QUEUES))]
     pub queues: Option<u16>,
 
     /// Another host, repeatable: IPv4 or IPv6 address or DNS name, port 8285 unless given, and the
@@ -56,7 +51,7 @@ pub struct TunnelArgs {
     pub tun: Option<String>,
 
     /// MTU of the TUN device in bytes [default: smallest path MTU to a peer less 28 (IPv4) or 48 (IPv6)]
-    #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(MTU_BYTES_MIN as i64..=MTU_BYTES_MAX as i64))]
+    #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(MTU_BYTES))]
     pub mtu: Option<u32>,
 
     /// Address of the TUN device, repeatable [default: 10.244.x.y/16 from the underlay address a.b.x.y]
@@ -84,7 +79,7 @@ pub struct TunnelArgs {
     pub busy_poll: Option<BusyPoll>,
 
     /// Packets that may wait in a TUN queue for its worker [default: 1000]
-    #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..=TXQUEUELEN_MAX as i64))]
+    #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..=100_000))]
     pub txqueuelen: Option<u32>,
 
     /// How the workers do their I/O [default: auto]

@@ -4,18 +4,12 @@
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
-use clap::ValueEnum;
 use ipnet::IpNet;
 
-use super::{CoreList, Listen, PeerName, PeerSpec};
-use crate::config::DEFAULT_PORT;
-use crate::dataplane::idle::BusyPoll;
+use super::types::{BusyPoll, CoreList, DEFAULT_PORT, Listen, PeerName, PeerSpec};
 
 /// A value, or what is wrong with the text.
-pub(crate) type ParseResult<T> = Result<T, String>;
-
-/// Longest busy polling: a second.
-pub(crate) const BUSY_POLL_US_MAX: u64 = 1_000_000;
+pub(super) type ParseResult<T> = Result<T, String>;
 
 /// Longest host: a DNS name (RFC 1035, section 2.3.4), or an IPv6 address with
 /// its zone.
@@ -110,18 +104,6 @@ pub(crate) fn parse_peer(text: &str) -> ParseResult<PeerSpec> {
     })
 }
 
-/// One of the values of an option that has a few.
-pub(crate) fn parse_choice<T: ValueEnum>(text: &str) -> ParseResult<T> {
-    T::from_str(text, false).map_err(|_| {
-        let values = T::value_variants().iter();
-        let names: Vec<String> = values
-            .filter_map(ValueEnum::to_possible_value)
-            .map(|value| value.get_name().to_string())
-            .collect();
-        format!("expected {}", names.join(", "))
-    })
-}
-
 /// What the kernel takes as an interface name (`dev_valid_name`).
 pub(crate) fn parse_tun_name(text: &str) -> ParseResult<String> {
     let bad = |c: char| c.is_whitespace() || c.is_control() || matches!(c, '/' | ':' | '%');
@@ -187,7 +169,7 @@ pub(crate) fn parse_cores(text: &str) -> ParseResult<CoreList> {
 }
 
 pub(crate) fn parse_busy_poll(text: &str) -> ParseResult<BusyPoll> {
-    const US_MAX: u64 = BUSY_POLL_US_MAX;
+    const US_MAX: u64 = 1_000_000;
     match text {
         "off" => Ok(BusyPoll::Off),
         "auto" => Ok(BusyPoll::Auto),
@@ -202,7 +184,6 @@ pub(crate) fn parse_busy_poll(text: &str) -> ParseResult<BusyPoll> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Io;
 
     #[test]
     fn reads_peers_and_gives_their_text_back() {
@@ -250,15 +231,6 @@ mod tests {
         for long in [long.clone(), format!("a:{long}"), format!("[a]{long}")] {
             assert!(parse_peer_name(&long).unwrap_err().len() < 100);
         }
-    }
-
-    #[test]
-    fn lists_the_values_there_are() {
-        assert_eq!(parse_choice("epoll"), Ok(Io::Epoll));
-        assert_eq!(
-            parse_choice::<Io>("aio"),
-            Err("expected auto, uring, epoll".into())
-        );
     }
 
     #[test]

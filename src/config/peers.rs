@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use crate::config::PeerSpec;
+use super::types::PeerSpec;
 use crate::error::{Error, Result};
 
 /// Most peers: workers number them in 16 bits, and need some numbers for

@@ -1,6 +1,6 @@
 //! What of a configuration that was read again a running tunnel can take over.
 
-use super::Config;
+use super::resolution::Config;
 
 impl Config {
     /// This one, with all of `new` that can change while the tunnel runs.

@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::time::Duration;
 
 use clap::ValueEnum;
 use ipnet::IpNet;
@@ -45,6 +46,41 @@ pub enum Feature {
     UdpSegment,
     /// UDP_GRO on the UDP socket
     UdpGro,
+}
+
+/// Kernel features to try.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// TCP segmentation offload on the TUN device.
+    pub tso: bool,
+    /// UDP segmentation offload on the TUN device.
+    pub uso: bool,
+    /// `UDP_SEGMENT` on the UDP sockets.
+    pub udp_segment: bool,
+    /// `UDP_GRO` on the UDP sockets.
+    pub udp_gro: bool,
+}
+
+/// How long a worker looks for arrivals without sleeping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BusyPoll {
+    /// Not at all.
+    Off,
+    /// As long as has lately been worth it.
+    Auto,
+    /// This long after the last arrival.
+    For(Duration),
+}
+
+/// What to log, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Log {
+    /// How much more than usual.
+    pub verbose: u8,
+    /// Warnings and errors alone.
+    pub quiet: bool,
+    /// Form of the lines.
+    pub format: LogFormat,
 }
 
 /// What a peer is called: the host to resolve and the port, as they were given.

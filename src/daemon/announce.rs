@@ -107,15 +107,15 @@ fn lacks(tunnel: &Tunnel) {
     );
     let missing = [
         (
-            wanted.tun.udp && !tun.udp,
+            wanted.uso && !tun.udp,
             "USO (Linux 6.2): UDP crosses the TUN packet by packet",
         ),
         (
-            wanted.udp.segment && !udp.segment,
+            wanted.udp_segment && !udp.segment,
             "UDP_SEGMENT (Linux 4.18): one datagram per send",
         ),
         (
-            wanted.udp.gro && !udp.gro,
+            wanted.udp_gro && !udp.gro,
             "UDP_GRO (Linux 5.0): one datagram per receive",
         ),
     ];

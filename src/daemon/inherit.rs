@@ -46,10 +46,10 @@ pub fn check(config: &Config, settings: &Settings, manifest: &Manifest) -> Resul
 pub fn keep_wanted(wanted: &mut Wanted, manifest: &Manifest) {
     let ([tso, uso], [segment, gro]) = (manifest.tun_wanted, manifest.udp_wanted);
     for (feature, ours, theirs) in [
-        ("tso", &mut wanted.tun.tcp, tso),
-        ("uso", &mut wanted.tun.udp, uso),
-        ("udp-segment", &mut wanted.udp.segment, segment),
-        ("udp-gro", &mut wanted.udp.gro, gro),
+        ("tso", &mut wanted.tso, tso),
+        ("uso", &mut wanted.uso, uso),
+        ("udp-segment", &mut wanted.udp_segment, segment),
+        ("udp-gro", &mut wanted.udp_gro, gro),
     ] {
         if *ours != theirs {
             let (with, has) = match theirs {

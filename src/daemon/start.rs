@@ -23,7 +23,9 @@ use crate::host::link;
 use crate::host::netlink::Netlink;
 use crate::host::path;
 use crate::host::routes;
-use crate::io::{tun, udp};
+use crate::io::tun;
+use crate::io::udp::{self, UdpOffloads};
+use crate::packet::coalesce::TunOffloads;
 use crate::routing::dns::{self, Names};
 use crate::routing::overlay::{Overlay, Peer};
 
@@ -400,8 +402,16 @@ fn claim_now(config: &Config, settings: &Settings, netlink: &mut Netlink) -> Res
         check_derived(netlink, settings, None)?;
     }
     // Sockets first: they fail without a trace when the port is in use.
-    let (sockets, udp) = udp::open(settings.listen, config.queues, config.wanted.udp)?;
-    let device = tun::create(&config.tun, config.queues, config.wanted.tun)?;
+    let udp_wanted = UdpOffloads {
+        segment: config.wanted.udp_segment,
+        gro: config.wanted.udp_gro,
+    };
+    let tun_wanted = TunOffloads {
+        tcp: config.wanted.tso,
+        udp: config.wanted.uso,
+    };
+    let (sockets, udp) = udp::open(settings.listen, config.queues, udp_wanted)?;
+    let device = tun::create(&config.tun, config.queues, tun_wanted)?;
     Ok(Claimed {
         sockets,
         udp,

@@ -11,9 +11,10 @@ use crossbeam_channel::{Receiver, Sender};
 pub use self::descriptors::WorkerFds;
 use self::threads::{Setup, Threads};
 use super::engine::Engine;
-use crate::config::Config;
+use crate::config::{BusyPoll, Config};
 use crate::counters::{Counters, Snapshot};
 use crate::dataplane::Command;
+use crate::dataplane::idle::Spin;
 use crate::dataplane::inbound::ReceivedProbe;
 use crate::dataplane::table::Table;
 use crate::error::{Error, Result};
@@ -86,7 +87,11 @@ impl Workers {
                 ..Limits::FULL
             },
             engine: Engine::choose(config.io),
-            busy_poll: config.busy_poll,
+            spin: match config.busy_poll {
+                BusyPoll::Off => Spin::Off,
+                BusyPoll::Auto => Spin::Auto,
+                BusyPoll::For(duration) => Spin::For(duration),
+            },
             cores: config.cores.clone(),
             table,
             probes,

@@ -8,7 +8,7 @@ use crate::io::engine::Engine;
 
 /// How long to look for arrivals without sleeping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BusyPoll {
+pub enum Spin {
     /// Not at all.
     Off,
     /// As long as has lately been worth it, up to 100 µs.
@@ -17,7 +17,7 @@ pub enum BusyPoll {
     For(Duration),
 }
 
-/// Longest spin of [`BusyPoll::Auto`]: two wake-ups of a sleeping core, which
+/// Longest spin of [`Spin::Auto`]: two wake-ups of a sleeping core, which
 /// is what there is to win.
 const AUTO_MAX: Duration = Duration::from_micros(100);
 /// Shortest one, and what a spin starts with.
@@ -26,16 +26,16 @@ const AUTO_MIN: Duration = Duration::from_micros(10);
 /// The state behind those choices.
 #[derive(Debug)]
 pub struct Idle {
-    busy_poll: BusyPoll,
-    /// How long [`BusyPoll::Auto`] spins now.
+    spin: Spin,
+    /// How long [`Spin::Auto`] spins now.
     auto: Duration,
 }
 
 impl Idle {
     /// Nothing has been seen yet.
-    pub fn new(busy_poll: BusyPoll) -> Self {
+    pub fn new(spin: Spin) -> Self {
         Self {
-            busy_poll,
+            spin,
             auto: Duration::ZERO,
         }
     }
@@ -45,10 +45,10 @@ impl Idle {
     /// # Errors
     /// As [`Engine::wait`].
     pub fn wait(&mut self, engine: &mut impl Engine) -> Result<()> {
-        let spin = match self.busy_poll {
-            BusyPoll::Off => return engine.wait(),
-            BusyPoll::Auto => self.auto,
-            BusyPoll::For(duration) => duration,
+        let spin = match self.spin {
+            Spin::Off => return engine.wait(),
+            Spin::Auto => self.auto,
+            Spin::For(duration) => duration,
         };
         let start = Instant::now();
         loop {
@@ -142,7 +142,7 @@ mod tests {
     #[test]
     fn sleeps_at_once_when_off() {
         let mut engine = fake(1);
-        Idle::new(BusyPoll::Off).wait(&mut engine).unwrap();
+        Idle::new(Spin::Off).wait(&mut engine).unwrap();
         assert_eq!((engine.looks, engine.waits), (0, 1));
     }
 
@@ -150,7 +150,7 @@ mod tests {
     fn what_comes_while_spinning_spares_the_sleep() {
         let mut engine = fake(50);
         let hour = Duration::from_secs(3600);
-        Idle::new(BusyPoll::For(hour)).wait(&mut engine).unwrap();
+        Idle::new(Spin::For(hour)).wait(&mut engine).unwrap();
         assert_eq!((engine.looks, engine.waits), (50, 0));
     }
 
@@ -159,9 +159,7 @@ mod tests {
         let mut engine = fake(usize::MAX);
         let duration = Duration::from_millis(3);
         let start = Instant::now();
-        Idle::new(BusyPoll::For(duration))
-            .wait(&mut engine)
-            .unwrap();
+        Idle::new(Spin::For(duration)).wait(&mut engine).unwrap();
         assert!(start.elapsed() >= duration);
         assert_eq!(engine.waits, 1);
     }
@@ -180,7 +178,7 @@ mod tests {
         }
         // Silence: looked at once, then asleep.
         let mut engine = fake(usize::MAX);
-        Idle::new(BusyPoll::Auto).wait(&mut engine).unwrap();
+        Idle::new(Spin::Auto).wait(&mut engine).unwrap();
         assert_eq!((engine.looks, engine.waits), (1, 1));
     }
 }

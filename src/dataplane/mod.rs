@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender};
 
-use self::idle::{BusyPoll, Idle};
+use self::idle::{Idle, Spin};
 use self::inbound::Inbound;
 use self::outbound::Outbound;
 use self::table::Table;
@@ -54,11 +54,11 @@ pub fn run(
     commands: &Receiver<Command>,
     mut table: Arc<Table>,
     mut inbound: Inbound,
-    busy_poll: BusyPoll,
+    spin: Spin,
     counters: &Counters,
 ) -> Result<()> {
     let mut outbound = Outbound::new(index);
-    let mut idle = Idle::new(busy_poll);
+    let mut idle = Idle::new(spin);
     let mut carried = 0;
     let mut is_stopping = false;
     loop {

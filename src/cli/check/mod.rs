@@ -37,8 +37,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use self::item::Item;
-use crate::config::default_queues;
 use crate::config::{PeerName, parse_peer_name};
+use crate::config::{QUEUES, default_queues};
 
 /// How long all of it may take.
 const TIME_MAX: Duration = Duration::from_millis(1800);
@@ -53,7 +53,7 @@ pub struct CheckOptions {
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Check for this many workers [default: one per core, at most 4]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(QUEUES))]
     pub queues: Option<u16>,
     /// Print a JSON array with an object per item instead of the table
     #[arg(long)]

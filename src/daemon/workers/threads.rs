@@ -9,7 +9,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::counters::Counters;
 use crate::daemon::engine::Engine;
-use crate::dataplane::idle::BusyPoll;
+use crate::dataplane::idle::Spin;
 use crate::dataplane::inbound::{Inbound, ReceivedProbe};
 use crate::dataplane::table::Table;
 use crate::dataplane::{self, Command};
@@ -35,7 +35,7 @@ pub struct Setup {
     /// What the workers run on.
     pub engine: Engine,
     /// How long to look for arrivals without sleeping.
-    pub busy_poll: BusyPoll,
+    pub spin: Spin,
     /// Cores to pin workers to, in turn.
     pub cores: Option<Vec<usize>>,
     /// The first forwarding table.
@@ -270,7 +270,7 @@ impl Run<'_> {
         // Nothing is ever sent: the gate opens by being dropped.
         let _ = self.start.recv();
         let table = Arc::clone(&self.setup.table);
-        let Setup { tun, busy_poll, .. } = *self.setup;
+        let Setup { tun, spin, .. } = *self.setup;
         let inbound = Inbound::new(tun, self.index, self.setup.probes.clone());
         let result = dataplane::run(
             self.index,
@@ -278,7 +278,7 @@ impl Run<'_> {
             self.commands,
             table,
             inbound,
-            busy_poll,
+            spin,
             self.counters,
         );
         if let Err(error) = result {

@@ -1,5 +1,6 @@
 use super::*;
 use crate::cli::Cli;
+use crate::config::FILE_BYTES_MAX;
 use clap::Parser;
 
 fn config(flags: &str) -> Result<Config> {
@@ -14,7 +15,7 @@ fn fills_in_what_was_left_open() {
     let config = config(flags).unwrap();
     assert_eq!(config.queues, 3);
     assert_eq!(config.peers[0].name.to_string(), "127.0.1.9:8285");
-    assert!(config.wanted.tun.udp && config.wanted.udp.gro);
+    assert!(config.wanted.uso && config.wanted.udp_gro);
     assert_eq!((config.io, config.txqueuelen), (Io::Auto, 1000));
     assert_eq!(config.control, default_control_path("fastvpn0"));
     assert!(config.control_is_default && !config.hop && !config.no_routes);
@@ -24,8 +25,8 @@ fn fills_in_what_was_left_open() {
 fn leaves_out_what_it_is_told_to() {
     let flags = "--peer 127.0.0.2 --address 10.9.0.1/24 --without uso,udp-gro";
     let wanted = config(flags).unwrap().wanted;
-    assert!(!wanted.tun.udp && !wanted.udp.gro);
-    assert!(wanted.tun.tcp && wanted.udp.segment);
+    assert!(!wanted.uso && !wanted.udp_gro);
+    assert!(wanted.tso && wanted.udp_segment);
 }
 
 /// A file that is gone again with the value.
@@ -137,7 +138,7 @@ fn contradictions_have_their_place() {
     starts(
         both,
         flag,
-        "FILE:1:13: no-routes contradicts --route 10.7.0.0/16",
+        "FILE:1:13: --route 10.7.0.0/16 contradicts no-routes",
     );
     let switch = "--no-routes";
     starts(
@@ -146,7 +147,7 @@ fn contradictions_have_their_place() {
         "FILE:3:3: route 10.8.0.0/16 contradicts --no-routes",
     );
     let flags = format!("{switch} {flag}");
-    starts(both, &flags, "--route 10.7.0.0/16 and --no-routes");
+    starts(both, &flags, "--route 10.7.0.0/16 contradicts --no-routes");
     // A flag may as well take the contradiction away.
     assert!(config_with(both, "--no-routes=false").is_ok());
     let core = core_affinity::get_core_ids().unwrap()[0].id;
