@@ -1,19 +1,27 @@
 //! Lines on a Unix stream socket, of bounded length and within bounded time: what
-//! the control socket, its clients and both sides of a handoff speak.
+//! the control socket, its clients and both sides of a handoff speak. Descriptors may
+//! come with a line (`SCM_RIGHTS`, unix(7)).
 //!
 //! Nothing here blocks for longer than the caller's deadline. With one that has
 //! passed, [`Lines::receive`] and [`Lines::flush`] do what can be done at once.
 
-use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{MsgFlags, recv, send};
+use nix::sys::socket::{
+    ControlMessage, ControlMessageOwned, MsgFlags, recv, recvmsg, send, sendmsg,
+};
 
 const CHUNK_BYTES: usize = 64 << 10;
+
+/// Most descriptors in one message (`SCM_MAX_FD` in the kernel's include/net/scm.h).
+const DESCRIPTORS_MAX: usize = 253;
+
+const SEND_FLAGS: MsgFlags = MsgFlags::MSG_DONTWAIT.union(MsgFlags::MSG_NOSIGNAL);
 
 /// One end of such a connection.
 #[derive(Debug)]
@@ -27,6 +35,8 @@ pub struct Lines {
     /// What is to be sent, and how much of it has been.
     sending: Vec<u8>,
     sent: usize,
+    /// What has come with the bytes, if that is wanted: else the kernel closes it.
+    descriptors: Option<Vec<OwnedFd>>,
 }
 
 impl Lines {
@@ -40,6 +50,15 @@ impl Lines {
             searched: 0,
             sending: Vec::new(),
             sent: 0,
+            descriptors: None,
+        }
+    }
+
+    /// The same, with descriptors.
+    pub fn with_descriptors(stream: UnixStream, line_bytes_max: usize) -> Self {
+        Self {
+            descriptors: Some(Vec::new()),
+            ..Self::new(stream, line_bytes_max)
         }
     }
 
@@ -48,9 +67,12 @@ impl Lines {
         &self.stream
     }
 
-    /// The stream alone.
-    pub fn into_stream(self) -> UnixStream {
-        self.stream
+    /// The descriptors that came with the lines so far, in their order.
+    pub fn take_descriptors(&mut self) -> Vec<OwnedFd> {
+        self.descriptors
+            .as_mut()
+            .map(std::mem::take)
+            .unwrap_or_default()
     }
 
     /// The next line, without its line feed; `None` at the end of the stream.
@@ -91,14 +113,44 @@ impl Lines {
         self.flush(deadline)
     }
 
+    /// Sends a line of JSON with descriptors: these come with spaces before it.
+    ///
+    /// # Errors
+    /// When the other end does not take all of it in time.
+    pub fn send_with_descriptors(
+        &mut self,
+        line: Vec<u8>,
+        descriptors: &[BorrowedFd<'_>],
+        deadline: Instant,
+    ) -> io::Result<()> {
+        self.flush(deadline)?;
+        for some in descriptors.chunks(DESCRIPTORS_MAX) {
+            let raw: Vec<RawFd> = some.iter().map(|fd| fd.as_raw_fd()).collect();
+            let (space, rights) = ([IoSlice::new(b" ")], [ControlMessage::ScmRights(&raw)]);
+            let socket = self.stream.as_raw_fd();
+            loop {
+                match sendmsg::<()>(socket, &space, &rights, SEND_FLAGS, None) {
+                    Ok(_) => break,
+                    Err(Errno::EAGAIN) => self.wait(PollFlags::POLLOUT, deadline)?,
+                    Err(Errno::EINTR) => {}
+                    Err(errno) => return Err(errno.into()),
+                }
+            }
+        }
+        self.send(line, deadline)
+    }
+
     /// Sends what is left to send.
     ///
     /// # Errors
     /// As [`Self::send`].
     pub fn flush(&mut self, deadline: Instant) -> io::Result<()> {
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
         while !self.is_flushed() {
-            match send(self.stream.as_raw_fd(), &self.sending[self.sent..], flags) {
+            match send(
+                self.stream.as_raw_fd(),
+                &self.sending[self.sent..],
+                SEND_FLAGS,
+            ) {
                 Ok(bytes) => self.sent += bytes,
                 Err(Errno::EAGAIN) => self.wait(PollFlags::POLLOUT, deadline)?,
                 Err(Errno::EINTR) => {}
@@ -138,7 +190,10 @@ impl Lines {
         let filled = self.received.len();
         self.received.resize(filled + CHUNK_BYTES, 0);
         let into = &mut self.received[filled..];
-        let result = recv(self.stream.as_raw_fd(), into, MsgFlags::MSG_DONTWAIT);
+        let result = match &mut self.descriptors {
+            None => recv(self.stream.as_raw_fd(), into, MsgFlags::MSG_DONTWAIT),
+            Some(descriptors) => receive_with_descriptors(&self.stream, into, descriptors),
+        };
         self.received.truncate(filled + result.unwrap_or(0));
         result
     }
@@ -156,6 +211,26 @@ impl Lines {
             Err(errno) => Err(errno.into()),
         }
     }
+}
+
+fn receive_with_descriptors(
+    stream: &UnixStream,
+    into: &mut [u8],
+    descriptors: &mut Vec<OwnedFd>,
+) -> nix::Result<usize> {
+    let mut control = nix::cmsg_space!([RawFd; DESCRIPTORS_MAX]);
+    let mut parts = [IoSliceMut::new(into)];
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<()>(stream.as_raw_fd(), &mut parts, Some(&mut control), flags)?;
+    for part in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(received) = part {
+            let received = received.into_iter();
+            // SAFETY: the kernel has just made these descriptors for this process;
+            // nobody else knows of them.
+            descriptors.extend(received.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+        }
+    }
+    Ok(message.bytes)
 }
 
 /// For poll(2), in milliseconds: not before the time is up.
@@ -221,6 +296,28 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// More than fit one message, with a line longer than the socket's buffer.
+    #[test]
+    fn descriptors_come_with_a_line() {
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        let long = [vec![b' '; 1 << 20], b"1".to_vec()].concat();
+        let mut lines = Lines::with_descriptors(theirs, 2 << 20);
+        let sent = std::thread::spawn(move || {
+            let file = tempfile::tempfile().unwrap();
+            let count = DESCRIPTORS_MAX + 2;
+            let all: Vec<_> = std::iter::repeat_n(file.as_fd(), count).collect();
+            ours.write_all(b"0\n").unwrap();
+            let mut lines = Lines::new(ours, LINE_BYTES_MAX);
+            let until = Instant::now() + PATIENCE;
+            lines.send_with_descriptors(long, &all, until).unwrap();
+            count
+        });
+        let mut next = || lines.receive(Instant::now() + PATIENCE).unwrap().unwrap();
+        assert_eq!(next(), b"0");
+        assert_eq!(next().trim_ascii(), b"1");
+        assert_eq!(lines.take_descriptors().len(), sent.join().unwrap());
     }
 
     /// A byte now and then is no excuse; nor is silence.

@@ -71,7 +71,7 @@ pub enum Request {
     Reload {},
     /// Ends the tunnel: [`Changed`].
     Stop {},
-    /// Hands the tunnel over to the process that asks (`crate::daemon::takeover`).
+    /// Hands the tunnel over to the process that asks.
     Takeover {
         /// The version of what follows.
         protocol: u32,

@@ -40,8 +40,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub enum Call {
     /// A request to answer.
     Request(Request, Reply),
-    /// A process that wants to take over ([`crate::daemon::takeover`]); the
-    /// connection is the control thread's from here on.
+    /// A process that wants to take over; the connection is the control thread's from
+    /// here on.
     Takeover {
         /// The connection, without any answer yet.
         connection: Lines,

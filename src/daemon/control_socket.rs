@@ -12,8 +12,6 @@ use crate::error::{Error, Result};
 #[derive(Default)]
 pub struct ControlSocket {
     server: Option<Server>,
-    /// A reload by signal waits for the end of a takeover.
-    pub is_reload_due: bool,
 }
 
 impl ControlSocket {
@@ -29,13 +27,13 @@ impl ControlSocket {
         };
         match server {
             Ok(server) => {
-                tracing::debug!("operators' socket: {}", path.display());
+                tracing::debug!("control socket: {}", path.display());
                 self.server = Some(server);
             }
             // Who asked for none can do without, as where /run cannot be
             // written to.
             Err(error) if config.control_is_default => {
-                tracing::warn!("no operators' socket: {error}");
+                tracing::warn!("no control socket: {error}");
             }
             Err(error) => return Err(error),
         }
@@ -57,7 +55,7 @@ impl ControlSocket {
         let listener = server.map(|server| server.listener().try_clone_to_owned());
         listener
             .transpose()
-            .map_err(|error| Error::os("cannot duplicate the operators' socket", error))
+            .map_err(|error| Error::os("cannot duplicate the control socket", error))
     }
 
     /// Closes it, with its name unless another process listens there from now on.

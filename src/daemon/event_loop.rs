@@ -7,7 +7,7 @@ use crossbeam_channel::{Receiver, never, select, tick};
 use signal_hook::consts::{SIGHUP, SIGTERM};
 
 use super::control_socket::ControlSocket;
-use super::handover::{self, Handover};
+use super::handoff::{Handoff, NewProcess};
 use super::tunnel::Tunnel;
 use super::{reload, requests};
 use crate::control::protocol::{Answer, Changed, Request};
@@ -35,8 +35,8 @@ pub struct Daemon {
     pub tunnel: Tunnel,
     /// Where it is asked about it.
     pub control: ControlSocket,
-    /// While another process gets ready to take over.
-    handover: Option<Handover>,
+    /// While a new process gets ready to take over.
+    handoff: Option<Handoff>,
 }
 
 impl Daemon {
@@ -45,7 +45,7 @@ impl Daemon {
         Self {
             tunnel,
             control,
-            handover: None,
+            handoff: None,
         }
     }
 
@@ -64,8 +64,8 @@ impl Daemon {
             // Some are others after each event.
             let failures = self.tunnel.workers.failures();
             let calls = self.control.calls();
-            let handover = self.handover.as_ref();
-            let ready = handover.map_or_else(never, |handover| handover.ready().clone());
+            let handoff = self.handoff.as_ref();
+            let ready = handoff.map_or_else(never, |handoff| handoff.ready().clone());
             let (host_events, refresh_due) =
                 (self.tunnel.host.events(), self.tunnel.host.refresh_due());
             let (probes, probes_due) = self.tunnel.peers.probes();
@@ -77,7 +77,7 @@ impl Daemon {
                 recv(calls) -> call => call.ok().and_then(|call| self.take_call(call)),
                 recv(ready) -> ready => {
                     let ready = ready.unwrap_or_else(|_| Err(Error::new("its thread has ended")));
-                    self.end_handover(ready)?
+                    self.finish_handoff(ready, signals)?
                 }
                 recv(names) -> answer => {
                     self.tunnel.take_name(answer.ok());
@@ -115,17 +115,17 @@ impl Daemon {
     }
 
     fn take_signal(&mut self, signal: Option<i32>) -> Option<End> {
-        match signal {
-            Some(SIGHUP) if self.handover.is_some() => {
+        match (signal, &mut self.handoff) {
+            (Some(SIGHUP), Some(handoff)) => {
                 tracing::info!("the reload waits: another process is taking over");
-                self.control.is_reload_due = true;
+                handoff.is_reload_due = true;
                 None
             }
-            Some(SIGHUP) => {
+            (Some(SIGHUP), None) => {
                 self.reload_by_signal();
                 None
             }
-            signal => {
+            (signal, _) => {
                 let name = if signal == Some(SIGTERM) {
                     "SIGTERM"
                 } else {
@@ -147,21 +147,20 @@ impl Daemon {
             Call::Takeover {
                 connection,
                 protocol,
-            } => {
-                let (tunnel, control) = (&self.tunnel, &self.control);
-                let stream = connection.into_stream();
-                match self.handover {
-                    Some(_) => handover::refuse_second(stream),
-                    None => self.handover = handover::begin(tunnel, control, stream, protocol),
+            } => match self.handoff {
+                Some(_) => Handoff::refuse_second(connection),
+                None => {
+                    let (tunnel, control) = (&self.tunnel, &self.control);
+                    self.handoff = Handoff::begin(tunnel, control, connection, protocol);
                 }
-            }
+            },
             Call::Request(Request::Stop {}, reply) => {
                 tracing::info!("stopped by {}", reply.asker());
                 reply.send(Ok(Answer::Changed(Changed::default())));
                 return Some(End::Stopped);
             }
             Call::Request(request, reply) => {
-                let answer = match self.handover.is_some() && requests::is_change(&request) {
+                let answer = match self.handoff.is_some() && requests::is_change(&request) {
                     true => Err(Error::new("another process is taking over").hint("try again")),
                     false => requests::answer(&mut self.tunnel, request, reply.asker()),
                 };
@@ -172,14 +171,19 @@ impl Daemon {
     }
 
     /// The process that takes over is `ready`, or has failed.
-    fn end_handover(&mut self, ready: Result<()>) -> Result<Option<End>> {
-        let Some(handover) = self.handover.take() else {
+    fn finish_handoff(
+        &mut self,
+        ready: Result<NewProcess>,
+        signals: &Receiver<i32>,
+    ) -> Result<Option<End>> {
+        let Some(handoff) = self.handoff.take() else {
             return Ok(None);
         };
-        if handover::end(&mut self.tunnel, &mut self.control, handover, ready)? {
+        let is_reload_due = handoff.is_reload_due;
+        if handoff.finish(&mut self.tunnel, &mut self.control, ready, signals)? {
             return Ok(Some(End::HandedOver));
         }
-        if std::mem::take(&mut self.control.is_reload_due) {
+        if is_reload_due {
             self.reload_by_signal();
         }
         Ok(None)
@@ -187,7 +191,7 @@ impl Daemon {
 
     /// Ends the tunnel: routes, device and control socket go.
     pub fn take_down(&mut self) {
-        self.handover = None;
+        self.handoff = None;
         self.tunnel.take_down();
         // Last: who has asked for the end takes the socket's for it.
         self.control.close(true);

@@ -12,9 +12,8 @@ mod control_socket;
 mod drop_log;
 pub mod engine;
 mod event_loop;
-mod handover;
+pub mod handoff;
 mod host;
-mod inherit;
 mod memory;
 mod peers;
 mod reach;
@@ -23,8 +22,6 @@ mod requests;
 mod resolve;
 mod settings;
 mod start;
-mod take_over;
-pub mod takeover;
 mod tunnel;
 pub mod workers;
 
@@ -42,7 +39,7 @@ use crate::control::summary;
 use crate::counters::{Counters, Snapshot};
 use crate::error::{Error, Result};
 
-/// Runs a tunnel until SIGINT, SIGTERM, an operator's word, or a successor ends
+/// Runs a tunnel until SIGINT, SIGTERM, an operator's word, or a new process ends
 /// it.
 ///
 /// # Errors
@@ -55,8 +52,8 @@ pub fn run(config: Config) -> Result<()> {
     let counters = daemon.tunnel.workers.counters().to_vec();
     let end = daemon.run(&signals.received);
     match end {
-        // The successor counts from zero; what this process has seen is told.
-        Ok(End::HandedOver) => tracing::info!("handed over to a successor"),
+        // The new process counts from zero; what this process has seen is told.
+        Ok(End::HandedOver) => tracing::info!("handed over to a new process"),
         Ok(End::Stopped) | Err(_) => {
             let link_stats = daemon.tunnel.host.link_stats();
             daemon.take_down();
@@ -72,8 +69,8 @@ pub fn run(config: Config) -> Result<()> {
 fn begin(config: Config) -> Result<Daemon> {
     let mut prepared = start::prepare(config)?;
     if prepared.config.takeover {
-        if let Some(inherited) = takeover::ask(&prepared.config.control)? {
-            let (tunnel, control, is_reload_due) = take_over::take_over(prepared, inherited)?;
+        if let Some(inherited) = handoff::ask(&prepared.config.control)? {
+            let (tunnel, control, is_reload_due) = handoff::take_over(prepared, inherited)?;
             let mut daemon = Daemon::new(tunnel, control);
             if is_reload_due {
                 daemon.reload_by_signal();

@@ -1,5 +1,5 @@
 //! The start of a tunnel: names resolved, port and device claimed, and everything
-//! set up; or taken over ([`super::take_over`]).
+//! set up; or taken over ([`super::handoff`]).
 
 use std::collections::{BTreeSet, HashSet};
 use std::net::SocketAddr;

@@ -6,11 +6,11 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
-use fastvpn::daemon::takeover::PROTOCOL;
+use fastvpn::daemon::handoff::PROTOCOL;
 use fastvpn::error::{Error, Result};
 use ipnet::IpNet;
 use nix::sys::signal::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::operator::Operator;
@@ -56,6 +56,7 @@ pub fn tests_of_control() -> Vec<Test> {
         ),
         ("what_operators_said_goes_on", what_operators_said_goes_on),
         ("a_reload_in_a_takeover", a_reload_in_a_takeover),
+        ("a_reload_at_the_last_moment", a_reload_at_the_last_moment),
         (
             "nobody_waits_for_a_silent_successor",
             nobody_waits_for_a_silent_successor,
@@ -280,7 +281,7 @@ fn a_reload_in_a_takeover() -> Result<()> {
     for number in 2..20 {
         let mut new = fastvpn(&hosts.a, &format!("{flags} --takeover"))?;
         wait_until("a successor is served", || {
-            Ok(has_thread(&near, "handover") || near.child().try_wait()?.is_some())
+            Ok(has_thread(&near, "handoff") || near.child().try_wait()?.is_some())
         })?;
         new.child().signal(Signal::SIGSTOP);
         let is_held = waits_for_stopped(&near, &new)?;
@@ -304,7 +305,26 @@ fn a_reload_in_a_takeover() -> Result<()> {
     fail("no successor could be held up")
 }
 
-/// A successor, step by step.
+/// The signal comes while the old process, which has stopped, waits for the new one's
+/// last word.
+fn a_reload_at_the_last_moment() -> Result<()> {
+    let stage = Stage::new()?;
+    let (mut near, far) = stage.play()?;
+    let mut new = Script::ask(&stage)?;
+    new.get_ready(&[])?;
+    new.hear("go")?;
+    near.child().signal(Signal::SIGHUP);
+    // Nothing tells that it has been received.
+    std::thread::sleep(Duration::from_millis(200));
+    new.say(&json!({"taken": true}))?;
+    let ended = new.hear("reload_due")?;
+    check(ended["reload_due"] == true, || ended.to_string())?;
+    let ended = near.wait()?;
+    check(ended.status.code() == Some(0), || ended.log)?;
+    stop(far).map(drop)
+}
+
+/// A new process, step by step. Its descriptors are let go.
 struct Script {
     stream: UnixStream,
 }
@@ -314,38 +334,41 @@ impl Script {
     fn ask(stage: &Stage) -> Result<Self> {
         let question = json!({"command": "takeover", "protocol": PROTOCOL});
         let mut asked = None;
-        wait_until("a successor may ask", || {
-            let mut stream = stage.operator.connect()?;
-            tried("ask", writeln!(stream, "{question}"))?;
-            let mut manifest = String::new();
-            let mut reader = BufReader::new(&stream);
-            tried("read the manifest", reader.read_line(&mut manifest))?;
-            let may = manifest.contains("\"ok\":true");
-            asked = may.then_some(Self { stream });
+        wait_until("a new process may ask", || {
+            let stream = stage.operator.connect()?;
+            let mut script = Self { stream };
+            script.say(&question)?;
+            let may = script.line()?["ok"] == true;
+            asked = may.then_some(script);
             Ok(may)
         })?;
         asked.ok_or_else(|| Error::new("nobody was asked"))
     }
 
-    fn say(&mut self, bytes: &[u8]) -> Result<()> {
-        tried("say", self.stream.write_all(bytes))
+    fn say(&mut self, message: &Value) -> Result<()> {
+        tried("say", writeln!(self.stream, "{message}"))
     }
 
-    fn hear(&mut self, wanted: &[u8]) -> Result<()> {
-        let mut bytes = vec![0; wanted.len()];
-        tried("hear", self.stream.read_exact(&mut bytes))?;
-        check(bytes == wanted, || format!("{bytes:?}, not {wanted:?}"))
+    /// What the old process says next: it says nothing before it is asked.
+    fn line(&mut self) -> Result<Value> {
+        let mut line = String::new();
+        tried(
+            "hear",
+            BufReader::new(&self.stream).read_line(&mut line).map(drop),
+        )?;
+        serde_json::from_str(&line).map_err(|error| Error::new(format!("{error} in {line:?}")))
     }
 
-    /// Up to the word that its predecessor shall stop. Descriptors come with the
-    /// bytes, two workers' and the operators' socket, and are let go.
-    fn get_ready(&mut self) -> Result<()> {
-        self.say(b"r")?;
-        self.hear(b"fff")
+    /// The same, which has this key.
+    fn hear(&mut self, key: &str) -> Result<Value> {
+        let line = self.line()?;
+        check(line.get(key).is_some(), || format!("{line} has no {key}"))?;
+        Ok(line)
     }
 
-    fn will_add(&mut self, addresses: &[IpNet]) -> Result<()> {
-        self.say(format!("{}\n", json!(addresses)).as_bytes())
+    /// Has its old process stop.
+    fn get_ready(&mut self, adds: &[IpNet]) -> Result<()> {
+        self.say(&json!({"adds": adds}))
     }
 }
 
@@ -363,25 +386,25 @@ fn successors_that_die_after_the_word() -> Result<()> {
     let given = net("10.250.0.9/24")?;
     let by_hand = net("10.250.1.9/24")?;
     let index = link(&a.host, TUNNEL_NAME)?.index;
-    for (heard, gives_address, is_silent) in [
-        ("", true, false),
-        ("d", true, false),
-        ("d", false, false),
-        ("d", false, true),
+    for (hears_go, gives_address, is_silent) in [
+        (false, true, false),
+        (true, true, false),
+        (true, false, false),
+        (true, false, true),
     ] {
         let mut successor = Script::ask(&stage)?;
-        successor.get_ready()?;
-        let adding: &[IpNet] = if gives_address { &[given] } else { &[] };
-        successor.will_add(adding)?;
-        for address in adding {
+        let adds: &[IpNet] = if gives_address { &[given] } else { &[] };
+        for address in adds.iter().chain([&by_hand]) {
             a.host.netlink()?.add_address(index, *address)?;
         }
-        a.host.netlink()?.add_address(index, by_hand)?;
-        successor.say(b"g")?;
-        successor.hear(heard.as_bytes())?;
+        successor.get_ready(adds)?;
+        if hears_go {
+            successor.hear("go")?;
+        }
         if is_silent {
-            successor.hear(b"k")?;
-            check(successor.say(b"t").is_err(), || "both carry on".into())?;
+            successor.hear("error")?;
+            let taken = successor.say(&json!({"taken": true}));
+            check(taken.is_err(), || "both carry on".into())?;
         }
         drop(successor);
         stream.wait_for_progress()?;
@@ -469,10 +492,10 @@ fn waits_for_stopped(old: &Tunnel, new: &Tunnel) -> Result<bool> {
     })?;
     wait_until("it is handed something, or not", || {
         let of_old = threads(old);
-        let handover = of_old.iter().find(|thread| thread.comm == "handover");
-        Ok(handover.is_none_or(|thread| thread.state == 'S'))
+        let handoff = of_old.iter().find(|thread| thread.comm == "handoff");
+        Ok(handoff.is_none_or(|thread| thread.state == 'S'))
     })?;
-    Ok(has_thread(old, "handover"))
+    Ok(has_thread(old, "handoff"))
 }
 
 /// One of a process's threads (proc_pid_stat(5)).
@@ -504,22 +527,14 @@ fn threads(tunnel: &Tunnel) -> Vec<Thread> {
 fn nobody_waits_for_a_silent_successor() -> Result<()> {
     let stage = Stage::new()?;
     let (near, far) = stage.play()?;
-    for reaches in [&b""[..], b"r"] {
-        let mut successor = Script::ask(&stage)?;
-        successor.say(reaches)?;
-        for question in ["status", "peers", "route list"] {
-            stage.operator.tell(question)?;
-        }
-        // So nobody has given it up yet.
-        successor.say(if reaches.is_empty() { b"r" } else { b"" })?;
-        successor.hear(b"fff")?;
-    }
     let mut successor = Script::ask(&stage)?;
-    successor.get_ready()?;
+    for question in ["status", "peers", "route list"] {
+        stage.operator.tell(question)?;
+    }
     let asked = Instant::now();
     stop(near)?;
     // Or it would take the old process for dead, and carry on.
-    successor.hear(b"k")?;
+    successor.hear("error")?;
     check(asked.elapsed() < PATIENCE_WITH_SUCCESSORS / 2, || {
         format!("the end took {:?}", asked.elapsed())
     })?;

@@ -10,7 +10,7 @@ use std::net::IpAddr;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use fastvpn::daemon::takeover::PROTOCOL;
+use fastvpn::daemon::handoff::PROTOCOL;
 use fastvpn::error::{Error, Result};
 use ipnet::IpNet;
 use nix::sys::signal::Signal;

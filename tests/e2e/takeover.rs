@@ -1,11 +1,11 @@
 //! One process takes over from another while traffic flows.
 
 use std::collections::BTreeSet;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use fastvpn::daemon::takeover::PROTOCOL;
+use fastvpn::daemon::handoff::PROTOCOL;
 use fastvpn::error::{Error, Result};
 use nix::sys::signal::Signal;
 use serde_json::json;
@@ -343,9 +343,8 @@ fn successors_that_fail() -> Result<()> {
         answer.to_string()
     })?;
     as_before("another version")?;
-    // One that dies before anything is settled, after the first answer and
-    // after the descriptors.
-    for steps in [&b""[..], b"r"] {
+    // One that dies before anything is settled, and when it has said that it is ready.
+    for steps in [&b""[..], b"{\"adds\":[]}\n"] {
         let mut client = stage.operator.connect()?;
         tried(
             "ask",
@@ -357,8 +356,8 @@ fn successors_that_fail() -> Result<()> {
         check(manifest.contains("\"ok\":true"), || manifest.clone())?;
         tried("answer", client.write_all(steps))?;
         if !steps.is_empty() {
-            // Something comes with the descriptors, which are let go.
-            tried("read", reader.read(&mut [0; 1]).map(drop))?;
+            // The old process has stopped.
+            tried("read", reader.read_line(&mut manifest).map(drop))?;
         }
         drop((client, reader));
         as_before("a successor that died")?;
@@ -369,7 +368,7 @@ fn successors_that_fail() -> Result<()> {
 }
 
 /// One that asks and then says nothing is given up; what operators want to change
-/// waits so long, and traffic does not.
+/// is refused so long, and traffic flows.
 fn a_silent_successor() -> Result<()> {
     let stage = Stage::new()?;
     let (near, far) = stage.play()?;
@@ -382,9 +381,13 @@ fn a_silent_successor() -> Result<()> {
         stream.wait_for_progress()?;
     }
     let routes = own_routes(&a.host)?;
-    stage
-        .operator
-        .tell(&format!("route add 172.30.0.0/16 --peer {}", underlay(2)))?;
+    let add = format!("route add 172.30.0.0/16 --peer {}", underlay(2));
+    stage.operator.refuses(&add, &["taking over"])?;
+    check(own_routes(&a.host)? == routes, || "it is refused".into())?;
+    wait_until("it is given up", || {
+        let words: Vec<_> = add.split_whitespace().collect();
+        Ok(stage.operator.run(&words)?.status.success())
+    })?;
     check(own_routes(&a.host)?.len() == routes.len() + 1, || {
         "no new route".into()
     })?;
