@@ -330,10 +330,7 @@ fn set_first_routes(tunnel: &mut Tunnel, control: &ControlSocket) -> Result<()> 
     let routes = tunnel.host.routes()?;
     let set = routes.begin_set(wanted.clone())?;
     report_until(&set, &control.calls(), &tick(PROGRESS_INTERVAL), || {
-        format!(
-            "{tun} is starting: {} of {count} routes are set",
-            routes.added()
-        )
+        format!("{tun} is starting: {count} routes are being set")
     })?;
     tunnel.host.note_routes(wanted);
     Ok(())

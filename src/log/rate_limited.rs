@@ -63,12 +63,6 @@ impl Journal {
             );
         }
     }
-
-    /// When [`flush`](Self::flush) has something to say.
-    pub fn due(&self) -> Option<Instant> {
-        let window = self.window.as_ref()?;
-        (window.left_out > 0).then_some(window.end)
-    }
 }
 
 #[cfg(test)]
@@ -81,10 +75,9 @@ mod tests {
         let now = Instant::now();
         let admitted = (0..100).filter(|_| journal.admits(now)).count();
         assert_eq!(admitted, 5);
-        assert_eq!(journal.due(), Some(now + WINDOW));
         assert_eq!(journal.window.as_ref().unwrap().left_out, 95);
         journal.flush(now + WINDOW);
-        assert_eq!(journal.due(), None);
+        assert!(journal.window.is_none());
         assert!(journal.admits(now + WINDOW));
     }
 }

@@ -190,7 +190,7 @@ fn a_renamed_device() -> Result<()> {
         })?;
     }
     let ended = stop(near)?;
-    let line = format!("route 10.9.0.0/16 on {RENAMED} was deleted; put back");
+    let line = format!("route 10.9.0.0/16 on {RENAMED} was gone; put back");
     check(ended.log.contains(&line), || ended.log)?;
     check(
         link(host, RENAMED).is_err() && own_routes(host)?.is_empty(),

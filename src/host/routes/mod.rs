@@ -29,7 +29,7 @@ mod tests;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -74,8 +74,6 @@ pub struct RouteReconciler {
 struct Shared {
     /// Counts jobs, to wake the thread.
     wake: EventFd,
-    /// Counts the routes that were added for the owner.
-    added: AtomicUsize,
     /// Whether the device is still there.
     has_device: AtomicBool,
 }
@@ -118,7 +116,6 @@ impl RouteReconciler {
             .map_err(|errno| Error::os("cannot create an event counter", errno.into()))?;
         let shared = Arc::new(Shared {
             wake,
-            added: AtomicUsize::new(0),
             has_device: AtomicBool::new(index.is_some()),
         });
         let reconciler = Reconciler::new(
@@ -145,11 +142,6 @@ impl RouteReconciler {
     /// nothing is kept any more, even if it is there again.
     pub fn has_device(&self) -> bool {
         self.shared.has_device.load(Ordering::Acquire)
-    }
-
-    /// How many routes have been added so far, over all changes.
-    pub fn added(&self) -> usize {
-        self.shared.added.load(Ordering::Relaxed)
     }
 
     /// Makes `wanted` the prefixes that have routes: adds those that are

@@ -16,7 +16,6 @@ use crate::error::{Error, Result};
 use crate::host::link::IPV6_MTU_BYTES_MIN;
 use crate::host::netlink::route::MAIN_TABLE;
 use crate::host::netlink::{DeviceRoute, Event, Link, Netlink, Route, RouteChange, Watch};
-use crate::log::rate_limited::Journal;
 
 /// Between two comparisons there is so much time at least, and so many times as
 /// long as the first one took: a fifth of one core is what a restless host with
@@ -27,8 +26,10 @@ const COOLDOWN_FACTOR: u32 = 4;
 /// The same while somebody undoes the fixes again and again.
 const COOLDOWN_CONTENDED: Duration = Duration::from_secs(5);
 
-/// So many fixes without a [`QUIET_PERIOD`] in between are contention.
+/// So many fixes without a [`QUIET_PERIOD`] in between are contention, and so many
+/// of them are logged.
 pub(super) const FIXES_MAX: u32 = 30;
+const FIXES_LOGGED_MAX: u32 = 5;
 const QUIET_PERIOD: Duration = Duration::from_secs(30);
 
 /// How often there is a comparison when no event asks for one: not all changes
@@ -40,9 +41,6 @@ const RETRY_WAIT: Duration = Duration::from_secs(5);
 
 /// Datagrams of events read before jobs are looked at again.
 const EVENT_DATAGRAMS_MAX: usize = 256;
-
-/// Most routes that are added before they are counted.
-const PART_MAX: usize = 1000;
 
 /// What the owner can ask for. `done` takes one answer.
 pub enum Job {
@@ -64,37 +62,17 @@ pub enum Job {
     End(AtEnd),
 }
 
-/// What the device takes, from less to more.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum DeviceState {
-    Down,
-    /// Below the least MTU that IPv6 may have, the kernel takes all of it away
-    /// from the device (`addrconf_notify()` in net/ipv6/addrconf.c).
-    Ipv4Only,
-    Up,
-}
-
-impl DeviceState {
-    fn of(link: &Link) -> Self {
-        match link {
-            Link { up: false, .. } => Self::Down,
-            Link { mtu, .. } if *mtu < IPV6_MTU_BYTES_MIN => Self::Ipv4Only,
-            _ => Self::Up,
-        }
-    }
-
-    fn takes(self, net: &IpNet) -> bool {
-        match net {
-            IpNet::V4(_) => self >= Self::Ipv4Only,
-            IpNet::V6(_) => self == Self::Up,
-        }
-    }
+/// Whether an interface takes addresses and routes of this IP version. Below the
+/// least MTU that IPv6 may have, the kernel takes all of it away from the interface
+/// (`addrconf_notify()` in net/ipv6/addrconf.c).
+fn takes(link: &Link, net: &IpNet) -> bool {
+    link.up && (net.addr().is_ipv4() || link.mtu >= IPV6_MTU_BYTES_MIN)
 }
 
 /// A wanted prefix whose packets went elsewhere.
 struct Fix {
     prefix: IpNet,
-    /// By this route; `None`: ours was deleted.
+    /// By this route; `None`: there was none.
     winner: Option<Route>,
 }
 
@@ -110,8 +88,6 @@ pub struct Reconciler {
     addresses: Vec<IpNet>,
     /// `None` until the owner has said so.
     wanted: Option<BTreeSet<IpNet>>,
-    /// As of the last comparison; `None` before the first one that counts.
-    state: Option<DeviceState>,
     /// When the next comparison is due, and when it may be.
     due: Instant,
     not_before: Instant,
@@ -120,7 +96,6 @@ pub struct Reconciler {
     fixed_at: Instant,
     /// What could not be fixed the last time: it is logged when it changes.
     complaint: String,
-    journal: Journal,
     changes: Sender<()>,
     jobs: Receiver<Job>,
     shared: Arc<Shared>,
@@ -150,13 +125,11 @@ impl Reconciler {
             device,
             addresses,
             wanted: None,
-            state: None,
             due: now + TICK,
             not_before: now,
             fixes: 0,
             fixed_at: now,
             complaint: String::new(),
-            journal: Journal::new("changes of routes and addresses"),
             changes,
             jobs,
             shared,
@@ -174,9 +147,7 @@ impl Reconciler {
             if self.due.max(self.not_before) <= Instant::now() {
                 self.compare();
             }
-            self.journal.flush(Instant::now());
         };
-        self.journal.end();
         if at_end == AtEnd::Remove
             && let Err(error) = self.remove_all()
         {
@@ -187,11 +158,7 @@ impl Reconciler {
     /// Sleeps until there is a job, an event, or something due.
     fn wait(&mut self) {
         let compare_at = self.due.max(self.not_before);
-        let wake_at = self
-            .journal
-            .due()
-            .map_or(compare_at, |due| due.min(compare_at));
-        let wait = wake_at.saturating_duration_since(Instant::now());
+        let wait = compare_at.saturating_duration_since(Instant::now());
         // Rounded up: a timeout of zero too many would make it spin.
         let milliseconds = wait.as_millis().saturating_add(1).min(u128::from(u16::MAX));
         let mut events = [EpollEvent::empty(); 2];
@@ -229,7 +196,7 @@ impl Reconciler {
         if let Err(error) = watch.read(EVENT_DATAGRAMS_MAX, &mut |event| events.push(event)) {
             // It would be ready at all times. The comparison opens another one.
             self.watch = None;
-            self.warn(format!("{error}; trying again"));
+            self.complain(format!("{error}; trying again"));
             self.compare_at(Instant::now());
         }
         for event in &events {
@@ -273,40 +240,27 @@ impl Reconciler {
 
     /// See [`RouteReconciler::set`](super::RouteReconciler::set).
     pub(super) fn set(&mut self, wanted: BTreeSet<IpNet>) -> Result<()> {
-        if self.device.oif == NO_DEVICE {
+        let Some(link) = self.find_device()? else {
             self.wanted = Some(wanted);
             return Ok(());
-        }
-        let table = RouteTable::read(&mut self.netlink, self.device, &wanted)?;
-        let old = self.wanted.as_ref();
-        let is_new = |prefix: &&IpNet| old.is_none_or(|old| !old.contains(prefix));
-        table.check_free(&mut self.netlink, wanted.iter().filter(is_new))?;
-        let link = self.netlink.link_by_index(self.device.oif)?;
-        // While it is down, a comparison adds them when it is up again.
-        let state = link.map_or(DeviceState::Down, |link| DeviceState::of(&link));
-        let missing = wanted
-            .iter()
-            .filter(|prefix| !table.is_right(prefix) && !table.to(prefix).has_ours);
-        let mut changes: Vec<_> = missing
-            .filter_map(|prefix| match is_new(&prefix) {
-                true => (state > DeviceState::Down).then_some(RouteChange::Add(*prefix)),
-                false => state.takes(prefix).then_some(RouteChange::Prepend(*prefix)),
-            })
-            .collect();
-        changes.extend(table.deletions(&wanted));
-        let old = self.wanted.replace(wanted);
-        self.state.get_or_insert(state);
-        match self.apply(&changes) {
-            Ok(None) => Ok(()),
-            // Of one that was wanted before.
-            Ok(Some(_)) => {
-                self.compare_at(Instant::now() + RETRY_WAIT);
+        };
+        let old = self.wanted.take();
+        let is_new = |prefix: &IpNet| old.as_ref().is_none_or(|old| !old.contains(prefix));
+        let result = self.restore_routes(&link, &wanted, &is_new);
+        self.wanted = match result.is_ok() {
+            true => Some(wanted),
+            false => old,
+        };
+        match result {
+            // The fixes, and what was refused, are of those that were wanted before.
+            Ok((_, refused)) => {
+                if refused.is_some() {
+                    self.compare_at(Instant::now() + RETRY_WAIT);
+                }
                 Ok(())
             }
             Err(error) => {
-                // A comparison takes back what was added.
-                self.wanted = old;
-                self.state = None;
+                // Takes back what was added.
                 self.compare();
                 Err(error)
             }
@@ -316,19 +270,22 @@ impl Reconciler {
     /// See [`RouteReconciler::adopt`](super::RouteReconciler::adopt).
     fn adopt(&mut self, wanted: BTreeSet<IpNet>) -> Result<()> {
         self.wanted = Some(wanted);
-        self.state = None;
-        self.reconcile().inspect_err(|_| {
-            self.compare_at(Instant::now() + RETRY_WAIT);
-        })
+        let is_told = |fix: &Fix| fix.winner.is_some();
+        self.reconcile(&is_told)
+            .inspect_err(|_| self.compare_at(Instant::now() + RETRY_WAIT))
     }
 
     /// Compares, and notes when to do so again.
     fn compare(&mut self) {
         let started = Instant::now();
         self.due = started + TICK;
-        if let Err(error) = self.reconcile() {
-            self.complain(error.to_string());
-            self.compare_at(Instant::now() + RETRY_WAIT);
+        self.note_quiet();
+        match self.reconcile(&|_| true) {
+            Ok(()) => self.complaint.clear(),
+            Err(error) => {
+                self.complain(error.to_string());
+                self.compare_at(Instant::now() + RETRY_WAIT);
+            }
         }
         let now = Instant::now();
         let cooldown = match self.fixes >= FIXES_MAX {
@@ -338,48 +295,30 @@ impl Reconciler {
         self.not_before = now + cooldown.max((now - started) * COOLDOWN_FACTOR);
     }
 
-    /// Makes the kernel's routes and the device's addresses what is wanted.
+    /// Makes the kernel's routes and the device's addresses what is wanted. Logs
+    /// the fixes that `is_told` picks.
     ///
     /// # Errors
     /// When the kernel refuses something. What it takes is in force.
-    fn reconcile(&mut self) -> Result<()> {
+    fn reconcile(&mut self, is_told: &dyn Fn(&Fix) -> bool) -> Result<()> {
         self.watch_again()?;
-        self.note_quiet();
         let Some(link) = self.find_device()? else {
             return Ok(());
         };
-        let before = self.state;
-        let state = self.note_state(&link);
-        if state == DeviceState::Down {
-            return Ok(());
-        }
-        let readdressed = self.restore_addresses(&link, state);
-        // The set is put back below, whatever happens.
         let Some(wanted) = self.wanted.take() else {
-            return readdressed;
+            return Ok(());
         };
-        let rerouted = self.restore_routes(&wanted, state);
+        let readdressed = self.restore_addresses(&link);
+        let rerouted = self.restore_routes(&link, &wanted, &|_| false);
         self.wanted = Some(wanted);
-        let (fixes, refused) = rerouted?;
+        let (mut fixes, refused) = rerouted?;
         if !fixes.is_empty() {
             // The way to somebody may lead into the device again.
             self.tell_owner();
         }
-        match before {
-            // What is wanted was missing for reasons of ours, unless somebody else
-            // has a route there.
-            None => self.tell_of_fixes(&link.name, fixes.iter().filter(|fix| fix.winner.is_some())),
-            Some(before) if before < state && !fixes.is_empty() => {
-                let (name, count) = (&link.name, fixes.len());
-                self.warn(format!("interface {name}: {count} routes put back"));
-            }
-            Some(_) => self.tell_of_fixes(&link.name, fixes.iter()),
-        }
-        let result = readdressed.and(refused.map_or(Ok(()), Err));
-        if result.is_ok() {
-            self.complaint.clear();
-        }
-        result
+        fixes.retain(is_told);
+        self.note_fixes(&link.name, &fixes);
+        readdressed.and(refused.map_or(Ok(()), Err))
     }
 
     fn watch_again(&mut self) -> Result<()> {
@@ -395,9 +334,9 @@ impl Reconciler {
         Ok(())
     }
 
-    /// The device; `None` once it is gone, and before anything is wanted.
+    /// The device; `None` once it is gone.
     fn find_device(&mut self) -> Result<Option<Link>> {
-        if self.device.oif == NO_DEVICE || self.wanted.is_none() {
+        if self.device.oif == NO_DEVICE {
             return Ok(None);
         }
         let link = self.netlink.link_by_index(self.device.oif)?;
@@ -407,30 +346,13 @@ impl Reconciler {
         Ok(link)
     }
 
-    fn note_state(&mut self, link: &Link) -> DeviceState {
-        let state = DeviceState::of(link);
-        let before = self.state.replace(state);
-        let (name, mtu) = (&link.name, link.mtu);
-        match state {
-            _ if before.is_none_or(|before| before <= state) => {}
-            DeviceState::Down => self.warn(format!(
-                "interface {name} was taken down: its routes are gone until it is up again"
-            )),
-            _ => self.warn(format!(
-                "interface {name} has an MTU of {mtu} bytes now, and IPv6 needs \
-                     {IPV6_MTU_BYTES_MIN}: its IPv6 routes are gone until it has that again"
-            )),
-        }
-        state
-    }
-
     /// Gives the device back the addresses that it has lost. One of IPv6 that it
     /// has with another prefix length is left so.
-    fn restore_addresses(&mut self, link: &Link, state: DeviceState) -> Result<()> {
+    fn restore_addresses(&mut self, link: &Link) -> Result<()> {
         let present = self.netlink.addresses()?;
-        let is_missing = |address: &IpNet| !present.contains(&(link.index, *address));
+        let is_missing = |net: &IpNet| takes(link, net) && !present.contains(&(link.index, *net));
         let mut missing = self.addresses.clone();
-        missing.retain(|address| is_missing(address) && state.takes(address));
+        missing.retain(is_missing);
         let mut result = Ok(());
         for address in missing {
             match self.netlink.add_address(link.index, address) {
@@ -449,35 +371,39 @@ impl Reconciler {
         result
     }
 
-    /// Puts back what is missing, puts ours in front where others' have overridden
-    /// them, and deletes what is not wanted any more. Returns what was fixed, and
-    /// why something could not be.
+    /// Adds what is missing, puts ours in front where others' have overridden
+    /// them, and deletes what is not wanted. Returns what was fixed, and why
+    /// something could not be; both are not about new prefixes.
+    ///
+    /// # Errors
+    /// When somebody has a route to a new prefix, or the kernel refuses one. Some
+    /// changes may be in force.
     fn restore_routes(
         &mut self,
+        link: &Link,
         wanted: &BTreeSet<IpNet>,
-        state: DeviceState,
+        is_new: &dyn Fn(&IpNet) -> bool,
     ) -> Result<(Vec<Fix>, Option<Error>)> {
         let table = RouteTable::read(&mut self.netlink, self.device, wanted)?;
+        let new = wanted.iter().filter(|prefix| is_new(prefix));
+        table.check_free(&mut self.netlink, new)?;
         let (mut changes, mut fixes, mut hopeless) = (Vec::new(), Vec::new(), None);
-        for &prefix in wanted {
-            if table.is_right(&prefix) || !state.takes(&prefix) {
-                continue;
-            }
+        for &prefix in wanted.iter().filter(|prefix| !table.is_right(prefix)) {
             let routes = table.to(&prefix);
-            let winner = routes.winner;
-            if routes.has_ours && prefix.addr().is_ipv6() {
+            let (winner, is_v6) = (routes.winner, prefix.addr().is_ipv6());
+            if is_new(&prefix) && !routes.has_ours {
+                // What a device that is down cannot have comes when it is up.
+                changes.extend(link.up.then_some(RouteChange::Add(prefix)));
+            } else if routes.has_ours && is_v6 {
                 hopeless = winner;
-                continue;
+            } else if takes(link, &prefix) {
+                // In IPv4 the only way to the front is to be added again.
+                changes.extend(routes.has_ours.then_some(RouteChange::Delete(prefix)));
+                changes.push(RouteChange::Prepend(prefix));
+                fixes.push(Fix { prefix, winner });
             }
-            // In IPv4 the only way to the front is to be added again.
-            if routes.has_ours {
-                changes.push(RouteChange::Delete(prefix));
-            }
-            changes.push(RouteChange::Prepend(prefix));
-            fixes.push(Fix { prefix, winner });
         }
         changes.extend(table.deletions(wanted));
-        drop(table);
         let refused = self.apply(&changes)?;
         let hopeless = hopeless.map(|winner| {
             let (prefix, way) = (winner.destination, way(&mut self.netlink, &winner));
@@ -494,31 +420,24 @@ impl Reconciler {
     /// may be in force.
     fn apply(&mut self, changes: &[RouteChange]) -> Result<Option<Error>> {
         let mut refused = None;
-        // In parts, so that it shows how far it is.
-        for part in changes.chunks(PART_MAX) {
-            for (place, error) in self.netlink.change_device_routes(self.device, part)? {
-                match (part[place], error.errno()) {
-                    // Somebody was faster, or the device was taken down just now:
-                    // an event tells.
-                    (_, Some(libc::ENETDOWN))
-                    | (RouteChange::Prepend(_), Some(libc::EEXIST | libc::ENODEV))
-                    | (RouteChange::Delete(_), Some(libc::ESRCH | libc::ENODEV)) => {}
-                    (RouteChange::Add(_), Some(libc::EEXIST)) => {
-                        let hint = "somebody added a route to this prefix just now; try again";
-                        return Err(error.hint(hint));
-                    }
-                    (RouteChange::Add(IpNet::V6(_)), Some(libc::ENODEV)) => {
-                        return Err(error.hint(format!(
-                            "IPv6 needs an MTU of {IPV6_MTU_BYTES_MIN} bytes at least"
-                        )));
-                    }
-                    (RouteChange::Add(_), _) => return Err(error),
-                    _ => refused = refused.or(Some(error)),
+        for (place, error) in self.netlink.change_device_routes(self.device, changes)? {
+            match (changes[place], error.errno()) {
+                // Somebody was faster, or the device was taken down just now: an
+                // event tells.
+                (_, Some(libc::ENETDOWN))
+                | (RouteChange::Prepend(_), Some(libc::EEXIST | libc::ENODEV))
+                | (RouteChange::Delete(_), Some(libc::ESRCH | libc::ENODEV)) => {}
+                (RouteChange::Add(_), Some(libc::EEXIST)) => {
+                    let hint = "somebody added a route to this prefix just now; try again";
+                    return Err(error.hint(hint));
                 }
+                (RouteChange::Add(IpNet::V6(_)), Some(libc::ENODEV)) => {
+                    let hint = format!("IPv6 needs an MTU of {IPV6_MTU_BYTES_MIN} bytes at least");
+                    return Err(error.hint(hint));
+                }
+                (RouteChange::Add(_), _) => return Err(error),
+                _ => refused = refused.or(Some(error)),
             }
-            let is_added = |change: &&RouteChange| !matches!(change, RouteChange::Delete(_));
-            let added = part.iter().filter(is_added).count();
-            self.shared.added.fetch_add(added, Ordering::Relaxed);
         }
         Ok(refused)
     }
@@ -531,38 +450,40 @@ impl Reconciler {
     }
 
     /// Says what was fixed, in one line.
-    fn tell_of_fixes<'a>(&mut self, name: &str, mut fixes: impl Iterator<Item = &'a Fix>) {
-        let Some(Fix { prefix, winner }) = fixes.next() else {
+    fn note_fixes(&mut self, name: &str, fixes: &[Fix]) {
+        let [Fix { prefix, winner }, more @ ..] = fixes else {
             return;
         };
         let mut line = match winner {
-            None => format!("route {prefix} on {name} was deleted; put back"),
+            None => format!("route {prefix} on {name} was gone; put back"),
             Some(winner) => {
                 let way = way(&mut self.netlink, winner);
                 format!("route {prefix} on {name} was overridden by one {way}; put in front of it")
             }
         };
-        let more = fixes.count();
-        if more > 0 {
-            line += &format!(" (and {more} more)");
+        if !more.is_empty() {
+            line += &format!(" (and {} more)", more.len());
         }
         self.note_fix(name, line);
     }
 
-    /// Counts a fix of what somebody else has done, and logs it unless there are
-    /// too many.
+    /// Counts a fix, and logs it unless there are too many.
     fn note_fix(&mut self, name: &str, line: String) {
         self.fixes = self.fixes.saturating_add(1);
         self.fixed_at = Instant::now();
-        if self.fixes < FIXES_MAX {
-            self.warn(line);
-        } else if self.fixes == FIXES_MAX {
-            tracing::warn!(
+        let quiet_s = QUIET_PERIOD.as_secs();
+        match self.fixes {
+            ..FIXES_LOGGED_MAX => tracing::warn!("{line}"),
+            FIXES_LOGGED_MAX => {
+                tracing::warn!("{line}; not logged again until it is quiet for {quiet_s} s");
+            }
+            FIXES_MAX => tracing::warn!(
                 "somebody changes the routes or addresses of {name} again and again, the last \
-                 time: {line}; from now on they are put back every {} s; have other network \
+                 time: {line}; from now on they are put back every {} s: have other network \
                  managers leave {name} and its prefixes alone",
                 COOLDOWN_CONTENDED.as_secs()
-            );
+            ),
+            _ => {}
         }
     }
 
@@ -579,15 +500,8 @@ impl Reconciler {
     /// Says what cannot be fixed, once.
     fn complain(&mut self, complaint: String) {
         if self.complaint != complaint {
-            self.warn(complaint.clone());
+            tracing::warn!("{complaint}");
             self.complaint = complaint;
-        }
-    }
-
-    /// Logs a line if there were not too many.
-    fn warn(&mut self, line: String) {
-        if self.journal.admits(Instant::now()) {
-            tracing::warn!("{line}");
         }
     }
 }

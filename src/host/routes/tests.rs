@@ -91,7 +91,6 @@ impl Host {
         prepare(&netlink, &mut watch);
         let shared = Arc::new(Shared {
             wake: EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap(),
-            added: Default::default(),
             has_device: true.into(),
         });
         let (changes, to_wake) = (bounded(1).0, Arc::clone(&shared));
