@@ -2,9 +2,8 @@
 
 use std::hint::black_box;
 
-use fastvpn::packet::coalesce::{
-    Coalescer, FLOWS_MAX, Frame, FrameSink, TunOffloads, UDP_SEGMENTS_MAX,
-};
+use fastvpn::packet::coalesce::{Coalescer, FLOWS_MAX, TunOffloads, UDP_SEGMENTS_MAX};
+use fastvpn::packet::frame::{Frame, FrameSink};
 use fastvpn::packet::ip::{self, Version};
 use fastvpn::packet::{TCP, UDP};
 
@@ -122,11 +121,11 @@ impl Pool {
 }
 
 impl FrameSink for Pool {
-    fn take(&mut self) -> Option<Frame> {
+    fn take_frame(&mut self) -> Option<Frame> {
         self.free.pop()
     }
 
-    fn put(&mut self, frame: Frame) {
+    fn write(&mut self, frame: Frame) {
         self.finished.push(frame);
     }
 }

@@ -7,7 +7,8 @@
 //! runs of one flow are what a fuzzer would never guess.
 #![no_main]
 
-use fastvpn::packet::coalesce::{Coalescer, Frame, FrameSink, TunOffloads};
+use fastvpn::packet::coalesce::{Coalescer, TunOffloads};
+use fastvpn::packet::frame::{Frame, FrameSink};
 use fastvpn::packet::ip;
 use libfuzzer_sys::fuzz_target;
 
@@ -24,11 +25,11 @@ struct Sink {
 }
 
 impl FrameSink for Sink {
-    fn take(&mut self) -> Option<Frame> {
+    fn take_frame(&mut self) -> Option<Frame> {
         Some(self.spare.pop().unwrap_or_else(|| Frame::new(0)))
     }
 
-    fn put(&mut self, frame: Frame) {
+    fn write(&mut self, frame: Frame) {
         self.frames.push(frame.bytes().to_vec());
         self.spare.push(frame);
     }

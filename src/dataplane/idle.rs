@@ -52,7 +52,7 @@ impl Idle {
         };
         let start = Instant::now();
         loop {
-            if engine.look()? {
+            if engine.poll()? {
                 return Ok(());
             }
             if start.elapsed() >= spin {
@@ -68,7 +68,7 @@ impl Idle {
     }
 }
 
-/// Pauses of the processor between two looks: some hundred nanoseconds, which
+/// Pauses of the processor between two polls: some hundred nanoseconds, which
 /// is little against what they wait for and leaves a sibling thread room.
 const PAUSES: usize = 16;
 
@@ -89,20 +89,20 @@ fn adapted(auto: Duration, waited: Duration) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::io::engine::{Destination, Event, Received, Source};
-    use crate::packet::coalesce::{Frame, FrameSink};
+    use crate::io::engine::{Destination, Event, Received};
+    use crate::packet::frame::{Frame, FrameSink};
     use crate::packet::train::{Limits, Train};
 
-    /// Has an event from the given look on.
+    /// Has an event from the given poll on.
     struct Fake {
-        looks: usize,
+        polls: usize,
         ready_from: usize,
         waits: usize,
     }
 
     fn fake(ready_from: usize) -> Fake {
         Fake {
-            looks: 0,
+            polls: 0,
             ready_from,
             waits: 0,
         }
@@ -110,8 +110,8 @@ mod tests {
 
     impl Engine for Fake {
         fn poll(&mut self) -> Result<bool> {
-            self.looks += 1;
-            Ok(self.looks >= self.ready_from)
+            self.polls += 1;
+            Ok(self.polls >= self.ready_from)
         }
         fn wait(&mut self) -> Result<()> {
             self.waits += 1;
@@ -120,7 +120,10 @@ mod tests {
         fn next_event(&mut self) -> Option<Event> {
             None
         }
-        fn recycle(&mut self, _: Received, _: Source) {}
+        fn has_event(&mut self) -> bool {
+            false
+        }
+        fn recycle(&mut self, _: Received) {}
         fn take_train(&mut self) -> Option<Train> {
             None
         }
@@ -128,22 +131,25 @@ mod tests {
         fn limits(&self, _: std::net::SocketAddr) -> Limits {
             Limits::FULL
         }
+        fn submit(&mut self) -> Result<()> {
+            Ok(())
+        }
         fn quiesce(&mut self) {}
         fn reset_limits(&mut self) {}
     }
 
     impl FrameSink for Fake {
-        fn take(&mut self) -> Option<Frame> {
+        fn take_frame(&mut self) -> Option<Frame> {
             None
         }
-        fn put(&mut self, _: Frame) {}
+        fn write(&mut self, _: Frame) {}
     }
 
     #[test]
     fn sleeps_at_once_when_off() {
         let mut engine = fake(1);
         Idle::new(Spin::Off).wait(&mut engine).unwrap();
-        assert_eq!((engine.looks, engine.waits), (0, 1));
+        assert_eq!((engine.polls, engine.waits), (0, 1));
     }
 
     #[test]
@@ -151,7 +157,7 @@ mod tests {
         let mut engine = fake(50);
         let hour = Duration::from_secs(3600);
         Idle::new(Spin::For(hour)).wait(&mut engine).unwrap();
-        assert_eq!((engine.looks, engine.waits), (50, 0));
+        assert_eq!((engine.polls, engine.waits), (50, 0));
     }
 
     #[test]
@@ -179,6 +185,6 @@ mod tests {
         // Silence: looked at once, then asleep.
         let mut engine = fake(usize::MAX);
         Idle::new(Spin::Auto).wait(&mut engine).unwrap();
-        assert_eq!((engine.looks, engine.waits), (1, 1));
+        assert_eq!((engine.polls, engine.waits), (1, 1));
     }
 }

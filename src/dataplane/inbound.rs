@@ -41,7 +41,7 @@ impl Inbound {
     #[inline]
     pub fn push(
         &mut self,
-        payload: &[u8],
+        payload: &mut [u8],
         segment_bytes: usize,
         sender: SocketAddr,
         table: &Table,

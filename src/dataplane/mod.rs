@@ -23,7 +23,7 @@ use self::outbound::Outbound;
 use self::table::Table;
 use crate::counters::Counters;
 use crate::error::Result;
-use crate::io::engine::{Engine, Event, Source};
+use crate::io::engine::{Engine, Event};
 
 /// What the control thread tells a worker. An [`Event::Wake`] follows.
 #[derive(Debug)]
@@ -62,19 +62,7 @@ pub fn run(
     let mut carried = 0;
     let mut is_stopping = false;
     loop {
-        // While more arrives, what is open may still grow: a frame rarely
-        // fills its last train.
-        if carried >= CARRIED_EVENTS_MAX || !engine.poll()? {
-            outbound.flush(engine);
-            inbound.flush(engine);
-            carried = 0;
-            if is_stopping && !engine.poll()? {
-                return Ok(());
-            }
-        }
-        if !is_stopping {
-            idle.wait(engine)?;
-        }
+        // Take in and forward.
         for _ in 0..BATCH_EVENTS_MAX {
             let Some(event) = engine.next_event() else {
                 break;
@@ -83,22 +71,22 @@ pub fn run(
             match event {
                 Event::Frame(mut received) => {
                     outbound.push(received.bytes_mut(), &table, counters, engine);
-                    engine.recycle(received, Source::Tun);
+                    engine.recycle(received);
                 }
                 Event::Datagrams {
-                    received,
+                    mut received,
                     sender,
                     segment_bytes,
                 } => {
-                    let payload = received.bytes();
+                    let payload = received.bytes_mut();
                     inbound.push(payload, segment_bytes, sender, &table, counters, engine);
-                    engine.recycle(received, Source::Udp);
+                    engine.recycle(received);
                 }
                 Event::SendFailed(failure) => outbound.failed(&failure, &table, counters),
                 Event::Wake => {
                     for command in commands.try_iter() {
                         match command {
-                            // What has arrived is still carried: a successor
+                            // What has arrived is still carried: the next process
                             // may go on with what has not.
                             Command::Stop => {
                                 is_stopping = true;
@@ -117,6 +105,23 @@ pub fn run(
                 }
             }
         }
+        // Submit what is complete. While more arrives, what is open may still
+        // grow: a frame rarely fills its last train.
         outbound.send_closed(engine);
+        engine.submit()?;
+        if carried < CARRIED_EVENTS_MAX && engine.has_event() {
+            continue;
+        }
+        // Submit the rest.
+        outbound.flush(engine);
+        inbound.flush(engine);
+        engine.submit()?;
+        carried = 0;
+        // Sleep.
+        if !is_stopping {
+            idle.wait(engine)?;
+        } else if !engine.has_event() {
+            return Ok(());
+        }
     }
 }

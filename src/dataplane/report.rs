@@ -9,7 +9,7 @@ use std::time::Instant;
 use super::rate::RateLimit;
 use crate::counters::Counters;
 use crate::packet::PACKET_BYTES_MAX;
-use crate::packet::coalesce::FrameSink;
+use crate::packet::frame::FrameSink;
 use crate::packet::icmp::{ErrorMessage, Problem, TunnelAddresses};
 use crate::packet::segment::Segments;
 
@@ -67,7 +67,7 @@ impl Reporter {
             counters.icmp_suppressed.add(1);
             return;
         }
-        let Some(mut frame) = sink.take() else {
+        let Some(mut frame) = sink.take_frame() else {
             return;
         };
         // Written out, so that the quote has its own length and checksums and
@@ -78,7 +78,7 @@ impl Reporter {
             Some(room) => error.write(offender, room),
             None => 0,
         });
-        sink.put(frame);
+        sink.write(frame);
         counters.icmp_sent.add(1);
     }
 }
@@ -86,7 +86,7 @@ impl Reporter {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::packet::coalesce::Frame;
+    use crate::packet::frame::Frame;
     use crate::packet::virtio::{self, Header};
 
     /// Has a given number of frames.
@@ -96,10 +96,10 @@ mod tests {
     }
 
     impl FrameSink for Sink {
-        fn take(&mut self) -> Option<Frame> {
+        fn take_frame(&mut self) -> Option<Frame> {
             self.spare.pop()
         }
-        fn put(&mut self, frame: Frame) {
+        fn write(&mut self, frame: Frame) {
             self.frames.push(frame.bytes().to_vec());
         }
     }

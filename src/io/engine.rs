@@ -1,13 +1,43 @@
-//! What the packet work needs of an I/O engine, and nothing more.
+//! What the data plane needs of an I/O engine, and nothing more.
 //!
 //! An engine moves buffers between one TUN queue, one UDP socket and its
 //! caller. Buffers change owner by value: whoever holds one may touch it, and
 //! what the kernel is working on is held by the engine.
+//!
+//! # A turn
+//!
+//! [`Engine::next_event`] takes in, [`Engine::send`] and [`FrameSink::write`]
+//! hand output over, [`Engine::submit`] starts what has not gone out yet, and
+//! [`Engine::wait`] sleeps. Nothing else sends. Trains toward one destination
+//! leave in the order in which they are given, and so do frames.
+//!
+//! # When there is no room
+//!
+//! Both engines do the same; `io/sides.rs` has the code and `io/tests.rs` the
+//! tests of both.
+//!
+//! - *The socket's send buffer is full.* Packets that do not fit are dropped,
+//!   counted ([`drop_send_full`]) and told ([`Event::SendFailed`]). No frame is
+//!   read until the socket has room: what the host sends meanwhile waits in the
+//!   TUN queue and is dropped there, by the kernel, where its senders feel it. A
+//!   frame that was read ahead goes on and takes its chance. Datagrams are
+//!   received and written to the TUN queue all the while.
+//! - *The TUN queue has no room for a frame.* The frame is dropped and counted
+//!   ([`drop_tun_full`]). Nothing waits for the queue: the kernel would have
+//!   dropped the packets at this place, too.
+//! - *No output buffer is left.* The packet is dropped and counted
+//!   ([`drop_no_buffer`]). There are more buffers than can be open at a time, and
+//!   the engine gets them back as it hands them to the kernel.
+//!
+//! [`drop_send_full`]: crate::counters::Counters::drop_send_full
+//! [`drop_tun_full`]: crate::counters::Counters::drop_tun_full
+//! [`drop_no_buffer`]: crate::counters::Counters::drop_no_buffer
 
 use std::net::SocketAddr;
 
 use crate::error::Result;
-use crate::packet::coalesce::FrameSink;
+use crate::io::udp::Port;
+use crate::packet::frame::FrameSink;
 use crate::packet::train::{Limits, NextHop, Train};
 
 /// Next hops whose trains can be open at a time. The oldest makes room.
@@ -16,10 +46,11 @@ pub const OPEN_TRAINS_MAX: usize = 32;
 /// A filled receive buffer. Give it back with [`Engine::recycle`].
 #[derive(Debug)]
 pub struct Received {
-    pub(crate) buffer: Box<[u8]>,
-    pub(crate) start: usize,
-    pub(crate) end: usize,
-    pub(crate) id: u16,
+    pub(super) buffer: Box<[u8]>,
+    pub(super) start: usize,
+    pub(super) end: usize,
+    /// Its number in the ring of provided buffers, if it is one of these.
+    pub(super) ring_id: Option<u16>,
 }
 
 impl Received {
@@ -79,15 +110,6 @@ impl SendFailure {
     }
 }
 
-/// A port that a worker sends from; see [`crate::io::udp::reuseport`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Port {
-    /// The port that all workers receive on.
-    Listen,
-    /// The worker's own, if it has one.
-    Own,
-}
-
 /// Where a train goes, and from which port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Destination {
@@ -99,44 +121,46 @@ pub struct Destination {
 
 /// See the module's documentation.
 pub trait Engine: FrameSink {
-    /// Starts all output given so far, takes in what has arrived, and tells
-    /// whether there is an event. Does not sleep.
-    ///
-    /// # Errors
-    /// As [`Self::wait`].
-    fn poll(&mut self) -> Result<bool>;
-
-    /// As [`Self::poll`], for one who does nothing but look: also asks the
-    /// kernel for news where that takes a system call.
-    ///
-    /// # Errors
-    /// As [`Self::wait`].
-    fn look(&mut self) -> Result<bool> {
-        self.poll()
-    }
-
-    /// Starts all output given so far and sleeps until there is something new,
-    /// as a rule an event.
-    ///
-    /// # Errors
-    /// When the device is gone or the kernel interface fails for good.
-    fn wait(&mut self) -> Result<()>;
-
-    /// The next event, in the order in which the kernel reported them.
+    /// The next event, from both sides in turn. Does not sleep, and sends
+    /// nothing.
     fn next_event(&mut self) -> Option<Event>;
 
+    /// Whether there is a [`Self::next_event`]; it is read ahead, if need be.
+    fn has_event(&mut self) -> bool;
+
     /// Gives a receive buffer back.
-    fn recycle(&mut self, received: Received, source: Source);
+    fn recycle(&mut self, received: Received);
 
     /// An empty train, or `None` when all are under way: the packet is then
     /// dropped, and the caller counts it.
     fn take_train(&mut self) -> Option<Train>;
 
-    /// Sends a train. Trains toward one destination leave in the order given.
-    fn send(&mut self, train: Train, destination: Destination);
-
     /// How long trains toward a destination may be.
     fn limits(&self, destination: SocketAddr) -> Limits;
+
+    /// Sends a train, now or with [`Self::submit`].
+    fn send(&mut self, train: Train, to: Destination);
+
+    /// Starts all output that was given, and takes in what has come of it.
+    ///
+    /// # Errors
+    /// When the device is gone or the kernel interface fails for good, now or at
+    /// any call before.
+    fn submit(&mut self) -> Result<()>;
+
+    /// Asks the kernel for news, and tells whether there is an event. Does not
+    /// sleep.
+    ///
+    /// # Errors
+    /// As [`Self::submit`].
+    fn poll(&mut self) -> Result<bool>;
+
+    /// Sleeps until there is something new, as a rule an event; not at all if
+    /// there is one already.
+    ///
+    /// # Errors
+    /// As [`Self::submit`].
+    fn wait(&mut self) -> Result<()>;
 
     /// Takes nothing new from the kernel any more. What was taken before is still
     /// to be asked for, and output is still carried out.
@@ -144,13 +168,4 @@ pub trait Engine: FrameSink {
 
     /// Forgets what refused sends taught about paths.
     fn reset_limits(&mut self);
-}
-
-/// Which side a receive buffer belongs to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Source {
-    /// The TUN queue.
-    Tun,
-    /// The UDP socket.
-    Udp,
 }

@@ -1,10 +1,11 @@
 //! The memory behind `sendmsg(2)` and `recvmsg(2)` requests: it must stay
 //! where it is while the kernel works on it.
 
-use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use std::os::fd::{AsRawFd, BorrowedFd};
+
+use nix::errno::Errno;
 
 use crate::packet::train::Train;
 
@@ -83,7 +84,7 @@ pub struct ReceivedMessage {
 
 /// `recvmsg(2)` into `buffer` from [`PAYLOAD_START`] on, without waiting.
 /// `Ok(None)`: the message was cut short, or its sender's address is unknown.
-pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Option<ReceivedMessage>> {
+pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> nix::Result<Option<ReceivedMessage>> {
     let mut name = [0u8; NAME_BYTES];
     let mut control = [0u64; CONTROL_BYTES / 8];
     let room = &mut buffer[PAYLOAD_START..];
@@ -102,7 +103,7 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Option<R
     // SAFETY: the header points to live memory of the lengths it states.
     let received =
         unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, libc::MSG_DONTWAIT) };
-    let bytes = usize::try_from(received).map_err(|_| io::Error::last_os_error())?;
+    let bytes = Errno::result(received)? as usize;
     if header.msg_flags & libc::MSG_TRUNC != 0 {
         return Ok(None);
     }
@@ -178,16 +179,12 @@ pub fn send(
     memory: &mut SendMessage,
     train: &Train,
     destination: SocketAddr,
-) -> io::Result<()> {
+) -> nix::Result<()> {
     let header = memory.prepare(train, destination);
     // SAFETY: the header points to live memory of the lengths it states: to
     // `memory`, which does not move, and to the train's bytes.
     let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), header, libc::MSG_DONTWAIT) };
-    if sent >= 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    Errno::result(sent).map(drop)
 }
 
 fn level_and_type(level: i32, kind: i32) -> u64 {

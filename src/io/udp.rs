@@ -14,7 +14,6 @@ pub use self::sockopt::drops;
 use self::sockopt::{MtuDiscover, MtuDiscoverV6};
 
 use crate::error::{Error, Result};
-use crate::io::engine::Port;
 
 /// Bytes asked for with `SO_RCVBUF` and `SO_SNDBUF`: some milliseconds of
 /// datagrams at full rate, so that a worker that waits for its core loses none.
@@ -27,6 +26,15 @@ pub struct UdpOffloads {
     pub segment: bool,
     /// `UDP_GRO`: one receive brings many datagrams (Linux 5.0).
     pub gro: bool,
+}
+
+/// A port that a worker sends from; see [`reuseport`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Port {
+    /// The port that all workers receive on.
+    Listen,
+    /// The worker's own, if it has one.
+    Own,
 }
 
 /// The sockets of one worker.

@@ -12,6 +12,7 @@
 use std::ops::Range;
 
 use super::checksum::{Sum, pseudo_header};
+use super::frame::{Frame, FrameSink};
 use super::ip::Version;
 use super::virtio::{self, Header};
 use super::{
@@ -25,104 +26,6 @@ pub const FLOWS_MAX: usize = 16;
 /// Most UDP datagrams of one frame: the kernel's `UDP_GRO_CNT_MAX`. A receiver
 /// with `UDP_GRO` on may have sized its buffers for that.
 pub const UDP_SEGMENTS_MAX: usize = 64;
-
-/// A buffer for one outgoing frame: virtio-net header and packet.
-#[derive(Debug)]
-pub struct Frame {
-    bytes: Box<[u8]>,
-    /// Bytes of the packet behind the virtio-net header.
-    packet_bytes: usize,
-    id: u16,
-}
-
-/// The packet starts at a multiple of 16, so that its addresses and payload
-/// are aligned; the virtio-net header ends there.
-const PACKET_START: usize = 16;
-const FRAME_START: usize = PACKET_START - virtio::HEADER_BYTES;
-
-impl Frame {
-    /// An empty frame with room for the longest packet. `id` is the owner's
-    /// name for it and never changes.
-    pub fn new(id: u16) -> Self {
-        // The odd cache line keeps the starts of neighbouring buffers from
-        // falling into the same cache sets.
-        let bytes = vec![0; PACKET_START + PACKET_BYTES_MAX + 1 + 64];
-        Self {
-            bytes: bytes.into_boxed_slice(),
-            packet_bytes: 0,
-            id,
-        }
-    }
-
-    /// The virtio-net header and the packet: what one TUN write takes.
-    #[inline]
-    pub fn bytes(&self) -> &[u8] {
-        &self.bytes[FRAME_START..PACKET_START + self.packet_bytes]
-    }
-
-    /// The packet alone.
-    #[inline]
-    pub fn packet(&self) -> &[u8] {
-        &self.bytes[PACKET_START..PACKET_START + self.packet_bytes]
-    }
-
-    /// The owner's name for this buffer.
-    #[inline]
-    pub fn id(&self) -> u16 {
-        self.id
-    }
-
-    /// Makes the frame one packet as it is, with nothing left to an offload.
-    /// `write` gets the room for it, [`PACKET_BYTES_MAX`] bytes or more, and
-    /// says how many of them it wrote.
-    #[inline]
-    pub fn fill(&mut self, write: impl FnOnce(&mut [u8]) -> usize) {
-        let room = &mut self.bytes[PACKET_START..];
-        self.packet_bytes = write(room).min(PACKET_BYTES_MAX);
-        self.set_header(Header::default());
-    }
-
-    #[inline]
-    fn packet_mut(&mut self) -> &mut [u8] {
-        &mut self.bytes[PACKET_START..PACKET_START + self.packet_bytes]
-    }
-
-    #[inline]
-    fn set(&mut self, packet: &[u8]) {
-        self.packet_bytes = packet.len();
-        self.packet_mut().copy_from_slice(packet);
-        self.set_header(Header::default());
-    }
-
-    /// Copies `payload` behind the packet, which does not have it yet, and
-    /// sums it up on the way: [`Self::extend`] makes it part of the packet.
-    #[inline]
-    fn copy_behind(&mut self, payload: &[u8]) -> Sum {
-        let start = PACKET_START + self.packet_bytes;
-        let room = &mut self.bytes[start..start + payload.len()];
-        Sum::ZERO.add_copied(payload, room)
-    }
-
-    /// Makes bytes behind the packet part of it.
-    #[inline]
-    fn extend(&mut self, payload_bytes: usize) {
-        self.packet_bytes += payload_bytes;
-    }
-
-    #[inline]
-    fn set_header(&mut self, header: Header) {
-        self.bytes[FRAME_START..PACKET_START].copy_from_slice(&header.to_bytes());
-    }
-}
-
-/// Where finished frames go and where empty ones come from.
-pub trait FrameSink {
-    /// An empty frame, or `None` when the sink has none left: the packet is
-    /// then dropped, and the sink counts it.
-    fn take(&mut self) -> Option<Frame>;
-    /// Takes a finished frame; frames are written in the order given.
-    fn put(&mut self, frame: Frame);
-}
 
 /// Which super-packets the TUN device takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -172,7 +75,7 @@ impl Coalescer {
     #[inline]
     pub fn flush(&mut self, sink: &mut impl FrameSink) {
         for open in self.open.drain(..) {
-            sink.put(open.finish());
+            sink.write(open.finish());
         }
     }
 
@@ -195,27 +98,29 @@ impl Coalescer {
             let open = &mut self.open[index];
             if open.append(data, packet) {
                 if open.is_full(data) {
-                    sink.put(self.open.remove(index).finish());
+                    sink.write(self.open.remove(index).finish());
                 }
                 return;
             }
-            sink.put(self.open.remove(index).finish());
+            sink.write(self.open.remove(index).finish());
         }
-        let Some(frame) = sink.take() else { return };
+        let Some(frame) = sink.take_frame() else {
+            return;
+        };
         let open = Open::new(frame, data, packet);
         if data.closes() {
-            sink.put(open.finish());
+            sink.write(open.finish());
             return;
         }
         if self.open.len() == FLOWS_MAX {
-            sink.put(self.open.remove(0).finish());
+            sink.write(self.open.remove(0).finish());
         }
         self.open.push(open);
     }
 
     fn close_if(&mut self, sink: &mut impl FrameSink, matches: impl Fn(&Open) -> bool) {
         while let Some(index) = self.open.iter().position(&matches) {
-            sink.put(self.open.remove(index).finish());
+            sink.write(self.open.remove(index).finish());
         }
     }
 }
@@ -223,9 +128,9 @@ impl Coalescer {
 /// Copies a packet out as it is.
 #[inline]
 fn pass(packet: &[u8], sink: &mut impl FrameSink) {
-    if let Some(mut frame) = sink.take() {
+    if let Some(mut frame) = sink.take_frame() {
         frame.set(packet);
-        sink.put(frame);
+        sink.write(frame);
     }
 }
 

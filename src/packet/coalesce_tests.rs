@@ -30,14 +30,14 @@ struct Sink {
 }
 
 impl FrameSink for Sink {
-    fn take(&mut self) -> Option<Frame> {
+    fn take_frame(&mut self) -> Option<Frame> {
         self.frames_left = self.frames_left.checked_sub(1)?;
         let mut frame = Frame::new(0);
         frame.bytes[..200].fill(0xee);
         Some(frame)
     }
 
-    fn put(&mut self, frame: Frame) {
+    fn write(&mut self, frame: Frame) {
         self.frames.push(frame.bytes().to_vec());
     }
 }

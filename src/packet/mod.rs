@@ -12,6 +12,7 @@
 
 pub mod checksum;
 pub mod coalesce;
+pub mod frame;
 pub mod hop;
 pub mod icmp;
 pub mod ip;

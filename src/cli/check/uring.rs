@@ -20,7 +20,7 @@ use crate::counters::Counters;
 use crate::error::{Error, Result};
 use crate::host::link::{self, LinkConfig};
 use crate::host::netlink::Netlink;
-use crate::io::engine::{Engine, Event, Source};
+use crate::io::engine::{Engine, Event};
 use crate::io::tun::{self, Queue};
 use crate::io::udp::WorkerSockets;
 use crate::io::uring::Uring;
@@ -177,16 +177,17 @@ impl Bench {
             self.feed().map_err(failed)?;
             // Woken, the engine waits for nothing else.
             self.wake.write(1).map_err(|errno| failed(errno.into()))?;
+            engine.submit()?;
             engine.wait()?;
             while let Some(event) = engine.next_event() {
                 match event {
                     Event::Frame(frame) => {
                         read = true;
-                        engine.recycle(frame, Source::Tun);
+                        engine.recycle(frame);
                     }
                     Event::Datagrams { received: data, .. } => {
                         received = true;
-                        engine.recycle(data, Source::Udp);
+                        engine.recycle(data);
                     }
                     Event::SendFailed(_) | Event::Wake => {}
                 }

@@ -5,8 +5,8 @@
 pub enum Token {
     /// Poll of the TUN queue.
     TunPoll,
-    /// Multishot receive, or poll, of the UDP socket.
-    UdpReceive,
+    /// Multishot receive from the UDP socket.
+    Receive,
     /// Send of the train with this id.
     Send(u16),
     /// Write of the frame with this id.
@@ -22,7 +22,7 @@ impl Token {
     pub fn to_user_data(self) -> u64 {
         match self {
             Self::TunPoll => 0,
-            Self::UdpReceive => 1,
+            Self::Receive => 1,
             Self::Send(id) => 2 | u64::from(id) << 16,
             Self::Write(id) => 3 | u64::from(id) << 16,
             Self::Wake => 4,
@@ -35,7 +35,7 @@ impl Token {
         let id = (data >> 16) as u16;
         match data & 0xffff {
             0 => Some(Self::TunPoll),
-            1 => Some(Self::UdpReceive),
+            1 => Some(Self::Receive),
             2 => Some(Self::Send(id)),
             3 => Some(Self::Write(id)),
             4 => Some(Self::Wake),
@@ -53,7 +53,7 @@ mod tests {
     fn survives_the_kernel() {
         for token in [
             Token::TunPoll,
-            Token::UdpReceive,
+            Token::Receive,
             Token::Send(0),
             Token::Send(65535),
             Token::Write(17),

@@ -1,0 +1,312 @@
+//! Both sides of a worker, its TUN queue and its UDP socket, with all that the
+//! engines do alike: buffers, whose turn it is, what failed reads and refused
+//! sends mean.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::sys::eventfd::EventFd;
+
+use super::engine::{Destination, Event, OPEN_TRAINS_MAX, Received};
+use super::message::PAYLOAD_START;
+use super::path_limits::PathLimits;
+use super::tun::Queue;
+use super::udp::{Port, WorkerSockets};
+use crate::counters::Counters;
+use crate::error::{Error, Result};
+use crate::packet::frame::Frame;
+use crate::packet::train::{Limits, Train};
+use crate::packet::virtio;
+
+/// Buffers to read into by system calls: the worker has one at a time, and one
+/// may be read ahead.
+const READ_BUFFERS: usize = 4;
+
+/// Bytes of a receive buffer: the longest frame or datagram with its headers.
+/// The odd cache line keeps the starts of neighbouring buffers from falling
+/// into the same cache sets.
+pub const BUFFER_BYTES: usize = (64 << 10) + 192;
+const _: () = assert!(BUFFER_BYTES >= virtio::HEADER_BYTES + 65536);
+const _: () = assert!(BUFFER_BYTES >= PAYLOAD_START + 65535);
+
+/// Trains: those that can be open at a time, and a batch under way.
+pub const TRAINS: u16 = OPEN_TRAINS_MAX as u16 + 8;
+/// Frames: the flows that can be open at a time, and a batch under way.
+pub const FRAMES: u16 = 64;
+
+/// So many reads in a row that failed, for reasons that pass as a rule, are no
+/// passing matter: from then on there is a pause after each.
+const FAILURES_MAX: u32 = 16;
+
+/// That pause.
+pub const FAILURE_PAUSE: Duration = Duration::from_millis(1);
+
+/// See the module's documentation.
+pub struct Sides {
+    pub queue: Queue,
+    pub sockets: WorkerSockets,
+    pub counters: Arc<Counters>,
+    pub wake: Arc<EventFd>,
+    wake_pending: bool,
+    /// There may be a frame: the kernel has said so, and the queue has not been
+    /// found empty since.
+    pub tun_ready: bool,
+    /// Whose turn it is when both sides have something.
+    tun_is_next: bool,
+    /// What was read ahead.
+    next: Option<Event>,
+    /// Nothing is read any more.
+    pub is_quiet: bool,
+    /// The socket on this port has a full send buffer: no frame is read until it
+    /// has room.
+    pub blocked: Option<Port>,
+    paths: PathLimits,
+    /// Last in, first out, like the other two: the buffer used last is warmest.
+    free_buffers: Vec<Box<[u8]>>,
+    free_trains: Vec<Train>,
+    free_frames: Vec<Frame>,
+    /// Reads in a row that failed for no reason known.
+    failures: u32,
+    /// The first error that ends the worker.
+    error: Option<Error>,
+}
+
+impl Sides {
+    pub fn new(
+        queue: Queue,
+        sockets: WorkerSockets,
+        wake: Arc<EventFd>,
+        limits: Limits,
+        counters: Arc<Counters>,
+    ) -> Self {
+        let buffer = |_| vec![0; BUFFER_BYTES].into_boxed_slice();
+        Self {
+            queue,
+            sockets,
+            counters,
+            wake,
+            wake_pending: false,
+            // It is tried before it is waited for.
+            tun_ready: true,
+            tun_is_next: true,
+            next: None,
+            is_quiet: false,
+            blocked: None,
+            paths: PathLimits::new(limits),
+            free_buffers: (0..READ_BUFFERS).map(buffer).collect(),
+            free_trains: (0..TRAINS).rev().map(Train::new).collect(),
+            free_frames: (0..FRAMES).rev().map(Frame::new).collect(),
+            failures: 0,
+            error: None,
+        }
+    }
+
+    /// The next event. `receive` takes datagrams from the socket.
+    #[inline]
+    pub fn next_event(
+        &mut self,
+        receive: impl FnOnce(&mut Self) -> Option<Event>,
+    ) -> Option<Event> {
+        if std::mem::take(&mut self.wake_pending) {
+            return Some(Event::Wake);
+        }
+        if let Some(failure) = self.paths.next_failure() {
+            return Some(Event::SendFailed(failure));
+        }
+        self.next.take().or_else(|| self.read(receive))
+    }
+
+    /// Whether there is a [`Self::next_event`].
+    #[inline]
+    pub fn has_event(&mut self, receive: impl FnOnce(&mut Self) -> Option<Event>) -> bool {
+        if self.wake_pending || self.paths.has_failure() {
+            return true;
+        }
+        if self.next.is_none() {
+            self.next = self.read(receive);
+        }
+        self.next.is_some()
+    }
+
+    /// Reads from the side whose turn it is, or else from the other.
+    #[inline]
+    fn read(&mut self, receive: impl FnOnce(&mut Self) -> Option<Event>) -> Option<Event> {
+        let event = if self.tun_is_next {
+            self.read_frame().or_else(|| receive(self))
+        } else {
+            receive(self).or_else(|| self.read_frame())
+        };
+        self.tun_is_next = !matches!(event, Some(Event::Frame(_)));
+        event
+    }
+
+    /// Whether the TUN queue is to be read.
+    #[inline]
+    pub fn may_read_frame(&self) -> bool {
+        self.tun_ready && self.blocked.is_none() && !self.is_quiet && !self.free_buffers.is_empty()
+    }
+
+    #[inline]
+    fn read_frame(&mut self) -> Option<Event> {
+        if !self.may_read_frame() {
+            return None;
+        }
+        let mut buffer = self.free_buffers.pop()?;
+        let errno = match nix::unistd::read(&self.queue, &mut buffer) {
+            Ok(end) => return Some(Event::Frame(self.filled(buffer, 0, end))),
+            Err(errno) => errno as i32,
+        };
+        self.free_buffers.push(buffer);
+        match errno {
+            libc::EAGAIN => self.tun_ready = false,
+            // A frame that the driver could not describe; it is gone.
+            libc::EINVAL => self.counters.drop_frame_malformed.add(1),
+            libc::EINTR | libc::ENOMEM => self.failed_oddly(),
+            errno => self.fail(
+                Error::os("cannot read the TUN queue", from_errno(errno))
+                    .hint("was the interface deleted?"),
+            ),
+        }
+        None
+    }
+
+    /// A buffer to receive into, for an engine that does so by system calls.
+    #[inline]
+    pub fn take_buffer(&mut self) -> Option<Box<[u8]>> {
+        self.free_buffers.pop()
+    }
+
+    /// A buffer that a read has filled from `start` to `end`.
+    #[inline]
+    pub fn filled(&mut self, buffer: Box<[u8]>, start: usize, end: usize) -> Received {
+        self.failures = 0;
+        Received {
+            buffer,
+            start,
+            end,
+            ring_id: None,
+        }
+    }
+
+    /// Takes such a buffer back.
+    #[inline]
+    pub fn recycle(&mut self, buffer: Box<[u8]>) {
+        self.free_buffers.push(buffer);
+    }
+
+    /// A receive from the UDP socket has failed.
+    #[cold]
+    pub fn receive_failed(&mut self, errno: i32) {
+        match errno {
+            libc::EBADF | libc::ENOTSOCK | libc::EFAULT | libc::EINVAL | libc::EOPNOTSUPP => self
+                .fail(
+                    Error::os("cannot receive from the UDP socket", from_errno(errno))
+                        .hint("start fastvpn again"),
+                ),
+            // What the network says of earlier sends (ECONNREFUSED,
+            // EHOSTUNREACH ...) is no reason to stop.
+            _ => self.failed_oddly(),
+        }
+    }
+
+    /// A read failed, and the next one may do better.
+    #[cold]
+    fn failed_oddly(&mut self) {
+        self.counters.receive_failed.add(1);
+        self.failures = self.failures.saturating_add(1);
+    }
+
+    /// Whether nothing but failures has come of many reads.
+    pub fn is_failing(&self) -> bool {
+        self.failures >= FAILURES_MAX
+    }
+
+    /// Keeps an error that ends the worker until it can be returned.
+    #[cold]
+    pub fn fail(&mut self, error: Error) {
+        self.error.get_or_insert(error);
+    }
+
+    /// Returns it.
+    #[inline]
+    pub fn take_error(&mut self) -> Result<()> {
+        self.error.take().map_or(Ok(()), Err)
+    }
+
+    /// The control thread has a command.
+    pub fn woken(&mut self) {
+        // Only empties the counter: the command queue says what is up.
+        let _ = self.wake.read();
+        self.wake_pending = true;
+    }
+
+    #[inline]
+    pub fn take_train(&mut self) -> Option<Train> {
+        self.free_trains.pop()
+    }
+
+    #[inline]
+    pub fn take_frame(&mut self) -> Option<Frame> {
+        let frame = self.free_frames.pop();
+        if frame.is_none() {
+            self.counters.drop_no_buffer.add(1);
+        }
+        frame
+    }
+
+    /// Whether the next train or frame cannot be had.
+    #[inline]
+    pub fn is_out_of_buffers(&self) -> bool {
+        self.free_trains.is_empty() || self.free_frames.is_empty()
+    }
+
+    /// The kernel has taken a train, or refused it: it is free again.
+    #[inline]
+    pub fn sent(&mut self, train: Train, to: Destination, errno: Option<i32>) {
+        match errno {
+            None if train.count() == 0 => {}
+            None => {
+                self.counters.trains_sent.add(1);
+                self.counters.packets_sent.add(train.count() as u64);
+                self.counters.bytes_sent.add(train.bytes().len() as u64);
+            }
+            Some(errno) => {
+                let socket = self.sockets.sender(to.from);
+                let has_no_room =
+                    self.paths
+                        .refused(&train, to.endpoint, errno, socket, &self.counters);
+                if has_no_room {
+                    self.blocked = Some(to.from);
+                }
+            }
+        }
+        self.free_trains.push(train);
+    }
+
+    /// The TUN queue has taken a frame, or refused it: it is free again.
+    #[inline]
+    pub fn written(&mut self, frame: Frame, errno: Option<i32>) {
+        match errno {
+            None => self.counters.tun_frames_written.add(1),
+            Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM) => self.counters.drop_tun_full.add(1),
+            Some(_) => self.counters.drop_tun_error.add(1),
+        }
+        self.free_frames.push(frame);
+    }
+
+    /// How long trains toward `destination` may be.
+    #[inline]
+    pub fn limits(&self, destination: SocketAddr) -> Limits {
+        self.paths.get(destination)
+    }
+
+    /// Forgets what refused sends taught.
+    pub fn reset_limits(&mut self) {
+        self.paths.reset();
+    }
+}
+
+fn from_errno(errno: i32) -> std::io::Error {
+    std::io::Error::from_raw_os_error(errno)
+}
