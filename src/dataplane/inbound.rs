@@ -1,6 +1,15 @@
-//! UDP to TUN: the sender of a received train is checked, each datagram
-//! verified to be one whole IP packet that its sender may send, packets of a
-//! flow coalesced, and the result written to the TUN queue.
+//! UDP to TUN: a packet's way into the host. It meets, in this order,
+//!
+//! 1. [`Inbound::push`]: the datagrams of one receive, if a peer sends from their
+//!    address ([`plain::Senders`]).
+//! 2. [`plain::open`]: the datagram holds one whole IP packet.
+//! 3. `Allowed::admits`: its source is one that this peer may send from; if not,
+//!    `refuse` looks whether it is a probe.
+//! 4. [`Coalescer::push`]: packets of one flow become one frame, and a frame that
+//!    cannot grow any more goes to the engine ([`FrameSink::write`]).
+//! 5. [`Inbound::flush`] when nothing more arrives: so do all others.
+//!
+//! [`FrameSink::write`]: crate::packet::frame::FrameSink::write
 
 use std::net::SocketAddr;
 
@@ -12,6 +21,7 @@ use crate::io::engine::Engine;
 use crate::packet::coalesce::{Coalescer, TunOffloads};
 use crate::packet::ip::{self, Malformed, Version};
 use crate::packet::probe::{Kind, Probe};
+use crate::wire::plain;
 
 /// A probe, and where it came from: for the control thread.
 pub type ReceivedProbe = (SocketAddr, Probe);
@@ -26,7 +36,7 @@ pub struct Inbound {
 }
 
 impl Inbound {
-    /// `offloads`: the super-packets that the TUN device takes. `worker`: the
+    /// `offloads`: the GSO packets that the TUN device takes. `worker`: the
     /// worker's index. `probes`: takes those that come.
     pub fn new(offloads: TunOffloads, worker: usize, probes: Sender<ReceivedProbe>) -> Self {
         Self {
@@ -37,7 +47,7 @@ impl Inbound {
     }
 
     /// Takes in the datagrams of one receive: `payload` holds them back to
-    /// back, each of `segment_bytes` but the last.
+    /// back, each of `segment_bytes` but the last. They are opened in place.
     #[inline]
     pub fn push(
         &mut self,
@@ -49,11 +59,10 @@ impl Inbound {
         engine: &mut impl Engine,
     ) {
         counters.trains_received.add(1);
-        let datagrams = payload.chunks(segment_bytes.max(1));
-        if !table.is_sender(sender.ip()) {
-            counters
-                .drop_sender_unknown
-                .add(datagrams.len().max(1) as u64);
+        let segment_bytes = segment_bytes.max(1);
+        if !table.senders().has(sender.ip()) {
+            let datagrams = payload.len().div_ceil(segment_bytes).max(1);
+            counters.drop_sender_unknown.add(datagrams as u64);
             counters.first.sender_unknown.give(sender.ip());
             return;
         }
@@ -62,14 +71,14 @@ impl Inbound {
             return;
         }
         let mut allowed = Allowed::none(self.worker, sender);
-        for datagram in datagrams {
-            match ip::verify(datagram) {
-                Ok(version) => {
-                    if allowed.admits(version, datagram, table, counters) {
-                        allowed.count(datagram.len());
-                        self.coalescer.push(version, datagram, engine);
+        for datagram in payload.chunks_mut(segment_bytes) {
+            match plain::open(datagram) {
+                Ok((version, packet)) => {
+                    if allowed.admits(version, packet, table, counters) {
+                        allowed.count(packet.len());
+                        self.coalescer.push(version, packet, engine);
                     } else {
-                        self.refuse(version, datagram, sender, table, counters);
+                        self.refuse(version, packet, sender, table, counters);
                     }
                 }
                 Err(Malformed::Short) => counters.drop_short.add(1),
@@ -78,6 +87,12 @@ impl Inbound {
             }
         }
         allowed.settle(counters);
+    }
+
+    /// Writes all that is still held for merging: no more datagrams are at hand.
+    #[inline]
+    pub fn flush(&mut self, engine: &mut impl Engine) {
+        self.coalescer.flush(engine);
     }
 
     /// Takes in a packet that its sender may not send, unless it is a probe.
@@ -101,18 +116,10 @@ impl Inbound {
         let (sender, source) = (sender.ip(), ip::source(version, packet));
         counters.drop_source_not_allowed.add(1);
         counters.first.source_not_allowed.give((sender, source));
-        let traffic = table
-            .sender(sender)
-            .and_then(|peer| peer.traffic.get(self.worker));
-        if let Some(traffic) = traffic {
+        let peer = table.senders().peer(sender).and_then(|peer| table.at(peer));
+        if let Some(traffic) = peer.and_then(|peer| peer.traffic.get(self.worker)) {
             traffic.drop_source_not_allowed.add(1);
         }
-    }
-
-    /// Writes all that is still held for merging: no more datagrams are at hand.
-    #[inline]
-    pub fn flush(&mut self, engine: &mut impl Engine) {
-        self.coalescer.flush(engine);
     }
 }
 

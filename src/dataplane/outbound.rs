@@ -1,7 +1,20 @@
-//! TUN to UDP: a frame from the TUN queue is segmented, its destination looked
-//! up, and every packet appended to its next hop's train. Trains stay open
-//! across the frames of a batch, which is what makes small packets fast. Who
-//! sent what cannot be carried is told so, as any router would.
+//! TUN to UDP: a packet's way out of the host. It meets, in this order,
+//!
+//! 1. [`Outbound::push`]: a frame from the TUN queue. Where the tunnel counts as a
+//!    hop, one is taken from it ([`hop`]); then it is checked and, if it is a GSO
+//!    packet, planned to be cut ([`Segments::new`]).
+//! 2. `next_hop`: the peer with the longest prefix that matches the destination
+//!    ([`Table::peer`]), if that can be reached and the packet is not too long.
+//! 3. `append`: each packet of the frame is written where its next hop's train has
+//!    room ([`Train::reserve`], [`Segments::write`]). Trains stay open across the
+//!    frames of a batch, which is what makes small packets fast.
+//! 4. [`Outbound::send_closed`] at the end of a batch, for trains that cannot grow
+//!    any more, and [`Outbound::flush`] when nothing more arrives.
+//! 5. `send`: the train goes to the engine.
+//!
+//! A packet that cannot be carried ends at `refuse`, where its sender is told, as
+//! any router would; what the kernel would not send comes back to
+//! [`Outbound::failed`].
 
 use std::net::SocketAddr;
 
@@ -15,6 +28,7 @@ use crate::packet::icmp::Problem;
 use crate::packet::ip;
 use crate::packet::segment::Segments;
 use crate::packet::train::{NextHop, TRAIN_BYTES_MAX, Train};
+use crate::wire::plain;
 
 /// The trains being filled, at most one per next hop, oldest first.
 #[derive(Debug)]
@@ -23,6 +37,23 @@ pub struct Outbound {
     reporter: Reporter,
     /// Index of the worker.
     worker: usize,
+}
+
+/// Where a frame's packets go.
+#[derive(Clone, Copy)]
+struct To<'a> {
+    next_hop: NextHop,
+    endpoint: SocketAddr,
+    peer: &'a Peer,
+}
+
+/// Why they go nowhere.
+enum Refusal {
+    Expired,
+    NoRoute,
+    Unresolved,
+    TooBig { mtu_bytes: u32 },
+    Oversize,
 }
 
 impl Outbound {
@@ -48,47 +79,32 @@ impl Outbound {
     ) {
         counters.tun_frames_read.add(1);
         // What is no packet is left for the next step to refuse.
-        let is_spent = table.is_hop() && hop::decrement_frame(frame) == Some(Hop::Expired);
+        let is_expired = table.is_hop() && hop::decrement_frame(frame) == Some(Hop::Expired);
         let Ok(segments) = Segments::new(frame) else {
             counters.drop_frame_malformed.add(1);
             return;
         };
+        let to = if is_expired {
+            Err(Refusal::Expired)
+        } else {
+            next_hop(&segments, table)
+        };
+        match to {
+            Ok(to) => self.append(&segments, to, counters, engine),
+            Err(refusal) => self.refuse(refusal, &segments, table, counters, engine),
+        }
+    }
+
+    /// Writes a frame's packets into trains.
+    #[inline]
+    fn append(
+        &mut self,
+        segments: &Segments<'_>,
+        to: To<'_>,
+        counters: &Counters,
+        engine: &mut impl Engine,
+    ) {
         let count = segments.count();
-        let (version, packet) = (segments.version(), segments.packet());
-        if is_spent {
-            counters.drop_ttl.add(count as u64);
-            self.report(Problem::TimeExceeded, &segments, table, counters, engine);
-            return;
-        }
-        let Some((next_hop, peer)) = table.peer(ip::destination(version, packet)) else {
-            counters.drop_no_route.add(count as u64);
-            self.report(Problem::NoRoute, &segments, table, counters, engine);
-            return;
-        };
-        let Some(endpoint) = peer.endpoint else {
-            counters.drop_peer_unresolved.add(count as u64);
-            self.report(Problem::NoRoute, &segments, table, counters, engine);
-            return;
-        };
-        let packet_bytes_max = peer.packet_bytes_max(version);
-        let is_too_big = segments.packet_bytes(0) > packet_bytes_max
-            && (!peer.is_fragmented || ip::is_unfragmentable(version, packet));
-        if is_too_big {
-            counters.drop_too_big.add(count as u64);
-            let mtu_bytes = packet_bytes_max as u32;
-            let problem = Problem::TooBig { mtu_bytes };
-            self.report(problem, &segments, table, counters, engine);
-            return;
-        }
-        if segments.packet_bytes(0) > TRAIN_BYTES_MAX {
-            counters.drop_oversize.add(count as u64);
-            return;
-        }
-        let to = NextHopPeer {
-            next_hop,
-            endpoint,
-            peer,
-        };
         let Some(mut index) = self.train_to(to, engine) else {
             counters.drop_no_buffer.add(count as u64);
             return;
@@ -96,11 +112,12 @@ impl Outbound {
         let (mut packets, mut bytes) = (0, 0);
         for packet in 0..count {
             let packet_bytes = segments.packet_bytes(packet);
-            let mut room = self.open[index].0.reserve(packet_bytes);
-            if room.is_none() {
+            let datagram_bytes = plain::datagram_bytes(packet_bytes);
+            let mut datagram = self.open[index].0.reserve(datagram_bytes);
+            if datagram.is_none() {
                 // Full, or of another size: on with the next train.
                 let (train, destination) = self.open.remove(index);
-                engine.send(train, destination);
+                send(train, destination, engine);
                 match self.start_train(to, engine) {
                     Some(fresh) => index = fresh,
                     None => {
@@ -108,18 +125,51 @@ impl Outbound {
                         break;
                     }
                 }
-                room = self.open[index].0.reserve(packet_bytes);
+                datagram = self.open[index].0.reserve(datagram_bytes);
             }
-            if let Some(room) = room {
-                segments.write(packet, room);
+            if let Some(datagram) = datagram {
+                segments.write(packet, plain::packet_room(datagram));
                 packets += 1;
                 bytes += packet_bytes as u64;
             }
         }
-        if let Some(traffic) = peer.traffic.get(self.worker) {
+        if let Some(traffic) = to.peer.traffic.get(self.worker) {
             traffic.packets_sent.add(packets);
             traffic.bytes_sent.add(bytes);
         }
+    }
+
+    /// Index of the open train toward a peer, a fresh one if there is none.
+    #[inline]
+    fn train_to(&mut self, to: To<'_>, engine: &mut impl Engine) -> Option<usize> {
+        let found = self.open.iter().position(|(train, destination)| {
+            // The endpoint of a next hop changes with the table.
+            train.next_hop() == to.next_hop && destination.endpoint == to.endpoint
+        });
+        found.or_else(|| self.start_train(to, engine))
+    }
+
+    fn start_train(&mut self, to: To<'_>, engine: &mut impl Engine) -> Option<usize> {
+        if self.open.len() == OPEN_TRAINS_MAX {
+            let (train, destination) = self.open.remove(0);
+            send(train, destination, engine);
+        }
+        let mut train = engine.take_train()?;
+        let mut limits = engine.limits(to.endpoint);
+        // What is longer than the path takes travels alone, in fragments.
+        let datagram_bytes_max = plain::datagram_bytes(to.peer.mtu_bytes);
+        limits.segment_bytes_max = limits.segment_bytes_max.min(datagram_bytes_max);
+        train.start(to.next_hop, limits);
+        let from = match to.peer.traffic.get(self.worker) {
+            Some(traffic) if traffic.is_own_port_proven() => Port::Own,
+            _ => Port::Listen,
+        };
+        let destination = Destination {
+            endpoint: to.endpoint,
+            from,
+        };
+        self.open.push((train, destination));
+        Some(self.open.len() - 1)
     }
 
     /// Sends the trains that cannot grow any more.
@@ -127,7 +177,7 @@ impl Outbound {
     pub fn send_closed(&mut self, engine: &mut impl Engine) {
         while let Some(index) = self.open.iter().position(|(train, _)| train.is_closed()) {
             let (train, destination) = self.open.remove(index);
-            engine.send(train, destination);
+            send(train, destination, engine);
         }
     }
 
@@ -135,7 +185,33 @@ impl Outbound {
     #[inline]
     pub fn flush(&mut self, engine: &mut impl Engine) {
         for (train, destination) in self.open.drain(..) {
-            engine.send(train, destination);
+            send(train, destination, engine);
+        }
+    }
+
+    /// Drops a frame's packets, and tells their sender.
+    #[cold]
+    fn refuse(
+        &mut self,
+        refusal: Refusal,
+        segments: &Segments<'_>,
+        table: &Table,
+        counters: &Counters,
+        engine: &mut impl Engine,
+    ) {
+        let (drops, problem) = match refusal {
+            Refusal::Expired => (&counters.drop_ttl, Some(Problem::TimeExceeded)),
+            Refusal::NoRoute => (&counters.drop_no_route, Some(Problem::NoRoute)),
+            Refusal::Unresolved => (&counters.drop_peer_unresolved, Some(Problem::NoRoute)),
+            Refusal::TooBig { mtu_bytes } => {
+                (&counters.drop_too_big, Some(Problem::TooBig { mtu_bytes }))
+            }
+            Refusal::Oversize => (&counters.drop_oversize, None),
+        };
+        drops.add(segments.count() as u64);
+        if let Some(problem) = problem {
+            self.reporter
+                .report(problem, segments, table.addresses(), counters, engine);
         }
     }
 
@@ -160,58 +236,37 @@ impl Outbound {
             drops.add(failure.packets);
         }
     }
-
-    /// Index of the open train toward a peer, a fresh one if there is none.
-    #[inline]
-    fn train_to(&mut self, to: NextHopPeer<'_>, engine: &mut impl Engine) -> Option<usize> {
-        let found = self.open.iter().position(|(train, destination)| {
-            // The endpoint of a next hop changes with the table.
-            train.next_hop() == to.next_hop && destination.endpoint == to.endpoint
-        });
-        found.or_else(|| self.start_train(to, engine))
-    }
-
-    fn start_train(&mut self, to: NextHopPeer<'_>, engine: &mut impl Engine) -> Option<usize> {
-        if self.open.len() == OPEN_TRAINS_MAX {
-            let (train, destination) = self.open.remove(0);
-            engine.send(train, destination);
-        }
-        let mut train = engine.take_train()?;
-        let mut limits = engine.limits(to.endpoint);
-        // What is longer than the path takes travels alone, in fragments.
-        limits.segment_bytes_max = limits.segment_bytes_max.min(to.peer.mtu_bytes);
-        train.start(to.next_hop, limits);
-        let from = match to.peer.traffic.get(self.worker) {
-            Some(traffic) if traffic.is_own_port_proven() => Port::Own,
-            _ => Port::Listen,
-        };
-        let destination = Destination {
-            endpoint: to.endpoint,
-            from,
-        };
-        self.open.push((train, destination));
-        Some(self.open.len() - 1)
-    }
-
-    /// Tells the sender of a frame that is not carried.
-    #[cold]
-    fn report(
-        &mut self,
-        problem: Problem,
-        segments: &Segments<'_>,
-        table: &Table,
-        counters: &Counters,
-        engine: &mut impl Engine,
-    ) {
-        self.reporter
-            .report(problem, segments, table.addresses(), counters, engine);
-    }
 }
 
-/// What a train toward a peer needs to know of it.
-#[derive(Clone, Copy)]
-struct NextHopPeer<'a> {
-    next_hop: NextHop,
-    endpoint: SocketAddr,
-    peer: &'a Peer,
+/// Where a frame's packets go, by their destination and length.
+#[inline]
+fn next_hop<'a>(segments: &Segments<'_>, table: &'a Table) -> Result<To<'a>, Refusal> {
+    let (version, packet) = (segments.version(), segments.packet());
+    let destination = ip::destination(version, packet);
+    let (next_hop, peer) = table.peer(destination).ok_or(Refusal::NoRoute)?;
+    let endpoint = peer.endpoint.ok_or(Refusal::Unresolved)?;
+    // All but the last packet have the same length.
+    let packet_bytes = segments.packet_bytes(0);
+    let packet_bytes_max = peer.packet_bytes_max(version);
+    if packet_bytes > packet_bytes_max
+        && (!peer.is_fragmented || ip::is_unfragmentable(version, packet))
+    {
+        let mtu_bytes = packet_bytes_max as u32;
+        return Err(Refusal::TooBig { mtu_bytes });
+    }
+    if plain::datagram_bytes(packet_bytes) > TRAIN_BYTES_MAX {
+        return Err(Refusal::Oversize);
+    }
+    Ok(To {
+        next_hop,
+        endpoint,
+        peer,
+    })
+}
+
+/// Hands a train to the engine. All packets leave by here, complete and in their
+/// order: the place for a mode that seals them to do so.
+#[inline]
+fn send(train: Train, to: Destination, engine: &mut impl Engine) {
+    engine.send(train, to);
 }

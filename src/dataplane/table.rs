@@ -4,6 +4,20 @@
 //! Workers hold a read-only snapshot; the control thread replaces it as a
 //! whole ([`super::Command::Table`]), so nothing in a packet's way waits for a
 //! change, and no packet sees half of one.
+//!
+//! # State that outlives a snapshot
+//!
+//! What workers write to belongs to a peer and not to a snapshot of it: it is
+//! behind an [`Arc`] that the control thread makes with the peer, keeps, and puts
+//! into each snapshot that has the peer in it. So it lives as long as the peer
+//! does, no new table resets it, and the peer's going ends it when the last worker
+//! has let go of the last such table. Workers change it by atomics alone.
+//!
+//! Today that is what is counted, [`Peer::traffic`]. The sessions of a wire mode
+//! that has them (keys, send counter, replay window, the endpoint as it roams) go
+//! the same way: an `Arc` in [`Peer`], and beside [`Table::senders`], which says by
+//! its address whose a datagram is, the map that says it by a receiver index. A
+//! session that begins or ends is a new snapshot like any other change.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -13,6 +27,7 @@ use crate::packet::icmp::TunnelAddresses;
 use crate::packet::ip::Version;
 use crate::packet::lpm::Prefixes;
 use crate::packet::train::NextHop;
+use crate::wire::plain::Senders;
 
 /// Smallest MTU of any IPv6 link (RFC 8200, section 5): packets of this length
 /// are carried whatever the path, in fragments if need be.
@@ -50,10 +65,7 @@ pub struct Table {
     /// By next hop.
     peers: Vec<Peer>,
     prefixes: Arc<Prefixes>,
-    /// Addresses that peers send from, sorted.
-    senders: Vec<IpAddr>,
-    /// In the order of those: a peer that sends from there.
-    sending_peers: Vec<NextHop>,
+    senders: Senders,
     addresses: TunnelAddresses,
     is_hop: bool,
 }
@@ -69,19 +81,13 @@ impl Table {
         addresses: TunnelAddresses,
         is_hop: bool,
     ) -> Self {
-        let mut senders: Vec<_> = peers
-            .iter()
-            .zip(0..)
-            .filter_map(|(peer, next_hop)| Some((peer.endpoint?.ip(), next_hop)))
-            .collect();
-        senders.sort_unstable();
-        senders.dedup_by_key(|(address, _)| *address);
-        let (senders, sending_peers) = senders.into_iter().unzip();
+        let endpoints = peers.iter().zip(0..);
+        let senders =
+            endpoints.filter_map(|(peer, next_hop)| Some((peer.endpoint?.ip(), next_hop)));
         Self {
+            senders: Senders::new(senders),
             peers,
             prefixes,
-            senders,
-            sending_peers,
             addresses,
             is_hop,
         }
@@ -101,17 +107,10 @@ impl Table {
         self.peers.get(usize::from(next_hop))
     }
 
-    /// Whether any peer sends from `address`. The source port says nothing: a
-    /// peer's workers send from several.
+    /// Whom datagrams come from.
     #[inline]
-    pub fn is_sender(&self, address: IpAddr) -> bool {
-        self.senders.binary_search(&address).is_ok()
-    }
-
-    /// A peer that sends from `address`.
-    pub fn sender(&self, address: IpAddr) -> Option<&Peer> {
-        let found = self.senders.binary_search(&address).ok()?;
-        self.at(*self.sending_peers.get(found)?)
+    pub fn senders(&self) -> &Senders {
+        &self.senders
     }
 
     /// This host's addresses in the tunnel.
@@ -155,15 +154,8 @@ mod tests {
     #[test]
     fn knows_its_senders() {
         let table = table(&["10.0.0.2:8285", "[fd00::2]:8285", "unresolved"], &[]);
-        for (sender, endpoint) in [
-            ("10.0.0.2", Some("10.0.0.2:8285")),
-            ("fd00::2", Some("[fd00::2]:8285")),
-            ("10.0.0.3", None),
-        ] {
-            let peer = table.sender(sender.parse().unwrap());
-            let found = peer.and_then(|peer| peer.endpoint);
-            assert_eq!(table.is_sender(sender.parse().unwrap()), peer.is_some());
-            assert_eq!(found, endpoint.and_then(|text| text.parse().ok()));
+        for (sender, peer) in [("10.0.0.2", Some(0)), ("fd00::2", Some(1)), ("::", None)] {
+            assert_eq!(table.senders().peer(sender.parse().unwrap()), peer);
         }
         assert!(table.peer("10.0.0.2".parse().unwrap()).is_none());
     }

@@ -15,13 +15,6 @@ pub const SEGMENTS_MAX: usize = 128;
 /// take 20 more; one limit for both keeps trains alike.
 pub const TRAIN_BYTES_MAX: usize = PACKET_BYTES_MAX - 20 - 8;
 
-/// Bytes kept free ahead of each datagram for a later sealing step
-/// (a header of our own). The plain wire format has none.
-pub const DATAGRAM_HEADROOM_BYTES: usize = 0;
-/// Bytes kept free behind each datagram for a later sealing step (an
-/// authentication tag). The plain wire format has none.
-pub const DATAGRAM_TAILROOM_BYTES: usize = 0;
-
 /// Index of a next hop in the table that the workers look destinations up in.
 pub type NextHop = u16;
 

@@ -1,4 +1,7 @@
-//! What a datagram is.
+//! What a datagram is: a wire mode turns packets into datagrams and back. It does
+//! no I/O. There is one mode, [`plain`].
+
+pub mod plain;
 
 use std::net::IpAddr;
 
@@ -6,7 +9,7 @@ use std::net::IpAddr;
 /// header without options, and the UDP header.
 pub fn overhead_bytes(underlay: IpAddr) -> u32 {
     match underlay {
-        IpAddr::V4(_) => 28,
-        IpAddr::V6(_) => 48,
+        IpAddr::V4(_) => 28 + plain::datagram_bytes(0) as u32,
+        IpAddr::V6(_) => 48 + plain::datagram_bytes(0) as u32,
     }
 }

@@ -8,8 +8,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use socket2::{SockRef, Socket};
 
 use crate::error::{Error, Result};
-use crate::io::udp::Port;
 use crate::io::tun::Queue;
+use crate::io::udp::Port;
 use crate::io::udp::WorkerSockets;
 use crate::packet::probe::Probe;
 
