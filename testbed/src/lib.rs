@@ -4,12 +4,14 @@
 //! [`fastvpn::testbed`].
 
 pub mod process;
+mod routes;
 pub mod traffic;
 
 pub use fastvpn::testbed::{
     Child, Namespace, Pair, UNDERLAY_NAME, configure, enter_user_namespace_if_needed, join, pair,
 };
 pub use process::{cpu_ns, rss_bytes, rss_peak_bytes};
+pub use routes::StaticRoutes;
 
 use std::io::Read;
 use std::process::{Command, Stdio};

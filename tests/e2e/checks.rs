@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use fastvpn::error::{Error, Result};
 use fastvpn::host::netlink::Netlink;
 use serde_json::Value;
-use testbed::{Namespace, UNDERLAY_NAME};
+use testbed::{Namespace, StaticRoutes, UNDERLAY_NAME};
 use tun_rs::DeviceBuilder;
 
 use crate::errors::{drop_capabilities, forbid_io_uring, hide_devices};

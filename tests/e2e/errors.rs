@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 
 use fastvpn::error::{Error, Result};
 use ipnet::IpNet;
-use testbed::{Namespace, Pair};
+use testbed::{Namespace, Pair, StaticRoutes};
 
 use crate::support::{
     Ended, FASTVPN, TUNNEL, Test, Tunnel, bulk, check, fastvpn, hosts, link, stop, tunnel_between,

@@ -9,7 +9,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use testbed::traffic::{
     Between, Flood, PingPong, Watch, ping, tcp_ping_pong, udp_flood, udp_ping_pong,
 };
-use testbed::{CONTAINER_NAME, Namespace, Pair};
+use testbed::{CONTAINER_NAME, Namespace, Pair, StaticRoutes};
 
 use crate::support::{
     TUNNEL, Test, UNDERLAY, answers, bulk, check, fail, fastvpn, hosts, link, stop, tried,

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
 use ipnet::IpNet;
-use testbed::Namespace;
+use testbed::{Namespace, StaticRoutes};
 
 use crate::operator::Operator;
 use crate::packets::{Tap, hop_limit, is_udp_to};

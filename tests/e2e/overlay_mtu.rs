@@ -9,7 +9,7 @@ use fastvpn::error::Result;
 use ipnet::IpNet;
 use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 use nix::{getsockopt_impl, setsockopt_impl, sockopt_impl};
-use testbed::{CONTAINER_NAME, Namespace, UNDERLAY_NAME};
+use testbed::{CONTAINER_NAME, Namespace, StaticRoutes, UNDERLAY_NAME};
 
 use crate::icmp_error::{IcmpError, TOO_BIG};
 use crate::packets::Tap;

@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use fastvpn::error::{Error, Result};
 use ipnet::IpNet;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use testbed::{Namespace, Pair, spawn_thread};
+use testbed::{Namespace, Pair, StaticRoutes, spawn_thread};
 use tun_rs::SyncDevice;
 
 use crate::datagrams::{Order, exchange, exchange_trains};

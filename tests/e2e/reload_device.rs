@@ -6,7 +6,7 @@ use std::net::Ipv4Addr;
 use fastvpn::error::Result;
 use ipnet::IpNet;
 use serde_json::json;
-use testbed::{Namespace, UNDERLAY_NAME, join};
+use testbed::{Namespace, StaticRoutes, UNDERLAY_NAME, join};
 
 use crate::operator::{Operator, has};
 use crate::routes::net;

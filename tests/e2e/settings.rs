@@ -8,7 +8,7 @@ use fastvpn::error::Result;
 use ipnet::IpNet;
 use serde_json::{Value, json};
 use testbed::traffic::ping;
-use testbed::{Namespace, Pair, UNDERLAY_NAME};
+use testbed::{Namespace, Pair, StaticRoutes, UNDERLAY_NAME};
 
 use crate::operator::{Operator, has};
 use crate::routes::{kernel_agrees, own_routes};

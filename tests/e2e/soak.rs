@@ -15,7 +15,7 @@ use fastvpn::error::{Error, Result};
 use ipnet::IpNet;
 use nix::sys::signal::Signal;
 use serde_json::json;
-use testbed::rss_bytes;
+use testbed::{StaticRoutes, rss_bytes};
 
 use crate::memory::Mappings;
 use crate::operator::Operator;

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use fastvpn::error::{Error, Result};
 use ipnet::IpNet;
-use testbed::{Namespace, Pair, UNDERLAY_NAME, pair};
+use testbed::{Namespace, Pair, StaticRoutes, UNDERLAY_NAME, pair};
 
 use crate::support::{
     TUNNEL, TUNNEL_V6, Test, answers, bulk, check, fastvpn, hosts, link, stop, tunnel_between,

@@ -118,17 +118,6 @@ impl Netlink {
         self.set_link(index, message, "bring up interface")
     }
 
-    #[cfg(test)]
-    /// Takes an interface down. Routes through it and its IPv6 addresses go.
-    ///
-    /// # Errors
-    /// When there is no such interface or the kernel refuses.
-    pub(crate) fn set_down(&mut self, index: u32) -> Result<()> {
-        let mut message = LinkMessage::default();
-        message.header.change_mask = LinkFlags::Up;
-        self.set_link(index, message, "take down interface")
-    }
-
     /// Sets the largest packet in bytes.
     ///
     /// # Errors
@@ -193,6 +182,7 @@ impl Netlink {
         name_b: &str,
         peer_netns: Option<BorrowedFd<'_>>,
     ) -> Result<()> {
+        check_name(name_a)?;
         check_name(name_b)?;
         let mut peer = LinkMessage::default();
         peer.attributes
@@ -202,23 +192,14 @@ impl Netlink {
                 .push(LinkAttribute::NetNsFd(netns.as_raw_fd()));
         }
         let data = InfoData::Veth(InfoVeth::Peer(peer));
-        self.create_link(name_a, InfoKind::Veth, Some(data))
-    }
-
-    fn create_link(&mut self, name: &str, kind: InfoKind, data: Option<InfoData>) -> Result<()> {
-        check_name(name)?;
-        let mut info = vec![LinkInfo::Kind(kind)];
-        info.extend(data.map(LinkInfo::Data));
         let mut message = LinkMessage::default();
         message.attributes = vec![
-            LinkAttribute::IfName(name.to_string()),
-            LinkAttribute::LinkInfo(info),
+            LinkAttribute::IfName(name_a.to_string()),
+            LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Veth), LinkInfo::Data(data)]),
         ];
-        self.execute(
-            RouteNetlinkMessage::NewLink(message),
-            NLM_F_CREATE | NLM_F_EXCL,
-        )
-        .map_err(|refusal| refusal.describe(format!("cannot create interface {name}")))
+        let flags = NLM_F_CREATE | NLM_F_EXCL;
+        self.execute(RouteNetlinkMessage::NewLink(message), flags)
+            .map_err(|refusal| refusal.describe(format!("cannot create interface {name_a}")))
     }
 
     fn set_link_attribute(
@@ -232,7 +213,12 @@ impl Netlink {
         self.set_link(index, message, what)
     }
 
-    fn set_link(&mut self, index: u32, mut message: LinkMessage, what: &str) -> Result<()> {
+    pub(super) fn set_link(
+        &mut self,
+        index: u32,
+        mut message: LinkMessage,
+        what: &str,
+    ) -> Result<()> {
         message.header.index = index;
         self.execute(RouteNetlinkMessage::SetLink(message), 0)
             .map_err(|refusal| {

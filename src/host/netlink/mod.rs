@@ -16,6 +16,8 @@ mod address;
 pub mod fuzz;
 pub mod link;
 pub mod route;
+#[cfg(test)]
+pub(crate) mod test_support;
 pub mod watch;
 
 use std::io;
@@ -151,6 +153,16 @@ impl Netlink {
     ) -> std::result::Result<(), Refusal> {
         self.transact(message, NLM_F_ACK | flags, &mut |_| {})?;
         Ok(())
+    }
+
+    /// Has something changed for which there is no function here: a link, an
+    /// address or a route. `what` begins the error that a refusal becomes.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn request(&mut self, message: RouteNetlinkMessage, flags: u16, what: &str) -> Result<()> {
+        self.execute(message, flags)
+            .map_err(|refusal| refusal.describe(what))
     }
 
     /// Sends many requests that change something and waits until all are done.

@@ -222,55 +222,6 @@ impl RouteChange {
 }
 
 impl Netlink {
-    /// Adds a route to the main table. Without `via` the destination is on the
-    /// link itself.
-    ///
-    /// # Errors
-    /// `EEXIST` when there is a route to the same prefix already; when there is
-    /// no such interface, or it is down; when prefix and router are of
-    /// different families.
-    pub fn add_route(
-        &mut self,
-        prefix: IpNet,
-        via: Option<IpAddr>,
-        oif: Option<u32>,
-    ) -> Result<()> {
-        let mut message = route_message(prefix, via, oif)?;
-        message.header.protocol = RouteProtocol::Static;
-        message.header.kind = RouteType::Unicast;
-        if matches!(prefix, IpNet::V4(_)) && via.is_none() {
-            message.header.scope = RouteScope::Link;
-        }
-        self.execute(
-            RouteNetlinkMessage::NewRoute(message),
-            NLM_F_CREATE | NLM_F_EXCL,
-        )
-        .map_err(|refusal| {
-            let hop = self.hop_for_error(via, oif);
-            refusal.describe(format!("cannot add route {prefix}{hop}"))
-        })
-    }
-
-    /// Deletes a route from the main table; `via` and `oif` narrow the choice.
-    ///
-    /// # Errors
-    /// `ESRCH` when there is no such route.
-    pub fn del_route(
-        &mut self,
-        prefix: IpNet,
-        via: Option<IpAddr>,
-        oif: Option<u32>,
-    ) -> Result<()> {
-        let mut message = route_message(prefix, via, oif)?;
-        // "Nowhere" and a type and protocol of zero match whatever is there.
-        message.header.scope = RouteScope::NoWhere;
-        self.execute(RouteNetlinkMessage::DelRoute(message), 0)
-            .map_err(|refusal| {
-                let hop = self.hop_for_error(via, oif);
-                refusal.describe(format!("cannot delete route {prefix}{hop}"))
-            })
-    }
-
     /// The routes of all tables, IPv4 before IPv6, that decide where packets of
     /// others go; not the host's own, broadcast, anycast and multicast addresses.
     ///
@@ -452,14 +403,6 @@ impl Netlink {
         };
         Ok(refusals.into_iter().map(describe).collect())
     }
-
-    fn hop_for_error(&mut self, via: Option<IpAddr>, oif: Option<u32>) -> String {
-        let via = via.map(|via| format!(" via {via}")).unwrap_or_default();
-        let oif = oif
-            .map(|index| format!(" on interface {}", self.name_for_error(index)))
-            .unwrap_or_default();
-        via + &oif
-    }
 }
 
 /// Asks for the route as it stands in its table, without what the kernel has
@@ -482,24 +425,8 @@ fn given_mtu_bytes(attributes: &[RouteAttribute]) -> Option<u32> {
     })
 }
 
-fn route_message(prefix: IpNet, via: Option<IpAddr>, oif: Option<u32>) -> Result<RouteMessage> {
-    let mut message = prefix_message(prefix);
-    if let Some(via) = via {
-        if via.is_ipv4() != prefix.addr().is_ipv4() {
-            return Err(Error::new(format!(
-                "route {prefix} via {via} mixes IPv4 and IPv6"
-            )));
-        }
-        message.attributes.push(RouteAttribute::Gateway(via.into()));
-    }
-    if let Some(index) = oif {
-        message.attributes.push(RouteAttribute::Oif(index));
-    }
-    Ok(message)
-}
-
 /// A route to a prefix in the main table, without a way to it.
-fn prefix_message(prefix: IpNet) -> RouteMessage {
+pub(super) fn prefix_message(prefix: IpNet) -> RouteMessage {
     let prefix = prefix.trunc();
     let mut message = RouteMessage::default();
     message.header.address_family = family(&prefix);
@@ -509,49 +436,6 @@ fn prefix_message(prefix: IpNet) -> RouteMessage {
         .attributes
         .push(RouteAttribute::Destination(prefix.network().into()));
     message
-}
-
-/// What somebody else does to a route, with the flags that iproute2 uses.
-#[cfg(test)]
-#[derive(Clone, Copy)]
-pub(crate) enum Meddling {
-    /// `ip route replace`
-    Replace,
-    /// `ip route prepend`
-    Prepend,
-    /// `ip route append`
-    Append,
-}
-
-#[cfg(test)]
-impl Netlink {
-    /// Does as iproute2 does, with protocol "boot". Metric 0 means the usual.
-    pub(crate) fn meddle(
-        &mut self,
-        meddling: Meddling,
-        prefix: IpNet,
-        oif: u32,
-        metric: u32,
-    ) -> Result<()> {
-        use netlink_packet_core::{NLM_F_APPEND, NLM_F_REPLACE};
-        let mut message = prefix_message(prefix);
-        message.header.protocol = RouteProtocol::Boot;
-        message.header.kind = RouteType::Unicast;
-        message.attributes.push(RouteAttribute::Oif(oif));
-        if metric != 0 {
-            message.attributes.push(RouteAttribute::Priority(metric));
-        }
-        if matches!(prefix, IpNet::V4(_)) {
-            message.header.scope = RouteScope::Link;
-        }
-        let flags = match meddling {
-            Meddling::Replace => NLM_F_CREATE | NLM_F_REPLACE,
-            Meddling::Prepend => NLM_F_CREATE,
-            Meddling::Append => NLM_F_CREATE | NLM_F_APPEND,
-        };
-        self.execute(RouteNetlinkMessage::NewRoute(message), flags)
-            .map_err(|refusal| refusal.describe(format!("cannot meddle with {prefix}")))
-    }
 }
 
 #[cfg(test)]

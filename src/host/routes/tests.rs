@@ -11,7 +11,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::reconciler::{FIXES_MAX, Job, Reconciler};
 use super::{AtEnd, PROTOCOL, RouteReconciler, Shared};
-use crate::host::netlink::route::Meddling;
+use crate::host::netlink::test_support::Meddling;
 use crate::host::netlink::{DeviceRoute, Event, Netlink, Route, RouteChange, Watch};
 use crate::io::tun::{self, Tun};
 use crate::packet::coalesce::TunOffloads;
