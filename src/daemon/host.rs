@@ -90,8 +90,8 @@ pub struct Host {
     /// `None` while there is none: before the start, at the end, and where it
     /// could not be started again.
     routes: Option<RouteReconciler>,
-    /// What it was told to keep.
-    routes_kept: BTreeSet<IpNet>,
+    /// What it was told to keep, or finds kept when it starts.
+    pub routes_kept: BTreeSet<IpNet>,
     refresh: Refresh,
     /// Peers to whom there is no way at all.
     lost: BTreeSet<SocketAddr>,
@@ -305,7 +305,7 @@ impl Host {
     ///
     /// # Errors
     /// When the reconciler cannot be started, or the kernel refuses.
-    pub fn resume_routes(&mut self, addresses: &[IpNet], mtu_bytes: u32) -> Result<()> {
+    pub fn adopt_routes(&mut self, addresses: &[IpNet], mtu_bytes: u32) -> Result<()> {
         self.start_routes(addresses)?;
         let takes_v6 = mtu_bytes >= link::IPV6_MTU_BYTES_MIN;
         let kept = self.routes_kept.iter().copied();
@@ -314,26 +314,6 @@ impl Host {
         // Nobody has told of changes meanwhile.
         self.schedule_refresh();
         result
-    }
-
-    /// Goes on with the routes that another process has kept.
-    ///
-    /// # Errors
-    /// When the reconciler cannot be started, or the kernel refuses.
-    pub fn take_over_routes(&mut self, wanted: BTreeSet<IpNet>, addresses: &[IpNet]) -> Result<()> {
-        self.routes_kept = wanted;
-        self.start_routes(addresses)?;
-        self.routes()?.adopt(self.routes_kept.clone())
-    }
-
-    /// The prefixes that have routes.
-    pub fn routes_kept(&self) -> &BTreeSet<IpNet> {
-        &self.routes_kept
-    }
-
-    /// Notes that these are the routes that the keeper keeps.
-    pub fn note_routes(&mut self, kept: BTreeSet<IpNet>) {
-        self.routes_kept = kept;
     }
 
     /// Has the kernel's routes changed, unless prefixes have only moved from peer

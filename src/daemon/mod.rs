@@ -9,6 +9,7 @@
 
 mod announce;
 mod control_socket;
+mod device;
 mod drop_log;
 pub mod engine;
 mod event_loop;
@@ -16,6 +17,7 @@ pub mod handoff;
 mod host;
 mod memory;
 mod peers;
+mod plan;
 mod reach;
 mod reload;
 mod requests;
@@ -68,8 +70,8 @@ pub fn run(config: Config) -> Result<()> {
 /// Sets a tunnel up, or takes it over.
 fn begin(config: Config) -> Result<Daemon> {
     let mut prepared = start::prepare(config)?;
-    if prepared.config.takeover {
-        if let Some(inherited) = handoff::ask(&prepared.config.control)? {
+    if prepared.plan.config.takeover {
+        if let Some(inherited) = handoff::ask(&prepared.plan.config.control)? {
             let (tunnel, control, is_reload_due) = handoff::take_over(prepared, inherited)?;
             let mut daemon = Daemon::new(tunnel, control);
             if is_reload_due {

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 
 use crate::error::{Error, Result};
 use crate::host::path;
-use crate::routing::overlay::{Overlay, Peer};
+use crate::routing::overlay::Overlay;
 
 /// Makes sure that sockets on `listen` can send to `endpoint`, and that it is
 /// another host's. One that cannot be reached now may be later.
@@ -40,30 +40,6 @@ pub fn check_configured(listen: SocketAddr, overlay: &Overlay, endpoint: SocketA
         return Err(error.hint("start with --listen [::] to have peers of both IP versions"));
     }
     overlay.check_other(listen, endpoint)
-}
-
-/// Makes sure that the tunnel gives this host none of its peers' addresses:
-/// nothing would reach such a peer any more. `present`: the addresses that the
-/// host has anyway.
-///
-/// # Errors
-/// Names the address and the peer.
-pub fn check_addresses<'a>(
-    addresses: &[IpNet],
-    present: &BTreeSet<IpAddr>,
-    peers: impl Iterator<Item = &'a Peer>,
-) -> Result<()> {
-    let new = |ip: &IpAddr| {
-        let mut nets = addresses.iter().filter(|_| !present.contains(ip));
-        nets.find(|net| net.addr() == *ip)
-    };
-    for peer in peers {
-        if let Some(net) = peer.endpoint.and_then(|endpoint| new(&endpoint.ip())) {
-            let what = format!("the address {net} is that of peer {}", peer.name);
-            return Err(Error::new(what).hint("give the tunnel an address of its own"));
-        }
-    }
-    Ok(())
 }
 
 /// Makes sure that no prefix is just one of this host's `own` addresses, to which

@@ -158,7 +158,7 @@ fn changed(
         .peers
         .overlay
         .differences(&next, prefixes.iter().copied());
-    tunnel.commit(next)?;
+    tunnel.commit(tunnel.plan_with(next))?;
     if !what.is_empty() {
         tracing::info!("{what}, by {asker}");
     }

@@ -31,7 +31,7 @@ impl Settings {
     /// resolve now. Tells also why some of these cannot be reached.
     ///
     /// # Errors
-    /// When a peer is this host or no host at all, when none can be reached
+    /// When a peer is this host, when none can be reached
     /// though some resolve, or when something that has no default without a
     /// reachable peer was not given.
     pub fn at_start(
@@ -40,10 +40,6 @@ impl Settings {
         netlink: &mut Netlink,
     ) -> Result<(Self, Vec<Error>)> {
         let listen = listen_address(config, endpoints)?;
-        let no_host = |peer: &&SocketAddr| peer.ip().is_unspecified() || peer.ip().is_multicast();
-        if let Some(peer) = endpoints.iter().find(no_host) {
-            return Err(Error::new(format!("peer {peer} is no address of a host")));
-        }
         let (paths, mut unreachable) = paths(listen, endpoints, netlink)?;
         if paths.is_empty() && !unreachable.is_empty() {
             return Err(unreachable.swap_remove(0));

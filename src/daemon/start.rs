@@ -1,23 +1,22 @@
 //! The start of a tunnel: names resolved, port and device claimed, and everything
 //! set up; or taken over ([`super::handoff`]).
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, never, select, tick};
 use ipnet::IpNet;
 
+use super::announce;
 use super::control_socket::ControlSocket;
 use super::host::own_addresses;
+use super::plan::{Plan, SetAside, endpoints};
 use super::resolve::{self, Known};
 use super::settings::Settings;
-use super::tunnel::{Plan, Tunnel, endpoints, kernel_routes};
+use super::tunnel::Tunnel;
 use super::workers::Claimed;
-use super::{announce, reach};
 use crate::config::Config;
 use crate::control::client;
-use crate::control::server::Call;
 use crate::error::{Error, Result};
 use crate::host::link;
 use crate::host::netlink::Netlink;
@@ -26,11 +25,8 @@ use crate::host::routes;
 use crate::io::tun;
 use crate::io::udp::{self, UdpOffloads};
 use crate::packet::coalesce::TunOffloads;
-use crate::routing::dns::{self, Names};
-use crate::routing::overlay::{Overlay, Peer};
-
-/// How often it is said how far a long start is.
-const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
+use crate::routing::dns::Names;
+use crate::routing::overlay::Overlay;
 
 /// How long, and how often, a killed predecessor's port and device are waited
 /// for. Longer than the kernel takes; short enough for who has mistyped.
@@ -64,12 +60,8 @@ pub fn ask_predecessor(config: &Config) -> (Known, Suspended) {
 /// What any start begins with: what is wanted, and what follows from it here
 /// and now.
 pub struct Prepared {
-    /// The configuration.
-    pub config: Config,
-    /// What it left open.
-    pub settings: Settings,
-    /// The configured peers.
-    pub overlay: Overlay,
+    /// What the tunnel is to be.
+    pub plan: Plan,
     /// In the tunnel's network namespace.
     pub netlink: Netlink,
     /// Asks for the peers' names.
@@ -86,63 +78,47 @@ pub struct Prepared {
 impl Prepared {
     /// Gives peers that were added since their addresses.
     pub fn resolve_now(&mut self) {
-        let listen = self.settings.listen;
-        resolve::set_known(&mut self.overlay, &self.known, listen);
-        resolve::resolve_now(&mut self.overlay, &mut self.names, listen);
+        let (listen, overlay) = (self.plan.settings.listen, &mut self.plan.overlay);
+        resolve::set_known(overlay, &self.known, listen);
+        resolve::resolve_now(overlay, &mut self.names, listen);
     }
 
-    /// Takes those addresses of named peers for none that are this host's, or to
-    /// which the tunnel's routes will lead: their names are asked for again.
-    pub fn set_aside(&mut self) {
-        self.find_unusable();
+    /// Makes sure that the routes will be the tunnel's and that no peer is reached by
+    /// them, as far as can be told before they are there. Logs who cannot be used
+    /// yet.
+    ///
+    /// # Errors
+    /// Names the route or the peer.
+    pub fn check_routes(&mut self) -> Result<()> {
+        self.find_unusable()?;
         for error in self.unusable.drain(..) {
             tracing::warn!("{error}; trying again");
         }
+        Ok(())
     }
 
-    fn find_unusable(&mut self) {
-        let routes = kernel_routes(&self.config, &self.overlay);
-        let (own, addresses) = (self.device, &self.settings.link.addresses);
-        let named: Vec<_> = self
-            .overlay
-            .peers()
-            .filter(|(_, peer)| peer.name.literal().is_none())
-            .filter_map(|(hop, peer)| Some((hop, peer.name.clone(), peer.endpoint?)))
-            .collect();
-        for (hop, name, peer) in named {
-            let is_suspended = self.suspended.contains(&peer);
-            let netlink = &mut self.netlink;
-            let other = self.overlay.check_other(self.settings.listen, peer);
-            let usable = other.and_then(|()| {
-                link::check_will_be_outside(netlink, own, peer, addresses, &routes, is_suspended)
-            });
-            if let Err(error) = usable {
-                self.overlay.set_endpoint(hop, None);
-                self.names.heard(&name, false, Instant::now());
-                self.unusable.push(dns::cannot_use(&name, &error));
-            }
+    fn find_unusable(&mut self) -> Result<()> {
+        let (netlink, device) = (&mut self.netlink, self.device);
+        routes::check_free(netlink, device, &self.plan.kernel_routes())?;
+        let aside = self.plan.check_ways(netlink, device, &self.suspended)?;
+        self.set_aside(aside);
+        Ok(())
+    }
+
+    fn set_aside(&mut self, aside: SetAside) {
+        for (name, error) in aside {
+            self.names.heard(&name, false, Instant::now());
+            self.unusable.push(error);
         }
-    }
-
-    /// The tunnel on this device and these sockets, with workers that wait.
-    ///
-    /// # Errors
-    /// As [`Tunnel::new`].
-    pub fn build(self, claimed: Claimed) -> Result<Tunnel> {
-        let plan = Plan {
-            config: self.config,
-            settings: self.settings,
-            overlay: self.overlay,
-        };
-        Tunnel::new(plan, self.names, self.netlink, claimed)
     }
 
     /// Forgets to whom the way led through a device that goes with a process that
     /// is not there any more.
     pub fn suspend_nobody(&mut self) {
-        let hops: Vec<_> = self.overlay.peers().map(|(hop, _)| hop).collect();
+        let overlay = &mut self.plan.overlay;
+        let hops: Vec<_> = overlay.peers().map(|(hop, _)| hop).collect();
         for hop in hops {
-            self.overlay.set_suspended(hop, false);
+            overlay.set_suspended(hop, false);
         }
     }
 }
@@ -180,32 +156,23 @@ pub fn prepare(config: Config) -> Result<Prepared> {
             }
         })?;
     unusable.extend(unresolved);
-    let addresses = &settings.link.addresses;
-    let present = own_addresses(&mut netlink, &[])?;
-    let literal = |peer: &&Peer| peer.name.literal().is_some();
-    let literals = overlay.peers().map(|(_, peer)| peer).filter(literal);
-    reach::check_addresses(addresses, &present, literals)?;
-    if !settings.address_is_derived {
-        link::check_networks(&mut netlink, device, addresses)?;
-    }
-    let own: BTreeSet<_> = addresses.iter().map(IpNet::addr).collect();
-    reach::check_prefixes(&own, overlay.prefixes().map(|(prefix, ..)| prefix))?;
-    overlay.set_own_addresses(present.into_iter().chain(own).collect());
-    let literals = overlay.peers().map(|(_, peer)| peer).filter(literal);
-    literals
-        .filter_map(|peer| peer.endpoint)
-        .try_for_each(|endpoint| overlay.check_other(settings.listen, endpoint))?;
-    Ok(Prepared {
+    let mut plan = Plan {
         config,
         settings,
         overlay,
+    };
+    let aside = plan.check_addresses(&mut netlink, device, &[])?;
+    let mut prepared = Prepared {
+        plan,
         netlink,
         names,
         device,
         suspended,
         known,
         unusable,
-    })
+    };
+    prepared.set_aside(aside);
+    Ok(prepared)
 }
 
 /// Index of the device of this name, or of that which is to be taken over, whatever
@@ -229,28 +196,10 @@ fn present_device(config: &Config, netlink: &mut Netlink) -> Result<Option<u32>>
 pub fn rehearse(mut config: Config) -> Result<Vec<Error>> {
     config.takeover = false;
     let mut prepared = prepare(config)?;
-    prepared.find_unusable();
-    let Prepared {
-        config,
-        settings,
-        overlay,
-        netlink,
-        unusable,
-        device,
-        ..
-    } = &mut prepared;
-    let (own, addresses) = (*device, &settings.link.addresses);
-    if settings.address_is_derived {
-        check_derived(netlink, settings, own)?;
-    }
-    let routes = kernel_routes(config, overlay);
-    for (_, peer) in overlay.peers() {
-        if let Some(endpoint) = peer.endpoint {
-            link::check_will_be_outside(netlink, own, endpoint, addresses, &routes, false)?;
-        }
-    }
-    routes::check_free(netlink, own, &routes)?;
-    Ok(std::mem::take(unusable))
+    let (netlink, own) = (&mut prepared.netlink, prepared.device);
+    check_derived(netlink, &prepared.plan.settings, own)?;
+    prepared.find_unusable()?;
+    Ok(prepared.unusable)
 }
 
 fn way_is_inside(peer: SocketAddr) -> Error {
@@ -295,10 +244,17 @@ pub fn suspend_inside(
 /// # Errors
 /// When it cannot be had; then nothing is left behind.
 pub fn start(mut prepared: Prepared) -> Result<(Tunnel, ControlSocket)> {
-    let (config, settings) = (&prepared.config, &prepared.settings);
+    let (config, settings) = (&prepared.plan.config, &prepared.plan.settings);
     let claimed = claim(config, settings, &mut prepared.netlink)?;
-    prepared.set_aside();
-    let (mut tunnel, mut control) = (prepared.build(claimed)?, ControlSocket::default());
+    prepared.check_routes()?;
+    let Prepared {
+        plan,
+        names,
+        netlink,
+        ..
+    } = prepared;
+    let mut tunnel = Tunnel::new(plan, names, netlink, claimed)?;
+    let mut control = ControlSocket::default();
     match open(&mut tunnel, &mut control) {
         Ok(()) => Ok((tunnel, control)),
         Err(error) => {
@@ -316,55 +272,9 @@ fn open(tunnel: &mut Tunnel, control: &mut ControlSocket) -> Result<()> {
     tunnel.bring_up(&[])?;
     tunnel.host.start_routes(&tunnel.settings.link.addresses)?;
     control.open(&tunnel.config, None)?;
-    set_first_routes(tunnel, control)?;
-    tunnel.check_outside(&tunnel.peers.overlay.clone())?;
+    tunnel.host.set_routes(tunnel.kernel_routes())?;
     announce::announce(tunnel);
     Ok(())
-}
-
-/// Sets the routes. Many take their time: how far it is goes to the log, and
-/// to whoever asks by the control socket.
-fn set_first_routes(tunnel: &mut Tunnel, control: &ControlSocket) -> Result<()> {
-    let wanted = tunnel.kernel_routes();
-    let (tun, count) = (&tunnel.config.tun, wanted.len());
-    let routes = tunnel.host.routes()?;
-    let set = routes.begin_set(wanted.clone())?;
-    report_until(&set, &control.calls(), &tick(PROGRESS_INTERVAL), || {
-        format!("{tun} is starting: {count} routes are being set")
-    })?;
-    tunnel.host.note_routes(wanted);
-    Ok(())
-}
-
-/// Waits for an answer. From the first tick on, logs the `progress` at each, and
-/// refuses `calls` with it.
-fn report_until(
-    done: &Receiver<Result<()>>,
-    calls: &Receiver<Call>,
-    ticks: &Receiver<Instant>,
-    progress: impl Fn() -> String,
-) -> Result<()> {
-    let mut refused = never();
-    loop {
-        select! {
-            recv(done) -> result => {
-                return result.unwrap_or_else(|_| Err(Error::new("the routes were not set")));
-            }
-            recv(ticks) -> _ => {
-                tracing::info!("{}", progress());
-                refused = calls.clone();
-            }
-            recv(refused) -> call => match call {
-                Ok(Call::Request(_, reply)) => {
-                    reply.send(Err(Error::new(progress()).hint("try again in a moment")));
-                }
-                Ok(Call::Takeover { .. }) => tracing::warn!(
-                    "another process wants to take over while this one starts: refused"
-                ),
-                Err(_) => refused = never(),
-            },
-        }
-    }
 }
 
 /// Claims the port and the device, and waits a moment for those of a process
@@ -395,9 +305,7 @@ pub fn claim(config: &Config, settings: &Settings, netlink: &mut Netlink) -> Res
 }
 
 fn claim_now(config: &Config, settings: &Settings, netlink: &mut Netlink) -> Result<Claimed> {
-    if settings.address_is_derived {
-        check_derived(netlink, settings, None)?;
-    }
+    check_derived(netlink, settings, None)?;
     // Sockets first: they fail without a trace when the port is in use.
     let udp_wanted = UdpOffloads {
         segment: config.wanted.udp_segment,
@@ -416,47 +324,13 @@ fn claim_now(config: &Config, settings: &Settings, netlink: &mut Netlink) -> Res
     })
 }
 
-/// `own`: the device, if the tunnel has it already.
+/// Makes sure that a derived address is free. `own`: the device, if the tunnel has
+/// it already.
 fn check_derived(netlink: &mut Netlink, settings: &Settings, own: Option<u32>) -> Result<()> {
-    settings
-        .link
-        .addresses
-        .iter()
-        .try_for_each(|address| match address {
-            IpNet::V4(address) => link::check_free(netlink, *address, own),
-            IpNet::V6(_) => Ok(()),
-        })
-}
-
-#[cfg(test)]
-mod tests {
-    use crossbeam_channel::bounded;
-
-    use super::*;
-    use crate::control::client;
-    use crate::control::server::Server;
-
-    /// Nobody who asks has to wait for the end of it.
-    #[test]
-    fn a_long_start_is_reported() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("test.sock");
-        let server = Server::start(&path).unwrap();
-        let (ticks, ticked) = bounded(1);
-        let (done, set) = bounded(1);
-        let asking = std::thread::spawn(move || {
-            ticks.send(Instant::now()).unwrap();
-            let answers = [(); 2].map(|()| client::peers(&path, Duration::from_secs(30)));
-            done.send(Ok(())).unwrap();
-            answers.map(|answer| answer.unwrap_err().to_string())
-        });
-        report_until(&set, server.calls(), &ticked, || "starting: 3 of 9".into()).unwrap();
-        for answer in asking.join().unwrap() {
-            assert!(answer.contains("starting: 3 of 9; try again"), "{answer}");
-        }
-        let (refused, set) = bounded(1);
-        refused.send(Err(Error::new("no room"))).unwrap();
-        let result = report_until(&set, &never(), &never(), String::new);
-        assert_eq!(result.unwrap_err().to_string(), "no room");
-    }
+    let addresses = settings.link.addresses.iter();
+    let mut derived = addresses.filter(|_| settings.address_is_derived);
+    derived.try_for_each(|address| match address {
+        IpNet::V4(address) => link::check_free(netlink, *address, own),
+        IpNet::V6(_) => Ok(()),
+    })
 }

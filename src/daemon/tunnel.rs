@@ -8,9 +8,11 @@ use std::time::Instant;
 
 use ipnet::IpNet;
 
+use super::device::DeviceState;
 use super::drop_log::DropLog;
 use super::host::{DeviceChange, Host};
 use super::peers::{self, Peers, learn_route_mtus};
+use super::plan::{Plan, endpoints, kernel_routes};
 use super::settings::Settings;
 use super::workers::{Claimed, WorkerFds, Workers};
 use crate::config::Config;
@@ -23,16 +25,6 @@ use crate::io::udp;
 use crate::packet::icmp::TunnelAddresses;
 use crate::routing::dns::{Answer, Names};
 use crate::routing::overlay::{Overlay, tunnel_addresses};
-
-/// What a tunnel is to be, before it has a device and sockets.
-pub struct Plan {
-    /// The configuration.
-    pub config: Config,
-    /// What follows from it.
-    pub settings: Settings,
-    /// The peers.
-    pub overlay: Overlay,
-}
 
 /// See the module's documentation.
 pub struct Tunnel {
@@ -107,12 +99,62 @@ impl Tunnel {
         kernel_routes(&self.config, &self.peers.overlay)
     }
 
-    /// Puts a changed overlay in force, or leaves everything as it was.
+    /// The plan that is in force, with another `overlay`.
+    pub fn plan_with(&self, overlay: Overlay) -> Plan {
+        Plan {
+            config: self.config.clone(),
+            settings: self.settings.clone(),
+            overlay,
+        }
+    }
+
+    /// Puts a plan in force, or leaves everything as it was.
     ///
     /// # Errors
-    /// When the kernel refuses a route, or when the way to a peer would lead
-    /// through the tunnel.
-    pub fn commit(&mut self, mut next: Overlay) -> Result<()> {
+    /// When the kernel refuses a setting or a route, or when the way to a peer would
+    /// lead through the tunnel.
+    pub fn commit(&mut self, plan: Plan) -> Result<()> {
+        let (old, new) = (&self.settings.link, &plan.settings.link);
+        let is_same = (old.txqueuelen, old.mtu_bytes, &old.addresses)
+            == (new.txqueuelen, new.mtu_bytes, &new.addresses);
+        let device = match is_same {
+            true => None,
+            false => {
+                let (index, netlink) = (self.host.device.index, &mut self.host.netlink);
+                Some(DeviceState::read(netlink, index)?)
+            }
+        };
+        let config = std::mem::replace(&mut self.config, plan.config);
+        let settings = std::mem::replace(&mut self.settings, plan.settings);
+        let changed = device.as_ref().map_or(Ok(()), |device| {
+            let (old, new) = (&settings.link, &self.settings.link);
+            let has_new_addresses = old.addresses != new.addresses;
+            if has_new_addresses {
+                // Their keeper would put the old ones back.
+                self.host.stop_routes(AtEnd::Keep);
+            }
+            device.change(&mut self.host.netlink, old, new)?;
+            match has_new_addresses {
+                true => self.adopt_routes(),
+                false => Ok(()),
+            }
+        });
+        let result = changed.and_then(|()| self.commit_overlay(plan.overlay));
+        if result.is_err() {
+            (self.config, self.settings) = (config, settings);
+            if let Some(device) = device {
+                self.host.stop_routes(AtEnd::Keep);
+                device.restore(&mut self.host.netlink);
+                // Routes may have gone with an address, or with all of IPv6.
+                if let Err(error) = self.adopt_routes() {
+                    tracing::error!("{error}");
+                }
+            }
+        }
+        result
+    }
+
+    fn commit_overlay(&mut self, mut next: Overlay) -> Result<()> {
         let given = &self.settings.link.addresses;
         next.set_own_addresses(self.host.own_addresses(given)?);
         learn_route_mtus(&mut next, &mut self.host.netlink);
@@ -121,11 +163,12 @@ impl Tunnel {
         // new route has somewhere to go.
         let table = next.table(self.addresses(), self.config.hop);
         self.workers.publish(Arc::new(table));
-        let before = self.host.routes_kept().clone();
-        let result = self
-            .host
-            .set_routes(kernel_routes(&self.config, &next))
-            .and_then(|()| self.check_outside(&next));
+        let before = self.host.routes_kept.clone();
+        let wanted = kernel_routes(&self.config, &next);
+        let result = self.host.set_routes(wanted).and_then(|()| {
+            let mut peers = next.peers().filter_map(|(_, peer)| peer.endpoint_in_use());
+            peers.try_for_each(|endpoint| self.host.check_outside(endpoint))
+        });
         if let Err(error) = result {
             if let Err(error) = self.host.set_routes(before) {
                 tracing::error!("{error}");
@@ -135,18 +178,6 @@ impl Tunnel {
         }
         self.peers.replace(next, Instant::now());
         Ok(())
-    }
-
-    /// Makes sure that no peer is reached through the tunnel itself, but for
-    /// those that are suspended for that anyway.
-    ///
-    /// # Errors
-    /// Names the peer.
-    pub fn check_outside(&mut self, overlay: &Overlay) -> Result<()> {
-        overlay
-            .peers()
-            .filter_map(|(_, peer)| peer.endpoint_in_use())
-            .try_for_each(|endpoint| self.host.check_outside(endpoint))
     }
 
     /// Gives the workers a table of the peers as they are now.
@@ -189,7 +220,7 @@ impl Tunnel {
         self.drop_log
             .poll(self.workers.counters(), &self.peers.overlay, now);
         if self.host.lacks_routes() {
-            match self.resume_routes() {
+            match self.adopt_routes() {
                 Ok(()) => tracing::info!("the kernel's routes are kept again"),
                 Err(error) => {
                     tracing::debug!("{error}");
@@ -250,7 +281,7 @@ impl Tunnel {
         }
         self.publish();
         self.host.stop_routes(AtEnd::Keep);
-        if let Err(error) = self.resume_routes() {
+        if let Err(error) = self.adopt_routes() {
             tracing::error!("{error}");
         }
     }
@@ -260,19 +291,9 @@ impl Tunnel {
     ///
     /// # Errors
     /// When the keeper cannot be started, or cannot set the routes.
-    pub fn resume_routes(&mut self) -> Result<()> {
+    pub fn adopt_routes(&mut self) -> Result<()> {
         let link = &self.settings.link;
-        self.host.resume_routes(&link.addresses, link.mtu_bytes)
-    }
-
-    /// Goes on with the kernel's routes where another process has stopped.
-    ///
-    /// # Errors
-    /// When the keeper cannot be started, or cannot set the routes.
-    pub fn take_over_routes(&mut self) -> Result<()> {
-        let wanted = self.kernel_routes();
-        let addresses = &self.settings.link.addresses;
-        self.host.take_over_routes(wanted, addresses)
+        self.host.adopt_routes(&link.addresses, link.mtu_bytes)
     }
 
     /// Has the device's MTU, unless it was given, or set by somebody else, follow
@@ -318,11 +339,9 @@ impl Tunnel {
     /// When it cannot carry packets any more.
     pub fn resume(&mut self) -> Result<()> {
         self.workers.start_again()?;
-        if let Err(error) = self.take_over_routes() {
+        if let Err(error) = self.adopt_routes() {
             tracing::error!("{error}");
         }
-        // Nobody has told of changes meanwhile.
-        self.host.schedule_refresh();
         Ok(())
     }
 
@@ -335,25 +354,6 @@ impl Tunnel {
         self.host.stop_routes(AtEnd::Remove);
         self.workers.close();
     }
-}
-
-/// The prefixes that the kernel should route into the tunnel.
-pub fn kernel_routes(config: &Config, overlay: &Overlay) -> BTreeSet<IpNet> {
-    let mut wanted = match config.no_routes {
-        true => Default::default(),
-        false => overlay.kernel_routes(),
-    };
-    wanted.extend(config.routes.iter().map(IpNet::trunc));
-    wanted
-}
-
-/// Endpoints of the peers that have one, in the order of the configuration.
-pub fn endpoints(config: &Config, overlay: &Overlay) -> Vec<std::net::SocketAddr> {
-    config
-        .peers
-        .iter()
-        .filter_map(|spec| overlay.find(&spec.name)?.1.endpoint_in_use())
-        .collect()
 }
 
 fn drop_from(socket: std::os::fd::BorrowedFd<'_>, index: Option<u32>) -> Result<()> {

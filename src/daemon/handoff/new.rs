@@ -20,12 +20,11 @@ use crate::control::codec::Lines;
 use crate::control::protocol::Request;
 use crate::daemon::announce;
 use crate::daemon::control_socket::ControlSocket;
-use crate::daemon::start::{Prepared, Suspended, suspend_inside};
+use crate::daemon::start::{Prepared, suspend_inside};
 use crate::daemon::tunnel::Tunnel;
 use crate::daemon::workers::Claimed;
 use crate::error::{Error, Result};
 use crate::host::link;
-use crate::host::routes;
 use crate::io::tun::{self, Queue, Tun};
 use crate::io::udp::{self, WorkerSockets};
 use crate::packet::coalesce;
@@ -216,19 +215,25 @@ pub fn take_over(
         listener,
         mut old,
     } = inherited;
-    manifest.check(&prepared.config, &prepared.settings)?;
-    manifest.keep_wanted(&mut prepared.config.wanted);
-    let mtu_bytes = prepared.settings.link.mtu_bytes;
-    manifest.add_to(&mut prepared.overlay, mtu_bytes)?;
+    let plan = &mut prepared.plan;
+    manifest.check(&plan.config, &plan.settings)?;
+    manifest.keep_wanted(&mut plan.config.wanted);
+    let mtu_bytes = plan.settings.link.mtu_bytes;
+    manifest.add_to(&mut plan.overlay, mtu_bytes)?;
     prepared.resolve_now();
     let own = tun::index_of(claimed.device.queues[0].as_fd())?;
     prepared.device = own;
-    prepared.set_aside();
-    let suspended = std::mem::take(&mut prepared.suspended);
-    let (overlay, netlink) = (&mut prepared.overlay, &mut prepared.netlink);
-    log_inside(&suspend_inside(overlay, netlink, own));
-    let mut tunnel = prepared.build(claimed)?;
-    check_routes(&mut tunnel, &suspended)?;
+    if own.is_some() {
+        prepared.check_routes()?;
+    }
+    let Prepared {
+        mut plan,
+        names,
+        mut netlink,
+        ..
+    } = prepared;
+    log_inside(&suspend_inside(&mut plan.overlay, &mut netlink, own));
+    let mut tunnel = Tunnel::new(plan, names, netlink, claimed)?;
     let addresses = (&manifest.addresses, &tunnel.settings.link.addresses);
     let (index, netlink) = (tunnel.host.device.index, &mut tunnel.host.netlink);
     match index {
@@ -253,28 +258,6 @@ pub fn take_over(
     Ok((tunnel, control, old.last_word()))
 }
 
-/// Whether the kernel's routes will be what is wanted, and no peer in the
-/// tunnel but those that are `suspended` in the old process's, as far as can be
-/// told while its routes are in force.
-///
-/// # Errors
-/// Names the route that is in the way, or the peer.
-fn check_routes(tunnel: &mut Tunnel, suspended: &Suspended) -> Result<()> {
-    let wanted = tunnel.kernel_routes();
-    let own = tunnel.host.device.index;
-    if own.is_none() {
-        return Ok(());
-    }
-    let addresses = &tunnel.settings.link.addresses;
-    let netlink = &mut tunnel.host.netlink;
-    let peers = tunnel.peers.overlay.peers();
-    for endpoint in peers.filter_map(|(_, peer)| peer.endpoint_learned()) {
-        let is_suspended = suspended.contains(&endpoint);
-        link::check_will_be_outside(netlink, own, endpoint, addresses, &wanted, is_suspended)?;
-    }
-    routes::check_free(netlink, own, &wanted)
-}
-
 /// There is nobody to go back to, and the tunnel carries, so each step is taken
 /// whatever comes of the others. Operators before routes, which they can fix.
 fn go_on(tunnel: &mut Tunnel, old_addresses: &[IpNet], listener: Option<OwnedFd>) -> ControlSocket {
@@ -282,7 +265,8 @@ fn go_on(tunnel: &mut Tunnel, old_addresses: &[IpNet], listener: Option<OwnedFd>
     tunnel.workers.go();
     let brought_up = tunnel.bring_up(old_addresses);
     let served = control.open(&tunnel.config, listener);
-    let routed = tunnel.take_over_routes();
+    tunnel.host.routes_kept = tunnel.kernel_routes();
+    let routed = tunnel.adopt_routes();
     // Who cannot be reached from outside is suspended, and no more.
     tunnel.refresh_host();
     for result in [brought_up, served, routed] {

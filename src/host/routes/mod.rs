@@ -156,17 +156,9 @@ impl RouteReconciler {
     /// refuses. In all cases the routes are then as before, or, if the kernel
     /// takes no changes at all for a while, as soon as it does.
     pub fn set(&self, wanted: BTreeSet<IpNet>) -> Result<()> {
-        self.begin_set(wanted)?.recv().map_err(|_| ended())?
-    }
-
-    /// As [`set`](Self::set), without waiting: that it is done, or why not, comes
-    /// from the channel.
-    ///
-    /// # Errors
-    /// When the thread has ended.
-    pub fn begin_set(&self, wanted: BTreeSet<IpNet>) -> Result<Receiver<Result<()>>> {
         let wanted = masked(&wanted);
-        self.begin(|done| Job::Set { wanted, done })
+        let done = self.begin(|done| Job::Set { wanted, done })?;
+        done.recv().map_err(|_| ended())?
     }
 
     /// As [`set`](Self::set), for prefixes that were kept until now, by another
