@@ -302,7 +302,7 @@ fn a_refusal_before_the_request_is_read_nevertheless() {
         .write_all(b"{\"ok\":false,\"error\":\"too many connections\"}\n")
         .unwrap();
     drop(theirs);
-    let mut connection = Connection::over(ours, PATIENT.answer);
+    let mut connection = Connection::over(ours, Path::new("x"), PATIENT.answer);
     let line = connection.ask(&Request::Peers {}).unwrap();
     assert!(line.contains("too many connections"), "{line}");
 }
@@ -386,12 +386,11 @@ fn stop_waits_until_the_socket_is_gone() {
         let (ended, has_ended) = std::sync::mpsc::channel();
         let server = place.serve(move |mut stream, listener| {
             writeln!(stream, "{NOTHING_CHANGED}").unwrap();
-            drop(stream);
-            // Still there: the client comes back to look.
-            let _ = listener.accept().unwrap();
-            ended.send(()).unwrap();
-            drop(listener);
+            // The client waits for this.
+            std::thread::sleep(HASTY.end);
             std::fs::remove_file(path).unwrap();
+            ended.send(()).unwrap();
+            drop((stream, listener));
         });
         let mut out = Vec::new();
         let result = perform(&command(words), &place.path(), &mut out, PATIENT);
@@ -507,7 +506,7 @@ fn requests_that_no_tunnel_reads_are_not_sent() {
         .map(ipnet::IpNet::from)
         .collect();
     let (ours, mut theirs) = UnixStream::pair().unwrap();
-    let mut connection = Connection::over(ours, PATIENT.answer);
+    let mut connection = Connection::over(ours, Path::new("x"), PATIENT.answer);
     let error = connection.ask(&Request::RouteDel { prefixes }).unwrap_err();
     assert!(error.to_string().contains("4194304 bytes"), "{error}");
     drop(connection);

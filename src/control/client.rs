@@ -1,9 +1,7 @@
 //! A connection to a running tunnel's control socket.
 
-use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -18,15 +16,10 @@ use super::protocol::{ANSWER_BYTES_MAX, Peers, REQUEST_BYTES_MAX, Request, Statu
 use super::text::printable;
 use crate::error::{Error, Result};
 
-/// Pause between looks at whether a process has ended.
-const END_PAUSE: Duration = Duration::from_millis(10);
-
 /// See the module's documentation.
 pub(crate) struct Connection {
     lines: Lines,
     path: PathBuf,
-    /// Device and inode of the socket's name when it was connected to.
-    inode: Option<(u64, u64)>,
     patience: Duration,
 }
 
@@ -37,23 +30,15 @@ impl Connection {
     /// # Errors
     /// When nobody listens there, or this user may not ask.
     pub(crate) fn open(path: &Path, patience: Duration) -> Result<Self> {
-        let inode = inode(path);
         let stream = connect(path, patience).map_err(|error| refused(path, error))?;
-        Ok(Self {
-            lines: Lines::new(stream, ANSWER_BYTES_MAX),
-            path: path.to_path_buf(),
-            inode,
-            patience,
-        })
+        Ok(Self::over(stream, path, patience))
     }
 
     /// A connection that is open already.
-    #[cfg(test)]
-    pub(crate) fn over(stream: UnixStream, patience: Duration) -> Self {
+    pub(crate) fn over(stream: UnixStream, path: &Path, patience: Duration) -> Self {
         Self {
             lines: Lines::new(stream, ANSWER_BYTES_MAX),
-            path: PathBuf::new(),
-            inode: None,
+            path: path.to_path_buf(),
             patience,
         }
     }
@@ -99,44 +84,28 @@ impl Connection {
         }
     }
 
-    /// Waits until the process at the other end has closed this connection, and
-    /// its socket is gone or dead: the last things that an ending tunnel sees to.
+    /// Waits until the process at the other end has closed this connection: the last
+    /// thing that an ending tunnel sees to.
     ///
     /// # Errors
     /// When that takes longer than `patience`.
     pub(crate) fn wait_for_end(mut self, patience: Duration) -> Result<()> {
         let deadline = Instant::now() + patience;
-        while let Ok(Some(_)) = self.lines.receive(deadline) {}
-        while self.is_served() {
-            if Instant::now() >= deadline {
-                return Err(Error::new(format!(
-                    "the fastvpn at {} was told to stop, but has not ended within {} seconds",
-                    self.path.display(),
-                    patience.as_secs()
-                ))
-                .hint("its log may say why"));
+        loop {
+            match self.lines.receive(deadline) {
+                Ok(Some(_)) => {}
+                Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+                    return Err(Error::new(format!(
+                        "the fastvpn at {} was told to stop, but has not ended within {} seconds",
+                        self.path.display(),
+                        patience.as_secs()
+                    ))
+                    .hint("its log may say why"));
+                }
+                // Reset is an end, too.
+                Ok(None) | Err(_) => return Ok(()),
             }
-            std::thread::sleep(END_PAUSE);
         }
-        Ok(())
-    }
-
-    /// Whether someone still listens at the socket that was connected to.
-    fn is_served(&self) -> bool {
-        let now = inode(&self.path);
-        if now.is_none() || now != self.inode {
-            // Nothing is there, or another process's.
-            return false;
-        }
-        // Killed processes leave the name behind. Connections that nobody takes
-        // fill the backlog, which then says that there is someone.
-        !matches!(
-            connect(&self.path, END_PAUSE),
-            Err(error) if matches!(
-                error.kind(),
-                io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound
-            )
-        )
     }
 }
 
@@ -168,25 +137,15 @@ fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream> {
     Ok(UnixStream::from(OwnedFd::from(socket)))
 }
 
-fn inode(path: &Path) -> Option<(u64, u64)> {
-    let metadata = fs::metadata(path).ok()?;
-    Some((metadata.dev(), metadata.ino()))
-}
-
 /// Connects to the control socket at `path` if root or this user listens there.
 ///
 /// # Errors
 /// `PermissionDenied` if somebody else does.
 pub(crate) fn connect_trusted(path: &Path, patience: Duration) -> io::Result<UnixStream> {
     let stream = connect(path, patience)?;
-    check_trusted(&stream)?;
-    Ok(stream)
-}
-
-fn check_trusted(stream: &UnixStream) -> io::Result<()> {
-    let listener = Asker::of(stream)?;
+    let listener = Asker::of(&stream)?;
     if listener.is_trusted() {
-        return Ok(());
+        return Ok(stream);
     }
     let text = format!(
         "it runs as user {}, neither root nor this user",
@@ -220,9 +179,8 @@ pub(crate) fn status(path: &Path, patience: Duration) -> Result<Status> {
 }
 
 fn answer<T: DeserializeOwned>(request: &Request, path: &Path, patience: Duration) -> Result<T> {
-    let mut connection = Connection::open(path, patience)?;
-    check_trusted(connection.lines.stream()).map_err(|error| refused(path, error))?;
-    let line = connection.ask(request)?;
+    let stream = connect_trusted(path, patience).map_err(|error| refused(path, error))?;
+    let line = Connection::over(stream, path, patience).ask(request)?;
     parse::<Verdict>(&line, path)?.check()?;
     parse(&line, path)
 }

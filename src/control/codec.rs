@@ -190,10 +190,7 @@ impl Lines {
         let filled = self.received.len();
         self.received.resize(filled + CHUNK_BYTES, 0);
         let into = &mut self.received[filled..];
-        let result = match &mut self.descriptors {
-            None => recv(self.stream.as_raw_fd(), into, MsgFlags::MSG_DONTWAIT),
-            Some(descriptors) => receive_with_descriptors(&self.stream, into, descriptors),
-        };
+        let result = receive_some(&self.stream, into, self.descriptors.as_mut());
         self.received.truncate(filled + result.unwrap_or(0));
         result
     }
@@ -213,14 +210,18 @@ impl Lines {
     }
 }
 
-fn receive_with_descriptors(
+/// What there is at once. `descriptors`: where those go that come with it.
+fn receive_some(
     stream: &UnixStream,
     into: &mut [u8],
-    descriptors: &mut Vec<OwnedFd>,
+    descriptors: Option<&mut Vec<OwnedFd>>,
 ) -> nix::Result<usize> {
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
+    let Some(descriptors) = descriptors else {
+        return recv(stream.as_raw_fd(), into, flags);
+    };
     let mut control = nix::cmsg_space!([RawFd; DESCRIPTORS_MAX]);
     let mut parts = [IoSliceMut::new(into)];
-    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
     let message = recvmsg::<()>(stream.as_raw_fd(), &mut parts, Some(&mut control), flags)?;
     for part in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(received) = part {

@@ -271,33 +271,24 @@ pub enum Answer {
     Reloaded(Reloaded),
 }
 
-/// A line of the control socket: an answer with `"ok":true`, or the reason
-/// why there is none, with `"ok":false`.
+/// A line of the control socket: an answer with `"ok":true`, or the reason why there is
+/// none, with `"ok":false`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(untagged)]
-pub enum Line {
-    /// It is done.
-    Done {
-        /// Always true.
-        ok: bool,
-        /// What it came to.
-        #[serde(flatten)]
-        answer: Answer,
-    },
-    /// It is not, and nothing has changed.
-    Failed {
-        /// Always false.
-        ok: bool,
-        /// Why, in one line.
-        error: String,
-    },
+pub struct Line {
+    ok: bool,
+    #[serde(flatten)]
+    answer: Option<Answer>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
 }
 
-impl From<Result<Answer, String>> for Line {
-    fn from(result: Result<Answer, String>) -> Self {
-        match result {
-            Ok(answer) => Self::Done { ok: true, answer },
-            Err(error) => Self::Failed { ok: false, error },
+impl From<crate::error::Result<Answer>> for Line {
+    fn from(result: crate::error::Result<Answer>) -> Self {
+        let error = result.as_ref().err().map(ToString::to_string);
+        Self {
+            ok: error.is_none(),
+            answer: result.ok(),
+            error,
         }
     }
 }

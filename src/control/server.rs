@@ -53,7 +53,7 @@ pub enum Call {
 /// Where the answer to a request goes. Dropped, it says that there is none.
 #[derive(Debug)]
 pub struct Reply {
-    answer: Sender<std::result::Result<Answer, String>>,
+    answer: Sender<Result<Answer>>,
     asker: Asker,
 }
 
@@ -65,14 +65,12 @@ impl Reply {
 
     /// Answers. A client that has gone does not hear it.
     pub fn send(self, result: Result<Answer>) {
-        let result = result.map_err(|error| error.to_string());
         let _ = self.answer.try_send(result);
     }
 }
 
 /// See the module's documentation. Dropped, it closes and removes its socket.
 pub struct Server {
-    /// Before the listener: as long as the name is there, somebody listens.
     name: SocketName,
     listener: UnixListener,
     calls: Receiver<Call>,
@@ -106,8 +104,7 @@ impl Server {
         let for_thread = listener.try_clone().map_err(failed)?;
         let (stop, stopped) = UnixStream::pair().map_err(failed)?;
         let (sender, calls) = bounded(1);
-        // Before the last step, so that a failure ends it as any end does: the
-        // name goes while the socket still listens.
+        // Before the last step, so that a failure ends it as any end does.
         let mut server = Self {
             name,
             listener,
@@ -144,6 +141,9 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
+        // As long as the name is there, somebody listens; and a client that waits for
+        // the end of its connection finds no name then.
+        self.name.remove();
         drop(self.stop.take());
         let Some(thread) = self.thread.take() else {
             return;
@@ -274,7 +274,7 @@ impl Connection {
                 return None;
             }
             Ok(request) => ask(request, self.asker, calls),
-            Err(error) => Err(format!("cannot read the request: {error}")),
+            Err(error) => Err(Error::new(format!("cannot read the request: {error}"))),
         };
         self.answer(answer)
     }
@@ -288,7 +288,7 @@ impl Connection {
         goes_on.then_some(self)
     }
 
-    fn answer(mut self, answer: std::result::Result<Answer, String>) -> Option<Self> {
+    fn answer(mut self, answer: Result<Answer>) -> Option<Self> {
         let line = serde_json::to_vec(&Line::from(answer)).ok()?;
         let now = Instant::now();
         self.deadline = now + CLIENT_TIME_MAX;
@@ -298,24 +298,16 @@ impl Connection {
 
     /// Says why before it is closed. A line fits a fresh connection's buffer.
     fn refuse(self, reason: &str) {
-        drop(self.answer(Err(reason.into())));
+        drop(self.answer(Err(Error::new(reason))));
     }
 }
 
 /// Has the control thread answer.
-fn ask(
-    request: Request,
-    asker: Asker,
-    calls: &Sender<Call>,
-) -> std::result::Result<Answer, String> {
-    let (sender, answer) = bounded(1);
-    let reply = Reply {
-        answer: sender,
-        asker,
-    };
-    let _ = calls.send(Call::Request(request, reply));
-    let none = |_| Err("the tunnel gives no answer; it may be ending".into());
-    answer.recv().unwrap_or_else(none)
+fn ask(request: Request, asker: Asker, calls: &Sender<Call>) -> Result<Answer> {
+    let (answer, answered) = bounded(1);
+    let _ = calls.send(Call::Request(request, Reply { answer, asker }));
+    let none = |_| Err(Error::new("the tunnel gives no answer").hint("it may be ending"));
+    answered.recv().unwrap_or_else(none)
 }
 
 #[cfg(test)]

@@ -397,10 +397,6 @@ fn entries(directory: &TempDir) -> Vec<String> {
     names
 }
 
-fn lock_of(path: &Path) -> PathBuf {
-    path.with_extension("sock.lock")
-}
-
 /// Starts a server on a thread of its own, and waits for what comes of it.
 fn start_in_time(path: &Path) -> Result<Server> {
     let (sender, started) = mpsc::channel();
@@ -423,73 +419,18 @@ fn a_lock_on_the_directory_does_not_hold_up_the_start() {
     assert!(entries(&directory).is_empty());
 }
 
+/// Only root can give a file away.
 #[test]
-fn a_start_that_hangs_is_not_waited_for_forever() {
+fn a_dead_socket_of_another_user_is_left_alone() {
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
     let (_directory, path) = place();
-    let mut options = fs::OpenOptions::new();
-    let file = std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600)
-        .write(true)
-        .create_new(true)
-        .open(lock_of(&path))
-        .unwrap();
-    let Ok(held) = Flock::lock(file, FlockArg::LockExclusive) else {
-        panic!("no lock");
-    };
-    let error = start_in_time(&path).err().unwrap().to_string();
-    assert!(error.contains("test.sock.lock within 1 s"), "{error}");
-    assert!(!path.exists() && lock_of(&path).exists());
-    // One that was killed at it is no hindrance, nor is it left behind.
-    drop(held);
-    let _server = start_in_time(&path).unwrap();
-    assert!(!lock_of(&path).exists());
-}
-
-/// In a directory that all may write to, somebody was there before.
-#[test]
-fn what_others_have_put_at_the_locks_name_is_an_error() {
-    let (directory, path) = place();
-    let lock = lock_of(&path);
-    let refuses = || {
-        let error = start_in_time(&path).err().unwrap().to_string();
-        assert!(error.contains("test.sock.lock"), "{error}");
-        assert!(error.contains("--control"), "{error}");
-        assert_eq!(entries(&directory).last().unwrap(), "test.sock.lock");
-        assert!(!path.exists());
-    };
-    // Others can open it, and lock it.
-    fs::write(&lock, "precious").unwrap();
-    fs::set_permissions(&lock, fs::Permissions::from_mode(0o644)).unwrap();
-    refuses();
-    assert_eq!(fs::read_to_string(&lock).unwrap(), "precious");
-    fs::remove_file(&lock).unwrap();
-    // Nobody has it open at its other end.
-    nix::unistd::mkfifo(&lock, nix::sys::stat::Mode::S_IRWXU).unwrap();
-    refuses();
-    fs::remove_file(&lock).unwrap();
-    let elsewhere = directory.path().join("elsewhere");
-    for is_there in [false, true] {
-        if is_there {
-            fs::write(&elsewhere, "").unwrap();
-            fs::set_permissions(&elsewhere, fs::Permissions::from_mode(0o600)).unwrap();
-        }
-        std::os::unix::fs::symlink(&elsewhere, &lock).unwrap();
-        refuses();
-        assert_eq!(elsewhere.exists(), is_there);
-        fs::remove_file(&lock).unwrap();
-    }
-    // Only root can give a file away.
-    if nix::unistd::geteuid().is_root() {
-        fs::write(&lock, "").unwrap();
-        fs::set_permissions(&lock, fs::Permissions::from_mode(0o600)).unwrap();
-        std::os::unix::fs::chown(&lock, Some(4711), Some(4711)).unwrap();
-        refuses();
-        fs::remove_file(&lock).unwrap();
-        drop(UnixListener::bind(&path).unwrap());
-        std::os::unix::fs::chown(&path, Some(4711), Some(4711)).unwrap();
-        let error = start_in_time(&path).err().unwrap().to_string();
-        assert!(error.contains("another user (number 4711)"), "{error}");
-        assert!(path.exists());
-    }
+    drop(UnixListener::bind(&path).unwrap());
+    std::os::unix::fs::chown(&path, Some(4711), Some(4711)).unwrap();
+    let error = Server::start(&path).err().unwrap().to_string();
+    assert!(error.contains("another user (number 4711)"), "{error}");
+    assert!(path.exists());
 }
 
 /// Runs `work` on a thread for which these system calls, and for those that it
