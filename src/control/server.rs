@@ -164,16 +164,16 @@ fn serve_all(listener: &UnixListener, stop: &UnixStream, calls: &Sender<Call>) {
             tracing::debug!("cannot take a connection to the control socket: {error}");
             std::thread::sleep(ACCEPT_PAUSE);
         }
-        let mut served = Vec::with_capacity(connections.len());
-        let mut busy = Duration::ZERO;
-        for mut connection in connections {
-            // While others were served, this one could not be.
+        let now = Instant::now();
+        connections = connections
+            .into_iter()
+            .filter_map(|connection| connection.serve(now, calls))
+            .collect();
+        // While one was served, the others could not be.
+        let busy = now.elapsed();
+        for connection in &mut connections {
             connection.deadline += busy;
-            let began = Instant::now();
-            served.extend(connection.serve(calls));
-            busy += began.elapsed();
         }
-        connections = served;
     }
     let deadline = Instant::now() + CLOSE_TIME_MAX;
     for connection in &mut connections {
@@ -244,8 +244,7 @@ impl Connection {
     }
 
     /// Sends what is left to send, or does one request. `None`: it is over.
-    fn serve(mut self, calls: &Sender<Call>) -> Option<Self> {
-        let now = Instant::now();
+    fn serve(mut self, now: Instant, calls: &Sender<Call>) -> Option<Self> {
         let result = match self.lines.is_flushed() {
             true => self.lines.receive(now),
             false => {
@@ -253,7 +252,7 @@ impl Connection {
                 if flushed.is_ok() {
                     self.deadline = now + CLIENT_TIME_MAX;
                 }
-                return self.unless_late(flushed);
+                return self.unless_late(flushed, now);
             }
         };
         let line = match result {
@@ -262,7 +261,7 @@ impl Connection {
                 self.refuse(&format!("a request has at most {REQUEST_BYTES_MAX} bytes"));
                 return None;
             }
-            Err(error) => return self.unless_late(Err(error)),
+            Err(error) => return self.unless_late(Err(error), now),
         };
         let answer = match Request::read(&line) {
             Ok(Request::Takeover { protocol }) => {
@@ -279,11 +278,11 @@ impl Connection {
         self.answer(answer)
     }
 
-    /// The connection, unless it has failed or its time is up.
-    fn unless_late(self, result: io::Result<()>) -> Option<Self> {
+    /// The connection, unless it has failed or its time was up.
+    fn unless_late(self, result: io::Result<()>, now: Instant) -> Option<Self> {
         let goes_on = match result {
             Ok(()) => true,
-            Err(error) => error.kind() == io::ErrorKind::TimedOut && Instant::now() < self.deadline,
+            Err(error) => error.kind() == io::ErrorKind::TimedOut && now < self.deadline,
         };
         goes_on.then_some(self)
     }
@@ -293,7 +292,7 @@ impl Connection {
         let now = Instant::now();
         self.deadline = now + CLIENT_TIME_MAX;
         let sent = self.lines.send(line, now);
-        self.unless_late(sent)
+        self.unless_late(sent, now)
     }
 
     /// Says why before it is closed. A line fits a fresh connection's buffer.
