@@ -12,11 +12,18 @@ use crate::config::{PeerName, PeerSpec, TUN_NAME_DEFAULT};
 
 /// Commands for a running tunnel.
 #[derive(Clone, Debug, Subcommand)]
+#[allow(missing_docs, reason = "each says what it is in its help")]
 pub enum ClientCommand {
     /// Show the running tunnel, its workers and what they count; of several, a line for each
-    Status(StatusArgs),
+    Status {
+        #[command(flatten)]
+        target: Target,
+    },
     /// Show the running tunnel's peers
-    Peers(PeersArgs),
+    Peers {
+        #[command(flatten)]
+        target: Target,
+    },
     /// Show or change which peer a prefix goes to
     #[command(subcommand)]
     Route(RouteCommand),
@@ -24,49 +31,99 @@ pub enum ClientCommand {
     #[command(subcommand)]
     Peer(PeerCommand),
     /// Have the running tunnel read its configuration file again
-    Reload(ReloadArgs),
+    Reload {
+        #[command(flatten)]
+        target: Target,
+    },
     /// End the running tunnel
-    Stop(StopArgs),
+    Stop {
+        #[command(flatten)]
+        target: Target,
+    },
+}
+
+/// `fastvpn route …`.
+#[derive(Clone, Debug, Subcommand)]
+#[allow(missing_docs, reason = "each says what it is in its help")]
+pub enum RouteCommand {
+    /// Send prefixes to a peer
+    Add {
+        /// Prefixes behind the peer
+        #[arg(required = true, value_name = "PREFIX", value_parser = parse_route)]
+        prefixes: Vec<IpNet>,
+        /// The peer, named as when it was added
+        #[arg(long, value_name = "HOST[:PORT]", value_parser = parse_peer_name)]
+        peer: PeerName,
+        /// Take the prefixes from the peers that have them now
+        #[arg(long)]
+        replace: bool,
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Take prefixes from the peer that has them
+    Del {
+        /// Prefixes that no peer is to have
+        #[arg(required = true, value_name = "PREFIX", value_parser = parse_route)]
+        prefixes: Vec<IpNet>,
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Show all prefixes and their peers
+    List {
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Show the peer that packets to an address go to
+    Get {
+        /// An inner destination address
+        #[arg(value_name = "ADDRESS")]
+        address: IpAddr,
+        #[command(flatten)]
+        target: Target,
+    },
+}
+
+/// `fastvpn peer …`.
+#[derive(Clone, Debug, Subcommand)]
+#[allow(missing_docs, reason = "each says what it is in its help")]
+pub enum PeerCommand {
+    /// Add a peer
+    Add {
+        /// The peer and the prefixes behind it
+        #[arg(value_name = "HOST[:PORT][=PREFIX,...]", value_parser = parse_peer)]
+        peer: PeerSpec,
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Remove a peer and its prefixes
+    Del {
+        /// The peer, named as when it was added
+        #[arg(value_name = "HOST[:PORT]", value_parser = parse_peer_name)]
+        peer: PeerName,
+        #[command(flatten)]
+        target: Target,
+    },
 }
 
 impl ClientCommand {
     /// Which tunnel is meant, and how it is to answer.
     pub fn target(&self) -> &Target {
         match self {
-            Self::Status(args) => &args.target,
-            Self::Peers(args) => &args.target,
-            Self::Route(RouteCommand::Add(args)) => &args.target,
-            Self::Route(RouteCommand::Del(args)) => &args.target,
-            Self::Route(RouteCommand::List(args)) => &args.target,
-            Self::Route(RouteCommand::Get(args)) => &args.target,
-            Self::Peer(PeerCommand::Add(args)) => &args.target,
-            Self::Peer(PeerCommand::Del(args)) => &args.target,
-            Self::Reload(args) => &args.target,
-            Self::Stop(args) => &args.target,
+            Self::Status { target }
+            | Self::Peers { target }
+            | Self::Reload { target }
+            | Self::Stop { target }
+            | Self::Route(
+                RouteCommand::Add { target, .. }
+                | RouteCommand::Del { target, .. }
+                | RouteCommand::List { target }
+                | RouteCommand::Get { target, .. },
+            )
+            | Self::Peer(PeerCommand::Add { target, .. } | PeerCommand::Del { target, .. }) => {
+                target
+            }
         }
     }
-}
-
-/// `fastvpn route …`.
-#[derive(Clone, Debug, Subcommand)]
-pub enum RouteCommand {
-    /// Send prefixes to a peer
-    Add(RouteAddArgs),
-    /// Take prefixes from the peer that has them
-    Del(RouteDelArgs),
-    /// Show all prefixes and their peers
-    List(RouteListArgs),
-    /// Show the peer that packets to an address go to
-    Get(RouteGetArgs),
-}
-
-/// `fastvpn peer …`.
-#[derive(Clone, Debug, Subcommand)]
-pub enum PeerCommand {
-    /// Add a peer
-    Add(PeerAddArgs),
-    /// Remove a peer and its prefixes
-    Del(PeerDelArgs),
 }
 
 /// Which tunnel is meant, and how it is to answer.
@@ -98,114 +155,6 @@ impl Target {
     pub fn is_any(&self) -> bool {
         self.tun.is_none() && self.control.is_none()
     }
-}
-
-/// `fastvpn status`.
-#[derive(Clone, Debug, Args)]
-pub struct StatusArgs {
-    /// Whom to ask.
-    #[command(flatten)]
-    pub target: Target,
-}
-
-/// `fastvpn peers`.
-#[derive(Clone, Debug, Args)]
-pub struct PeersArgs {
-    /// Whom to ask.
-    #[command(flatten)]
-    pub target: Target,
-}
-
-/// `fastvpn route add`.
-#[derive(Clone, Debug, Args)]
-pub struct RouteAddArgs {
-    /// Prefixes behind the peer
-    #[arg(required = true, value_name = "PREFIX", value_parser = parse_route)]
-    pub prefixes: Vec<IpNet>,
-
-    /// The peer, named as when it was added
-    #[arg(long, value_name = "HOST[:PORT]", value_parser = parse_peer_name)]
-    pub peer: PeerName,
-
-    /// Take the prefixes from the peers that have them now
-    #[arg(long)]
-    pub replace: bool,
-
-    /// Whom to tell.
-    #[command(flatten)]
-    pub target: Target,
-}
-
-/// `fastvpn route del`.
-#[derive(Clone, Debug, Args)]
-pub struct RouteDelArgs {
-    /// Prefixes that no peer is to have
-    #[arg(required = true, value_name = "PREFIX", value_parser = parse_route)]
-    pub prefixes: Vec<IpNet>,
-
-    /// Whom to tell.
-    #[command(flatten)]
-    pub target: Target,
-}
-
-/// `fastvpn route list`.
-#[derive(Clone, Debug, Args)]
-pub struct RouteListArgs {
-    /// Whom to ask.
-    #[command(flatten)]
-    pub target: Target,
-}
-
-/// `fastvpn route get`.
-#[derive(Clone, Debug, Args)]
-pub struct RouteGetArgs {
-    /// An inner destination address
-    #[arg(value_name = "ADDRESS")]
-    pub address: IpAddr,
-
-    /// Whom to ask.
-    #[command(flatten)]
-    pub target: Target,
-}
-
-/// `fastvpn peer add`.
-#[derive(Clone, Debug, Args)]
-pub struct PeerAddArgs {
-    /// The peer and the prefixes behind it
-    #[arg(value_name = "HOST[:PORT][=PREFIX,...]", value_parser = parse_peer)]
-    pub peer: PeerSpec,
-
-    /// Whom to tell.
-    #[command(flatten)]
-    pub target: Target,
-}
-
-/// `fastvpn peer del`.
-#[derive(Clone, Debug, Args)]
-pub struct PeerDelArgs {
-    /// The peer, named as when it was added
-    #[arg(value_name = "HOST[:PORT]", value_parser = parse_peer_name)]
-    pub peer: PeerName,
-
-    /// Whom to tell.
-    #[command(flatten)]
-    pub target: Target,
-}
-
-/// `fastvpn reload`.
-#[derive(Clone, Debug, Args)]
-pub struct ReloadArgs {
-    /// Whom to tell.
-    #[command(flatten)]
-    pub target: Target,
-}
-
-/// `fastvpn stop`.
-#[derive(Clone, Debug, Args)]
-pub struct StopArgs {
-    /// Whom to tell.
-    #[command(flatten)]
-    pub target: Target,
 }
 
 #[cfg(test)]

@@ -42,7 +42,7 @@ pub fn run(command: &ClientCommand) -> Result<()> {
     let target = command.target();
     let mut path = target.socket();
     let mut out = io::BufWriter::new(io::stdout().lock());
-    if matches!(command, ClientCommand::Status(_)) && target.is_any() {
+    if matches!(command, ClientCommand::Status { .. }) && target.is_any() {
         let paths = default_control_paths().into_iter();
         let mut found = running(paths, default_control_path, Patience::DEFAULT.answer)?;
         match found.len() {
@@ -139,49 +139,53 @@ pub fn show_answer(
         show(out, |out| writeln!(out, "{}", printable_json(line)))?;
     }
     verdict.check()?;
-    if let ClientCommand::Stop(_) = command {
+    if let ClientCommand::Stop { .. } = command {
         wait_for_end()?;
     }
     if command.target().json {
         return Ok(());
     }
     match command {
-        ClientCommand::Status(_) => render_as(line, path, out, render::status),
-        ClientCommand::Peers(_) => render_as(line, path, out, render::peers),
-        ClientCommand::Route(RouteCommand::List(_)) => render_as(line, path, out, render::routes),
-        ClientCommand::Route(RouteCommand::Get(_)) => render_as(line, path, out, render::found),
-        ClientCommand::Route(RouteCommand::Add(_) | RouteCommand::Del(_))
-        | ClientCommand::Peer(_) => render_as(line, path, out, render::changed),
-        ClientCommand::Reload(_) => render_as(line, path, out, render::reloaded),
-        ClientCommand::Stop(_) => show(out, |out| writeln!(out, "stopped")),
+        ClientCommand::Status { .. } => render_as(line, path, out, render::status),
+        ClientCommand::Peers { .. } => render_as(line, path, out, render::peers),
+        ClientCommand::Route(RouteCommand::List { .. }) => {
+            render_as(line, path, out, render::routes)
+        }
+        ClientCommand::Route(RouteCommand::Get { .. }) => render_as(line, path, out, render::found),
+        ClientCommand::Route(_) | ClientCommand::Peer(_) => {
+            render_as(line, path, out, render::changed)
+        }
+        ClientCommand::Reload { .. } => render_as(line, path, out, render::reloaded),
+        ClientCommand::Stop { .. } => show(out, |out| writeln!(out, "stopped")),
     }
 }
 
 fn request(command: &ClientCommand) -> Request {
-    match command {
-        ClientCommand::Status(_) => Request::Status {},
-        ClientCommand::Peers(_) => Request::Peers {},
-        ClientCommand::Route(RouteCommand::List(_)) => Request::RouteList {},
-        ClientCommand::Route(RouteCommand::Get(args)) => Request::RouteGet {
-            address: args.address,
+    match command.clone() {
+        ClientCommand::Status { .. } => Request::Status {},
+        ClientCommand::Peers { .. } => Request::Peers {},
+        ClientCommand::Reload { .. } => Request::Reload {},
+        ClientCommand::Stop { .. } => Request::Stop {},
+        ClientCommand::Route(RouteCommand::List { .. }) => Request::RouteList {},
+        ClientCommand::Route(RouteCommand::Get { address, .. }) => Request::RouteGet { address },
+        ClientCommand::Route(RouteCommand::Add {
+            prefixes,
+            peer,
+            replace,
+            ..
+        }) => Request::RouteAdd {
+            peer: peer.to_string(),
+            prefixes,
+            replace,
         },
-        ClientCommand::Route(RouteCommand::Add(args)) => Request::RouteAdd {
-            peer: args.peer.to_string(),
-            prefixes: args.prefixes.clone(),
-            replace: args.replace,
+        ClientCommand::Route(RouteCommand::Del { prefixes, .. }) => Request::RouteDel { prefixes },
+        ClientCommand::Peer(PeerCommand::Add { peer, .. }) => Request::PeerAdd {
+            peer: peer.name.to_string(),
+            prefixes: peer.prefixes,
         },
-        ClientCommand::Route(RouteCommand::Del(args)) => Request::RouteDel {
-            prefixes: args.prefixes.clone(),
+        ClientCommand::Peer(PeerCommand::Del { peer, .. }) => Request::PeerDel {
+            peer: peer.to_string(),
         },
-        ClientCommand::Peer(PeerCommand::Add(args)) => Request::PeerAdd {
-            peer: args.peer.name.to_string(),
-            prefixes: args.peer.prefixes.clone(),
-        },
-        ClientCommand::Peer(PeerCommand::Del(args)) => Request::PeerDel {
-            peer: args.peer.to_string(),
-        },
-        ClientCommand::Reload(_) => Request::Reload {},
-        ClientCommand::Stop(_) => Request::Stop {},
     }
 }
 

@@ -64,7 +64,8 @@ fn without_help_of_help(mut words: Vec<OsString>) -> Vec<OsString> {
 pub enum Command {
     /// Show a tunnel at work between two network namespaces of this machine
     Demo(crate::testbed::demo::DemoOptions),
-    /// Say what this host offers a tunnel, what is missing, and how to mend it
+    /// Say what this host offers a tunnel, what is missing, and how to fix it; NICs, queues and cores
+    /// are the matter of tuning/host.sh
     Check(crate::cli::check::CheckOptions),
     /// Ask a running tunnel, or tell it something.
     #[command(flatten)]

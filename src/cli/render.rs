@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use super::table::{Side, Table};
+use super::table::Table;
 use super::units::{ago, count, counted, duration, exactly};
 use crate::control::protocol::{Changed, Found, PeerStatus, Peers, Reloaded, Routes, Status};
 use crate::control::summary::bytes;
 use crate::control::text::printable;
-use crate::testbed::demo::Measured;
+use crate::testbed::demo::{Figures, Measured};
 
 /// What stands where an address would, if the name server knows none.
 const NOT_RESOLVED: &str = "not resolved";
@@ -35,29 +35,24 @@ pub(super) fn status(status: &Status) -> String {
         duration(status.uptime_seconds)
     );
     let addresses: Vec<String> = status.addresses.iter().map(ToString::to_string).collect();
+    let device = match status.tun_index {
+        Some(_) => format!("{tun}, MTU {} bytes", status.mtu_bytes),
+        None => format!("{tun}, in another network namespace"),
+    };
+    let kernel_routes = match status.keeps_routes {
+        true => "one per prefix",
+        false => "none for prefixes",
+    };
+    let prefixes = exactly(status.prefixes, "prefix", "prefixes");
     let mut lines: Vec<(&str, String)> = vec![
-        (
-            "device",
-            match status.tun_index {
-                Some(_) => format!("{tun}, MTU {} bytes", status.mtu_bytes),
-                None => format!("{tun}, in another network namespace"),
-            },
-        ),
+        ("device", device),
         ("addresses", or_none(&addresses)),
         ("listening on", status.listen.clone()),
         ("sending from", sending_from(status)),
         ("engine", status.engine.clone()),
         ("offloads", status.offloads.clone()),
-        ("IP hop", yes_no(status.hop).into()),
-        (
-            "kernel routes",
-            if status.keeps_routes {
-                "one per prefix"
-            } else {
-                "none for prefixes"
-            }
-            .into(),
-        ),
+        ("IP hop", if status.hop { "yes" } else { "no" }.into()),
+        ("kernel routes", kernel_routes.into()),
     ];
     if let Some(file) = &status.config_file {
         lines.push(("configuration", file.clone()));
@@ -65,7 +60,7 @@ pub(super) fn status(status: &Status) -> String {
     if let Some(error) = &status.reload_error {
         lines.push(("last reload", format!("changed nothing: {error}")));
     }
-    lines.push(("peers", peers_and_prefixes(status)));
+    lines.push(("peers", format!("{}, with {prefixes}", status.peers)));
     lines.extend(traffic(&status.counters));
     lines.push(("dropped", drops(status)));
     let mut others = status.counters.clone();
@@ -83,13 +78,13 @@ pub(super) fn status(status: &Status) -> String {
 /// A line for each of several tunnels.
 pub(super) fn tunnels<'a>(all: impl Iterator<Item = &'a Status>) -> String {
     let mut table = Table::new([
-        (Side::Left, "TUNNEL"),
-        (Side::Right, "PROCESS"),
-        (Side::Right, "UP"),
-        (Side::Left, "LISTENING ON"),
-        (Side::Right, "PEERS"),
-        (Side::Right, "PREFIXES"),
-        (Side::Left, "ADDRESSES"),
+        "TUNNEL",
+        ">PROCESS",
+        ">UP",
+        "LISTENING ON",
+        ">PEERS",
+        ">PREFIXES",
+        "ADDRESSES",
     ]);
     for status in all {
         let addresses: Vec<String> = status.addresses.iter().map(ToString::to_string).collect();
@@ -137,51 +132,20 @@ fn or_none(list: &[String]) -> String {
     }
 }
 
-fn yes_no(is: bool) -> &'static str {
-    if is { "yes" } else { "no" }
-}
-
-fn peers_and_prefixes(status: &Status) -> String {
-    format!(
-        "{}, with {}",
-        status.peers,
-        exactly(status.prefixes, "prefix", "prefixes")
-    )
-}
-
 fn traffic(counters: &BTreeMap<String, u64>) -> [(&'static str, String); 3] {
     let of = |name: &str| counters.get(name).copied().unwrap_or(0);
-    let moved = |packets, moved_bytes, trains, one, many| {
-        format!(
-            "{} ({}) in {}",
-            counted(of(packets), "packet", "packets"),
-            bytes(of(moved_bytes)),
-            counted(of(trains), one, many)
-        )
+    let moved = |direction: &str, one, many| {
+        let packets = counted(of(&format!("packets_{direction}")), "packet", "packets");
+        let bytes = bytes(of(&format!("bytes_{direction}")));
+        let calls = counted(of(&format!("trains_{direction}")), one, many);
+        format!("{packets} ({bytes}) in {calls}")
     };
+    let read = counted(of("tun_frames_read"), "frame", "frames");
+    let written = count(of("tun_frames_written"));
     [
-        (
-            "sent",
-            moved("packets_sent", "bytes_sent", "trains_sent", "send", "sends"),
-        ),
-        (
-            "received",
-            moved(
-                "packets_received",
-                "bytes_received",
-                "trains_received",
-                "receive",
-                "receives",
-            ),
-        ),
-        (
-            "TUN",
-            format!(
-                "{} read, {} written",
-                counted(of("tun_frames_read"), "frame", "frames"),
-                count(of("tun_frames_written"))
-            ),
-        ),
+        ("sent", moved("sent", "send", "sends")),
+        ("received", moved("received", "receive", "receives")),
+        ("TUN", format!("{read} read, {written} written")),
     ]
 }
 
@@ -203,12 +167,12 @@ fn drops(status: &Status) -> String {
 
 fn workers(workers: &[BTreeMap<String, u64>]) -> String {
     let mut table = Table::new([
-        (Side::Right, "WORKER"),
-        (Side::Right, "SENT"),
-        (Side::Right, "PACKETS"),
-        (Side::Right, "RECEIVED"),
-        (Side::Right, "PACKETS"),
-        (Side::Right, "DROPPED"),
+        ">WORKER",
+        ">SENT",
+        ">PACKETS",
+        ">RECEIVED",
+        ">PACKETS",
+        ">DROPPED",
     ]);
     for (index, counters) in workers.iter().enumerate() {
         let of = |name: &str| counters.get(name).copied().unwrap_or(0);
@@ -234,18 +198,18 @@ pub(super) fn peers(peers: &Peers) -> String {
         return "no peers\n".into();
     }
     let mut table = Table::new([
-        (Side::Left, "PEER"),
-        (Side::Left, "ADDRESS"),
-        (Side::Left, "SENT FROM"),
-        (Side::Left, "ORIGIN"),
-        (Side::Right, "PREFIXES"),
-        (Side::Right, "PATH MTU"),
-        (Side::Right, "SENT"),
-        (Side::Right, "PACKETS"),
-        (Side::Right, "RECEIVED"),
-        (Side::Right, "PACKETS"),
-        (Side::Right, "LAST HEARD"),
-        (Side::Left, "DROPPED"),
+        "PEER",
+        "ADDRESS",
+        "SENT FROM",
+        "ORIGIN",
+        ">PREFIXES",
+        ">PATH MTU",
+        ">SENT",
+        ">PACKETS",
+        ">RECEIVED",
+        ">PACKETS",
+        ">LAST HEARD",
+        "DROPPED",
     ]);
     for peer in &peers.peers {
         table.push([
@@ -301,11 +265,7 @@ pub(super) fn routes(routes: &Routes) -> String {
     if routes.routes.is_empty() {
         return "no prefixes\n".into();
     }
-    let mut table = Table::new([
-        (Side::Left, "PREFIX"),
-        (Side::Left, "PEER"),
-        (Side::Left, "ORIGIN"),
-    ]);
+    let mut table = Table::new(["PREFIX", "PEER", "ORIGIN"]);
     for route in &routes.routes {
         let peer = match route.endpoint {
             Some(_) => route.peer.clone(),
@@ -333,41 +293,29 @@ pub(super) fn found(found: &Found) -> String {
 
 /// What a change came to, in one line.
 pub(super) fn changed(changed: &Changed) -> String {
-    let mut parts = counts(changed);
-    if parts.is_empty() {
-        parts.push("nothing has changed".into());
-    }
-    parts.join(", ") + "\n"
+    counts(changed).unwrap_or_else(|| "nothing has changed".into()) + "\n"
 }
 
-fn counts(changed: &Changed) -> Vec<String> {
-    let peers = |number| exactly(number, "peer", "peers");
-    let prefixes = |number| exactly(number, "prefix", "prefixes");
-    let Changed {
-        prefixes_added,
-        prefixes_removed,
-        peers_added,
-        peers_removed,
-    } = *changed;
-    [
-        (peers_added, peers(peers_added), "added"),
-        (peers_removed, peers(peers_removed), "removed"),
-        (prefixes_added, prefixes(prefixes_added), "added"),
-        (prefixes_removed, prefixes(prefixes_removed), "removed"),
-    ]
-    .into_iter()
-    .filter(|(number, ..)| *number > 0)
-    .map(|(_, what, done)| format!("{what} {done}"))
-    .collect()
+/// `None` if nothing has changed.
+fn counts(changed: &Changed) -> Option<String> {
+    let peers = |number| (number, exactly(number, "peer", "peers"));
+    let prefixes = |number| (number, exactly(number, "prefix", "prefixes"));
+    let parts = [
+        (peers(changed.peers_added), "added"),
+        (peers(changed.peers_removed), "removed"),
+        (prefixes(changed.prefixes_added), "added"),
+        (prefixes(changed.prefixes_removed), "removed"),
+    ];
+    let some = parts.into_iter().filter(|((number, _), _)| *number > 0);
+    let some: Vec<_> = some
+        .map(|((_, what), done)| format!("{what} {done}"))
+        .collect();
+    (!some.is_empty()).then(|| some.join(", "))
 }
 
 /// What a reload came to, in one line.
 pub(super) fn reloaded(reloaded: &Reloaded) -> String {
-    let mut parts = Vec::new();
-    let counts = counts(&reloaded.changed);
-    if !counts.is_empty() {
-        parts.push(counts.join(", "));
-    }
+    let mut parts: Vec<_> = counts(&reloaded.changed).into_iter().collect();
     if !reloaded.settings_changed.is_empty() {
         parts.push(format!("changed: {}", reloaded.settings_changed.join(", ")));
     }
@@ -383,32 +331,27 @@ pub(super) fn reloaded(reloaded: &Reloaded) -> String {
 
 /// What the demo has measured: a line for each kind of figure.
 pub(super) fn measured(measured: &Measured) -> String {
-    let mut table = Table::new([
-        (Side::Left, ""),
-        (Side::Right, "tunnel"),
-        (Side::Right, "bare veth"),
-        (Side::Right, "ratio"),
-    ]);
+    let mut table = Table::new(["", ">tunnel", ">bare veth", ">ratio"]);
     let Measured { tunnel, veth, .. } = measured;
-    for (name, tunnel, veth) in [
-        (
-            "TCP throughput, Gbit/s",
-            tunnel.gigabits_per_second,
-            veth.gigabits_per_second,
-        ),
-        ("ping p50, µs", tunnel.ping_p50_us, veth.ping_p50_us),
-        ("ping p99, µs", tunnel.ping_p99_us, veth.ping_p99_us),
+    let throughput = |figures: &Figures| figures.gigabits_per_second;
+    let (p50, p99) = ("ping p50, µs", "ping p99, µs");
+    for (name, [tunnel, veth]) in [
+        ("TCP throughput, Gbit/s", [tunnel, veth].map(throughput)),
+        (p50, [tunnel.ping_p50_us, veth.ping_p50_us]),
+        (p99, [tunnel.ping_p99_us, veth.ping_p99_us]),
     ] {
+        let [of_tunnel, of_veth] = [tunnel, veth].map(|figure| format!("{figure:.1}"));
         table.push([
             name.into(),
-            format!("{tunnel:.1}"),
-            format!("{veth:.1}"),
+            of_tunnel,
+            of_veth,
             format!("{:.2}", tunnel / veth),
         ]);
     }
+    let cpu = format!("{:.2}", measured.cpu_seconds_per_gb);
     table.push([
         "tunnel CPU seconds per GB".into(),
-        format!("{:.2}", measured.cpu_seconds_per_gb),
+        cpu,
         "-".into(),
         String::new(),
     ]);

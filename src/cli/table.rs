@@ -2,26 +2,22 @@
 
 use crate::control::text::printable;
 
-/// On which side of its column a cell is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Side {
-    /// Words.
-    Left,
-    /// Numbers.
-    Right,
-}
-
 /// A table with a headline. Cells are made printable.
 pub(super) struct Table<const N: usize> {
-    columns: [(Side, &'static str); N],
+    /// Each column's name, and whether it has numbers, which stand to the right.
+    columns: [(&'static str, bool); N],
     rows: Vec<[String; N]>,
 }
 
 impl<const N: usize> Table<N> {
-    /// A table with these columns and no rows.
-    pub(super) fn new(columns: [(Side, &'static str); N]) -> Self {
+    /// A table with these columns and no rows. A name behind `>` is that of a column
+    /// of numbers.
+    pub(super) fn new(names: [&'static str; N]) -> Self {
         Self {
-            columns,
+            columns: names.map(|name| match name.strip_prefix('>') {
+                Some(name) => (name, true),
+                None => (name, false),
+            }),
             rows: Vec::new(),
         }
     }
@@ -34,14 +30,14 @@ impl<const N: usize> Table<N> {
 
     /// All lines, each with its end.
     pub(super) fn text(&self) -> String {
-        let mut widths = self.columns.map(|(_, name)| width(name));
+        let mut widths = self.columns.map(|(name, _)| width(name));
         for row in &self.rows {
             for (widest, cell) in widths.iter_mut().zip(row) {
                 *widest = (*widest).max(width(cell));
             }
         }
         let mut text = String::new();
-        self.line(&mut text, widths, self.columns.map(|(_, name)| name));
+        self.line(&mut text, widths, self.columns.map(|(name, _)| name));
         for row in &self.rows {
             self.line(&mut text, widths, row.each_ref().map(String::as_str));
         }
@@ -55,9 +51,9 @@ impl<const N: usize> Table<N> {
                 text.push_str("  ");
             }
             let padding = column_width - width(cell);
-            let (before, after) = match self.columns[index].0 {
-                Side::Left => (0, padding),
-                Side::Right => (padding, 0),
+            let (before, after) = match self.columns[index].1 {
+                true => (padding, 0),
+                false => (0, padding),
             };
             text.extend(std::iter::repeat_n(' ', before));
             text.push_str(cell);
@@ -79,11 +75,7 @@ mod tests {
 
     #[test]
     fn words_to_the_left_and_numbers_to_the_right() {
-        let mut table = Table::new([
-            (Side::Left, "NAME"),
-            (Side::Right, "N"),
-            (Side::Left, "WHY"),
-        ]);
+        let mut table = Table::new(["NAME", ">N", "WHY"]);
         table.push(["zürich".into(), "7".into(), String::new()]);
         table.push(["a\x07".into(), "1024".into(), "so".into()]);
         let expected = "

@@ -19,7 +19,7 @@ mod types;
 pub use file::{FILE_BYTES_MAX, parse_bytes};
 pub(crate) use options::QUEUES;
 pub use options::{TUN_NAME_DEFAULT, TunnelArgs};
-pub(crate) use parse::{parse_cores, parse_peer_name};
+pub(crate) use parse::parse_peer_name;
 pub use peers::{PEERS_MAX, check_peers};
 pub(crate) use resolution::default_queues;
 pub use resolution::{CONTROL_DIRECTORY, Config, default_control_path, default_control_paths};

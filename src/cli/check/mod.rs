@@ -1,46 +1,34 @@
-//! `fastvpn check`: what this host offers a tunnel, what that costs where it
-//! is not all, and how to mend it.
+//! `fastvpn check`: whether a tunnel can run on this host and how fast, what is
+//! missing, what that costs, and how to fix it.
 //!
-//! Every area has a file of its own, with a `probe` that finds facts out and
-//! an `items` that says what they mean and touches nothing: `machine`,
-//! `rights`, `limits`, `uring`, `tun`, `udp`, `host`, `peer`,
-//! `interface`, `names`, `config`. `item` is what they say and `render` how it is
-//! shown.
+//! - `machine`: the kernel's version, rights and limits.
+//! - `features`: what the kernel has for a tunnel, tried with the tunnel's own code.
+//! - `peer`: the way to the other host, and what it answers.
+//! - `place`: what exists once, and another tunnel may have; the configuration.
+//! - `report`: what all of them say, as a table and as JSON.
 //!
-//! What can be tried is tried, with the tunnel's own code, in network
-//! namespaces that the host does not see (`scratch`). Nothing on the host is
-//! changed. What takes rights that the process lacks is said not to have been
-//! probed. What might wait runs on a thread that is given up when time is over
-//! (`pending`).
+//! Nothing on the host is changed: devices are made in a network namespace of
+//! their own. What the network may keep waiting runs on a thread that is given up
+//! when time is over. What NICs, queues and cores could do better is the matter
+//! of `tuning/host.sh`.
 
-mod ask;
-mod config;
-mod ethtool;
-mod host;
-mod interface;
-mod item;
-mod limits;
+mod features;
 mod machine;
-mod names;
 mod peer;
-mod pending;
-mod read;
-mod render;
-mod rights;
-mod scratch;
-mod tun;
-mod udp;
-mod uring;
+mod place;
+mod report;
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, channel};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use self::item::Item;
-use crate::config::{PeerName, parse_peer_name};
-use crate::config::{QUEUES, default_queues};
+use self::place::Place;
+use self::report::Item;
+use crate::config::{Config, PeerName, QUEUES, TunnelArgs, default_queues, parse_peer_name};
 
-/// How long all of it may take.
+/// How long what may wait may take, all of it together.
 const TIME_MAX: Duration = Duration::from_millis(1800);
 
 /// Options of `fastvpn check`.
@@ -63,95 +51,61 @@ pub struct CheckOptions {
 /// Checks, prints, and tells whether fastvpn can run here.
 pub fn run(options: &CheckOptions) -> bool {
     let items = check(options);
-    let text = if options.json {
-        render::json(&items)
-    } else {
-        render::table(&items, wants_colour())
+    let text = match options.json {
+        true => report::json(&items),
+        false => report::table(&items),
     };
     // Nobody listening is no reason to fail: the status says it, too.
     let _ = io::stdout().write_all(text.as_bytes());
-    item::can_run(&items)
-}
-
-/// On a terminal, unless the environment asks for none (no-color.org).
-fn wants_colour() -> bool {
-    let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-    io::stdout().is_terminal() && !refused
+    report::can_run(&items)
 }
 
 /// All items, in the order in which they are shown.
 fn check(options: &CheckOptions) -> Vec<Item> {
     let deadline = Instant::now() + TIME_MAX;
-    let config = options.config.as_deref().map(config::read);
-    let (config, config_error) = match config.transpose() {
-        Ok(config) => (config, None),
-        Err(error) => (None, Some(error)),
-    };
-    let wanted = names::Wanted::of(config.as_ref());
-    let running = names::running(&wanted);
-    let queues = config.as_ref().map(|config| config.queues);
-    let queues = options.queues.or(queues).unwrap_or_else(default_queues);
-    let config = config.map(|config| pending::start(move || config::probe(config)));
+    let config = options.config.as_ref().map(|path| {
+        Config::from_args(&TunnelArgs {
+            config: Some(path.clone()),
+            ..TunnelArgs::default()
+        })
+    });
+    let readable = config.as_ref().and_then(|config| config.as_ref().ok());
+    let place = Place::of(readable);
+    let queues = options.queues.or(readable.map(|config| config.queues));
+    let queues = queues.unwrap_or_else(default_queues);
+    let own = place.running.as_ref().map(|running| running.index);
     let peer = options.peer.clone();
-    let own = running.as_ref().map(|running| running.index);
-    let peer = peer.map(|endpoint| pending::start(move || peer::probe(&endpoint, own)));
-    let rights = rights::probe();
-    let may_make_node = rights.has(rights::CAP_MKNOD);
-    let node = tun::probe_node();
-    let uring = pending::start(uring::probe);
-    let tun = pending::start(move || tun::probe(node, queues, may_make_node));
-    let udp = pending::start(udp::probe);
+    let peer = peer.map(|peer| pending(move || peer::items(&peer, own)));
+    let config = config.map(|config| pending(move || vec![place::configuration(config)]));
 
-    let may_lock = rights.has(rights::CAP_IPC_LOCK) && rights.in_first_user_namespace();
-    let mut items = machine::items(&machine::probe(queues));
-    items.extend(rights::items(&rights));
-    items.extend(limits::items(&limits::probe(queues, may_lock)));
-    items.extend(answer(uring.until(deadline), uring::items, &uring::NAMES));
-    items.extend(answer(tun.until(deadline), tun::items, &tun::NAMES));
-    items.extend(answer(udp.until(deadline), udp::items, &udp::NAMES));
-
-    let has_peer = peer.is_some();
-    let peer = peer.and_then(|peer| peer.until(deadline));
-    let address = peer.as_ref().and_then(|peer| peer.address.clone().ok());
-    let address = address.map(|address| address.ip());
-    if has_peer {
-        items.extend(answer(peer, peer::items, &peer::NAMES));
+    let mut items = machine::items(queues);
+    items.extend(features::items(queues));
+    for (pending, names) in [(peer, &peer::NAMES[..]), (config, &[place::CONFIGURATION])] {
+        let Some(pending) = pending else { continue };
+        // Should the deadline have passed, what is there still counts.
+        let left = deadline.saturating_duration_since(Instant::now());
+        let answer = pending.recv_timeout(left.max(Duration::from_millis(1)));
+        let late = || {
+            names
+                .iter()
+                .map(|name| Item::unknown(name, "no answer in time"))
+        };
+        items.extend(answer.unwrap_or_else(|_| late().collect()));
     }
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let interface = interface::probe(address, cores.min(usize::from(queues)));
-    let name = interface
-        .interface
-        .as_ref()
-        .map(|found| found.name.as_str());
-    let host = host::probe(name);
-    items.extend(interface::items(&interface));
-    items.extend(host::items(&host));
-    let has_ipv6_peer = address.is_some_and(|address| address.is_ipv6());
-    items.extend(names::items(&names::probe(wanted, running, has_ipv6_peer)));
-    items.extend(config_error.as_ref().map(config::refused));
-    if let Some(config) = config {
-        items.extend(answer(
-            config.until(deadline),
-            config::items,
-            &[config::NAME],
-        ));
-    }
+    items.extend(place.items());
     items
 }
 
-/// An area's items, or that it did not answer.
-fn answer<Facts>(
-    facts: Option<Facts>,
-    items: impl FnOnce(&Facts) -> Vec<Item>,
-    names: &[&'static str],
-) -> Vec<Item> {
-    match facts {
-        Some(facts) => items(&facts),
-        None => {
-            let late = |&name| Item::unknown(name, "no answer in time");
-            names.iter().map(late).collect()
-        }
-    }
+/// Starts what may wait. One that cannot be started never answers, and one that is
+/// given up ends with the process at the latest.
+fn pending(work: impl FnOnce() -> Vec<Item> + Send + 'static) -> Receiver<Vec<Item>> {
+    let (sender, receiver) = channel();
+    let work = move || {
+        // Who no longer waits no longer minds.
+        let _ = sender.send(work());
+    };
+    let _ = thread::Builder::new().name("check".into()).spawn(work);
+    receiver
 }
 
 #[cfg(test)]
@@ -182,12 +136,5 @@ mod tests {
             .filter(|name| !peer::NAMES.contains(name))
             .collect();
         assert_eq!(others, without_peer);
-    }
-
-    #[test]
-    fn what_does_not_answer_is_shown_as_unknown() {
-        let late = answer(None, tun::items, &tun::NAMES);
-        assert!(late.iter().all(|item| item.found.contains("in time")));
-        assert_eq!(late.len(), tun::NAMES.len());
     }
 }
