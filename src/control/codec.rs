@@ -85,11 +85,16 @@ impl Lines {
             if let Some(line) = self.take_line()? {
                 return Ok(Some(line));
             }
-            match self.read() {
-                Ok(0) => return Ok(None),
-                Err(Errno::EAGAIN) => self.wait(PollFlags::POLLIN, deadline)?,
-                Ok(_) | Err(Errno::EINTR) => {}
-                Err(errno) => return Err(errno.into()),
+            let filled = self.received.len();
+            self.received.resize(filled + CHUNK_BYTES, 0);
+            let read = in_time(&self.stream, PollFlags::POLLIN, deadline, || {
+                let into = &mut self.received[filled..];
+                receive_some(&self.stream, into, self.descriptors.as_mut())
+            });
+            self.received
+                .truncate(filled + *read.as_ref().unwrap_or(&0));
+            if read? == 0 {
+                return Ok(None);
             }
         }
     }
@@ -127,15 +132,9 @@ impl Lines {
         for some in descriptors.chunks(DESCRIPTORS_MAX) {
             let raw: Vec<RawFd> = some.iter().map(|fd| fd.as_raw_fd()).collect();
             let (space, rights) = ([IoSlice::new(b" ")], [ControlMessage::ScmRights(&raw)]);
-            let socket = self.stream.as_raw_fd();
-            loop {
-                match sendmsg::<()>(socket, &space, &rights, SEND_FLAGS, None) {
-                    Ok(_) => break,
-                    Err(Errno::EAGAIN) => self.wait(PollFlags::POLLOUT, deadline)?,
-                    Err(Errno::EINTR) => {}
-                    Err(errno) => return Err(errno.into()),
-                }
-            }
+            in_time(&self.stream, PollFlags::POLLOUT, deadline, || {
+                sendmsg::<()>(self.stream.as_raw_fd(), &space, &rights, SEND_FLAGS, None)
+            })?;
         }
         self.send(line, deadline)
     }
@@ -146,16 +145,13 @@ impl Lines {
     /// As [`Self::send`].
     pub fn flush(&mut self, deadline: Instant) -> io::Result<()> {
         while !self.is_flushed() {
-            match send(
-                self.stream.as_raw_fd(),
-                &self.sending[self.sent..],
-                SEND_FLAGS,
-            ) {
-                Ok(bytes) => self.sent += bytes,
-                Err(Errno::EAGAIN) => self.wait(PollFlags::POLLOUT, deadline)?,
-                Err(Errno::EINTR) => {}
-                Err(errno) => return Err(errno.into()),
-            }
+            self.sent += in_time(&self.stream, PollFlags::POLLOUT, deadline, || {
+                send(
+                    self.stream.as_raw_fd(),
+                    &self.sending[self.sent..],
+                    SEND_FLAGS,
+                )
+            })?;
         }
         // Long answers are rare: their memory is not kept for the next one.
         self.sending = Vec::new();
@@ -185,27 +181,27 @@ impl Lines {
         self.searched = 0;
         Ok(Some(line))
     }
+}
 
-    fn read(&mut self) -> nix::Result<usize> {
-        let filled = self.received.len();
-        self.received.resize(filled + CHUNK_BYTES, 0);
-        let into = &mut self.received[filled..];
-        let result = receive_some(&self.stream, into, self.descriptors.as_mut());
-        self.received.truncate(filled + result.unwrap_or(0));
-        result
-    }
-
-    fn wait(&self, events: PollFlags, deadline: Instant) -> io::Result<()> {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        match poll(
-            &mut [PollFd::new(self.stream.as_fd(), events)],
-            timeout(left),
-        ) {
-            Ok(_) | Err(Errno::EINTR) => Ok(()),
-            Err(errno) => Err(errno.into()),
+/// Does what the socket may not be ready for, within a time.
+fn in_time<T>(
+    stream: &UnixStream,
+    events: PollFlags,
+    deadline: Instant,
+    mut call: impl FnMut() -> nix::Result<T>,
+) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) => {
+                let left = deadline.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+                // If it fails, so does the next call, or the time is up.
+                let _ = poll(&mut [PollFd::new(stream.as_fd(), events)], timeout(left));
+            }
+            result => return Ok(result?),
         }
     }
 }

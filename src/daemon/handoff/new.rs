@@ -35,7 +35,7 @@ const STOP_TIME_MAX: Duration = Duration::from_secs(30);
 
 /// How long this process, which carries the tunnel by then, waits for the old one's
 /// last word.
-const END_TIME_MAX: Duration = Duration::from_secs(1);
+const END_TIME_MAX: Duration = Duration::from_secs(5);
 
 /// Longest manifest: a million prefixes.
 const MANIFEST_BYTES_MAX: usize = 128 << 20;
