@@ -17,12 +17,8 @@ pub fn announce(tunnel: &Tunnel) {
         env!("CARGO_PKG_VERSION"),
         std::process::id(),
     );
-    let ports: Vec<String> = tunnel
-        .peers
-        .own_ports()
-        .into_iter()
-        .map(|port| format!(", {port}"))
-        .collect();
+    let own_ports = tunnel.workers.own_ports().into_iter().flatten();
+    let ports: Vec<String> = own_ports.map(|port| format!(", {port}")).collect();
     let listen = tunnel.settings.listen;
     tracing::info!(
         "UDP: listening on {listen}, sending from port {}{}",

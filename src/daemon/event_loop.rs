@@ -1,7 +1,7 @@
 //! The one loop of the control thread: it waits for whatever may happen to the
 //! tunnel, and handles one event after the other until the end.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, never, select, tick};
 use signal_hook::consts::{SIGHUP, SIGTERM};
@@ -57,9 +57,8 @@ impl Daemon {
         let poll = tick(POLL_INTERVAL);
         let limits_reset = tick(LIMITS_RESET_INTERVAL);
         let names = self.tunnel.peers.answers();
-        self.tunnel
-            .peers
-            .ask_about_ports(Instant::now(), &self.tunnel.workers);
+        // Before the first tick: peers are asked about our ports.
+        self.tunnel.poll();
         loop {
             // Some are others after each event.
             let failures = self.tunnel.workers.failures();

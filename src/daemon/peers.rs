@@ -2,8 +2,9 @@
 //! of each.
 
 mod last_seen;
-mod paths;
+mod path;
 mod ports;
+mod probes;
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
@@ -13,34 +14,47 @@ use std::time::Instant;
 use crossbeam_channel::Receiver;
 
 use self::last_seen::{LastSeen, News};
-use self::paths::Paths;
-pub use self::paths::learn_route_mtus;
-use self::ports::Ports;
-pub use self::ports::probe_channel;
+use self::path::PeerPath;
+use self::ports::PeerPorts;
+use self::probes::Probes;
+pub use self::probes::probe_channel;
 use super::host::Host;
 use super::reach;
 use super::workers::Workers;
 use crate::counters::PeerCounters;
 use crate::dataplane::inbound::ReceivedProbe;
+use crate::host::netlink::Netlink;
 use crate::log::rate_limited::Journal;
 use crate::packet::train::NextHop;
 use crate::routing::dns::{self, Answer, Names};
 use crate::routing::overlay::{Overlay, Peer};
+
+/// Peers whose ports and paths are seen to in one poll. The others have their turn
+/// later.
+const TURN_MAX: usize = 1024;
+
+/// Most paths that are being probed at a time: each takes a descriptor.
+const PATH_PROBES_MAX: usize = 64;
 
 /// What was last seen of one peer.
 struct PeerState {
     /// The peer's counters: another peer in its place has others.
     traffic: Arc<[PeerCounters]>,
     last_seen: LastSeen,
+    ports: PeerPorts,
+    /// `None` while nothing is sent there.
+    path: Option<PeerPath>,
     /// We have sent to it since its path was looked at.
     is_path_used: bool,
 }
 
 impl PeerState {
-    fn new(peer: &Peer) -> Self {
+    fn new(peer: &Peer, now: Instant) -> Self {
         Self {
             traffic: Arc::clone(&peer.traffic),
             last_seen: LastSeen::default(),
+            ports: PeerPorts::new(now),
+            path: None,
             is_path_used: false,
         }
     }
@@ -52,28 +66,28 @@ pub struct Peers {
     pub overlay: Overlay,
     names: Names,
     states: HashMap<NextHop, PeerState>,
-    ports: Ports,
-    paths: Paths,
+    probes: Probes,
+    /// Whose turn it is.
+    cursor: usize,
+    /// Paths that are being probed.
+    path_probes: usize,
     /// Of silent peers.
-    log: Journal,
+    silence_log: Journal,
+    ports_log: Journal,
 }
 
 impl Peers {
-    /// Nothing was seen yet. `own_ports`: the workers'; `probes`: those that they
-    /// receive.
-    pub fn new(
-        overlay: Overlay,
-        names: Names,
-        own_ports: Vec<Option<u16>>,
-        probes: Receiver<ReceivedProbe>,
-    ) -> Self {
+    /// Nothing was seen yet. `probes`: those that the workers receive.
+    pub fn new(overlay: Overlay, names: Names, probes: Receiver<ReceivedProbe>) -> Self {
         Self {
             overlay,
             names,
             states: HashMap::new(),
-            ports: Ports::new(own_ports, probes),
-            paths: Paths::default(),
-            log: Journal::new("peers that went quiet or were heard again"),
+            probes: Probes::new(probes),
+            cursor: 0,
+            path_probes: 0,
+            silence_log: Journal::new("peers that went quiet or were heard again"),
+            ports_log: Journal::new("changes of ports"),
         }
     }
 
@@ -86,7 +100,6 @@ impl Peers {
             .watch(names.filter(|name| name.literal().is_none()), now);
         self.names.tick(now);
         self.states.retain(|&hop, _| overlay.has(hop));
-        self.paths.retain(|hop| overlay.has(hop));
     }
 
     /// Asks for all peers' names anew.
@@ -136,34 +149,136 @@ impl Peers {
         true
     }
 
-    /// Notes who answers, asks for the names of those who do not, and looks at
-    /// the ports and paths in use; tells whether the workers need a new table.
+    /// Notes who answers, asks for the names of those who do not, and sees to ports
+    /// and paths; tells whether the workers need a new table.
     pub fn poll(&mut self, listen: SocketAddr, host: &mut Host, workers: &Workers) -> bool {
         let now = Instant::now();
+        let (mut learned, mut grown_or_shrunk) = (Vec::new(), Vec::new());
+        self.path_probes = 0;
         for (hop, peer) in self.overlay.peers() {
-            let new = || PeerState::new(peer);
+            let new = || PeerState::new(peer, now);
             let state = self.states.entry(hop).or_insert_with(new);
             if !Arc::ptr_eq(&state.traffic, &peer.traffic) {
-                *state = PeerState::new(peer);
+                *state = PeerState::new(peer, now);
             }
             let traffic = state.last_seen.poll(&peer.traffic, now);
-            self.ports
-                .note_traffic(hop, traffic.received, traffic.sent, now);
             state.is_path_used |= traffic.sent;
             if traffic.received {
                 self.names.answered(&peer.name);
             }
-            if let Some(news) = traffic.news.filter(|_| self.log.admits(now)) {
+            if let Some(news) = traffic.news.filter(|_| self.silence_log.admits(now)) {
                 log_news(peer, news);
             }
             if let Some(silence) = state.last_seen.silence(now) {
                 self.names.silent(&peer.name, silence, now);
             }
+            state.ports.follow(peer, now);
+            learned.extend(state.ports.poll(peer, traffic, now).map(|port| (hop, port)));
+            if let Some(path) = &mut state.path {
+                grown_or_shrunk.extend(path.poll(now).then_some(hop));
+                self.path_probes += usize::from(path.is_probed());
+            }
         }
         self.names.tick(now);
-        self.log.flush(now);
-        let has_changed = self.poll_ports(now, workers);
-        has_changed | self.poll_paths(now, listen, host, workers)
+        self.silence_log.flush(now);
+        self.ports_log.flush(now);
+        let mut has_changed = false;
+        for (hop, port) in learned {
+            has_changed |= self.use_port(hop, port, now);
+        }
+        for hop in grown_or_shrunk {
+            has_changed |= self.set_path_mtu(hop, host, workers, now);
+        }
+        for hop in self.next_turn() {
+            has_changed |= self.check_path(hop, listen, host, workers, now);
+            if let Some((peer, state)) = self.overlay.in_use(hop).zip(self.states.get_mut(&hop)) {
+                state.ports.follow(peer, now);
+                state.ports.ask(peer, workers, &mut self.ports_log, now);
+            }
+        }
+        has_changed
+    }
+
+    fn next_turn(&mut self) -> Vec<NextHop> {
+        let count = self.overlay.peer_count();
+        let start = self.cursor.checked_rem(count).unwrap_or(0);
+        self.cursor = start + TURN_MAX;
+        let all = || self.overlay.peers().map(|(hop, _)| hop);
+        let rotated = all().skip(start).chain(all().take(start));
+        rotated.take(TURN_MAX).collect()
+    }
+
+    /// Checks the path to a peer if something was sent there: where it leads, and what
+    /// it takes. Not all that decides on it is told, such as policy rules.
+    fn check_path(
+        &mut self,
+        hop: NextHop,
+        listen: SocketAddr,
+        host: &mut Host,
+        workers: &Workers,
+        now: Instant,
+    ) -> bool {
+        let Some((peer, state)) = self.overlay.peer(hop).zip(self.states.get_mut(&hop)) else {
+            return false;
+        };
+        let is_used = std::mem::take(&mut state.is_path_used);
+        let Some(endpoint) = peer.endpoint.filter(|_| is_used || peer.is_suspended) else {
+            return false;
+        };
+        let has_changed = self.check_ways(&[(hop, endpoint)], host, workers);
+        let Some((peer, state)) = self.overlay.in_use(hop).zip(self.states.get_mut(&hop)) else {
+            return has_changed;
+        };
+        let Ok(Some(route)) = host.netlink.route_mtu(endpoint) else {
+            return has_changed;
+        };
+        let path = state
+            .path
+            .get_or_insert_with(|| PeerPath::new(endpoint, route));
+        path.set_route(endpoint, route);
+        let sent_bytes = peer
+            .traffic
+            .iter()
+            .map(|worker| worker.bytes_sent.get())
+            .sum();
+        if path.is_due(sent_bytes, now) && self.path_probes < PATH_PROBES_MAX {
+            self.path_probes += 1;
+            path.start_probe(sent_bytes, listen.ip(), now);
+        }
+        has_changed | self.set_path_mtu(hop, host, workers, now)
+    }
+
+    /// Puts in force what is known of the path to a peer; tells whether that is
+    /// news.
+    fn set_path_mtu(
+        &mut self,
+        hop: NextHop,
+        host: &mut Host,
+        workers: &Workers,
+        now: Instant,
+    ) -> bool {
+        let path = self.states.get(&hop).and_then(|state| state.path.as_ref());
+        let Some((path, peer)) = path.zip(self.overlay.in_use(hop)) else {
+            return false;
+        };
+        let (endpoint, mtu_bytes) = (path.endpoint, path.mtu_bytes());
+        let (before, is_narrow) = (peer.path_mtu_bytes, mtu_bytes < path.route.mtu_bytes);
+        let is_there = peer.endpoint == Some(endpoint);
+        if !is_there || !self.overlay.set_path_mtu(hop, mtu_bytes, is_narrow) {
+            return false;
+        }
+        if before.is_some_and(|before| before < mtu_bytes) {
+            // What was refused for its length may pass now.
+            workers.reset_limits();
+        }
+        // That a path is as wide as its route, where nothing was known of it, is no news.
+        let is_told = before.map_or(is_narrow, |before| before != mtu_bytes);
+        if is_told && host.log.admits(now) {
+            let no_longer =
+                before.map_or_else(String::new, |before| format!(", no longer {before}"));
+            tracing::info!("the path to {endpoint} takes {mtu_bytes} bytes{no_longer}");
+        }
+        true
     }
 
     /// What was last seen of a peer, if anything was.
@@ -171,20 +286,15 @@ impl Peers {
         self.states.get(&hop).map(|state| &state.last_seen)
     }
 
-    /// The workers' own ports.
-    pub fn own_ports(&self) -> Vec<u16> {
-        self.ports.own()
-    }
-
     /// A port that a peer was lately seen at, if not at the one in use.
     pub fn seen_port(&self, hop: NextHop) -> Option<u16> {
-        self.ports.seen(hop)
+        self.states.get(&hop)?.ports.seen_port()
     }
 
     /// Says how many log lines were left out, for the last time.
     pub fn end_log(&mut self) {
-        self.log.end();
-        self.ports.end_log();
+        self.silence_log.end();
+        self.ports_log.end();
     }
 
     /// Suspends those of these peers to whom the way leads through the tunnel
@@ -237,6 +347,20 @@ impl Peers {
         let present: BTreeSet<_> = peers.iter().map(|&(_, endpoint)| endpoint).collect();
         host.retain(|peer| present.contains(peer));
         self.check_ways(&peers, host, workers)
+    }
+}
+
+/// Gives peers whose paths nothing is known of what the routes say.
+pub fn learn_route_mtus(overlay: &mut Overlay, netlink: &mut Netlink) {
+    let unknown: Vec<_> = overlay
+        .peers()
+        .filter(|(_, peer)| peer.path_mtu_bytes.is_none())
+        .filter_map(|(hop, peer)| Some((hop, peer.endpoint_in_use()?)))
+        .collect();
+    for (hop, endpoint) in unknown {
+        if let Ok(Some(route)) = netlink.route_mtu(endpoint) {
+            overlay.set_path_mtu(hop, route.mtu_bytes, false);
+        }
     }
 }
 

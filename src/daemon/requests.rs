@@ -200,7 +200,7 @@ fn status(tunnel: &mut Tunnel) -> Status {
             .mtu_by_hand
             .unwrap_or(settings.link.mtu_bytes),
         listen: settings.listen.to_string(),
-        own_ports: tunnel.peers.own_ports(),
+        own_ports: tunnel.workers.own_ports().into_iter().flatten().collect(),
         engine: tunnel.workers.engine().to_string(),
         offloads: announce::offloads(&tunnel.workers),
         hop: tunnel.config.hop,

@@ -68,7 +68,7 @@ impl Tunnel {
         let table = Arc::new(overlay.table(addresses, config.hop));
         let (probes, received) = peers::probe_channel();
         let workers = Workers::new(&config, claimed, table, probes)?;
-        let peers = Peers::new(overlay, names, workers.own_ports(), received);
+        let peers = Peers::new(overlay, names, received);
         Ok(Self {
             config,
             settings,

@@ -228,7 +228,8 @@ impl Overlay {
         self.prefixes.len()
     }
 
-    fn peer(&self, hop: NextHop) -> Option<&Peer> {
+    /// The peer with this next hop.
+    pub fn peer(&self, hop: NextHop) -> Option<&Peer> {
         self.peers.get(usize::from(hop))?.as_ref()
     }
 

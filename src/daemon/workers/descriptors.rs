@@ -18,6 +18,7 @@ pub struct WorkerFds {
     queue: OwnedFd,
     receive: OwnedFd,
     send: Option<OwnedFd>,
+    own_port: Option<u16>,
 }
 
 impl WorkerFds {
@@ -47,6 +48,10 @@ impl WorkerFds {
                 queue: queue.try_clone_to_owned()?,
                 receive: receive.try_clone_to_owned()?,
                 send: send.map(|send| send.try_clone_to_owned()).transpose()?,
+                own_port: send.and_then(|send| {
+                    let address = SockRef::from(&send).local_addr().ok()?;
+                    Some(address.as_socket()?.port())
+                }),
             })
         };
         duplicate().map_err(|error| {
@@ -79,8 +84,7 @@ impl WorkerFds {
 
     /// The worker's own port, if it has one.
     pub fn own_port(&self) -> Option<u16> {
-        let address = SockRef::from(self.send.as_ref()?).local_addr().ok()?;
-        Some(address.as_socket()?.port())
+        self.own_port
     }
 
     /// Sends a probe. Whether it arrives is for the answer to tell.

@@ -17,7 +17,7 @@
 //! Not every port reaches every peer: stateful firewalls admit answers to the
 //! listen port alone, and NATs may rewrite any. So a worker sends from its own
 //! port only to peers of which it is known that this port reaches them
-//! (`crate::daemon::ports` finds out), and from the listen port to all others. At
+//! (`crate::daemon::peers::ports` finds out), and from the listen port to all others. At
 //! the switch, in either direction, packets under way may be overtaken by later
 //! ones of their flow, once: the two ports lead to different workers there. A
 //! process that takes over finds out anew.
