@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use socket2::{Domain, SockAddr, Socket, Type};
 
-use super::codec::Lines;
+use super::codec::{Lines, is_end};
 use super::credentials::Asker;
 use super::protocol::{ANSWER_BYTES_MAX, Peers, REQUEST_BYTES_MAX, Request, Status};
 use super::text::printable;
@@ -152,14 +152,6 @@ pub(crate) fn connect_trusted(path: &Path, patience: Duration) -> io::Result<Uni
         listener.uid
     );
     Err(io::Error::new(io::ErrorKind::PermissionDenied, text))
-}
-
-/// Whether the other side has closed the connection.
-pub(crate) fn is_end(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::UnexpectedEof | io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
-    )
 }
 
 /// The peers of the tunnel behind the control socket at `path`.

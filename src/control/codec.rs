@@ -230,6 +230,14 @@ fn receive_some(
     Ok(message.bytes)
 }
 
+/// Whether the other side has closed the connection.
+pub fn is_end(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+    )
+}
+
 /// For poll(2), in milliseconds: not before the time is up.
 pub fn timeout(left: Duration) -> PollTimeout {
     let up = left.saturating_add(Duration::from_millis(1));

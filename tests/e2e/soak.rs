@@ -206,9 +206,15 @@ impl Soak {
         };
         tried("set a timeout", client.set_write_timeout(Some(TICK)))?;
         let _ = client.write_all(&garbage);
-        // A takeover that nobody goes on with would keep operators waiting.
+        // A takeover that nobody goes on with would keep operators from changes.
         if count % 5 != 3 {
             self.hostile.push_back(client);
+        } else {
+            drop(client);
+            let nothing = r#"{"command":"route-del","prefixes":[]}"#;
+            wait_until("it is given up", || {
+                Ok(self.hub.request(nothing)?["ok"] == true)
+            })?;
         }
         if self.hostile.len() > KEPT_MAX {
             self.hostile.pop_front();

@@ -7,8 +7,7 @@ use ipnet::IpNet;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::control::client::is_end;
-use crate::control::codec::Lines;
+use crate::control::codec::{Lines, is_end};
 use crate::error::Error;
 
 /// The new process has everything ready.
