@@ -31,7 +31,7 @@ pub fn check_endpoint(listen: SocketAddr, overlay: &Overlay, endpoint: SocketAdd
 /// # Errors
 /// As [`check_endpoint`].
 pub fn check_configured(listen: SocketAddr, overlay: &Overlay, endpoint: SocketAddr) -> Result<()> {
-    if endpoint.ip().is_unspecified() || endpoint.ip().is_multicast() {
+    if !path::is_host(endpoint) {
         return Err(Error::new(format!("{endpoint} is no address of a host")));
     }
     let is_dual_stack = listen.is_ipv6() && listen.ip().is_unspecified();
@@ -39,7 +39,10 @@ pub fn check_configured(listen: SocketAddr, overlay: &Overlay, endpoint: SocketA
         let error = Error::new(format!("cannot send to {endpoint} from {listen}"));
         return Err(error.hint("start with --listen [::] to have peers of both IP versions"));
     }
-    overlay.check_other(listen, endpoint)
+    match overlay.leads_back(listen, endpoint) {
+        true => path::check_other(listen, endpoint, endpoint.ip()),
+        false => Ok(()),
+    }
 }
 
 /// Makes sure that no prefix is just one of this host's `own` addresses, to which

@@ -1,8 +1,6 @@
 //! A reload: what is different in the configuration file is applied as a whole,
 //! or not at all.
 
-use std::collections::BTreeSet;
-
 use super::announce;
 use super::plan::{Plan, endpoints};
 use super::tunnel::Tunnel;
@@ -18,20 +16,19 @@ use crate::routing::overlay::Changes;
 /// # Errors
 /// When the file is bad or cannot be applied: nothing has changed then.
 pub fn reload(tunnel: &mut Tunnel, by: &str) -> Result<Reloaded> {
-    let result = read_again(tunnel).and_then(|(plan, report)| {
-        let differences = differences(tunnel, &plan);
+    let result = read_again(tunnel).and_then(|(plan, report, changes)| {
         let old_mtu_bytes = tunnel.settings.link.mtu_bytes;
         tunnel.commit(plan)?;
         tunnel.peers.resolve_again();
         if tunnel.settings.link.mtu_bytes != old_mtu_bytes {
             announce::warn_of_fragments(tunnel);
         }
-        Ok((report, differences))
+        Ok((report, changes))
     });
     tunnel.reload_error = result.as_ref().err().map(ToString::to_string);
     match &result {
-        Ok((report, differences)) => {
-            tracing::info!("reloaded: {}, by {by}", in_words(report, differences));
+        Ok((report, changes)) => {
+            tracing::info!("reloaded: {}, by {by}", in_words(report, &changes.words()));
         }
         Err(error) => tracing::error!("not reloaded by {by}, nothing has changed: {error}"),
     }
@@ -39,7 +36,7 @@ pub fn reload(tunnel: &mut Tunnel, by: &str) -> Result<Reloaded> {
 }
 
 /// What the tunnel is to become, and what will be different.
-fn read_again(tunnel: &mut Tunnel) -> Result<(Plan, Reloaded)> {
+fn read_again(tunnel: &mut Tunnel) -> Result<(Plan, Reloaded, Changes)> {
     let (old, in_force) = (&tunnel.config, &tunnel.settings);
     if old.config_file.is_none() {
         return Err(Error::new("there is no configuration file to read again")
@@ -55,7 +52,7 @@ fn read_again(tunnel: &mut Tunnel) -> Result<(Plan, Reloaded)> {
     let netlink = &mut tunnel.host.netlink;
     let settings = in_force.again((old, &new), &resolved, prefixes, netlink)?;
     let report = Reloaded {
-        changed: to_changed(changes),
+        changed: to_changed(&changes),
         settings_changed: settings_changed((old, &in_force.link), (&new, &settings.link)),
         needs_restart: old
             .needs_restart(&new)
@@ -72,15 +69,7 @@ fn read_again(tunnel: &mut Tunnel) -> Result<(Plan, Reloaded)> {
     for (_, error) in plan.check_addresses(netlink, device, &in_force.link.addresses)? {
         tracing::warn!("{error}; trying again");
     }
-    Ok((plan, report))
-}
-
-/// What will be different of peers and prefixes, in words.
-fn differences(tunnel: &Tunnel, plan: &Plan) -> String {
-    let (old, new) = (&tunnel.peers.overlay, &plan.overlay);
-    let both = old.prefixes().chain(new.prefixes());
-    let prefixes: BTreeSet<_> = both.map(|(prefix, ..)| prefix).collect();
-    old.differences(new, prefixes.into_iter())
+    Ok((plan, report, changes))
 }
 
 /// Keys, other than of peers, that will say something else from now on.
@@ -100,7 +89,8 @@ fn settings_changed(old: (&Config, &LinkConfig), new: (&Config, &LinkConfig)) ->
     .collect()
 }
 
-fn to_changed(changes: Changes) -> Changed {
+/// What a change came to, as operators are told.
+pub fn to_changed(changes: &Changes) -> Changed {
     Changed {
         prefixes_added: changes.prefixes_added,
         prefixes_removed: changes.prefixes_removed,

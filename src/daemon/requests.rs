@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 
-use super::reload::reload;
+use super::reload::{reload, to_changed};
 use super::settings::check_ipv6_mtu;
 use super::tunnel::Tunnel;
 use super::{announce, reach};
@@ -14,11 +14,11 @@ use crate::config::parse::{checked_route, parse_peer_name};
 use crate::config::{PeerName, PeerSpec};
 use crate::control::credentials::Asker;
 use crate::control::protocol::{
-    Answer, Changed, Found, PeerStatus, Peers, Request, RouteEntry, Routes, Status,
+    Answer, Found, PeerStatus, Peers, Request, RouteEntry, Routes, Status,
 };
 use crate::counters::{PeerCounters, Snapshot};
 use crate::error::{Error, Result, shortened};
-use crate::routing::overlay::{Origin, Overlay};
+use crate::routing::overlay::{Changes, Origin, Overlay};
 
 /// Whether a successor that has been told already what there is would miss it.
 pub fn is_change(request: &Request) -> bool {
@@ -76,23 +76,13 @@ pub fn answer(tunnel: &mut Tunnel, request: Request, asker: Asker) -> Result<Ans
         } => {
             let peer = parse_name(&peer)?;
             check_new_prefixes(tunnel, &prefixes)?;
-            changed(tunnel, asker, &prefixes, |overlay| {
-                let added = overlay.add_prefixes(&peer, &prefixes, Origin::Runtime, replace)?;
-                Ok(Changed {
-                    prefixes_added: added,
-                    ..Changed::default()
-                })
+            changed(tunnel, asker, |overlay| {
+                overlay.add_prefixes(&peer, &prefixes, Origin::Runtime, replace)
             })?
         }
         Request::RouteDel { prefixes } => {
             prefixes.iter().try_for_each(check_prefix)?;
-            changed(tunnel, asker, &prefixes, |overlay| {
-                let removed = overlay.remove_prefixes(&prefixes)?;
-                Ok(Changed {
-                    prefixes_removed: removed,
-                    ..Changed::default()
-                })
-            })?
+            changed(tunnel, asker, |overlay| overlay.remove_prefixes(&prefixes))?
         }
         Request::PeerAdd { peer, prefixes } => {
             let spec = PeerSpec {
@@ -103,26 +93,13 @@ pub fn answer(tunnel: &mut Tunnel, request: Request, asker: Asker) -> Result<Ans
                 reach::check_endpoint(tunnel.settings.listen, &tunnel.peers.overlay, endpoint)?;
             }
             check_new_prefixes(tunnel, &spec.prefixes)?;
-            changed(tunnel, asker, &spec.prefixes, |overlay| {
-                overlay.add_peer(&spec, Origin::Runtime)?;
-                Ok(Changed {
-                    peers_added: 1,
-                    prefixes_added: spec.prefixes.len(),
-                    ..Changed::default()
-                })
+            changed(tunnel, asker, |overlay| {
+                overlay.add_peer(&spec, Origin::Runtime)
             })?
         }
         Request::PeerDel { peer } => {
             let peer = parse_name(&peer)?;
-            let prefixes = tunnel.peers.overlay.prefixes_of(&peer);
-            changed(tunnel, asker, &prefixes, |overlay| {
-                let removed = overlay.remove_peer(&peer)?;
-                Ok(Changed {
-                    peers_removed: 1,
-                    prefixes_removed: removed,
-                    ..Changed::default()
-                })
-            })?
+            changed(tunnel, asker, |overlay| overlay.remove_peers(&[peer]))?
         }
         Request::Reload {} => Answer::Reloaded(reload(tunnel, &asker.to_string())?),
         // Both end the run, and are seen to before.
@@ -144,25 +121,21 @@ pub fn parse_name(text: &str) -> Result<PeerName> {
     })
 }
 
-/// Makes a change to the overlay, all of it or nothing. `prefixes`: those that it
-/// is about.
+/// Makes a change to the overlay, all of it or nothing.
 fn changed(
     tunnel: &mut Tunnel,
     asker: Asker,
-    prefixes: &[IpNet],
-    change: impl FnOnce(&mut Overlay) -> Result<Changed>,
+    change: impl FnOnce(&mut Overlay) -> Result<()>,
 ) -> Result<Answer> {
     let mut next = tunnel.peers.overlay.clone();
-    let changed = change(&mut next)?;
-    let what = tunnel
-        .peers
-        .overlay
-        .differences(&next, prefixes.iter().copied());
+    change(&mut next)?;
+    let changes = Changes::between(&tunnel.peers.overlay, &next);
     tunnel.commit(tunnel.plan_with(next))?;
-    if !what.is_empty() {
-        tracing::info!("{what}, by {asker}");
+    let words = changes.words();
+    if !words.is_empty() {
+        tracing::info!("{words}, by {asker}");
     }
-    Ok(Answer::Changed(changed))
+    Ok(Answer::Changed(to_changed(&changes)))
 }
 
 fn check_prefix(prefix: &IpNet) -> Result<()> {

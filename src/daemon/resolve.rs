@@ -112,7 +112,7 @@ pub fn set_known(overlay: &mut Overlay, known: &Known, listen: SocketAddr) {
         .peers_by_name()
         .filter(|peer| peer.endpoint.is_none())
         .filter_map(|peer| Some((peer.name.clone(), *known.get(&peer.name.to_string())?)))
-        .filter(|(_, endpoint)| overlay.check_other(listen, *endpoint).is_ok())
+        .filter(|(_, endpoint)| !overlay.leads_back(listen, *endpoint))
         .collect();
     for (name, endpoint) in found {
         if let Some((hop, _)) = overlay.find(&name) {

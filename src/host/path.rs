@@ -76,7 +76,7 @@ fn usable(
     let mut addresses: Vec<SocketAddr> = resolved
         .iter()
         .map(|&address| crate::packet::ip::canonical(address))
-        .filter(|address| !address.ip().is_unspecified() && !address.ip().is_multicast())
+        .filter(|&address| is_host(address))
         .filter(|&address| seen.insert(address))
         .collect();
     if addresses.iter().any(&is_reached) {
@@ -93,6 +93,11 @@ fn usable(
         addresses.retain(|address| kept.contains(address));
     }
     addresses
+}
+
+/// Whether this can be the address of a host.
+pub fn is_host(address: SocketAddr) -> bool {
+    !address.ip().is_unspecified() && !address.ip().is_multicast()
 }
 
 /// Asks the kernel how it would reach `peer` from `listen`'s address. Nothing

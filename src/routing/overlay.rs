@@ -5,15 +5,15 @@
 //! thrown away: so what is in force is always consistent, whoever asks for
 //! what.
 
+mod changes;
+
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-use crate::config::PEERS_MAX;
-use crate::config::{PeerName, PeerSpec};
+use crate::config::{PEERS_MAX, PeerName, PeerSpec};
 use crate::counters::PeerCounters;
 use crate::dataplane::table::{self, Table};
 use crate::error::{Error, Result};
@@ -22,11 +22,10 @@ use crate::packet::lpm::Prefixes;
 use crate::packet::train::{NextHop, TRAIN_BYTES_MAX};
 use crate::wire;
 
+pub use changes::Changes;
+
 /// Most prefixes over all peers: bounds the memory that requests can take.
 pub const PREFIXES_MAX: usize = 1_000_000;
-
-/// Changes that are named one by one. More are counted.
-const DIFFERENCES_NAMED_MAX: usize = 8;
 
 /// Where a peer or a prefix comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,19 +102,6 @@ struct Behind {
     origin: Origin,
 }
 
-/// What changed, in numbers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Changes {
-    /// Peers that were not there.
-    pub peers_added: usize,
-    /// Peers that are there no more.
-    pub peers_removed: usize,
-    /// Prefixes that were not there, or behind another peer.
-    pub prefixes_added: usize,
-    /// Prefixes that are there no more.
-    pub prefixes_removed: usize,
-}
-
 /// A next hop that no peer has.
 const NOBODY: NextHop = NextHop::MAX;
 const _: () = assert!(PEERS_MAX < NOBODY as usize);
@@ -180,22 +166,14 @@ impl Overlay {
         &self.own
     }
 
-    /// Makes sure that datagrams to `endpoint` do not come back to sockets on
-    /// `listen`.
-    ///
-    /// # Errors
-    /// When they would, names it.
-    pub fn check_other(&self, listen: SocketAddr, endpoint: SocketAddr) -> Result<()> {
+    /// Whether datagrams to `endpoint` would come back to sockets on `listen`.
+    pub fn leads_back(&self, listen: SocketAddr, endpoint: SocketAddr) -> bool {
         let ip = endpoint.ip();
         let is_own = match listen.ip().is_unspecified() {
             true => ip.is_loopback() || self.own.contains(&ip),
             false => listen.ip() == ip,
         };
-        if !is_own || listen.port() != endpoint.port() {
-            return Ok(());
-        }
-        let error = Error::new(format!("peer {endpoint} is this host itself"));
-        Err(error.hint("name the other host"))
+        is_own && listen.port() == endpoint.port()
     }
 
     /// The peers with their next hops, in no particular order.
@@ -355,20 +333,14 @@ impl Overlay {
         self.peers[usize::from(hop)] = Some(peer);
         self.names.insert(name.key(), hop);
         self.set_default(hop, is_default);
-        self.add_prefixes(name, prefixes, origin, false).map(drop)
+        self.add_prefixes(name, prefixes, origin, false)
     }
 
-    /// Removes a peer and all its prefixes; tells how many there were.
+    /// Removes peers and all their prefixes.
     ///
     /// # Errors
-    /// When there is no such peer.
-    pub fn remove_peer(&mut self, name: &PeerName) -> Result<usize> {
-        self.remove_peers(std::slice::from_ref(name))
-    }
-
-    /// Removes peers and all their prefixes in one pass over these; tells how
-    /// many there were.
-    fn remove_peers(&mut self, names: &[PeerName]) -> Result<usize> {
+    /// Names the first one that is not there.
+    pub fn remove_peers(&mut self, names: &[PeerName]) -> Result<()> {
         for name in names {
             let hop = self.hop_of(name)?;
             self.set_default(hop, false);
@@ -376,16 +348,14 @@ impl Overlay {
             self.peers[usize::from(hop)] = None;
             self.free.insert(hop);
         }
-        let before = self.prefixes.len();
         let peers = &self.peers;
         self.prefixes
             .retain(|_, behind| peers[usize::from(behind.peer)].is_some());
         self.built = None;
-        Ok(before - self.prefixes.len())
+        Ok(())
     }
 
-    /// Puts prefixes behind a peer; `replace` takes them from others. Tells how
-    /// many were not there before.
+    /// Puts prefixes behind a peer; `replace` takes them from others.
     ///
     /// # Errors
     /// When there is no such peer, or another has a prefix and it is not to be
@@ -396,9 +366,8 @@ impl Overlay {
         prefixes: &[IpNet],
         origin: Origin,
         replace: bool,
-    ) -> Result<usize> {
+    ) -> Result<()> {
         let hop = self.hop_of(name)?;
-        let mut added = 0;
         for prefix in prefixes.iter().map(IpNet::trunc) {
             let behind = Behind { peer: hop, origin };
             match self.prefixes.get(&prefix).copied() {
@@ -434,19 +403,16 @@ impl Overlay {
             if let Some(peer) = self.peer_mut(hop) {
                 peer.prefix_count += 1;
             }
-            added += 1;
         }
-        if added > 0 {
-            self.built = None;
-        }
-        Ok(added)
+        self.built = None;
+        Ok(())
     }
 
-    /// Removes prefixes, whosever they are.
+    /// Removes prefixes, whichever peer has them.
     ///
     /// # Errors
     /// Names the first one that is not there.
-    pub fn remove_prefixes(&mut self, prefixes: &[IpNet]) -> Result<usize> {
+    pub fn remove_prefixes(&mut self, prefixes: &[IpNet]) -> Result<()> {
         for prefix in prefixes.iter().map(IpNet::trunc) {
             let Some(behind) = self.prefixes.remove(&prefix) else {
                 return Err(Error::new(format!("no peer has the prefix {prefix}"))
@@ -457,7 +423,7 @@ impl Overlay {
             }
         }
         self.built = None;
-        Ok(prefixes.len())
+        Ok(())
     }
 
     /// Makes the configured part what `specs` say, also what operators had added
@@ -469,7 +435,7 @@ impl Overlay {
     pub fn configure(&mut self, specs: &[PeerSpec]) -> Result<Changes> {
         let mut next = self.clone();
         next.apply(specs)?;
-        let changes = self.changes_to(&next);
+        let changes = Changes::between(self, &next);
         *self = next;
         Ok(changes)
     }
@@ -485,17 +451,14 @@ impl Overlay {
         // With the prefixes that were added to them at run time: there is nobody
         // left to have them.
         self.remove_peers(&gone)?;
-        self.prefixes
-            .retain(|_, behind| behind.origin == Origin::Runtime);
-        let mut counts = vec![0; self.peers.len()];
-        for behind in self.prefixes.values() {
-            counts[usize::from(behind.peer)] += 1;
-        }
-        for (peer, count) in self.peers.iter_mut().zip(counts) {
-            if let Some(peer) = peer {
-                peer.prefix_count = count;
+        let peers = &mut self.peers;
+        self.prefixes.retain(|_, behind| {
+            let stays = behind.origin == Origin::Runtime;
+            if let Some(peer) = peers[usize::from(behind.peer)].as_mut().filter(|_| !stays) {
+                peer.prefix_count -= 1;
             }
-        }
+            stays
+        });
         // Who of those that are wanted is the default one is said anew below, in
         // whatever order they come.
         if let Some(hop) = self.default
@@ -525,98 +488,6 @@ impl Overlay {
             self.add_prefixes(&spec.name, &spec.prefixes, Origin::Config, false)?;
         }
         Ok(())
-    }
-
-    /// What is different in `new`.
-    fn changes_to(&self, new: &Self) -> Changes {
-        let name_of = |overlay: &Self, hop| overlay.peer(hop).map(|peer| peer.name.key());
-        let mut changes = Changes {
-            peers_added: new
-                .names
-                .keys()
-                .filter(|name| !self.names.contains_key(name))
-                .count(),
-            peers_removed: self
-                .names
-                .keys()
-                .filter(|name| !new.names.contains_key(name))
-                .count(),
-            ..Changes::default()
-        };
-        for (prefix, behind) in &new.prefixes {
-            let before = self.prefixes.get(prefix).map(|old| name_of(self, old.peer));
-            if before != Some(name_of(new, behind.peer)) {
-                changes.prefixes_added += 1;
-            }
-        }
-        changes.prefixes_removed = self
-            .prefixes
-            .keys()
-            .filter(|prefix| !new.prefixes.contains_key(prefix))
-            .count();
-        changes
-    }
-
-    /// What is different in `new`, in words: peers, and whose those of `prefixes`
-    /// are. Of many changes the first few; nothing if there are none.
-    pub fn differences(&self, new: &Self, prefixes: impl Iterator<Item = IpNet>) -> String {
-        let mut named = Vec::new();
-        let mut more = 0;
-        let mut add = |text: &dyn Fn() -> String| match named.len() < DIFFERENCES_NAMED_MAX {
-            true => named.push(text()),
-            false => more += 1,
-        };
-        for (old, new, verb) in [(new, self, "added"), (self, new, "removed")] {
-            for (key, &hop) in &old.names {
-                if let Some(peer) = old.peer(hop).filter(|_| !new.names.contains_key(key)) {
-                    add(&|| format!("peer {} {verb}", peer.name));
-                }
-            }
-        }
-        let mut compare =
-            |what: &dyn fmt::Display, before: Option<&Peer>, after: Option<&Peer>| match (
-                before.map(|peer| &peer.name),
-                after.map(|peer| &peer.name),
-            ) {
-                (before, after) if before == after => {}
-                (Some(before), Some(after)) => {
-                    add(&|| format!("{what} moved from {before} to {after}"));
-                }
-                (None, Some(peer)) => add(&|| format!("{what} given to {peer}")),
-                (Some(peer), None) => add(&|| format!("{what} taken from {peer}")),
-                (None, None) => {}
-            };
-        let mut last = None;
-        for prefix in prefixes.map(|prefix| prefix.trunc()) {
-            // Requests may be long, and all the same.
-            if last.replace(prefix) == Some(prefix) {
-                continue;
-            }
-            let owner = |overlay: &Self| overlay.prefixes.get(&prefix).map(|behind| behind.peer);
-            let (before, after) = (owner(self), owner(new));
-            compare(
-                &prefix,
-                before.and_then(|hop| self.peer(hop)),
-                after.and_then(|hop| new.peer(hop)),
-            );
-        }
-        compare(&"the rest", self.default_peer(), new.default_peer());
-        let mut words = named.join(", ");
-        if more > 0 {
-            words += &format!(" and {more} more changes");
-        }
-        words
-    }
-
-    /// The prefixes of a peer.
-    pub fn prefixes_of(&self, name: &PeerName) -> Vec<IpNet> {
-        let Some(&hop) = self.names.get(&name.key()) else {
-            return Vec::new();
-        };
-        let all = self.prefixes.iter();
-        all.filter(|(_, behind)| behind.peer == hop)
-            .map(|(&prefix, _)| prefix)
-            .collect()
     }
 
     /// Notes where a peer is; tells whether that is news.
@@ -699,29 +570,24 @@ impl Overlay {
         self.outside().any(|outside| outside == address)
     }
 
+    /// The longest packet that reaches every peer in one piece, and the peer that
+    /// says so; `None` while no path is known.
+    pub fn smallest_path(&self) -> Option<(usize, SocketAddr)> {
+        let known = self
+            .peers()
+            .filter(|(_, peer)| peer.path_mtu_bytes.is_some());
+        known
+            .filter_map(|(_, peer)| Some((inner_mtu_bytes(peer), peer.endpoint?)))
+            .min()
+    }
+
     /// The workers' table.
     pub fn table(&mut self, addresses: TunnelAddresses, is_hop: bool) -> Table {
-        let prefixes = match &self.built {
-            Some(built) => Arc::clone(built),
-            None => {
-                let anywhere = self.default.into_iter().flat_map(|hop| {
-                    [
-                        (IpNet::V4(Ipv4Net::default()), hop),
-                        (IpNet::V6(Ipv6Net::default()), hop),
-                    ]
-                });
-                let given = self
-                    .prefixes
-                    .iter()
-                    .map(|(&prefix, behind)| (prefix, behind.peer));
-                let outside = self.outside().map(|outside| (IpNet::from(outside), NOBODY));
-                // The last of several that are the same wins: 0.0.0.0/0 that was
-                // given, and this host.
-                let built = Arc::new(Prefixes::new(anywhere.chain(given).chain(outside)));
-                self.built = Some(Arc::clone(&built));
-                built
-            }
+        let prefixes = match self.built.take() {
+            Some(built) => built,
+            None => Arc::new(self.build()),
         };
+        self.built = Some(Arc::clone(&prefixes));
         let peers = self.peers.iter().map(|peer| match peer {
             Some(peer) => table::Peer {
                 endpoint: peer.endpoint_in_use(),
@@ -740,6 +606,21 @@ impl Overlay {
         });
         Table::new(peers.collect(), prefixes, addresses, is_hop)
     }
+
+    /// The lookup structure. The last of several prefixes that are the same wins:
+    /// 0.0.0.0/0 that was given, and this host.
+    fn build(&self) -> Prefixes {
+        let anywhere = self.default.into_iter().flat_map(|hop| {
+            [
+                (IpNet::V4(Ipv4Net::default()), hop),
+                (IpNet::V6(Ipv6Net::default()), hop),
+            ]
+        });
+        let given = self.prefixes.iter();
+        let given = given.map(|(&prefix, behind)| (prefix, behind.peer));
+        let outside = self.outside().map(|outside| (IpNet::from(outside), NOBODY));
+        Prefixes::new(anywhere.chain(given).chain(outside))
+    }
 }
 
 fn traffic(workers: usize) -> Arc<[PeerCounters]> {
@@ -749,19 +630,6 @@ fn traffic(workers: usize) -> Arc<[PeerCounters]> {
 fn two_without_prefixes(one: &PeerName, other: &PeerName) -> Error {
     Error::new(format!("both peer {one} and peer {other} have no prefixes"))
         .hint("give one of them the prefixes behind it, as in HOST=10.1.0.0/16")
-}
-
-impl Overlay {
-    /// The longest packet that reaches every peer in one piece, and the peer that
-    /// says so; `None` while no path is known.
-    pub fn smallest_path(&self) -> Option<(usize, SocketAddr)> {
-        let known = self
-            .peers()
-            .filter(|(_, peer)| peer.path_mtu_bytes.is_some());
-        known
-            .filter_map(|(_, peer)| Some((inner_mtu_bytes(peer), peer.endpoint?)))
-            .min()
-    }
 }
 
 /// Longest inner packet that reaches a peer in one piece.
@@ -793,5 +661,4 @@ pub fn tunnel_addresses(addresses: &[IpNet], accept_local: bool) -> TunnelAddres
 }
 
 #[cfg(test)]
-#[path = "overlay_tests.rs"]
 mod tests;

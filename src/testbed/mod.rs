@@ -18,9 +18,14 @@ pub(crate) use user::effective_capabilities;
 pub use user::enter_user_namespace_if_needed;
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use ipnet::IpNet;
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::{
+    InfoData, InfoKind, InfoVeth, LinkAttribute, LinkInfo, LinkMessage,
+};
 use nix::sched::{CloneFlags, setns};
 
 use crate::error::{Error, Result};
@@ -57,7 +62,17 @@ pub fn pair(addresses: &[(IpNet, IpNet)], mtu: u32) -> Result<Pair> {
 /// # Errors
 /// When a name is taken or the kernel refuses.
 pub fn join(a: &Namespace, b: &Namespace, name_a: &str, name_b: &str) -> Result<()> {
-    a.netlink()?.create_veth(name_a, name_b, Some(b.fd()))
+    let name = |name: &str| LinkAttribute::IfName(name.to_string());
+    let mut far_end = LinkMessage::default();
+    far_end.attributes = vec![name(name_b), LinkAttribute::NetNsFd(b.fd().as_raw_fd())];
+    let veth = InfoData::Veth(InfoVeth::Peer(far_end));
+    let info = vec![LinkInfo::Kind(InfoKind::Veth), LinkInfo::Data(veth)];
+    let mut message = LinkMessage::default();
+    message.attributes = vec![name(name_a), LinkAttribute::LinkInfo(info)];
+    let what = format!("cannot create interface {name_a}");
+    let message = RouteNetlinkMessage::NewLink(message);
+    a.netlink()?
+        .request(message, NLM_F_CREATE | NLM_F_EXCL, &what)
 }
 
 /// Gives an interface its addresses and its MTU, and brings it up.

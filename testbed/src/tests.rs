@@ -86,7 +86,7 @@ fn what_does_not_exist_is_none_or_a_named_error() {
 fn links_are_changed() {
     let namespace = Namespace::new().unwrap();
     let mut netlink = namespace.netlink().unwrap();
-    netlink.create_veth("veth-a", "veth-b", None).unwrap();
+    join(&namespace, &namespace, "veth-a", "veth-b").unwrap();
     let veth = netlink.link_index("veth-a").unwrap().unwrap();
     netlink.set_mtu(veth, 9000).unwrap();
     netlink.set_txqueuelen(veth, 4000).unwrap();
@@ -94,7 +94,7 @@ fn links_are_changed() {
     assert_eq!((link.mtu, link.txqueuelen, link.up), (9000, 4000, false));
     let error = netlink.set_mtu(veth, 1_000_000).unwrap_err();
     assert!(error.to_string().contains("veth-a"), "{error}");
-    let error = netlink.create_veth("veth-a", "veth-c", None).unwrap_err();
+    let error = join(&namespace, &namespace, "veth-a", "veth-c").unwrap_err();
     assert_eq!(error.errno(), Some(libc::EEXIST));
 }
 
@@ -102,7 +102,7 @@ fn links_are_changed() {
 fn a_link_moves_to_another_namespace() {
     let (here, there) = (Namespace::new().unwrap(), Namespace::new().unwrap());
     let mut netlink = here.netlink().unwrap();
-    netlink.create_veth("mover", "stayer", None).unwrap();
+    join(&here, &here, "mover", "stayer").unwrap();
     move_link(&here, "mover", &there).unwrap();
     assert_eq!(netlink.link_index("mover").unwrap(), None);
     let mut netlink = there.netlink().unwrap();

@@ -284,8 +284,7 @@ fn derived_addresses_that_clash() -> Result<()> {
 
 fn names_that_are_taken() -> Result<()> {
     let hosts = hosts(1500)?;
-    let mut netlink = hosts.a.netlink()?;
-    netlink.create_veth("taken0", "taken1", None)?;
+    testbed::join(&hosts.a, &hosts.a, "taken0", "taken1")?;
     refusals(
         &hosts.a,
         GOOD,

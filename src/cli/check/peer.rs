@@ -58,7 +58,7 @@ pub(super) fn items(peer: &PeerName, own: Option<u32>) -> Vec<Item> {
         Some(_) => address.to_string(),
         None => format!("{} is {address}", peer.host),
     };
-    if address.ip().is_unspecified() || address.ip().is_multicast() {
+    if !path::is_host(address) {
         let found = format!("{address} is no address of a host");
         return without_path(nobody(found, "name the other host"));
     }

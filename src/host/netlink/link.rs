@@ -1,13 +1,11 @@
 //! Links: the host's network interfaces.
 
 use std::net::IpAddr;
-use std::os::fd::{AsRawFd, BorrowedFd};
 
-use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_core::DefaultNla;
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{
-    AfSpecInet6, AfSpecUnspec, InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo,
-    LinkMessage,
+    AfSpecInet6, AfSpecUnspec, LinkAttribute, LinkFlags, LinkMessage,
 };
 
 use super::{Netlink, Refusal};
@@ -169,37 +167,6 @@ impl Netlink {
         stats
             .next()
             .ok_or_else(|| Error::new(what()).hint("the kernel reports none"))
-    }
-
-    /// Creates two Ethernet interfaces joined back to back (veth(4)). The
-    /// second end starts its life in `peer_netns` if one is given.
-    ///
-    /// # Errors
-    /// When a name is taken or the kernel refuses.
-    pub fn create_veth(
-        &mut self,
-        name_a: &str,
-        name_b: &str,
-        peer_netns: Option<BorrowedFd<'_>>,
-    ) -> Result<()> {
-        check_name(name_a)?;
-        check_name(name_b)?;
-        let mut peer = LinkMessage::default();
-        peer.attributes
-            .push(LinkAttribute::IfName(name_b.to_string()));
-        if let Some(netns) = peer_netns {
-            peer.attributes
-                .push(LinkAttribute::NetNsFd(netns.as_raw_fd()));
-        }
-        let data = InfoData::Veth(InfoVeth::Peer(peer));
-        let mut message = LinkMessage::default();
-        message.attributes = vec![
-            LinkAttribute::IfName(name_a.to_string()),
-            LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Veth), LinkInfo::Data(data)]),
-        ];
-        let flags = NLM_F_CREATE | NLM_F_EXCL;
-        self.execute(RouteNetlinkMessage::NewLink(message), flags)
-            .map_err(|refusal| refusal.describe(format!("cannot create interface {name_a}")))
     }
 
     fn set_link_attribute(

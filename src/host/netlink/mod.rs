@@ -25,7 +25,7 @@ use std::time::Duration;
 
 use netlink_packet_core::{
     ErrorMessage, NLM_F_ACK, NLM_F_ACK_TLVS, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST,
-    NetlinkHeader, NetlinkMessage, NetlinkPayload, NlasIterator,
+    NetlinkBuffer, NetlinkHeader, NetlinkMessage, NetlinkPayload, NlasIterator,
 };
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::protocols::NETLINK_ROUTE;
@@ -307,14 +307,14 @@ impl Netlink {
             let mut rest = &self.buffer[..length];
             while let Some((message, tail)) = split_message(rest) {
                 rest = tail;
-                let header = RawHeader::read(message);
-                let index = header.sequence.wrapping_sub(first) as usize;
+                let header = NetlinkBuffer::new(message);
+                let index = header.sequence_number().wrapping_sub(first) as usize;
                 let Some(reply) = read_reply(message).filter(|_| index < count) else {
                     // Not understood, or about a request that was given up.
                     continue;
                 };
                 let is_end = index + 1 == count && !matches!(reply, Reply::Object(_));
-                take(index, header.flags, reply);
+                take(index, header.flags(), reply);
                 if is_end {
                     self.is_unread = false;
                     return Ok(());
@@ -360,36 +360,14 @@ impl Netlink {
 
 /// Cuts the first message off a datagram; `None` at its end or on garbage.
 fn split_message(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
-    let length = u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?) as usize;
-    if length < HEADER_BYTES || length > bytes.len() {
-        return None;
-    }
+    let length = NetlinkBuffer::new_checked(bytes).ok()?.length() as usize;
     let next = length.next_multiple_of(MESSAGE_ALIGN).min(bytes.len());
     Some((&bytes[..length], &bytes[next..]))
 }
 
-/// `struct nlmsghdr` without its length.
-struct RawHeader {
-    kind: u16,
-    flags: u16,
-    sequence: u32,
-}
-
-impl RawHeader {
-    /// Reads a message that [`split_message`] returned: it has a whole header.
-    fn read(message: &[u8]) -> Self {
-        let short = |at: usize| u16::from_ne_bytes([message[at], message[at + 1]]);
-        Self {
-            kind: short(4),
-            flags: short(6),
-            sequence: u32::from_ne_bytes([message[8], message[9], message[10], message[11]]),
-        }
-    }
-}
-
 /// Reads one message of an answer; `None` if it says nothing.
 fn read_reply(bytes: &[u8]) -> Option<Reply<'_>> {
-    if RawHeader::read(bytes).kind >= NLMSG_MIN_TYPE {
+    if NetlinkBuffer::new(bytes).message_type() >= NLMSG_MIN_TYPE {
         return Some(Reply::Object(bytes));
     }
     let (header, payload) = parse(bytes)?.into_parts();

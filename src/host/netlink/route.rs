@@ -443,7 +443,7 @@ mod tests {
     use netlink_packet_core::NLM_F_REPLACE;
 
     use super::*;
-    use crate::testbed::Namespace;
+    use crate::testbed::{self, Namespace};
 
     /// Adds a route that leads nowhere.
     fn block(netlink: &mut Netlink, prefix: &str, kind: RouteType) {
@@ -459,7 +459,7 @@ mod tests {
     fn routes_that_drop_packets_are_no_way() {
         let namespace = Namespace::new().unwrap();
         let mut netlink = namespace.netlink().unwrap();
-        netlink.create_veth("one", "two", None).unwrap();
+        testbed::join(&namespace, &namespace, "one", "two").unwrap();
         let one = netlink.link_index("one").unwrap().unwrap();
         netlink.set_up(one).unwrap();
         for (prefix, address) in [("10.1.0.0/16", "10.1.2.3"), ("fd01::/64", "fd01::7")] {
@@ -525,7 +525,7 @@ mod tests {
             .sysctl("net/ipv6/conf/default/accept_dad", "0")
             .unwrap();
         let mut netlink = namespace.netlink().unwrap();
-        netlink.create_veth("one", "two", None).unwrap();
+        testbed::join(&namespace, &namespace, "one", "two").unwrap();
         let index = netlink.link_index("one").unwrap().unwrap();
         netlink.set_mtu(index, 1400).unwrap();
         netlink.set_up(index).unwrap();

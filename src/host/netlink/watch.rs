@@ -27,21 +27,13 @@ pub enum Event {
     /// IPv4 routes that go because an interface goes down or loses its last IPv4
     /// address (`fib_sync_down_dev()` in net/ipv4/fib_semantics.c).
     Route(Route),
-    /// An interface has got or lost an address, or an address has changed.
-    Address {
-        /// The interface's index.
-        index: u32,
-    },
-    /// An interface was made or has changed.
-    Link {
-        /// Its index.
-        index: u32,
-    },
-    /// An interface is gone.
-    LinkDeleted {
-        /// The index that it had.
-        index: u32,
-    },
+    /// The interface with this index has got or lost an address, or an address has
+    /// changed.
+    Address(u32),
+    /// The interface with this index was made or has changed.
+    Link(u32),
+    /// The interface that had this index is gone.
+    LinkDeleted(u32),
     /// There were more events than there was room: anything may have changed.
     Lost,
 }
@@ -174,21 +166,14 @@ pub(super) fn read_event(message: &[u8]) -> Option<Event> {
             Route::read(&route).map(Event::Route)
         }
         RouteNetlinkMessage::NewAddress(address) | RouteNetlinkMessage::DelAddress(address) => {
-            let index = address.header.index;
-            Some(Event::Address { index })
+            Some(Event::Address(address.header.index))
         }
-        RouteNetlinkMessage::NewLink(link) => {
-            let index = link.header.index;
-            Some(Event::Link { index })
-        }
+        RouteNetlinkMessage::NewLink(link) => Some(Event::Link(link.header.index)),
         // A port that leaves a bridge is told as a deleted link, too; the
         // device itself has no family (`br_ifinfo_notify()`).
-        RouteNetlinkMessage::DelLink(link)
-            if link.header.interface_family == AddressFamily::Unspec =>
-        {
-            let index = link.header.index;
-            Some(Event::LinkDeleted { index })
-        }
+        RouteNetlinkMessage::DelLink(link) => (link.header.interface_family
+            == AddressFamily::Unspec)
+            .then_some(Event::LinkDeleted(link.header.index)),
         _ => None,
     }
 }

@@ -32,7 +32,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Sender, bounded};
 use ipnet::IpNet;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
@@ -156,9 +156,7 @@ impl RouteReconciler {
     /// refuses. In all cases the routes are then as before, or, if the kernel
     /// takes no changes at all for a while, as soon as it does.
     pub fn set(&self, wanted: BTreeSet<IpNet>) -> Result<()> {
-        let wanted = masked(&wanted);
-        let done = self.begin(|done| Job::Set { wanted, done })?;
-        done.recv().map_err(|_| ended())?
+        self.want(&wanted, false)
     }
 
     /// As [`set`](Self::set), for prefixes that were kept until now, by another
@@ -170,9 +168,7 @@ impl RouteReconciler {
     /// # Errors
     /// When the kernel refuses.
     pub fn adopt(&self, wanted: BTreeSet<IpNet>) -> Result<()> {
-        let wanted = masked(&wanted);
-        let done = self.begin(|done| Job::Adopt { wanted, done })?;
-        done.recv().map_err(|_| ended())?
+        self.want(&wanted, true)
     }
 
     /// Ends the reconciler and waits for its end.
@@ -180,10 +176,14 @@ impl RouteReconciler {
         self.end(at_end);
     }
 
-    fn begin(&self, job: impl FnOnce(Sender<Result<()>>) -> Job) -> Result<Receiver<Result<()>>> {
+    fn want(&self, wanted: &BTreeSet<IpNet>, is_adopted: bool) -> Result<()> {
         let (done, result) = bounded(1);
-        self.send(job(done))?;
-        Ok(result)
+        self.send(Job::Want {
+            wanted: masked(wanted),
+            is_adopted,
+            done,
+        })?;
+        result.recv().map_err(|_| ended())?
     }
 
     fn send(&self, job: Job) -> Result<()> {

@@ -42,20 +42,16 @@ const RETRY_WAIT: Duration = Duration::from_secs(5);
 /// Datagrams of events read before jobs are looked at again.
 const EVENT_DATAGRAMS_MAX: usize = 256;
 
-/// What the owner can ask for. `done` takes one answer.
+/// What the owner can ask for.
 pub enum Job {
-    /// See [`RouteReconciler::set`](super::RouteReconciler::set).
-    Set {
+    /// See [`RouteReconciler::set`](super::RouteReconciler::set) and
+    /// [`RouteReconciler::adopt`](super::RouteReconciler::adopt).
+    Want {
         /// Masked prefixes.
         wanted: BTreeSet<IpNet>,
-        /// Takes the answer.
-        done: Sender<Result<()>>,
-    },
-    /// See [`RouteReconciler::adopt`](super::RouteReconciler::adopt).
-    Adopt {
-        /// Masked prefixes.
-        wanted: BTreeSet<IpNet>,
-        /// Takes the answer.
+        /// Whether they were kept until now.
+        is_adopted: bool,
+        /// Takes the one answer.
         done: Sender<Result<()>>,
     },
     /// Ends the thread.
@@ -172,12 +168,17 @@ impl Reconciler {
     fn take_jobs(&mut self) -> Option<AtEnd> {
         loop {
             match self.jobs.try_recv() {
-                // Nobody waits for an answer that cannot be sent.
-                Ok(Job::Set { wanted, done }) => {
-                    let _ = done.try_send(self.set(wanted));
-                }
-                Ok(Job::Adopt { wanted, done }) => {
-                    let _ = done.try_send(self.adopt(wanted));
+                Ok(Job::Want {
+                    wanted,
+                    is_adopted,
+                    done,
+                }) => {
+                    let result = match is_adopted {
+                        true => self.adopt(wanted),
+                        false => self.set(wanted),
+                    };
+                    // Nobody waits for an answer that cannot be sent.
+                    let _ = done.try_send(result);
                 }
                 Ok(Job::End(at_end)) => return Some(at_end),
                 Err(TryRecvError::Empty) => return None,
@@ -205,12 +206,12 @@ impl Reconciler {
                     let is_wanted = |wanted: &BTreeSet<_>| wanted.contains(&route.destination);
                     route.table == MAIN_TABLE && self.wanted.as_ref().is_some_and(is_wanted)
                 }
-                Event::Address { index } | Event::Link { index } => *index == self.device.oif,
-                Event::LinkDeleted { index } if *index == self.device.oif => {
+                Event::Address(index) | Event::Link(index) => *index == self.device.oif,
+                Event::LinkDeleted(index) if *index == self.device.oif => {
                     self.device_is_gone();
                     false
                 }
-                Event::LinkDeleted { .. } => false,
+                Event::LinkDeleted(_) => false,
                 Event::Lost => true,
             };
             if is_ours {

@@ -553,7 +553,11 @@ fn events_are_heard_again_after_a_failure() {
     };
     let (done, result) = bounded(1);
     let wanted = set(&["10.2.0.0/16"]);
-    ask(Job::Set { wanted, done });
+    ask(Job::Want {
+        wanted,
+        is_adopted: false,
+        done,
+    });
     result.recv_timeout(PATIENCE).unwrap().unwrap();
     assert_eq!(host.owned(), set(&["10.2.0.0/16"]));
     ask(Job::End(AtEnd::Remove));
