@@ -199,13 +199,11 @@ impl PeerCounters {
     /// What [`Self::note_port`] has noted since the last call: whether packets
     /// came from the endpoint's port, and the last other port.
     pub fn take_ports(&self) -> (bool, Option<u16>) {
-        let is_endpoint_heard = self.is_endpoint_heard.load(Ordering::Relaxed)
-            && self.is_endpoint_heard.swap(false, Ordering::Relaxed);
-        let other = match self.other_port.load(Ordering::Relaxed) {
-            0 => 0,
-            _ => self.other_port.swap(0, Ordering::Relaxed),
-        };
-        (is_endpoint_heard, (other != 0).then_some(other))
+        let other = self.other_port.swap(0, Ordering::Relaxed);
+        (
+            self.is_endpoint_heard.swap(false, Ordering::Relaxed),
+            (other != 0).then_some(other),
+        )
     }
 
     /// Whether the worker's own port is known to reach the peer, so that it may

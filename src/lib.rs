@@ -29,4 +29,4 @@ pub mod log;
 pub mod packet;
 pub mod routing;
 pub mod testbed;
-pub mod wire;
+pub(crate) mod wire;

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use fastvpn::counters::PeerCounters;
-use fastvpn::dataplane::table::{Peer, Table};
+use fastvpn::dataplane::table::{PeerSnapshot, Table};
 use fastvpn::packet::icmp::TunnelAddresses;
 use fastvpn::packet::ip::{self, Version};
 use fastvpn::packet::lpm::Prefixes;
@@ -87,7 +87,7 @@ fn sender(peers: usize) -> Kernel {
 }
 
 fn table_of(peers: usize) -> Table {
-    let peer = |index| Peer {
+    let peer = |index| PeerSnapshot {
         endpoint: Some(SocketAddr::new(address(index), 8285)),
         mtu_bytes: MTU_BYTES,
         is_fragmented: true,

@@ -13,7 +13,7 @@ use self::threads::{Setup, Threads};
 use super::engine::Engine;
 use crate::config::{BusyPoll, Config};
 use crate::counters::{Counters, Snapshot};
-use crate::dataplane::Command;
+use crate::dataplane::WorkerCommand;
 use crate::dataplane::idle::Spin;
 use crate::dataplane::inbound::ReceivedProbe;
 use crate::dataplane::table::Table;
@@ -216,7 +216,7 @@ impl Workers {
     /// Has GSO batches of full size tried again on all paths.
     pub fn reset_limits(&self) {
         if let Some(threads) = &self.threads {
-            threads.tell(|| Command::ResetLimits);
+            threads.tell(|| WorkerCommand::ResetLimits);
         }
     }
 

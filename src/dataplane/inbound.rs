@@ -15,7 +15,7 @@ use std::net::SocketAddr;
 
 use crossbeam_channel::Sender;
 
-use super::table::{Peer, Table};
+use super::table::{PeerSnapshot, Table};
 use crate::counters::Counters;
 use crate::io::engine::Engine;
 use crate::packet::coalesce::{Coalescer, TunOffloads};
@@ -132,7 +132,7 @@ struct Allowed<'a> {
     /// The packet that the verdict was about.
     last: Option<(Version, &'a [u8])>,
     /// The peer behind which its source is, if it is the sender.
-    peer: Option<&'a Peer>,
+    peer: Option<&'a PeerSnapshot>,
     /// Packets and bytes of this peer that are not in its counters yet.
     packets: u64,
     bytes: u64,

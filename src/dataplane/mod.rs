@@ -5,11 +5,11 @@
 //! left open for merging, start that too, and sleep. Nothing here allocates,
 //! locks or logs per packet.
 
-pub mod idle;
-pub mod inbound;
-pub mod outbound;
-pub mod rate;
-pub mod report;
+pub(crate) mod idle;
+pub(crate) mod inbound;
+mod outbound;
+mod rate;
+mod report;
 pub mod table;
 
 use std::convert::Infallible;
@@ -27,7 +27,7 @@ use crate::io::engine::{Engine, Event};
 
 /// What the control thread tells a worker. An [`Event::Wake`] follows.
 #[derive(Debug)]
-pub enum Command {
+pub(crate) enum WorkerCommand {
     /// End the loop.
     Stop,
     /// Forward by this table from now on, and let go of the sender once that is
@@ -48,10 +48,10 @@ const CARRIED_EVENTS_MAX: usize = 64;
 ///
 /// # Errors
 /// When the engine fails for good, such as when the device was deleted.
-pub fn run(
+pub(crate) fn run(
     index: usize,
     engine: &mut impl Engine,
-    commands: &Receiver<Command>,
+    commands: &Receiver<WorkerCommand>,
     mut table: Arc<Table>,
     mut inbound: Inbound,
     spin: Spin,
@@ -88,18 +88,18 @@ pub fn run(
                         match command {
                             // What has arrived is still carried: the next process
                             // may go on with what has not.
-                            Command::Stop => {
+                            WorkerCommand::Stop => {
                                 is_stopping = true;
                                 engine.quiesce();
                             }
-                            Command::Table(new, in_force) => {
+                            WorkerCommand::Table(new, in_force) => {
                                 // What was looked up in the old one leaves
                                 // before what is looked up in the new one.
                                 outbound.flush(engine);
                                 table = new;
                                 drop(in_force);
                             }
-                            Command::ResetLimits => engine.reset_limits(),
+                            WorkerCommand::ResetLimits => engine.reset_limits(),
                         }
                     }
                 }

@@ -17,9 +17,10 @@
 //! [`Outbound::failed`].
 
 use std::net::SocketAddr;
+use std::time::Instant;
 
 use super::report::Reporter;
-use super::table::{Peer, Table};
+use super::table::{PeerSnapshot, Table};
 use crate::counters::Counters;
 use crate::io::engine::{Destination, Engine, OPEN_TRAINS_MAX, SendFailure};
 use crate::io::udp::Port;
@@ -44,7 +45,7 @@ pub struct Outbound {
 struct To<'a> {
     next_hop: NextHop,
     endpoint: SocketAddr,
-    peer: &'a Peer,
+    peer: &'a PeerSnapshot,
 }
 
 /// Why they go nowhere.
@@ -105,7 +106,11 @@ impl Outbound {
         engine: &mut impl Engine,
     ) {
         let count = segments.count();
-        let Some(mut index) = self.train_to(to, engine) else {
+        let found = self.open.iter().position(|(train, destination)| {
+            // The endpoint of a next hop changes with the table.
+            train.next_hop() == to.next_hop && destination.endpoint == to.endpoint
+        });
+        let Some(mut index) = found.or_else(|| self.start_train(to, engine)) else {
             counters.drop_no_buffer.add(count as u64);
             return;
         };
@@ -116,8 +121,7 @@ impl Outbound {
             let mut datagram = self.open[index].0.reserve(datagram_bytes);
             if datagram.is_none() {
                 // Full, or of another size: on with the next train.
-                let (train, destination) = self.open.remove(index);
-                send(train, destination, engine);
+                send(self.open.remove(index), engine);
                 match self.start_train(to, engine) {
                     Some(fresh) => index = fresh,
                     None => {
@@ -139,20 +143,10 @@ impl Outbound {
         }
     }
 
-    /// Index of the open train toward a peer, a fresh one if there is none.
-    #[inline]
-    fn train_to(&mut self, to: To<'_>, engine: &mut impl Engine) -> Option<usize> {
-        let found = self.open.iter().position(|(train, destination)| {
-            // The endpoint of a next hop changes with the table.
-            train.next_hop() == to.next_hop && destination.endpoint == to.endpoint
-        });
-        found.or_else(|| self.start_train(to, engine))
-    }
-
+    /// Opens a train toward a peer, and returns its index.
     fn start_train(&mut self, to: To<'_>, engine: &mut impl Engine) -> Option<usize> {
         if self.open.len() == OPEN_TRAINS_MAX {
-            let (train, destination) = self.open.remove(0);
-            send(train, destination, engine);
+            send(self.open.remove(0), engine);
         }
         let mut train = engine.take_train()?;
         let mut limits = engine.limits(to.endpoint);
@@ -176,16 +170,15 @@ impl Outbound {
     #[inline]
     pub fn send_closed(&mut self, engine: &mut impl Engine) {
         while let Some(index) = self.open.iter().position(|(train, _)| train.is_closed()) {
-            let (train, destination) = self.open.remove(index);
-            send(train, destination, engine);
+            send(self.open.remove(index), engine);
         }
     }
 
     /// Sends all open trains: no more frames are at hand.
     #[inline]
     pub fn flush(&mut self, engine: &mut impl Engine) {
-        for (train, destination) in self.open.drain(..) {
-            send(train, destination, engine);
+        for open in self.open.drain(..) {
+            send(open, engine);
         }
     }
 
@@ -210,8 +203,9 @@ impl Outbound {
         };
         drops.add(segments.count() as u64);
         if let Some(problem) = problem {
+            let (now, addresses) = (Instant::now(), table.addresses());
             self.reporter
-                .report(problem, segments, table.addresses(), counters, engine);
+                .report(now, problem, segments, addresses, counters, engine);
         }
     }
 
@@ -267,6 +261,6 @@ fn next_hop<'a>(segments: &Segments<'_>, table: &'a Table) -> Result<To<'a>, Ref
 /// Hands a train to the engine. All packets leave by here, complete and in their
 /// order: the place for a mode that seals them to do so.
 #[inline]
-fn send(train: Train, to: Destination, engine: &mut impl Engine) {
+fn send((train, to): (Train, Destination), engine: &mut impl Engine) {
     engine.send(train, to);
 }

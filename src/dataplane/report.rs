@@ -21,12 +21,6 @@ pub struct Reporter {
     offender: Box<[u8]>,
 }
 
-impl Default for Reporter {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 impl Reporter {
     /// One that has reported nothing yet.
     pub fn new() -> Self {
@@ -40,17 +34,6 @@ impl Reporter {
     /// if there may be one about it and the rate limit has room. One is enough
     /// for a super-packet: its packets have one sender and one fate.
     pub fn report(
-        &mut self,
-        problem: Problem,
-        segments: &Segments<'_>,
-        addresses: &TunnelAddresses,
-        counters: &Counters,
-        sink: &mut impl FrameSink,
-    ) {
-        self.report_at(Instant::now(), problem, segments, addresses, counters, sink);
-    }
-
-    fn report_at(
         &mut self,
         now: Instant,
         problem: Problem,
@@ -147,7 +130,7 @@ mod tests {
     fn report(reporter: &mut Reporter, frame: &[u8], counters: &Counters, sink: &mut Sink) {
         let segments = Segments::new(frame).unwrap();
         let now = Instant::now();
-        reporter.report_at(
+        reporter.report(
             now,
             Problem::NoRoute,
             &segments,
@@ -190,7 +173,7 @@ mod tests {
         let segments = Segments::new(&offender).unwrap();
         let now = Instant::now();
         for _ in 0..100 {
-            reporter.report_at(
+            reporter.report(
                 now,
                 Problem::TimeExceeded,
                 &segments,

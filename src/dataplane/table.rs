@@ -2,7 +2,7 @@
 //! send.
 //!
 //! Workers hold a read-only snapshot; the control thread replaces it as a
-//! whole ([`super::Command::Table`]), so nothing in a packet's way waits for a
+//! whole ([`super::WorkerCommand::Table`]), so nothing in a packet's way waits for a
 //! change, and no packet sees half of one.
 //!
 //! # State that outlives a snapshot
@@ -13,9 +13,9 @@
 //! does, no new table resets it, and the peer's going ends it when the last worker
 //! has let go of the last such table. Workers change it by atomics alone.
 //!
-//! Today that is what is counted, [`Peer::traffic`]. The sessions of a wire mode
+//! Today that is what is counted, [`PeerSnapshot::traffic`]. The sessions of a wire mode
 //! that has them (keys, send counter, replay window, the endpoint as it roams) go
-//! the same way: an `Arc` in [`Peer`], and beside [`Table::senders`], which says by
+//! the same way: an `Arc` in [`PeerSnapshot`], and beside [`Table::senders`], which says by
 //! its address whose a datagram is, the map that says it by a receiver index. A
 //! session that begins or ends is a new snapshot like any other change.
 
@@ -35,7 +35,7 @@ const IPV6_MTU_BYTES_MIN: usize = 1280;
 
 /// A far end of the tunnel, as workers see it.
 #[derive(Clone, Debug)]
-pub struct Peer {
+pub struct PeerSnapshot {
     /// Where its datagrams go; `None` while its name does not resolve, or while
     /// they would come back into the tunnel.
     pub endpoint: Option<SocketAddr>,
@@ -48,7 +48,7 @@ pub struct Peer {
     pub traffic: Arc<[PeerCounters]>,
 }
 
-impl Peer {
+impl PeerSnapshot {
     /// Longest packet of this IP version that is not reported as too big.
     #[inline]
     pub fn packet_bytes_max(&self, version: Version) -> usize {
@@ -63,7 +63,7 @@ impl Peer {
 #[derive(Debug)]
 pub struct Table {
     /// By next hop.
-    peers: Vec<Peer>,
+    peers: Vec<PeerSnapshot>,
     prefixes: Arc<Prefixes>,
     senders: Senders,
     addresses: TunnelAddresses,
@@ -76,7 +76,7 @@ impl Table {
     /// `addresses` are this host's in the tunnel, which errors are reported
     /// from; `is_hop` makes the tunnel count as an IP hop.
     pub fn new(
-        peers: Vec<Peer>,
+        peers: Vec<PeerSnapshot>,
         prefixes: Arc<Prefixes>,
         addresses: TunnelAddresses,
         is_hop: bool,
@@ -96,14 +96,14 @@ impl Table {
     /// The peer with the longest prefix that matches an inner address: where
     /// packets to it go, and who may send packets from it.
     #[inline]
-    pub fn peer(&self, address: IpAddr) -> Option<(NextHop, &Peer)> {
+    pub fn peer(&self, address: IpAddr) -> Option<(NextHop, &PeerSnapshot)> {
         let next_hop = self.prefixes.lookup(address)?;
         Some((next_hop, self.at(next_hop)?))
     }
 
     /// The peer with this next hop.
     #[inline]
-    pub fn at(&self, next_hop: NextHop) -> Option<&Peer> {
+    pub fn at(&self, next_hop: NextHop) -> Option<&PeerSnapshot> {
         self.peers.get(usize::from(next_hop))
     }
 
@@ -130,8 +130,8 @@ impl Table {
 mod tests {
     use super::*;
 
-    fn peer(endpoint: &str) -> Peer {
-        Peer {
+    fn peer(endpoint: &str) -> PeerSnapshot {
+        PeerSnapshot {
             endpoint: endpoint.parse().ok(),
             mtu_bytes: 1000,
             is_fragmented: true,

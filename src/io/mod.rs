@@ -3,13 +3,13 @@
 //! worker, [`uring`] and [`epoll`]. [`engine`] is what a worker sees of either,
 //! and `sides` what both do alike.
 
-pub mod engine;
-pub mod epoll;
+pub(crate) mod engine;
+pub(crate) mod epoll;
 pub(crate) mod message;
 pub(crate) mod path_limits;
 mod sides;
-pub mod tun;
-pub mod udp;
+pub(crate) mod tun;
+pub(crate) mod udp;
 pub mod uring;
 
 #[doc(hidden)]

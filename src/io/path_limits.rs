@@ -63,12 +63,6 @@ impl PathLimits {
         self.failures.0.pop()
     }
 
-    /// Whether there is a [`Self::next_failure`].
-    #[inline]
-    pub fn has_failure(&self) -> bool {
-        !self.failures.0.is_empty()
-    }
-
     /// Deals with a train that the kernel refused with `errno`, counts its
     /// packets, and tells whether the socket's send buffer has no room.
     #[cold]
@@ -355,7 +349,7 @@ mod tests {
             (libc::ENOBUFS, 2, 200),
         ];
         assert_eq!(failures, expected);
-        assert!(!limits.has_failure());
+        assert_eq!(limits.next_failure(), None);
     }
 
     #[test]

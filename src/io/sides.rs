@@ -102,43 +102,38 @@ impl Sides {
         }
     }
 
-    /// The next event. `receive` takes datagrams from the socket.
+    /// The next event. Arrivals come from the side whose turn it is, or else from
+    /// the other; `receive` takes datagrams from the socket.
     #[inline]
     pub fn next_event(
         &mut self,
         receive: impl FnOnce(&mut Self) -> Option<Event>,
     ) -> Option<Event> {
+        if let Some(event) = self.next.take() {
+            return Some(event);
+        }
         if std::mem::take(&mut self.wake_pending) {
             return Some(Event::Wake);
         }
         if let Some(failure) = self.paths.next_failure() {
             return Some(Event::SendFailed(failure));
         }
-        self.next.take().or_else(|| self.read(receive))
-    }
-
-    /// Whether there is a [`Self::next_event`].
-    #[inline]
-    pub fn has_event(&mut self, receive: impl FnOnce(&mut Self) -> Option<Event>) -> bool {
-        if self.wake_pending || self.paths.has_failure() {
-            return true;
-        }
-        if self.next.is_none() {
-            self.next = self.read(receive);
-        }
-        self.next.is_some()
-    }
-
-    /// Reads from the side whose turn it is, or else from the other.
-    #[inline]
-    fn read(&mut self, receive: impl FnOnce(&mut Self) -> Option<Event>) -> Option<Event> {
-        let event = if self.tun_is_next {
+        let arrival = if self.tun_is_next {
             self.read_frame().or_else(|| receive(self))
         } else {
             receive(self).or_else(|| self.read_frame())
         };
-        self.tun_is_next = !matches!(event, Some(Event::Frame(_)));
-        event
+        self.tun_is_next = !matches!(arrival, Some(Event::Frame(_)));
+        arrival
+    }
+
+    /// Whether there is a [`Self::next_event`]: it is read ahead.
+    #[inline]
+    pub fn has_event(&mut self, receive: impl FnOnce(&mut Self) -> Option<Event>) -> bool {
+        if self.next.is_none() {
+            self.next = self.next_event(receive);
+        }
+        self.next.is_some()
     }
 
     /// Whether the TUN queue is to be read.

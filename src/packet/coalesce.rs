@@ -57,17 +57,44 @@ impl Coalescer {
     /// Whatever becomes final by it goes to `sink`.
     #[inline]
     pub fn push(&mut self, version: Version, packet: &[u8], sink: &mut impl FrameSink) {
-        match classify(version, packet) {
-            Class::Data(data) if self.wants(&data) => self.push_data(&data, packet, sink),
+        let data = match classify(version, packet) {
+            Class::Data(data) if self.wants(&data) => data,
             Class::Data(Data { flow, .. }) | Class::Flow(flow) => {
                 self.close_if(sink, |open| open.is_of(&flow, packet));
-                pass(packet, sink);
+                return pass(packet, sink);
             }
             Class::Other => {
                 self.close_if(sink, |open| open.is_between_same(version, packet));
-                pass(packet, sink);
+                return pass(packet, sink);
             }
+        };
+        // The newest is the likeliest: traffic comes in bursts of one flow.
+        let found = self
+            .open
+            .iter()
+            .rposition(|open| open.is_of(&data.flow, packet));
+        if let Some(index) = found {
+            let open = &mut self.open[index];
+            if open.append(&data, packet) {
+                if open.is_full(&data) {
+                    sink.write(self.open.remove(index).finish());
+                }
+                return;
+            }
+            sink.write(self.open.remove(index).finish());
         }
+        let Some(frame) = sink.take_frame() else {
+            return;
+        };
+        let open = Open::new(frame, &data, packet);
+        if data.closes() {
+            sink.write(open.finish());
+            return;
+        }
+        if self.open.len() == FLOWS_MAX {
+            sink.write(self.open.remove(0).finish());
+        }
+        self.open.push(open);
     }
 
     /// Hands all that is open to `sink`. To be called when no more packets are
@@ -85,37 +112,6 @@ impl Coalescer {
             TCP => self.offloads.tcp,
             _ => self.offloads.udp,
         }
-    }
-
-    #[inline]
-    fn push_data(&mut self, data: &Data, packet: &[u8], sink: &mut impl FrameSink) {
-        // The newest is the likeliest: traffic comes in bursts of one flow.
-        let found = self
-            .open
-            .iter()
-            .rposition(|open| open.is_of(&data.flow, packet));
-        if let Some(index) = found {
-            let open = &mut self.open[index];
-            if open.append(data, packet) {
-                if open.is_full(data) {
-                    sink.write(self.open.remove(index).finish());
-                }
-                return;
-            }
-            sink.write(self.open.remove(index).finish());
-        }
-        let Some(frame) = sink.take_frame() else {
-            return;
-        };
-        let open = Open::new(frame, data, packet);
-        if data.closes() {
-            sink.write(open.finish());
-            return;
-        }
-        if self.open.len() == FLOWS_MAX {
-            sink.write(self.open.remove(0).finish());
-        }
-        self.open.push(open);
     }
 
     fn close_if(&mut self, sink: &mut impl FrameSink, matches: impl Fn(&Open) -> bool) {

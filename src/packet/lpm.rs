@@ -31,7 +31,7 @@
 //! takes 46 / 66 ns, iptrie 54 / 79 and prefix-trie 66 / 160. Also, iptrie and
 //! prefix-trie use `unsafe` code.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 use std::ops::Range;
 
 use ipnet::IpNet;
@@ -87,21 +87,9 @@ impl Prefixes {
     #[inline(always)]
     pub fn lookup(&self, address: IpAddr) -> Option<NextHop> {
         match address {
-            IpAddr::V4(address) => self.lookup_v4(address),
-            IpAddr::V6(address) => self.lookup_v6(address),
+            IpAddr::V4(address) => self.v4.lookup(address.to_bits()),
+            IpAddr::V6(address) => self.v6.lookup(address.to_bits()),
         }
-    }
-
-    /// As [`lookup`](Self::lookup), of an IPv4 address.
-    #[inline(always)]
-    pub fn lookup_v4(&self, address: Ipv4Addr) -> Option<NextHop> {
-        self.v4.lookup(address.to_bits())
-    }
-
-    /// As [`lookup`](Self::lookup), of an IPv6 address.
-    #[inline(always)]
-    pub fn lookup_v6(&self, address: Ipv6Addr) -> Option<NextHop> {
-        self.v6.lookup(address.to_bits())
     }
 
     /// Prefixes of both families, equal ones counted once.
@@ -112,11 +100,6 @@ impl Prefixes {
     /// Whether there is no prefix, so that no address has a next hop.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
-    }
-
-    /// Bytes that the table takes on the heap.
-    pub fn heap_bytes(&self) -> usize {
-        self.v4.heap_bytes() + self.v6.heap_bytes()
     }
 }
 
@@ -321,14 +304,6 @@ impl<A: Address> Ranges<A> {
         let equal = highs[before..].partition_point(|start| *start == high);
         let lows = &self.lows[part][before..before + equal];
         at + before + lows.partition_point(|start| *start <= low)
-    }
-
-    fn heap_bytes(&self) -> usize {
-        size_of_val(&*self.nodes)
-            + size_of_val(&*self.slots)
-            + size_of_val(&*self.highs)
-            + size_of_val(&*self.lows)
-            + size_of_val(&*self.next_hops)
     }
 }
 

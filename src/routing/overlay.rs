@@ -589,7 +589,7 @@ impl Overlay {
         };
         self.built = Some(Arc::clone(&prefixes));
         let peers = self.peers.iter().map(|peer| match peer {
-            Some(peer) => table::Peer {
+            Some(peer) => table::PeerSnapshot {
                 endpoint: peer.endpoint_in_use(),
                 mtu_bytes: inner_mtu_bytes(peer),
                 // IPv6 routers do not (RFC 8200, section 5).
@@ -597,7 +597,7 @@ impl Overlay {
                 traffic: Arc::clone(&peer.traffic),
             },
             // A place that is free: no prefix leads there.
-            None => table::Peer {
+            None => table::PeerSnapshot {
                 endpoint: None,
                 mtu_bytes: 0,
                 is_fragmented: true,

@@ -12,7 +12,7 @@ use crate::daemon::engine::Engine;
 use crate::dataplane::idle::Spin;
 use crate::dataplane::inbound::{Inbound, ReceivedProbe};
 use crate::dataplane::table::Table;
-use crate::dataplane::{self, Command};
+use crate::dataplane::{self, WorkerCommand};
 use crate::error::{Error, Result};
 use crate::io::engine;
 use crate::io::epoll::Epoll;
@@ -46,7 +46,7 @@ pub struct Setup {
 
 struct Worker {
     thread: JoinHandle<()>,
-    commands: Sender<Command>,
+    commands: Sender<WorkerCommand>,
     wake: Arc<EventFd>,
 }
 
@@ -121,7 +121,7 @@ impl Threads {
         let (sender, in_force) = bounded(0);
         let mut all_told = false;
         while !all_told && Instant::now() < deadline {
-            all_told = self.tell(|| Command::Table(Arc::clone(table), sender.clone()));
+            all_told = self.tell(|| WorkerCommand::Table(Arc::clone(table), sender.clone()));
             if !all_told {
                 std::thread::sleep(PUBLISH_WAIT_STEP);
             }
@@ -147,7 +147,7 @@ impl Threads {
 
     /// Tells all workers that have not ended. A worker that has not taken its last
     /// commands yet is left out rather than waited for; `false` then.
-    pub fn tell(&self, command: impl Fn() -> Command) -> bool {
+    pub fn tell(&self, command: impl Fn() -> WorkerCommand) -> bool {
         let mut all = true;
         for worker in &self.workers {
             let told = worker.commands.try_send(command());
@@ -164,10 +164,10 @@ impl Drop for Threads {
         // Those that have not started yet find the word to stop first.
         let gate = self.gate.take();
         if gate.is_some() {
-            self.tell(|| Command::Stop);
+            self.tell(|| WorkerCommand::Stop);
         }
         drop(gate);
-        while !self.tell(|| Command::Stop) {
+        while !self.tell(|| WorkerCommand::Stop) {
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
         for worker in self.workers.drain(..) {
@@ -214,7 +214,7 @@ impl Parts {
         })
     }
 
-    fn work(self, commands: &Receiver<Command>, wake: Arc<EventFd>) {
+    fn work(self, commands: &Receiver<WorkerCommand>, wake: Arc<EventFd>) {
         if let Some(cores) = self.setup.cores.as_ref().filter(|cores| !cores.is_empty()) {
             let id = cores[self.index % cores.len()];
             if !core_affinity::set_for_current(core_affinity::CoreId { id }) {
@@ -248,7 +248,7 @@ impl Parts {
 /// A worker's run, whatever engine it is on.
 struct Run<'a> {
     index: usize,
-    commands: &'a Receiver<Command>,
+    commands: &'a Receiver<WorkerCommand>,
     counters: &'a Counters,
     setup: &'a Setup,
     ready: Sender<Result<()>>,

@@ -175,11 +175,6 @@ impl Uring {
                 }
             },
         }
-        self.reap();
-        Ok(())
-    }
-
-    fn reap(&mut self) {
         let mut completions = std::mem::take(&mut self.completions);
         loop {
             completions.extend(self.ring.completion().take(COMPLETIONS_MAX));
@@ -189,7 +184,7 @@ impl Uring {
             }
             if is_last {
                 self.completions = completions;
-                return;
+                return Ok(());
             }
         }
     }
@@ -309,7 +304,7 @@ impl Uring {
     /// Starts what is queued, cancels what waits, and takes in the completions
     /// of both.
     fn cancel_all(&mut self) {
-        let _ = self.ring.submit();
+        let _ = self.enter(0);
         let submitter = self.ring.submitter();
         match submitter.register_sync_cancel(None, CancelBuilder::any()) {
             Err(error) if error.raw_os_error() != Some(libc::ENOENT) => {
@@ -318,8 +313,7 @@ impl Uring {
             _ => {}
         }
         for _ in 0..DRAIN_TRIES_MAX {
-            // Cancelled requests complete in task work, which only runs here.
-            self.reap();
+            let _ = self.enter(0);
             let Armed {
                 wake,
                 tun,
@@ -329,6 +323,7 @@ impl Uring {
             if self.in_flight == 0 && !(wake || tun || receive || send_room) {
                 break;
             }
+            // Cancelled requests complete in task work, which only runs here.
             let timespec = types::Timespec::new().nsec(DRAIN_WAIT_NS);
             let args = types::SubmitArgs::new().timespec(&timespec);
             let _ = self.ring.submitter().submit_with_args(1, &args);
