@@ -84,33 +84,18 @@ pub(crate) fn run(
                 }
                 Event::SendFailed(failure) => outbound.failed(&failure, &table, counters),
                 Event::Wake => {
-                    for command in commands.try_iter() {
-                        match command {
-                            // What has arrived is still carried: the next process
-                            // may go on with what has not.
-                            WorkerCommand::Stop => {
-                                is_stopping = true;
-                                engine.quiesce();
-                            }
-                            WorkerCommand::Table(new, in_force) => {
-                                // What was looked up in the old one leaves
-                                // before what is looked up in the new one.
-                                outbound.flush(engine);
-                                table = new;
-                                drop(in_force);
-                            }
-                            WorkerCommand::ResetLimits => engine.reset_limits(),
-                        }
-                    }
+                    is_stopping |= obey(commands, &mut table, &mut outbound, engine);
                 }
             }
         }
         // Submit what is complete. While more arrives, what is open may still
         // grow: a frame rarely fills its last train.
-        outbound.send_closed(engine);
-        engine.submit()?;
-        if carried < CARRIED_EVENTS_MAX && engine.has_event() {
-            continue;
+        if carried < CARRIED_EVENTS_MAX {
+            outbound.send_closed(engine);
+            engine.submit()?;
+            if engine.has_event() {
+                continue;
+            }
         }
         // Submit the rest.
         outbound.flush(engine);
@@ -124,4 +109,33 @@ pub(crate) fn run(
             return Ok(());
         }
     }
+}
+
+/// Carries out what the control thread has said; `true` if that is to stop.
+fn obey(
+    commands: &Receiver<WorkerCommand>,
+    table: &mut Arc<Table>,
+    outbound: &mut Outbound,
+    engine: &mut impl Engine,
+) -> bool {
+    let mut is_stopping = false;
+    for command in commands.try_iter() {
+        match command {
+            // What has arrived is still carried: the next process may go on with
+            // what has not.
+            WorkerCommand::Stop => {
+                is_stopping = true;
+                engine.quiesce();
+            }
+            WorkerCommand::Table(new, in_force) => {
+                // What was looked up in the old one leaves before what is looked
+                // up in the new one.
+                outbound.flush(engine);
+                *table = new;
+                drop(in_force);
+            }
+            WorkerCommand::ResetLimits => engine.reset_limits(),
+        }
+    }
+    is_stopping
 }
