@@ -17,8 +17,7 @@ use crate::wire;
 pub struct Settings {
     /// Address and port of the UDP sockets.
     pub listen: SocketAddr,
-    /// MTU, addresses, routes and queue length of the TUN device. The peers'
-    /// prefixes are not among the routes.
+    /// MTU, addresses and queue length of the TUN device.
     pub link: link::LinkConfig,
     /// Whether the address was derived rather than given.
     pub address_is_derived: bool,
@@ -111,7 +110,6 @@ impl Settings {
             listen,
             link: link::LinkConfig {
                 addresses,
-                routes: config.routes.clone(),
                 mtu_bytes,
                 txqueuelen: config.txqueuelen,
             },

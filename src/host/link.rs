@@ -11,14 +11,14 @@ use crate::host::netlink::route::MAIN_TABLE;
 use crate::host::netlink::{Netlink, Way};
 
 /// Smallest MTU that IPv6 works with (RFC 8200, section 5).
-pub const IPV6_MTU_BYTES_MIN: u32 = 1280;
+pub(crate) const IPV6_MTU_BYTES_MIN: u32 = 1280;
 
 /// The table that is looked up after the main one (`RT_TABLE_DEFAULT`,
 /// linux/rtnetlink.h).
 const DEFAULT_TABLE: u32 = 253;
 
 /// Smallest MTU that IPv4 works with (RFC 791).
-pub const IPV4_MTU_BYTES_MIN: u32 = 68;
+pub(crate) const IPV4_MTU_BYTES_MIN: u32 = 68;
 
 /// The overlay's prefix for derived addresses: flannel's default network.
 const OVERLAY: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(10, 244, 0, 0), 16);
@@ -28,8 +28,6 @@ const OVERLAY: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(10, 244, 0, 0), 16);
 pub struct LinkConfig {
     /// Addresses with the length of their prefix.
     pub addresses: Vec<IpNet>,
-    /// Routes through the device.
-    pub routes: Vec<IpNet>,
     /// MTU in bytes.
     pub mtu_bytes: u32,
     /// Packets that wait in a queue for a worker.
@@ -59,7 +57,7 @@ pub fn bring_up(
 ///
 /// # Errors
 /// When the kernel refuses.
-pub fn addresses_to_add(
+pub(crate) fn addresses_to_add(
     netlink: &mut Netlink,
     index: u32,
     old: &[IpNet],
@@ -80,7 +78,7 @@ pub fn addresses_to_add(
 ///
 /// # Errors
 /// Names the address that the kernel refused. The device is then as it was.
-pub fn add_addresses(netlink: &mut Netlink, index: u32, addresses: &[IpNet]) -> Result<()> {
+pub(crate) fn add_addresses(netlink: &mut Netlink, index: u32, addresses: &[IpNet]) -> Result<()> {
     for (count, &address) in addresses.iter().enumerate() {
         if let Err(error) = netlink.add_address(index, address) {
             remove_addresses(netlink, index, &addresses[..count]);
@@ -97,7 +95,7 @@ fn excludes(one: &IpNet, other: &IpNet) -> bool {
 }
 
 /// Takes back what [`add_addresses`] gave, as far as it is still there.
-pub fn remove_addresses(netlink: &mut Netlink, index: u32, added: &[IpNet]) {
+pub(crate) fn remove_addresses(netlink: &mut Netlink, index: u32, added: &[IpNet]) {
     if let Err(error) = remove_present(netlink, index, added) {
         tracing::warn!("{error}");
     }
@@ -112,7 +110,7 @@ fn addresses_of(netlink: &mut Netlink, index: u32) -> Result<Vec<IpNet>> {
 
 /// Lets the device deliver what we report to senders from our own address,
 /// which the kernel else takes for a forgery; tells whether it does.
-pub fn accept_local(netlink: &mut Netlink, index: u32) -> bool {
+pub(crate) fn accept_local(netlink: &mut Netlink, index: u32) -> bool {
     netlink
         .accept_local(index)
         .inspect_err(|error| tracing::debug!("reports come from the address asked for: {error}"))
@@ -124,7 +122,7 @@ pub fn accept_local(netlink: &mut Netlink, index: u32) -> bool {
 ///
 /// # Errors
 /// Names the address that the kernel refused. The device has the old ones then.
-pub fn set_addresses(
+pub(crate) fn set_addresses(
     netlink: &mut Netlink,
     index: u32,
     old: &[IpNet],
@@ -182,7 +180,11 @@ fn add_missing(netlink: &mut Netlink, index: u32, addresses: &[IpNet]) -> Result
 ///
 /// # Errors
 /// Names the address and the interface.
-pub fn check_networks(netlink: &mut Netlink, own: Option<u32>, addresses: &[IpNet]) -> Result<()> {
+pub(crate) fn check_networks(
+    netlink: &mut Netlink,
+    own: Option<u32>,
+    addresses: &[IpNet],
+) -> Result<()> {
     let others: Vec<_> = netlink.addresses()?;
     let others = || others.iter().filter(|(index, _)| Some(*index) != own);
     // Without a network there is no route; and all interfaces have that of the
@@ -226,7 +228,11 @@ fn link_name(netlink: &mut Netlink, index: u32) -> String {
 ///
 /// # Errors
 /// Names the peer if they would.
-pub fn check_outside(netlink: &mut Netlink, own: Option<u32>, peer: SocketAddr) -> Result<()> {
+pub(crate) fn check_outside(
+    netlink: &mut Netlink,
+    own: Option<u32>,
+    peer: SocketAddr,
+) -> Result<()> {
     if own.is_some() && netlink.interface_to_endpoint(peer)? == own {
         return Err(inside(peer.ip()));
     }
@@ -246,7 +252,7 @@ fn inside(peer: IpAddr) -> Error {
 ///
 /// # Errors
 /// Names the peer if it would.
-pub fn check_will_be_outside(
+pub(crate) fn check_will_be_outside(
     netlink: &mut Netlink,
     own: Option<u32>,
     peer: SocketAddr,
@@ -303,7 +309,7 @@ fn longest_match(prefixes: &BTreeSet<IpNet>, address: IpAddr) -> Option<u8> {
 ///
 /// # Errors
 /// When that would be the network's own or its broadcast address.
-pub fn derive_address(underlay: IpAddr) -> Result<Ipv4Net> {
+pub(crate) fn derive_address(underlay: IpAddr) -> Result<Ipv4Net> {
     let (x, y) = match underlay {
         IpAddr::V4(address) => (address.octets()[2], address.octets()[3]),
         IpAddr::V6(address) => (address.octets()[14], address.octets()[15]),
@@ -324,7 +330,7 @@ pub fn derive_address(underlay: IpAddr) -> Result<Ipv4Net> {
 ///
 /// # Errors
 /// Names the address or route that overlaps.
-pub fn check_free(netlink: &mut Netlink, derived: Ipv4Net, own: Option<u32>) -> Result<()> {
+pub(crate) fn check_free(netlink: &mut Netlink, derived: Ipv4Net, own: Option<u32>) -> Result<()> {
     let network = IpNet::from(derived.trunc());
     let overlaps = |other: &IpNet| {
         other.prefix_len() > 0 && (other.contains(&network) || network.contains(&other.trunc()))

@@ -2,7 +2,7 @@
 //! the kernel's netlink sockets.
 
 pub mod link;
-pub mod mtu_probe;
+pub(crate) mod mtu_probe;
 pub mod netlink;
-pub mod path;
+pub(crate) mod path;
 pub mod routes;

@@ -50,7 +50,7 @@ impl MtuProbe {
     ///
     /// # Errors
     /// When there is no descriptor left, or no way to the peer.
-    pub fn open(listen: IpAddr, peer: SocketAddr, nonce: u64) -> io::Result<Self> {
+    pub(crate) fn open(listen: IpAddr, peer: SocketAddr, nonce: u64) -> io::Result<Self> {
         let any: IpAddr = match peer {
             SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
             SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
@@ -78,7 +78,7 @@ impl MtuProbe {
     ///
     /// # Errors
     /// When the kernel does not take it, as if its interface is narrower.
-    pub fn send(&mut self, packet_bytes: u32) -> io::Result<()> {
+    pub(crate) fn send(&mut self, packet_bytes: u32) -> io::Result<()> {
         let payload_bytes = packet_bytes.saturating_sub(overhead_bytes(self.peer.ip()));
         let probe = Probe {
             kind: Kind::Size,
@@ -90,7 +90,7 @@ impl MtuProbe {
     }
 
     /// The MTU of who had no room for the last packet, if somebody has said so.
-    pub fn too_long_for(&self) -> Option<u32> {
+    pub(crate) fn too_long_for(&self) -> Option<u32> {
         let mut quote = [0; PROBE_BYTES_MIN];
         let mut mtu_bytes: Option<u32> = None;
         for _ in 0..MESSAGES_MAX {

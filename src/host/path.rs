@@ -8,26 +8,26 @@ use crate::error::{Error, Result};
 use crate::host::netlink::Netlink;
 
 /// Path MTU that is counted on while no path is known: Ethernet's.
-pub const MTU_BYTES_DEFAULT: u32 = 1500;
+pub(crate) const MTU_BYTES_DEFAULT: u32 = 1500;
 
 /// Most addresses of a peer that are looked at.
-pub const ADDRESSES_MAX: usize = 16;
+pub(crate) const ADDRESSES_MAX: usize = 16;
 
 /// What this host's routes say about a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Path {
     /// The source address that datagrams to the peer will carry.
-    pub local: IpAddr,
+    pub(crate) local: IpAddr,
     /// MTU in bytes of the route, or else of the interface. The path beyond may
     /// have less.
-    pub mtu_bytes: u32,
+    pub(crate) mtu_bytes: u32,
 }
 
 /// The best of [`resolve_all`]'s addresses.
 ///
 /// # Errors
 /// As [`resolve_all`].
-pub fn resolve(host: &str, port: u16, listen: Option<IpAddr>) -> Result<SocketAddr> {
+pub(crate) fn resolve(host: &str, port: u16, listen: Option<IpAddr>) -> Result<SocketAddr> {
     resolve_all(host, port, listen).map(|addresses| addresses[0])
 }
 
@@ -40,7 +40,11 @@ pub fn resolve(host: &str, port: u16, listen: Option<IpAddr>) -> Result<SocketAd
 /// # Errors
 /// When the name does not resolve, or only to what is no address of a host:
 /// 0.0.0.0 is how some name servers block a name, and would lead to this host.
-pub fn resolve_all(host: &str, port: u16, listen: Option<IpAddr>) -> Result<Vec<SocketAddr>> {
+pub(crate) fn resolve_all(
+    host: &str,
+    port: u16,
+    listen: Option<IpAddr>,
+) -> Result<Vec<SocketAddr>> {
     let resolved: Vec<SocketAddr> = (host, port)
         .to_socket_addrs()
         .map_err(|error| {
@@ -96,7 +100,7 @@ fn usable(
 }
 
 /// Whether this can be the address of a host.
-pub fn is_host(address: SocketAddr) -> bool {
+pub(crate) fn is_host(address: SocketAddr) -> bool {
     !address.ip().is_unspecified() && !address.ip().is_multicast()
 }
 
@@ -105,7 +109,7 @@ pub fn is_host(address: SocketAddr) -> bool {
 ///
 /// # Errors
 /// As [`local_address`], or when the kernel refuses to tell the route.
-pub fn discover(netlink: &mut Netlink, listen: IpAddr, peer: SocketAddr) -> Result<Path> {
+pub(crate) fn discover(netlink: &mut Netlink, listen: IpAddr, peer: SocketAddr) -> Result<Path> {
     let local = local_address(listen, peer)?;
     let route = netlink.route_mtu(peer)?;
     Ok(Path {
@@ -120,7 +124,7 @@ pub fn discover(netlink: &mut Netlink, listen: IpAddr, peer: SocketAddr) -> Resu
 /// # Errors
 /// When there is no route to the peer, or `listen` is not an address of this
 /// host.
-pub fn local_address(listen: IpAddr, peer: SocketAddr) -> Result<IpAddr> {
+pub(crate) fn local_address(listen: IpAddr, peer: SocketAddr) -> Result<IpAddr> {
     let any: IpAddr = match peer {
         SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
         SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
@@ -152,7 +156,7 @@ pub fn local_address(listen: IpAddr, peer: SocketAddr) -> Result<IpAddr> {
 ///
 /// # Errors
 /// When it is, names it.
-pub fn check_other(listen: SocketAddr, peer: SocketAddr, local: IpAddr) -> Result<()> {
+pub(crate) fn check_other(listen: SocketAddr, peer: SocketAddr, local: IpAddr) -> Result<()> {
     if local != peer.ip() || listen.port() != peer.port() {
         return Ok(());
     }

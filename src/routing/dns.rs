@@ -34,9 +34,9 @@ const SILENCE_MAX: Duration = Duration::from_secs(300);
 #[derive(Debug)]
 pub struct Answer {
     /// The peer's name.
-    pub name: PeerName,
+    pub(crate) name: PeerName,
     /// Its addresses, the best first, or why there are none.
-    pub result: Result<Vec<SocketAddr>>,
+    pub(crate) result: Result<Vec<SocketAddr>>,
 }
 
 /// A peer's `addresses`, of which the best comes first, in the order in which
@@ -44,7 +44,7 @@ pub struct Answer {
 /// its `current` address while that is among them. If it `is_silent` there, the
 /// others come first, from the next higher address round to the next lower one:
 /// this way each has its turn.
-pub fn in_order(
+pub(crate) fn in_order(
     mut addresses: Vec<SocketAddr>,
     current: Option<SocketAddr>,
     is_silent: bool,
@@ -64,7 +64,7 @@ pub fn in_order(
 ///
 /// # Errors
 /// When none passes; names the peer.
-pub fn first_usable(
+pub(crate) fn first_usable(
     name: &PeerName,
     addresses: Vec<SocketAddr>,
     mut check: impl FnMut(SocketAddr) -> Result<()>,
@@ -81,7 +81,7 @@ pub fn first_usable(
 }
 
 /// That a peer's name resolves, but not to an address that can be used.
-pub fn cannot_use(name: &PeerName, reason: &Error) -> Error {
+pub(crate) fn cannot_use(name: &PeerName, reason: &Error) -> Error {
     Error::new(format!("cannot use peer {name}: {reason}"))
 }
 
@@ -115,7 +115,7 @@ impl Names {
     ///
     /// # Errors
     /// When there are no more threads.
-    pub fn start(
+    pub(crate) fn start(
         resolve: impl Fn(&PeerName) -> Result<Vec<SocketAddr>> + Send + Sync + 'static,
     ) -> Result<Self> {
         let resolve = Arc::new(resolve);
@@ -146,13 +146,13 @@ impl Names {
     }
 
     /// Where answers come in. What came of each goes to [`Self::heard`].
-    pub fn answers(&self) -> &Receiver<Answer> {
+    pub(crate) fn answers(&self) -> &Receiver<Answer> {
         &self.answers
     }
 
     /// Looks after these names and no others. New ones are asked for at the
     /// next [`Self::tick`].
-    pub fn watch<'a>(&mut self, names: impl Iterator<Item = &'a PeerName>, now: Instant) {
+    pub(crate) fn watch<'a>(&mut self, names: impl Iterator<Item = &'a PeerName>, now: Instant) {
         let mut old = std::mem::take(&mut self.watched);
         for name in names {
             let watched = old.remove(name).unwrap_or(Watched {
@@ -169,7 +169,7 @@ impl Names {
     }
 
     /// Asks for all names anew.
-    pub fn ask_all(&mut self, now: Instant) {
+    pub(crate) fn ask_all(&mut self, now: Instant) {
         for watched in self.watched.values_mut() {
             watched.next_at = Some(now);
             watched.retry = RETRY_MIN;
@@ -180,7 +180,7 @@ impl Names {
     }
 
     /// Asks for the names whose time has come.
-    pub fn tick(&mut self, now: Instant) {
+    pub(crate) fn tick(&mut self, now: Instant) {
         for (name, watched) in &mut self.watched {
             let is_due = watched.next_at.is_some_and(|at| at <= now);
             if is_due && !watched.is_asked && self.jobs.try_send(name.clone()).is_ok() {
@@ -193,7 +193,7 @@ impl Names {
 
     /// Whether an answer about this name will come: it has been asked for, or
     /// will be at a [`Self::tick`] now.
-    pub fn is_expected(&self, name: &PeerName, now: Instant) -> bool {
+    pub(crate) fn is_expected(&self, name: &PeerName, now: Instant) -> bool {
         self.watched.get(name).is_some_and(|watched| {
             watched.is_asked || watched.next_at.is_some_and(|next_at| next_at <= now)
         })
@@ -201,7 +201,7 @@ impl Names {
 
     /// The peer of this name has been silent for `silence`, although we send
     /// to it.
-    pub fn silent(&mut self, name: &PeerName, silence: Duration, now: Instant) {
+    pub(crate) fn silent(&mut self, name: &PeerName, silence: Duration, now: Instant) {
         if let Some(watched) = self.watched.get_mut(name)
             && watched.is_resolved
             && !watched.is_asked
@@ -220,7 +220,7 @@ impl Names {
     }
 
     /// The peer of this name answers.
-    pub fn answered(&mut self, name: &PeerName) {
+    pub(crate) fn answered(&mut self, name: &PeerName) {
         if let Some(watched) = self.watched.get_mut(name) {
             watched.silence = SILENCE_MIN;
             watched.is_silent = false;
@@ -229,7 +229,7 @@ impl Names {
 
     /// Whether the name is asked for because its peer is silent, until the
     /// answer has been [`Self::heard`].
-    pub fn is_for_silence(&self, name: &PeerName) -> bool {
+    pub(crate) fn is_for_silence(&self, name: &PeerName) -> bool {
         self.watched
             .get(name)
             .is_some_and(|watched| watched.is_silent)
@@ -237,7 +237,7 @@ impl Names {
 
     /// Takes note of an answer. The name is asked for again later if there was
     /// no address that is good. `false`: nobody wants to know any more.
-    pub fn heard(&mut self, name: &PeerName, is_good: bool, now: Instant) -> bool {
+    pub(crate) fn heard(&mut self, name: &PeerName, is_good: bool, now: Instant) -> bool {
         let Some(watched) = self.watched.get_mut(name) else {
             return false;
         };

@@ -1,4 +1,4 @@
 //! Who the peers are: their prefixes, their endpoints and their names.
 
-pub mod dns;
-pub mod overlay;
+pub(crate) mod dns;
+pub(crate) mod overlay;

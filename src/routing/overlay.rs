@@ -22,10 +22,10 @@ use crate::packet::lpm::Prefixes;
 use crate::packet::train::{NextHop, TRAIN_BYTES_MAX};
 use crate::wire;
 
-pub use changes::Changes;
+pub(crate) use changes::Changes;
 
 /// Most prefixes over all peers: bounds the memory that requests can take.
-pub const PREFIXES_MAX: usize = 1_000_000;
+pub(crate) const PREFIXES_MAX: usize = 1_000_000;
 
 /// Where a peer or a prefix comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,7 +39,7 @@ pub enum Origin {
 
 impl Origin {
     /// As operators read it.
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Config => "config",
             Self::Runtime => "runtime",
@@ -51,31 +51,31 @@ impl Origin {
 #[derive(Clone, Debug)]
 pub struct Peer {
     /// Host and port as they were given.
-    pub name: PeerName,
+    pub(crate) name: PeerName,
     /// Who added it.
-    pub origin: Origin,
+    pub(crate) origin: Origin,
     /// It was given no prefixes: it takes what no prefix matches.
-    pub is_default: bool,
+    pub(crate) is_default: bool,
     /// Its address, with the port that it was given; `None` while its name does
     /// not resolve.
-    pub endpoint: Option<SocketAddr>,
+    pub(crate) endpoint: Option<SocketAddr>,
     /// The port that it has been seen to send from instead.
-    pub learned_port: Option<u16>,
+    pub(crate) learned_port: Option<u16>,
     /// The way there leads through the tunnel itself, so nothing is sent.
-    pub is_suspended: bool,
+    pub(crate) is_suspended: bool,
     /// MTU of the path to it in bytes, if it is known.
-    pub path_mtu_bytes: Option<u32>,
+    pub(crate) path_mtu_bytes: Option<u32>,
     /// A router on the path takes less than this host's interface.
-    pub is_path_narrow: bool,
+    pub(crate) is_path_narrow: bool,
     /// What the workers count for it.
-    pub traffic: Arc<[PeerCounters]>,
+    pub(crate) traffic: Arc<[PeerCounters]>,
     /// How many prefixes it has.
-    pub prefix_count: usize,
+    pub(crate) prefix_count: usize,
 }
 
 impl Peer {
     /// Its address, with the port that was learned, if one was.
-    pub fn endpoint_learned(&self) -> Option<SocketAddr> {
+    pub(crate) fn endpoint_learned(&self) -> Option<SocketAddr> {
         let mut endpoint = self.endpoint?;
         let port = self.learned_port.unwrap_or(endpoint.port());
         endpoint.set_port(port);
@@ -90,7 +90,7 @@ impl Peer {
     }
 
     /// Where its datagrams go now, if anywhere.
-    pub fn endpoint_in_use(&self) -> Option<SocketAddr> {
+    pub(crate) fn endpoint_in_use(&self) -> Option<SocketAddr> {
         self.endpoint_learned().filter(|_| !self.is_suspended)
     }
 }
@@ -128,7 +128,7 @@ pub struct Overlay {
 
 impl Overlay {
     /// No peers yet, and `workers` that will count for each.
-    pub fn new(workers: usize) -> Self {
+    pub(crate) fn new(workers: usize) -> Self {
         Self {
             peers: Vec::new(),
             free: BTreeSet::new(),
@@ -142,7 +142,7 @@ impl Overlay {
     }
 
     /// Lets `workers` count for each peer, from zero.
-    pub fn count_for(&mut self, workers: usize) {
+    pub(crate) fn count_for(&mut self, workers: usize) {
         self.workers = workers;
         for peer in self.peers.iter_mut().flatten() {
             peer.traffic = traffic(workers);
@@ -152,7 +152,7 @@ impl Overlay {
     /// Notes this host's own addresses, on whatever interface: no peer is behind
     /// them, whatever its prefixes, so that nobody sends in their name. Tells
     /// whether that is news.
-    pub fn set_own_addresses(&mut self, own: BTreeSet<IpAddr>) -> bool {
+    pub(crate) fn set_own_addresses(&mut self, own: BTreeSet<IpAddr>) -> bool {
         let is_news = self.own != own;
         if is_news {
             self.own = own;
@@ -162,12 +162,12 @@ impl Overlay {
     }
 
     /// This host's addresses, as of [`Self::set_own_addresses`].
-    pub fn own_addresses(&self) -> &BTreeSet<IpAddr> {
+    pub(crate) fn own_addresses(&self) -> &BTreeSet<IpAddr> {
         &self.own
     }
 
     /// Whether datagrams to `endpoint` would come back to sockets on `listen`.
-    pub fn leads_back(&self, listen: SocketAddr, endpoint: SocketAddr) -> bool {
+    pub(crate) fn leads_back(&self, listen: SocketAddr, endpoint: SocketAddr) -> bool {
         let ip = endpoint.ip();
         let is_own = match listen.ip().is_unspecified() {
             true => ip.is_loopback() || self.own.contains(&ip),
@@ -177,7 +177,7 @@ impl Overlay {
     }
 
     /// The peers with their next hops, in no particular order.
-    pub fn peers(&self) -> impl Iterator<Item = (NextHop, &Peer)> {
+    pub(crate) fn peers(&self) -> impl Iterator<Item = (NextHop, &Peer)> {
         self.peers
             .iter()
             .enumerate()
@@ -185,29 +185,29 @@ impl Overlay {
     }
 
     /// The peers in the order of their names.
-    pub fn peers_by_name(&self) -> impl Iterator<Item = &Peer> {
+    pub(crate) fn peers_by_name(&self) -> impl Iterator<Item = &Peer> {
         self.names.values().filter_map(|&hop| self.peer(hop))
     }
 
     /// All prefixes in order, with the peer and the origin of each.
-    pub fn prefixes(&self) -> impl Iterator<Item = (IpNet, &Peer, Origin)> {
+    pub(crate) fn prefixes(&self) -> impl Iterator<Item = (IpNet, &Peer, Origin)> {
         self.prefixes
             .iter()
             .filter_map(|(&prefix, behind)| Some((prefix, self.peer(behind.peer)?, behind.origin)))
     }
 
     /// Number of peers.
-    pub fn peer_count(&self) -> usize {
+    pub(crate) fn peer_count(&self) -> usize {
         self.names.len()
     }
 
     /// Number of prefixes.
-    pub fn prefix_count(&self) -> usize {
+    pub(crate) fn prefix_count(&self) -> usize {
         self.prefixes.len()
     }
 
     /// The peer with this next hop.
-    pub fn peer(&self, hop: NextHop) -> Option<&Peer> {
+    pub(crate) fn peer(&self, hop: NextHop) -> Option<&Peer> {
         self.peers.get(usize::from(hop))?.as_ref()
     }
 
@@ -216,30 +216,30 @@ impl Overlay {
     }
 
     /// The peer of this name.
-    pub fn find(&self, name: &PeerName) -> Option<(NextHop, &Peer)> {
+    pub(crate) fn find(&self, name: &PeerName) -> Option<(NextHop, &Peer)> {
         let hop = *self.names.get(&name.key())?;
         Some((hop, self.peer(hop)?))
     }
 
     /// Whether a peer has this next hop.
-    pub fn has(&self, hop: NextHop) -> bool {
+    pub(crate) fn has(&self, hop: NextHop) -> bool {
         self.peer(hop).is_some()
     }
 
     /// The peer with this next hop, if something can be sent to it now.
-    pub fn in_use(&self, hop: NextHop) -> Option<&Peer> {
+    pub(crate) fn in_use(&self, hop: NextHop) -> Option<&Peer> {
         self.peer(hop)
             .filter(|peer| peer.endpoint_in_use().is_some())
     }
 
     /// A peer with this address.
-    pub fn peer_at(&self, address: IpAddr) -> Option<&Peer> {
+    pub(crate) fn peer_at(&self, address: IpAddr) -> Option<&Peer> {
         let mut peers = self.peers.iter().flatten();
         peers.find(|peer| peer.endpoint.is_some_and(|to| to.ip() == address))
     }
 
     /// Whether this host has the address.
-    pub fn is_own(&self, address: IpAddr) -> bool {
+    pub(crate) fn is_own(&self, address: IpAddr) -> bool {
         self.own.contains(&address)
     }
 
@@ -267,7 +267,7 @@ impl Overlay {
 
     /// The peer that packets to `address` go to, and the prefix that says so;
     /// `None` for the peer without prefixes.
-    pub fn route_to(&self, address: IpAddr) -> Option<(Option<IpNet>, &Peer)> {
+    pub(crate) fn route_to(&self, address: IpAddr) -> Option<(Option<IpNet>, &Peer)> {
         let host = IpNet::from(address);
         let longest = (0..=host.max_prefix_len()).rev().find_map(|length| {
             let prefix = IpNet::new(address, length).ok()?.trunc();
@@ -284,7 +284,7 @@ impl Overlay {
     /// # Errors
     /// When it is there already, when one of its prefixes is another's, when
     /// it and another have none, or when there are too many.
-    pub fn add_peer(&mut self, spec: &PeerSpec, origin: Origin) -> Result<()> {
+    pub(crate) fn add_peer(&mut self, spec: &PeerSpec, origin: Origin) -> Result<()> {
         let is_default = spec.prefixes.is_empty();
         self.insert_peer(&spec.name, is_default, &spec.prefixes, origin)
     }
@@ -294,7 +294,7 @@ impl Overlay {
     ///
     /// # Errors
     /// As [`Self::add_peer`].
-    pub fn insert_peer(
+    pub(crate) fn insert_peer(
         &mut self,
         name: &PeerName,
         is_default: bool,
@@ -340,7 +340,7 @@ impl Overlay {
     ///
     /// # Errors
     /// Names the first one that is not there.
-    pub fn remove_peers(&mut self, names: &[PeerName]) -> Result<()> {
+    pub(crate) fn remove_peers(&mut self, names: &[PeerName]) -> Result<()> {
         for name in names {
             let hop = self.hop_of(name)?;
             self.set_default(hop, false);
@@ -360,7 +360,7 @@ impl Overlay {
     /// # Errors
     /// When there is no such peer, or another has a prefix and it is not to be
     /// replaced.
-    pub fn add_prefixes(
+    pub(crate) fn add_prefixes(
         &mut self,
         name: &PeerName,
         prefixes: &[IpNet],
@@ -412,7 +412,7 @@ impl Overlay {
     ///
     /// # Errors
     /// Names the first one that is not there.
-    pub fn remove_prefixes(&mut self, prefixes: &[IpNet]) -> Result<()> {
+    pub(crate) fn remove_prefixes(&mut self, prefixes: &[IpNet]) -> Result<()> {
         for prefix in prefixes.iter().map(IpNet::trunc) {
             let Some(behind) = self.prefixes.remove(&prefix) else {
                 return Err(Error::new(format!("no peer has the prefix {prefix}"))
@@ -432,7 +432,7 @@ impl Overlay {
     /// # Errors
     /// When the new configuration clashes with itself or with what was added
     /// at run time; nothing has changed then.
-    pub fn configure(&mut self, specs: &[PeerSpec]) -> Result<Changes> {
+    pub(crate) fn configure(&mut self, specs: &[PeerSpec]) -> Result<Changes> {
         let mut next = self.clone();
         next.apply(specs)?;
         let changes = Changes::between(self, &next);
@@ -491,7 +491,7 @@ impl Overlay {
     }
 
     /// Notes where a peer is; tells whether that is news.
-    pub fn set_endpoint(&mut self, hop: NextHop, endpoint: Option<SocketAddr>) -> bool {
+    pub(crate) fn set_endpoint(&mut self, hop: NextHop, endpoint: Option<SocketAddr>) -> bool {
         match self.peer_mut(hop) {
             Some(peer) if peer.endpoint != endpoint => {
                 peer.endpoint = endpoint;
@@ -508,7 +508,7 @@ impl Overlay {
 
     /// Notes the port that a peer sends from in place of the one that it was
     /// given; tells whether that is news.
-    pub fn set_learned_port(&mut self, hop: NextHop, port: Option<u16>) -> bool {
+    pub(crate) fn set_learned_port(&mut self, hop: NextHop, port: Option<u16>) -> bool {
         match self.peer_mut(hop) {
             Some(peer) if peer.learned_port != port => {
                 peer.learned_port = port;
@@ -522,7 +522,7 @@ impl Overlay {
     /// Notes whether the way to a peer leads through the tunnel itself; tells
     /// whether that is news. What was known of the path is that of another way
     /// then.
-    pub fn set_suspended(&mut self, hop: NextHop, is_suspended: bool) -> bool {
+    pub(crate) fn set_suspended(&mut self, hop: NextHop, is_suspended: bool) -> bool {
         match self.peer_mut(hop) {
             Some(peer) if peer.is_suspended != is_suspended => {
                 peer.is_suspended = is_suspended;
@@ -536,7 +536,7 @@ impl Overlay {
 
     /// Notes the MTU of the path to a peer, and whether a router on it takes less
     /// than this host's interface; tells whether that is news.
-    pub fn set_path_mtu(&mut self, hop: NextHop, mtu_bytes: u32, is_narrow: bool) -> bool {
+    pub(crate) fn set_path_mtu(&mut self, hop: NextHop, mtu_bytes: u32, is_narrow: bool) -> bool {
         let Some(peer) = self.peer_mut(hop) else {
             return false;
         };
@@ -546,7 +546,7 @@ impl Overlay {
     }
 
     /// The prefixes that the host's kernel should route into the tunnel.
-    pub fn kernel_routes(&self) -> BTreeSet<IpNet> {
+    pub(crate) fn kernel_routes(&self) -> BTreeSet<IpNet> {
         self.prefixes.keys().copied().collect()
     }
 
@@ -566,13 +566,13 @@ impl Overlay {
     }
 
     /// Whether packets to or from `address` are never carried.
-    pub fn is_outside(&self, address: IpAddr) -> bool {
+    pub(crate) fn is_outside(&self, address: IpAddr) -> bool {
         self.outside().any(|outside| outside == address)
     }
 
     /// The longest packet that reaches every peer in one piece, and the peer that
     /// says so; `None` while no path is known.
-    pub fn smallest_path(&self) -> Option<(usize, SocketAddr)> {
+    pub(crate) fn smallest_path(&self) -> Option<(usize, SocketAddr)> {
         let known = self
             .peers()
             .filter(|(_, peer)| peer.path_mtu_bytes.is_some());
@@ -582,7 +582,7 @@ impl Overlay {
     }
 
     /// The workers' table.
-    pub fn table(&mut self, addresses: TunnelAddresses, is_hop: bool) -> Table {
+    pub(crate) fn table(&mut self, addresses: TunnelAddresses, is_hop: bool) -> Table {
         let prefixes = match self.built.take() {
             Some(built) => built,
             None => Arc::new(self.build()),
@@ -646,7 +646,7 @@ fn inner_mtu_bytes(peer: &Peer) -> usize {
 
 /// The addresses that errors are reported from: the first of each family.
 /// `accept_local`: the device takes IPv4 packets from there.
-pub fn tunnel_addresses(addresses: &[IpNet], accept_local: bool) -> TunnelAddresses {
+pub(crate) fn tunnel_addresses(addresses: &[IpNet], accept_local: bool) -> TunnelAddresses {
     let mut found = TunnelAddresses {
         accept_local,
         ..TunnelAddresses::default()

@@ -85,7 +85,6 @@ pub fn forward(own: &str) -> Result<()> {
         .map_err(|cause| Error::os(format!("cannot create TUN device {TUN_NAME}"), cause))?;
     let config = LinkConfig {
         addresses: vec![IpNet::new_assert(TUNNEL[own].into(), TUNNEL_PREFIX)],
-        routes: Vec::new(),
         mtu_bytes: UNDERLAY_MTU_BYTES - OVERHEAD_BYTES,
         txqueuelen: TXQUEUELEN,
     };

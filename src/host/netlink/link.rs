@@ -12,7 +12,7 @@ use super::{Netlink, Refusal};
 use crate::error::{Error, Result};
 
 /// Longest interface name in bytes: `IFNAMSIZ` less the terminating zero.
-pub const NAME_BYTES_MAX: usize = libc::IFNAMSIZ - 1;
+pub(crate) const NAME_BYTES_MAX: usize = libc::IFNAMSIZ - 1;
 
 /// linux/if_link.h and linux/ip.h.
 const IFLA_AF_SPEC: u16 = 26;
@@ -47,7 +47,7 @@ pub struct Link {
 
 impl Link {
     /// Longest packet in bytes to this address.
-    pub fn mtu_bytes_of(&self, address: IpAddr) -> u32 {
+    pub(crate) fn mtu_bytes_of(&self, address: IpAddr) -> u32 {
         match self.ipv6_mtu.filter(|_| address.is_ipv6()) {
             Some(ipv6_mtu) => self.mtu.min(ipv6_mtu),
             None => self.mtu,
@@ -139,7 +139,7 @@ impl Netlink {
     ///
     /// # Errors
     /// When there is no such interface or the kernel refuses.
-    pub fn accept_local(&mut self, index: u32) -> Result<()> {
+    pub(crate) fn accept_local(&mut self, index: u32) -> Result<()> {
         // IFLA_AF_SPEC { AF_INET { IFLA_INET_CONF { ACCEPT_LOCAL: 1 } } }, as
         // `inet_set_link_af` in net/ipv4/devinet.c reads it. /proc/sys, the
         // other way, is read-only in many containers.
@@ -204,7 +204,7 @@ impl Netlink {
     }
 
     /// The interface's name, or its index when it has no name any more.
-    pub fn name_for_error(&mut self, index: u32) -> String {
+    pub(crate) fn name_for_error(&mut self, index: u32) -> String {
         match self.link_by_index(index) {
             Ok(Some(link)) => link.name,
             _ => format!("number {index}"),

@@ -18,11 +18,11 @@ use crate::error::{Error, Result};
 pub use netlink_packet_route::route::RouteType as RouteKind;
 
 /// The main routing table (`RT_TABLE_MAIN`, linux/rtnetlink.h).
-pub const MAIN_TABLE: u32 = RouteHeader::RT_TABLE_MAIN as u32;
+pub(crate) const MAIN_TABLE: u32 = RouteHeader::RT_TABLE_MAIN as u32;
 
 /// Metric of our IPv6 routes, the lowest there is (zero means 1024, and the
 /// kernel's own have 256, linux/ipv6_route.h). IPv4 routes have metric 0.
-pub const IPV6_METRIC: u32 = 1;
+pub(crate) const IPV6_METRIC: u32 = 1;
 
 /// Index of the loopback interface (`LOOPBACK_IFINDEX` in include/net/flow.h),
 /// by which the host reaches its own addresses.
@@ -63,12 +63,12 @@ pub struct Route {
 
 impl Route {
     /// Whether it is one of `device`'s in the main table.
-    pub fn belongs_to(&self, device: DeviceRoute) -> bool {
+    pub(crate) fn belongs_to(&self, device: DeviceRoute) -> bool {
         self.protocol == device.protocol && self.table == MAIN_TABLE && self.leads_into(device.oif)
     }
 
     /// Whether all its packets leave by this interface.
-    pub fn leads_into(&self, oif: u32) -> bool {
+    pub(crate) fn leads_into(&self, oif: u32) -> bool {
         self.kind == RouteKind::Unicast && self.oif == Some(oif) && !self.is_multipath
     }
 
@@ -160,9 +160,9 @@ pub enum Way<R = Route> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RouteMtu {
     /// Largest packet in bytes.
-    pub mtu_bytes: u32,
+    pub(crate) mtu_bytes: u32,
     /// The address is on the link itself: no router comes in between.
-    pub is_direct: bool,
+    pub(crate) is_direct: bool,
 }
 
 /// Whose routes are meant: those of one protocol through one device.
@@ -192,7 +192,7 @@ pub enum RouteChange {
 
 impl RouteChange {
     /// The destination of the route.
-    pub fn prefix(&self) -> IpNet {
+    pub(crate) fn prefix(&self) -> IpNet {
         match self {
             Self::Add(prefix) | Self::Prepend(prefix) | Self::Delete(prefix) => *prefix,
         }
@@ -292,7 +292,7 @@ impl Netlink {
     ///
     /// # Errors
     /// As [`Self::interface_to`].
-    pub fn interface_to_endpoint(&mut self, endpoint: SocketAddr) -> Result<Option<u32>> {
+    pub(crate) fn interface_to_endpoint(&mut self, endpoint: SocketAddr) -> Result<Option<u32>> {
         match self.look_up(endpoint, RouteFlags::empty())? {
             Way::Route(route) => Ok(next_hops(&route).first().map(|hop| hop.oif)),
             Way::Dropped | Way::None => Ok(None),
@@ -304,7 +304,7 @@ impl Netlink {
     ///
     /// # Errors
     /// When the kernel refuses for another reason than that there is no way.
-    pub fn way_to(&mut self, endpoint: SocketAddr) -> Result<Way> {
+    pub(crate) fn way_to(&mut self, endpoint: SocketAddr) -> Result<Way> {
         Ok(match self.look_up(endpoint, fib_match(endpoint))? {
             Way::Route(route) => Route::read(&route).map_or(Way::None, Way::Route),
             Way::Dropped => Way::Dropped,
@@ -318,7 +318,7 @@ impl Netlink {
     ///
     /// # Errors
     /// When the kernel refuses for another reason.
-    pub fn route_mtu(&mut self, endpoint: SocketAddr) -> Result<Option<RouteMtu>> {
+    pub(crate) fn route_mtu(&mut self, endpoint: SocketAddr) -> Result<Option<RouteMtu>> {
         let Way::Route(route) = self.look_up(endpoint, fib_match(endpoint))? else {
             return Ok(None);
         };
@@ -377,7 +377,7 @@ impl Netlink {
     ///
     /// # Errors
     /// When the socket fails; it is then unknown which changes are in force.
-    pub fn change_device_routes(
+    pub(crate) fn change_device_routes(
         &mut self,
         route: DeviceRoute,
         changes: &[RouteChange],

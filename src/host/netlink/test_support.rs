@@ -16,7 +16,7 @@ use crate::error::Result;
 
 /// What somebody else does to a route, with the flags that iproute2 uses.
 #[derive(Clone, Copy)]
-pub(crate) enum Meddling {
+pub enum Meddling {
     /// `ip route add`
     Add,
     /// `ip route replace`

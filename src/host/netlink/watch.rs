@@ -50,7 +50,7 @@ impl Watch {
     ///
     /// # Errors
     /// When the kernel gives no netlink socket or refuses the subscription.
-    pub fn open(own: &Netlink) -> Result<Self> {
+    pub(crate) fn open(own: &Netlink) -> Result<Self> {
         Self::open_socket(own).map_err(|cause| {
             let what = "cannot watch routes, addresses and links (netlink multicast)";
             Error::os(what, cause)
@@ -107,7 +107,11 @@ impl Watch {
     ///
     /// # Errors
     /// When the socket fails. Events may be lost then, also if it works again.
-    pub fn read(&mut self, datagrams_max: usize, visit: &mut dyn FnMut(Event)) -> Result<bool> {
+    pub(crate) fn read(
+        &mut self,
+        datagrams_max: usize,
+        visit: &mut dyn FnMut(Event),
+    ) -> Result<bool> {
         for _ in 0..datagrams_max {
             match self
                 .socket

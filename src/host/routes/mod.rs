@@ -84,7 +84,11 @@ struct Shared {
 /// # Errors
 /// When one of them is in the way; names prefix and interface. When the kernel
 /// refuses to list its routes.
-pub fn check_free(netlink: &mut Netlink, oif: Option<u32>, wanted: &BTreeSet<IpNet>) -> Result<()> {
+pub(crate) fn check_free(
+    netlink: &mut Netlink,
+    oif: Option<u32>,
+    wanted: &BTreeSet<IpNet>,
+) -> Result<()> {
     let wanted = masked(wanted);
     RouteTable::read(netlink, ours(oif), &wanted)?.check_free(netlink, wanted.iter())
 }
@@ -107,7 +111,11 @@ impl RouteReconciler {
     ///
     /// # Errors
     /// When there are no netlink sockets.
-    pub fn start(index: Option<u32>, addresses: Vec<IpNet>, changes: Sender<()>) -> Result<Self> {
+    pub(crate) fn start(
+        index: Option<u32>,
+        addresses: Vec<IpNet>,
+        changes: Sender<()>,
+    ) -> Result<Self> {
         let netlink = Netlink::open()?;
         let watch = Watch::open(&netlink)?;
         let (jobs, receiver) = bounded(JOBS_MAX);
@@ -140,7 +148,7 @@ impl RouteReconciler {
 
     /// Whether the device has been there all the time since the start. If not,
     /// nothing is kept any more, even if it is there again.
-    pub fn has_device(&self) -> bool {
+    pub(crate) fn has_device(&self) -> bool {
         self.shared.has_device.load(Ordering::Acquire)
     }
 
@@ -155,7 +163,7 @@ impl RouteReconciler {
     /// usual one); the error names prefix and interface. When the kernel
     /// refuses. In all cases the routes are then as before, or, if the kernel
     /// takes no changes at all for a while, as soon as it does.
-    pub fn set(&self, wanted: BTreeSet<IpNet>) -> Result<()> {
+    pub(crate) fn set(&self, wanted: BTreeSet<IpNet>) -> Result<()> {
         self.want(&wanted, false)
     }
 
@@ -167,12 +175,12 @@ impl RouteReconciler {
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn adopt(&self, wanted: BTreeSet<IpNet>) -> Result<()> {
+    pub(crate) fn adopt(&self, wanted: BTreeSet<IpNet>) -> Result<()> {
         self.want(&wanted, true)
     }
 
     /// Ends the reconciler and waits for its end.
-    pub fn stop(mut self, at_end: AtEnd) {
+    pub(crate) fn stop(mut self, at_end: AtEnd) {
         self.end(at_end);
     }
 

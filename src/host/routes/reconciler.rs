@@ -99,7 +99,7 @@ pub struct Reconciler {
 
 impl Reconciler {
     /// `changes`: tells the owner that something about the host has changed.
-    pub fn new(
+    pub(crate) fn new(
         netlink: Netlink,
         watch: Watch,
         device: DeviceRoute,
@@ -133,7 +133,7 @@ impl Reconciler {
     }
 
     /// Runs until told to end.
-    pub fn run(mut self) {
+    pub(crate) fn run(mut self) {
         let at_end = loop {
             self.wait();
             if let Some(at_end) = self.take_jobs() {

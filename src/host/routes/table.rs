@@ -19,11 +19,11 @@ const IPV6_METRIC_USUAL: u32 = 1024;
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Routes {
     /// The route that wins.
-    pub winner: Option<Route>,
+    pub(crate) winner: Option<Route>,
     /// Whether there is a route of ours, winning or not.
-    pub has_ours: bool,
+    pub(crate) has_ours: bool,
     /// A route of somebody else's that is in the way of a new one of ours.
-    pub obstacle: Option<Route>,
+    pub(crate) obstacle: Option<Route>,
 }
 
 impl Routes {
@@ -58,7 +58,7 @@ impl RouteTable {
     ///
     /// # Errors
     /// When the kernel refuses to list it.
-    pub fn read(
+    pub(crate) fn read(
         netlink: &mut Netlink,
         ours: DeviceRoute,
         wanted: &BTreeSet<IpNet>,
@@ -80,13 +80,13 @@ impl RouteTable {
     }
 
     /// The routes to one prefix.
-    pub fn to(&self, prefix: &IpNet) -> Routes {
+    pub(crate) fn to(&self, prefix: &IpNet) -> Routes {
         self.prefixes.get(prefix).copied().unwrap_or_default()
     }
 
     /// Whether packets to the prefix go into the device, by a route of ours or
     /// by one that is as good.
-    pub fn is_right(&self, prefix: &IpNet) -> bool {
+    pub(crate) fn is_right(&self, prefix: &IpNet) -> bool {
         let is_strong = |route: &Route| match route.destination {
             IpNet::V4(_) => route.metric == 0,
             IpNet::V6(_) => route.metric <= IPV6_METRIC_KERNEL,
@@ -97,7 +97,7 @@ impl RouteTable {
     }
 
     /// What deletes our routes to prefixes that are not wanted.
-    pub fn deletions(&self, wanted: &BTreeSet<IpNet>) -> Vec<RouteChange> {
+    pub(crate) fn deletions(&self, wanted: &BTreeSet<IpNet>) -> Vec<RouteChange> {
         self.prefixes
             .iter()
             .filter(|(prefix, routes)| routes.has_ours && !wanted.contains(prefix))
@@ -109,7 +109,7 @@ impl RouteTable {
     ///
     /// # Errors
     /// Names the first one with such a route.
-    pub fn check_free<'a>(
+    pub(crate) fn check_free<'a>(
         &self,
         netlink: &mut Netlink,
         prefixes: impl Iterator<Item = &'a IpNet>,
@@ -138,7 +138,7 @@ impl RouteTable {
 }
 
 /// Where a route leads, in words.
-pub fn way(netlink: &mut Netlink, route: &Route) -> String {
+pub(crate) fn way(netlink: &mut Netlink, route: &Route) -> String {
     match route.oif {
         _ if route.kind != RouteKind::Unicast => "that drops packets".to_string(),
         Some(index) if !route.is_multipath && index != NO_DEVICE => {

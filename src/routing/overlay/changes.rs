@@ -13,20 +13,20 @@ const NAMED_MAX: usize = 8;
 #[derive(Debug, Default)]
 pub struct Changes {
     /// Peers that were not there.
-    pub peers_added: usize,
+    pub(crate) peers_added: usize,
     /// Peers that are there no more.
-    pub peers_removed: usize,
+    pub(crate) peers_removed: usize,
     /// Prefixes that were not there, or behind another peer.
-    pub prefixes_added: usize,
+    pub(crate) prefixes_added: usize,
     /// Prefixes that are there no more.
-    pub prefixes_removed: usize,
+    pub(crate) prefixes_removed: usize,
     named: Vec<String>,
     more: usize,
 }
 
 impl Changes {
     /// Compares with what has become of `old` since it was cloned.
-    pub fn between(old: &Overlay, new: &Overlay) -> Self {
+    pub(crate) fn between(old: &Overlay, new: &Overlay) -> Self {
         let mut changes = Self::default();
         for (name, &hop) in &new.names {
             if let Some(peer) = new.peer(hop).filter(|_| !old.names.contains_key(name)) {
@@ -79,7 +79,7 @@ impl Changes {
     }
 
     /// Of many changes the first few; nothing if there are none.
-    pub fn words(&self) -> String {
+    pub(crate) fn words(&self) -> String {
         let mut words = self.named.join(", ");
         if self.more > 0 {
             words += &format!(" and {} more changes", self.more);
