@@ -216,3 +216,7 @@ fn connect_at_once(path: &Path) -> io::Result<()> {
     socket.set_nonblocking(true)?;
     socket.connect(&SockAddr::unix(path)?)
 }
+
+#[cfg(test)]
+#[path = "socket_name_tests.rs"]
+pub(super) mod tests;
