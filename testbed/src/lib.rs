@@ -3,6 +3,10 @@
 //! of traffic, and what processes cost. The rest is fastvpn's own, see
 //! [`fastvpn::testbed`].
 
+#[doc(hidden)]
+pub use inventory;
+pub use testbed_macros::trial;
+
 pub mod process;
 mod routes;
 pub mod traffic;
@@ -19,6 +23,32 @@ use std::thread::{self, JoinHandle};
 
 use fastvpn::error::{Error, Result};
 use ipnet::IpNet;
+
+/// An end-to-end test, as [`macro@trial`] makes it of a function.
+pub struct Trial {
+    /// The function's name.
+    pub name: &'static str,
+    /// The function.
+    pub run: fn() -> Result<()>,
+    /// Whether it is run on each engine, rather than on any.
+    pub each_engine: bool,
+    /// Whether it is run with another engine at each end.
+    pub mixed: bool,
+    /// Whether it cannot be run in a user namespace.
+    pub needs_root: bool,
+    /// Whether it is in the long tier: what takes minutes, or needs more than Rust,
+    /// a C compiler and iproute2.
+    pub long: bool,
+}
+
+inventory::collect!(Trial);
+
+/// All of them, by name.
+pub fn trials() -> Vec<&'static Trial> {
+    let mut trials: Vec<_> = inventory::iter::<Trial>.into_iter().collect();
+    trials.sort_by_key(|trial| trial.name);
+    trials
+}
 
 /// Name of the interface inside a [`container`].
 pub const CONTAINER_NAME: &str = "eth0";

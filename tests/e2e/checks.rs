@@ -15,29 +15,11 @@ use tun_rs::DeviceBuilder;
 use crate::errors::{drop_capabilities, forbid_io_uring, hide_devices};
 use crate::operator::Operator;
 use crate::support::{
-    FASTVPN, Test, UNDERLAY, check, fail, fastvpn, hosts, is_in_user_namespace, link, stop, tried,
+    FASTVPN, UNDERLAY, check, fail, fastvpn, hosts, is_in_user_namespace, link, stop, tried,
     tunnel_between, udp, wait_until,
 };
 use crate::tools::{inventory, nothing_left};
 use crate::underlay::{Routed, routed, set_mtu};
-
-/// The tests of this file.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("check_agrees_with_the_tunnel", agrees_with_the_tunnel),
-        ("check_table_and_json_agree", table_and_json_agree),
-        ("check_leaves_this_host_alone", leaves_this_host_alone),
-        ("check_without_privilege", without_privilege),
-        ("check_without_io_uring", without_io_uring),
-        ("check_without_the_tun_device", without_the_tun_device),
-        ("check_of_the_path_mtu", path_mtu),
-        ("check_of_peers_that_cannot_be", peers_that_cannot_be),
-        ("check_of_what_is_taken", what_is_taken),
-        ("check_beside_a_running_tunnel", beside_a_running_tunnel),
-        ("check_of_a_file", of_a_file),
-        ("check_of_bad_flags", bad_flags),
-    ]
-}
 
 /// What a check said.
 struct Report {
@@ -140,7 +122,8 @@ const REQUIRED: [&str; 8] = [
     "SO_REUSEPORT",
 ];
 
-fn agrees_with_the_tunnel() -> Result<()> {
+#[testbed::trial]
+fn check_agrees_with_the_tunnel() -> Result<()> {
     let hosts = hosts(1500)?;
     let items = items(&hosts.a, &format!("--peer {}", UNDERLAY[1]), 0, nothing)?;
     for name in REQUIRED {
@@ -176,7 +159,8 @@ fn agrees_with_the_tunnel() -> Result<()> {
     expect(&items, "TUN steering", status, &["eBPF"])
 }
 
-fn table_and_json_agree() -> Result<()> {
+#[testbed::trial]
+fn check_table_and_json_agree() -> Result<()> {
     let hosts = hosts(1500)?;
     let flags = "--peer 10.211.55.123 --queues 3";
     let items = items(&hosts.a, flags, 0, nothing)?;
@@ -211,7 +195,8 @@ fn table_and_json_agree() -> Result<()> {
 }
 
 /// In the namespace that the tests themselves run in, with all it has.
-fn leaves_this_host_alone() -> Result<()> {
+#[testbed::trial]
+fn check_leaves_this_host_alone() -> Result<()> {
     let links = || Netlink::open()?.links();
     let before = links()?;
     let output = tried(
@@ -235,7 +220,8 @@ fn leaves_this_host_alone() -> Result<()> {
     })
 }
 
-fn without_privilege() -> Result<()> {
+#[testbed::trial]
+fn check_without_privilege() -> Result<()> {
     let hosts = hosts(1500)?;
     let helpless = items(&hosts.a, "", 1, drop_capabilities)?;
     let remedy = ["root", "setcap cap_net_admin"];
@@ -257,7 +243,8 @@ fn without_privilege() -> Result<()> {
     )
 }
 
-fn without_io_uring() -> Result<()> {
+#[testbed::trial]
+fn check_without_io_uring() -> Result<()> {
     let hosts = hosts(1500)?;
     for (errno, cause) in [
         (libc::EPERM, "not permitted"),
@@ -272,7 +259,8 @@ fn without_io_uring() -> Result<()> {
     Ok(())
 }
 
-fn without_the_tun_device() -> Result<()> {
+#[testbed::trial]
+fn check_without_the_tun_device() -> Result<()> {
     let hosts = hosts(1500)?;
     // With the right to it (linux/capability.h) a tunnel makes the device.
     const CAP_MKNOD: libc::c_ulong = 27;
@@ -294,7 +282,8 @@ fn without_the_tun_device() -> Result<()> {
 
 /// As the tunnel does, by the route and the interface; what the kernel has learnt
 /// from ICMP, which anybody can send, does not count.
-fn path_mtu() -> Result<()> {
+#[testbed::trial]
+fn check_of_the_path_mtu() -> Result<()> {
     let Routed { hosts, router } = routed()?;
     let flags = "--peer 10.211.56.123";
     let path = |name, status, parts: &[&str]| {
@@ -322,7 +311,8 @@ fn is_refused(probe: &UdpSocket, mtu_bytes: u32) -> Result<bool> {
     Ok(sent.is_err_and(|error| error.raw_os_error() == Some(libc::EMSGSIZE)))
 }
 
-fn peers_that_cannot_be() -> Result<()> {
+#[testbed::trial]
+fn check_of_peers_that_cannot_be() -> Result<()> {
     let hosts = hosts(1500)?;
     for (peer, part) in [
         ("10.211.55.122", "this host itself"),
@@ -343,7 +333,8 @@ fn peers_that_cannot_be() -> Result<()> {
     expect(&items, "tunnel address", "degraded", &parts)
 }
 
-fn what_is_taken() -> Result<()> {
+#[testbed::trial]
+fn check_of_what_is_taken() -> Result<()> {
     let hosts = hosts(1500)?;
     // A tunnel that does not answer at the usual path may be anybody's.
     let operator = Operator::new()?;
@@ -368,7 +359,8 @@ fn what_is_taken() -> Result<()> {
 }
 
 /// It knows its own: the port, the device, and the address that is derived.
-fn beside_a_running_tunnel() -> Result<()> {
+#[testbed::trial]
+fn check_beside_a_running_tunnel() -> Result<()> {
     let hosts = hosts(1500)?;
     let ends = tunnel_between(&hosts, &["--queues", "1"])?;
     let pid = format!("process {}", ends[0].pid());
@@ -380,7 +372,8 @@ fn beside_a_running_tunnel() -> Result<()> {
 }
 
 /// What a start would say of a file, and what a reload would, by the same words.
-fn of_a_file() -> Result<()> {
+#[testbed::trial]
+fn check_of_a_file() -> Result<()> {
     let hosts = hosts(1500)?;
     let operator = Operator::new()?;
     let file = |settings: &str, endpoint: &str, prefix: &str| {
@@ -470,7 +463,8 @@ fn of_a_file() -> Result<()> {
     Ok(())
 }
 
-fn bad_flags() -> Result<()> {
+#[testbed::trial]
+fn check_of_bad_flags() -> Result<()> {
     let hosts = hosts(1500)?;
     for (flags, part) in [
         ("--peer", "--peer"),

@@ -16,21 +16,16 @@ use crate::site::{
     Site, Sites, all_went_well, peer, prefixes, router, sites, tunnel, underlay,
     wait_for_each_other,
 };
-use crate::support::{
-    Test, Tunnel, check, link, stop, tried, udp, wait_until, without_backlog_drops,
-};
+use crate::support::{Tunnel, check, link, stop, tried, udp, wait_until, without_backlog_drops};
 
-/// The tests of this file.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("ten_thousand_prefixes_move_under_load", || {
-            without_backlog_drops(prefixes_move)
-        }),
-        ("ten_thousand_prefixes_reloaded_under_load", || {
-            without_backlog_drops(prefixes_are_reloaded)
-        }),
-        ("an_answer_means_in_force", an_answer_means_in_force),
-    ]
+#[testbed::trial(each_engine, long)]
+fn ten_thousand_prefixes_move_under_load() -> Result<()> {
+    without_backlog_drops(prefixes_move)
+}
+
+#[testbed::trial(each_engine, long)]
+fn ten_thousand_prefixes_reloaded_under_load() -> Result<()> {
+    without_backlog_drops(prefixes_are_reloaded)
 }
 
 /// Prefixes that change at a time: half of them IPv4, half IPv6.
@@ -298,6 +293,7 @@ fn prefixes_are_reloaded() -> Result<()> {
 
 /// Whoever has been told that a prefix has moved may count on it: not one packet
 /// that is sent then goes the old way, though the worker is busy.
+#[testbed::trial(each_engine)]
 fn an_answer_means_in_force() -> Result<()> {
     const MOVES: u64 = 300;
     /// Packets that keep the worker busy, and the pause between them. No more

@@ -18,28 +18,15 @@ use testbed::{Namespace, rss_bytes};
 use crate::operator::{Operator, connect, said};
 use crate::routes::{kernel_agrees, net, own_routes};
 use crate::site::{inside, peer, prefixes, sites, underlay, underlay_v6, wait_for_each_other};
-use crate::support::{FASTVPN, Test, check, fail, fastvpn, hosts, stop, tried, wait_until};
+use crate::support::{FASTVPN, check, fail, fastvpn, hosts, stop, tried, wait_until};
 use crate::tools::{Stream, inventory, nothing_left};
-
-/// The tests of this file, which are about control alone.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("all_commands", all_commands),
-        ("commands_that_are_refused", commands_that_are_refused),
-        ("commands_without_a_tunnel", commands_without_a_tunnel),
-        ("stopped_by_an_operator", stopped_by_an_operator),
-        ("the_sockets_file", the_sockets_file),
-        ("the_sockets_default_path", the_sockets_default_path),
-        ("two_operators_at_once", two_operators_at_once),
-        ("hostile_clients", hostile_clients),
-    ]
-}
 
 /// The table of the tunnel as `prefix: peer`.
 fn table(operator: &Operator) -> Result<BTreeMap<IpNet, String>> {
     Ok(operator.routes()?.into_iter().collect())
 }
 
+#[testbed::trial]
 fn all_commands() -> Result<()> {
     let network = sites(3)?;
     let [a, b, _] = &network.all[..] else {
@@ -194,6 +181,7 @@ fn peer_without(number: u8) -> String {
 }
 
 /// Each with one line that says why, and nothing changed.
+#[testbed::trial]
 fn commands_that_are_refused() -> Result<()> {
     let network = sites(3)?;
     let a = &network.all[0];
@@ -266,6 +254,7 @@ fn commands_that_are_refused() -> Result<()> {
     stop(end).map(drop)
 }
 
+#[testbed::trial]
 fn commands_without_a_tunnel() -> Result<()> {
     let operator = Operator::new()?;
     let socket = operator.socket_text();
@@ -280,6 +269,7 @@ fn commands_without_a_tunnel() -> Result<()> {
     operator.refuses("status", &[&socket])
 }
 
+#[testbed::trial]
 fn stopped_by_an_operator() -> Result<()> {
     let network = sites(2)?;
     let a = &network.all[0];
@@ -305,6 +295,7 @@ fn stopped_by_an_operator() -> Result<()> {
 
 /// Nobody else may use it; it goes with its process; a dead one is replaced,
 /// a live one is not, and nothing else is.
+#[testbed::trial]
 fn the_sockets_file() -> Result<()> {
     let hosts = hosts(1500)?;
     let operator = Operator::new()?;
@@ -352,6 +343,7 @@ fn the_sockets_file() -> Result<()> {
 
 /// `fastvpn COMMAND` in the tunnel's namespace, without `--control`, finds the
 /// tunnel by its device's name; in another namespace it does not.
+#[testbed::trial]
 fn the_sockets_default_path() -> Result<()> {
     let hosts = hosts(1500)?;
     let ends = [
@@ -385,6 +377,7 @@ fn the_sockets_default_path() -> Result<()> {
 
 /// Whatever the order, each prefix has one peer, and the kernel's routes are
 /// those of the table.
+#[testbed::trial]
 fn two_operators_at_once() -> Result<()> {
     const ROUNDS: usize = 12;
     const PREFIXES: usize = 40;
@@ -510,6 +503,7 @@ fn nonsense() -> Vec<Vec<u8>> {
 
 /// What they do stays between them and the socket: traffic flows, memory is
 /// bounded, and operators are answered.
+#[testbed::trial]
 fn hostile_clients() -> Result<()> {
     const CLIENTS: usize = 100;
     const GROWTH_MAX: u64 = 64 << 20;

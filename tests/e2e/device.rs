@@ -14,32 +14,12 @@ use crate::operator::{Operator, has};
 use crate::packets::TUNNEL_NAME;
 use crate::routes::net;
 use crate::support::{
-    TUNNEL, Test, Tunnel, UNDERLAY, bulk, check, fastvpn, hosts, link, snmp, stop, tried, udp,
-    wait_for, wait_until,
+    TUNNEL, Tunnel, UNDERLAY, bulk, check, fastvpn, hosts, link, snmp, stop, tried, udp, wait_for,
+    wait_until,
 };
 use crate::surroundings::only_peer;
 use crate::tools::{RouteCommand, attribute, ip_route, transact};
 use crate::underlay::set_mtu;
-
-/// The tests of this file.
-pub fn tests() -> Vec<Test> {
-    vec![(
-        "the_device_in_another_namespace",
-        the_device_in_another_namespace,
-    )]
-}
-
-/// Those that are about control alone.
-pub fn tests_of_control() -> Vec<Test> {
-    vec![
-        ("a_renamed_device", a_renamed_device),
-        (
-            "the_index_of_a_device_that_has_left",
-            the_index_of_a_device_that_has_left,
-        ),
-        ("an_mtu_set_by_hand", an_mtu_set_by_hand),
-    ]
-}
 
 const RENAMED: &str = "ren0";
 
@@ -132,6 +112,7 @@ fn addresses_of(namespace: &Namespace, name: &str) -> Result<Vec<IpNet>> {
 
 /// Whatever it is called, it is the same device: for what must not go through it,
 /// for its routes, at a reload and at a takeover.
+#[testbed::trial]
 fn a_renamed_device() -> Result<()> {
     let (scene, mut near) = Scene::start()?;
     let (host, operator) = (&scene.hosts.a, &scene.operator);
@@ -210,6 +191,7 @@ fn set_up_inside(namespace: &Namespace) -> Result<()> {
 /// As a container runtime has it that gives a container the tunnel: the sockets
 /// stay with the host. All that concerns the device is not the process's any more,
 /// until it comes back.
+#[testbed::trial(each_engine)]
 fn the_device_in_another_namespace() -> Result<()> {
     let (scene, mut near) = Scene::start()?;
     let (host, operator) = (&scene.hosts.a, &scene.operator);
@@ -277,6 +259,7 @@ fn the_device_in_another_namespace() -> Result<()> {
 
 /// Another interface may get the index of a device that has left, and nothing is
 /// done to that one.
+#[testbed::trial]
 fn the_index_of_a_device_that_has_left() -> Result<()> {
     // linux/if_link.h.
     const IFLA_IFNAME: u16 = 3;
@@ -346,6 +329,7 @@ fn the_index_of_a_device_that_has_left() -> Result<()> {
 }
 
 /// It is left as it is, and said.
+#[testbed::trial]
 fn an_mtu_set_by_hand() -> Result<()> {
     let (scene, near) = Scene::start()?;
     let host = &scene.hosts.a;

@@ -11,24 +11,10 @@ use crate::datagrams::{Order, exchange, exchange_trains};
 use crate::operator::Operator;
 use crate::site::{MTU_BYTES, all_went_well, underlay, underlay_v6};
 use crate::support::{
-    Ended, FAMILIES, Test, Tunnel, answers, bulk, check, fail, fastvpn, link, stop, tried, udp,
-    wait_for, wait_until,
+    Ended, FAMILIES, Tunnel, answers, bulk, check, fail, fastvpn, link, stop, tried, udp, wait_for,
+    wait_until,
 };
 use crate::traffic::trains;
-
-/// The tests of this file.
-pub fn tests() -> Vec<Test> {
-    vec![
-        (
-            "two_peers_on_one_address_by_port",
-            two_peers_on_one_address_by_port,
-        ),
-        (
-            "each_family_over_the_other_alone",
-            each_family_over_the_other_alone,
-        ),
-    ]
-}
 
 /// Port of the second tunnel on the shared host.
 const OTHER_PORT: u16 = 9000;
@@ -181,6 +167,7 @@ impl OneAddress {
 
 /// Two processes share a host's address, and so are told apart by the port on
 /// the way out, and by the inner source on the way in.
+#[testbed::trial(each_engine)]
 fn two_peers_on_one_address_by_port() -> Result<()> {
     let set_up = OneAddress::start()?;
     for pair in [0, 1] {
@@ -227,6 +214,7 @@ fn two_peers_on_one_address_by_port() -> Result<()> {
 
 /// A peer that is reached over IPv4 and has nothing but IPv6 behind it, and one
 /// the other way around. Neither host has addresses of the other family.
+#[testbed::trial(each_engine)]
 fn each_family_over_the_other_alone() -> Result<()> {
     let net = |address: IpAddr, length| IpNet::new_assert(address, length);
     let v4 = |number| net(underlay(number).into(), 24);

@@ -11,27 +11,10 @@ use ipnet::IpNet;
 use testbed::{Namespace, Pair, StaticRoutes};
 
 use crate::support::{
-    Ended, FASTVPN, TUNNEL, Test, Tunnel, bulk, check, fastvpn, hosts, link, stop, tunnel_between,
-    udp, wait_for,
+    Ended, FASTVPN, TUNNEL, Tunnel, bulk, check, fastvpn, hosts, link, stop, tunnel_between, udp,
+    wait_for,
 };
 use crate::tools::{inventory, nothing_left};
-
-/// The tests of this file.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("bad_flags", bad_flags),
-        ("flags_that_contradict", flags_that_contradict),
-        ("peers_that_cannot_be", peers_that_cannot_be),
-        ("routes_that_are_taken", routes_that_are_taken),
-        ("derived_addresses_that_clash", derived_addresses_that_clash),
-        ("names_that_are_taken", names_that_are_taken),
-        ("ports_that_are_taken", ports_that_are_taken),
-        ("without_privilege", without_privilege),
-        ("without_the_tun_device", without_the_tun_device),
-        ("without_io_uring", without_io_uring),
-        ("with_io_uring_left_alone", with_io_uring_left_alone),
-    ]
-}
 
 /// What `command` says in `namespace`, where it must fail with `status` and
 /// leave nothing.
@@ -73,6 +56,7 @@ fn refusals(namespace: &Namespace, good: &str, cases: &[(&str, &[&str])]) -> Res
 
 const GOOD: &str = "--peer 10.211.55.123";
 
+#[testbed::trial]
 fn bad_flags() -> Result<()> {
     let hosts = hosts(1500)?;
     for (flags, part) in [
@@ -115,6 +99,7 @@ fn bad_flags() -> Result<()> {
     check(log.contains("--peer"), || log.clone())
 }
 
+#[testbed::trial]
 fn flags_that_contradict() -> Result<()> {
     let hosts = hosts(1500)?;
     refusals(
@@ -193,6 +178,7 @@ fn flags_that_contradict() -> Result<()> {
     refusals(&hosts.a, GOOD, &[("", &["path MTU", "90"])])
 }
 
+#[testbed::trial]
 fn peers_that_cannot_be() -> Result<()> {
     let hosts = hosts(1500)?;
     // One that the kernel would not choose to send from.
@@ -223,6 +209,7 @@ fn peers_that_cannot_be() -> Result<()> {
     )
 }
 
+#[testbed::trial]
 fn routes_that_are_taken() -> Result<()> {
     let hosts = hosts(1500)?;
     let taken = "10.9.0.0/16".parse().map_err(|_| Error::new("bad net"))?;
@@ -247,6 +234,7 @@ fn routes_that_are_taken() -> Result<()> {
     )
 }
 
+#[testbed::trial]
 fn derived_addresses_that_clash() -> Result<()> {
     let hosts = hosts(1500)?;
     let net = |text: &str| -> Result<IpNet> {
@@ -282,6 +270,7 @@ fn derived_addresses_that_clash() -> Result<()> {
     )
 }
 
+#[testbed::trial]
 fn names_that_are_taken() -> Result<()> {
     let hosts = hosts(1500)?;
     testbed::join(&hosts.a, &hosts.a, "taken0", "taken1")?;
@@ -301,6 +290,7 @@ fn names_that_are_taken() -> Result<()> {
     ends.into_iter().try_for_each(|end| stop(end).map(drop))
 }
 
+#[testbed::trial]
 fn ports_that_are_taken() -> Result<()> {
     let hosts = hosts(1500)?;
     let socket = udp(&hosts.a, Ipv4Addr::UNSPECIFIED, 8285)?;
@@ -378,6 +368,7 @@ pub fn hide_devices() -> io::Result<()> {
     }
 }
 
+#[testbed::trial]
 fn without_privilege() -> Result<()> {
     let hosts = hosts(1500)?;
     let helpless = prepared(GOOD, drop_capabilities);
@@ -397,6 +388,7 @@ fn without_privilege() -> Result<()> {
     one_line(&hosts.a, locked_out, &parts)
 }
 
+#[testbed::trial]
 fn without_the_tun_device() -> Result<()> {
     let hosts = hosts(1500)?;
     let parts = ["/dev/net/tun", "no such file", "module tun"];
@@ -458,6 +450,7 @@ fn carry(hosts: &Pair, mut near: Command) -> Result<Ended> {
 }
 
 /// Asked for, it is missed; else there is epoll.
+#[testbed::trial]
 fn without_io_uring() -> Result<()> {
     let hosts = hosts(1500)?;
     for (errno, cause, hint) in [
@@ -489,6 +482,7 @@ fn without_io_uring() -> Result<()> {
 }
 
 /// With `--io epoll` it is not even tried: trying it would be the end.
+#[testbed::trial]
 fn with_io_uring_left_alone() -> Result<()> {
     let hosts = hosts(1500)?;
     let kill = || forbid_io_uring(libc::SECCOMP_RET_KILL_PROCESS);

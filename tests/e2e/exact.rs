@@ -15,32 +15,44 @@ use tun_rs::SyncDevice;
 use crate::packets::{BUFFER_BYTES, TUNNEL_NAME, Tap, checksum, plain_tun, source, wait_until_up};
 use crate::script::{SOURCE_V4, SOURCE_V6, Scripted, script};
 use crate::support::{
-    Test, UNDERLAY, all_cores, check, enlarge_receive_buffer, fail, hosts, start_dual_stack,
-    stop_all, without_backlog_drops,
+    UNDERLAY, all_cores, check, enlarge_receive_buffer, fail, hosts, start_dual_stack, stop_all,
+    without_backlog_drops,
 };
 
-/// The tests of this file.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("exact_outbound", || {
-            outbound(&["--queues", "1"], Order::Total)
-        }),
-        ("exact_outbound_4_queues", || {
-            outbound(&["--queues", "4"], Order::PerFlow)
-        }),
-        ("exact_outbound_without_offloads", || {
-            let without = "tso,uso,udp-segment,udp-gro";
-            outbound(&["--queues", "1", "--without", without], Order::Total)
-        }),
-        ("exact_inbound_datagrams", || inbound(&[], false)),
-        ("exact_inbound_trains", || inbound(&[], true)),
-        ("exact_inbound_trains_without_gro", || {
-            inbound(&["--without", "udp-gro"], true)
-        }),
-        ("exact_inbound_trains_without_tso_uso", || {
-            inbound(&["--without", "tso,uso"], true)
-        }),
-    ]
+#[testbed::trial(each_engine)]
+fn exact_outbound() -> Result<()> {
+    outbound(&["--queues", "1"], Order::Total)
+}
+
+#[testbed::trial(each_engine)]
+fn exact_outbound_4_queues() -> Result<()> {
+    outbound(&["--queues", "4"], Order::PerFlow)
+}
+
+#[testbed::trial(each_engine)]
+fn exact_outbound_without_offloads() -> Result<()> {
+    let without = "tso,uso,udp-segment,udp-gro";
+    outbound(&["--queues", "1", "--without", without], Order::Total)
+}
+
+#[testbed::trial(each_engine)]
+fn exact_inbound_datagrams() -> Result<()> {
+    inbound(&[], false)
+}
+
+#[testbed::trial(each_engine)]
+fn exact_inbound_trains() -> Result<()> {
+    inbound(&[], true)
+}
+
+#[testbed::trial(each_engine)]
+fn exact_inbound_trains_without_gro() -> Result<()> {
+    inbound(&["--without", "udp-gro"], true)
+}
+
+#[testbed::trial(each_engine)]
+fn exact_inbound_trains_without_tso_uso() -> Result<()> {
+    inbound(&["--without", "tso,uso"], true)
 }
 
 /// Packets in the script, and under way at a time.

@@ -4,22 +4,32 @@
 use fastvpn::error::Result;
 
 use crate::datagrams::{Order, exchange, exchange_trains};
-use crate::support::{
-    Ended, FAMILIES, Test, all_cores, check, dual_stack_tunnels, hosts, stop_all,
-};
+use crate::support::{Ended, FAMILIES, all_cores, check, dual_stack_tunnels, hosts, stop_all};
 use crate::traffic::{directions, pings, trains, transfer_both_ways};
 
-/// The tests of this file.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("without_tso", || without("tso")),
-        ("without_uso", || without("uso")),
-        ("without_udp_segment", || without("udp-segment")),
-        ("without_udp_gro", || without("udp-gro")),
-        ("without_all_of_them", || {
-            without("tso,uso,udp-segment,udp-gro")
-        }),
-    ]
+#[testbed::trial(each_engine)]
+fn without_tso() -> Result<()> {
+    without("tso")
+}
+
+#[testbed::trial(each_engine)]
+fn without_uso() -> Result<()> {
+    without("uso")
+}
+
+#[testbed::trial(each_engine)]
+fn without_udp_segment() -> Result<()> {
+    without("udp-segment")
+}
+
+#[testbed::trial(each_engine)]
+fn without_udp_gro() -> Result<()> {
+    without("udp-gro")
+}
+
+#[testbed::trial(each_engine)]
+fn without_all_of_them() -> Result<()> {
+    without("tso,uso,udp-segment,udp-gro")
 }
 
 /// What the log calls the features.

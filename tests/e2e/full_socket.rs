@@ -13,15 +13,11 @@ use crate::datagrams::{Order, exchange};
 use crate::operator::Operator;
 use crate::packets::TUNNEL_NAME;
 use crate::site::{inside, peer, sites, underlay};
-use crate::support::{Test, check, link, stop, tried, udp, wait_for, wait_until};
-
-/// The tests of this file.
-pub fn tests() -> Vec<Test> {
-    vec![("a_full_send_buffer", a_full_send_buffer)]
-}
+use crate::support::{check, link, stop, tried, udp, wait_for, wait_until};
 
 /// Datagrams wait in the kernel, and take up the send buffer, while it asks for
 /// the link-layer address of a host that does not answer.
+#[testbed::trial(each_engine)]
 fn a_full_send_buffer() -> Result<()> {
     let network = sites(3)?;
     let [near, silent, other] = &network.all[..] else {

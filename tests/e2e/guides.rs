@@ -12,16 +12,26 @@ use std::time::{Duration, Instant};
 use fastvpn::error::{Error, Result};
 use testbed::{Child, Namespace};
 
-use crate::support::{FASTVPN, PATIENCE, Test, fail, hosts};
+use crate::support::{FASTVPN, PATIENCE, fail, hosts};
 
-/// The tests of this file.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("guide_two_hosts", || follow("two-hosts", "")),
-        ("guide_containers", || follow("containers", "")),
-        ("guide_site_to_site", || follow("site-to-site", SITE)),
-        ("guide_plain_peer", || follow("plain-peer", "")),
-    ]
+#[testbed::trial(long)]
+fn guide_two_hosts() -> Result<()> {
+    follow("two-hosts", "")
+}
+
+#[testbed::trial(long)]
+fn guide_containers() -> Result<()> {
+    follow("containers", "")
+}
+
+#[testbed::trial(long)]
+fn guide_site_to_site() -> Result<()> {
+    follow("site-to-site", SITE)
+}
+
+#[testbed::trial(long)]
+fn guide_plain_peer() -> Result<()> {
+    follow("plain-peer", "")
 }
 
 /// The network behind a gateway, which a guide takes for granted. `N`: the site.

@@ -18,59 +18,10 @@ use crate::packets::TUNNEL_NAME;
 use crate::routes::{kernel_agrees, net, own_routes};
 use crate::site::{inside, underlay, wait_for_each_other};
 use crate::support::{
-    PATIENCE, TUNNEL, Test, Tunnel, check, fail, fastvpn, hosts, link, stop, tried, wait_for,
-    wait_until,
+    PATIENCE, TUNNEL, Tunnel, check, fail, fastvpn, hosts, link, stop, tried, wait_for, wait_until,
 };
 use crate::takeover::{Stage, appearance};
 use crate::tools::{RouteCommand, Stream, ip_route};
-
-/// The tests of this file.
-pub fn tests() -> Vec<Test> {
-    vec![
-        (
-            "successors_that_die_after_the_word",
-            successors_that_die_after_the_word,
-        ),
-        (
-            "a_predecessor_that_dies_after_the_word",
-            a_predecessor_that_dies_after_the_word,
-        ),
-    ]
-}
-
-/// Those that are about control alone.
-pub fn tests_of_control() -> Vec<Test> {
-    vec![
-        (
-            "successors_with_bad_configurations",
-            successors_with_bad_configurations,
-        ),
-        (
-            "a_successor_that_finds_a_peer_in_the_tunnel",
-            a_successor_that_finds_a_peer_in_the_tunnel,
-        ),
-        ("a_successor_without_routes", a_successor_without_routes),
-        (
-            "successors_with_and_without_ipv6",
-            successors_with_and_without_ipv6,
-        ),
-        ("what_operators_said_goes_on", what_operators_said_goes_on),
-        ("a_reload_in_a_takeover", a_reload_in_a_takeover),
-        ("a_reload_at_the_last_moment", a_reload_at_the_last_moment),
-        (
-            "nobody_waits_for_a_silent_successor",
-            nobody_waits_for_a_silent_successor,
-        ),
-    ]
-}
-
-/// Those that need another user.
-pub fn tests_that_need_root() -> Vec<Test> {
-    vec![(
-        "nothing_is_taken_over_from_another_user",
-        nothing_is_taken_over_from_another_user,
-    )]
-}
 
 /// Name of the interface toward the other sites.
 fn outside_name(stage: &Stage) -> Result<String> {
@@ -82,6 +33,7 @@ fn outside_name(stage: &Stage) -> Result<String> {
 }
 
 /// What a plain start would refuse leaves the tunnel with who has it.
+#[testbed::trial]
 fn successors_with_bad_configurations() -> Result<()> {
     let stage = Stage::new()?;
     let (near, far) = stage.play()?;
@@ -141,6 +93,7 @@ fn successors_with_bad_configurations() -> Result<()> {
 
 /// Which nobody could know before: it was its predecessor's route that led there.
 /// That peer is sent nothing until there is another way to it, and all else goes on.
+#[testbed::trial]
 fn a_successor_that_finds_a_peer_in_the_tunnel() -> Result<()> {
     let stage = Stage::new()?;
     let far = stage
@@ -171,6 +124,7 @@ fn a_successor_that_finds_a_peer_in_the_tunnel() -> Result<()> {
 }
 
 /// Not even its predecessor's.
+#[testbed::trial]
 fn a_successor_without_routes() -> Result<()> {
     let stage = Stage::new()?;
     let (near, far) = stage.play()?;
@@ -193,6 +147,7 @@ fn a_successor_without_routes() -> Result<()> {
 
 /// What the kernel would refuse of the device as it is comes with its new
 /// settings, and what it would silently forget holds up a successor.
+#[testbed::trial]
 fn successors_with_and_without_ipv6() -> Result<()> {
     let hosts = hosts(1500)?;
     let operator = Operator::new()?;
@@ -241,6 +196,7 @@ fn successors_with_and_without_ipv6() -> Result<()> {
 }
 
 /// What they moved stays where they moved it, and whom they added stays.
+#[testbed::trial]
 fn what_operators_said_goes_on() -> Result<()> {
     let stage = Stage::new()?;
     let (near, far) = stage.play()?;
@@ -259,6 +215,7 @@ fn what_operators_said_goes_on() -> Result<()> {
 
 /// A signal that comes while a successor gets ready, which has read the file
 /// already, is not lost: whoever carries on reloads.
+#[testbed::trial]
 fn a_reload_in_a_takeover() -> Result<()> {
     let hosts = hosts(1500)?;
     let operator = Operator::new()?;
@@ -307,6 +264,7 @@ fn a_reload_in_a_takeover() -> Result<()> {
 
 /// The signal comes while the old process, which has stopped, waits for the new one's
 /// last word.
+#[testbed::trial]
 fn a_reload_at_the_last_moment() -> Result<()> {
     let stage = Stage::new()?;
     let (mut near, far) = stage.play()?;
@@ -374,6 +332,7 @@ impl Script {
 
 /// However far it has come, up to its last word, its predecessor carries on: with
 /// the same device, addresses, routes, operators' socket and counters.
+#[testbed::trial(each_engine)]
 fn successors_that_die_after_the_word() -> Result<()> {
     let stage = Stage::new()?;
     let (near, far) = stage.play()?;
@@ -443,6 +402,7 @@ fn successors_that_die_after_the_word() -> Result<()> {
 }
 
 /// Its successor carries on.
+#[testbed::trial(each_engine)]
 fn a_predecessor_that_dies_after_the_word() -> Result<()> {
     /// Answers that a client does not read keep the end waiting.
     const PREFIXES: usize = 10_000;
@@ -524,6 +484,7 @@ fn threads(tunnel: &Tunnel) -> Vec<Thread> {
 }
 
 /// Who asks a question is answered, and who wants the end has it.
+#[testbed::trial]
 fn nobody_waits_for_a_silent_successor() -> Result<()> {
     let stage = Stage::new()?;
     let (near, far) = stage.play()?;
@@ -547,6 +508,7 @@ const _: () = assert!(PATIENCE.as_secs() > PATIENCE_WITH_SUCCESSORS.as_secs());
 
 /// Who listens at the socket would give the new process its device and sockets. One who
 /// is neither root nor the new process's user is not asked anything.
+#[testbed::trial(needs_root)]
 fn nothing_is_taken_over_from_another_user() -> Result<()> {
     const NOBODY: libc::uid_t = 65534;
     let stage = Stage::new()?;

@@ -12,27 +12,12 @@ use testbed::traffic::{
 use testbed::{CONTAINER_NAME, Namespace, Pair, StaticRoutes};
 
 use crate::support::{
-    TUNNEL, Test, UNDERLAY, answers, bulk, check, fail, fastvpn, hosts, link, stop, tried,
+    TUNNEL, UNDERLAY, answers, bulk, check, fail, fastvpn, hosts, link, stop, tried,
     tunnel_between, udp, wait_for, wait_until,
 };
 use crate::tools::{fetch, nft};
 
-/// The tests of this file.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("the_teaching_vpn_with_routes", the_teaching_vpn_with_routes),
-        ("forwarded_from_containers", forwarded_from_containers),
-        (
-            "forwarded_from_bridged_containers",
-            forwarded_from_bridged_containers,
-        ),
-        ("masquerade_and_dnat", masquerade_and_dnat),
-        ("only_hosts_decrement_ttl", only_hosts_decrement_ttl),
-        ("tunnels_side_by_side", tunnels_side_by_side),
-        ("two_tunnels_on_one_host", two_tunnels_on_one_host),
-    ]
-}
-
+#[testbed::trial(each_engine)]
 fn the_teaching_vpn_with_routes() -> Result<()> {
     let hosts = hosts(1500)?;
     let addresses = [Ipv4Addr::new(10, 244, 2, 2), Ipv4Addr::new(10, 244, 3, 3)];
@@ -139,6 +124,7 @@ fn containers_talk(containers: &[Namespace; 2]) -> Result<()> {
     Ok(())
 }
 
+#[testbed::trial(each_engine)]
 fn forwarded_from_containers() -> Result<()> {
     let hosts = hosts(1500)?;
     let containers = containers(&hosts)?;
@@ -147,6 +133,7 @@ fn forwarded_from_containers() -> Result<()> {
     tunnels.into_iter().try_for_each(|end| stop(end).map(drop))
 }
 
+#[testbed::trial(each_engine)]
 fn forwarded_from_bridged_containers() -> Result<()> {
     let hosts = hosts(1500)?;
     let containers = [
@@ -161,6 +148,7 @@ fn forwarded_from_bridged_containers() -> Result<()> {
 /// A's container goes out behind A's tunnel address and reaches, at B's tunnel
 /// address, a web server in B's container. Neither host knows of the other's
 /// containers.
+#[testbed::trial(each_engine, long)]
 fn masquerade_and_dnat() -> Result<()> {
     let hosts = hosts(1500)?;
     let containers = containers(&hosts)?;
@@ -214,6 +202,7 @@ const TTL: usize = 8;
 const SOURCE: std::ops::Range<usize> = 12..16;
 const HEADER_BYTES: usize = 20;
 
+#[testbed::trial(each_engine)]
 fn only_hosts_decrement_ttl() -> Result<()> {
     let hosts = hosts(1500)?;
     let containers = containers(&hosts)?;
@@ -245,6 +234,7 @@ fn only_hosts_decrement_ttl() -> Result<()> {
 }
 
 /// The same names, addresses and ports, in namespaces of their own.
+#[testbed::trial(each_engine)]
 fn tunnels_side_by_side() -> Result<()> {
     let pairs = [hosts(1500)?, hosts(1500)?];
     let tunnels = [
@@ -267,6 +257,7 @@ fn tunnels_side_by_side() -> Result<()> {
     Ok(())
 }
 
+#[testbed::trial(each_engine)]
 fn two_tunnels_on_one_host() -> Result<()> {
     let hosts = hosts(1500)?;
     let third = Namespace::new()?;

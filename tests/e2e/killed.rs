@@ -15,21 +15,9 @@ use crate::operator::connect;
 use crate::packets::TUNNEL_NAME;
 use crate::routes::own_routes;
 use crate::site::{inside, wait_for_each_other};
-use crate::support::{PATIENCE, Test, Tunnel, check, fail, link, stop, tried, wait_until};
+use crate::support::{PATIENCE, Tunnel, check, fail, link, stop, tried, wait_until};
 use crate::takeover::{Stage, appearance};
 use crate::tools::Stream;
-
-/// The tests of this file.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("either_side_killed_at_any_step", either_side_killed),
-        (
-            "either_side_killed_twelve_times_at_any_step",
-            either_side_killed_twelve_times,
-        ),
-        ("taken_over_under_full_load", taken_over_under_full_load),
-    ]
-}
 
 /// What is said, in this order. Each is a line; the descriptors come with a space before
 /// that of the manifest.
@@ -271,15 +259,18 @@ fn kill_at_every_step(rounds: usize) -> Result<()> {
     stop(far).map(drop)
 }
 
-fn either_side_killed() -> Result<()> {
+#[testbed::trial(each_engine)]
+fn either_side_killed_at_any_step() -> Result<()> {
     kill_at_every_step(1)
 }
 
-fn either_side_killed_twelve_times() -> Result<()> {
+#[testbed::trial(each_engine, long)]
+fn either_side_killed_twelve_times_at_any_step() -> Result<()> {
     kill_at_every_step(12)
 }
 
 /// Again and again, while both directions carry as much as they can.
+#[testbed::trial(each_engine)]
 fn taken_over_under_full_load() -> Result<()> {
     const TIMES: usize = 6;
     let stage = Stage::new()?;

@@ -14,35 +14,12 @@ use testbed::traffic::ping;
 use testbed::{Child, Namespace};
 
 use crate::support::{
-    FASTVPN, TUNNEL, Test, answers, bulk, check, engine_name, fail, fastvpn, hosts, stop, tried,
+    FASTVPN, TUNNEL, answers, bulk, check, engine_name, fail, fastvpn, hosts, stop, tried,
     tunnel_between, udp, wait_for, wait_until,
 };
 use crate::tools::{Stream, inventory, nothing_left, wait_for_line};
 
-/// The tests of this file.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("signals_end_it_in_order", signals_end_it_in_order),
-        ("killed_it_leaves_nothing", killed_it_leaves_nothing),
-        ("it_says_what_it_does", it_says_what_it_does),
-        ("quiet_is_quiet", quiet_is_quiet),
-        ("logs_can_be_json", logs_can_be_json),
-        ("the_interface_is_deleted", the_interface_is_deleted),
-        (
-            "the_interface_goes_down_and_up",
-            the_interface_goes_down_and_up,
-        ),
-    ]
-}
-
-/// The demo chooses the engine by itself.
-pub fn tests_of_the_demo() -> Vec<Test> {
-    vec![
-        ("the_demo_plays", the_demo_plays),
-        ("the_demo_is_interrupted", the_demo_is_interrupted),
-    ]
-}
-
+#[testbed::trial(each_engine)]
 fn signals_end_it_in_order() -> Result<()> {
     let hosts = hosts(1500)?;
     let before = inventory(&hosts.a)?;
@@ -64,6 +41,7 @@ fn signals_end_it_in_order() -> Result<()> {
     Ok(())
 }
 
+#[testbed::trial(each_engine)]
 fn killed_it_leaves_nothing() -> Result<()> {
     let hosts = hosts(1500)?;
     let before = inventory(&hosts.a)?;
@@ -86,6 +64,7 @@ fn killed_it_leaves_nothing() -> Result<()> {
     stop(b).map(drop)
 }
 
+#[testbed::trial(each_engine)]
 fn it_says_what_it_does() -> Result<()> {
     let hosts = hosts(1500)?;
     let [a, b] = tunnel_between(&hosts, &["--queues", "2"])?;
@@ -120,6 +99,7 @@ fn it_says_what_it_does() -> Result<()> {
     Ok(())
 }
 
+#[testbed::trial(each_engine)]
 fn quiet_is_quiet() -> Result<()> {
     let hosts = hosts(1500)?;
     // With more queues it warns where it may not load eBPF.
@@ -136,6 +116,7 @@ fn quiet_is_quiet() -> Result<()> {
     Ok(())
 }
 
+#[testbed::trial(each_engine)]
 fn logs_can_be_json() -> Result<()> {
     let hosts = hosts(1500)?;
     let [a, b] = tunnel_between(&hosts, &["--log-format", "json", "-v"])?;
@@ -162,6 +143,7 @@ fn logs_can_be_json() -> Result<()> {
     stop(b).map(drop)
 }
 
+#[testbed::trial(each_engine)]
 fn the_interface_is_deleted() -> Result<()> {
     for queues in ["1", "2"] {
         let hosts = hosts(1500)?;
@@ -183,6 +165,7 @@ fn the_interface_is_deleted() -> Result<()> {
     Ok(())
 }
 
+#[testbed::trial(each_engine)]
 fn the_interface_goes_down_and_up() -> Result<()> {
     let hosts = hosts(1500)?;
     let ends = tunnel_between(&hosts, &[])?;
@@ -215,6 +198,7 @@ fn demo(seconds: &str) -> Result<(Namespace, Child)> {
     Ok((namespace, child))
 }
 
+#[testbed::trial]
 fn the_demo_plays() -> Result<()> {
     let (_namespace, mut child) = demo("1")?;
     let process = child.process();
@@ -264,6 +248,7 @@ fn children(parent: u32) -> Result<Vec<(u32, Option<u64>)>> {
         .collect())
 }
 
+#[testbed::trial]
 fn the_demo_is_interrupted() -> Result<()> {
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGKILL] {
         let (_namespace, mut child) = demo("600")?;

@@ -14,21 +14,7 @@ use crate::site::{
     ALL_PREFIXES, Site, addresses, all_went_well, inside, large_ping, peer, peer_v6, prefixes,
     sites, transfer, tunnel, underlay, underlay_v6, wait_for_each_other,
 };
-use crate::support::{
-    Test, check, enlarge_receive_buffer, link, stop, tried, udp, wait_for, wait_until,
-};
-
-/// The tests of this file.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("hub_and_spokes", hub_and_spokes),
-        (
-            "a_full_mesh_with_a_plain_peer",
-            a_full_mesh_with_a_plain_peer,
-        ),
-        ("the_longest_prefix_wins", the_longest_prefix_wins),
-    ]
-}
+use crate::support::{check, enlarge_receive_buffer, link, stop, tried, udp, wait_for, wait_until};
 
 /// The hop limit with which a packet of 64 arrives from one site's container at
 /// another's.
@@ -63,6 +49,7 @@ fn device_packets(namespace: &Namespace, name: &str) -> Result<u64> {
 
 /// What spokes say to each other goes through the hub, whose kernel forwards
 /// it. One of them is reached over IPv6.
+#[testbed::trial(each_engine)]
 fn hub_and_spokes() -> Result<()> {
     let network = sites(5)?;
     let (hub, spokes) = network.all.split_at(1);
@@ -126,6 +113,7 @@ fn hub_and_spokes() -> Result<()> {
 }
 
 /// Each host reaches each other without a third; one of them is no fastvpn.
+#[testbed::trial(each_engine)]
 fn a_full_mesh_with_a_plain_peer() -> Result<()> {
     const PLAIN: u8 = 5;
     let network = sites(PLAIN)?;
@@ -258,6 +246,7 @@ fn who_gets(
 
 /// Hosts 2 to 4 all have the addresses that are sent to; the peers' prefixes
 /// alone tell which of them gets a packet, and changes count at once.
+#[testbed::trial(each_engine)]
 fn the_longest_prefix_wins() -> Result<()> {
     const ASKER: u8 = 1;
     const PORT: u16 = 7000;

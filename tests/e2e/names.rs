@@ -23,40 +23,8 @@ use crate::operator::Operator;
 use crate::site::{
     Site, addresses, inside, peer, prefixes, sites, tunnel, underlay, wait_for_each_other,
 };
-use crate::support::{
-    FASTVPN, PATIENCE, Test, Tunnel, check, fail, stop, tried, wait_for, wait_until,
-};
+use crate::support::{FASTVPN, PATIENCE, Tunnel, check, fail, stop, tried, wait_for, wait_until};
 use crate::tools::{Stream, inventory, nothing_left};
-
-/// The tests of this file, which are about control alone.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("a_name_that_resolves_later", a_name_that_resolves_later),
-        ("a_name_that_moves", a_name_that_moves),
-        (
-            "a_name_that_moves_and_a_reload",
-            a_name_that_moves_and_a_reload,
-        ),
-        ("a_name_with_two_addresses", a_name_with_two_addresses),
-        ("a_silent_name_server", a_silent_name_server),
-        (
-            "a_takeover_without_a_name_server",
-            a_takeover_without_a_name_server,
-        ),
-        (
-            "a_name_that_comes_with_a_reload",
-            a_name_that_comes_with_a_reload,
-        ),
-        (
-            "a_reload_without_a_name_server",
-            a_reload_without_a_name_server,
-        ),
-        ("names_added_are_handed_over", names_added_are_handed_over),
-        ("a_name_that_never_resolves", a_name_that_never_resolves),
-        ("a_name_that_is_no_peers", a_name_that_is_no_peers),
-        ("names_that_are_set_aside", names_that_are_set_aside),
-    ]
-}
 
 /// Answers by name, rotated each time; a name that is not there does not exist.
 type Zone = HashMap<String, Vec<Ipv4Addr>>;
@@ -239,6 +207,7 @@ fn named(number: u8) -> String {
 
 /// The others are there at once; what goes to the one that is not is reported
 /// and counted; it is tried again, not too often, until it resolves.
+#[testbed::trial]
 fn a_name_that_resolves_later() -> Result<()> {
     let network = sites(3)?;
     let [a, b, c] = &network.all[..] else {
@@ -343,6 +312,7 @@ impl Moving {
 
 /// A peer that answers stays where it is, whichever of its addresses the name
 /// server begins with; one that has stopped to is looked for at the other.
+#[testbed::trial]
 fn a_name_with_two_addresses() -> Result<()> {
     let configuration = Operator::new()?;
     let file = configuration.write("fastvpn.toml", "hop = false\n")?;
@@ -370,6 +340,7 @@ fn a_name_with_two_addresses() -> Result<()> {
 }
 
 /// A peer that has stopped to answer is looked for.
+#[testbed::trial]
 fn a_name_that_moves() -> Result<()> {
     let (moving, [a, b]) = Moving::start(&[])?;
     let before = moving.names.questions(NAME);
@@ -385,6 +356,7 @@ fn a_name_that_moves() -> Result<()> {
 }
 
 /// An operator need not wait for that.
+#[testbed::trial]
 fn a_name_that_moves_and_a_reload() -> Result<()> {
     for by_signal in [false, true] {
         let configuration = Operator::new()?;
@@ -410,6 +382,7 @@ fn a_name_that_moves_and_a_reload() -> Result<()> {
 }
 
 /// Who waits for a name server's answer waits alone.
+#[testbed::trial]
 fn a_silent_name_server() -> Result<()> {
     let network = sites(3)?;
     let [a, _, c] = &network.all[..] else {
@@ -442,6 +415,7 @@ fn a_silent_name_server() -> Result<()> {
 }
 
 /// The successor knows what its predecessor knew, though nobody tells it.
+#[testbed::trial]
 fn a_takeover_without_a_name_server() -> Result<()> {
     let (moving, [old, far]) = Moving::start(&[])?;
     let [a, b, _] = &moving.network.all[..] else {
@@ -464,6 +438,7 @@ fn a_takeover_without_a_name_server() -> Result<()> {
 }
 
 /// No answer is no reason to forget an address.
+#[testbed::trial]
 fn a_reload_without_a_name_server() -> Result<()> {
     let configuration = Operator::new()?;
     let file = configuration.write("fastvpn.toml", "hop = false\n")?;
@@ -495,6 +470,7 @@ fn a_reload_without_a_name_server() -> Result<()> {
 }
 
 /// A peer by name that an operator added is the successor's as well.
+#[testbed::trial]
 fn names_added_are_handed_over() -> Result<()> {
     let network = sites(3)?;
     let [a, b, c] = &network.all[..] else {
@@ -525,6 +501,7 @@ fn names_added_are_handed_over() -> Result<()> {
 }
 
 /// A peer by name that was not there at the start, in a tunnel that had none.
+#[testbed::trial]
 fn a_name_that_comes_with_a_reload() -> Result<()> {
     let network = sites(3)?;
     let [a, b, c] = &network.all[..] else {
@@ -556,6 +533,7 @@ fn a_name_that_comes_with_a_reload() -> Result<()> {
 
 /// The one peer's name does not resolve: without an address there is nothing to
 /// start with; with one the tunnel waits.
+#[testbed::trial]
 fn a_name_that_never_resolves() -> Result<()> {
     let network = sites(2)?;
     let a = &network.all[0];
@@ -579,6 +557,7 @@ fn a_name_that_never_resolves() -> Result<()> {
 
 /// Addresses that cannot be a peer's, at the start and later, are no answers:
 /// the names are asked for until they have others.
+#[testbed::trial]
 fn a_name_that_is_no_peers() -> Result<()> {
     let network = sites(3)?;
     let [a, b, c] = &network.all[..] else {
@@ -625,6 +604,7 @@ fn a_name_that_is_no_peers() -> Result<()> {
 
 /// Names that lead to this host or into the tunnel hold up neither the other
 /// peers nor a takeover, and are asked for until they lead elsewhere.
+#[testbed::trial]
 fn names_that_are_set_aside() -> Result<()> {
     let network = sites(3)?;
     let [a, b, c] = &network.all[..] else {

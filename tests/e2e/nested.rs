@@ -9,20 +9,8 @@ use crate::operator::Operator;
 use crate::packets::{TUNNEL_NAME, udp_packet};
 use crate::site::{Site, Sites, inside, prefixes, sites, underlay, underlay_v6};
 use crate::sources::{PORT, Victim, is_heard};
-use crate::support::{Test, Tunnel, check, stop, tried, udp, wait_until};
+use crate::support::{Tunnel, check, stop, tried, udp, wait_until};
 use crate::tools::nft;
-
-/// The tests of this file.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("nested_datagrams", nested_datagrams),
-        (
-            "datagrams_nested_by_thousands",
-            datagrams_nested_by_thousands,
-        ),
-        ("nested_datagrams_behind_nat", nested_datagrams_behind_nat),
-    ]
-}
 
 /// How many of a kind are tried.
 const COUNT: u64 = 20;
@@ -96,6 +84,7 @@ impl Scene {
 
 /// For all that could make them pass: the address of another peer, of the sender
 /// itself, of this host, and of nobody.
+#[testbed::trial(each_engine)]
 fn nested_datagrams() -> Result<()> {
     for family in [0, 1] {
         let scene = Scene::new(family)?;
@@ -132,6 +121,7 @@ fn nested_datagrams() -> Result<()> {
 }
 
 /// One datagram stays one, however many others are in it.
+#[testbed::trial(each_engine)]
 fn datagrams_nested_by_thousands() -> Result<()> {
     const BYTES_MAX: usize = 65_500;
     for (family, header_bytes) in [(0, 28), (1, 48)] {
@@ -163,6 +153,7 @@ fn datagrams_nested_by_thousands() -> Result<()> {
 /// No source is wrong inside the tunnel, and on its way to the socket a rule makes
 /// it another peer's: the socket itself has to see to it. Also that of a process
 /// that takes over.
+#[testbed::trial(each_engine, long)]
 fn nested_datagrams_behind_nat() -> Result<()> {
     for family in [0, 1] {
         let scene = Scene::new(family)?;

@@ -18,19 +18,7 @@ use crate::site::{
     wait_for_each_other,
 };
 use crate::sources::send_train;
-use crate::support::{PATIENCE, Test, check, stop, tried, wait_until, without_backlog_drops};
-
-/// The tests of this file.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("nowhere_is_reported", nowhere_is_reported),
-        ("reports_are_limited", reports_are_limited),
-        ("what_is_never_reported", what_is_never_reported),
-        ("a_tunnel_that_is_a_hop", a_tunnel_that_is_a_hop),
-        ("a_trace_through_hops", a_trace_through_hops),
-        ("hop_limits_of_all_values", hop_limits_of_all_values),
-    ]
-}
+use crate::support::{PATIENCE, check, stop, tried, wait_until, without_backlog_drops};
 
 /// Nobody's addresses, in a network that is routed into the tunnel.
 fn nowhere() -> [IpAddr; 2] {
@@ -107,6 +95,7 @@ fn trace(from: &Namespace, device: &str, to: IpAddr) -> Result<Vec<IpAddr>> {
 }
 
 /// Senders behind the host and on it hear that there is no way, and from whom.
+#[testbed::trial(each_engine)]
 fn nowhere_is_reported() -> Result<()> {
     let network = sites(2)?;
     let site = &network.all[0];
@@ -180,6 +169,7 @@ fn nowhere_is_reported() -> Result<()> {
 
 /// A flood to nowhere is not answered by a flood, and soon after there are
 /// reports again.
+#[testbed::trial(each_engine)]
 fn reports_are_limited() -> Result<()> {
     const BATCH: usize = 100;
     const BATCHES: usize = 30;
@@ -355,6 +345,7 @@ fn loud_ones(family: usize) -> Vec<(&'static str, Vec<u8>)> {
 
 /// One queue keeps the order: an error about a loud packet has passed whatever
 /// there would have been about a silent one ahead of it.
+#[testbed::trial(each_engine)]
 fn what_is_never_reported() -> Result<()> {
     let network = sites(2)?;
     let site = &network.all[0];
@@ -440,6 +431,7 @@ fn hop_limits_of_a_train(from: &Site, to: &Site, family: usize) -> Result<Vec<u8
 
 /// With `--hop` each crossing costs one, on the way out and only there, of
 /// super-packets as of any other; without it none.
+#[testbed::trial(each_engine)]
 fn a_tunnel_that_is_a_hop() -> Result<()> {
     let network = sites(2)?;
     let all = &network.all;
@@ -481,6 +473,7 @@ fn a_tunnel_that_is_a_hop() -> Result<()> {
 }
 
 /// A trace shows the tunnel where it is a hop, by the tunnel's address.
+#[testbed::trial(each_engine)]
 fn a_trace_through_hops() -> Result<()> {
     let network = sites(2)?;
     let [a, b] = &network.all[..] else {
@@ -531,6 +524,7 @@ fn a_trace_through_hops() -> Result<()> {
 
 /// One less of whatever there was, every other bit as it was, and checksums that
 /// are right; of 1 and of 0 nothing.
+#[testbed::trial(each_engine)]
 fn hop_limits_of_all_values() -> Result<()> {
     let network = sites(2)?;
     let [a, b] = &network.all[..] else {

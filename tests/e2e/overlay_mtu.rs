@@ -18,25 +18,19 @@ use crate::site::{
     wait_for_each_other,
 };
 use crate::support::{
-    Test, Tunnel, bulk, check, enlarge_receive_buffer, link, stop, tried, udp, wait_until,
+    Tunnel, bulk, check, enlarge_receive_buffer, link, stop, tried, udp, wait_until,
 };
 use crate::tools::Stream;
 use crate::underlay::set_mtu;
 
-/// The tests of this file.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("one_narrow_path", || one_narrow_path(Underlay::V4)),
-        ("the_hosts_own_narrow_way", the_hosts_own_narrow_way),
-        ("too_narrow_for_ipv6_inside", too_narrow_for_ipv6_inside),
-    ]
+#[testbed::trial(each_engine)]
+fn one_narrow_path() -> Result<()> {
+    one_narrow_path_over(Underlay::V4)
 }
 
-/// Those that are run once, on the default engine.
-pub fn tests_of_no_engine() -> Vec<Test> {
-    vec![("one_narrow_path_over_ipv6", || {
-        one_narrow_path(Underlay::V6)
-    })]
+#[testbed::trial]
+fn one_narrow_path_over_ipv6() -> Result<()> {
+    one_narrow_path_over(Underlay::V6)
 }
 
 /// What the datagrams travel over.
@@ -292,7 +286,7 @@ impl Probe {
 }
 
 /// A router on the way to one of two peers turns out to be narrow.
-fn one_narrow_path(underlay: Underlay) -> Result<()> {
+fn one_narrow_path_over(underlay: Underlay) -> Result<()> {
     const NARROW_BYTES: u32 = 1400;
     let network = Network::new(underlay)?;
     let tunnels = network.start()?;
@@ -384,6 +378,7 @@ fn one_narrow_path(underlay: Underlay) -> Result<()> {
 
 /// The host's own interface is narrower than when the tunnel started: all peers
 /// are behind it.
+#[testbed::trial(each_engine)]
 fn the_hosts_own_narrow_way() -> Result<()> {
     const NARROW_BYTES: u32 = 1400;
     let network = Network::new(Underlay::V4)?;
@@ -414,6 +409,7 @@ fn the_hosts_own_narrow_way() -> Result<()> {
 
 /// IPv6 inside has to have 1280 bytes (RFC 8200, section 5), even where the path
 /// has less than that for it: what is that long is fragmented around.
+#[testbed::trial(each_engine)]
 fn too_narrow_for_ipv6_inside() -> Result<()> {
     const NARROW_BYTES: u32 = 1300;
     let network = Network::new(Underlay::V4)?;

@@ -17,30 +17,28 @@ use crate::site::{
     MTU_BYTES, Site, inside, peer, peer_v6, sites, transfer, underlay, underlay_v6,
     wait_for_each_other,
 };
-use crate::support::{Test, Tunnel, check, fail, link, snmp, stop, tried, wait_until};
+use crate::support::{Tunnel, check, fail, link, snmp, stop, tried, wait_until};
 use crate::tools::Stream;
 use crate::underlay::set_mtu;
 
-/// The tests of this file.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("forged_path_mtus", || forged_path_mtus(Underlay::V4)),
-        ("a_path_that_grows_again", || {
-            a_path_that_grows_again(Underlay::V4)
-        }),
-    ]
+#[testbed::trial(each_engine)]
+fn forged_path_mtus() -> Result<()> {
+    forged_path_mtus_over(Underlay::V4)
 }
 
-/// Those that are run once, on the default engine.
-pub fn tests_of_no_engine() -> Vec<Test> {
-    vec![
-        ("forged_path_mtus_over_ipv6", || {
-            forged_path_mtus(Underlay::V6)
-        }),
-        ("a_path_that_grows_again_over_ipv6", || {
-            a_path_that_grows_again(Underlay::V6)
-        }),
-    ]
+#[testbed::trial(each_engine)]
+fn a_path_that_grows_again() -> Result<()> {
+    a_path_that_grows_again_over(Underlay::V4)
+}
+
+#[testbed::trial]
+fn forged_path_mtus_over_ipv6() -> Result<()> {
+    forged_path_mtus_over(Underlay::V6)
+}
+
+#[testbed::trial]
+fn a_path_that_grows_again_over_ipv6() -> Result<()> {
+    a_path_that_grows_again_over(Underlay::V6)
 }
 
 fn addresses(number: u8) -> [IpAddr; 2] {
@@ -116,7 +114,7 @@ fn path_mtu(operator: &Operator) -> Result<Value> {
 
 /// One forged message per address: the tunnel goes on with packets of full size,
 /// and whoever starts, or takes over, meanwhile begins with them.
-fn forged_path_mtus(over: Underlay) -> Result<()> {
+fn forged_path_mtus_over(over: Underlay) -> Result<()> {
     let network = sites(3)?;
     let [near, far, stranger] = &network.all[..] else {
         return fail("three sites");
@@ -200,7 +198,7 @@ fn near_to_far(near: &Site, far: &Site) -> Result<()> {
 }
 
 /// A router on the way becomes narrow, and wide again.
-fn a_path_that_grows_again(over: Underlay) -> Result<()> {
+fn a_path_that_grows_again_over(over: Underlay) -> Result<()> {
     const NARROW_BYTES: u32 = 1400;
     let network = Network::new(over)?;
     let tunnels = network.start()?;

@@ -5,27 +5,13 @@ use std::time::Duration;
 use fastvpn::error::Result;
 
 use crate::support::{
-    TUNNEL, Test, answers, bulk, check, fastvpn, hosts, link, snmp, stop, tried, tunnel_between,
-    udp, wait_for, wait_until,
+    TUNNEL, answers, bulk, check, fastvpn, hosts, link, snmp, stop, tried, tunnel_between, udp,
+    wait_for, wait_until,
 };
 use crate::tools::{Stream, slow_down, speed_up};
 
-/// The tests of this file.
-pub fn tests() -> Vec<Test> {
-    vec![
-        (
-            "a_killed_peer_comes_back_under_load",
-            a_killed_peer_comes_back_under_load,
-        ),
-        ("a_peer_that_is_not_there_yet", a_peer_that_is_not_there_yet),
-        (
-            "a_blocked_way_out_leaves_the_way_in",
-            a_blocked_way_out_leaves_the_way_in,
-        ),
-    ]
-}
-
 /// Connections outlast the tunnel, whichever way their data goes.
+#[testbed::trial(each_engine)]
 fn a_killed_peer_comes_back_under_load() -> Result<()> {
     let hosts = hosts(1500)?;
     let [a, mut b] = tunnel_between(&hosts, &[])?;
@@ -53,6 +39,7 @@ fn a_killed_peer_comes_back_under_load() -> Result<()> {
 
 /// Sending into the void, with "port unreachable" for each datagram, neither
 /// stops nor slows the one end that is there.
+#[testbed::trial(each_engine)]
 fn a_peer_that_is_not_there_yet() -> Result<()> {
     const BATCH: u64 = 200;
     const SENT: u64 = 100 * BATCH;
@@ -102,6 +89,7 @@ fn a_peer_that_is_not_there_yet() -> Result<()> {
 /// The line out is so slow that the socket's buffer fills and the worker has to
 /// wait for room: what comes in must still pass. The other way around cannot be
 /// had, since the kernel never makes a writer to a TUN wait.
+#[testbed::trial(each_engine)]
 fn a_blocked_way_out_leaves_the_way_in() -> Result<()> {
     const WANTED: u64 = 5_000;
     let hosts = hosts(1500)?;

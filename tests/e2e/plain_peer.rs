@@ -18,19 +18,29 @@ use tun_rs::SyncDevice;
 use crate::datagrams::{Order, exchange, exchange_trains};
 use crate::packets::{BUFFER_BYTES, destination, plain_tun};
 use crate::support::{
-    FAMILIES, Test, UNDERLAY, all_cores, check, dual_stack, enlarge_receive_buffer, fail, hosts,
+    FAMILIES, UNDERLAY, all_cores, check, dual_stack, enlarge_receive_buffer, fail, hosts,
     start_dual_stack, stop_all, wait_for,
 };
 use crate::traffic::{directions, pings, trains, transfer, transfer_both_ways};
 
-/// The tests of this file.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("plain_peer_to_fastvpn_1_queue", || plain_peer(0, 1)),
-        ("plain_peer_to_fastvpn_4_queues", || plain_peer(0, 4)),
-        ("fastvpn_1_queue_to_plain_peer", || plain_peer(1, 1)),
-        ("fastvpn_4_queues_to_plain_peer", || plain_peer(1, 4)),
-    ]
+#[testbed::trial(each_engine)]
+fn plain_peer_to_fastvpn_1_queue() -> Result<()> {
+    plain_peer(0, 1)
+}
+
+#[testbed::trial(each_engine)]
+fn plain_peer_to_fastvpn_4_queues() -> Result<()> {
+    plain_peer(0, 4)
+}
+
+#[testbed::trial(each_engine)]
+fn fastvpn_1_queue_to_plain_peer() -> Result<()> {
+    plain_peer(1, 1)
+}
+
+#[testbed::trial(each_engine)]
+fn fastvpn_4_queues_to_plain_peer() -> Result<()> {
+    plain_peer(1, 4)
 }
 
 /// Name of the TUN device of a plain peer.

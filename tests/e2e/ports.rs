@@ -16,32 +16,11 @@ use crate::operator::{Operator, said};
 use crate::packets::{TUNNEL_NAME, udp_packet, wait_until_up};
 use crate::relay::{FACES, PORT, Ports, REWRITTEN, Relay};
 use crate::support::{
-    Ended, FASTVPN, PATIENCE, TUNNEL, Test, Tunnel, UNDERLAY, check, fail, fastvpn, hosts, link,
-    stop, tried, udp, wait_for, wait_until,
+    Ended, FASTVPN, PATIENCE, TUNNEL, Tunnel, UNDERLAY, check, fail, fastvpn, hosts, link, stop,
+    tried, udp, wait_for, wait_until,
 };
 use crate::tools::nft;
 use crate::traffic::transfer;
-
-/// The tests of this file.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("a_firewall_that_admits_answers_alone", firewall),
-        ("a_nat_that_rewrites_ports", nat),
-        ("own_ports_are_proven_and_used", own_ports),
-        ("a_firewall_of_the_kernel", firewall_of_the_kernel),
-        ("a_nat_of_the_kernel", nat_of_the_kernel),
-    ]
-}
-
-/// Those to which the engine does not matter.
-pub fn tests_of_no_engine() -> Vec<Test> {
-    vec![
-        ("a_firewall_that_comes_later", firewall_that_comes_later),
-        ("who_answers_no_probes_gets_few", who_answers_no_probes),
-        ("forged_probes_prove_nothing", forged_probes),
-        ("check_asks_the_peer", check_asks_the_peer),
-    ]
-}
 
 /// Workers of each tunnel.
 const QUEUES: u64 = 4;
@@ -126,7 +105,8 @@ fn workers_that_count(operator: &Operator, counters: [&str; 2]) -> Result<usize>
     Ok(workers.iter().filter(has).count())
 }
 
-fn firewall() -> Result<()> {
+#[testbed::trial(each_engine)]
+fn a_firewall_that_admits_answers_alone() -> Result<()> {
     let ends = Ends::start(Relay::start(Ports::Kept, true)?)?;
     ends.connect()?;
     // Out of the firewall every port leads, into it one.
@@ -142,7 +122,8 @@ fn firewall() -> Result<()> {
     ends.stop().map(drop)
 }
 
-fn nat() -> Result<()> {
+#[testbed::trial(each_engine)]
+fn a_nat_that_rewrites_ports() -> Result<()> {
     let ends = Ends::start(Relay::start(Ports::Rewritten, true)?)?;
     ends.connect()?;
     let seen = peer(&ends.operators[0])?;
@@ -169,7 +150,8 @@ fn nat() -> Result<()> {
     check(a.log.matches(&line).count() == 1, || a.log.clone())
 }
 
-fn own_ports() -> Result<()> {
+#[testbed::trial(each_engine)]
+fn own_ports_are_proven_and_used() -> Result<()> {
     let ends = Ends::start(Relay::start(Ports::Kept, false)?)?;
     ends.operators
         .iter()
@@ -196,7 +178,8 @@ fn own_ports() -> Result<()> {
     ends.stop().map(drop)
 }
 
-fn firewall_that_comes_later() -> Result<()> {
+#[testbed::trial]
+fn a_firewall_that_comes_later() -> Result<()> {
     let ends = Ends::start(Relay::start(Ports::Kept, false)?)?;
     ends.operators
         .iter()
@@ -224,7 +207,8 @@ fn firewall_that_comes_later() -> Result<()> {
 }
 
 /// As [`firewall`], by the kernel's own.
-fn firewall_of_the_kernel() -> Result<()> {
+#[testbed::trial(each_engine, long)]
+fn a_firewall_of_the_kernel() -> Result<()> {
     let hosts = hosts(1500)?;
     nft(
         &hosts.b,
@@ -242,7 +226,8 @@ fn firewall_of_the_kernel() -> Result<()> {
 }
 
 /// As [`nat`], by the kernel's own: host B's container has the tunnel.
-fn nat_of_the_kernel() -> Result<()> {
+#[testbed::trial(each_engine, long)]
+fn a_nat_of_the_kernel() -> Result<()> {
     let hosts = hosts(1500)?;
     let net = |text: &str| text.parse::<IpNet>().map_err(|_| Error::new("no prefix"));
     let inside = (net("10.88.0.1/24")?, net("10.88.0.2/24")?);
@@ -325,7 +310,8 @@ impl Scripted {
     }
 }
 
-fn who_answers_no_probes() -> Result<()> {
+#[testbed::trial]
+fn who_answers_no_probes_gets_few() -> Result<()> {
     const FLOWS: usize = 64;
     const ROUNDS: usize = 200;
     let since = Instant::now();
@@ -372,7 +358,8 @@ fn who_answers_no_probes() -> Result<()> {
     stop(scripted.tunnel).map(drop)
 }
 
-fn forged_probes() -> Result<()> {
+#[testbed::trial]
+fn forged_probes_prove_nothing() -> Result<()> {
     let scripted = Scripted::start()?;
     let Scripted {
         hosts, operator, ..
@@ -477,6 +464,7 @@ fn checked(namespace: &Namespace, peer: &str) -> Result<String> {
     Ok(item.map(ToString::to_string).unwrap_or_default())
 }
 
+#[testbed::trial]
 fn check_asks_the_peer() -> Result<()> {
     let hosts = hosts(1500)?;
     let says = |peer: &str, parts: &[&str]| {

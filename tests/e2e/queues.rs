@@ -15,29 +15,44 @@ use nix::sys::socket::{MsgFlags, recv};
 use testbed::{Namespace, Pair};
 
 use crate::support::{
-    Ended, FAMILIES, Test, all_cores, backlog_drops, check, dual_stack_tunnels,
-    enlarge_receive_buffer, fail, hosts, stop_all,
+    Ended, FAMILIES, all_cores, backlog_drops, check, dual_stack_tunnels, enlarge_receive_buffer,
+    fail, hosts, stop_all,
 };
 use crate::traffic::{directions, transfer_both_ways};
 
-/// The tests of this file.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("queues_2_and_2", || queues(2, 2, Ways::Apart)),
-        ("queues_4_and_4", || queues(4, 4, Ways::Apart)),
-        ("queues_4_and_1", || queues(4, 1, Ways::Apart)),
-        ("queues_3_and_2", || queues(3, 2, Ways::Apart)),
-        ("queues_4_and_4_answering", || queues(4, 4, Ways::Together)),
-    ]
+#[testbed::trial(each_engine)]
+fn queues_2_and_2() -> Result<()> {
+    queues(2, 2, Ways::Apart)
 }
 
-/// Unequal queues keep their flows in order by the help of an eBPF program.
-/// Where a user may load none, fastvpn warns, and these cannot be run.
-pub fn tests_that_need_ebpf() -> Vec<Test> {
-    vec![
-        ("queues_4_and_1_answering", || queues(4, 1, Ways::Together)),
-        ("queues_3_and_2_answering", || queues(3, 2, Ways::Together)),
-    ]
+#[testbed::trial(each_engine)]
+fn queues_4_and_4() -> Result<()> {
+    queues(4, 4, Ways::Apart)
+}
+
+#[testbed::trial(each_engine)]
+fn queues_4_and_1() -> Result<()> {
+    queues(4, 1, Ways::Apart)
+}
+
+#[testbed::trial(each_engine)]
+fn queues_3_and_2() -> Result<()> {
+    queues(3, 2, Ways::Apart)
+}
+
+#[testbed::trial(each_engine)]
+fn queues_4_and_4_answering() -> Result<()> {
+    queues(4, 4, Ways::Together)
+}
+
+#[testbed::trial(each_engine, needs_root)]
+fn queues_4_and_1_answering() -> Result<()> {
+    queues(4, 1, Ways::Together)
+}
+
+#[testbed::trial(each_engine, needs_root)]
+fn queues_3_and_2_answering() -> Result<()> {
+    queues(3, 2, Ways::Together)
 }
 
 /// UDP flows in each direction of each family: 64 in all.

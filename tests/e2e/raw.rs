@@ -11,24 +11,15 @@ use socket2::{Domain, Protocol, Socket, Type};
 use testbed::Namespace;
 
 use crate::packets::{BUFFER_BYTES, Tap, Tcp, V4, V6, source, udp};
-use crate::support::{
-    Test, check, dual_stack_tunnels, hosts, noise, stop_all, without_backlog_drops,
-};
+use crate::support::{check, dual_stack_tunnels, hosts, noise, stop_all, without_backlog_drops};
 use crate::traffic::directions;
-
-/// The tests of this file.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("raw_sockets_of_any_protocol", raw_sockets_of_any_protocol),
-        ("odd_packets_pass_unchanged", odd_packets_pass_unchanged),
-    ]
-}
 
 /// GRE, ESP, IPIP, SCTP, UDP-Lite, and two for experiments. (Not AH, which an
 /// IPv6 receiver of fragments takes for an extension header and parses.)
 const PROTOCOLS: [u8; 7] = [47, 50, 4, 132, 136, 253, 254];
 
 /// Programs' view: what a raw socket sends, a raw socket on the other side gets.
+#[testbed::trial(each_engine)]
 fn raw_sockets_of_any_protocol() -> Result<()> {
     let hosts = hosts(1500)?;
     let tunnels = dual_stack_tunnels(&hosts, [&[], &[]])?;
@@ -93,6 +84,7 @@ fn raw_exchange(from: (&Namespace, IpAddr), to: (&Namespace, IpAddr), protocol: 
 }
 
 /// The device's view: what goes into one TUN comes out of the other.
+#[testbed::trial(each_engine)]
 fn odd_packets_pass_unchanged() -> Result<()> {
     let hosts = hosts(1500)?;
     let tunnels = dual_stack_tunnels(&hosts, [&[], &[]])?;

@@ -13,26 +13,8 @@ use crate::mesh::hop_limit_between;
 use crate::operator::{Operator, is_refusal, said};
 use crate::routes::own_routes;
 use crate::site::{Site, addresses, inside, peer, prefixes, sites, underlay, wait_for_each_other};
-use crate::support::{FASTVPN, Test, Tunnel, check, fail, link, stop, tried, wait_until};
+use crate::support::{FASTVPN, Tunnel, check, fail, link, stop, tried, wait_until};
 use crate::tools::{Stream, inventory, nothing_left};
-
-/// Those that are about control alone.
-pub fn tests_of_control() -> Vec<Test> {
-    vec![
-        ("a_tunnel_from_a_file", a_tunnel_from_a_file),
-        ("a_file_with_a_mistake", a_file_with_a_mistake),
-        ("peers_that_contradict", peers_that_contradict),
-        ("hangups_without_a_file", hangups_without_a_file),
-    ]
-}
-
-/// Those that carry traffic.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("reloads_under_a_tcp_stream", reloads_under_a_tcp_stream),
-        ("a_bad_file_changes_nothing", a_bad_file_changes_nothing),
-    ]
-}
 
 /// A peer in a configuration file.
 fn peer_table(endpoint: &str, prefixes: &str) -> String {
@@ -68,6 +50,7 @@ fn start(site: &Site, file: &str, operator: &Operator, flags: &[&str]) -> Result
     Ok(tunnel)
 }
 
+#[testbed::trial]
 fn a_tunnel_from_a_file() -> Result<()> {
     let network = sites(2)?;
     let [a, b] = &network.all[..] else {
@@ -152,6 +135,7 @@ fn mistakes() -> Vec<(String, String, &'static str)> {
     mistakes
 }
 
+#[testbed::trial]
 fn a_file_with_a_mistake() -> Result<()> {
     let network = sites(1)?;
     let host = &network.all[0].host;
@@ -173,6 +157,7 @@ fn a_file_with_a_mistake() -> Result<()> {
 }
 
 /// The same on the command line.
+#[testbed::trial]
 fn peers_that_contradict() -> Result<()> {
     let network = sites(1)?;
     let host = &network.all[0].host;
@@ -213,6 +198,7 @@ fn peers_that_contradict() -> Result<()> {
 
 /// They end other programs; this one has nothing to read, says so, and goes on.
 /// However many there are, the signal to end is obeyed.
+#[testbed::trial]
 fn hangups_without_a_file() -> Result<()> {
     let network = sites(2)?;
     let [a, b] = &network.all[..] else {
@@ -242,6 +228,7 @@ fn hangups_without_a_file() -> Result<()> {
 
 /// Peers come and go by the file, by a signal and by a command; what stays is
 /// not disturbed.
+#[testbed::trial(each_engine)]
 fn reloads_under_a_tcp_stream() -> Result<()> {
     let network = sites(4)?;
     let [a, b, c, d] = &network.all[..] else {
@@ -343,6 +330,7 @@ fn reloads_under_a_tcp_stream() -> Result<()> {
 
 /// Each mistake is told, in the answer or in the log, and the tunnel goes on as
 /// before.
+#[testbed::trial(each_engine)]
 fn a_bad_file_changes_nothing() -> Result<()> {
     let network = sites(2)?;
     let [a, b] = &network.all[..] else {

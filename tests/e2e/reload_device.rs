@@ -11,24 +11,7 @@ use testbed::{Namespace, StaticRoutes, UNDERLAY_NAME, join};
 use crate::operator::{Operator, has};
 use crate::routes::net;
 use crate::settings::{FILE, Scene, peer, text};
-use crate::support::{TUNNEL, Test, Tunnel, check, hosts, link, stop, wait_for};
-
-/// The tests of this file, which are about control alone.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("a_reload_to_another_path", a_reload_to_another_path),
-        ("what_was_set_by_hand_stays", what_was_set_by_hand_stays),
-        ("an_mtu_too_small_for_ipv6", an_mtu_too_small_for_ipv6),
-        (
-            "a_refused_reload_without_ipv6",
-            a_refused_reload_without_ipv6,
-        ),
-        (
-            "an_ipv6_prefix_of_another_length",
-            an_ipv6_prefix_of_another_length,
-        ),
-    ]
-}
+use crate::support::{TUNNEL, Tunnel, check, hosts, link, stop, wait_for};
 
 /// The narrow way between the hosts.
 const NARROW_NAME: &str = "narrow0";
@@ -45,6 +28,7 @@ fn bring_up(host: &Namespace, address: Ipv4Addr) -> Result<()> {
 /// The MTU is that of the paths to the peers that the file has, not of those
 /// that it no longer has, and who cannot be reached matters only where nothing
 /// was given.
+#[testbed::trial]
 fn a_reload_to_another_path() -> Result<()> {
     const WIDE: &str = "10.211.55.123";
     const NARROW: &str = "10.212.0.2";
@@ -91,6 +75,7 @@ fn a_reload_to_another_path() -> Result<()> {
 
 /// A refused reload changes nothing, and gives back what it has changed as it
 /// was, whoever had set it.
+#[testbed::trial]
 fn what_was_set_by_hand_stays() -> Result<()> {
     let scene = Scene::new("", &[])?;
     let (host, operator) = (&scene.hosts.a, &scene.operator);
@@ -136,6 +121,7 @@ fn what_was_set_by_hand_stays() -> Result<()> {
 
 /// Whatever is IPv6 in the tunnel, and whoever has added it, holds up an MTU with
 /// which the kernel would silently forget it.
+#[testbed::trial]
 fn an_mtu_too_small_for_ipv6() -> Result<()> {
     let scene = Scene::new("", &[])?;
     let operator = &scene.operator;
@@ -184,6 +170,7 @@ fn an_mtu_too_small_for_ipv6() -> Result<()> {
 }
 
 /// The kernel has forgotten all IPv6 of the device when the reload is refused.
+#[testbed::trial]
 fn a_refused_reload_without_ipv6() -> Result<()> {
     let with_v6 = "address = [\"10.244.55.122/32\", \"fd00:244::122/128\"]";
     for settings in ["", with_v6] {
@@ -207,6 +194,7 @@ fn a_refused_reload_without_ipv6() -> Result<()> {
 }
 
 /// The kernel has an IPv6 address once on a device, whatever its prefix length.
+#[testbed::trial]
 fn an_ipv6_prefix_of_another_length() -> Result<()> {
     let with = |v6: &str| format!("address = [\"10.244.55.122/32\", \"{v6}\"]");
     let scene = Scene::new(&with("fd00:244::122/64"), &[])?;

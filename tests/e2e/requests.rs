@@ -10,16 +10,7 @@ use testbed::{rss_bytes, rss_peak_bytes};
 use crate::operator::{Operator, in_time};
 use crate::routes::own_routes;
 use crate::site::{peer, sites};
-use crate::support::{PATIENCE, Test, check, stop, tried};
-
-/// The tests of this file, which are about control alone.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("long_requests_together", long_requests_together),
-        ("strange_requests", strange_requests),
-        ("strange_words", strange_words),
-    ]
-}
+use crate::support::{PATIENCE, check, stop, tried};
 
 /// Longest request in bytes, with its line feed.
 const REQUEST_BYTES_MAX: usize = 4 << 20;
@@ -65,6 +56,7 @@ fn all_at_once(operator: &Operator, line: &[u8]) -> Result<Vec<Value>> {
 
 /// What a request says it is, and what it is read into, may be many times as
 /// long as its text.
+#[testbed::trial]
 fn long_requests_together() -> Result<()> {
     const GROWTH_MAX: u64 = (CLIENTS * 3 * REQUEST_BYTES_MAX) as u64;
     let network = sites(1)?;
@@ -172,6 +164,7 @@ fn strange() -> Vec<(Value, &'static str)> {
     ]
 }
 
+#[testbed::trial]
 fn strange_requests() -> Result<()> {
     let network = sites(1)?;
     let host = &network.all[0].host;
@@ -208,6 +201,7 @@ fn strange_requests() -> Result<()> {
 }
 
 /// The same mistakes in a command's words.
+#[testbed::trial]
 fn strange_words() -> Result<()> {
     let network = sites(1)?;
     let host = &network.all[0].host;

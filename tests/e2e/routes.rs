@@ -13,22 +13,8 @@ use testbed::{Namespace, UNDERLAY_NAME};
 use crate::operator::Operator;
 use crate::packets::TUNNEL_NAME;
 use crate::site::{Site, inside, peer, prefixes, sites, underlay, wait_for_each_other};
-use crate::support::{Test, check, fastvpn, link, stop, wait_for, wait_until};
+use crate::support::{check, fastvpn, link, stop, wait_for, wait_until};
 use crate::tools::{RouteCommand, inventory, ip_route, main_routes, nothing_left};
-
-/// The tests of this file, which are about control alone.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("routes_come_and_go_with_prefixes", routes_come_and_go),
-        ("routes_are_put_back", routes_are_put_back),
-        ("routes_of_others_stay", routes_of_others_stay),
-        ("routes_that_others_have", routes_that_others_have),
-        ("routes_left_alone", routes_left_alone),
-        ("routes_return_with_the_interface", routes_return),
-        ("routes_without_ipv6", routes_without_ipv6),
-        ("prefixes_that_swallow_a_peer", prefixes_that_swallow_a_peer),
-    ]
-}
 
 /// A prefix in words.
 pub fn net(text: &str) -> Result<IpNet> {
@@ -96,7 +82,8 @@ fn has_exactly(site: &Site, wanted: &BTreeSet<IpNet>) -> Result<()> {
     check(own == *wanted, || format!("routes {own:?}, not {wanted:?}"))
 }
 
-fn routes_come_and_go() -> Result<()> {
+#[testbed::trial]
+fn routes_come_and_go_with_prefixes() -> Result<()> {
     let network = sites(3)?;
     let site = &network.all[0];
     let before = inventory(&site.host)?;
@@ -147,6 +134,7 @@ fn routes_come_and_go() -> Result<()> {
     })
 }
 
+#[testbed::trial]
 fn routes_are_put_back() -> Result<()> {
     let network = sites(2)?;
     let [a, b] = &network.all[..] else {
@@ -199,6 +187,7 @@ fn routes_are_put_back() -> Result<()> {
 }
 
 /// Routes that look like ours but are not.
+#[testbed::trial]
 fn routes_of_others_stay() -> Result<()> {
     let network = sites(2)?;
     let site = &network.all[0];
@@ -279,6 +268,7 @@ fn routes_of_others_stay() -> Result<()> {
 }
 
 /// A prefix to which somebody has a route already is not taken from him.
+#[testbed::trial]
 fn routes_that_others_have() -> Result<()> {
     let network = sites(2)?;
     let site = &network.all[0];
@@ -316,6 +306,7 @@ fn routes_that_others_have() -> Result<()> {
     check(after == before, || format!("{after:?}"))
 }
 
+#[testbed::trial]
 fn routes_left_alone() -> Result<()> {
     let network = sites(2)?;
     let [a, b] = &network.all[..] else {
@@ -351,7 +342,8 @@ fn routes_left_alone() -> Result<()> {
 
 /// The kernel drops routes with the interface that goes down, and IPv6
 /// addresses with them.
-fn routes_return() -> Result<()> {
+#[testbed::trial]
+fn routes_return_with_the_interface() -> Result<()> {
     let network = sites(2)?;
     let [a, b] = &network.all[..] else {
         return Err(Error::new("two sites"));
@@ -374,6 +366,7 @@ fn routes_return() -> Result<()> {
 
 /// The kernel takes IPv6 away from an interface with an MTU below 1280 bytes;
 /// IPv4 goes on as ever, and IPv6 comes back with the MTU.
+#[testbed::trial]
 fn routes_without_ipv6() -> Result<()> {
     let network = sites(2)?;
     let [a, b] = &network.all[..] else {
@@ -415,6 +408,7 @@ fn routes_without_ipv6() -> Result<()> {
 
 /// A prefix that leads datagrams to a peer, whichever, into the tunnel itself is
 /// refused, at the start and later.
+#[testbed::trial]
 fn prefixes_that_swallow_a_peer() -> Result<()> {
     let routed = crate::underlay::routed()?;
     let (host, far) = (&routed.hosts.a, "10.211.56.123");

@@ -12,24 +12,8 @@ use testbed::{Namespace, Pair, StaticRoutes, UNDERLAY_NAME};
 
 use crate::operator::{Operator, has};
 use crate::routes::{kernel_agrees, own_routes};
-use crate::support::{TUNNEL, Test, Tunnel, check, fastvpn, hosts, link, stop, wait_for};
+use crate::support::{TUNNEL, Tunnel, check, fastvpn, hosts, link, stop, wait_for};
 use crate::tools::Stream;
-
-/// The tests of this file, which are about control alone.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("settings_are_reloaded", settings_are_reloaded),
-        ("addresses_of_one_subnet", addresses_of_one_subnet),
-        ("a_reload_that_fails_late", a_reload_that_fails_late),
-        ("addresses_that_cannot_be", addresses_that_cannot_be),
-        ("a_file_that_loses_its_peers", a_file_that_loses_its_peers),
-        ("an_mtu_for_fragments", an_mtu_for_fragments),
-        (
-            "a_reload_and_what_operators_added",
-            a_reload_and_what_operators_added,
-        ),
-    ]
-}
 
 /// Host A's address in the tunnel.
 const A_ADDRESS: &str = "10.244.55.122/32";
@@ -150,6 +134,7 @@ fn addresses(host: &Namespace) -> Result<BTreeSet<IpNet>> {
 
 /// What a reload can change of the device, and what it names as not to be
 /// changed.
+#[testbed::trial]
 fn settings_are_reloaded() -> Result<()> {
     let scene = Scene::new("", &["--txqueuelen", "700"])?;
     let (hosts, operator) = (&scene.hosts, &scene.operator);
@@ -245,6 +230,7 @@ fn settings_are_reloaded() -> Result<()> {
 
 /// What operators have added is theirs: a file that wants it for another peer
 /// is refused as a whole.
+#[testbed::trial]
 fn a_reload_and_what_operators_added() -> Result<()> {
     let scene = Scene::new("", &[])?;
     let (hosts, operator) = (&scene.hosts, &scene.operator);
@@ -325,6 +311,7 @@ fn a_reload_and_what_operators_added() -> Result<()> {
 
 /// The first address of a subnet takes the others with it when it goes, unless
 /// somebody sees to that.
+#[testbed::trial]
 fn addresses_of_one_subnet() -> Result<()> {
     let scene = Scene::new("", &[])?;
     let kernel = scene.state()?.kernel;
@@ -359,6 +346,7 @@ fn addresses_of_one_subnet() -> Result<()> {
 }
 
 /// What was changed before the kernel refused a route is changed back.
+#[testbed::trial]
 fn a_reload_that_fails_late() -> Result<()> {
     let scene = Scene::new("txqueuelen = 500", &[])?;
     let (host, operator) = (&scene.hosts.a, &scene.operator);
@@ -393,6 +381,7 @@ fn a_reload_that_fails_late() -> Result<()> {
 
 /// An address that would cut the host or one of its peers off is refused before
 /// anything changes; whatever came before it, the good file can be loaded.
+#[testbed::trial]
 fn addresses_that_cannot_be() -> Result<()> {
     let scene = Scene::new("", &[])?;
     let operator = &scene.operator;
@@ -441,6 +430,7 @@ fn addresses_that_cannot_be() -> Result<()> {
 
 /// A file that says nothing of peers, such as one that is half written, does not
 /// end all of them; one that says that there are none does.
+#[testbed::trial]
 fn a_file_that_loses_its_peers() -> Result<()> {
     let scene = Scene::new("", &[])?;
     let operator = &scene.operator;
@@ -464,6 +454,7 @@ fn a_file_that_loses_its_peers() -> Result<()> {
 }
 
 /// An MTU for which the kernel has to fragment works, and is warned of.
+#[testbed::trial]
 fn an_mtu_for_fragments() -> Result<()> {
     let scene = Scene::new("mtu = 9000", &[])?;
     scene.reload("mtu = 1472", "")?;

@@ -24,14 +24,8 @@ use crate::site::{
     ALL_PREFIXES, Site, Sites, addresses, inside, peer, prefixes, sites, underlay,
     wait_for_each_other,
 };
-use crate::support::{Ended, Test, Tunnel, check, link, tried, wait_until};
+use crate::support::{Ended, Tunnel, check, link, tried, wait_until};
 use crate::tools::{Stream, inventory, nothing_left};
-
-/// The tests of this file: the hub and its spokes run on different engines, and
-/// whoever comes back comes back on the other one.
-pub fn tests() -> Vec<Test> {
-    vec![("a_minute_of_everything", a_minute_of_everything)]
-}
 
 /// How long it goes on, unless the environment says otherwise.
 const SOAK_SECONDS: u64 = 60;
@@ -303,6 +297,7 @@ impl Watched {
     }
 }
 
+#[testbed::trial(mixed, long)]
 fn a_minute_of_everything() -> Result<()> {
     let seconds = std::env::var("FASTVPN_SOAK_SECONDS").ok();
     let seconds = seconds

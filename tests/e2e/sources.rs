@@ -15,17 +15,7 @@ use crate::site::{
     ALL_PREFIXES, INSIDE_NAME, Site, inside, peer, prefixes, router, sites, tunnel, underlay,
     underlay_v6,
 };
-use crate::support::{Test, check, link, stop, tried, udp, wait_until, without_backlog_drops};
-
-/// The tests of this file.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("a_source_behind_another_peer", a_source_behind_another_peer),
-        ("a_source_that_is_this_host", a_source_that_is_this_host),
-        ("trains_of_mixed_sources", trains_of_mixed_sources),
-        ("sources_follow_the_prefixes", sources_follow_the_prefixes),
-    ]
-}
+use crate::support::{check, link, stop, tried, udp, wait_until, without_backlog_drops};
 
 /// The port that the tunnel listens on.
 pub const PORT: u16 = 8285;
@@ -107,6 +97,7 @@ fn forge(victim: &Victim<'_>, from: &UdpSocket, source: IpAddr, count: u64) -> R
 
 /// A peer may send from anywhere but from this host: its address in the tunnel,
 /// those on other interfaces, and those that it gets while the tunnel runs.
+#[testbed::trial(each_engine)]
 fn a_source_that_is_this_host() -> Result<()> {
     const FORGED: u64 = 64;
     let network = sites(2)?;
@@ -176,6 +167,7 @@ fn a_source_that_is_this_host() -> Result<()> {
 
 /// Hosts that only send datagrams stand in for peers: what they say is up to
 /// the test.
+#[testbed::trial(each_engine)]
 fn a_source_behind_another_peer() -> Result<()> {
     const FORGED: u64 = 64;
     let network = sites(4)?;
@@ -297,6 +289,7 @@ pub fn send_train(socket: &UdpSocket, packets: &[Vec<u8>]) -> Result<()> {
 }
 
 /// One datagram of a train does not vouch for the others.
+#[testbed::trial(each_engine)]
 fn trains_of_mixed_sources() -> Result<()> {
     const TRAIN: usize = 32;
     const TRAINS: usize = 20;
@@ -347,6 +340,7 @@ fn trains_of_mixed_sources() -> Result<()> {
 }
 
 /// A change of the prefixes changes who may send what, at once.
+#[testbed::trial(each_engine)]
 fn sources_follow_the_prefixes() -> Result<()> {
     let network = sites(3)?;
     let [site, a, b] = &network.all[..] else {

@@ -12,18 +12,10 @@ use nix::sys::socket::{MsgFlags, MultiHeaders, sendmmsg, setsockopt, sockopt};
 use testbed::{Namespace, rss_bytes};
 
 use crate::support::{
-    TUNNEL, Test, UNDERLAY, answers, bulk, check, hosts, link, snmp, stop, tried, tunnel_between,
-    udp, wait_until,
+    TUNNEL, UNDERLAY, answers, bulk, check, hosts, link, snmp, stop, tried, tunnel_between, udp,
+    wait_until,
 };
 use crate::tools::Stream;
-
-/// The tests of this file.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("strangers_are_not_let_in", strangers_are_not_let_in),
-        ("garbage_of_the_peer", garbage_of_the_peer),
-    ]
-}
 
 /// An inner packet as it would come from the peer's tunnel address.
 fn inner(port: u16, payload: &[u8]) -> Result<Vec<u8>> {
@@ -35,6 +27,7 @@ fn inner(port: u16, payload: &[u8]) -> Result<Vec<u8>> {
     Ok(packet)
 }
 
+#[testbed::trial(each_engine)]
 fn strangers_are_not_let_in() -> Result<()> {
     const FORGED: u64 = 500;
     let hosts = hosts(1500)?;
@@ -233,6 +226,7 @@ fn send_all(socket: &UdpSocket, datagrams: &[Vec<u8>]) -> Result<()> {
     check(count == datagrams.len(), || format!("sent only {count}"))
 }
 
+#[testbed::trial(each_engine)]
 fn garbage_of_the_peer() -> Result<()> {
     /// Datagrams at a time: fewer than the queues on the way hold.
     const BATCH: usize = 100;

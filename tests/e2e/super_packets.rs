@@ -9,21 +9,29 @@ use fastvpn::error::{Error, Result};
 use crate::packets::{BUFFER_BYTES, Tap, Tcp, V4, V6, checksum, source, udp};
 use crate::script::{DESTINATION_V4, DESTINATION_V6, SOURCE_V4, SOURCE_V6};
 use crate::support::{
-    Test, UNDERLAY, all_cores, check, enlarge_receive_buffer, hosts, noise, start_dual_stack,
-    stop_all, tried, without_backlog_drops,
+    UNDERLAY, all_cores, check, enlarge_receive_buffer, hosts, noise, start_dual_stack, stop_all,
+    tried, without_backlog_drops,
 };
 
-/// The tests of this file.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("super_packets_are_cut_exactly", || cut(&[])),
-        // Then the kernel cuts some, and we send them one by one.
-        ("super_packets_without_tso", || cut(&["--without", "tso"])),
-        ("super_packets_without_uso", || cut(&["--without", "uso"])),
-        ("super_packets_without_udp_segment", || {
-            cut(&["--without", "udp-segment"])
-        }),
-    ]
+#[testbed::trial(each_engine)]
+fn super_packets_are_cut_exactly() -> Result<()> {
+    cut(&[])
+}
+
+// Then the kernel cuts some, and we send them one by one.
+#[testbed::trial(each_engine)]
+fn super_packets_without_tso() -> Result<()> {
+    cut(&["--without", "tso"])
+}
+
+#[testbed::trial(each_engine)]
+fn super_packets_without_uso() -> Result<()> {
+    cut(&["--without", "uso"])
+}
+
+#[testbed::trial(each_engine)]
+fn super_packets_without_udp_segment() -> Result<()> {
+    cut(&["--without", "udp-segment"])
 }
 
 const ACK: u8 = 0x10;

@@ -17,9 +17,6 @@ use testbed::{Child, Namespace, Pair, pair};
 
 use crate::operator::Operator;
 
-/// A test's name and body.
-pub type Test = (&'static str, fn() -> Result<()>);
-
 /// The I/O engines of a trial's tunnels, as `--io` names them.
 #[derive(Clone, Copy)]
 pub enum Engines {

@@ -14,24 +14,8 @@ use crate::operator::Operator;
 use crate::packets::TUNNEL_NAME;
 use crate::routes::{net, own_routes};
 use crate::support::{
-    Test, Tunnel, check, fail, fastvpn, hosts, link, stop, stop_all, tried, udp, wait_for,
-    wait_until,
+    Tunnel, check, fail, fastvpn, hosts, link, stop, stop_all, tried, udp, wait_for, wait_until,
 };
-
-/// The tests of this file, which are about control alone.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("a_way_into_the_tunnel", a_way_into_the_tunnel),
-        (
-            "a_way_into_the_tunnel_at_a_takeover",
-            a_way_into_the_tunnel_at_a_takeover,
-        ),
-        ("an_address_that_moves", an_address_that_moves),
-        ("an_own_address_reloaded", an_own_address_reloaded),
-        ("addresses_are_put_back", addresses_are_put_back),
-        ("a_peer_on_a_link", a_peer_on_a_link),
-    ]
-}
 
 /// Two hosts with a tunnel, and who asks that of host A.
 struct Scene {
@@ -92,6 +76,7 @@ fn addresses_of(namespace: &Namespace, name: &str) -> Result<Vec<IpNet>> {
 
 /// The underlay's interface goes down, and the widest prefix of the peer covers
 /// its own address. What is sent to the peer must not go round and round.
+#[testbed::trial]
 fn a_way_into_the_tunnel() -> Result<()> {
     let Scene {
         hosts,
@@ -173,6 +158,7 @@ fn a_way_into_the_tunnel() -> Result<()> {
     Ok(())
 }
 
+#[testbed::trial]
 fn a_way_into_the_tunnel_at_a_takeover() -> Result<()> {
     // The MTU follows from the path, but not from that through the tunnel.
     let flags = "--address 10.244.1.1/24 --peer 10.211.55.123=10.0.0.0/8";
@@ -237,6 +223,7 @@ fn a_way_into_the_tunnel_at_a_takeover() -> Result<()> {
 
 /// An address moves from this host to one behind the peer, and nothing else
 /// happens: the peer has nothing to say until it is asked.
+#[testbed::trial]
 fn an_address_that_moves() -> Result<()> {
     let hosts = hosts(1500)?;
     add_to_loopback(&hosts.a, "10.9.9.9/32")?;
@@ -263,6 +250,7 @@ fn an_address_that_moves() -> Result<()> {
 
 /// What was this host's address may be another's from the reload on; and nobody
 /// puts it back on the device.
+#[testbed::trial]
 fn an_own_address_reloaded() -> Result<()> {
     let hosts = hosts(1500)?;
     add_to_loopback(&hosts.b, "10.1.0.5/32")?;
@@ -297,6 +285,7 @@ fn an_own_address_reloaded() -> Result<()> {
 
 /// The kernel drops all IPv4 routes of a device with its last IPv4 address, and
 /// says nothing of them.
+#[testbed::trial]
 fn addresses_are_put_back() -> Result<()> {
     let Scene { hosts, tunnels, .. } = scene(
         hosts(1500)?,
@@ -328,6 +317,7 @@ fn addresses_are_put_back() -> Result<()> {
 
 /// A link-local address and its zone. The tunnel's device has such addresses,
 /// too, and after a while the older route to them.
+#[testbed::trial]
 fn a_peer_on_a_link() -> Result<()> {
     // With a global address comes a link-local one that is usable at once.
     let hosts = pair(&[(net("fd00:55::1/64")?, net("fd00:55::2/64")?)], 1500)?;

@@ -18,40 +18,10 @@ use crate::packets::TUNNEL_NAME;
 use crate::routes::{kernel_agrees, own_routes};
 use crate::site::{Site, Sites, inside, peer, sites, tunnel, underlay, wait_for_each_other};
 use crate::support::{
-    Ended, TUNNEL, Test, Tunnel, check, fail, fastvpn, hosts, link, stop, tried, udp, wait_for,
+    Ended, TUNNEL, Tunnel, check, fail, fastvpn, hosts, link, stop, tried, udp, wait_for,
     wait_until, without_backlog_drops,
 };
 use crate::tools::{RouteCommand, Stream, inventory, ip_route, main_routes, nothing_left};
-
-/// The tests of this file.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("taken_over_twice_in_a_stream", taken_over_twice_in_a_stream),
-        ("taken_over_without_a_loss", taken_over_without_a_loss),
-        ("a_successor_with_other_flags", a_successor_with_other_flags),
-        ("successors_that_fail", successors_that_fail),
-        ("successors_that_are_killed", successors_that_are_killed),
-        ("two_successors_at_once", two_successors_at_once),
-        ("nobody_to_take_over_from", nobody_to_take_over_from),
-    ]
-}
-
-/// Those that are about control alone.
-pub fn tests_of_control() -> Vec<Test> {
-    vec![
-        ("a_silent_successor", a_silent_successor),
-        ("operators_in_a_takeover", operators_in_a_takeover),
-        (
-            "a_successor_that_is_refused_an_address",
-            a_successor_that_is_refused_an_address,
-        ),
-    ]
-}
-
-/// Those to be run between different engines as well.
-pub fn tests_of_mixed_engines() -> Vec<Test> {
-    vec![("taken_over_twice_in_a_stream", taken_over_twice_in_a_stream)]
-}
 
 /// Two sites; the first one's process is what is taken over.
 pub struct Stage {
@@ -177,6 +147,7 @@ fn routes_stay<T: Send>(
 }
 
 /// TCP in both directions goes on, as if nothing had happened.
+#[testbed::trial(each_engine, mixed)]
 fn taken_over_twice_in_a_stream() -> Result<()> {
     /// A connection that has lost more than a window's worth stands still for
     /// longer.
@@ -256,6 +227,7 @@ fn taken_over_twice_in_a_stream() -> Result<()> {
 
 /// What arrives between the two waits in the kernel: nothing of a slow stream
 /// is lost.
+#[testbed::trial(each_engine)]
 fn taken_over_without_a_loss() -> Result<()> {
     const PORT: u16 = 7070;
     let stage = Stage::new()?;
@@ -294,6 +266,7 @@ fn taken_over_without_a_loss() -> Result<()> {
 }
 
 /// Whoever fails to take over leaves the tunnel with him who has it.
+#[testbed::trial(each_engine)]
 fn successors_that_fail() -> Result<()> {
     let stage = Stage::new()?;
     let (near, far) = stage.play()?;
@@ -369,6 +342,7 @@ fn successors_that_fail() -> Result<()> {
 
 /// One that asks and then says nothing is given up; what operators want to change
 /// is refused so long, and traffic flows.
+#[testbed::trial]
 fn a_silent_successor() -> Result<()> {
     let stage = Stage::new()?;
     let (near, far) = stage.play()?;
@@ -401,6 +375,7 @@ fn a_silent_successor() -> Result<()> {
 }
 
 /// What the new flags say counts from then on; what stays is not disturbed.
+#[testbed::trial(each_engine)]
 fn a_successor_with_other_flags() -> Result<()> {
     let stage = Stage::new()?;
     let (near, far) = stage.play()?;
@@ -442,6 +417,7 @@ fn a_successor_with_other_flags() -> Result<()> {
 
 /// However far it has come: either its predecessor still has the tunnel, or it
 /// had it, and it is gone with it. Nothing in between.
+#[testbed::trial(each_engine)]
 fn successors_that_are_killed() -> Result<()> {
     let stage = Stage::new()?;
     let (mut near, far) = stage.play()?;
@@ -486,6 +462,7 @@ fn successors_that_are_killed() -> Result<()> {
 }
 
 /// Whatever they do to each other, in the end there is one, and traffic flows.
+#[testbed::trial(each_engine)]
 fn two_successors_at_once() -> Result<()> {
     let stage = Stage::new()?;
     let (near, far) = stage.play()?;
@@ -530,6 +507,7 @@ fn two_successors_at_once() -> Result<()> {
 }
 
 /// A start like any other, also where a killed process has left its socket.
+#[testbed::trial(each_engine)]
 fn nobody_to_take_over_from() -> Result<()> {
     let stage = Stage::new()?;
     let before = inventory(&stage.near().host)?;
@@ -556,6 +534,7 @@ fn nobody_to_take_over_from() -> Result<()> {
 
 /// Who asks while the tunnel changes hands is answered by one of the two, or
 /// told that there is no answer; what was answered with "ok" is not lost.
+#[testbed::trial]
 fn operators_in_a_takeover() -> Result<()> {
     const PREFIXES_MAX: usize = 10_000;
     let stage = Stage::new()?;
@@ -614,6 +593,7 @@ fn operators_in_a_takeover() -> Result<()> {
 }
 
 /// Its predecessor's device stays as it is, whatever the kernel took first.
+#[testbed::trial]
 fn a_successor_that_is_refused_an_address() -> Result<()> {
     let hosts = hosts(1500)?;
     let operator = Operator::new()?;

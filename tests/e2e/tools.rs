@@ -256,7 +256,7 @@ pub fn nft(namespace: &Namespace, rules: &str) -> Result<()> {
     command.stdin(Stdio::piped()).stderr(Stdio::piped());
     let mut child = namespace.spawn(command).map_err(|error| {
         if error.errno() == Some(libc::ENOENT) {
-            error.hint("install the package nftables; tests that need it belong in long.rs")
+            error.hint("install the package nftables; tests that need it are `long`")
         } else {
             error
         }

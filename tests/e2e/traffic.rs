@@ -15,26 +15,13 @@ use testbed::{Namespace, Pair};
 use crate::datagrams::{Channel, Order, exchange, exchange_trains};
 use crate::packets::Tap;
 use crate::support::{
-    FAMILIES, PATIENCE, Test, all_cores, check, dual_stack_tunnels, fail, hosts, stop_all,
+    FAMILIES, PATIENCE, all_cores, check, dual_stack_tunnels, fail, hosts, stop_all,
     without_backlog_drops,
 };
 
-/// The tests of this file.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("pings_of_all_sizes", pings_of_all_sizes),
-        ("tcp_one_stream", tcp_one_stream),
-        ("tcp_many_streams", tcp_many_streams),
-        ("tcp_both_directions_at_once", tcp_both_directions_at_once),
-        ("udp_of_every_size", udp_of_every_size),
-        ("udp_trains_keep_their_boundaries", udp_trains),
-        ("udp_without_checksum", udp_without_checksum),
-        ("busy_polling_ends_with_the_traffic", busy_polling),
-    ]
-}
-
 /// Workers that spin carry everything, and stop to spin when nothing comes.
-fn busy_polling() -> Result<()> {
+#[testbed::trial(each_engine)]
+fn busy_polling_ends_with_the_traffic() -> Result<()> {
     for how in ["auto", "200"] {
         let hosts = hosts(1500)?;
         let flags: &[&str] = &["--busy-poll", how];
@@ -56,15 +43,6 @@ fn busy_polling() -> Result<()> {
         stop_all(tunnels)?;
     }
     Ok(())
-}
-
-/// Those of them to be run between different engines: every kind of traffic.
-pub fn tests_of_mixed_engines() -> Vec<Test> {
-    vec![
-        ("pings_of_all_sizes", pings_of_all_sizes),
-        ("tcp_both_directions_at_once", tcp_both_directions_at_once),
-        ("udp_trains_keep_their_boundaries", udp_trains),
-    ]
 }
 
 /// Payload of a packet of the tunnel's full MTU, 1472: UDP over IPv4, IPv6.
@@ -139,6 +117,7 @@ pub fn transfer_both_ways(
     })
 }
 
+#[testbed::trial(each_engine, mixed)]
 fn pings_of_all_sizes() -> Result<()> {
     let hosts = hosts(1500)?;
     let tunnels = dual_stack_tunnels(&hosts, [&[], &[]])?;
@@ -151,6 +130,7 @@ fn pings_of_all_sizes() -> Result<()> {
     Ok(())
 }
 
+#[testbed::trial(each_engine)]
 fn tcp_one_stream() -> Result<()> {
     let hosts = hosts(1500)?;
     let tunnels = dual_stack_tunnels(&hosts, [&[], &[]])?;
@@ -161,6 +141,7 @@ fn tcp_one_stream() -> Result<()> {
     Ok(())
 }
 
+#[testbed::trial(each_engine)]
 fn tcp_many_streams() -> Result<()> {
     let hosts = hosts(1500)?;
     let tunnels = dual_stack_tunnels(&hosts, [&[], &[]])?;
@@ -171,6 +152,7 @@ fn tcp_many_streams() -> Result<()> {
     Ok(())
 }
 
+#[testbed::trial(each_engine, mixed)]
 fn tcp_both_directions_at_once() -> Result<()> {
     let hosts = hosts(1500)?;
     let tunnels = dual_stack_tunnels(&hosts, [&[], &[]])?;
@@ -183,6 +165,7 @@ fn tcp_both_directions_at_once() -> Result<()> {
     Ok(())
 }
 
+#[testbed::trial(each_engine)]
 fn udp_of_every_size() -> Result<()> {
     let hosts = hosts(1500)?;
     let cores = all_cores();
@@ -234,7 +217,8 @@ pub fn trains(full: usize) -> Vec<(usize, usize)> {
     ]
 }
 
-fn udp_trains() -> Result<()> {
+#[testbed::trial(each_engine, mixed)]
+fn udp_trains_keep_their_boundaries() -> Result<()> {
     let hosts = hosts(1500)?;
     let cores = all_cores();
     let flags: &[&str] = &["--cores", &cores];
@@ -249,6 +233,7 @@ fn udp_trains() -> Result<()> {
 
 /// Zero in the checksum field means that there is none (RFC 768). It must
 /// neither be filled in nor be mistaken for a sum.
+#[testbed::trial(each_engine)]
 fn udp_without_checksum() -> Result<()> {
     let hosts = hosts(1500)?;
     let cores = all_cores();

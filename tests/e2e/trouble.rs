@@ -14,37 +14,9 @@ use testbed::{Namespace, Pair, UNDERLAY_NAME};
 
 use crate::operator::{Operator, said};
 use crate::support::{
-    FASTVPN, PATIENCE, TUNNEL, Test, Tunnel, UNDERLAY, check, fastvpn, hosts, link, stop, stop_all,
+    FASTVPN, PATIENCE, TUNNEL, Tunnel, UNDERLAY, check, fastvpn, hosts, link, stop, stop_all,
     tried, udp, wait_for, wait_until,
 };
-
-/// The tests of this file.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("drops_are_told_of", drops_are_told_of),
-        ("a_path_is_lost", a_path_is_lost),
-    ]
-}
-
-/// Those in which the engine does not matter.
-pub fn tests_of_no_engine() -> Vec<Test> {
-    vec![
-        ("the_start_is_told_of", the_start_is_told_of),
-        ("changes_are_told_of", changes_are_told_of),
-        ("the_journal_has_its_own_time", the_journal_has_its_own_time),
-        (
-            "who_is_heard_was_not_never_heard",
-            who_is_heard_was_not_never_heard,
-        ),
-        ("nothing_to_reload", nothing_to_reload),
-        ("a_takeover_is_told_of", a_takeover_is_told_of),
-    ]
-}
-
-/// Those that need /run.
-pub fn tests_that_need_root() -> Vec<Test> {
-    vec![("status_of_several", status_of_several)]
-}
 
 const PEER: &str = "10.211.55.123:8285";
 
@@ -90,6 +62,7 @@ fn inner(from: Ipv4Addr, to: Ipv4Addr) -> Result<Vec<u8>> {
 
 /// Each of two kinds of forged packets is named once and counted, however many
 /// there are.
+#[testbed::trial(each_engine)]
 fn drops_are_told_of() -> Result<()> {
     const FORGED: u64 = 2000;
     let (hosts, operator, ends) = tunnels("")?;
@@ -140,6 +113,7 @@ fn drops_are_told_of() -> Result<()> {
 /// The underlay goes down: what cannot be sent is not counted as sent, and the log
 /// says so, that there is no route, and that the peer is silent; and that it is
 /// back.
+#[testbed::trial(each_engine)]
 fn a_path_is_lost() -> Result<()> {
     const SENT: u64 = 100;
     let (hosts, operator, ends) = tunnels("")?;
@@ -188,6 +162,7 @@ fn a_path_is_lost() -> Result<()> {
 }
 
 /// Version, ports, file, and that nothing is encrypted.
+#[testbed::trial]
 fn the_start_is_told_of() -> Result<()> {
     let hosts = hosts(1500)?;
     let operator = Operator::new()?;
@@ -204,6 +179,7 @@ fn the_start_is_told_of() -> Result<()> {
 }
 
 /// Who changes what, by whatever way.
+#[testbed::trial]
 fn changes_are_told_of() -> Result<()> {
     let hosts = hosts(1500)?;
     let operator = Operator::new()?;
@@ -260,6 +236,7 @@ fn changes_are_told_of() -> Result<()> {
 }
 
 /// Lines have a time, unless journald, which has one of its own, reads them.
+#[testbed::trial]
 fn the_journal_has_its_own_time() -> Result<()> {
     let hosts = hosts(1500)?;
     let operator = Operator::new()?;
@@ -291,6 +268,7 @@ fn the_journal_has_its_own_time() -> Result<()> {
 }
 
 /// No moment in which something has come from a peer that was never heard.
+#[testbed::trial]
 fn who_is_heard_was_not_never_heard() -> Result<()> {
     let hosts = hosts(1500)?;
     let operator = Operator::new()?;
@@ -316,6 +294,7 @@ fn who_is_heard_was_not_never_heard() -> Result<()> {
 }
 
 /// Without a file, a reload does not pretend to have read one.
+#[testbed::trial]
 fn nothing_to_reload() -> Result<()> {
     let (_hosts, operator, [mut near, far]) = tunnels("")?;
     operator.refuses("reload", &["no configuration file", "--config"])?;
@@ -325,6 +304,7 @@ fn nothing_to_reload() -> Result<()> {
 }
 
 /// Who takes over says from whom, and the other one to whom.
+#[testbed::trial]
 fn a_takeover_is_told_of() -> Result<()> {
     let (hosts, operator, [old, far]) = tunnels("")?;
     let socket = operator.socket_text();
@@ -341,6 +321,7 @@ fn a_takeover_is_told_of() -> Result<()> {
 }
 
 /// With several tunnels, nobody has to know their names.
+#[testbed::trial(needs_root)]
 fn status_of_several() -> Result<()> {
     let hosts = hosts(1500)?;
     let status = |json: bool, expected: &[&str]| -> Result<String> {

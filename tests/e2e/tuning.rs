@@ -14,28 +14,7 @@ use fastvpn::error::{Error, Result};
 use fastvpn::host::netlink::Link;
 use testbed::{Namespace, UNDERLAY_NAME};
 
-use crate::support::{Test, UNDERLAY, check, fail, fastvpn, hosts, stop, tried, wait_until};
-
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("tuning_scripts_are_sound", scripts_are_sound),
-        ("tuning_refuses_wrong_usage", wrong_usage_is_refused),
-        ("tuning_dry_run_changes_nothing", dry_run_changes_nothing),
-    ]
-}
-
-/// CPU masks take root, not only a user namespace's.
-pub fn tests_that_need_root() -> Vec<Test> {
-    vec![
-        ("tuning_is_reverted", restores),
-        (
-            "tuning_is_reverted_after_a_partial_apply",
-            restores_after_partial,
-        ),
-        ("tuning_leaves_what_is_gone", leaves_what_is_gone),
-        ("tuning_of_nic_queues_is_reverted", restores_channels),
-    ]
-}
+use crate::support::{UNDERLAY, check, fail, fastvpn, hosts, stop, tried, wait_until};
 
 const HOST: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tuning/host.sh");
 const PROFILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tuning/profile.sh");
@@ -157,7 +136,8 @@ fn shorten_queue(namespace: &Namespace) -> Result<()> {
     Ok(())
 }
 
-fn restores() -> Result<()> {
+#[testbed::trial(needs_root)]
+fn tuning_is_reverted() -> Result<()> {
     let directory = Directory::new("restores")?;
     let hosts = hosts(1500)?;
     shorten_queue(&hosts.a)?;
@@ -194,7 +174,8 @@ fn restores() -> Result<()> {
     stop(tunnel).map(drop)
 }
 
-fn restores_after_partial() -> Result<()> {
+#[testbed::trial(needs_root)]
+fn tuning_is_reverted_after_a_partial_apply() -> Result<()> {
     let directory = Directory::new("partial")?;
     let hosts = hosts(1500)?;
     shorten_queue(&hosts.a)?;
@@ -219,7 +200,8 @@ fn restores_after_partial() -> Result<()> {
     })
 }
 
-fn leaves_what_is_gone() -> Result<()> {
+#[testbed::trial(needs_root)]
+fn tuning_leaves_what_is_gone() -> Result<()> {
     let directory = Directory::new("gone")?;
     let hosts = hosts(1500)?;
     let start = |length: u32| {
@@ -247,7 +229,8 @@ fn leaves_what_is_gone() -> Result<()> {
 }
 
 /// A veth has no channels to combine, so a stand-in for ethtool has them.
-fn restores_channels() -> Result<()> {
+#[testbed::trial(needs_root)]
+fn tuning_of_nic_queues_is_reverted() -> Result<()> {
     const ETHTOOL: &str = r#"#!/bin/sh
 now="$(dirname "$0")/now"
 case "$1" in
@@ -305,7 +288,8 @@ esac
     })
 }
 
-fn dry_run_changes_nothing() -> Result<()> {
+#[testbed::trial]
+fn tuning_dry_run_changes_nothing() -> Result<()> {
     let directory = Directory::new("dry")?;
     let state = directory.state();
     let every = "rps,rfs,busy-poll";
@@ -329,7 +313,8 @@ fn dry_run_changes_nothing() -> Result<()> {
     check(!state.exists(), || "it kept a state".into())
 }
 
-fn wrong_usage_is_refused() -> Result<()> {
+#[testbed::trial]
+fn tuning_refuses_wrong_usage() -> Result<()> {
     let cases = [
         (HOST, "", 2, "one of show, apply, revert"),
         (HOST, "show apply", 2, "one of show, apply, revert"),
@@ -359,7 +344,8 @@ fn wrong_usage_is_refused() -> Result<()> {
     Ok(())
 }
 
-fn scripts_are_sound() -> Result<()> {
+#[testbed::trial]
+fn tuning_scripts_are_sound() -> Result<()> {
     for script in [HOST, PROFILE] {
         let mut command = Command::new("bash");
         command.args(["-n", script]);

@@ -8,21 +8,9 @@ use ipnet::IpNet;
 use testbed::{Namespace, Pair, StaticRoutes, UNDERLAY_NAME, pair};
 
 use crate::support::{
-    TUNNEL, TUNNEL_V6, Test, answers, bulk, check, fastvpn, hosts, link, stop, tunnel_between,
-    wait_for,
+    TUNNEL, TUNNEL_V6, answers, bulk, check, fastvpn, hosts, link, stop, tunnel_between, wait_for,
 };
 use crate::tools::Stream;
-
-/// The tests of this file.
-pub fn tests() -> Vec<Test> {
-    vec![
-        ("the_mtu_follows_the_underlay", the_mtu_follows_the_underlay),
-        ("an_mtu_larger_than_the_path", an_mtu_larger_than_the_path),
-        ("a_path_that_shrinks", a_path_that_shrinks),
-        ("an_underlay_that_shrinks", an_underlay_that_shrinks),
-        ("an_underlay_of_ipv6", an_underlay_of_ipv6),
-    ]
-}
 
 fn net(text: &str) -> Result<IpNet> {
     text.parse()
@@ -43,6 +31,7 @@ fn both_ways(hosts: &Pair, tunnel: [IpAddr; 2]) -> Result<()> {
     answers(&hosts.b, tunnel[0], 1400)
 }
 
+#[testbed::trial(each_engine)]
 fn the_mtu_follows_the_underlay() -> Result<()> {
     for (underlay, tunnel) in [(1280, 1252), (1500, 1472), (9000, 8972)] {
         let hosts = hosts(underlay)?;
@@ -58,6 +47,7 @@ fn the_mtu_follows_the_underlay() -> Result<()> {
 }
 
 /// The kernel fragments what does not fit, and puts it together again.
+#[testbed::trial(each_engine)]
 fn an_mtu_larger_than_the_path() -> Result<()> {
     let hosts = hosts(1500)?;
     let ends = tunnel_between(&hosts, &["--mtu", "4000"])?;
@@ -102,6 +92,7 @@ pub fn routed() -> Result<Routed> {
 }
 
 /// Host A learns of it from the router's ICMP, host B from its own interface.
+#[testbed::trial(each_engine)]
 fn a_path_that_shrinks() -> Result<()> {
     let Routed { hosts, router } = routed()?;
     let tunnel = [
@@ -131,6 +122,7 @@ fn a_path_that_shrinks() -> Result<()> {
 }
 
 /// The host's own interface, in the middle of a transfer, down and up again.
+#[testbed::trial(each_engine)]
 fn an_underlay_that_shrinks() -> Result<()> {
     let hosts = hosts(9000)?;
     let ends = tunnel_between(&hosts, &[])?;
@@ -145,6 +137,7 @@ fn an_underlay_that_shrinks() -> Result<()> {
     ends.into_iter().try_for_each(|end| stop(end).map(drop))
 }
 
+#[testbed::trial(each_engine)]
 fn an_underlay_of_ipv6() -> Result<()> {
     let underlay = (net("fd00:55::122/64")?, net("fd00:55::123/64")?);
     let hosts = pair(&[underlay], 1500)?;
