@@ -158,7 +158,7 @@ fn unknown_sender(overlay: &Overlay, sender: IpAddr) -> String {
 
 fn forbidden_source(overlay: &Overlay, sender: IpAddr, source: IpAddr) -> String {
     let whose = match overlay.route_to(source) {
-        _ if overlay.is_own(source) => "it is an address of this host".into(),
+        _ if overlay.own_addresses().contains(&source) => "it is an address of this host".into(),
         Some((Some(prefix), peer)) => format!("{prefix} belongs to peer {}", peer.name),
         Some((None, peer)) => format!("it belongs to peer {}", peer.name),
         None => "no peer has a prefix for it".into(),

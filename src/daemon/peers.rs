@@ -26,7 +26,7 @@ use crate::dataplane::inbound::ReceivedProbe;
 use crate::host::netlink::Netlink;
 use crate::log::rate_limited::Journal;
 use crate::packet::train::NextHop;
-use crate::routing::dns::{self, Answer, Names};
+use crate::routing::dns::{self, Lookup, Names};
 use crate::routing::overlay::{Overlay, Peer};
 
 /// Peers whose ports and paths are seen to in one poll. The others have their turn
@@ -99,7 +99,7 @@ impl Peers {
         self.names
             .watch(names.filter(|name| name.literal().is_none()), now);
         self.names.tick(now);
-        self.states.retain(|&hop, _| overlay.has(hop));
+        self.states.retain(|&hop, _| overlay.peer(hop).is_some());
     }
 
     /// Asks for all peers' names anew.
@@ -108,13 +108,13 @@ impl Peers {
     }
 
     /// Answers about names, for [`Self::take_answer`].
-    pub fn answers(&self) -> Receiver<Answer> {
+    pub fn answers(&self) -> Receiver<Lookup> {
         self.names.answers().clone()
     }
 
     /// A peer's name has an address, or still none; tells whether it has moved.
-    pub fn take_answer(&mut self, answer: Answer, listen: SocketAddr, host: &mut Host) -> bool {
-        let Answer { name, result } = answer;
+    pub fn take_answer(&mut self, answer: Lookup, listen: SocketAddr, host: &mut Host) -> bool {
+        let Lookup { name, result } = answer;
         let Some((hop, peer)) = self.overlay.find(&name) else {
             return false;
         };

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::reach;
 use crate::config::{Config, DEFAULT_PORT, Listen, PeerName};
 use crate::error::{Error, Result};
-use crate::routing::dns::{self, Answer, Names};
+use crate::routing::dns::{self, Lookup, Names};
 use crate::routing::overlay::{Origin, Overlay, Peer};
 
 /// How long names have at the start. What does not resolve until then is
@@ -78,7 +78,7 @@ pub fn resolve_now(overlay: &mut Overlay, names: &mut Names, listen: SocketAddr)
         };
         // One that failed may have been asked for again in the meantime: its
         // answer is not one of those that are still to come.
-        let Answer { name, result } = answer;
+        let Lookup { name, result } = answer;
         waiting.remove(&name);
         failed.retain(|(failed, _)| *failed != name);
         let Some((hop, peer)) = overlay.find(&name) else {
@@ -155,8 +155,8 @@ mod tests {
         overlay.find(&name(host)).unwrap().1.endpoint
     }
 
-    fn answer(host: &str, address: Option<&str>) -> Answer {
-        Answer {
+    fn answer(host: &str, address: Option<&str>) -> Lookup {
+        Lookup {
             name: name(host),
             result: match address {
                 Some(address) => Ok(address.split(' ').map(|one| one.parse().unwrap()).collect()),

@@ -23,7 +23,7 @@ use crate::host::netlink::Netlink;
 use crate::host::routes::AtEnd;
 use crate::io::udp;
 use crate::packet::icmp::TunnelAddresses;
-use crate::routing::dns::{Answer, Names};
+use crate::routing::dns::{Lookup, Names};
 use crate::routing::overlay::{Overlay, tunnel_addresses};
 
 /// See the module's documentation.
@@ -193,7 +193,7 @@ impl Tunnel {
     }
 
     /// Takes in what a name server has said.
-    pub fn take_name(&mut self, answer: Option<Answer>) {
+    pub fn take_name(&mut self, answer: Option<Lookup>) {
         let listen = self.settings.listen;
         if answer.is_some_and(|answer| self.peers.take_answer(answer, listen, &mut self.host)) {
             self.publish();

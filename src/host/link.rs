@@ -198,7 +198,7 @@ pub(crate) fn check_networks(
         let mut around = others().filter(|(_, other)| other.contains(&network));
         let Some((index, other)) = around.clone().find(|(_, net)| net.trunc() == network) else {
             if let Some((index, other)) = around.next() {
-                let link = link_name(netlink, *index);
+                let link = netlink.name_for_error(*index);
                 tracing::warn!(
                     "the address {address} takes {network} from {link}, which has {other}, into \
                      the tunnel"
@@ -206,20 +206,13 @@ pub(crate) fn check_networks(
             }
             continue;
         };
-        let link = link_name(netlink, *index);
+        let link = netlink.name_for_error(*index);
         return Err(Error::new(format!(
             "the address {address} is in the network of {link}, which has {other}"
         ))
         .hint("give the tunnel an --address in a network of its own"));
     }
     Ok(())
-}
-
-fn link_name(netlink: &mut Netlink, index: u32) -> String {
-    match netlink.link_by_index(index) {
-        Ok(Some(link)) => link.name,
-        _ => format!("interface {index}"),
-    }
 }
 
 /// Makes sure that datagrams to a peer do not themselves go into the tunnel,
@@ -335,30 +328,23 @@ pub(crate) fn check_free(netlink: &mut Netlink, derived: Ipv4Net, own: Option<u3
     let overlaps = |other: &IpNet| {
         other.prefix_len() > 0 && (other.contains(&network) || network.contains(&other.trunc()))
     };
-    let links = netlink.links()?;
-    let link_name = |index: Option<u32>| {
-        let found = index.and_then(|index| links.iter().find(|link| link.index == index));
-        found.map_or_else(String::new, |link| format!(" on {}", link.name))
-    };
-    let clash = |what: String| {
+    let clash = |what: String, index: Option<u32>, netlink: &mut Netlink| {
+        let name = index.map(|index| format!(" on {}", netlink.name_for_error(index)));
+        let name = name.unwrap_or_default();
         Err(Error::new(format!(
-            "the derived tunnel address {derived} overlaps {what}"
+            "the derived tunnel address {derived} overlaps the {what}{name}"
         ))
         .hint("give this host's tunnel address with --address"))
     };
     for (index, address) in netlink.addresses()? {
         if Some(index) != own && overlaps(&address) {
-            return clash(format!("the address {address}{}", link_name(Some(index))));
+            return clash(format!("address {address}"), Some(index), netlink);
         }
     }
     for route in netlink.routes()? {
         let is_own = own.is_some() && route.oif == own;
         if !is_own && overlaps(&route.destination) {
-            return clash(format!(
-                "the route {}{}",
-                route.destination,
-                link_name(route.oif)
-            ));
+            return clash(format!("route {}", route.destination), route.oif, netlink);
         }
     }
     Ok(())
@@ -369,7 +355,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn derives_the_missions_addresses() {
+    fn addresses_are_derived_from_the_last_two_bytes() {
         let derive = |text: &str| derive_address(text.parse().unwrap()).map(|net| net.to_string());
         assert_eq!(derive("10.211.55.122").unwrap(), "10.244.55.122/16");
         assert_eq!(derive("10.211.55.123").unwrap(), "10.244.55.123/16");

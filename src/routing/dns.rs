@@ -30,9 +30,9 @@ const RETRY_MAX: Duration = Duration::from_secs(60);
 const SILENCE_MIN: Duration = Duration::from_secs(10);
 const SILENCE_MAX: Duration = Duration::from_secs(300);
 
-/// What a name server said.
+/// What has become of asking for a name.
 #[derive(Debug)]
-pub struct Answer {
+pub struct Lookup {
     /// The peer's name.
     pub(crate) name: PeerName,
     /// Its addresses, the best first, or why there are none.
@@ -88,7 +88,7 @@ pub(crate) fn cannot_use(name: &PeerName, reason: &Error) -> Error {
 /// The names that have to be looked after.
 pub struct Names {
     jobs: Sender<PeerName>,
-    answers: Receiver<Answer>,
+    answers: Receiver<Lookup>,
     watched: HashMap<PeerName, Watched>,
 }
 
@@ -131,7 +131,7 @@ impl Names {
                     // then ends with the process.
                     for name in waiting {
                         let result = resolve(&name);
-                        if answer.send(Answer { name, result }).is_err() {
+                        if answer.send(Lookup { name, result }).is_err() {
                             return;
                         }
                     }
@@ -146,7 +146,7 @@ impl Names {
     }
 
     /// Where answers come in. What came of each goes to [`Self::heard`].
-    pub(crate) fn answers(&self) -> &Receiver<Answer> {
+    pub(crate) fn answers(&self) -> &Receiver<Lookup> {
         &self.answers
     }
 
@@ -258,7 +258,7 @@ impl Names {
 impl Names {
     /// Names whose threads are the caller: what is asked for, and where the
     /// answers go.
-    pub(crate) fn without_threads() -> (Self, Receiver<PeerName>, Sender<Answer>) {
+    pub(crate) fn without_threads() -> (Self, Receiver<PeerName>, Sender<Lookup>) {
         let (jobs, asked) = bounded(JOBS_MAX);
         let (answer, answers) = bounded(JOBS_MAX);
         let names = Self {

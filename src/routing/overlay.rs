@@ -221,11 +221,6 @@ impl Overlay {
         Some((hop, self.peer(hop)?))
     }
 
-    /// Whether a peer has this next hop.
-    pub(crate) fn has(&self, hop: NextHop) -> bool {
-        self.peer(hop).is_some()
-    }
-
     /// The peer with this next hop, if something can be sent to it now.
     pub(crate) fn in_use(&self, hop: NextHop) -> Option<&Peer> {
         self.peer(hop)
@@ -236,11 +231,6 @@ impl Overlay {
     pub(crate) fn peer_at(&self, address: IpAddr) -> Option<&Peer> {
         let mut peers = self.peers.iter().flatten();
         peers.find(|peer| peer.endpoint.is_some_and(|to| to.ip() == address))
-    }
-
-    /// Whether this host has the address.
-    pub(crate) fn is_own(&self, address: IpAddr) -> bool {
-        self.own.contains(&address)
     }
 
     fn hop_of(&self, name: &PeerName) -> Result<NextHop> {

@@ -68,10 +68,10 @@ fn check(overlay: &mut Overlay) {
     let hops: BTreeSet<_> = overlay.peers().map(|(hop, _)| hop).collect();
     for hop in 0..overlay.peers.len() as NextHop {
         let is_there = hops.contains(&hop);
-        assert_eq!(overlay.has(hop), is_there);
+        assert_eq!(overlay.peer(hop).is_some(), is_there);
         assert_eq!(overlay.free.contains(&hop), !is_there);
     }
-    assert!(!overlay.has(overlay.peers.len() as NextHop));
+    assert!(overlay.peer(overlay.peers.len() as NextHop).is_none());
 }
 
 /// Peers added and removed, prefixes added and removed.
@@ -311,7 +311,8 @@ fn as_many_peers_as_there_may_be_come_and_go() {
     let mut overlay = Overlay::new(0);
     let added = overlay.configure(&peers(PEERS_MAX)).unwrap();
     assert_eq!(added.peers_added, PEERS_MAX);
-    assert!(overlay.has(PEERS_MAX as NextHop - 1) && !overlay.has(PEERS_MAX as NextHop));
+    let is_there = |hop: usize| overlay.peer(hop as NextHop).is_some();
+    assert!(is_there(PEERS_MAX - 1) && !is_there(PEERS_MAX));
     let one_more = overlay.add_peer(&spec("a=10.0.0.0/8"), Origin::Runtime);
     assert!(one_more.is_err());
     let gone = overlay.configure(&peers(1)).unwrap();
