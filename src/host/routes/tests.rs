@@ -9,7 +9,7 @@ use crossbeam_channel::{Sender, bounded};
 use ipnet::{IpNet, Ipv4Net};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::reconciler::{FIXES_MAX, Job, Reconciler};
+use super::reconciler::{FIXES_LOGGED_MAX, FIXES_MAX, Job, Reconciler};
 use super::{AtEnd, PROTOCOL, RouteReconciler, Shared};
 use crate::host::netlink::test_support::Meddling;
 use crate::host::netlink::{DeviceRoute, Event, Netlink, Route, RouteChange, Watch};
@@ -465,12 +465,20 @@ fn a_successor_goes_round_what_is_in_the_way() {
     assert_eq!(host.owned(), more);
 }
 
-/// Contention ends in a slower cadence, not in a fight.
+/// Contention ends in one warning and a slower cadence, not in a fight and not in
+/// a flood of log lines.
 #[test]
 fn who_insists_is_answered_more_rarely_but_in_the_end() {
     let mut host = Host::new();
-    let reconciler = host.reconciler();
+    let (mut reconciler, jobs, shared) = host.parts(|_, _| {});
     reconciler.set(set(&[V4])).unwrap();
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let subscriber = tracing_subscriber::fmt()
+        .with_writer(Arc::new(log.reopen().unwrap()))
+        .finish();
+    let thread = std::thread::spawn(|| {
+        tracing::subscriber::with_default(subscriber, || reconciler.run());
+    });
     let mut watch = host.namespace.run(|| Watch::open(&host.netlink)).unwrap();
     let ours = host.ours;
     let started = Instant::now();
@@ -499,6 +507,14 @@ fn who_insists_is_answered_more_rarely_but_in_the_end() {
     let fixes_max = 2 * (FIXES_MAX + 2);
     assert!(fixes <= fixes_max, "{fixes}");
     host.await_ours(V4);
+    jobs.send(Job::End(AtEnd::Remove)).unwrap();
+    shared.wake.write(1).unwrap();
+    thread.join().unwrap();
+    let log = std::fs::read_to_string(log.path()).unwrap();
+    let warnings = log.matches("10.1.0.0/16 on tun0 was overridden").count();
+    assert_eq!(warnings, FIXES_LOGGED_MAX as usize + 1, "{log}");
+    assert_eq!(log.matches("again and again").count(), 1, "{log}");
+    assert_eq!(log.lines().count(), warnings, "{log}");
 }
 
 #[test]
