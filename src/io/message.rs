@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use nix::errno::Errno;
+use socket2::SockAddr;
 
 use crate::packet::train::Train;
 
@@ -120,15 +121,21 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> nix::Result<Option<
     }))
 }
 
-/// The memory of one send.
-#[repr(C)]
+/// The memory of one send. It points into itself and is used where it is.
 pub struct SendMessage {
     header: libc::msghdr,
     payload: libc::iovec,
-    name: libc::sockaddr_storage,
-    /// `cmsghdr` and the 16-bit segment size, padded.
-    control: [u64; CONTROL_BYTES / 8],
+    name: SockAddr,
+    segment: SegmentBytes,
 }
+
+/// The control message `UDP_SEGMENT` (`udp(7)`).
+#[repr(C)]
+struct SegmentBytes {
+    header: libc::cmsghdr,
+    bytes: u16,
+}
+const _: () = assert!(size_of::<SegmentBytes>() == CONTROL_BYTES);
 
 // SAFETY: the pointers in it point into itself or to a train that the same
 // engine holds; nothing is shared between threads.
@@ -137,8 +144,24 @@ unsafe impl Send for SendMessage {}
 impl SendMessage {
     /// A message with nothing in it.
     pub fn new() -> Self {
-        // SAFETY: all fields are plain C data for which all-zero is valid.
-        unsafe { std::mem::zeroed() }
+        let nowhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+        // SAFETY: all-zero is valid for each of the three: null pointers, zero
+        // lengths.
+        let (header, payload, mut control) =
+            unsafe { std::mem::zeroed::<(libc::msghdr, libc::iovec, libc::cmsghdr)>() };
+        // Without the padding at the end: CMSG_LEN(2).
+        control.cmsg_len = CMSG_HEADER_BYTES + size_of::<u16>();
+        control.cmsg_level = libc::SOL_UDP;
+        control.cmsg_type = libc::UDP_SEGMENT;
+        Self {
+            header,
+            payload,
+            name: SockAddr::from(nowhere),
+            segment: SegmentBytes {
+                header: control,
+                bytes: 0,
+            },
+        }
     }
 
     /// Points the message at a train's bytes and returns its header.
@@ -149,18 +172,14 @@ impl SendMessage {
         let bytes = train.bytes();
         self.payload.iov_base = bytes.as_ptr().cast_mut().cast();
         self.payload.iov_len = bytes.len();
-        let (name, name_bytes) = sockaddr(destination);
-        self.name = name;
-        self.header.msg_name = (&raw mut self.name).cast();
-        self.header.msg_namelen = name_bytes;
+        self.name = SockAddr::from(destination);
+        self.header.msg_name = self.name.as_ptr().cast_mut().cast();
+        self.header.msg_namelen = self.name.len();
         self.header.msg_iov = &raw mut self.payload;
         self.header.msg_iovlen = 1;
         if train.count() > 1 {
-            // `cmsg_len` excludes the padding at the end: CMSG_LEN(2).
-            self.control[0] = (CMSG_HEADER_BYTES + 2) as u64;
-            self.control[1] = level_and_type(libc::SOL_UDP, libc::UDP_SEGMENT);
-            self.control[2] = low_half(train.segment_bytes() as u16);
-            self.header.msg_control = self.control.as_mut_ptr().cast();
+            self.segment.bytes = train.segment_bytes() as u16;
+            self.header.msg_control = (&raw mut self.segment).cast();
             self.header.msg_controllen = CONTROL_BYTES;
         } else {
             // Even one segment is refused when it is longer than the MTU;
@@ -187,34 +206,6 @@ pub fn send(
     Errno::result(sent).map(drop)
 }
 
-fn level_and_type(level: i32, kind: i32) -> u64 {
-    let mut bytes = [0; 8];
-    bytes[..4].copy_from_slice(&level.to_ne_bytes());
-    bytes[4..].copy_from_slice(&kind.to_ne_bytes());
-    u64::from_ne_bytes(bytes)
-}
-
-fn low_half(value: u16) -> u64 {
-    let mut bytes = [0; 8];
-    bytes[..2].copy_from_slice(&value.to_ne_bytes());
-    u64::from_ne_bytes(bytes)
-}
-
-fn sockaddr(address: SocketAddr) -> (libc::sockaddr_storage, libc::socklen_t) {
-    let address = socket2::SockAddr::from(address);
-    // SAFETY: all-zero is a valid `sockaddr_storage`, which is at least as
-    // large and as aligned as the `len()` bytes of any socket address.
-    unsafe {
-        let mut storage: libc::sockaddr_storage = std::mem::zeroed();
-        std::ptr::copy_nonoverlapping(
-            address.as_ptr().cast::<u8>(),
-            (&raw mut storage).cast::<u8>(),
-            address.len() as usize,
-        );
-        (storage, address.len())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -222,10 +213,10 @@ mod tests {
     #[test]
     fn reads_senders() {
         let bytes = |address: &str| {
-            let (storage, len) = sockaddr(address.parse().unwrap());
-            // SAFETY: `sockaddr_storage` is larger than `len` and initialised.
+            let name = SockAddr::from(address.parse::<SocketAddr>().unwrap());
+            // SAFETY: a socket address has as many bytes as it says.
             unsafe {
-                std::slice::from_raw_parts((&raw const storage).cast::<u8>(), len as usize).to_vec()
+                std::slice::from_raw_parts(name.as_ptr().cast(), name.len() as usize).to_vec()
             }
         };
         let v4 = bytes("10.1.2.3:99");

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 
 use nix::sys::socket::{setsockopt, sockopt as nix_sockopt};
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
@@ -104,8 +104,18 @@ pub fn open(
         sockets.push(WorkerSockets { receive, send });
     }
     if workers > 1 {
-        let program = reuseport::program(listen, workers);
-        sockopt::attach_reuseport_cbpf(sockets[0].receive.as_fd(), &program).map_err(failed)?;
+        // The kernel copies it.
+        let mut program = reuseport::program(listen, workers);
+        let program = libc::sock_fprog {
+            len: program.len() as u16,
+            filter: program.as_mut_ptr(),
+        };
+        setsockopt(
+            &sockets[0].receive,
+            nix_sockopt::AttachReusePortCbpf,
+            &program,
+        )
+        .map_err(|errno| failed(errno.into()))?;
     }
     Ok((sockets, offloads))
 }
@@ -196,6 +206,7 @@ fn enlarge_buffers(socket: &Socket) -> io::Result<()> {
 mod tests {
     use super::*;
     use std::net::UdpSocket;
+    use std::os::fd::AsFd;
 
     const ALL: UdpOffloads = UdpOffloads {
         segment: true,

@@ -44,31 +44,3 @@ pub fn drops(socket: BorrowedFd<'_>) -> io::Result<u32> {
         _ => Err(io::Error::last_os_error()),
     }
 }
-
-/// `SO_ATTACH_REUSEPORT_CBPF`: the program picks a socket of the group
-/// (`socket(7)`).
-pub fn attach_reuseport_cbpf(
-    socket: BorrowedFd<'_>,
-    program: &[libc::sock_filter],
-) -> io::Result<()> {
-    let program = libc::sock_fprog {
-        len: program.len() as u16,
-        filter: program.as_ptr().cast_mut(),
-    };
-    // SAFETY: the option takes a `sock_fprog`, whose instructions outlive the
-    // call; the kernel copies them and writes to neither.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_ATTACH_REUSEPORT_CBPF,
-            (&raw const program).cast(),
-            size_of::<libc::sock_fprog>() as libc::socklen_t,
-        )
-    };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
-}

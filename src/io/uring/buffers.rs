@@ -8,46 +8,19 @@
 //! lately, and the rest wait here, the one used last on top.
 
 use std::io;
-use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU16, Ordering};
 
 use io_uring::Submitter;
 use io_uring::types::BufRingEntry;
 
-/// Page-aligned anonymous memory.
-struct Pages {
-    start: NonNull<libc::c_void>,
-    bytes: usize,
-}
+/// The entries of the ring, in memory as the kernel wants it: a page by itself.
+#[repr(C, align(4096))]
+struct Page([u8; PAGE_BYTES]);
 
-impl Pages {
-    fn new(bytes: usize) -> io::Result<Self> {
-        // SAFETY: an anonymous private mapping at an address of the kernel's
-        // choice touches no memory of ours.
-        let start = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                bytes,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-                -1,
-                0,
-            )
-        };
-        if start == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let start = NonNull::new(start).ok_or_else(|| io::Error::from(io::ErrorKind::Other))?;
-        Ok(Self { start, bytes })
-    }
-}
+const PAGE_BYTES: usize = 4096;
 
-impl Drop for Pages {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is ours and this is its only owner.
-        unsafe { libc::munmap(self.start.as_ptr(), self.bytes) };
-    }
-}
+/// Most buffers of a ring: those that a page has entries for.
+const BUFFERS_MAX: usize = PAGE_BYTES / size_of::<BufRingEntry>();
 
 /// Bytes that one batch should bring at the most. One stream on a processor
 /// with 1 MiB of second-level cache, CPU seconds per GB, medians in two runs: 8
@@ -61,7 +34,7 @@ const PROVIDED_MIN: usize = 4;
 /// Buffers that are with the kernel, spare, or, taken out by value, with the
 /// caller. A buffer that is never given back is lost to the ring, no more.
 pub struct BufferRing {
-    pages: Pages,
+    entries: Box<Page>,
     group: u16,
     tail: u16,
     mask: u16,
@@ -84,18 +57,17 @@ impl BufferRing {
         buffer_bytes: usize,
     ) -> io::Result<Self> {
         assert!(
-            count.is_power_of_two(),
-            "a buffer ring's size is a power of two"
+            count.is_power_of_two() && usize::from(count) <= BUFFERS_MAX,
+            "a buffer ring's size is a power of two, and a page holds it"
         );
-        let pages = Pages::new(usize::from(count) * size_of::<BufRingEntry>())?;
+        let mut entries = Box::new(Page([0; PAGE_BYTES]));
+        let start = entries.0.as_mut_ptr() as u64;
         // SAFETY: the ring's memory is page-aligned, large enough for `count`
         // entries, and lives until `unregister` (see there).
-        unsafe {
-            submitter.register_buf_ring_with_flags(pages.start.as_ptr() as u64, count, group, 0)?;
-        }
+        unsafe { submitter.register_buf_ring_with_flags(start, count, group, 0)? };
         let buffer = |id| (id, vec![0; buffer_bytes].into_boxed_slice());
         Ok(Self {
-            pages,
+            entries,
             group,
             tail: 0,
             mask: count - 1,
@@ -144,8 +116,8 @@ impl BufferRing {
         let Some(place) = self.provided.get_mut(usize::from(id)) else {
             return;
         };
-        let base = self.pages.start.as_ptr().cast::<BufRingEntry>();
-        // SAFETY: `tail & mask` is below the number of entries in `pages`. The
+        let base = self.entries.0.as_mut_ptr().cast::<BufRingEntry>();
+        // SAFETY: `tail & mask` is below the number of entries in the page. The
         // kernel reads only entries before the published tail, and this one is
         // not: at most `mask + 1` buffers exist, and this one is not with it.
         let entry = unsafe { &mut *base.add(usize::from(self.tail & self.mask)) };
