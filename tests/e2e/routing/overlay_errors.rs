@@ -8,16 +8,16 @@ use std::time::Duration;
 use fastvpn::error::{Error, Result};
 use testbed::{CONTAINER_NAME, Namespace};
 
+use crate::host::routes::goes_in;
 use crate::icmp_error::{IcmpError, NO_ROUTE, TIME_EXCEEDED};
-use crate::mesh::hop_limit_between;
 use crate::operator::Operator;
 use crate::packets::{Tap, V4, V6, hop_limit, is_udp_to, transport, udp, udp_packet};
-use crate::routes::goes_in;
+use crate::routing::mesh::hop_limit_between;
+use crate::routing::sources::send_train;
 use crate::site::{
     Site, all_went_well, full_mesh, inside, peer, router, sites, transfer, tunnel,
     wait_for_each_other,
 };
-use crate::sources::send_train;
 use crate::support::{PATIENCE, check, stop, tried, wait_until, without_backlog_drops};
 
 /// Nobody's addresses, in a network that is routed into the tunnel.

@@ -8,9 +8,9 @@ use ipnet::IpNet;
 use serde_json::json;
 use testbed::{Namespace, StaticRoutes, UNDERLAY_NAME, join};
 
+use crate::daemon::settings::{FILE, Scene, peer, text};
+use crate::host::routes::net;
 use crate::operator::{Operator, has};
-use crate::routes::net;
-use crate::settings::{FILE, Scene, peer, text};
 use crate::support::{TUNNEL, Tunnel, check, hosts, link, stop, wait_for};
 
 /// The narrow way between the hosts.

@@ -11,6 +11,7 @@ use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 use nix::{getsockopt_impl, setsockopt_impl, sockopt_impl};
 use testbed::{CONTAINER_NAME, Namespace, StaticRoutes, UNDERLAY_NAME};
 
+use crate::host::underlay::set_mtu;
 use crate::icmp_error::{IcmpError, TOO_BIG};
 use crate::packets::Tap;
 use crate::site::{
@@ -21,7 +22,6 @@ use crate::support::{
     Tunnel, bulk, check, enlarge_receive_buffer, link, stop, tried, udp, wait_until,
 };
 use crate::tools::Stream;
-use crate::underlay::set_mtu;
 
 #[testbed::trial(each_engine)]
 fn one_narrow_path() -> Result<()> {

@@ -4,8 +4,8 @@
 use fastvpn::error::Result;
 
 use crate::datagrams::{Order, exchange, exchange_trains};
+use crate::dataplane::traffic::{directions, pings, trains, transfer_both_ways};
 use crate::support::{Ended, FAMILIES, all_cores, check, dual_stack_tunnels, hosts, stop_all};
-use crate::traffic::{directions, pings, trains, transfer_both_ways};
 
 #[testbed::trial(each_engine)]
 fn without_tso() -> Result<()> {

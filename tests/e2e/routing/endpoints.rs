@@ -8,13 +8,13 @@ use serde_json::json;
 use testbed::Namespace;
 
 use crate::datagrams::{Order, exchange, exchange_trains};
+use crate::dataplane::traffic::trains;
 use crate::operator::Operator;
 use crate::site::{MTU_BYTES, all_went_well, underlay, underlay_v6};
 use crate::support::{
     Ended, FAMILIES, Tunnel, answers, bulk, check, fail, fastvpn, link, stop, tried, udp, wait_for,
     wait_until,
 };
-use crate::traffic::trains;
 
 /// Port of the second tunnel on the shared host.
 const OTHER_PORT: u16 = 9000;

@@ -7,8 +7,8 @@ use fastvpn::error::Result;
 use serde_json::{Value, json};
 use testbed::{rss_bytes, rss_peak_bytes};
 
+use crate::host::routes::own_routes;
 use crate::operator::{Operator, in_time};
-use crate::routes::own_routes;
 use crate::site::{peer, sites};
 use crate::support::{PATIENCE, check, stop, tried};
 

@@ -10,8 +10,8 @@ use serde_json::{Value, json};
 use testbed::traffic::ping;
 use testbed::{Namespace, Pair, StaticRoutes, UNDERLAY_NAME};
 
+use crate::host::routes::{kernel_agrees, own_routes};
 use crate::operator::{Operator, has};
-use crate::routes::{kernel_agrees, own_routes};
 use crate::support::{TUNNEL, Tunnel, check, fastvpn, hosts, link, stop, wait_for};
 use crate::tools::Stream;
 

@@ -10,16 +10,16 @@ use ipnet::IpNet;
 use serde_json::{Value, json};
 use testbed::{Namespace, Pair, ip, move_link};
 
+use crate::host::routes::net;
+use crate::host::surroundings::only_peer;
+use crate::host::underlay::set_mtu;
 use crate::operator::{Operator, has};
 use crate::packets::TUNNEL_NAME;
-use crate::routes::net;
 use crate::support::{
     TUNNEL, Tunnel, UNDERLAY, bulk, check, fastvpn, hosts, link, snmp, stop, tried, udp, wait_for,
     wait_until,
 };
-use crate::surroundings::only_peer;
 use crate::tools::{RouteCommand, attribute, ip_route, transact};
-use crate::underlay::set_mtu;
 
 const RENAMED: &str = "ren0";
 

@@ -17,9 +17,9 @@ use nix::sys::signal::Signal;
 use serde_json::json;
 use testbed::{StaticRoutes, rss_bytes};
 
+use crate::host::routes::kernel_agrees;
 use crate::memory::Mappings;
 use crate::operator::Operator;
-use crate::routes::kernel_agrees;
 use crate::site::{
     ALL_PREFIXES, Site, Sites, addresses, inside, peer, prefixes, sites, underlay,
     wait_for_each_other,

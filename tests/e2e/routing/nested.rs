@@ -7,8 +7,8 @@ use fastvpn::error::Result;
 
 use crate::operator::Operator;
 use crate::packets::{TUNNEL_NAME, udp_packet};
+use crate::routing::sources::{PORT, Victim, is_heard};
 use crate::site::{Site, Sites, inside, prefixes, sites, underlay, underlay_v6};
-use crate::sources::{PORT, Victim, is_heard};
 use crate::support::{Tunnel, check, stop, tried, udp, wait_until};
 use crate::tools::nft;
 

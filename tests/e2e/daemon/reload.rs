@@ -9,9 +9,9 @@ use ipnet::IpNet;
 use nix::sys::signal::Signal;
 use testbed::Namespace;
 
-use crate::mesh::hop_limit_between;
+use crate::host::routes::own_routes;
 use crate::operator::{Operator, is_refusal, said};
-use crate::routes::own_routes;
+use crate::routing::mesh::hop_limit_between;
 use crate::site::{Site, addresses, inside, peer, prefixes, sites, underlay, wait_for_each_other};
 use crate::support::{FASTVPN, Tunnel, check, fail, link, stop, tried, wait_until};
 use crate::tools::{Stream, inventory, nothing_left};

@@ -10,16 +10,16 @@ use serde_json::Value;
 use socket2::{Domain, Protocol, Socket, Type};
 use testbed::{Namespace, UNDERLAY_NAME};
 
+use crate::host::underlay::set_mtu;
 use crate::operator::Operator;
-use crate::overlay_mtu::{Network, PathMtuV6, Probe, Underlay};
 use crate::packets::{TUNNEL_NAME, V4, V6, checksum, udp_packet};
+use crate::routing::overlay_mtu::{Network, PathMtuV6, Probe, Underlay};
 use crate::site::{
     MTU_BYTES, Site, inside, peer, peer_v6, sites, transfer, underlay, underlay_v6,
     wait_for_each_other,
 };
 use crate::support::{Tunnel, check, fail, link, snmp, stop, tried, wait_until};
 use crate::tools::Stream;
-use crate::underlay::set_mtu;
 
 #[testbed::trial(each_engine)]
 fn forged_path_mtus() -> Result<()> {

@@ -12,14 +12,14 @@ use serde_json::Value;
 use testbed::{Namespace, StaticRoutes, UNDERLAY_NAME};
 use tun_rs::DeviceBuilder;
 
-use crate::errors::{drop_capabilities, forbid_io_uring, hide_devices};
+use crate::cli::errors::{drop_capabilities, forbid_io_uring, hide_devices};
+use crate::host::underlay::{Routed, routed, set_mtu};
 use crate::operator::Operator;
 use crate::support::{
     FASTVPN, UNDERLAY, check, fail, fastvpn, hosts, is_in_user_namespace, link, stop, tried,
     tunnel_between, udp, wait_until,
 };
 use crate::tools::{inventory, nothing_left};
-use crate::underlay::{Routed, routed, set_mtu};
 
 /// What a check said.
 struct Report {

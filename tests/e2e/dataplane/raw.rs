@@ -10,9 +10,9 @@ use fastvpn::error::{Error, Result};
 use socket2::{Domain, Protocol, Socket, Type};
 use testbed::Namespace;
 
+use crate::dataplane::traffic::directions;
 use crate::packets::{BUFFER_BYTES, Tap, Tcp, V4, V6, source, udp};
 use crate::support::{check, dual_stack_tunnels, hosts, noise, stop_all, without_backlog_drops};
-use crate::traffic::directions;
 
 /// GRE, ESP, IPIP, SCTP, UDP-Lite, and two for experiments. (Not AH, which an
 /// IPv6 receiver of fragments takes for an extension header and parses.)

@@ -410,7 +410,7 @@ fn routes_without_ipv6() -> Result<()> {
 /// refused, at the start and later.
 #[testbed::trial]
 fn prefixes_that_swallow_a_peer() -> Result<()> {
-    let routed = crate::underlay::routed()?;
+    let routed = crate::host::underlay::routed()?;
     let (host, far) = (&routed.hosts.a, "10.211.56.123");
     let operator = Operator::new()?;
     let socket = operator.socket_text();

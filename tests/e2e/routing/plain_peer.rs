@@ -16,12 +16,12 @@ use testbed::{Namespace, Pair, StaticRoutes, spawn_thread};
 use tun_rs::SyncDevice;
 
 use crate::datagrams::{Order, exchange, exchange_trains};
+use crate::dataplane::traffic::{directions, pings, trains, transfer, transfer_both_ways};
 use crate::packets::{BUFFER_BYTES, destination, plain_tun};
 use crate::support::{
     FAMILIES, UNDERLAY, all_cores, check, dual_stack, enlarge_receive_buffer, fail, hosts,
     start_dual_stack, stop_all, wait_for,
 };
-use crate::traffic::{directions, pings, trains, transfer, transfer_both_ways};
 
 #[testbed::trial(each_engine)]
 fn plain_peer_to_fastvpn_1_queue() -> Result<()> {

@@ -11,11 +11,11 @@ use nix::sys::signal::Signal;
 use serde_json::json;
 use testbed::Namespace;
 
-use crate::mesh::hop_limit_between;
+use crate::host::routes::{kernel_agrees, own_routes};
 use crate::numbered::{self, Sink, Streams};
 use crate::operator::Operator;
 use crate::packets::TUNNEL_NAME;
-use crate::routes::{kernel_agrees, own_routes};
+use crate::routing::mesh::hop_limit_between;
 use crate::site::{Site, Sites, inside, peer, sites, tunnel, underlay, wait_for_each_other};
 use crate::support::{
     Ended, TUNNEL, Tunnel, check, fail, fastvpn, hosts, link, stop, tried, udp, wait_for,

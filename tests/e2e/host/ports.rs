@@ -12,6 +12,7 @@ use ipnet::IpNet;
 use serde_json::Value;
 use testbed::{Namespace, Pair};
 
+use crate::dataplane::traffic::transfer;
 use crate::operator::{Operator, said};
 use crate::packets::{TUNNEL_NAME, udp_packet, wait_until_up};
 use crate::relay::{FACES, PORT, Ports, REWRITTEN, Relay};
@@ -20,7 +21,6 @@ use crate::support::{
     tried, udp, wait_for, wait_until,
 };
 use crate::tools::nft;
-use crate::traffic::transfer;
 
 /// Workers of each tunnel.
 const QUEUES: u64 = 4;

@@ -9,7 +9,7 @@ use testbed::{Namespace, StaticRoutes};
 
 use crate::operator::Operator;
 use crate::packets::{Tap, hop_limit, is_udp_to};
-use crate::plain_peer::{PORT, PlainPeer};
+use crate::routing::plain_peer::{PORT, PlainPeer};
 use crate::site::{
     ALL_PREFIXES, Site, addresses, all_went_well, inside, large_ping, peer, peer_v6, prefixes,
     sites, transfer, tunnel, underlay, underlay_v6, wait_for_each_other,

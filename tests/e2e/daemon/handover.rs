@@ -13,14 +13,14 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use socket2::{Domain, SockAddr, Socket, Type};
 
+use crate::daemon::takeover::{Stage, appearance};
+use crate::host::routes::{kernel_agrees, net, own_routes};
 use crate::operator::Operator;
 use crate::packets::TUNNEL_NAME;
-use crate::routes::{kernel_agrees, net, own_routes};
 use crate::site::{inside, underlay, wait_for_each_other};
 use crate::support::{
     PATIENCE, TUNNEL, Tunnel, check, fail, fastvpn, hosts, link, stop, tried, wait_for, wait_until,
 };
-use crate::takeover::{Stage, appearance};
 use crate::tools::{RouteCommand, Stream, ip_route};
 
 /// Name of the interface toward the other sites.

@@ -11,12 +11,12 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use socket2::SockRef;
 
+use crate::daemon::takeover::{Stage, appearance};
+use crate::host::routes::own_routes;
 use crate::operator::connect;
 use crate::packets::TUNNEL_NAME;
-use crate::routes::own_routes;
 use crate::site::{inside, wait_for_each_other};
 use crate::support::{PATIENCE, Tunnel, check, fail, link, stop, tried, wait_until};
-use crate::takeover::{Stage, appearance};
 use crate::tools::Stream;
 
 /// What is said, in this order. Each is a line; the descriptors come with a space before

@@ -14,11 +14,11 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv};
 use testbed::{Namespace, Pair};
 
+use crate::dataplane::traffic::{directions, transfer_both_ways};
 use crate::support::{
     Ended, FAMILIES, all_cores, backlog_drops, check, dual_stack_tunnels, enlarge_receive_buffer,
     fail, hosts, stop_all,
 };
-use crate::traffic::{directions, transfer_both_ways};
 
 #[testbed::trial(each_engine)]
 fn queues_2_and_2() -> Result<()> {

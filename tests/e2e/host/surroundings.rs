@@ -10,9 +10,9 @@ use ipnet::IpNet;
 use serde_json::Value;
 use testbed::{Namespace, Pair, UNDERLAY_NAME, pair};
 
+use crate::host::routes::{net, own_routes};
 use crate::operator::Operator;
 use crate::packets::TUNNEL_NAME;
-use crate::routes::{net, own_routes};
 use crate::support::{
     Tunnel, check, fail, fastvpn, hosts, link, stop, stop_all, tried, udp, wait_for, wait_until,
 };

@@ -15,8 +15,8 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use testbed::{Namespace, rss_bytes};
 
+use crate::host::routes::{kernel_agrees, net, own_routes};
 use crate::operator::{Operator, connect, said};
-use crate::routes::{kernel_agrees, net, own_routes};
 use crate::site::{inside, peer, prefixes, sites, underlay, underlay_v6, wait_for_each_other};
 use crate::support::{FASTVPN, check, fail, fastvpn, hosts, stop, tried, wait_until};
 use crate::tools::{Stream, inventory, nothing_left};

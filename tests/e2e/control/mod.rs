@@ -1,0 +1,4 @@
+//! The control socket: commands and requests.
+
+pub mod commands;
+pub mod requests;

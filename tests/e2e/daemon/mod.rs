@@ -1,0 +1,11 @@
+//! A tunnel's life: start, reload, takeover, end.
+
+pub mod handover;
+pub mod killed;
+pub mod life;
+pub mod reload;
+pub mod reload_device;
+pub mod settings;
+pub mod soak;
+pub mod takeover;
+pub mod trouble;

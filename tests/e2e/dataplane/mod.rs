@@ -1,0 +1,9 @@
+//! Packets and datagrams on their way: what comes out is what went in.
+
+pub mod exact;
+pub mod fallbacks;
+pub mod full_socket;
+pub mod queues;
+pub mod raw;
+pub mod super_packets;
+pub mod traffic;
