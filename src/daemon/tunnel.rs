@@ -130,7 +130,7 @@ impl Tunnel {
             let (old, new) = (&settings.link, &self.settings.link);
             let has_new_addresses = old.addresses != new.addresses;
             if has_new_addresses {
-                // Their keeper would put the old ones back.
+                // Their reconciler would put the old ones back.
                 self.host.stop_routes(AtEnd::Keep);
             }
             device.change(&mut self.host.netlink, old, new)?;
@@ -290,7 +290,7 @@ impl Tunnel {
     /// have now.
     ///
     /// # Errors
-    /// When the keeper cannot be started, or cannot set the routes.
+    /// When the reconciler cannot be started, or cannot set the routes.
     pub fn adopt_routes(&mut self) -> Result<()> {
         let link = &self.settings.link;
         self.host.adopt_routes(&link.addresses, link.mtu_bytes)
@@ -350,7 +350,7 @@ impl Tunnel {
         self.workers.count_socket_drops();
         self.host.log.end();
         self.peers.end_log();
-        // Their keeper first, which would miss the device.
+        // Their reconciler first, which would miss the device.
         self.host.stop_routes(AtEnd::Remove);
         self.workers.close();
     }

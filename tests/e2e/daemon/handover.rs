@@ -422,7 +422,7 @@ fn a_predecessor_that_dies_after_the_word() -> Result<()> {
     tried("ask", writeln!(stuck, r#"{{"command":"route-list"}}"#))?;
     tried("read", stuck.read_exact(&mut [0]))?;
     let new = stage.start(&["--takeover"])?;
-    wait_until("the keeper of its routes has ended", || {
+    wait_until("the reconciler of its routes has ended", || {
         let has_ended = near.child().try_wait()?.is_some();
         Ok(has_ended || !has_thread(&near, "routes"))
     })?;
