@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::counters::first::FirstDrops;
 use crate::counters::{Counters, Snapshot};
 use crate::error::cause_text;
 use crate::routing::overlay::Overlay;
@@ -21,58 +22,54 @@ const LINES_MAX: u64 = 5;
 /// written once.
 const KNOWN_MAX: usize = 32;
 
-/// What the log has said so far.
-pub struct DropLog {
-    sender_unknown: Trouble,
-    source_not_allowed: Trouble,
-    send_error: Trouble,
-}
+/// What the log has said so far, by kind of drop.
+pub struct DropLog([DropKind; 3]);
 
 impl DropLog {
     /// Nothing has been said.
     pub fn new() -> Self {
-        Self {
-            sender_unknown: Trouble::new("sender-unknown"),
-            source_not_allowed: Trouble::new("source-not-allowed"),
-            send_error: Trouble::new("send-error"),
-        }
+        Self([
+            DropKind::new(
+                "sender-unknown",
+                |total| total.drop_sender_unknown,
+                |first, overlay| Some(unknown_sender(overlay, first.sender_unknown.take()?)),
+            ),
+            DropKind::new(
+                "source-not-allowed",
+                |total| total.drop_source_not_allowed,
+                |first, overlay| Some(forbidden_source(overlay, first.source_not_allowed.take()?)),
+            ),
+            DropKind::new(
+                "send-error",
+                |total| total.drop_send_error,
+                |first, overlay| Some(failed_send(overlay, first.send_error.take()?)),
+            ),
+        ])
     }
 
     /// Writes to the log what these workers have dropped since the last time.
     pub fn poll(&mut self, workers: &[Arc<Counters>], overlay: &Overlay, now: Instant) {
-        let total = workers.iter().fold(Snapshot::default(), |sum, worker| {
-            sum.plus(&worker.snapshot())
-        });
-        let Self {
-            sender_unknown,
-            source_not_allowed,
-            send_error,
-        } = self;
-        let senders = workers
-            .iter()
-            .filter_map(|worker| worker.first.sender_unknown.take())
-            .map(|sender| unknown_sender(overlay, sender));
-        let mut said = sender_unknown.look(now, total.drop_sender_unknown, senders);
-        let sources = workers
-            .iter()
-            .filter_map(|worker| worker.first.source_not_allowed.take())
-            .map(|(sender, source)| forbidden_source(overlay, sender, source));
-        said.extend(source_not_allowed.look(now, total.drop_source_not_allowed, sources));
-        let errors = workers
-            .iter()
-            .filter_map(|worker| worker.first.send_error.take())
-            .map(|(destination, errno)| failed_send(overlay, destination, errno));
-        said.extend(send_error.look(now, total.drop_send_error, errors));
-        for line in said {
-            tracing::warn!("{line}");
+        let snapshots = workers.iter().map(|worker| worker.snapshot());
+        let total = snapshots.fold(Snapshot::default(), |sum, worker| sum.plus(&worker));
+        for kind in &mut self.0 {
+            let (dropped, describe) = ((kind.dropped)(&total), kind.describe);
+            let about = workers.iter();
+            let about = about.filter_map(|worker| describe(&worker.first, overlay));
+            for line in kind.look(now, dropped, about) {
+                tracing::warn!("{line}");
+            }
         }
     }
 }
 
 /// One kind of drop.
-struct Trouble {
+struct DropKind {
     /// As counters name it.
     reason: &'static str,
+    /// How many there were.
+    dropped: fn(&Snapshot) -> u64,
+    /// What the first one was about, if there was one since the last time.
+    describe: fn(&FirstDrops, &Overlay) -> Option<String>,
     /// Lines since it began.
     known: Vec<String>,
     /// The last line, written or not.
@@ -85,10 +82,16 @@ struct Trouble {
     dropped_before: u64,
 }
 
-impl Trouble {
-    fn new(reason: &'static str) -> Self {
+impl DropKind {
+    fn new(
+        reason: &'static str,
+        dropped: fn(&Snapshot) -> u64,
+        describe: fn(&FirstDrops, &Overlay) -> Option<String>,
+    ) -> Self {
         Self {
             reason,
+            dropped,
+            describe,
             known: Vec::new(),
             last: None,
             window_end: None,
@@ -156,7 +159,7 @@ fn unknown_sender(overlay: &Overlay, sender: IpAddr) -> String {
     }
 }
 
-fn forbidden_source(overlay: &Overlay, sender: IpAddr, source: IpAddr) -> String {
+fn forbidden_source(overlay: &Overlay, (sender, source): (IpAddr, IpAddr)) -> String {
     let whose = match overlay.route_to(source) {
         _ if overlay.own_addresses().contains(&source) => "it is an address of this host".into(),
         Some((Some(prefix), peer)) => format!("{prefix} belongs to peer {}", peer.name),
@@ -170,7 +173,7 @@ fn forbidden_source(overlay: &Overlay, sender: IpAddr, source: IpAddr) -> String
     format!("dropped packets from peer {name} with the inner source {source}: {whose}")
 }
 
-fn failed_send(overlay: &Overlay, destination: SocketAddr, errno: i32) -> String {
+fn failed_send(overlay: &Overlay, (destination, errno): (SocketAddr, i32)) -> String {
     let name = overlay.peer_at(destination.ip()).map(|peer| &peer.name);
     let name = match name.filter(|name| name.literal().is_none()) {
         Some(name) => format!("{name} at "),
@@ -188,14 +191,14 @@ fn failed_send(overlay: &Overlay, destination: SocketAddr, errno: i32) -> String
 mod tests {
     use super::*;
 
-    fn look(trouble: &mut Trouble, now: Instant, dropped: u64, about: &[&str]) -> Vec<String> {
+    fn look(trouble: &mut DropKind, now: Instant, dropped: u64, about: &[&str]) -> Vec<String> {
         let about = about.iter().map(ToString::to_string);
         trouble.look(now, dropped, about)
     }
 
     #[test]
     fn the_first_is_told_and_the_others_are_counted() {
-        let mut trouble = Trouble::new("no-reason");
+        let mut trouble = DropKind::new("no-reason", |_| 0, |_, _| None);
         let start = Instant::now();
         let nothing: [&str; 0] = [];
         assert_eq!(look(&mut trouble, start, 0, &[]), nothing);
@@ -228,7 +231,7 @@ mod tests {
 
     #[test]
     fn a_flood_from_everywhere_is_a_few_lines() {
-        let mut trouble = Trouble::new("no-reason");
+        let mut trouble = DropKind::new("no-reason", |_| 0, |_, _| None);
         let start = Instant::now();
         let mut lines = 0;
         for second in 0..3600 {

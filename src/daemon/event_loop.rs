@@ -68,45 +68,25 @@ impl Daemon {
             let (host_events, refresh_due) =
                 (self.tunnel.host.events(), self.tunnel.host.refresh_due());
             let (probes, probes_due) = self.tunnel.peers.probes();
-            let end = select! {
-                recv(signals) -> signal => self.take_signal(signal.ok()),
+            let mut end = None;
+            select! {
+                recv(signals) -> signal => end = self.take_signal(signal.ok()),
                 recv(failures) -> failure => {
                     return Err(failure.unwrap_or_else(|_| Error::new("all workers have ended")));
                 }
-                recv(calls) -> call => call.ok().and_then(|call| self.take_call(call)),
+                recv(calls) -> call => end = call.ok().and_then(|call| self.take_call(call)),
                 recv(ready) -> ready => {
                     let ready = ready.unwrap_or_else(|_| Err(Error::new("its thread has ended")));
-                    self.finish_handoff(ready, signals)?
+                    end = self.finish_handoff(ready, signals)?;
                 }
-                recv(names) -> answer => {
-                    self.tunnel.take_name(answer.ok());
-                    None
-                }
-                recv(host_events) -> _ => {
-                    self.tunnel.host.schedule_refresh();
-                    None
-                }
-                recv(refresh_due) -> _ => {
-                    self.tunnel.refresh_host();
-                    None
-                }
-                recv(probes) -> probe => {
-                    self.tunnel.read_probes(probe.ok());
-                    None
-                }
-                recv(probes_due) -> _ => {
-                    self.tunnel.read_probes(None);
-                    None
-                }
-                recv(poll) -> _ => {
-                    self.tunnel.poll();
-                    None
-                }
-                recv(limits_reset) -> _ => {
-                    self.tunnel.workers.reset_limits();
-                    None
-                }
-            };
+                recv(names) -> answer => self.tunnel.take_name(answer.ok()),
+                recv(host_events) -> _ => self.tunnel.host.schedule_refresh(),
+                recv(refresh_due) -> _ => self.tunnel.refresh_host(),
+                recv(probes) -> probe => self.tunnel.read_probes(probe.ok()),
+                recv(probes_due) -> _ => self.tunnel.read_probes(None),
+                recv(poll) -> _ => self.tunnel.poll(),
+                recv(limits_reset) -> _ => self.tunnel.workers.reset_limits(),
+            }
             if let Some(end) = end {
                 return Ok(end);
             }

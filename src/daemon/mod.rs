@@ -11,7 +11,6 @@ mod announce;
 mod control_socket;
 mod device;
 mod drop_log;
-pub mod engine;
 mod event_loop;
 pub mod handoff;
 mod host;
@@ -25,7 +24,7 @@ mod resolve;
 mod settings;
 mod start;
 mod tunnel;
-pub mod workers;
+mod workers;
 
 use std::sync::Arc;
 

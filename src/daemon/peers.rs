@@ -19,14 +19,14 @@ use self::ports::PeerPorts;
 use self::probes::Probes;
 pub use self::probes::probe_channel;
 use super::host::Host;
-use super::reach;
 use super::workers::Workers;
+use super::{reach, resolve};
 use crate::counters::PeerCounters;
 use crate::dataplane::inbound::ReceivedProbe;
 use crate::host::netlink::Netlink;
 use crate::log::rate_limited::Journal;
 use crate::packet::train::NextHop;
-use crate::routing::dns::{self, Lookup, Names};
+use crate::routing::dns::{Lookup, Names};
 use crate::routing::overlay::{Overlay, Peer};
 
 /// Peers whose ports and paths are seen to in one poll. The others have their turn
@@ -114,37 +114,23 @@ impl Peers {
 
     /// A peer's name has an address, or still none; tells whether it has moved.
     pub fn take_answer(&mut self, answer: Lookup, listen: SocketAddr, host: &mut Host) -> bool {
-        let Lookup { name, result } = answer;
-        let Some((hop, peer)) = self.overlay.find(&name) else {
-            return false;
-        };
-        let old = peer.endpoint;
-        let is_silent = self.names.is_for_silence(&name);
-        // Addresses that cannot be the peer's are as good as none: the name is
-        // asked for again until it has another.
-        let result = result.and_then(|addresses| {
-            let addresses = dns::in_order(addresses, old, is_silent);
-            dns::first_usable(&name, addresses, |endpoint| {
-                reach::check_endpoint(listen, &self.overlay, endpoint)?;
-                host.check_outside(endpoint)
-            })
+        let (overlay, names) = (&mut self.overlay, &mut self.names);
+        let taken = resolve::take_answer(overlay, names, answer, |overlay, endpoint| {
+            reach::check_endpoint(listen, overlay, endpoint)?;
+            host.check_outside(endpoint)
         });
-        if !self.names.heard(&name, result.is_ok(), Instant::now()) {
-            return false;
-        }
-        let endpoint = match result {
-            Ok(endpoint) => endpoint,
-            Err(error) => {
+        match taken {
+            None => return false,
+            Some((_, Err(error))) => {
                 tracing::warn!("{error}; trying again");
                 return false;
             }
-        };
-        match old {
-            Some(old) if old == endpoint => return false,
-            Some(old) => tracing::info!("peer {name} has moved from {old} to {endpoint}"),
-            None => tracing::info!("peer {name} is {endpoint}"),
+            Some((_, Ok((old, new)))) if old == Some(new) => return false,
+            Some((name, Ok((Some(old), new)))) => {
+                tracing::info!("peer {name} has moved from {old} to {new}");
+            }
+            Some((name, Ok((None, new)))) => tracing::info!("peer {name} is {new}"),
         }
-        self.overlay.set_endpoint(hop, Some(endpoint));
         learn_route_mtus(&mut self.overlay, &mut host.netlink);
         true
     }
@@ -153,8 +139,24 @@ impl Peers {
     /// and paths; tells whether the workers need a new table.
     pub fn poll(&mut self, listen: SocketAddr, host: &mut Host, workers: &Workers) -> bool {
         let now = Instant::now();
-        let (mut learned, mut grown_or_shrunk) = (Vec::new(), Vec::new());
-        self.path_probes = 0;
+        let mut has_changed = self.poll_traffic(now);
+        for hop in self.poll_paths(now) {
+            has_changed |= self.set_path_mtu(hop, host, workers, now);
+        }
+        for hop in self.next_turn() {
+            has_changed |= self.check_path(hop, listen, host, workers, now);
+            if let Some((peer, state)) = self.overlay.in_use(hop).zip(self.states.get_mut(&hop)) {
+                state.ports.follow(peer, now);
+                state.ports.ask(peer, workers, &mut self.ports_log, now);
+            }
+        }
+        has_changed
+    }
+
+    /// Takes in what the workers have counted and seen of each peer; tells whether one
+    /// is to be sent to at another port.
+    fn poll_traffic(&mut self, now: Instant) -> bool {
+        let mut learned = Vec::new();
         for (hop, peer) in self.overlay.peers() {
             let new = || PeerState::new(peer, now);
             let state = self.states.entry(hop).or_insert_with(new);
@@ -174,29 +176,28 @@ impl Peers {
             }
             state.ports.follow(peer, now);
             learned.extend(state.ports.poll(peer, traffic, now).map(|port| (hop, port)));
-            if let Some(path) = &mut state.path {
-                grown_or_shrunk.extend(path.poll(now).then_some(hop));
-                self.path_probes += usize::from(path.is_probed());
-            }
         }
         self.names.tick(now);
         self.silence_log.flush(now);
         self.ports_log.flush(now);
-        let mut has_changed = false;
-        for (hop, port) in learned {
-            has_changed |= self.use_port(hop, port, now);
-        }
-        for hop in grown_or_shrunk {
-            has_changed |= self.set_path_mtu(hop, host, workers, now);
-        }
-        for hop in self.next_turn() {
-            has_changed |= self.check_path(hop, listen, host, workers, now);
-            if let Some((peer, state)) = self.overlay.in_use(hop).zip(self.states.get_mut(&hop)) {
-                state.ports.follow(peer, now);
-                state.ports.ask(peer, workers, &mut self.ports_log, now);
+        let used = learned
+            .into_iter()
+            .map(|(hop, port)| self.use_port(hop, port, now));
+        used.fold(false, |any, is_news| any | is_news)
+    }
+
+    /// Takes in what has become of path probes; returns the peers whose paths take
+    /// something else now.
+    fn poll_paths(&mut self, now: Instant) -> Vec<NextHop> {
+        let mut changed = Vec::new();
+        self.path_probes = 0;
+        for (&hop, state) in &mut self.states {
+            if let Some(path) = &mut state.path {
+                changed.extend(path.poll(now).then_some(hop));
+                self.path_probes += usize::from(path.is_probed());
             }
         }
-        has_changed
+        changed
     }
 
     fn next_turn(&mut self) -> Vec<NextHop> {
@@ -376,5 +377,120 @@ fn log_news(peer: &Peer, news: News) {
             "peer {name} does not answer: packets are sent to it, but it has never been heard; \
              does it run, and do firewalls let UDP through both ways?"
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use crossbeam_channel::Sender;
+
+    use super::*;
+    use crate::config::PeerName;
+    use crate::routing::overlay::Origin;
+
+    fn name() -> PeerName {
+        PeerName {
+            host: "far".into(),
+            port: 8285,
+        }
+    }
+
+    fn overlay() -> Overlay {
+        let mut overlay = Overlay::new(1);
+        overlay
+            .insert_peer(&name(), true, &[], Origin::Config)
+            .unwrap();
+        overlay.set_endpoint(0, "10.0.0.2:8285".parse().ok());
+        overlay
+    }
+
+    /// One peer, whose name resolves; what is asked for, and where answers go.
+    fn peers(now: Instant) -> (Peers, Receiver<PeerName>, Sender<Lookup>) {
+        let (mut names, asked, answers) = Names::without_threads();
+        names.watch([name()].iter(), now);
+        names.tick(now);
+        asked.recv().unwrap();
+        names.heard(&name(), true, now);
+        let (_, probes) = probe_channel();
+        (Peers::new(overlay(), names, probes), asked, answers)
+    }
+
+    fn only(peers: &Peers) -> &Peer {
+        peers.overlay.peer(0).unwrap()
+    }
+
+    #[test]
+    fn the_name_of_a_silent_peer_is_asked_for() {
+        let start = Instant::now();
+        let (mut peers, asked, _answers) = peers(start);
+        let mut asked_at = None;
+        for second in 0..30 {
+            only(&peers).traffic[0].packets_sent.add(1);
+            assert!(!peers.poll_traffic(start + Duration::from_secs(second)));
+            if asked.try_recv().is_ok() {
+                asked_at = asked_at.or(Some(second));
+            }
+        }
+        assert_eq!(asked_at, Some(10));
+        // Who answers is not asked about.
+        only(&peers).traffic[0].packets_received.add(1);
+        peers.poll_traffic(start + Duration::from_secs(30));
+        let now = start + Duration::from_secs(33);
+        assert_eq!(
+            peers.last_seen(0).unwrap().age(&only(&peers).traffic, now),
+            Some(Duration::from_secs(3))
+        );
+    }
+
+    #[test]
+    fn a_peer_is_sent_to_where_it_sends_from() {
+        let now = Instant::now();
+        let (mut peers, ..) = peers(now);
+        peers.poll_traffic(now);
+        only(&peers).traffic[0].note_port(21224, 8285);
+        assert!(peers.poll_traffic(now));
+        let endpoint = only(&peers).endpoint_learned();
+        assert_eq!(endpoint, "10.0.0.2:21224".parse().ok());
+    }
+
+    #[test]
+    fn another_peer_in_the_same_place_is_not_known() {
+        let now = Instant::now();
+        let (mut peers, ..) = peers(now);
+        only(&peers).traffic[0].packets_received.add(1);
+        peers.poll_traffic(now);
+        let age = |peers: &Peers| {
+            let seen = peers.last_seen(0)?;
+            seen.age(&only(peers).traffic, now)
+        };
+        assert_eq!(age(&peers), Some(Duration::ZERO));
+        peers.replace(overlay(), now);
+        peers.poll_traffic(now);
+        assert_eq!(age(&peers), None);
+        peers.replace(Overlay::new(1), now);
+        assert!(peers.last_seen(0).is_none());
+    }
+
+    #[test]
+    fn each_peer_has_its_turn() {
+        let now = Instant::now();
+        let (mut peers, ..) = peers(now);
+        for number in 1..3000u32 {
+            let name = PeerName {
+                host: format!("peer{number}"),
+                port: 1,
+            };
+            let prefix = ipnet::IpNet::from(std::net::IpAddr::V4(number.into()));
+            peers
+                .overlay
+                .insert_peer(&name, false, &[prefix], Origin::Runtime)
+                .unwrap();
+        }
+        let turns: Vec<_> = (0..3).map(|_| peers.next_turn()).collect();
+        assert!(turns.iter().all(|turn| turn.len() == TURN_MAX));
+        let all: BTreeSet<_> = turns.concat().into_iter().collect();
+        assert_eq!(all.len(), 3000);
     }
 }

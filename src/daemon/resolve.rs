@@ -1,4 +1,5 @@
-//! Peers' names resolved at the start of a tunnel.
+//! Peers' addresses by their names: at the start of a tunnel, and from the answers
+//! that come while it runs.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -78,26 +79,42 @@ pub fn resolve_now(overlay: &mut Overlay, names: &mut Names, listen: SocketAddr)
         };
         // One that failed may have been asked for again in the meantime: its
         // answer is not one of those that are still to come.
-        let Lookup { name, result } = answer;
-        waiting.remove(&name);
-        failed.retain(|(failed, _)| *failed != name);
-        let Some((hop, peer)) = overlay.find(&name) else {
-            continue;
-        };
-        let endpoint = result.and_then(|addresses| {
-            let addresses = dns::in_order(addresses, peer.endpoint, false);
-            let check = |endpoint| reach::check_endpoint(listen, overlay, endpoint);
-            dns::first_usable(&name, addresses, check)
-        });
-        names.heard(&name, endpoint.is_ok(), Instant::now());
-        match endpoint {
-            Ok(endpoint) => {
-                overlay.set_endpoint(hop, Some(endpoint));
-            }
-            Err(error) => failed.push((name, error)),
+        waiting.remove(&answer.name);
+        failed.retain(|(failed, _)| *failed != answer.name);
+        let check = |overlay: &Overlay, peer| reach::check_endpoint(listen, overlay, peer);
+        if let Some((name, Err(error))) = take_answer(overlay, names, answer, check) {
+            failed.push((name, error));
         }
     }
     failed.into_iter().map(|(_, error)| error).collect()
+}
+
+/// A peer's address before and after an answer.
+type Moved = (Option<SocketAddr>, SocketAddr);
+
+/// Gives a peer the best of the addresses in an answer that `check` lets pass.
+/// Addresses that cannot be the peer's are as good as none: the name is asked for
+/// again until it has another. `None`: nobody wants to know any more.
+pub fn take_answer(
+    overlay: &mut Overlay,
+    names: &mut Names,
+    answer: Lookup,
+    mut check: impl FnMut(&Overlay, SocketAddr) -> Result<()>,
+) -> Option<(PeerName, Result<Moved>)> {
+    let Lookup { name, result } = answer;
+    let (hop, peer) = overlay.find(&name)?;
+    let (old, is_silent) = (peer.endpoint, names.is_for_silence(&name));
+    let result = result.and_then(|addresses| {
+        let addresses = dns::in_order(addresses, old, is_silent);
+        dns::first_usable(&name, addresses, |endpoint| check(overlay, endpoint))
+    });
+    if !names.heard(&name, result.is_ok(), Instant::now()) {
+        return None;
+    }
+    if let Ok(endpoint) = &result {
+        overlay.set_endpoint(hop, Some(*endpoint));
+    }
+    Some((name, result.map(|new| (old, new))))
 }
 
 fn no_answer_yet(name: &PeerName) -> Error {

@@ -216,7 +216,6 @@ impl Tunnel {
         let now = Instant::now();
         self.host.log.flush(now);
         self.workers.count_socket_drops();
-        self.workers.free_retired();
         self.drop_log
             .poll(self.workers.counters(), &self.peers.overlay, now);
         if self.host.lacks_routes() {

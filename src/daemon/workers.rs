@@ -2,6 +2,7 @@
 //! and further descriptors of what they have.
 
 mod descriptors;
+mod engine_kind;
 mod threads;
 
 use std::sync::Arc;
@@ -9,8 +10,8 @@ use std::sync::Arc;
 use crossbeam_channel::{Receiver, Sender};
 
 pub use self::descriptors::WorkerFds;
+use self::engine_kind::EngineKind;
 use self::threads::{Setup, Threads};
-use super::engine::Engine;
 use crate::config::{BusyPoll, Config};
 use crate::counters::{Counters, Snapshot};
 use crate::dataplane::WorkerCommand;
@@ -22,9 +23,6 @@ use crate::io::tun::Tun;
 use crate::io::udp::{self, WorkerSockets};
 use crate::packet::coalesce;
 use crate::packet::train::Limits;
-
-/// Tables that workers may still hold on to, until they have taken newer ones.
-const RETIRED_MAX: usize = 64;
 
 /// What there is once in a namespace: the device and the sockets on the port.
 pub struct Claimed {
@@ -42,9 +40,6 @@ pub struct Workers {
     threads: Option<Threads>,
     /// What they are started with, and the table in force.
     setup: Setup,
-    /// Old tables: the last to let go of one has to free it, and that should
-    /// not be a worker.
-    retired: Vec<Arc<Table>>,
     /// By worker. They outlast the threads.
     counters: Vec<Arc<Counters>>,
     descriptors: Arc<Vec<WorkerFds>>,
@@ -86,7 +81,7 @@ impl Workers {
                 segments_max,
                 ..Limits::FULL
             },
-            engine: Engine::choose(config.io),
+            engine: EngineKind::choose(config.io),
             spin: match config.busy_poll {
                 BusyPoll::Off => Spin::Off,
                 BusyPoll::Auto => Spin::Auto,
@@ -104,7 +99,6 @@ impl Workers {
         Ok(Self {
             threads: Some(threads),
             setup,
-            retired: Vec::with_capacity(RETIRED_MAX),
             counters,
             descriptors: Arc::new(descriptors),
             socket_drops,
@@ -162,11 +156,9 @@ impl Workers {
         self.counters.len()
     }
 
-    /// What they run on, and what of it is in use.
-    pub fn engine(&self) -> Engine {
-        self.threads
-            .as_ref()
-            .map_or(self.setup.engine, Threads::engine)
+    /// What they run on.
+    pub fn engine(&self) -> EngineKind {
+        self.setup.engine
     }
 
     /// GSO packets that the TUN device takes.
@@ -199,18 +191,8 @@ impl Workers {
         if let Some(threads) = &self.threads {
             threads.publish(&table);
         }
-        let old = std::mem::replace(&mut self.setup.table, table);
-        self.retired.push(old);
-        self.free_retired();
-        // A worker that has not looked up for so long will free it.
-        if self.retired.len() >= RETIRED_MAX {
-            self.retired.remove(0);
-        }
-    }
-
-    /// Frees old tables that no worker uses any more.
-    pub fn free_retired(&mut self) {
-        self.retired.retain(|old| Arc::strong_count(old) > 1);
+        // The old one is freed here: the workers have let go of it.
+        self.setup.table = table;
     }
 
     /// Has GSO batches of full size tried again on all paths.

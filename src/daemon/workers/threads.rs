@@ -7,14 +7,14 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::engine_kind::EngineKind;
 use crate::counters::Counters;
-use crate::daemon::engine::Engine;
 use crate::dataplane::idle::Spin;
 use crate::dataplane::inbound::{Inbound, ReceivedProbe};
 use crate::dataplane::table::Table;
 use crate::dataplane::{self, WorkerCommand};
 use crate::error::{Error, Result};
-use crate::io::engine;
+use crate::io::engine::Engine;
 use crate::io::epoll::Epoll;
 use crate::io::tun::Queue;
 use crate::io::udp::WorkerSockets;
@@ -33,7 +33,7 @@ pub struct Setup {
     /// How long trains may be.
     pub limits: Limits,
     /// What the workers run on.
-    pub engine: Engine,
+    pub engine: EngineKind,
     /// How long to look for arrivals without sleeping.
     pub spin: Spin,
     /// Cores to pin workers to, in turn.
@@ -44,7 +44,7 @@ pub struct Setup {
     pub probes: Sender<ReceivedProbe>,
 }
 
-struct Worker {
+struct Handle {
     thread: JoinHandle<()>,
     commands: Sender<WorkerCommand>,
     wake: Arc<EventFd>,
@@ -57,11 +57,10 @@ const PUBLISH_WAIT_STEP: Duration = Duration::from_millis(1);
 
 /// The running workers. Dropping them ends them.
 pub struct Threads {
-    workers: Vec<Worker>,
+    workers: Vec<Handle>,
     /// Keeps workers that are ready from starting, until it is dropped.
     gate: Option<Sender<()>>,
     failures: Receiver<Error>,
-    engine: Engine,
 }
 
 impl Threads {
@@ -84,21 +83,35 @@ impl Threads {
             workers: Vec::with_capacity(count),
             gate: Some(gate),
             failures,
-            engine: setup.engine,
         };
         let all = queues.into_iter().zip(sockets).zip(counters);
         for (index, ((queue, sockets), counters)) in all.enumerate() {
-            let parts = Parts {
+            let (commands, receiver) = bounded(COMMANDS_MAX);
+            let wake = Arc::new(event_counter()?);
+            let (worker_wake, setup) = (Arc::clone(&wake), setup.clone());
+            let (ready, start, failures) =
+                (ready_sender.clone(), start.clone(), failure_sender.clone());
+            let worker = Worker {
                 index,
-                queue,
-                sockets,
                 counters,
-                setup: setup.clone(),
-                ready: ready_sender.clone(),
-                start: start.clone(),
-                failures: failure_sender.clone(),
+                setup,
+                commands: receiver,
+                ready,
+                start,
+                failures,
             };
-            threads.workers.push(parts.spawn()?);
+            let thread = std::thread::Builder::new()
+                .name(format!("fastvpn-{index}"))
+                .spawn(move || worker.work(queue, sockets, worker_wake))
+                .map_err(|error| {
+                    Error::os("cannot start a worker thread", error)
+                        .hint("raise the limit on processes (ulimit -u), or ask for fewer --queues")
+                })?;
+            threads.workers.push(Handle {
+                thread,
+                commands,
+                wake,
+            });
         }
         drop(ready_sender);
         for _ in 0..count {
@@ -133,11 +146,6 @@ impl Threads {
         if !all_told || result == Err(RecvTimeoutError::Timeout) {
             tracing::error!("a worker does not take the new table: is it stuck?");
         }
-    }
-
-    /// What the workers run on.
-    pub fn engine(&self) -> Engine {
-        self.engine
     }
 
     /// Where a worker that fails later says so.
@@ -178,108 +186,58 @@ impl Drop for Threads {
     }
 }
 
+fn event_counter() -> Result<EventFd> {
+    let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+    EventFd::from_value_and_flags(0, flags).map_err(|errno| {
+        Error::os("cannot create an event counter", errno.into())
+            .hint("raise the limit on open files (ulimit -n), or ask for fewer --queues")
+    })
+}
+
 /// What a worker thread takes with it.
-struct Parts {
+struct Worker {
     index: usize,
-    queue: Queue,
-    sockets: WorkerSockets,
     counters: Arc<Counters>,
     setup: Setup,
+    commands: Receiver<WorkerCommand>,
     ready: Sender<Result<()>>,
     start: Receiver<()>,
     failures: Sender<Error>,
 }
 
-impl Parts {
-    fn spawn(self) -> Result<Worker> {
-        let (commands, receiver) = bounded(COMMANDS_MAX);
-        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-        let wake = EventFd::from_value_and_flags(0, flags).map_err(|errno| {
-            Error::os("cannot create an event counter", errno.into())
-                .hint("raise the limit on open files (ulimit -n), or ask for fewer --queues")
-        })?;
-        let wake = Arc::new(wake);
-        let worker_wake = Arc::clone(&wake);
-        let thread = std::thread::Builder::new()
-            .name(format!("fastvpn-{}", self.index))
-            .spawn(move || self.work(&receiver, worker_wake))
-            .map_err(|error| {
-                Error::os("cannot start a worker thread", error)
-                    .hint("raise the limit on processes (ulimit -u), or ask for fewer --queues")
-            })?;
-        Ok(Worker {
-            thread,
-            commands,
-            wake,
-        })
-    }
-
-    fn work(self, commands: &Receiver<WorkerCommand>, wake: Arc<EventFd>) {
+impl Worker {
+    fn work(self, queue: Queue, sockets: WorkerSockets, wake: Arc<EventFd>) {
         if let Some(cores) = self.setup.cores.as_ref().filter(|cores| !cores.is_empty()) {
             let id = cores[self.index % cores.len()];
             if !core_affinity::set_for_current(core_affinity::CoreId { id }) {
                 tracing::warn!("cannot pin worker {} to core {id}", self.index);
             }
         }
-        let Self {
-            queue,
-            sockets,
-            counters,
-            ..
-        } = self;
-        let limits = self.setup.limits;
-        let shared_counters = Arc::clone(&counters);
-        let run = Run {
-            index: self.index,
-            commands,
-            counters: &counters,
-            setup: &self.setup,
-            ready: self.ready,
-            start: self.start,
-            failures: self.failures,
-        };
+        let (limits, counters) = (self.setup.limits, Arc::clone(&self.counters));
         match self.setup.engine {
-            Engine::Uring => run.on(Uring::new(queue, sockets, wake, limits, shared_counters)),
-            Engine::Epoll => run.on(Epoll::new(queue, sockets, wake, limits, shared_counters)),
+            EngineKind::Uring => self.run(Uring::new(queue, sockets, wake, limits, counters)),
+            EngineKind::Epoll => self.run(Epoll::new(queue, sockets, wake, limits, counters)),
         }
     }
-}
 
-/// A worker's run, whatever engine it is on.
-struct Run<'a> {
-    index: usize,
-    commands: &'a Receiver<WorkerCommand>,
-    counters: &'a Counters,
-    setup: &'a Setup,
-    ready: Sender<Result<()>>,
-    start: Receiver<()>,
-    failures: Sender<Error>,
-}
-
-impl Run<'_> {
     /// Says that the engine is ready, or why it is not, and runs the loop.
-    fn on(self, engine: Result<impl engine::Engine>) {
+    fn run(self, engine: Result<impl Engine>) {
         let mut engine = match engine {
             Ok(engine) => engine,
-            Err(error) => {
-                let _ = self.ready.send(Err(error));
-                return;
-            }
+            Err(error) => return drop(self.ready.send(Err(error))),
         };
         let _ = self.ready.send(Ok(()));
         // Nothing is ever sent: the gate opens by being dropped.
         let _ = self.start.recv();
-        let table = Arc::clone(&self.setup.table);
-        let Setup { tun, spin, .. } = *self.setup;
-        let inbound = Inbound::new(tun, self.index, self.setup.probes.clone());
+        let Setup { tun, spin, .. } = self.setup;
         let result = dataplane::run(
             self.index,
             &mut engine,
-            self.commands,
-            table,
-            inbound,
+            &self.commands,
+            self.setup.table,
+            Inbound::new(tun, self.index, self.setup.probes),
             spin,
-            self.counters,
+            &self.counters,
         );
         if let Err(error) = result {
             let _ = self.failures.send(error);

@@ -7,14 +7,14 @@ use crate::io::uring;
 
 /// The engine of all workers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Engine {
+pub enum EngineKind {
     /// [`crate::io::uring`].
     Uring,
     /// [`crate::io::epoll`].
     Epoll,
 }
 
-impl Engine {
+impl EngineKind {
     /// The engine asked for. Left to choose, it is io_uring where the kernel
     /// has it and allows it; where not, one warning says why.
     pub fn choose(io: Io) -> Self {
@@ -32,7 +32,7 @@ impl Engine {
     }
 }
 
-impl fmt::Display for Engine {
+impl fmt::Display for EngineKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Uring => "io_uring",
@@ -47,7 +47,7 @@ mod tests {
 
     #[test]
     fn what_is_asked_for_is_not_second_guessed() {
-        assert_eq!(Engine::choose(Io::Epoll), Engine::Epoll);
-        assert_eq!(Engine::choose(Io::Uring), Engine::Uring);
+        assert_eq!(EngineKind::choose(Io::Epoll), EngineKind::Epoll);
+        assert_eq!(EngineKind::choose(Io::Uring), EngineKind::Uring);
     }
 }
