@@ -22,6 +22,7 @@ use super::tun::Queue;
 use super::udp::{Port, WorkerSockets};
 use super::uring::{self, Uring};
 use crate::counters::Counters;
+use crate::packet::frame::FrameSink;
 use crate::packet::train::{Limits, Train};
 use crate::testbed::{self, UNDERLAY_NAME};
 
@@ -512,4 +513,28 @@ fn once_quiet_nothing_new_is_read<E: Engine>(make: impl Fn(Parts) -> E) {
     bench.engine.submit().unwrap();
     assert_eq!(bench.peer.recv(&mut [0; 10]).unwrap(), 9);
     assert!(!bench.engine.has_event());
+}
+
+/// Only [`Engine::submit`] makes system calls for little output.
+#[test]
+fn on_a_ring_output_waits_for_submit() {
+    if let Err(error) = uring::probe() {
+        eprintln!("not tested: {error}");
+        return;
+    }
+    let mut bench = bench(uring_parts);
+    assert!(bench.drain().is_empty());
+    bench.peer.set_nonblocking(true).unwrap();
+    let peer = bench.peer.local_addr().unwrap();
+    let train = bench.train(&[100]);
+    bench.engine.send(train, from_listen(peer));
+    let frame = bench.engine.take_frame().unwrap();
+    bench.engine.write(frame);
+    assert!(!bench.engine.has_event() && bench.engine.next_event().is_none());
+    assert!(bench.engine.take_train().is_some());
+    let mut buffer = [0; 200];
+    assert!(bench.peer.recv(&mut buffer).is_err() && read(&bench.device, &mut buffer).is_err());
+    bench.engine.submit().unwrap();
+    assert_eq!(bench.peer.recv(&mut buffer).unwrap(), 100);
+    assert!(read(&bench.device, &mut buffer).is_ok());
 }

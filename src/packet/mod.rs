@@ -4,8 +4,8 @@
 //! the frame it handed over), [`segment`] (one TSO/USO frame into packets),
 //! [`train`] (packets into one UDP GSO send). Inbound: [`ip`] (does the
 //! datagram hold one whole IP packet?), [`coalesce`] (packets of one flow into
-//! a frame the kernel takes in one write). [`checksum`] serves both, and so does
-//! [`prefixes`] (which next hop has an address?). Where the tunnel counts as a
+//! a [`frame`] that the kernel takes in one write). [`checksum`] serves both, and so
+//! does [`lpm`] (which next hop has an address?). Where the tunnel counts as a
 //! hop, [`hop`] comes before [`segment`]; what cannot be sent on is answered by
 //! [`icmp`].
 #![forbid(unsafe_code)]
