@@ -3,13 +3,14 @@
 use std::io::Write;
 use std::process::ExitCode;
 
+use clap::Parser;
 use fastvpn::cli::{Cli, Command};
 use fastvpn::cli::{check, commands};
 use fastvpn::config::Config;
 use fastvpn::{daemon, log};
 
 fn main() -> ExitCode {
-    let cli = Cli::from_command_line();
+    let cli = Cli::parse();
     let result = match &cli.command {
         Some(Command::Demo(options)) => commands::demo(options),
         Some(Command::Check(options)) => {

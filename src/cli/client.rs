@@ -107,7 +107,7 @@ pub enum PeerCommand {
 
 impl ClientCommand {
     /// Which tunnel is meant, and how it is to answer.
-    pub fn target(&self) -> &Target {
+    pub(crate) fn target(&self) -> &Target {
         match self {
             Self::Status { target }
             | Self::Peers { target }
@@ -144,7 +144,7 @@ pub struct Target {
 
 impl Target {
     /// Path of the operators' socket.
-    pub fn socket(&self) -> PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         match &self.control {
             Some(path) => path.clone(),
             None => default_control_path(self.tun.as_deref().unwrap_or(TUN_NAME_DEFAULT)),
@@ -152,7 +152,7 @@ impl Target {
     }
 
     /// Whether no tunnel in particular is meant.
-    pub fn is_any(&self) -> bool {
+    pub(crate) fn is_any(&self) -> bool {
         self.tun.is_none() && self.control.is_none()
     }
 }

@@ -11,8 +11,6 @@ mod render;
 mod table;
 mod units;
 
-use std::ffi::OsString;
-
 use clap::{Parser, Subcommand};
 
 use crate::config::TunnelArgs;
@@ -37,28 +35,6 @@ pub struct Cli {
     pub tunnel: TunnelArgs,
 }
 
-impl Cli {
-    /// What the process was started with. Ends it where that is wrong, or asks for
-    /// help or the version.
-    pub fn from_command_line() -> Self {
-        Self::parse_from(without_help_of_help(std::env::args_os().collect()))
-    }
-}
-
-/// `fastvpn help --help`, also of a subcommand's `help`, is as good as without the
-/// flag, which clap does not know there.
-fn without_help_of_help(mut words: Vec<OsString>) -> Vec<OsString> {
-    let is_flag = |word: &OsString| word.as_encoded_bytes().starts_with(b"-");
-    let first_flag = words.iter().position(is_flag).unwrap_or(words.len());
-    let asks = words
-        .get(first_flag)
-        .is_some_and(|flag| flag == "--help" || flag == "-h");
-    if asks && first_flag > 1 && words[first_flag - 1] == "help" {
-        words.remove(first_flag);
-    }
-    words
-}
-
 /// What to do other than run a tunnel.
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -80,24 +56,6 @@ mod tests {
     #[test]
     fn the_definition_is_sound() {
         Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn help_has_help() {
-        for words in [
-            "fastvpn help --help",
-            "fastvpn route help -h",
-            "fastvpn help",
-        ] {
-            let words = words.split(' ').map(OsString::from).collect();
-            let error = Cli::try_parse_from(without_help_of_help(words)).unwrap_err();
-            assert_eq!(error.kind(), clap::error::ErrorKind::DisplayHelp, "{error}");
-        }
-        let value = "fastvpn --tun help --help"
-            .split(' ')
-            .map(OsString::from)
-            .collect();
-        assert_eq!(without_help_of_help(value).len(), 4);
     }
 
     #[test]

@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 
 /// Largest file that is read: some 700 000 prefixes. Reading one takes 15 times
 /// its size in memory, and one that is made to hurt up to 100 times.
-pub const FILE_BYTES_MAX: u64 = 16 << 20;
+pub(super) const FILE_BYTES_MAX: u64 = 16 << 20;
 
 /// What a file says.
 #[derive(Debug, Default)]

@@ -1,6 +1,6 @@
 //! Flags and a configuration file into one checked configuration.
 //!
-//! - [`types`]: what can be said of a tunnel, as plain types below everything else.
+//! - `types`: what can be said of a tunnel, as plain types below everything else.
 //! - `parse`: their text.
 //! - `options`: each option's name, help and bounds, for flags and file alike.
 //! - `file`: the file, key by key with its place.
@@ -16,14 +16,13 @@ mod reload;
 mod resolution;
 mod types;
 
-pub use file::{FILE_BYTES_MAX, parse_bytes};
-pub(crate) use options::QUEUES;
-pub use options::{TUN_NAME_DEFAULT, TunnelArgs};
+pub use file::parse_bytes;
+pub use options::TunnelArgs;
+pub(crate) use options::{QUEUES, TUN_NAME_DEFAULT};
 pub(crate) use parse::parse_peer_name;
-pub use peers::{PEERS_MAX, check_peers};
-pub(crate) use resolution::default_queues;
-pub use resolution::{CONTROL_DIRECTORY, Config, default_control_path, default_control_paths};
-pub use types::{
-    BusyPoll, CoreList, DEFAULT_PORT, Feature, Io, Listen, Log, LogFormat, PeerName, PeerSpec,
-    Wanted,
+pub(crate) use peers::PEERS_MAX;
+pub use resolution::Config;
+pub(crate) use resolution::{
+    CONTROL_DIRECTORY, default_control_path, default_control_paths, default_queues,
 };
+pub(crate) use types::{BusyPoll, DEFAULT_PORT, Io, Listen, LogFormat, PeerName, PeerSpec, Wanted};

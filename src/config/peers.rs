@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 
 /// Most peers: workers number them in 16 bits, and need some numbers for
 /// themselves.
-pub const PEERS_MAX: usize = 65_000;
+pub(crate) const PEERS_MAX: usize = 65_000;
 
 /// What is wrong, and with which of the peers.
 #[derive(Debug)]
@@ -25,7 +25,7 @@ pub(super) struct Fault {
 ///
 /// # Errors
 /// Names the two peers, and the prefix.
-pub fn check_peers(peers: &[PeerSpec]) -> Result<()> {
+pub(super) fn check_peers(peers: &[PeerSpec]) -> Result<()> {
     find_fault(peers).map_or(Ok(()), |fault| Err(fault.error))
 }
 

@@ -5,7 +5,7 @@ use super::resolution::Config;
 impl Config {
     /// This one, with all of `new` that can change while the tunnel runs.
     #[must_use]
-    pub fn with_changes_of(&self, new: Self) -> Self {
+    pub(crate) fn with_changes_of(&self, new: Self) -> Self {
         Self {
             peers: new.peers,
             addresses: new.addresses,
@@ -20,7 +20,7 @@ impl Config {
 
     /// Keys of the settings in which `new` differs and that only a start can
     /// change.
-    pub fn needs_restart(&self, new: &Self) -> Vec<&'static str> {
+    pub(crate) fn needs_restart(&self, new: &Self) -> Vec<&'static str> {
         [
             ("queues", self.queues != new.queues),
             ("listen", self.listen != new.listen),

@@ -128,7 +128,7 @@ impl Config {
     /// # Errors
     /// As [`Self::from_args`]; and when there were peers, and the file says nothing
     /// of any: it is more likely half written, or another one, than meant.
-    pub fn reread(&self) -> Result<Self> {
+    pub(crate) fn reread(&self) -> Result<Self> {
         let new = Self::from_args(&self.args)?;
         let file = new.config_file.as_deref().unwrap_or(Path::new(""));
         match self.peers.len() {
@@ -226,12 +226,12 @@ fn wanted(without: &[Feature]) -> Wanted {
 }
 
 /// Where operators' sockets are, unless something else is asked for.
-pub const CONTROL_DIRECTORY: &str = "/run/fastvpn";
+pub(crate) const CONTROL_DIRECTORY: &str = "/run/fastvpn";
 
 /// `/run/fastvpn/NAME.sock`; in another network namespace than the host's also
 /// with the namespace's number, since `/run` may be shared and the name is
 /// unique in its namespace only.
-pub fn default_control_path(tun: &str) -> PathBuf {
+pub(crate) fn default_control_path(tun: &str) -> PathBuf {
     let name = match namespace_of_its_own() {
         Some(inode) => format!("{tun}-{inode}.sock"),
         None => format!("{tun}.sock"),
@@ -241,7 +241,7 @@ pub fn default_control_path(tun: &str) -> PathBuf {
 
 /// The sockets in [`CONTROL_DIRECTORY`] that are named as [`default_control_path`]
 /// names them in this network namespace.
-pub fn default_control_paths() -> Vec<PathBuf> {
+pub(crate) fn default_control_paths() -> Vec<PathBuf> {
     let suffix = default_control_path("");
     let suffix = suffix.file_name().unwrap_or_default().as_encoded_bytes();
     let entries = std::fs::read_dir(CONTROL_DIRECTORY).into_iter().flatten();

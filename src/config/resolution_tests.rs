@@ -1,6 +1,6 @@
 use super::*;
 use crate::cli::Cli;
-use crate::config::FILE_BYTES_MAX;
+use crate::config::file::FILE_BYTES_MAX;
 use clap::Parser;
 
 fn config(flags: &str) -> Result<Config> {

@@ -2,7 +2,7 @@
 //! behaviour. They are below everything else.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use clap::ValueEnum;
@@ -95,26 +95,20 @@ pub struct PeerName {
 impl PeerName {
     /// The address, if the host is one; `None` for a DNS name, and for an IPv6
     /// address with a zone, as in `fe80::1%eth0`, which the resolver reads.
-    pub fn literal(&self) -> Option<SocketAddr> {
+    pub(crate) fn literal(&self) -> Option<SocketAddr> {
         let ip: IpAddr = self.host.parse().ok()?;
         Some(canonical(SocketAddr::new(ip, self.port)))
-    }
-
-    /// Whether the host is a DNS name, whose addresses may change.
-    pub fn is_name(&self) -> bool {
-        // Only IPv6 addresses have colons.
-        !self.host.contains(':') && self.host.parse::<Ipv4Addr>().is_err()
     }
 
     /// Whether both say the same, though perhaps in other words: the case of a
     /// DNS name and the dot behind it do not matter (RFC 4343, RFC 1034), nor
     /// how an address is written.
-    pub fn is_same(&self, other: &Self) -> bool {
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
         self.key() == other.key()
     }
 
     /// Equal if and only if [`Self::is_same`].
-    pub fn key(&self) -> (String, u16) {
+    pub(crate) fn key(&self) -> (String, u16) {
         let host = match self.literal() {
             Some(address) => address.ip().to_string(),
             None => {
@@ -177,9 +171,8 @@ mod tests {
     #[test]
     fn tells_names_from_addresses() {
         let endpoint = |text: &str| parse_peer_name(text).unwrap();
-        assert!(endpoint("vpn.example.org").is_name());
-        for literal in ["10.0.0.1", "fd00::1", "fe80::1%eth0"] {
-            assert!(!endpoint(literal).is_name(), "{literal}");
+        for name in ["vpn.example.org", "fe80::1%eth0"] {
+            assert_eq!(endpoint(name).literal(), None, "{name}");
         }
         assert_eq!(
             endpoint("::ffff:10.0.0.1").literal(),

@@ -1,6 +1,5 @@
 //! Programs in a namespace: started, watched, stopped.
 
-use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -10,15 +9,13 @@ use std::sync::mpsc::{Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
+use nix::time::{ClockId, clock_getcpuclockid};
 use nix::unistd::{Pid, getpid, getppid};
 
 use super::enter;
 use crate::error::{Error, Result};
-
-/// `USER_HZ`: ticks per second in /proc/PID/stat, the same on every
-/// architecture that we run on (asm-generic/param.h).
-const TICKS_PER_SECOND: f64 = 100.0;
 
 /// How often a child that was asked to end is checked.
 const WAIT_STEP: Duration = Duration::from_millis(10);
@@ -114,16 +111,18 @@ impl Child {
         }
     }
 
-    /// CPU time in seconds that all its threads have used so far, user and system,
-    /// in steps of 10 ms (proc_pid_stat(5)).
+    /// CPU time that all its threads have used so far, user and system.
     ///
     /// # Errors
-    /// When /proc does not show it.
-    pub fn cpu_seconds(&self) -> Result<f64> {
-        let path = format!("/proc/{}/stat", self.pid());
-        let stat = fs::read_to_string(&path)
-            .map_err(|cause| Error::os(format!("cannot read {path}"), cause))?;
-        parse_cpu_seconds(&stat).ok_or_else(|| Error::new(format!("cannot make sense of {path}")))
+    /// When the kernel does not tell.
+    pub fn cpu_time(&self) -> Result<Duration> {
+        let pid = Pid::from_raw(i32::try_from(self.pid()).unwrap_or_default());
+        let clock = clock_getcpuclockid(pid).and_then(ClockId::now);
+        let cannot = |cause: Errno| {
+            let what = format!("cannot read the CPU time of {}", self.program);
+            Error::os(what, cause.into())
+        };
+        Ok(clock.map_err(cannot)?.into())
     }
 
     /// Asks the program to end (SIGTERM), waits at most `grace`, then kills it.
@@ -154,27 +153,5 @@ impl Drop for Child {
         // Both fail only if it has ended and was waited for.
         let _ = self.process.kill();
         let _ = self.process.wait();
-    }
-}
-
-fn parse_cpu_seconds(stat: &str) -> Option<f64> {
-    // The program's name in parentheses may contain anything, so the fields are
-    // counted from its end: state is field 3, utime 14 and stime 15.
-    let (_, fields) = stat.rsplit_once(')')?;
-    let mut fields = fields.split_ascii_whitespace().skip(11);
-    let user: u64 = fields.next()?.parse().ok()?;
-    let system: u64 = fields.next()?.parse().ok()?;
-    Some((user + system) as f64 / TICKS_PER_SECOND)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn reads_cpu_time_behind_a_strange_name() {
-        let stat = "7 (a) b) R 1 7 7 0 -1 4194304 90 0 0 0 150 50 0 0 20 0 1 0 123";
-        assert_eq!(parse_cpu_seconds(stat), Some(2.0));
-        assert_eq!(parse_cpu_seconds("7 (a"), None);
     }
 }

@@ -62,8 +62,8 @@ impl End {
     }
 
     /// CPU time of all its threads so far.
-    pub(super) fn cpu_seconds(&self) -> Result<f64> {
-        self.child.cpu_seconds()
+    pub(super) fn cpu_time(&self) -> Result<Duration> {
+        self.child.cpu_time()
     }
 
     pub(super) fn ask_to_end(&self) {

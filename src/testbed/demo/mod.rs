@@ -300,7 +300,8 @@ impl Stage<'_> {
     }
 
     fn cpu_seconds(&self) -> Result<f64> {
-        self.ends.iter().map(End::cpu_seconds).sum()
+        let times = self.ends.iter().map(End::cpu_time);
+        Ok(times.sum::<Result<Duration>>()?.as_secs_f64())
     }
 }
 

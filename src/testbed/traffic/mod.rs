@@ -1,8 +1,8 @@
 //! Traffic between namespaces: made, received and checked inside this process,
 //! and bounded in time and bytes.
 //!
-//! - [`bulk`]: TCP as fast as it goes, every byte compared.
-//! - [`icmp`]: echo requests of any size.
+//! - `bulk`: TCP as fast as it goes, every byte compared.
+//! - `icmp`: echo requests of any size.
 //!
 //! A socket stays in the namespace where it was opened, so only that happens
 //! inside; the threads that use it need not be there.
