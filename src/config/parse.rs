@@ -277,9 +277,19 @@ mod tests {
         for long in ["0-4095,0", "0-4095,0-4095", &"7,".repeat(4097)] {
             assert!(parse_cores(long).unwrap_err().contains("more than 4096"));
         }
-        assert!(parse_tun_name("sixteen-letters-").is_err());
-        assert!(parse_tun_name("a/b").is_err());
+        for bad in [
+            "sixteen-letters-",
+            "a/b",
+            "",
+            "with space",
+            ".",
+            "..",
+            "a\0b",
+        ] {
+            assert!(parse_tun_name(bad).is_err(), "{bad:?}");
+        }
         assert!(parse_tun_name("flannel99").is_ok());
+        assert!(parse_tun_name("fifteen-letters").is_ok());
         assert!(
             parse_route("10.1.2.3/16")
                 .unwrap_err()

@@ -11,9 +11,6 @@ use netlink_packet_route::link::{
 use super::{Netlink, Refusal};
 use crate::error::{Error, Result};
 
-/// Longest interface name in bytes: `IFNAMSIZ` less the terminating zero.
-pub(crate) const NAME_BYTES_MAX: usize = libc::IFNAMSIZ - 1;
-
 /// linux/if_link.h and linux/ip.h.
 const IFLA_AF_SPEC: u16 = 26;
 const IFLA_INET_CONF: u16 = 1;
@@ -30,7 +27,7 @@ fn attribute(kind: u16, payload: &[u8]) -> Vec<u8> {
 pub struct Link {
     /// The number by which the kernel knows it, unique in its namespace.
     pub index: u32,
-    /// Its name, at most [`NAME_BYTES_MAX`] bytes.
+    /// Its name, at most 15 bytes.
     pub name: String,
     /// Largest packet in bytes, without the link-layer header.
     pub mtu: u32,
@@ -63,9 +60,8 @@ impl Netlink {
     /// The index of the interface called `name`, `None` if there is none.
     ///
     /// # Errors
-    /// When the name cannot be an interface's, or the kernel refuses.
+    /// When the kernel refuses, as a name that cannot be an interface's.
     pub fn link_index(&mut self, name: &str) -> Result<Option<u32>> {
-        check_name(name)?;
         let mut message = LinkMessage::default();
         message
             .attributes
@@ -212,25 +208,6 @@ impl Netlink {
     }
 }
 
-/// What `dev_valid_name()` (net/core/dev.c) accepts, said in words.
-fn check_name(name: &str) -> Result<()> {
-    let wrong = name.is_empty()
-        || name.len() > NAME_BYTES_MAX
-        || name == "."
-        || name == ".."
-        || name
-            .bytes()
-            .any(|byte| byte == b'/' || byte == b':' || byte == 0 || byte.is_ascii_whitespace());
-    if wrong {
-        return Err(
-            Error::new(format!("{name:?} cannot be an interface name")).hint(format!(
-                "use 1 to {NAME_BYTES_MAX} characters without spaces, '/' and ':'"
-            )),
-        );
-    }
-    Ok(())
-}
-
 pub(super) fn read_link(message: &LinkMessage) -> Link {
     let mut link = Link {
         index: message.header.index,
@@ -263,26 +240,4 @@ fn read_ipv6_mtu(families: &[AfSpecUnspec]) -> Option<u32> {
         _ => None,
     });
     mtu.filter(|mtu| *mtu > 0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_that_the_kernel_would_refuse_are_refused_in_words() {
-        for name in [
-            "",
-            "a/b",
-            "with space",
-            ".",
-            "..",
-            "sixteen-letters-",
-            "a\0b",
-        ] {
-            assert!(check_name(name).is_err(), "{name:?}");
-        }
-        assert!(check_name("flannel99").is_ok());
-        assert!(check_name("fifteen-letters").is_ok());
-    }
 }
