@@ -18,10 +18,12 @@ pub use process::{cpu_ns, rss_bytes, rss_peak_bytes};
 pub use routes::StaticRoutes;
 
 use std::io::Read;
+use std::os::fd::AsFd;
 use std::process::{Command, Stdio};
 use std::thread::{self, JoinHandle};
 
 use fastvpn::error::{Error, Result};
+use fastvpn::testbed::enter;
 use ipnet::IpNet;
 
 /// An end-to-end test, as [`macro@trial`] makes it of a function.
@@ -166,8 +168,7 @@ pub fn spawn_thread<T: Send + 'static>(
     let cannot = |cause| Error::os(format!("cannot start thread {name}"), cause);
     let fd = namespace.fd().try_clone_to_owned().map_err(cannot)?;
     let inside = move || {
-        nix::sched::setns(fd, nix::sched::CloneFlags::CLONE_NEWNET)
-            .expect("the process that made the namespace may enter it");
+        enter(fd.as_fd()).expect("the process that made the namespace may enter it");
         work()
     };
     let thread = thread::Builder::new().name(name.into()).spawn(inside);
