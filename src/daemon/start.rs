@@ -267,11 +267,12 @@ pub fn start(mut prepared: Prepared) -> Result<(Tunnel, ControlSocket)> {
 
 /// What the host sees of a tunnel.
 fn open(tunnel: &mut Tunnel, control: &mut ControlSocket) -> Result<()> {
+    // First, so that whoever finds the tunnel working finds it, too. Requests wait.
+    control.open(&tunnel.config, None)?;
     // Packets that come the moment the link is up find their worker.
     tunnel.workers.go();
     tunnel.bring_up(&[])?;
     tunnel.host.start_routes(&tunnel.settings.link.addresses)?;
-    control.open(&tunnel.config, None)?;
     tunnel.host.set_routes(tunnel.kernel_routes())?;
     announce::announce(tunnel);
     Ok(())
