@@ -30,8 +30,7 @@ impl ControlSocket {
                 tracing::debug!("control socket: {}", path.display());
                 self.server = Some(server);
             }
-            // Who asked for none can do without, as where /run cannot be
-            // written to.
+            // Nobody asked for it, as where /run cannot be written to.
             Err(error) if config.control_is_default => {
                 tracing::warn!("no control socket: {error}");
             }

@@ -172,7 +172,7 @@ impl Daemon {
     pub fn take_down(&mut self) {
         self.handoff = None;
         self.tunnel.take_down();
-        // Last: who has asked for the end takes the socket's for it.
+        // Last: a client that asked for the end waits for the socket to close.
         self.control.close(true);
     }
 }

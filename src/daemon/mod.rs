@@ -1,10 +1,21 @@
 //! A tunnel's life: set up or taken over, run until told to stop, taken down or
 //! handed over.
 //!
+//! Read it from `event_loop` down: a `Daemon` waits for events and handles one
+//! after the other. It owns a `tunnel`, a `control_socket`, and a `handoff`
+//! while another process takes over. The tunnel owns the state, in types that do not
+//! know each other's insides: `peers` (who they are and what was last seen of
+//! each), `host` (device, own addresses, routes) and `workers` (threads, tables,
+//! counters). A handler that changes what workers forward by says so, and the tunnel
+//! publishes a new table.
+//!
+//! `start`, `reload`, `requests` and `handoff` all make a `plan`, have it
+//! checked against the host, and put it in force as a whole or not at all.
+//!
 //! Everything that is visible outside the process hangs on descriptors: the
 //! TUN device, with its addresses and routes, goes when its last queue is
 //! closed, and the ports with their sockets. So nothing is left behind,
-//! however the process ends; but for the operators' socket's name, which the
+//! however the process ends; but for the control socket's name, which the
 //! next process finds dead and replaces.
 
 mod announce;
