@@ -28,7 +28,7 @@ const COOLDOWN_CONTENDED: Duration = Duration::from_secs(5);
 
 /// So many fixes without a [`QUIET_PERIOD`] in between are contention, and so many
 /// of them are logged.
-pub(super) const FIXES_MAX: u32 = 30;
+const FIXES_MAX: u32 = 30;
 pub(super) const FIXES_LOGGED_MAX: u32 = 5;
 const QUIET_PERIOD: Duration = Duration::from_secs(30);
 
