@@ -238,8 +238,9 @@ impl Engine for Epoll {
             return self.ask(pause);
         }
         if self.udp_ready || self.sides.may_read_frame() {
-            // A read has failed, and the next one may do better.
-            return Ok(());
+            // A read has failed, and the next one may do better. But other news must
+            // not wait for that.
+            return self.ask(PollTimeout::ZERO);
         }
         self.ask(PollTimeout::NONE)
     }

@@ -51,6 +51,7 @@ on_both!(
     both_sides_have_their_turns,
     sleeps_until_something_comes,
     a_call_is_heard_under_load,
+    failed_reads_keep_nothing_else_waiting,
     trains_go_out_and_come_in_whole,
     an_empty_train_is_not_sent_and_not_lost,
     a_full_tun_queue_costs_frames_and_no_buffers,
@@ -254,6 +255,30 @@ fn a_call_is_heard_under_load<E: Engine>(make: impl Fn(Parts) -> E) {
             bench.engine.submit().unwrap();
         }
     }
+}
+
+/// Frames that the driver cannot describe, without an end.
+fn failed_reads_keep_nothing_else_waiting<E: Engine>(make: impl Fn(Parts) -> E) {
+    // A stream socket without a peer: reading it is EINVAL, as it is with these.
+    let queue = Queue::from(OwnedFd::from(
+        Socket::new(Domain::UNIX, Type::STREAM, None).unwrap(),
+    ));
+    let mut bench = bench(|parts| make(Parts { queue, ..parts }));
+    // As a worker's turn does, and what a turn gives.
+    let mut turn = || {
+        let event = bench.engine.next_event();
+        bench.engine.submit().unwrap();
+        bench.engine.wait().unwrap();
+        event
+    };
+    for _ in 0..10 {
+        assert!(turn().is_none());
+    }
+    bench.wake.write(1).unwrap();
+    assert!((0..10).any(|_| matches!(turn(), Some(Event::Wake))));
+    bench.peer.send_to(&[3; 60], bench.address).unwrap();
+    assert!((0..10).any(|_| matches!(turn(), Some(Event::Datagrams { .. }))));
+    assert!(bench.counters.drop_frame_malformed.get() >= 10);
 }
 
 fn trains_go_out_and_come_in_whole<E: Engine>(make: impl Fn(Parts) -> E) {
