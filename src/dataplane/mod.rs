@@ -60,7 +60,8 @@ pub(crate) fn run(
     let mut outbound = Outbound::new(index);
     let mut idle = Idle::new(spin);
     let mut carried = 0;
-    let mut is_stopping = false;
+    // What was said before the worker started comes before all that has arrived.
+    let mut is_stopping = obey(commands, &mut table, &mut outbound, engine);
     loop {
         // Take in and forward.
         for _ in 0..BATCH_EVENTS_MAX {

@@ -244,3 +244,58 @@ impl Worker {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::UdpSocket;
+    use std::os::fd::OwnedFd;
+
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+    use nix::unistd::{read, write};
+
+    use super::*;
+    use crate::io::uring;
+    use crate::packet::icmp::TunnelAddresses;
+    use crate::routing::overlay::Overlay;
+
+    /// Another process goes on with what they have not read.
+    #[test]
+    fn workers_that_never_started_read_nothing() {
+        for engine in [EngineKind::Epoll, EngineKind::Uring] {
+            if engine == EngineKind::Uring && uring::probe().is_err() {
+                continue;
+            }
+            let flags = SockFlag::SOCK_NONBLOCK;
+            let (queue, device) =
+                socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
+            let receive = UdpSocket::bind("127.0.0.1:0").unwrap();
+            receive.set_nonblocking(true).unwrap();
+            let others = (queue.try_clone().unwrap(), receive.try_clone().unwrap());
+            let sockets = WorkerSockets {
+                receive: OwnedFd::from(receive).into(),
+                send: None,
+            };
+            let setup = Setup {
+                tun: TunOffloads {
+                    tcp: true,
+                    udp: true,
+                },
+                limits: Limits::FULL,
+                engine,
+                spin: Spin::Off,
+                cores: None,
+                table: Arc::new(Overlay::new(1).table(TunnelAddresses::default(), false)),
+                probes: bounded(1).0,
+            };
+            let counters = vec![Arc::default()];
+            let threads =
+                Threads::start(vec![Queue::from(queue)], vec![sockets], counters, &setup).unwrap();
+            write(&device, &[1; 60]).unwrap();
+            let to = others.1.local_addr().unwrap();
+            others.1.send_to(&[1; 60], to).unwrap();
+            drop(threads);
+            assert_eq!(read(&others.0, &mut [0; 100]), Ok(60));
+            assert_eq!(others.1.recv(&mut [0; 100]).unwrap(), 60);
+        }
+    }
+}
