@@ -169,12 +169,12 @@ impl RouteReconciler {
 
     /// As [`set`](Self::set), for prefixes that were kept until now, by another
     /// reconciler of this process or of one that was taken over. So no route of
-    /// somebody else's is in their way: ours go in front. There is nothing to go
-    /// back to: these are the prefixes that are kept from now on, also after an
-    /// error.
+    /// somebody else's is in their way: ours go in front. Where that cannot be, the
+    /// log says so, and it is tried again. There is nothing to go back to: these are
+    /// the prefixes that are kept from now on, also after an error.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// When the kernel does not answer.
     pub(crate) fn adopt(&self, wanted: BTreeSet<IpNet>) -> Result<()> {
         self.want(&wanted, true)
     }

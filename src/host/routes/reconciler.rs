@@ -91,7 +91,7 @@ pub struct Reconciler {
     fixes: u32,
     fixed_at: Instant,
     /// What could not be fixed the last time: it is logged when it changes.
-    complaint: String,
+    complaint: Option<String>,
     changes: Sender<()>,
     jobs: Receiver<Job>,
     shared: Arc<Shared>,
@@ -125,7 +125,7 @@ impl Reconciler {
             not_before: now,
             fixes: 0,
             fixed_at: now,
-            complaint: String::new(),
+            complaint: None,
             changes,
             jobs,
             shared,
@@ -197,7 +197,7 @@ impl Reconciler {
         if let Err(error) = watch.read(EVENT_DATAGRAMS_MAX, &mut |event| events.push(event)) {
             // It would be ready at all times. The comparison opens another one.
             self.watch = None;
-            self.complain(format!("{error}; trying again"));
+            self.complain(Some(Error::new(format!("{error}; trying again"))));
             self.compare_at(Instant::now());
         }
         for event in &events {
@@ -272,8 +272,13 @@ impl Reconciler {
     fn adopt(&mut self, wanted: BTreeSet<IpNet>) -> Result<()> {
         self.wanted = Some(wanted);
         let is_told = |fix: &Fix| fix.winner.is_some();
-        self.reconcile(&is_told)
-            .inspect_err(|_| self.compare_at(Instant::now() + RETRY_WAIT))
+        let result = self.reconcile(&is_told);
+        if !matches!(result, Ok(None)) {
+            self.compare_at(Instant::now() + RETRY_WAIT);
+        }
+        // What is refused is no reason to take back what the owner has changed: it was
+        // wanted before, and may have been refused before.
+        result.map(|refused| self.complain(refused))
     }
 
     /// Compares, and notes when to do so again.
@@ -281,13 +286,11 @@ impl Reconciler {
         let started = Instant::now();
         self.due = started + TICK;
         self.note_quiet();
-        match self.reconcile(&|_| true) {
-            Ok(()) => self.complaint.clear(),
-            Err(error) => {
-                self.complain(error.to_string());
-                self.compare_at(Instant::now() + RETRY_WAIT);
-            }
+        let result = self.reconcile(&|_| true);
+        if !matches!(result, Ok(None)) {
+            self.compare_at(Instant::now() + RETRY_WAIT);
         }
+        self.complain(result.unwrap_or_else(Some));
         let now = Instant::now();
         let cooldown = match self.fixes >= FIXES_MAX {
             true => COOLDOWN_CONTENDED,
@@ -297,17 +300,18 @@ impl Reconciler {
     }
 
     /// Makes the kernel's routes and the device's addresses what is wanted. Logs
-    /// the fixes that `is_told` picks.
+    /// the fixes that `is_told` picks. Returns why something could not be fixed; what
+    /// could is in force.
     ///
     /// # Errors
-    /// When the kernel refuses something. What it takes is in force.
-    fn reconcile(&mut self, is_told: &dyn Fn(&Fix) -> bool) -> Result<()> {
+    /// When a socket fails.
+    fn reconcile(&mut self, is_told: &dyn Fn(&Fix) -> bool) -> Result<Option<Error>> {
         self.watch_again()?;
         let Some(link) = self.find_device()? else {
-            return Ok(());
+            return Ok(None);
         };
         let Some(wanted) = self.wanted.take() else {
-            return Ok(());
+            return Ok(None);
         };
         let readdressed = self.restore_addresses(&link);
         let rerouted = self.restore_routes(&link, &wanted, &|_| false);
@@ -319,7 +323,7 @@ impl Reconciler {
         }
         fixes.retain(is_told);
         self.note_fixes(&link.name, &fixes);
-        readdressed.and(refused.map_or(Ok(()), Err))
+        Ok(readdressed?.or(refused))
     }
 
     fn watch_again(&mut self) -> Result<()> {
@@ -348,13 +352,13 @@ impl Reconciler {
     }
 
     /// Gives the device back the addresses that it has lost. One of IPv6 that it
-    /// has with another prefix length is left so.
-    fn restore_addresses(&mut self, link: &Link) -> Result<()> {
+    /// has with another prefix length is left so. Returns why one was refused.
+    fn restore_addresses(&mut self, link: &Link) -> Result<Option<Error>> {
         let present = self.netlink.addresses()?;
         let is_missing = |net: &IpNet| takes(link, net) && !present.contains(&(link.index, *net));
         let mut missing = self.addresses.clone();
         missing.retain(is_missing);
-        let mut result = Ok(());
+        let mut refused = None;
         for address in missing {
             match self.netlink.add_address(link.index, address) {
                 Ok(()) => {
@@ -366,10 +370,10 @@ impl Reconciler {
                 }
                 Err(error) if error.errno() == Some(libc::EEXIST) => {}
                 // The routes are worth having without.
-                Err(error) => result = result.and(Err(error)),
+                Err(error) => refused = refused.or(Some(error)),
             }
         }
-        result
+        Ok(refused)
     }
 
     /// Adds what is missing, puts ours in front where others' have overridden
@@ -499,10 +503,14 @@ impl Reconciler {
     }
 
     /// Says what cannot be fixed, once.
-    fn complain(&mut self, complaint: String) {
-        if self.complaint != complaint {
-            tracing::warn!("{complaint}");
-            self.complaint = complaint;
+    fn complain(&mut self, refused: Option<Error>) {
+        let complaint = refused.map(|error| error.to_string());
+        if self.complaint == complaint {
+            return;
         }
+        if let Some(text) = &complaint {
+            tracing::warn!("{text}");
+        }
+        self.complaint = complaint;
     }
 }

@@ -538,6 +538,10 @@ fn an_ipv6_route_that_nothing_can_override_is_waited_out() {
         .unwrap();
     host.await_ours(V4);
     assert!(host.has_foreign(V6));
+    // Nor does it keep another reconciler from going on with the rest.
+    reconciler.stop(AtEnd::Keep);
+    let reconciler = host.reconciler();
+    reconciler.adopt(set(&[V4, V6])).unwrap();
     let change = [RouteChange::Delete(net(V6))];
     host.netlink.change_device_routes(theirs, &change).unwrap();
     host.await_ours(V6);
