@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::host::link::IPV6_MTU_BYTES_MIN;
 use crate::host::netlink::route::MAIN_TABLE;
 use crate::host::netlink::{DeviceRoute, Event, Link, Netlink, Route, RouteChange, Watch};
+use crate::log::rate_limited::Journal;
 
 /// Between two comparisons there is so much time at least, and so many times as
 /// long as the first one took: a fifth of one core is what a restless host with
@@ -92,6 +93,7 @@ pub struct Reconciler {
     fixed_at: Instant,
     /// What could not be fixed the last time: it is logged when it changes.
     complaint: Option<String>,
+    complaints: Journal,
     changes: Sender<()>,
     jobs: Receiver<Job>,
     shared: Arc<Shared>,
@@ -126,6 +128,7 @@ impl Reconciler {
             fixes: 0,
             fixed_at: now,
             complaint: None,
+            complaints: Journal::new("failures to keep routes or addresses"),
             changes,
             jobs,
             shared,
@@ -144,6 +147,7 @@ impl Reconciler {
                 self.compare();
             }
         };
+        self.complaints.end();
         if at_end == AtEnd::Remove
             && let Err(error) = self.remove_all()
         {
@@ -282,7 +286,7 @@ impl Reconciler {
     }
 
     /// Compares, and notes when to do so again.
-    fn compare(&mut self) {
+    pub(super) fn compare(&mut self) {
         let started = Instant::now();
         self.due = started + TICK;
         self.note_quiet();
@@ -502,13 +506,18 @@ impl Reconciler {
         self.fixes = 0;
     }
 
-    /// Says what cannot be fixed, once.
+    /// Says what cannot be fixed, once; of what comes and goes, not each time.
     fn complain(&mut self, refused: Option<Error>) {
+        let now = Instant::now();
+        self.complaints.flush(now);
         let complaint = refused.map(|error| error.to_string());
         if self.complaint == complaint {
             return;
         }
         if let Some(text) = &complaint {
+            if !self.complaints.admits(now) {
+                return;
+            }
             tracing::warn!("{text}");
         }
         self.complaint = complaint;

@@ -548,6 +548,40 @@ fn an_ipv6_route_that_nothing_can_override_is_waited_out() {
     drop(reconciler);
 }
 
+/// A fault that is gone at every other comparison is not logged at each of them.
+#[test]
+fn a_fault_that_comes_and_goes_does_not_flood_the_log() {
+    let mut host = Host::new();
+    let (mut reconciler, _jobs, _) = host.parts(|_, _| {});
+    reconciler.set(set(&[V6])).unwrap();
+    let theirs = DeviceRoute {
+        oif: host.other,
+        protocol: 3,
+    };
+    let (add, delete) = (RouteChange::Prepend(net(V6)), RouteChange::Delete(net(V6)));
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let subscriber = tracing_subscriber::fmt()
+        .with_writer(Arc::new(log.reopen().unwrap()))
+        .finish();
+    tracing::subscriber::with_default(subscriber, || {
+        for _ in 0..50 {
+            // Theirs was there before ours.
+            for (owner, change) in [(host.ours, delete), (theirs, add), (host.ours, add)] {
+                let refusals = host.netlink.change_device_routes(owner, &[change]);
+                assert!(refusals.unwrap().is_empty());
+            }
+            reconciler.compare();
+            host.netlink
+                .change_device_routes(theirs, &[delete])
+                .unwrap();
+            reconciler.compare();
+        }
+    });
+    let log = std::fs::read_to_string(log.path()).unwrap();
+    let warnings = log.matches("nothing can override that").count();
+    assert!((1..10).contains(&warnings), "{log}");
+}
+
 /// Listening fails as it does when memory is short, and works again later.
 #[test]
 fn events_are_heard_again_after_a_failure() {
