@@ -65,9 +65,12 @@ impl Plan {
             }
             reach::check_configured(listen, overlay, peer)
         })?;
-        // A derived address is checked when the device is claimed.
         if !self.settings.address_is_derived && replaced != given {
             link::check_networks(netlink, device, &given)?;
+        }
+        // At a start, a derived address is checked when the device is claimed.
+        if !replaced.is_empty() && replaced != given {
+            check_derived(netlink, &self.settings, device)?;
         }
         reach::check_prefixes(&own, self.overlay.prefixes().map(|(prefix, ..)| prefix))?;
         Ok(aside)
@@ -115,6 +118,20 @@ impl Plan {
         }
         Ok(aside)
     }
+}
+
+/// Makes sure that a derived address is free. `own`: the device, if the tunnel has
+/// it already.
+///
+/// # Errors
+/// Names the address or route that overlaps.
+pub fn check_derived(netlink: &mut Netlink, settings: &Settings, own: Option<u32>) -> Result<()> {
+    let addresses = settings.link.addresses.iter();
+    let mut derived = addresses.filter(|_| settings.address_is_derived);
+    derived.try_for_each(|address| match address {
+        IpNet::V4(address) => link::check_free(netlink, *address, own),
+        IpNet::V6(_) => Ok(()),
+    })
 }
 
 /// The prefixes that the kernel should route into the tunnel.

@@ -5,12 +5,10 @@ use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use ipnet::IpNet;
-
 use super::announce;
 use super::control_socket::ControlSocket;
 use super::host::own_addresses;
-use super::plan::{Plan, SetAside, endpoints};
+use super::plan::{Plan, SetAside, check_derived, endpoints};
 use super::resolve::{self, Known};
 use super::settings::Settings;
 use super::tunnel::Tunnel;
@@ -18,7 +16,6 @@ use super::workers::Claimed;
 use crate::config::Config;
 use crate::control::client;
 use crate::error::{Error, Result};
-use crate::host::link;
 use crate::host::netlink::Netlink;
 use crate::host::path;
 use crate::host::routes;
@@ -322,16 +319,5 @@ fn claim_now(config: &Config, settings: &Settings, netlink: &mut Netlink) -> Res
         sockets,
         udp,
         device,
-    })
-}
-
-/// Makes sure that a derived address is free. `own`: the device, if the tunnel has
-/// it already.
-fn check_derived(netlink: &mut Netlink, settings: &Settings, own: Option<u32>) -> Result<()> {
-    let addresses = settings.link.addresses.iter();
-    let mut derived = addresses.filter(|_| settings.address_is_derived);
-    derived.try_for_each(|address| match address {
-        IpNet::V4(address) => link::check_free(netlink, *address, own),
-        IpNet::V6(_) => Ok(()),
     })
 }

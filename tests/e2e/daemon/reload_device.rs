@@ -217,3 +217,36 @@ fn an_ipv6_prefix_of_another_length() -> Result<()> {
     wait_for(host, TUNNEL[1].into())?;
     scene.end().map(drop)
 }
+
+/// A start would refuse it, too.
+#[testbed::trial]
+fn a_reload_to_a_derived_address_that_is_taken() -> Result<()> {
+    let derived = peer("10.211.55.123", &["10.244.55.123/32", "172.20.0.0/16"]);
+    let scene = Scene::new("", &[])?;
+    let (host, operator) = (&scene.hosts.a, &scene.operator);
+    let underlay = link(host, UNDERLAY_NAME)?.index;
+    let other = net("10.244.1.1/16")?;
+    let mut netlink = host.netlink()?;
+    netlink.add_address(underlay, other)?;
+    let before = scene.state()?;
+    operator.write(FILE, &derived)?;
+    operator.refuses(
+        "reload",
+        &["10.244.55.122/16", "10.244.1.1/16", "--address"],
+    )?;
+    scene.is_as(&before, "refused")?;
+    testbed::ip(host, &format!("address del {other} dev {UNDERLAY_NAME}"))?;
+    let reload = |settings: &str| {
+        operator.write(FILE, &format!("{settings}\n{derived}"))?;
+        operator.tell("reload")?;
+        let addresses = scene.state()?.addresses;
+        check(addresses == [net("10.244.55.122/16")?].into(), || {
+            format!("{addresses:?}")
+        })
+    };
+    reload("")?;
+    // What is in force stays.
+    netlink.add_address(underlay, other)?;
+    reload("hop = true")?;
+    scene.end().map(drop)
+}
