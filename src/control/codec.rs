@@ -159,6 +159,11 @@ impl Lines {
         Ok(())
     }
 
+    /// Bytes that are held until the last of them has been sent.
+    pub fn sending_bytes(&self) -> usize {
+        self.sending.len()
+    }
+
     /// Whether nothing is left to send.
     pub fn is_flushed(&self) -> bool {
         self.sent == self.sending.len()

@@ -5,7 +5,8 @@
 //! writes what can be read and written at once, and closes a connection that takes
 //! longer than [`CLIENT_TIME_MAX`] over a request or an answer. It hands requests
 //! to the control thread one at a time and waits for the answer, so that there is
-//! never more than one being done.
+//! never more than one being done. While clients leave too much unread, all requests
+//! wait.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -28,6 +29,10 @@ pub const CONNECTIONS_MAX: usize = 16;
 
 /// How long a client may take for a request, and for reading an answer.
 const CLIENT_TIME_MAX: Duration = Duration::from_secs(30);
+
+/// Bytes of all answers that are not read to their end. While there are more, no
+/// request is served.
+const UNREAD_BYTES_MAX: usize = 64 << 20;
 
 /// How long answers that are under way are waited for at the end.
 const CLOSE_TIME_MAX: Duration = Duration::from_secs(1);
@@ -165,9 +170,20 @@ fn serve_all(listener: &UnixListener, stop: &UnixStream, calls: &Sender<Call>) {
             std::thread::sleep(ACCEPT_PAUSE);
         }
         let now = Instant::now();
+        let mut unread_bytes = unread_bytes(&connections);
         connections = connections
             .into_iter()
-            .filter_map(|connection| connection.serve(now, calls))
+            .filter_map(|mut connection| {
+                if connection.waits(unread_bytes) {
+                    // For others, which is not its fault.
+                    connection.deadline = now + CLIENT_TIME_MAX;
+                    return Some(connection);
+                }
+                unread_bytes -= connection.lines.sending_bytes();
+                let connection = connection.serve(now, calls)?;
+                unread_bytes += connection.lines.sending_bytes();
+                Some(connection)
+            })
             .collect();
         // While one was served, the others could not be.
         let busy = now.elapsed();
@@ -187,11 +203,13 @@ fn wait(listener: &UnixListener, stop: &UnixStream, connections: &[Connection]) 
         PollFd::new(stop.as_fd(), PollFlags::POLLIN),
         PollFd::new(listener.as_fd(), PollFlags::POLLIN),
     ];
+    let unread_bytes = unread_bytes(connections);
+    let served = || connections.iter().filter(|one| !one.waits(unread_bytes));
     let mut time_max = PollTimeout::NONE;
-    if let Some(next) = connections.iter().map(Connection::due).min() {
+    if let Some(next) = served().map(Connection::due).min() {
         time_max = codec::timeout(next.saturating_duration_since(Instant::now()));
     }
-    for Connection { lines, .. } in connections {
+    for Connection { lines, .. } in served() {
         let events = match lines.is_flushed() {
             true => PollFlags::POLLIN,
             false => PollFlags::POLLOUT,
@@ -200,6 +218,11 @@ fn wait(listener: &UnixListener, stop: &UnixStream, connections: &[Connection]) 
     }
     let _ = poll(&mut ready, time_max);
     ready[0].any().unwrap_or(false)
+}
+
+fn unread_bytes(connections: &[Connection]) -> usize {
+    let each = connections.iter().map(|one| one.lines.sending_bytes());
+    each.sum()
 }
 
 /// Takes a connection that waits to be taken.
@@ -235,6 +258,11 @@ struct Connection {
 }
 
 impl Connection {
+    /// Whether its requests wait until others have read their answers.
+    fn waits(&self, unread_bytes: usize) -> bool {
+        unread_bytes > UNREAD_BYTES_MAX && self.lines.is_flushed()
+    }
+
     /// When to serve it even if nothing can be read or written.
     fn due(&self) -> Instant {
         match self.lines.is_flushed() && self.lines.has_line() {

@@ -227,6 +227,40 @@ fn who_does_not_read_keeps_only_itself_waiting() {
     }
 }
 
+/// While answers of so many bytes are not read, other requests wait; they are served
+/// when somebody has read them, or has gone.
+#[test]
+fn long_answers_are_bounded_together() {
+    const THIRD_BYTES: usize = UNREAD_BYTES_MAX / 3 + 1;
+    let served = Served::new(|request| match request {
+        Request::Peers {} => Ok(Answer::Status(Box::new(Status {
+            offloads: "x".repeat(THIRD_BYTES),
+            ..Status::default()
+        }))),
+        other => answer(other),
+    });
+    let mut lazy: Vec<_> = (0..3).map(|_| served.client()).collect();
+    let mut other = served.client();
+    for client in &mut lazy {
+        other.is_served();
+        client.send(PEERS);
+        // It is being written.
+        assert_eq!(client.0.fill_buf().unwrap()[0], b'{');
+    }
+    other.send(STATUS);
+    let mut late = served.client();
+    late.send(STATUS);
+    std::thread::sleep(Duration::from_millis(50));
+    other.0.get_ref().set_nonblocking(true).unwrap();
+    let error = other.0.fill_buf().unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+    other.0.get_ref().set_nonblocking(false).unwrap();
+    lazy.pop();
+    for client in [&mut other, &mut late] {
+        assert_eq!(client.line().unwrap()["tun"], "unit0");
+    }
+}
+
 #[test]
 fn garbage_is_answered_and_forgotten() {
     let served = Served::new(answer);
