@@ -147,7 +147,9 @@ impl Peers {
             has_changed |= self.check_path(hop, listen, host, workers, now);
             if let Some((peer, state)) = self.overlay.in_use(hop).zip(self.states.get_mut(&hop)) {
                 state.ports.follow(peer, now);
-                state.ports.ask(peer, workers, &mut self.ports_log, now);
+                state
+                    .ports
+                    .ask(peer, workers.descriptors(), &mut self.ports_log, now);
             }
         }
         has_changed

@@ -202,7 +202,7 @@ impl Tunnel {
 
     /// Reads the probes that have come, of which `first` is one.
     pub fn read_probes(&mut self, first: Option<ReceivedProbe>) {
-        if self.peers.read_probes(first, &self.workers) {
+        if self.peers.read_probes(first, self.workers.descriptors()) {
             self.publish();
         }
     }

@@ -12,18 +12,22 @@ mod proof;
 mod seen;
 
 use std::net::SocketAddr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use self::proof::Proof;
 use self::seen::Seen;
 use super::last_seen::Traffic;
 use crate::counters::PeerCounters;
-use crate::daemon::workers::{WorkerFds, Workers};
+use crate::daemon::workers::WorkerFds;
 use crate::io::random;
 use crate::io::udp::Port;
 use crate::log::rate_limited::Journal;
 use crate::packet::probe::{Kind, Probe};
 use crate::routing::overlay::Peer;
+
+/// How long ago a peer may have been heard for its silence to say something of
+/// our ports, and not of the peer.
+const HEARD_LATELY: Duration = Duration::from_secs(5);
 
 /// What is known of one peer.
 pub struct PeerPorts {
@@ -33,6 +37,8 @@ pub struct PeerPorts {
     proofs: Vec<Proof>,
     /// When it was last heard, or sent to from a port that is proven.
     used: Option<Instant>,
+    /// When it was last heard.
+    heard: Option<Instant>,
     seen: Seen,
     /// It was told that a NAT rewrites our ports.
     is_rewriting_told: bool,
@@ -45,6 +51,7 @@ impl PeerPorts {
             endpoint: None,
             proofs: Vec::new(),
             used: None,
+            heard: None,
             seen: Seen::new(now),
             is_rewriting_told: false,
         }
@@ -69,7 +76,9 @@ impl PeerPorts {
     /// if it is another one.
     pub fn poll(&mut self, peer: &Peer, traffic: Traffic, now: Instant) -> Option<u16> {
         let is_proven = peer.traffic.iter().any(PeerCounters::is_own_port_proven);
-        if traffic.received || traffic.sent && is_proven {
+        if traffic.received {
+            self.note_heard(now);
+        } else if traffic.sent && is_proven {
             self.used = Some(now);
         }
         let mut others = Vec::new();
@@ -84,17 +93,21 @@ impl PeerPorts {
         self.seen.look(now, others.into_iter(), configured, in_use)
     }
 
+    fn note_heard(&mut self, now: Instant) {
+        (self.used, self.heard) = (Some(now), Some(now));
+    }
+
     /// A port that the peer was lately seen at, if not at the one in use.
     pub fn seen_port(&self) -> Option<u16> {
         self.seen.other(Instant::now())
     }
 
     /// Asks the peer from the own ports for which it is time.
-    pub fn ask(&mut self, peer: &Peer, workers: &Workers, log: &mut Journal, now: Instant) {
+    pub fn ask(&mut self, peer: &Peer, workers: &[WorkerFds], log: &mut Journal, now: Instant) {
         let Some(endpoint) = self.endpoint else {
             return;
         };
-        let workers = workers.descriptors().iter().zip(peer.traffic.iter());
+        let workers = workers.iter().zip(peer.traffic.iter());
         for ((worker, traffic), proof) in workers.zip(&mut self.proofs) {
             let Some(port) = worker.own_port() else {
                 continue;
@@ -105,7 +118,9 @@ impl PeerPorts {
             }
             if is_proven && proof.is_lost() {
                 traffic.set_own_port_proven(false);
-                if log.admits(now) {
+                // A peer that is gone answers no port.
+                let is_heard = self.heard.is_some_and(|heard| now < heard + HEARD_LATELY);
+                if is_heard && log.admits(now) {
                     tracing::info!(
                         "port {port} reaches peer {} no more: sending from the listen port",
                         peer.name
@@ -125,7 +140,7 @@ impl PeerPorts {
 
     /// A probe has come from the peer's address, at this port.
     pub fn note_probe(&mut self, from_port: u16, now: Instant) {
-        self.used = Some(now);
+        self.note_heard(now);
         if self
             .endpoint
             .is_some_and(|endpoint| endpoint.port() == from_port)
@@ -186,5 +201,57 @@ impl PeerPorts {
                 own.unwrap_or_default(),
             );
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::config::PeerName;
+    use crate::routing::overlay::{Origin, Overlay};
+
+    /// The log of a peer that answers no more, and may still be heard.
+    fn log_of_silence(is_heard: bool) -> String {
+        let (mut overlay, now) = (Overlay::new(1), Instant::now());
+        let name = PeerName {
+            host: "127.0.0.1".into(),
+            port: 9,
+        };
+        overlay
+            .insert_peer(&name, true, &[], Origin::Config)
+            .unwrap();
+        overlay.set_endpoint(0, "127.0.0.1:9".parse().ok());
+        let peer = overlay.peer(0).unwrap();
+        peer.traffic[0].set_own_port_proven(true);
+        let workers = [WorkerFds::on_loopback()];
+        let (mut ports, mut journal) = (PeerPorts::new(now), Journal::new("changes of ports"));
+        let log = tempfile::NamedTempFile::new().unwrap();
+        let subscriber = tracing_subscriber::fmt()
+            .with_writer(Arc::new(log.reopen().unwrap()))
+            .finish();
+        tracing::subscriber::with_default(subscriber, || {
+            for second in 0..30 {
+                let now = now + Duration::from_secs(second);
+                let traffic = Traffic {
+                    received: is_heard || second == 0,
+                    sent: true,
+                    news: None,
+                };
+                ports.follow(peer, now);
+                ports.poll(peer, traffic, now);
+                ports.ask(peer, &workers, &mut journal, now);
+            }
+        });
+        assert!(!peer.traffic[0].is_own_port_proven());
+        std::fs::read_to_string(log.path()).unwrap()
+    }
+
+    #[test]
+    fn a_blocked_port_is_told_and_a_peer_that_is_gone_is_not() {
+        let (blocked, gone) = (log_of_silence(true), log_of_silence(false));
+        assert_eq!(blocked.matches("reaches peer").count(), 1, "{blocked}");
+        assert_eq!(gone, "");
     }
 }

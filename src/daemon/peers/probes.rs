@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, at, bounded, never};
 
 use super::Peers;
-use crate::daemon::workers::Workers;
+use crate::daemon::workers::WorkerFds;
 use crate::dataplane::inbound::ReceivedProbe;
 use crate::io::udp::Port;
 use crate::packet::probe::{Kind, Probe};
@@ -56,7 +56,7 @@ impl Peers {
 
     /// Reads the probes that have come, of which `first` is one; tells whether the
     /// workers need a new table.
-    pub fn read_probes(&mut self, first: Option<ReceivedProbe>, workers: &Workers) -> bool {
+    pub fn read_probes(&mut self, first: Option<ReceivedProbe>, workers: &[WorkerFds]) -> bool {
         let now = Instant::now();
         let waiting = self.probes.received.try_iter().take(WAITING_MAX);
         let probes: Vec<_> = first.into_iter().chain(waiting).collect();
@@ -82,7 +82,7 @@ impl Peers {
         hop: NextHop,
         from: SocketAddr,
         probe: Probe,
-        workers: &Workers,
+        workers: &[WorkerFds],
         now: Instant,
     ) -> bool {
         let Some((peer, state)) = self.overlay.in_use(hop).zip(self.states.get_mut(&hop)) else {
@@ -90,11 +90,7 @@ impl Peers {
         };
         let (ports, log) = (&mut state.ports, &mut self.ports_log);
         ports.note_probe(from.port(), now);
-        match (
-            probe.kind,
-            peer.endpoint_in_use(),
-            workers.descriptors().first(),
-        ) {
+        match (probe.kind, peer.endpoint_in_use(), workers.first()) {
             (Kind::Request { port }, Some(endpoint), Some(any)) => {
                 let kind = Kind::Reply { port: from.port() };
                 any.send_probe(Port::Listen, Probe { kind, ..probe }, endpoint);
@@ -108,7 +104,7 @@ impl Peers {
             }
             (Kind::Reply { port }, ..) => {
                 let reply = (probe.nonce, port);
-                ports.take_reply(peer, reply, workers.descriptors(), log, now);
+                ports.take_reply(peer, reply, workers, log, now);
                 false
             }
             _ => false,

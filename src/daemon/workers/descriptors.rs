@@ -87,6 +87,20 @@ impl WorkerFds {
         self.own_port
     }
 
+    /// Those of a worker with a port of its own on the loopback interface, and
+    /// without a device.
+    #[cfg(test)]
+    pub fn on_loopback() -> Self {
+        let socket = || std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let send = socket();
+        Self {
+            queue: socket().into(),
+            receive: socket().into(),
+            own_port: Some(send.local_addr().unwrap().port()),
+            send: Some(send.into()),
+        }
+    }
+
     /// Sends a probe. Whether it arrives is for the answer to tell.
     pub fn send_probe(&self, from: Port, probe: Probe, to: SocketAddr) {
         let socket = match &self.send {
