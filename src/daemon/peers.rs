@@ -29,8 +29,7 @@ use crate::packet::train::NextHop;
 use crate::routing::dns::{Lookup, Names};
 use crate::routing::overlay::{Overlay, Peer};
 
-/// Peers whose ports and paths are seen to in one poll. The others have their turn
-/// later.
+/// Peers whose paths are seen to in one poll. The others have their turn later.
 const TURN_MAX: usize = 1024;
 
 /// Most paths that are being probed at a time: each takes a descriptor.
@@ -67,7 +66,7 @@ pub struct Peers {
     names: Names,
     states: HashMap<NextHop, PeerState>,
     probes: Probes,
-    /// Whose turn it is.
+    /// Whose path's turn it is.
     cursor: usize,
     /// Paths that are being probed.
     path_probes: usize,
@@ -145,13 +144,8 @@ impl Peers {
         }
         for hop in self.next_turn() {
             has_changed |= self.check_path(hop, listen, host, workers, now);
-            if let Some((peer, state)) = self.overlay.in_use(hop).zip(self.states.get_mut(&hop)) {
-                state.ports.follow(peer, now);
-                state
-                    .ports
-                    .ask(peer, workers.descriptors(), &mut self.ports_log, now);
-            }
         }
+        self.ask_about_ports(workers.descriptors(), now);
         has_changed
     }
 

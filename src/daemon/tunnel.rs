@@ -202,7 +202,8 @@ impl Tunnel {
 
     /// Reads the probes that have come, of which `first` is one.
     pub fn read_probes(&mut self, first: Option<ReceivedProbe>) {
-        if self.peers.read_probes(first, self.workers.descriptors()) {
+        let workers = self.workers.descriptors();
+        if self.peers.read_probes(first, workers, Instant::now()) {
             self.publish();
         }
     }

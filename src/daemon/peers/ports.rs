@@ -102,10 +102,18 @@ impl PeerPorts {
         self.seen.other(Instant::now())
     }
 
-    /// Asks the peer from the own ports for which it is time.
-    pub fn ask(&mut self, peer: &Peer, workers: &[WorkerFds], log: &mut Journal, now: Instant) {
+    /// Asks the peer from the own ports for which it is time; returns how many
+    /// these are.
+    pub fn ask(
+        &mut self,
+        peer: &Peer,
+        workers: &[WorkerFds],
+        log: &mut Journal,
+        now: Instant,
+    ) -> usize {
+        let mut asked = 0;
         let Some(endpoint) = self.endpoint else {
-            return;
+            return asked;
         };
         let workers = workers.iter().zip(peer.traffic.iter());
         for ((worker, traffic), proof) in workers.zip(&mut self.proofs) {
@@ -132,10 +140,15 @@ impl PeerPorts {
                     let nonce = proof.ask(now, fresh);
                     let kind = Kind::Request { port };
                     worker.send_probe(Port::Own, Probe { kind, nonce }, endpoint);
+                    asked += 1;
                 }
-                Err(error) => return tracing::debug!("no random numbers: {error}"),
+                Err(error) => {
+                    tracing::debug!("no random numbers: {error}");
+                    break;
+                }
             }
         }
+        asked
     }
 
     /// A probe has come from the peer's address, at this port.
