@@ -282,6 +282,30 @@ fn a_reload_at_the_last_moment() -> Result<()> {
     stop(far).map(drop)
 }
 
+/// As before, but it is the signal to end, and the new process dies.
+#[testbed::trial]
+fn an_end_at_the_last_moment() -> Result<()> {
+    let stage = Stage::new()?;
+    let (mut near, far) = stage.play()?;
+    for signals in [&[Signal::SIGTERM][..], &[Signal::SIGHUP, Signal::SIGINT]] {
+        let mut new = Script::ask(&stage)?;
+        new.get_ready(&[])?;
+        new.hear("go")?;
+        for signal in signals {
+            near.child().signal(*signal);
+        }
+        std::thread::sleep(Duration::from_millis(200));
+        drop(new);
+        let ended = near.wait()?;
+        let is_stopped = ended.status.code() == Some(0) && ended.log.contains("not handed over");
+        check(is_stopped, || ended.log)?;
+        near = stage.start(&[])?;
+        stage.operator.wait()?;
+    }
+    stop(near)?;
+    stop(far).map(drop)
+}
+
 /// A new process, step by step. Its descriptors are let go.
 struct Script {
     stream: UnixStream,
