@@ -14,7 +14,7 @@ fuzz_target!(|data: &[u8]| {
     // The new process gets no descriptors, so nothing can come of it.
     assert!(receive(other_side(data)).is_err());
     // The old one is told that the new one is ready, and that it starts.
-    if let Ok(mut new) = serve(other_side(data), &manifest(), &[])
+    if let Ok(mut new) = serve(other_side(data), &manifest(), &[], || {})
         && new.let_go(Duration::ZERO).is_ok()
     {
         assert!(data.iter().filter(|byte| **byte == b'\n').count() >= 2);

@@ -13,9 +13,11 @@
 //!    old process leaves everything in place, answers [`wire::Ended`], and ends. With
 //!    it goes the last word on whether a reload is due, so that none is lost.
 //!
-//! Either side may die at any of these steps, and the other carries on. An old process
-//! that lives never just closes the connection: in place of each answer it may say
-//! [`wire::Kept`]. So, for the new one, an end without a word is the old one's death.
+//! Either side may die at any of these steps, and the other carries on. In place of each
+//! answer the old process may say [`wire::Kept`]. Once it has sent the whole manifest
+//! it never just closes the connection while it lives: for the new process, an end
+//! without a word is the old one's death. Before that, as in the midst of the manifest,
+//! the new process then asks the control socket whether the old one is still there.
 //!
 //! - The new process dies before [`wire::Taken`], or is silent for too long: the old
 //!   one runs on, or starts its workers again, and takes back the addresses. It

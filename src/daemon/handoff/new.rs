@@ -124,7 +124,7 @@ pub fn ask(path: &Path) -> Result<Option<Inherited>> {
 /// [`ask`], with a bound on how long it takes to be let in.
 pub(super) fn ask_within(path: &Path, patience: Duration) -> Result<Option<Inherited>> {
     match client::connect_trusted(path, patience) {
-        Ok(stream) => receive_or_outlive(stream),
+        Ok(stream) => receive_or_outlive(stream, path),
         Err(error)
             if matches!(
                 error.kind(),
@@ -142,11 +142,12 @@ pub(super) fn ask_within(path: &Path, patience: Duration) -> Result<Option<Inher
     }
 }
 
-/// As [`receive`]; `None` if the old process died before it had sent everything.
-pub(super) fn receive_or_outlive(stream: UnixStream) -> Result<Option<Inherited>> {
+/// As [`receive`]; `None` if the old process died before it had sent everything: then
+/// nobody serves the control socket at `path` any more.
+pub(super) fn receive_or_outlive(stream: UnixStream, path: &Path) -> Result<Option<Inherited>> {
     match receive(stream) {
         Ok(inherited) => Ok(Some(inherited)),
-        Err(error) if is_end(&error) => {
+        Err(error) if is_end(&error) && client::status(path, PATIENCE).is_err() => {
             tracing::warn!("the running process died before it handed over; starting afresh");
             Ok(None)
         }
@@ -168,6 +169,10 @@ pub fn receive(stream: UnixStream) -> io::Result<Inherited> {
     let protocol = PROTOCOL;
     say(&mut lines, &Request::Takeover { protocol }, deadline)?;
     let manifest: Manifest = hear(&mut lines, deadline)?;
+    // An old process that has given this one up meanwhile may have had no room to say so.
+    if Instant::now() > deadline {
+        return Err(io::ErrorKind::TimedOut.into());
+    }
     let mut descriptors = lines.take_descriptors().into_iter();
     let (mut queues, mut sockets) = (Vec::new(), Vec::new());
     for has_own_port in &manifest.own_ports {

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, bounded};
+use crossbeam_channel::{Receiver, bounded, never};
 use ipnet::IpNet;
 use signal_hook::consts::SIGHUP;
 
@@ -30,6 +30,9 @@ use crate::host::link;
 
 /// How long this process waits, stopped, for the new one to start.
 const TAKE_TIME_MAX: Duration = Duration::from_secs(5);
+
+/// How long an end waits for a manifest that is being sent.
+const SENT_WAIT_MAX: Duration = Duration::from_millis(100);
 
 /// Longest line of addresses: thousands.
 const READY_BYTES_MAX: usize = 256 << 10;
@@ -48,6 +51,8 @@ pub struct Handoff {
     lines: Lines,
     thread: Option<JoinHandle<()>>,
     ready: Receiver<Result<NewProcess>>,
+    /// Tells that the whole manifest has been sent.
+    sent: Receiver<()>,
     /// A reload by signal waits for the end of it.
     pub is_reload_due: bool,
 }
@@ -57,25 +62,58 @@ impl Handoff {
     pub fn begin(
         tunnel: &Tunnel,
         control: &ControlSocket,
-        mut lines: Lines,
+        lines: Lines,
         protocol: u32,
     ) -> Option<Self> {
         if let Ok(asker) = Asker::of(lines.stream()) {
             tracing::info!("{asker} asks to take over");
         }
-        match start(tunnel, control, &lines, protocol) {
-            Ok((thread, ready)) => Some(Self {
-                lines,
-                thread: Some(thread),
-                ready,
-                is_reload_due: false,
-            }),
+        let mut handoff = Self::new(lines);
+        let started = check_protocol(protocol).and_then(|()| {
+            let workers = Arc::clone(tunnel.workers.descriptors());
+            handoff.start(Manifest::of(tunnel), workers, control.listener()?)
+        });
+        match started {
+            Ok(()) => Some(handoff),
             Err(error) => {
-                keep(&mut lines, &error);
+                keep(&mut handoff.lines, &error);
                 tracing::error!("not handed over: {error}");
                 None
             }
         }
+    }
+
+    pub(super) fn new(lines: Lines) -> Self {
+        Self {
+            lines,
+            thread: None,
+            ready: never(),
+            sent: bounded(1).1,
+            is_reload_due: false,
+        }
+    }
+
+    /// Starts the thread that waits for the new process.
+    pub(super) fn start(
+        &mut self,
+        manifest: Manifest,
+        workers: Arc<Vec<WorkerFds>>,
+        listener: Option<OwnedFd>,
+    ) -> Result<()> {
+        let failed = |error| Error::os("cannot serve a new process", error);
+        let stream = self.lines.stream().try_clone().map_err(failed)?;
+        let ((note_sent, sent), (sender, ready)) = (bounded(1), bounded(1));
+        let serve = move || {
+            let descriptors = descriptors(&workers, listener.as_ref());
+            let note_sent = || {
+                let _ = note_sent.send(());
+            };
+            let _ = sender.send(serve(stream, &manifest, &descriptors, note_sent));
+        };
+        let thread = std::thread::Builder::new().name("handoff".into());
+        self.thread = Some(thread.spawn(serve).map_err(failed)?);
+        (self.ready, self.sent) = (ready, sent);
+        Ok(())
     }
 
     /// Refuses a process that wants to take over while another one does.
@@ -141,9 +179,12 @@ impl Handoff {
 
 impl Drop for Handoff {
     fn drop(&mut self) {
-        // Who has taken the tunnel does not listen any more.
-        let error = Error::new("it keeps the tunnel, or was told to stop; its log may say more");
-        keep(&mut self.lines, &error);
+        // In the midst of the manifest a word would be garbage. Who has taken the tunnel
+        // does not listen any more.
+        if self.sent.recv_timeout(SENT_WAIT_MAX).is_ok() {
+            let what = "it keeps the tunnel, or was told to stop; its log may say more";
+            keep(&mut self.lines, &Error::new(what));
+        }
         let _ = self.lines.stream().shutdown(Shutdown::Both);
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
@@ -153,31 +194,14 @@ impl Drop for Handoff {
     }
 }
 
-/// Starts the thread that waits for the new process.
-fn start(
-    tunnel: &Tunnel,
-    control: &ControlSocket,
-    lines: &Lines,
-    protocol: u32,
-) -> Result<(JoinHandle<()>, Receiver<Result<NewProcess>>)> {
-    if protocol != PROTOCOL {
-        return Err(Error::new(format!(
-            "this process hands over by protocol {PROTOCOL}, not {protocol}; \
-             stop it, and start the other without --takeover"
-        )));
+fn check_protocol(protocol: u32) -> Result<()> {
+    if protocol == PROTOCOL {
+        return Ok(());
     }
-    let failed = |error| Error::os("cannot serve a new process", error);
-    let stream = lines.stream().try_clone().map_err(failed)?;
-    let manifest = Manifest::of(tunnel);
-    let workers = Arc::clone(tunnel.workers.descriptors());
-    let listener = control.listener()?;
-    let (sender, ready) = bounded(1);
-    let serve = move || {
-        let descriptors = descriptors(&workers, listener.as_ref());
-        let _ = sender.send(serve(stream, &manifest, &descriptors));
-    };
-    let thread = std::thread::Builder::new().name("handoff".into());
-    Ok((thread.spawn(serve).map_err(failed)?, ready))
+    Err(Error::new(format!(
+        "this process hands over by protocol {PROTOCOL}, not {protocol}; \
+         stop it, and start the other without --takeover"
+    )))
 }
 
 /// All of them, in the order of [`Manifest::descriptors`].
@@ -190,7 +214,7 @@ fn descriptors<'a>(workers: &'a [WorkerFds], listener: Option<&'a OwnedFd>) -> V
 }
 
 /// Hands everything over, and returns when the new process is ready. Up to then
-/// nothing has changed.
+/// nothing has changed. `note_sent` is called in between.
 ///
 /// # Errors
 /// When the new process fails or does not answer.
@@ -199,6 +223,7 @@ pub fn serve(
     stream: UnixStream,
     manifest: &Manifest,
     descriptors: &[BorrowedFd<'_>],
+    note_sent: impl FnOnce(),
 ) -> Result<NewProcess> {
     let deadline = Instant::now() + PATIENCE;
     let mut lines = Lines::new(stream, READY_BYTES_MAX);
@@ -206,6 +231,7 @@ pub fn serve(
     lines
         .send_with_descriptors(line, descriptors, deadline)
         .map_err(lost)?;
+    note_sent();
     let Ready { adds } = hear(&mut lines, deadline).map_err(lost)?;
     Ok(NewProcess { lines, adds })
 }

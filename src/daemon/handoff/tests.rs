@@ -1,20 +1,27 @@
 //! Both sides, over a socket pair.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, UdpSocket};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::json;
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::manifest::{Manifest, RuntimePeer};
-use super::new::{OldProcess, ask_within, receive_or_outlive};
-use super::old::{NewProcess, keep, serve};
+use super::new::{Inherited, OldProcess, ask_within, receive_or_outlive};
+use super::old::{Handoff, NewProcess, keep, serve};
 use super::*;
 use crate::control::codec::Lines;
-use crate::error::Error;
+use crate::control::protocol::Answer;
+use crate::control::server::{Call, Server};
+use crate::error::{Error, Result};
+
+/// Where nobody serves a control socket.
+const NOBODY: &str = "/nowhere/test.sock";
 
 const LINE_BYTES_MAX: usize = 1 << 20;
 
@@ -61,12 +68,14 @@ fn descriptors_change_hands() {
         assert_eq!(heard(&ours), request);
         let count = WORKERS / 2 * 5 + 1;
         let descriptors: Vec<_> = std::iter::repeat_n(socket.as_fd(), count).collect();
-        let mut new = serve(ours, &manifest(WORKERS), &descriptors).unwrap();
+        let mut new = serve(ours, &manifest(WORKERS), &descriptors, || {}).unwrap();
         new.let_go(PATIENCE).unwrap();
         new.end(true);
         new.adds
     });
-    let mut inherited = receive_or_outlive(theirs).unwrap().unwrap();
+    let mut inherited = receive_or_outlive(theirs, NOBODY.as_ref())
+        .unwrap()
+        .unwrap();
     assert_eq!(inherited.manifest, manifest(WORKERS));
     let claimed = inherited.claimed;
     assert!(claimed.device.offloads.tcp && !claimed.device.offloads.udp);
@@ -169,18 +178,73 @@ fn no_reload_is_due_without_a_word() {
     }
 }
 
+/// Has the old process send a part of its manifest and close the connection.
+fn break_off(part: &str, path: &Path) -> Result<Option<Inherited>> {
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    std::thread::scope(|scope| {
+        let new = scope.spawn(|| receive_or_outlive(theirs, path));
+        heard(&ours);
+        ours.write_all(part.as_bytes()).unwrap();
+        drop(ours);
+        new.join().unwrap()
+    })
+}
+
 /// Before it has sent everything: what there is of it is closed, and the new process
-/// starts as if there had been nobody.
+/// starts as if there had been nobody. But one that lives has given the new one up.
 #[test]
 fn an_old_process_that_dies_early_was_never_there() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("test.sock");
     let line = serde_json::to_string(&manifest(2)).unwrap();
-    for part in ["", " ", &line[..9], &line] {
-        let (mut ours, theirs) = UnixStream::pair().unwrap();
-        ours.write_all(part.as_bytes()).unwrap();
-        // The request is not read to its end.
-        drop(ours);
-        let inherited = receive_or_outlive(theirs);
+    let parts = ["", " ", &line[..9], &line];
+    for part in parts {
+        let inherited = break_off(part, &path);
         assert!(inherited.unwrap().is_none(), "{part:?}");
+    }
+    let server = Server::start(&path).unwrap();
+    let (calls, count) = (server.calls().clone(), parts.len());
+    let old = std::thread::spawn(move || {
+        for call in calls.iter().take(count) {
+            let Call::Request(_, reply) = call else {
+                panic!("{call:?}");
+            };
+            reply.send(Ok(Answer::Status(Box::default())));
+        }
+    });
+    for part in parts {
+        let text = break_off(part, &path).err().unwrap().to_string();
+        assert!(text.contains("does not hand over"), "{text}");
+    }
+    old.join().unwrap();
+}
+
+/// Its refusal comes after the manifest, or not at all.
+#[test]
+fn an_old_process_that_gives_up_says_nothing_in_the_midst_of_the_manifest() {
+    for prefix_count in [1, 100_000] {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut manifest = manifest(2);
+        // Longer than the socket's buffer, or not.
+        let prefix = manifest.runtime_peers[0].prefixes[0];
+        manifest.runtime_peers[0].prefixes = vec![prefix; prefix_count];
+        let mut handoff = Handoff::new(Lines::new(ours, LINE_BYTES_MAX));
+        handoff.start(manifest, Arc::default(), None).unwrap();
+        let is_short = prefix_count == 1;
+        match is_short {
+            true => assert_eq!(heard(&theirs)["ok"], true),
+            false => {
+                // It is full, and then has room for a word, but not for much more.
+                theirs.read_exact(&mut [0; 1000]).unwrap();
+                std::thread::sleep(Duration::from_millis(20));
+                theirs.read_exact(&mut [0; 120_000]).unwrap();
+            }
+        }
+        drop(handoff);
+        let mut rest = String::new();
+        theirs.read_to_string(&mut rest).unwrap();
+        assert_eq!(rest.contains("it keeps the tunnel"), is_short, "{rest}");
+        assert_eq!(rest.ends_with('\n'), is_short);
     }
 }
 
@@ -189,7 +253,7 @@ fn who_fails_changes_nothing() {
     // A new process that goes away when it has seen the manifest.
     let (ours, theirs) = UnixStream::pair().unwrap();
     drop(theirs);
-    assert!(serve(ours, &manifest(1), &[]).is_err());
+    assert!(serve(ours, &manifest(1), &[], || {}).is_err());
     // An old one that talks nonsense, refuses, or has no descriptors.
     let whole = serde_json::to_string(&manifest(1)).unwrap();
     let kept = "{\"ok\":false,\"error\":\"busy\"}";
@@ -200,7 +264,10 @@ fn who_fails_changes_nothing() {
     ] {
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         writeln!(ours, "{answer}").unwrap();
-        let text = receive_or_outlive(theirs).err().unwrap().to_string();
+        let text = receive_or_outlive(theirs, NOBODY.as_ref())
+            .err()
+            .unwrap()
+            .to_string();
         assert!(text.contains(says), "{text}");
     }
 }
