@@ -249,6 +249,15 @@ fn an_old_process_that_gives_up_says_nothing_in_the_midst_of_the_manifest() {
 }
 
 #[test]
+fn a_second_new_process_is_told_to_come_again() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    Handoff::refuse_second(Lines::new(ours, LINE_BYTES_MAX));
+    let kept = heard(&theirs);
+    let error = "another process is taking over already; try again";
+    assert_eq!(kept, json!({"ok": false, "error": error}));
+}
+
+#[test]
 fn who_fails_changes_nothing() {
     // A new process that goes away when it has seen the manifest.
     let (ours, theirs) = UnixStream::pair().unwrap();

@@ -357,6 +357,12 @@ fn a_silent_successor() -> Result<()> {
     let routes = own_routes(&a.host)?;
     let add = format!("route add 172.30.0.0/16 --peer {}", underlay(2));
     stage.operator.refuses(&add, &["taking over"])?;
+    let mut second = stage.operator.connect()?;
+    tried("ask", writeln!(second, "{question}"))?;
+    let mut refusal = String::new();
+    tried("hear", BufReader::new(second).read_line(&mut refusal))?;
+    let words = "another process is taking over already; try again";
+    check(refusal.contains(words), || refusal.clone())?;
     check(own_routes(&a.host)? == routes, || "it is refused".into())?;
     wait_until("it is given up", || {
         let words: Vec<_> = add.split_whitespace().collect();
