@@ -25,4 +25,4 @@ pub use resolution::Config;
 pub(crate) use resolution::{
     CONTROL_DIRECTORY, default_control_path, default_control_paths, default_queues,
 };
-pub(crate) use types::{BusyPoll, DEFAULT_PORT, Io, Listen, LogFormat, PeerName, PeerSpec, Wanted};
+pub(crate) use types::{BusyPoll, DEFAULT_PORT, Io, Listen, PeerName, PeerSpec, Wanted};

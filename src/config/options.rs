@@ -13,7 +13,8 @@ use super::parse::{
     parse_address, parse_busy_poll, parse_cores, parse_listen, parse_peer, parse_route,
     parse_tun_name,
 };
-use super::types::{BusyPoll, CoreList, Feature, Io, Listen, LogFormat, PeerSpec};
+use super::types::{BusyPoll, CoreList, Feature, Io, Listen, PeerSpec};
+use crate::log::LogFormat;
 
 /// Name of the TUN device unless another is given.
 pub const TUN_NAME_DEFAULT: &str = "fastvpn0";

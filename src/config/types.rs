@@ -8,20 +8,12 @@ use std::time::Duration;
 use clap::ValueEnum;
 use ipnet::IpNet;
 
+use crate::log::LogFormat;
+
 use crate::packet::ip::canonical;
 
 /// Default UDP port, that of flannel's udp backend.
 pub const DEFAULT_PORT: u16 = 8285;
-
-/// Form of the log lines.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum LogFormat {
-    /// Lines for people.
-    #[default]
-    Text,
-    /// One JSON object per line.
-    Json,
-}
 
 /// How the workers do their I/O.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]

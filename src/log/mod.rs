@@ -6,9 +6,18 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 
+use clap::ValueEnum;
 use tracing::level_filters::LevelFilter;
 
-use crate::config::LogFormat;
+/// Form of the log lines.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// Lines for people.
+    #[default]
+    Text,
+    /// One JSON object per line.
+    Json,
+}
 
 /// Sends log lines to standard error. `verbose` counts `-v` flags.
 pub fn init(verbose: u8, quiet: bool, format: LogFormat) {
