@@ -1,20 +1,36 @@
 //! fastvpn: a userspace network tunnel for Linux, one UDP datagram per IP packet.
 //!
-//! A tour for who wants to change it. A packet on its way out meets [`io::tun`]
-//! (the TUN queue it is read from), [`dataplane::outbound`] with
-//! [`packet::segment`] and [`packet::train`], and [`io::udp`] (the socket it is
-//! sent on); on its way in [`io::udp`], [`dataplane::inbound`] with
-//! [`packet::ip`] and [`packet::coalesce`], and [`io::tun`] again.
-//! [`dataplane::run`] is the loop, [`io::engine::Engine`] what it needs of the
-//! kernel, [`io::uring`] the io_uring that provides it, and [`io::epoll`] what
-//! does where there is no io_uring. [`packet`] does no I/O and has no `unsafe`;
-//! [`io`] has all the data path's `unsafe`.
+//! A tour for those who want to change it. [`dataplane`] is the loop of a worker, and
+//! [`io`] all that it needs of the kernel: the TUN device, UDP sockets, and an engine, on
+//! io_uring or on epoll. [`packet`] is pure code about bytes, and [`wire`] knows what a
+//! datagram is. docs/architecture.md follows a packet through all of them, function by
+//! function.
 //!
-//! Nothing else is in a packet's way: [`cli`] and [`config`] say what is wanted,
-//! [`daemon`] sets it up, runs it and takes it down, [`routing`] knows the peers
-//! and their prefixes, [`host`] talks to the kernel about links, addresses and
-//! routes, and [`control`] to whoever asks a running tunnel. [`testbed`] makes
-//! networks inside one machine, for people and for tests.
+//! Nothing else is in a packet's way. [`daemon`] sets a tunnel up, runs it and takes it
+//! down; [`routing`] knows the peers and their prefixes, [`host`] talks to the kernel about
+//! links, addresses and routes, and [`control`] answers those who ask a running tunnel.
+//! [`cli`] and [`config`] say what is wanted. [`testbed`] makes networks inside one
+//! machine, for the demo and for tests.
+//!
+//! The rooms, each with those that it uses. `tests/layers.rs` holds the sources against
+//! this map.
+//!
+//! ```text
+//! cli -> daemon, control, config, host, io, packet, testbed, error
+//! testbed -> host, error
+//! daemon -> control, routing, host, dataplane, config, io, wire, packet, counters, log, error
+//! control -> config, counters, error
+//! routing -> dataplane, config, wire, packet, counters, error
+//! host -> wire, packet, error
+//! dataplane -> io, wire, packet, counters, error
+//! io -> packet, counters, error
+//! wire -> packet
+//! config -> packet, log, error
+//! packet ->
+//! counters ->
+//! log ->
+//! error ->
+//! ```
 
 pub mod cli;
 pub mod config;

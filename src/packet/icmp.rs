@@ -4,7 +4,7 @@
 //! The rules on when to keep silent are there so that errors never breed
 //! errors and one packet never makes many hosts answer: RFC 1122, section
 //! 3.2.2, RFC 1812, section 4.3.2.7, and RFC 4443, section 2.4 (e). How many
-//! errors leave in a second is for [`crate::dataplane::rate`].
+//! errors leave in a second is for `dataplane::report`.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 

@@ -204,7 +204,7 @@ fn check_protocol(protocol: u32) -> Result<()> {
     )))
 }
 
-/// All of them, in the order of [`Manifest::descriptors`].
+/// All of them, in the order of the manifest's workers.
 fn descriptors<'a>(workers: &'a [WorkerFds], listener: Option<&'a OwnedFd>) -> Vec<BorrowedFd<'a>> {
     let of_workers = workers
         .iter()
