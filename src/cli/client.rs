@@ -137,13 +137,13 @@ pub struct Target {
     #[arg(long, value_name = "NAME", value_parser = parse_tun_name)]
     pub tun: Option<String>,
 
-    /// Path of the tunnel's operators' socket [default: /run/fastvpn/, named after the TUN]
+    /// Path of the tunnel's control socket [default: /run/fastvpn/, named after the TUN]
     #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
 }
 
 impl Target {
-    /// Path of the operators' socket.
+    /// Path of the control socket.
     pub(crate) fn socket(&self) -> PathBuf {
         match &self.control {
             Some(path) => path.clone(),

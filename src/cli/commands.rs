@@ -1,4 +1,4 @@
-//! Commands for a running tunnel: one request over its operators' socket
+//! Commands for a running tunnel: one request over its control socket
 //! ([`crate::control::protocol`]), one answer, shown as a table or as it came.
 
 use std::io::{self, Write};

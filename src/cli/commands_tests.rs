@@ -405,7 +405,7 @@ fn stop_waits_until_the_socket_is_gone() {
 fn stop_does_not_take_a_successor_for_the_process_it_stopped() {
     let place = Place::new();
     let path = place.path();
-    let (hand_over, successor) = std::sync::mpsc::channel();
+    let (hand_over, new_process) = std::sync::mpsc::channel();
     let server = place.serve(move |mut stream, old| {
         writeln!(stream, "{NOTHING_CHANGED}").unwrap();
         // Renamed into place while the old one is there: their inodes differ.
@@ -419,7 +419,7 @@ fn stop_does_not_take_a_successor_for_the_process_it_stopped() {
     assert!(result.is_ok(), "{result:?}");
     server.join().unwrap();
     // Nobody has asked the new one anything.
-    let new: UnixListener = successor.recv().unwrap();
+    let new: UnixListener = new_process.recv().unwrap();
     new.set_nonblocking(true).unwrap();
     let error = new.accept().unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::WouldBlock);

@@ -91,7 +91,7 @@ pub struct TunnelArgs {
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub without: Vec<Feature>,
 
-    /// Path of the operators' socket [default: /run/fastvpn/, named after the TUN]
+    /// Path of the control socket [default: /run/fastvpn/, named after the TUN]
     #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
 

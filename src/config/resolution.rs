@@ -58,7 +58,7 @@ pub struct Config {
     pub io: Io,
     /// Kernel features to try.
     pub wanted: Wanted,
-    /// Path of the operators' socket.
+    /// Path of the control socket.
     pub control: PathBuf,
     /// Whether that is the default path rather than one that was given.
     pub control_is_default: bool,
@@ -225,7 +225,7 @@ fn wanted(without: &[Feature]) -> Wanted {
     }
 }
 
-/// Where operators' sockets are, unless something else is asked for.
+/// Where control sockets are, unless something else is asked for.
 pub(crate) const CONTROL_DIRECTORY: &str = "/run/fastvpn";
 
 /// `/run/fastvpn/NAME.sock`; in another network namespace than the host's also

@@ -20,7 +20,7 @@ use crate::counters::{PeerCounters, Snapshot};
 use crate::error::{Error, Result, shortened};
 use crate::routing::overlay::{Changes, Origin, Overlay};
 
-/// Whether a successor that has been told already what there is would miss it.
+/// Whether a new process that has been told already what there is would miss it.
 pub fn is_change(request: &Request) -> bool {
     match request {
         Request::RouteAdd { .. }

@@ -15,7 +15,7 @@ use crate::routing::overlay::{Origin, Overlay, Peer};
 /// waited for while the tunnel runs.
 const NAMES_WAIT_MAX: Duration = Duration::from_secs(5);
 
-/// Addresses of peers by name, `HOST:PORT`, that a predecessor knows.
+/// Addresses of peers by name, `HOST:PORT`, that an old process knows.
 pub type Known = HashMap<String, SocketAddr>;
 
 /// The configured peers, with the addresses of those that are known or whose
@@ -213,7 +213,7 @@ mod tests {
         assert_eq!(failed, ["no bad"]);
     }
 
-    /// Not even a name server that is silent holds up a successor.
+    /// Not even a name server that is silent holds up a new process.
     #[test]
     fn what_is_known_is_asked_for_but_not_waited_for() {
         let (mut names, asked, _answers) = Names::without_threads();
@@ -227,7 +227,7 @@ mod tests {
         assert_eq!(asked.try_iter().collect::<Vec<_>>(), [name("known")]);
     }
 
-    /// A successor's peers stay where they are if they may be there.
+    /// A new process's peers stay where they are if they may be there.
     #[test]
     fn what_is_known_stays_while_it_is_among_the_answers() {
         let (mut names, _asked, answers) = Names::without_threads();
@@ -256,7 +256,7 @@ mod tests {
         }
     }
 
-    /// As a successor does, for the peers that it inherits.
+    /// As a new process does, for the peers that it inherits.
     #[test]
     fn what_was_asked_for_in_vain_is_not_waited_for_again() {
         let (mut names, asked, answers) = Names::without_threads();

@@ -25,14 +25,14 @@ use crate::packet::coalesce::TunOffloads;
 use crate::routing::dns::Names;
 use crate::routing::overlay::Overlay;
 
-/// How long, and how often, a killed predecessor's port and device are waited
+/// How long, and how often, a killed old process's port and device are waited
 /// for. Longer than the kernel takes; short enough for who has mistyped.
 const PREDECESSOR_WAIT_MAX: Duration = Duration::from_secs(1);
 /// The same for one that died while it handed over, on a machine that may be busy.
 const TAKEOVER_WAIT_MAX: Duration = Duration::from_secs(5);
 const PREDECESSOR_WAIT_STEP: Duration = Duration::from_millis(10);
 
-/// Addresses of peers to whom a predecessor sends nothing, because the way there
+/// Addresses of peers to whom an old process sends nothing, because the way there
 /// leads through the tunnel itself.
 pub type Suspended = HashSet<SocketAddr>;
 
@@ -208,7 +208,7 @@ fn way_is_inside(peer: SocketAddr) -> Error {
 }
 
 /// Suspends the peers to whom the way leads through the device `own`, and no
-/// others: for a successor, before its workers send anything. Returns the peers'
+/// others: for a new process, before its workers send anything. Returns the peers'
 /// addresses.
 pub fn suspend_inside(
     overlay: &mut Overlay,

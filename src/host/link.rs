@@ -51,8 +51,8 @@ pub fn bring_up(
     netlink.set_up(index)
 }
 
-/// Those of the `new` addresses that a successor can give the device while its
-/// predecessor, who gave it the `old` ones, still carries the tunnel: that takes
+/// Those of the `new` addresses that a new process can give the device while its
+/// old process, who gave it the `old` ones, still carries the tunnel: that takes
 /// none away. The others come with [`bring_up`].
 ///
 /// # Errors

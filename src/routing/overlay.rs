@@ -33,7 +33,7 @@ pub enum Origin {
     /// A flag or the configuration file. A reload brings it back or takes it
     /// away.
     Config,
-    /// The operators' socket. A reload leaves it.
+    /// The control socket. A reload leaves it.
     Runtime,
 }
 

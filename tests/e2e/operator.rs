@@ -14,7 +14,7 @@ use testbed::Namespace;
 
 use crate::support::{FASTVPN, PATIENCE, check, fail, tried, wait_until};
 
-/// A directory with a tunnel's operators' socket and configuration file, gone
+/// A directory with a tunnel's control socket and configuration file, gone
 /// when this is.
 pub struct Operator {
     directory: TempDir,
@@ -42,7 +42,7 @@ impl Operator {
         })
     }
 
-    /// Path of the operators' socket.
+    /// Path of the control socket.
     pub fn socket(&self) -> PathBuf {
         self.directory.path().join("control.sock")
     }
@@ -145,7 +145,7 @@ impl Operator {
 
     /// Waits until the running tunnel answers operators.
     pub fn wait(&self) -> Result<()> {
-        wait_until("the operators' socket answers", || {
+        wait_until("the control socket answers", || {
             Ok(self.run(&["status"])?.status.success())
         })
     }
@@ -180,12 +180,9 @@ impl Operator {
     }
 }
 
-/// Connects to an operators' socket, with patience.
+/// Connects to an control socket, with patience.
 pub fn connect(path: &Path) -> Result<UnixStream> {
-    let stream = tried(
-        "connect to the operators' socket",
-        UnixStream::connect(path),
-    )?;
+    let stream = tried("connect to the control socket", UnixStream::connect(path))?;
     tried("set a timeout", stream.set_read_timeout(Some(PATIENCE)))?;
     tried("set a timeout", stream.set_write_timeout(Some(PATIENCE)))?;
     Ok(stream)

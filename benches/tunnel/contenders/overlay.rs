@@ -229,7 +229,7 @@ fn request(peer: Ipv4Addr, prefixes: Vec<IpNet>) -> Result<Vec<u8>> {
     Ok(line)
 }
 
-/// A connection to a tunnel's operators' socket.
+/// A connection to a tunnel's control socket.
 struct Operator {
     stream: BufReader<UnixStream>,
 }

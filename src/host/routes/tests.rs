@@ -423,7 +423,7 @@ fn a_successor_finds_its_predecessors_routes() {
     reconciler.stop(AtEnd::Keep);
     assert_eq!(host.owned(), set(&[V4, V6, "10.2.0.0/16"]));
 
-    // Overridden while nobody looks; fixed by the successor at its start, which
+    // Overridden while nobody looks; fixed by the new process at its start, which
     // deletes nothing before it knows what is wanted.
     host.meddle(Meddling::Prepend, V4, 0);
     let reconciler = host.reconciler();

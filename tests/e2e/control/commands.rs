@@ -1,4 +1,4 @@
-//! The operators' socket: all commands, callers at the same time, and clients
+//! The control socket: all commands, callers at the same time, and clients
 //! that mean no good.
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -91,7 +91,7 @@ fn successors_with_bad_configurations() -> Result<()> {
     stop(far).map(drop)
 }
 
-/// Which nobody could know before: it was its predecessor's route that led there.
+/// Which nobody could know before: it was the old process's route that led there.
 /// That peer is sent nothing until there is another way to it, and all else goes on.
 #[testbed::trial]
 fn a_successor_that_finds_a_peer_in_the_tunnel() -> Result<()> {
@@ -123,7 +123,7 @@ fn a_successor_that_finds_a_peer_in_the_tunnel() -> Result<()> {
     stop(far).map(drop)
 }
 
-/// Not even its predecessor's.
+/// Not even the old process's.
 #[testbed::trial]
 fn a_successor_without_routes() -> Result<()> {
     let stage = Stage::new()?;
@@ -146,7 +146,7 @@ fn a_successor_without_routes() -> Result<()> {
 }
 
 /// What the kernel would refuse of the device as it is comes with its new
-/// settings, and what it would silently forget holds up a successor.
+/// settings, and what it would silently forget holds up a new process.
 #[testbed::trial]
 fn successors_with_and_without_ipv6() -> Result<()> {
     let hosts = hosts(1500)?;
@@ -172,7 +172,7 @@ fn successors_with_and_without_ipv6() -> Result<()> {
         let new = start(&format!("--takeover {flags}"))?;
         near.wait()?;
         near = new;
-        wait_until("the successor has its addresses", || {
+        wait_until("the new process has its addresses", || {
             let given = hosts.a.netlink()?.addresses()?.into_iter();
             let mut given = given.filter(|(_, net)| net.to_string().starts_with("fd00:244::122/"));
             let present = given.next().map(|(_, net)| net.prefix_len());
@@ -213,7 +213,7 @@ fn what_operators_said_goes_on() -> Result<()> {
     stop(far).map(drop)
 }
 
-/// A signal that comes while a successor gets ready, which has read the file
+/// A signal that comes while a new process gets ready, which has read the file
 /// already, is not lost: whoever carries on reloads.
 #[testbed::trial]
 fn a_reload_in_a_takeover() -> Result<()> {
@@ -234,10 +234,10 @@ fn a_reload_in_a_takeover() -> Result<()> {
     let flags = format!("--control {} --config {file}", operator.socket_text());
     let mut near = fastvpn(&hosts.a, &flags)?;
     operator.wait()?;
-    // It may be that a successor is quicker than its being stopped.
+    // It may be that a new process is quicker than its being stopped.
     for number in 2..20 {
         let mut new = fastvpn(&hosts.a, &format!("{flags} --takeover"))?;
-        wait_until("a successor is served", || {
+        wait_until("a new process is served", || {
             Ok(has_thread(&near, "handoff") || near.child().try_wait()?.is_some())
         })?;
         new.child().signal(Signal::SIGSTOP);
@@ -259,7 +259,7 @@ fn a_reload_in_a_takeover() -> Result<()> {
             return check(ended.log.contains("reloaded: "), || ended.log);
         }
     }
-    fail("no successor could be held up")
+    fail("no new process could be held up")
 }
 
 /// The signal comes while the old process, which has stopped, waits for the new one's
@@ -354,8 +354,8 @@ impl Script {
     }
 }
 
-/// However far it has come, up to its last word, its predecessor carries on: with
-/// the same device, addresses, routes, operators' socket and counters.
+/// However far it has come, up to its last word, the old process carries on: with
+/// the same device, addresses, routes, control socket and counters.
 #[testbed::trial(each_engine)]
 fn successors_that_die_after_the_word() -> Result<()> {
     let stage = Stage::new()?;
@@ -375,27 +375,27 @@ fn successors_that_die_after_the_word() -> Result<()> {
         (true, false, false),
         (true, false, true),
     ] {
-        let mut successor = Script::ask(&stage)?;
+        let mut new_process = Script::ask(&stage)?;
         let adds: &[IpNet] = if gives_address { &[given] } else { &[] };
         for address in adds.iter().chain([&by_hand]) {
             a.host.netlink()?.add_address(index, *address)?;
         }
-        successor.get_ready(adds)?;
+        new_process.get_ready(adds)?;
         if hears_go {
-            successor.hear("go")?;
+            new_process.hear("go")?;
         }
         if is_silent {
-            successor.hear("error")?;
-            let taken = successor.say(&json!({"taken": true}));
+            new_process.hear("error")?;
+            let taken = new_process.say(&json!({"taken": true}));
             check(taken.is_err(), || "both carry on".into())?;
         }
-        drop(successor);
+        drop(new_process);
         stream.wait_for_progress()?;
         wait_for_each_other(a, b)?;
         stage.operator.wait()?;
         check(stage.pid()? == pid, || "somebody else answers".into())?;
         // What others have given the device meanwhile is theirs.
-        wait_until("the successor's address is gone", || {
+        wait_until("the new process's address is gone", || {
             let present = a.host.netlink()?.addresses()?;
             check(present.contains(&(index, by_hand)), || {
                 format!("{by_hand} is gone: {present:?}")
@@ -425,7 +425,7 @@ fn successors_that_die_after_the_word() -> Result<()> {
     stop(far).map(drop)
 }
 
-/// Its successor carries on.
+/// The new process carries on.
 #[testbed::trial(each_engine)]
 fn a_predecessor_that_dies_after_the_word() -> Result<()> {
     /// Answers that a client does not read keep the end waiting.
@@ -512,21 +512,21 @@ fn threads(tunnel: &Tunnel) -> Vec<Thread> {
 fn nobody_waits_for_a_silent_successor() -> Result<()> {
     let stage = Stage::new()?;
     let (near, far) = stage.play()?;
-    let mut successor = Script::ask(&stage)?;
+    let mut new_process = Script::ask(&stage)?;
     for question in ["status", "peers", "route list"] {
         stage.operator.tell(question)?;
     }
     let asked = Instant::now();
     stop(near)?;
     // Or it would take the old process for dead, and carry on.
-    successor.hear("error")?;
+    new_process.hear("error")?;
     check(asked.elapsed() < PATIENCE_WITH_SUCCESSORS / 2, || {
         format!("the end took {:?}", asked.elapsed())
     })?;
     stop(far).map(drop)
 }
 
-/// After which a silent successor is given up.
+/// After which a silent new process is given up.
 const PATIENCE_WITH_SUCCESSORS: Duration = Duration::from_secs(10);
 const _: () = assert!(PATIENCE.as_secs() > PATIENCE_WITH_SUCCESSORS.as_secs());
 

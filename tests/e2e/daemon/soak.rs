@@ -231,8 +231,8 @@ impl Soak {
     }
 
     fn take_over(&mut self) -> Result<()> {
-        let successor = self.start_site(TAKEN_OVER, &["--takeover"])?;
-        let Some(old) = self.tunnels[TAKEN_OVER].replace(successor) else {
+        let new_process = self.start_site(TAKEN_OVER, &["--takeover"])?;
+        let Some(old) = self.tunnels[TAKEN_OVER].replace(new_process) else {
             return Ok(());
         };
         let ended = old.wait()?;

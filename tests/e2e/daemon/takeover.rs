@@ -70,14 +70,14 @@ impl Stage {
         Ok(self.operator.ask("status")?["pid"].as_u64())
     }
 
-    /// Starts a successor, and waits for the end of its predecessor.
+    /// Starts a new process, and waits for the end of the old process.
     pub fn take_over(&self, old: Tunnel, flags: &[&str]) -> Result<(Tunnel, Ended)> {
         let new = self.start(&[&["--takeover"], flags].concat())?;
         let ended = old.wait()?;
         check(ended.status.code() == Some(0), || {
             format!("{}:\n{}", ended.status, ended.log)
         })?;
-        wait_until("the successor answers", || {
+        wait_until("the new process answers", || {
             Ok(self.operator.run(&["status"])?.status.success())
         })?;
         check(self.pid()? == Some(new.pid().into()), || {
@@ -187,7 +187,7 @@ fn taken_over_twice_in_a_stream() -> Result<()> {
             streams.iter().try_for_each(Stream::wait_for_progress)
         })?;
         let Some((new, ended)) = next else {
-            return fail("no successor");
+            return fail("no new process");
         };
         near = new;
         check(ended.log.contains("total: sent "), || ended.log)?;
@@ -206,7 +206,7 @@ fn taken_over_twice_in_a_stream() -> Result<()> {
         stream.finish()?;
     }
     wait_for_each_other(stage.near(), stage.far())?;
-    // The successor is a tunnel as any other.
+    // The new process is a tunnel as any other.
     stage.operator.tell("route del 172.30.0.0/16")?;
     let routes = own_routes(&stage.near().host)?;
     check(routes.len() == 4, || format!("{routes:?}"))?;
@@ -214,7 +214,7 @@ fn taken_over_twice_in_a_stream() -> Result<()> {
         let (host, delete) = (&stage.near().host, RouteCommand::Delete);
         ip_route(host, delete, *prefix, TUNNEL_NAME, None)?;
     }
-    wait_until("the successor puts routes back", || {
+    wait_until("the new process puts routes back", || {
         Ok(own_routes(&stage.near().host)? == routes)
     })?;
     wait_for_each_other(stage.near(), stage.far())?;
@@ -333,7 +333,7 @@ fn successors_that_fail() -> Result<()> {
             tried("read", reader.read_line(&mut manifest).map(drop))?;
         }
         drop((client, reader));
-        as_before("a successor that died")?;
+        as_before("a new process that died")?;
     }
     stream.finish()?;
     stop(near)?;
@@ -421,7 +421,7 @@ fn a_successor_with_other_flags() -> Result<()> {
     stop(far).map(drop)
 }
 
-/// However far it has come: either its predecessor still has the tunnel, or it
+/// However far it has come: either the old process still has the tunnel, or it
 /// had it, and it is gone with it. Nothing in between.
 #[testbed::trial(each_engine)]
 fn successors_that_are_killed() -> Result<()> {
@@ -441,7 +441,7 @@ fn successors_that_are_killed() -> Result<()> {
         new.child().signal(Signal::SIGKILL);
         new.wait()?;
         let mut is_kept = false;
-        wait_until("the predecessor ends or goes on", || {
+        wait_until("the old process ends or goes on", || {
             let has_ended = near.child().try_wait()?.is_some();
             is_kept = !has_ended && stage.operator.run(&["status"])?.status.success();
             Ok(has_ended || is_kept)
@@ -598,7 +598,7 @@ fn operators_in_a_takeover() -> Result<()> {
     stop(far).map(drop)
 }
 
-/// Its predecessor's device stays as it is, whatever the kernel took first.
+/// The old process's device stays as it is, whatever the kernel took first.
 #[testbed::trial]
 fn a_successor_that_is_refused_an_address() -> Result<()> {
     let hosts = hosts(1500)?;

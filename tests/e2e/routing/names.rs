@@ -414,7 +414,7 @@ fn a_silent_name_server() -> Result<()> {
     tunnels.into_iter().try_for_each(|end| stop(end).map(drop))
 }
 
-/// The successor knows what its predecessor knew, though nobody tells it.
+/// The new process knows what the old process knew, though nobody tells it.
 #[testbed::trial]
 fn a_takeover_without_a_name_server() -> Result<()> {
     let (moving, [old, far]) = Moving::start(&[])?;
@@ -469,7 +469,7 @@ fn a_reload_without_a_name_server() -> Result<()> {
     tunnels.into_iter().try_for_each(|end| stop(end).map(drop))
 }
 
-/// A peer by name that an operator added is the successor's as well.
+/// A peer by name that an operator added is the new process's as well.
 #[testbed::trial]
 fn names_added_are_handed_over() -> Result<()> {
     let network = sites(3)?;
