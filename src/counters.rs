@@ -74,24 +74,24 @@ macro_rules! counters {
 }
 
 counters! {
-    /// Frames read from the TUN queue (a super-packet is one).
-    tun_frames_read,
-    /// Sends that the kernel took (a train is one).
-    trains_sent,
+    /// Vnet packets read from the TUN queue (a GSO packet is one).
+    tun_reads,
+    /// Sends that the kernel took (a batch is one).
+    udp_sends,
     /// Packets in them: one datagram each.
     packets_sent,
     /// Bytes of those packets.
     bytes_sent,
-    /// Receives (a GRO train is one).
-    trains_received,
+    /// Receives (a GRO batch is one).
+    udp_receives,
     /// Packets taken from known senders, well formed.
     packets_received,
     /// Bytes of those packets.
     bytes_received,
-    /// Frames written to the TUN queue (a super-packet is one).
-    tun_frames_written,
-    /// Outbound: frames that are no whole IP packet or contradict their offloads.
-    drop_frame_malformed,
+    /// Vnet packets written to the TUN queue (a GSO packet is one).
+    tun_writes,
+    /// Outbound: vnet packets that are no whole IP packet or contradict their offloads.
+    drop_tun_malformed,
     /// Outbound: packets to which no peer's prefix matches.
     drop_no_route,
     /// Outbound: packets to a peer whose name has not resolved, or to
@@ -109,7 +109,7 @@ counters! {
     drop_send_error,
     /// Inbound: datagrams that the kernel dropped at the socket: its receive buffer
     /// was full, or they came out of the tunnel itself. (Written by the control
-    /// thread; a GRO train is one.)
+    /// thread; a GRO batch is one.)
     drop_at_socket,
     /// Inbound: datagrams from an address that is no peer's.
     drop_sender_unknown,
@@ -123,9 +123,9 @@ counters! {
     drop_length,
     /// Inbound: receives cut short by the kernel.
     drop_truncated,
-    /// Inbound: frames that the TUN queue had no room for.
+    /// Inbound: vnet packets that the TUN queue had no room for.
     drop_tun_full,
-    /// Inbound: frames that the TUN device refused, such as while it is down.
+    /// Inbound: vnet packets that the TUN device refused, such as while it is down.
     drop_tun_error,
     /// Either way: packets for which no output buffer was free.
     drop_no_buffer,

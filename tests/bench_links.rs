@@ -7,8 +7,8 @@
 // the tests of its modules; tests/bench_parts.rs does.
 #![allow(dead_code, unused_imports)]
 
-#[path = "../benches/tunnel/contenders/mod.rs"]
-mod contenders;
+#[path = "../benches/tunnel/targets/mod.rs"]
+mod targets;
 #[path = "../benches/tunnel/variant.rs"]
 mod variant;
 
@@ -18,12 +18,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use contenders::{
-    Contender, TUNNEL, UNDERLAY, UNDERLAY_MTU_BYTES, UNDERLAY_PREFIX, others::others,
-    overlay::Overlay,
-};
 use ipnet::IpNet;
 use libtest_mimic::{Arguments, Failed, Trial};
+use targets::{
+    TUNNEL, Target, UNDERLAY, UNDERLAY_MTU_BYTES, UNDERLAY_PREFIX, others::others, overlay::Overlay,
+};
 use testbed::traffic::{Between, Bulk, BulkLimit, Watch, ping, snmp_counter, tcp_bulk};
 use testbed::{Namespace, Pair, UNDERLAY_NAME};
 
@@ -44,10 +43,10 @@ fn main() -> ExitCode {
         eprintln!("the tests of other tunnels cannot run: {error}");
         return ExitCode::FAILURE;
     }
-    let trials = tested().into_iter().map(|contender| {
-        let missing = contender.missing();
+    let trials = tested().into_iter().map(|target| {
+        let missing = target.missing();
         let kind = missing.clone().unwrap_or_default();
-        let name = contender.key();
+        let name = target.key();
         Trial::test(name, move || check(name))
             .with_kind(kind)
             .with_ignored_flag(missing.is_some())
@@ -55,7 +54,7 @@ fn main() -> ExitCode {
     libtest_mimic::run(&arguments, trials.collect()).exit_code()
 }
 
-fn tested() -> Vec<Box<dyn Contender>> {
+fn tested() -> Vec<Box<dyn Target>> {
     let mut tested = others();
     tested.push(Box::new(Overlay::Prefixes));
     tested.push(Box::new(Overlay::Changes));
@@ -63,14 +62,14 @@ fn tested() -> Vec<Box<dyn Contender>> {
 }
 
 fn check(key: &str) -> Result<(), Failed> {
-    let contender: Box<dyn Contender> = tested()
+    let target: Box<dyn Target> = tested()
         .into_iter()
-        .find(|contender| contender.key() == key)
+        .find(|target| target.key() == key)
         .ok_or("gone")?;
-    println!("{}: {}", contender.title(), contender.detail());
+    println!("{}: {}", target.title(), target.detail());
     let net = |own: usize| IpNet::new(UNDERLAY[own].into(), UNDERLAY_PREFIX);
     let pair = testbed::pair(&[(net(0)?, net(1)?)], UNDERLAY_MTU_BYTES)?;
-    let link = contender.start(&pair)?;
+    let link = target.start(&pair)?;
 
     fills_the_cable(&pair, link.address)?;
     transfer(&pair.a, &pair.b, link.address)?;
@@ -91,13 +90,13 @@ fn check(key: &str) -> Result<(), Failed> {
     leaves_nothing(&pair, link)
 }
 
-/// That the largest packet makes the largest frame: no byte of the MTU is lost.
+/// That the largest packet makes the largest vnet packet: no byte of the MTU is lost.
 fn fills_the_cable(pair: &Pair, address: IpAddr) -> Result<(), Failed> {
     let mut netlink = pair.a.netlink()?;
     let tunnel = netlink.interface_to(address)?.ok_or("no route")?;
     let mtu = netlink.link_by_index(tunnel)?.ok_or("no interface")?.mtu;
     let cable = netlink.link_index(UNDERLAY_NAME)?.ok_or("no cable")?;
-    let frame_bytes = u64::from(UNDERLAY_MTU_BYTES) + ETHERNET_HEADER_BYTES;
+    let vnet_packet_bytes = u64::from(UNDERLAY_MTU_BYTES) + ETHERNET_HEADER_BYTES;
     let mut sent = Vec::new();
     for _ in 0..PINGS_MAX {
         let before = netlink.link_stats(cable)?.tx_bytes;
@@ -109,11 +108,11 @@ fn fills_the_cable(pair: &Pair, address: IpAddr) -> Result<(), Failed> {
         )?;
         sent.push(netlink.link_stats(cable)?.tx_bytes - before);
         // What a tunnel says beside the packet comes on top, but not each time.
-        if sent.contains(&frame_bytes) {
+        if sent.contains(&vnet_packet_bytes) {
             return Ok(());
         }
     }
-    Err(format!("no frame of {frame_bytes} bytes with MTU {mtu}: {sent:?}").into())
+    Err(format!("no vnet packet of {vnet_packet_bytes} bytes with MTU {mtu}: {sent:?}").into())
 }
 
 fn transfer(client: &Namespace, server: &Namespace, address: IpAddr) -> Result<(), Failed> {
@@ -131,7 +130,7 @@ fn transfer(client: &Namespace, server: &Namespace, address: IpAddr) -> Result<(
     }
 }
 
-fn leaves_nothing(pair: &Pair, link: contenders::Link) -> Result<(), Failed> {
+fn leaves_nothing(pair: &Pair, link: targets::Link) -> Result<(), Failed> {
     let processes = link.processes.iter().flatten();
     let mut traces: Vec<PathBuf> = processes
         .map(|child| format!("/proc/{}", child.pid()).into())

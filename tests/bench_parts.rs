@@ -5,8 +5,6 @@
 
 #[path = "../benches/tunnel/cli.rs"]
 mod cli;
-#[path = "../benches/tunnel/contenders/mod.rs"]
-mod contenders;
 #[path = "../benches/tunnel/facts.rs"]
 mod facts;
 #[path = "../benches/tunnel/measure.rs"]
@@ -23,6 +21,8 @@ mod results;
 mod syscalls;
 #[path = "../benches/tunnel/table.rs"]
 mod table;
+#[path = "../benches/tunnel/targets/mod.rs"]
+mod targets;
 #[path = "../benches/tunnel/traffic.rs"]
 mod traffic;
 #[path = "../benches/tunnel/variant.rs"]

@@ -1,19 +1,19 @@
-//! Inbound: the datagrams of a train, verified, into frames for the TUN queue.
+//! Inbound: the datagrams of a batch, verified, into vnet packets for the TUN queue.
 
 use std::hint::black_box;
 
 use fastvpn::packet::coalesce::{Coalescer, FLOWS_MAX, TunOffloads, UDP_SEGMENTS_MAX};
-use fastvpn::packet::frame::{Frame, FrameSink};
 use fastvpn::packet::ip::{self, Version};
+use fastvpn::packet::vnet_packet::{VnetPacket, VnetSink};
 use fastvpn::packet::{TCP, UDP};
 
 use super::inputs::{self, ESP, MTU_BYTES, TCP_WITH_TIMESTAMP_BYTES};
 use super::{Case, Kernel};
 
-/// Datagrams of a train of full-size ones.
-const TRAIN_PACKETS: usize = 44;
+/// Datagrams of a batch of full-size ones.
+const BATCH_PACKETS: usize = 44;
 
-/// Datagrams of a train of small ones.
+/// Datagrams of a batch of small ones.
 const SMALL_PACKETS: usize = 128;
 
 const SMALL_BYTES: usize = 64;
@@ -22,13 +22,13 @@ const SMALL_BYTES: usize = 64;
 const RUN_PACKETS: usize = 4;
 
 pub const CASES: &[Case] = &[
-    ("coalesce/tcp4-train", || tcp_train(Version::V4)),
-    ("coalesce/tcp6-train", || tcp_train(Version::V6)),
+    ("coalesce/tcp4-batch", || tcp_batch(Version::V4)),
+    ("coalesce/tcp6-batch", || tcp_batch(Version::V6)),
     // All open at a time, packet by packet in turn.
     ("coalesce/tcp4-16-flows", || {
         many_flows(FLOWS_MAX, FLOWS_MAX)
     }),
-    // More than can be open: each packet closes another flow's frame.
+    // More than can be open: each packet closes another flow's vnet packet.
     ("coalesce/tcp4-32-flows", || {
         many_flows(2 * FLOWS_MAX, 2 * FLOWS_MAX * RUN_PACKETS)
     }),
@@ -38,25 +38,25 @@ pub const CASES: &[Case] = &[
     ("coalesce/esp4-1472", || {
         let first = inputs::packet(Version::V4, ESP, 0);
         merge(
-            &inputs::flow(first, MTU_BYTES, TRAIN_PACKETS),
-            TRAIN_PACKETS,
+            &inputs::flow(first, MTU_BYTES, BATCH_PACKETS),
+            BATCH_PACKETS,
         )
     }),
 ];
 
-/// One full train of one bulk stream.
-fn tcp_train(version: Version) -> Kernel {
+/// One full batch of one bulk stream.
+fn tcp_batch(version: Version) -> Kernel {
     let first = inputs::packet(version, TCP, 0);
-    merge(&inputs::flow(first, MTU_BYTES, TRAIN_PACKETS), 1)
+    merge(&inputs::flow(first, MTU_BYTES, BATCH_PACKETS), 1)
 }
 
 /// [`RUN_PACKETS`] of each of `flows`, packet by packet in turn.
-fn many_flows(flows: usize, frames: usize) -> Kernel {
+fn many_flows(flows: usize, vnet_packets: usize) -> Kernel {
     let packet = |flow| inputs::packet(Version::V4, TCP, flow as u16).filling(MTU_BYTES);
     let packets: Vec<_> = (0..RUN_PACKETS)
         .flat_map(|index| (0..flows).map(move |flow| packet(flow).at(index).bytes()))
         .collect();
-    merge(&packets, frames)
+    merge(&packets, vnet_packets)
 }
 
 fn udp_small() -> Kernel {
@@ -72,9 +72,9 @@ fn acknowledgments() -> Kernel {
     merge(&packets, SMALL_PACKETS)
 }
 
-/// Packets of equal size, back to back in one buffer, merged into `frames`
-/// frames.
-fn merge(packets: &[Vec<u8>], frames: usize) -> Kernel {
+/// Packets of equal size, back to back in one buffer, merged into `vnet_packets`
+/// vnet packets.
+fn merge(packets: &[Vec<u8>], vnet_packets: usize) -> Kernel {
     let packet_bytes = packets.first().map_or(1, Vec::len);
     let payload = packets.concat();
     let offloads = TunOffloads {
@@ -82,7 +82,7 @@ fn merge(packets: &[Vec<u8>], frames: usize) -> Kernel {
         udp: true,
     };
     let mut coalescer = Coalescer::new(offloads);
-    let mut sink = Pool::new(frames.max(2 * FLOWS_MAX));
+    let mut sink = Pool::new(vnet_packets.max(2 * FLOWS_MAX));
     let work = move || {
         for datagram in black_box(payload.as_slice()).chunks(packet_bytes) {
             if let Ok(version) = ip::verify(datagram) {
@@ -92,40 +92,42 @@ fn merge(packets: &[Vec<u8>], frames: usize) -> Kernel {
         coalescer.flush(&mut sink);
         sink.empty()
     };
-    Kernel::new(packets.len(), packet_bytes, frames, work)
+    Kernel::new(packets.len(), packet_bytes, vnet_packets, work)
 }
 
-/// A sink that uses the same frames again in every run.
+/// A sink that uses the same vnet packets again in every run.
 struct Pool {
-    free: Vec<Frame>,
-    finished: Vec<Frame>,
+    free: Vec<VnetPacket>,
+    finished: Vec<VnetPacket>,
 }
 
 impl Pool {
-    fn new(frames: usize) -> Self {
+    fn new(vnet_packets: usize) -> Self {
         Self {
-            free: (0..frames).map(|id| Frame::new(id as u16)).collect(),
-            finished: Vec::with_capacity(frames),
+            free: (0..vnet_packets)
+                .map(|id| VnetPacket::new(id as u16))
+                .collect(),
+            finished: Vec::with_capacity(vnet_packets),
         }
     }
 
-    /// Takes the finished frames as written; returns how many there were.
+    /// Takes the finished vnet packets as written; returns how many there were.
     fn empty(&mut self) -> u64 {
         let count = self.finished.len();
-        for frame in self.finished.drain(..) {
-            black_box(frame.bytes());
-            self.free.push(frame);
+        for vnet_packet in self.finished.drain(..) {
+            black_box(vnet_packet.bytes());
+            self.free.push(vnet_packet);
         }
         count as u64
     }
 }
 
-impl FrameSink for Pool {
-    fn take_frame(&mut self) -> Option<Frame> {
+impl VnetSink for Pool {
+    fn take_vnet_packet(&mut self) -> Option<VnetPacket> {
         self.free.pop()
     }
 
-    fn write(&mut self, frame: Frame) {
-        self.finished.push(frame);
+    fn write(&mut self, vnet_packet: VnetPacket) {
+        self.finished.push(vnet_packet);
     }
 }

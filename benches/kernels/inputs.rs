@@ -1,4 +1,4 @@
-//! The packets and frames that kernels are fed: plain, valid, and always the
+//! The packets and vnet packets that kernels are fed: plain, valid, and always the
 //! same.
 
 use fastvpn::packet::checksum::{Sum, pseudo_header};
@@ -91,9 +91,9 @@ impl Packet {
         bytes
     }
 
-    /// The frame of a kernel that leaves the checksum, and the cutting into
+    /// The vnet packet of a kernel that leaves the checksum, and the cutting into
     /// packets of `gso_bytes` of payload if that is not 0, to the device.
-    pub fn frame(&self, gso_bytes: usize) -> Vec<u8> {
+    pub fn vnet_packet(&self, gso_bytes: usize) -> Vec<u8> {
         let mut bytes = self.without_transport_checksum();
         let ip_bytes = self.ip_bytes();
         let mut header = Header::default();

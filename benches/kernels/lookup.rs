@@ -24,7 +24,7 @@ const SMALL_BYTES: usize = 64;
 pub const CASES: &[Case] = &[
     ("header/verify4", || verify(Version::V4)),
     ("header/verify6", || verify(Version::V6)),
-    ("header/frame-tcp4", frame_header),
+    ("header/vnet_packet-tcp4", vnet_packet_header),
     ("lookup/next-hop", next_hop),
     ("lookup/sender-of-1", || sender(1)),
     ("lookup/sender-of-64", || sender(64)),
@@ -43,15 +43,15 @@ fn verify(version: Version) -> Kernel {
     Kernel::new(QUESTIONS, SMALL_BYTES, QUESTIONS, work)
 }
 
-/// Outbound: a TSO frame's virtio-net header, IP header and TCP header, and
+/// Outbound: a TSO vnet packet's virtio-net header, IP header and TCP header, and
 /// what its packets' checksums have in common.
-fn frame_header() -> Kernel {
+fn vnet_packet_header() -> Kernel {
     let whole = inputs::packet(Version::V4, TCP, 0);
     let gso_bytes = MTU_BYTES - whole.header_bytes();
-    let frame = whole.filling(2 * MTU_BYTES).frame(gso_bytes);
+    let vnet_packet = whole.filling(2 * MTU_BYTES).vnet_packet(gso_bytes);
     let work = move || {
-        let frames = (0..QUESTIONS).map(|_| Segments::new(black_box(&frame)));
-        frames
+        let vnet_packets = (0..QUESTIONS).map(|_| Segments::new(black_box(&vnet_packet)));
+        vnet_packets
             .filter(|segments| black_box(segments).is_ok())
             .count() as u64
     };

@@ -2,7 +2,7 @@
 //! packet` times, and what `cargo bench --bench instructions` counts.
 //!
 //! A kernel is one piece of the data path on the packets of one buffer, such
-//! as a TSO frame cut into 45 packets. Inputs are the same on every machine
+//! as a TSO vnet packet cut into 45 packets. Inputs are the same on every machine
 //! and in every run, and all memory is taken before the first one.
 
 mod coalesce;
@@ -38,7 +38,7 @@ impl Kernel {
     }
 
     /// Runs it once, over all its packets. Returns how many outputs that gave:
-    /// packets written, frames finished, lookups that found something.
+    /// packets written, vnet packets finished, lookups that found something.
     pub fn run(&mut self) -> u64 {
         (self.work)()
     }

@@ -1,20 +1,20 @@
-//! Outbound: frames from the TUN queue into packets, packets into trains.
+//! Outbound: vnet packets from the TUN queue into packets, packets into batches.
 
 use std::hint::black_box;
 
+use fastvpn::packet::batch::{BATCH_BYTES_MAX, Batch, Limits};
 use fastvpn::packet::ip::Version;
 use fastvpn::packet::segment::Segments;
-use fastvpn::packet::train::{Limits, TRAIN_BYTES_MAX, Train};
 use fastvpn::packet::{TCP, UDP};
 
 use super::inputs::{self, MTU_BYTES};
 use super::{Case, Kernel};
 
-/// Packets of a full TSO or USO frame at [`MTU_BYTES`].
-const FRAME_PACKETS: usize = 44;
+/// Packets of a full TSO or USO vnet packet at [`MTU_BYTES`].
+const VNET_PACKET_PACKETS: usize = 44;
 
-/// Small frames that follow each other in a batch: one full train of them.
-const SMALL_FRAMES: usize = 128;
+/// Small vnet packets that follow each other in a batch: one full batch of them.
+const SMALL_VNET_PACKETS: usize = 128;
 
 const SMALL_BYTES: usize = 64;
 
@@ -24,94 +24,95 @@ pub const CASES: &[Case] = &[
     ("segment/udp4-1472", || cut(Version::V4, UDP)),
     ("segment/whole4-1472", || whole(MTU_BYTES)),
     ("segment/whole4-64", || whole(SMALL_BYTES)),
-    ("train/1472", || append(FRAME_PACKETS, MTU_BYTES)),
-    ("train/64", || append(SMALL_FRAMES, SMALL_BYTES)),
-    ("outbound/tcp4-1472", frame_to_train),
-    ("outbound/udp4-64", small_frames_to_train),
+    ("batch/1472", || append(VNET_PACKET_PACKETS, MTU_BYTES)),
+    ("batch/64", || append(SMALL_VNET_PACKETS, SMALL_BYTES)),
+    ("outbound/tcp4-1472", vnet_packet_to_batch),
+    ("outbound/udp4-64", small_vnet_packets_to_batch),
 ];
 
-/// One super-frame into packets, back to back.
+/// One super-vnet packet into packets, back to back.
 fn cut(version: Version, protocol: u8) -> Kernel {
-    let frame = super_frame(version, protocol);
-    let mut out = vec![0; FRAME_PACKETS * MTU_BYTES];
-    let work = move || write_all(black_box(&frame), black_box(&mut out)) as u64;
-    Kernel::new(FRAME_PACKETS, MTU_BYTES, FRAME_PACKETS, work)
+    let vnet_packet = gso_packet(version, protocol);
+    let mut out = vec![0; VNET_PACKET_PACKETS * MTU_BYTES];
+    let work = move || write_all(black_box(&vnet_packet), black_box(&mut out)) as u64;
+    Kernel::new(VNET_PACKET_PACKETS, MTU_BYTES, VNET_PACKET_PACKETS, work)
 }
 
-/// Frames of one packet each, whose checksum is left to us.
+/// Vnet packets of one packet each, whose checksum is left to us.
 fn whole(packet_bytes: usize) -> Kernel {
     let packet = inputs::packet(Version::V4, UDP, 0).filling(packet_bytes);
-    let frame = packet.frame(0);
+    let vnet_packet = packet.vnet_packet(0);
     let mut out = vec![0; packet_bytes];
     let work = move || {
-        let written = (0..SMALL_FRAMES).map(|_| write_all(black_box(&frame), black_box(&mut out)));
+        let written = (0..SMALL_VNET_PACKETS)
+            .map(|_| write_all(black_box(&vnet_packet), black_box(&mut out)));
         written.sum::<usize>() as u64
     };
-    Kernel::new(SMALL_FRAMES, packet_bytes, SMALL_FRAMES, work)
+    Kernel::new(SMALL_VNET_PACKETS, packet_bytes, SMALL_VNET_PACKETS, work)
 }
 
-/// Ready packets into one train: room found, bytes copied.
+/// Ready packets into one batch: room found, bytes copied.
 fn append(packets: usize, packet_bytes: usize) -> Kernel {
     let packet = inputs::packet(Version::V4, UDP, 0);
     let packet = packet.filling(packet_bytes).bytes();
-    let mut train = Train::new(0);
+    let mut batch = Batch::new(0);
     let work = move || {
-        train.start(0, Limits::FULL);
+        batch.start(0, Limits::FULL);
         for _ in 0..packets {
             let packet = black_box(packet.as_slice());
-            if let Some(room) = train.reserve(packet.len()) {
+            if let Some(room) = batch.reserve(packet.len()) {
                 room.copy_from_slice(packet);
             }
         }
-        black_box(train.bytes());
-        train.count() as u64
+        black_box(batch.bytes());
+        batch.count() as u64
     };
     Kernel::new(packets, packet_bytes, packets, work)
 }
 
-/// Both steps, as a worker does them: each packet is written where its train
+/// Both steps, as a worker does them: each packet is written where its batch
 /// has room.
-fn frame_to_train() -> Kernel {
-    let frame = super_frame(Version::V4, TCP);
-    let mut train = Train::new(0);
+fn vnet_packet_to_batch() -> Kernel {
+    let vnet_packet = gso_packet(Version::V4, TCP);
+    let mut batch = Batch::new(0);
     let work = move || {
-        train.start(0, Limits::FULL);
-        fill(black_box(&frame), &mut train);
-        black_box(train.bytes());
-        train.count() as u64
+        batch.start(0, Limits::FULL);
+        fill(black_box(&vnet_packet), &mut batch);
+        black_box(batch.bytes());
+        batch.count() as u64
     };
-    Kernel::new(FRAME_PACKETS, MTU_BYTES, FRAME_PACKETS, work)
+    Kernel::new(VNET_PACKET_PACKETS, MTU_BYTES, VNET_PACKET_PACKETS, work)
 }
 
-fn small_frames_to_train() -> Kernel {
+fn small_vnet_packets_to_batch() -> Kernel {
     let packet = inputs::packet(Version::V4, UDP, 0).filling(SMALL_BYTES);
-    let frames: Vec<_> = (0..SMALL_FRAMES)
-        .map(|index| packet.at(index).frame(0))
+    let vnet_packets: Vec<_> = (0..SMALL_VNET_PACKETS)
+        .map(|index| packet.at(index).vnet_packet(0))
         .collect();
-    let mut train = Train::new(0);
+    let mut batch = Batch::new(0);
     let work = move || {
-        train.start(0, Limits::FULL);
-        for frame in &frames {
-            fill(black_box(frame), &mut train);
+        batch.start(0, Limits::FULL);
+        for vnet_packet in &vnet_packets {
+            fill(black_box(vnet_packet), &mut batch);
         }
-        black_box(train.bytes());
-        train.count() as u64
+        black_box(batch.bytes());
+        batch.count() as u64
     };
-    Kernel::new(SMALL_FRAMES, SMALL_BYTES, SMALL_FRAMES, work)
+    Kernel::new(SMALL_VNET_PACKETS, SMALL_BYTES, SMALL_VNET_PACKETS, work)
 }
 
-fn super_frame(version: Version, protocol: u8) -> Vec<u8> {
+fn gso_packet(version: Version, protocol: u8) -> Vec<u8> {
     let whole = inputs::packet(version, protocol, 0);
     let gso_bytes = MTU_BYTES - whole.header_bytes();
-    let payload_bytes = FRAME_PACKETS * gso_bytes;
+    let payload_bytes = VNET_PACKET_PACKETS * gso_bytes;
     whole
         .filling(whole.header_bytes() + payload_bytes)
-        .frame(gso_bytes)
+        .vnet_packet(gso_bytes)
 }
 
-/// Writes a frame's packets one behind the other; returns how many.
-fn write_all(frame: &[u8], out: &mut [u8]) -> usize {
-    let Ok(segments) = Segments::new(frame) else {
+/// Writes a vnet packet's packets one behind the other; returns how many.
+fn write_all(vnet_packet: &[u8], out: &mut [u8]) -> usize {
+    let Ok(segments) = Segments::new(vnet_packet) else {
         return 0;
     };
     let mut rest = out;
@@ -123,16 +124,16 @@ fn write_all(frame: &[u8], out: &mut [u8]) -> usize {
     segments.count()
 }
 
-/// Writes a frame's packets into a train, as long as they fit.
-fn fill(frame: &[u8], train: &mut Train) {
-    let Ok(segments) = Segments::new(frame) else {
+/// Writes a vnet packet's packets into a batch, as long as they fit.
+fn fill(vnet_packet: &[u8], batch: &mut Batch) {
+    let Ok(segments) = Segments::new(vnet_packet) else {
         return;
     };
     for index in 0..segments.count() {
-        if let Some(room) = train.reserve(segments.packet_bytes(index)) {
+        if let Some(room) = batch.reserve(segments.packet_bytes(index)) {
             segments.write(index, room);
         }
     }
 }
 
-const _: () = assert!(FRAME_PACKETS * MTU_BYTES <= TRAIN_BYTES_MAX);
+const _: () = assert!(VNET_PACKET_PACKETS * MTU_BYTES <= BATCH_BYTES_MAX);

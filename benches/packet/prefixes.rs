@@ -11,8 +11,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion};
+use fastvpn::packet::batch::NextHop;
 use fastvpn::packet::lpm::Prefixes;
-use fastvpn::packet::train::NextHop;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 /// Prefixes of a table.

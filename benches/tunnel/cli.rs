@@ -23,7 +23,7 @@ pub struct Cli {
 
     /// What to compare, as in vxlan,uring; variants come on top [default: all that is there]
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
-    pub contenders: Vec<String>,
+    pub targets: Vec<String>,
 
     /// fastvpn with other flags, or another program; repeatable, as in q4="--queues 4"
     #[arg(long, value_name = "NAME[@PROGRAM]=FLAGS", value_parser = variant::parse)]
@@ -45,7 +45,7 @@ pub struct Cli {
     #[arg(long)]
     pub no_verify: bool,
 
-    /// The contender that ratios are taken to [default: vxlan, or else the first]
+    /// The target that ratios are taken to [default: vxlan, or else the first]
     #[arg(long, value_name = "KEY")]
     pub baseline: Option<String>,
 

@@ -1,11 +1,11 @@
 //! `cargo bench --bench tunnel`: what fastvpn is worth beside other ways to
 //! link two hosts. See [`cli`] for what it can be told.
 //!
-//! - [`contenders`]: the links that are compared.
+//! - [`targets`]: the links that are compared.
 //! - [`traffic`]: the kinds of traffic and their figures.
 //! - [`measure`]: one sample. [`syscalls`]: system calls, in a pass of their own.
 //! - [`quiet`]: whether anybody else disturbed it.
-//! - [`run`]: contenders in turn, round after round.
+//! - [`run`]: targets in turn, round after round.
 //! - [`results`]: what came out; [`table`] shows it.
 
 // Cargo sets `test` for benches too, but without the harness nothing runs the
@@ -13,7 +13,6 @@
 #![cfg_attr(test, allow(dead_code, unused_imports))]
 
 mod cli;
-mod contenders;
 mod facts;
 mod measure;
 mod progress;
@@ -23,6 +22,7 @@ mod results;
 mod run;
 mod syscalls;
 mod table;
+mod targets;
 mod traffic;
 mod variant;
 
@@ -40,10 +40,10 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use testbed::enter_user_namespace_if_needed;
 
 use cli::Cli;
-use contenders::{Contender, one_packet};
 use measure::Method;
 use results::Results;
 use run::{Outcome, Plan};
+use targets::{Target, one_packet};
 use traffic::Traffic;
 
 fn main() -> ExitCode {
@@ -70,21 +70,21 @@ fn bench(cli: &Cli) -> Result<()> {
     // user namespace.
     enter_user_namespace_if_needed()?;
     let traffic = traffic::select(&cli.rows).map_err(Error::new)?;
-    let contenders = contenders(cli)?;
+    let targets = targets(cli)?;
     if cli.list {
-        print(&list(&contenders));
+        print(&list(&targets));
         return Ok(());
     }
     // Read first: a mistyped path is better known before the run than after it.
     let old = cli.compare.as_deref().map(read_json).transpose()?;
-    let baseline = baseline(cli, &contenders)?;
+    let baseline = baseline(cli, &targets)?;
     let stop = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM, SIGHUP] {
         signal_hook::flag::register(signal, Arc::clone(&stop))
             .map_err(|cause| Error::os(format!("cannot catch signal {signal}"), cause))?;
     }
     let plan = Plan {
-        contenders,
+        targets,
         traffic,
         rounds: cli.rounds.into(),
         method: Method {
@@ -122,66 +122,64 @@ fn bench(cli: &Cli) -> Result<()> {
 }
 
 /// What is to be compared: what was asked for, or all there is, and variants.
-fn contenders(cli: &Cli) -> Result<Vec<Box<dyn Contender>>> {
-    let mut all = contenders::all()?;
+fn targets(cli: &Cli) -> Result<Vec<Box<dyn Target>>> {
+    let mut all = targets::all()?;
     if let Some(unknown) = cli
-        .contenders
+        .targets
         .iter()
-        .find(|key| all.iter().all(|contender| contender.key() != key.as_str()))
+        .find(|key| all.iter().all(|target| target.key() != key.as_str()))
     {
         return Err(Error::new(format!(
-            "there is no contender {unknown}; --list shows all"
+            "there is no target {unknown}; --list shows all"
         )));
     }
     if let Some(taken) = cli.variant.iter().enumerate().find(|(index, variant)| {
         let mut earlier = cli.variant[..*index].iter();
-        all.iter().any(|contender| contender.key() == variant.name)
+        all.iter().any(|target| target.key() == variant.name)
             || earlier.any(|earlier| earlier.name == variant.name)
     }) {
         let name = &taken.1.name;
         return Err(Error::new(format!("the name {name} of a variant is taken")));
     }
-    if !cli.contenders.is_empty() {
-        all.retain(|contender| cli.contenders.iter().any(|key| key == contender.key()));
+    if !cli.targets.is_empty() {
+        all.retain(|target| cli.targets.iter().any(|key| key == target.key()));
     }
     for variant in &cli.variant {
-        all.push(Box::new(contenders::fastvpn::from_variant(
-            variant.clone(),
-        )?));
+        all.push(Box::new(targets::fastvpn::from_variant(variant.clone())?));
     }
     Ok(all)
 }
 
 /// What ratios are taken to.
-fn baseline(cli: &Cli, contenders: &[Box<dyn Contender>]) -> Result<String> {
-    let mut keys = contenders.iter().map(|contender| contender.key());
+fn baseline(cli: &Cli, targets: &[Box<dyn Target>]) -> Result<String> {
+    let mut keys = targets.iter().map(|target| target.key());
     match &cli.baseline {
         Some(wanted) if keys.any(|key| key == wanted) => Ok(wanted.clone()),
         Some(wanted) => Err(Error::new(format!(
-            "the baseline {wanted} is not among the contenders"
+            "the baseline {wanted} is not among the targets"
         ))),
         None => {
-            let present = |key: &str| contenders.iter().any(|contender| contender.key() == key);
+            let present = |key: &str| targets.iter().any(|target| target.key() == key);
             let first = keys.next().unwrap_or_default();
             Ok(if present("vxlan") { "vxlan" } else { first }.into())
         }
     }
 }
 
-fn list(contenders: &[Box<dyn Contender>]) -> String {
+fn list(targets: &[Box<dyn Target>]) -> String {
     let mut text = "rows:\n".to_string();
     for traffic in traffic::ALL {
         text.push_str(&format!("  {:<18}{}\n", traffic.key, traffic.title));
     }
-    text.push_str("contenders:\n");
-    for contender in contenders {
-        let missing = contender.missing();
+    text.push_str("targets:\n");
+    for target in targets {
+        let missing = target.missing();
         let missing = missing.map_or_else(String::new, |reason| format!(" (missing: {reason})"));
         text.push_str(&format!(
             "  {:<18}{}: {}{missing}\n",
-            contender.key(),
-            contender.title(),
-            contender.detail()
+            target.key(),
+            target.title(),
+            target.detail()
         ));
     }
     text
@@ -198,7 +196,7 @@ fn results(started: String, traffic: &[Traffic], outcome: Outcome, cli: &Cli) ->
         version: facts::version(),
         machine: facts::machine(),
         settings: settings(&outcome, cli),
-        contenders: outcome.contenders,
+        targets: outcome.targets,
         rows,
         cells: outcome.cells,
     }

@@ -13,8 +13,8 @@ use testbed::traffic::{
 };
 use testbed::{Child, Pair, cpu_ns, rss_bytes, rss_peak_bytes};
 
-use crate::contenders::Link;
-use crate::contenders::overlay::{CHANGE_INTERVAL, Changes};
+use crate::targets::Link;
+use crate::targets::overlay::{CHANGE_INTERVAL, Changes};
 use crate::traffic::{Direction, Kind};
 
 /// Bytes of a ping-pong's request and of its answer.

@@ -14,16 +14,16 @@ pub struct Results {
     /// Settings of the run, as name and value: rounds, seconds per sample, flags.
     pub settings: Vec<(String, String)>,
     /// What was compared, in the order in which it was measured.
-    pub contenders: Vec<Contender>,
+    pub targets: Vec<Target>,
     /// What was measured, in the order in which it is shown.
     pub rows: Vec<Row>,
-    /// The samples; a pair of row and contender that was not measured is absent.
+    /// The samples; a pair of row and target that was not measured is absent.
     pub cells: Vec<Cell>,
 }
 
 /// One of the things compared.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Contender {
+pub struct Target {
     /// Short and unique, as in `uring` or `vxlan`.
     pub key: String,
     /// As shown to a person.
@@ -59,13 +59,13 @@ pub enum Better {
     Lower,
 }
 
-/// All samples of one row and one contender.
+/// All samples of one row and one target.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Cell {
     /// Key of the row.
     pub row: String,
-    /// Key of the contender.
-    pub contender: String,
+    /// Key of the target.
+    pub target: String,
     /// One value per round, in the order measured.
     pub samples: Vec<f64>,
 }
@@ -85,10 +85,10 @@ impl Cell {
 }
 
 impl Results {
-    /// The cell of a row and a contender, if it was measured.
-    pub fn cell(&self, row: &str, contender: &str) -> Option<&Cell> {
+    /// The cell of a row and a target, if it was measured.
+    pub fn cell(&self, row: &str, target: &str) -> Option<&Cell> {
         self.cells
             .iter()
-            .find(|cell| cell.row == row && cell.contender == contender)
+            .find(|cell| cell.row == row && cell.target == target)
     }
 }

@@ -1,4 +1,4 @@
-//! The run: contenders in turn, round after round, so that whatever else
+//! The run: targets in turn, round after round, so that whatever else
 //! changes on the machine meanwhile changes for all of them.
 
 use std::sync::atomic::Ordering;
@@ -7,12 +7,12 @@ use fastvpn::error::{Error, Result};
 use ipnet::IpNet;
 use testbed::Pair;
 
-use crate::contenders::{Contender, Link, UNDERLAY, UNDERLAY_MTU_BYTES, UNDERLAY_PREFIX};
 use crate::measure::{Method, Sample, Stage, is_damage};
 use crate::progress::Progress;
 use crate::quiet::{self, OTHERS_PERCENT_MAX, Others};
 use crate::results::{self, Cell};
 use crate::syscalls;
+use crate::targets::{Link, Target, UNDERLAY, UNDERLAY_MTU_BYTES, UNDERLAY_PREFIX};
 use crate::traffic::{Kind, Traffic};
 
 /// How often a sample that others disturbed is taken again.
@@ -21,7 +21,7 @@ const REPETITIONS_MAX: usize = 2;
 /// What is to be measured.
 pub struct Plan {
     /// What is compared, in this order.
-    pub contenders: Vec<Box<dyn Contender>>,
+    pub targets: Vec<Box<dyn Target>>,
     /// The traffic, in this order.
     pub traffic: Vec<Traffic>,
     /// How often.
@@ -33,8 +33,8 @@ pub struct Plan {
 /// What was measured.
 #[derive(Default)]
 pub struct Outcome {
-    /// The contenders, with the reasons why some were left out.
-    pub contenders: Vec<results::Contender>,
+    /// The targets, with the reasons why some were left out.
+    pub targets: Vec<results::Target>,
     /// All samples.
     pub cells: Vec<Cell>,
     /// Samples that others disturbed to the last, each with how much.
@@ -63,15 +63,15 @@ pub fn run(plan: &Plan) -> Outcome {
         .find(|traffic| traffic.kind == Kind::SystemCalls);
     let mut outcome = Outcome::default();
     let mut active = Vec::new();
-    for contender in &plan.contenders {
-        let missing = contender.missing();
+    for target in &plan.targets {
+        let missing = target.missing();
         if missing.is_none() {
-            active.push(contender.as_ref());
+            active.push(target.as_ref());
         }
-        outcome.contenders.push(results::Contender {
-            key: contender.key().into(),
-            title: contender.title().into(),
-            detail: contender.detail(),
+        outcome.targets.push(results::Target {
+            key: target.key().into(),
+            title: target.title().into(),
+            detail: target.detail(),
             missing,
         });
     }
@@ -105,19 +105,19 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    fn rounds(&mut self, active: &[&dyn Contender], timed: &[&Traffic]) -> Result<()> {
+    fn rounds(&mut self, active: &[&dyn Target], timed: &[&Traffic]) -> Result<()> {
         if timed.is_empty() {
             return Ok(());
         }
         let rounds = self.plan.rounds;
         for round in 1..=rounds {
-            for contender in active {
-                let name = format!("round {round} of {rounds}, {}", contender.key());
+            for target in active {
+                let name = format!("round {round} of {rounds}, {}", target.key());
                 self.progress.begin(&name);
                 let before = self.progress.done();
-                if let Some((pair, link)) = self.start(*contender, &name)? {
+                if let Some((pair, link)) = self.start(*target, &name)? {
                     for traffic in timed {
-                        self.measure(&pair, &link, *contender, traffic, &name)?;
+                        self.measure(&pair, &link, *target, traffic, &name)?;
                     }
                 }
                 // A link that did not come up takes its samples with it.
@@ -128,19 +128,19 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn count_system_calls(&mut self, active: &[&dyn Contender], traffic: &Traffic) -> Result<()> {
-        for contender in active {
-            let name = format!("counting system calls, {}", contender.key());
+    fn count_system_calls(&mut self, active: &[&dyn Target], traffic: &Traffic) -> Result<()> {
+        for target in active {
+            let name = format!("counting system calls, {}", target.key());
             self.progress.begin(&name);
             let before = self.progress.done();
-            if let Some((pair, link)) = self.start(*contender, &name)? {
+            if let Some((pair, link)) = self.start(*target, &name)? {
                 let stage = Stage {
                     pair: &pair,
                     link: &link,
                     method: &self.plan.method,
                 };
                 match syscalls::sample(&stage) {
-                    Ok(sample) => self.record(traffic, *contender, sample),
+                    Ok(sample) => self.record(traffic, *target, sample),
                     Err(error) => self.failure(&name, error)?,
                 }
             }
@@ -151,11 +151,11 @@ impl Run<'_> {
 
     /// A fresh pair of hosts for every link: nothing that one has left behind,
     /// such as TCP's memory of a path, meets the next.
-    fn start(&mut self, contender: &dyn Contender, name: &str) -> Result<Option<(Pair, Link)>> {
+    fn start(&mut self, target: &dyn Target, name: &str) -> Result<Option<(Pair, Link)>> {
         self.check_signal()?;
         let net = |host: usize| IpNet::new_assert(UNDERLAY[host].into(), UNDERLAY_PREFIX);
         let pair = testbed::pair(&[(net(0), net(1))], UNDERLAY_MTU_BYTES)?;
-        match contender.start(&pair) {
+        match target.start(&pair) {
             Ok(link) => Ok(Some((pair, link))),
             Err(error) => {
                 self.failure(name, error)?;
@@ -168,7 +168,7 @@ impl Run<'_> {
         &mut self,
         pair: &Pair,
         link: &Link,
-        contender: &dyn Contender,
+        target: &dyn Target,
         traffic: &Traffic,
         name: &str,
     ) -> Result<()> {
@@ -206,24 +206,24 @@ impl Run<'_> {
                     .disturbed
                     .push(format!("{name}: others used {percent:.0} % of a core"));
             }
-            self.record(traffic, contender, sample);
+            self.record(traffic, target, sample);
         }
         self.progress.advance(usize::from(traffic.is_timed()));
         Ok(())
     }
 
-    fn record(&mut self, traffic: &Traffic, contender: &dyn Contender, sample: Sample) {
+    fn record(&mut self, traffic: &Traffic, target: &dyn Target, sample: Sample) {
         for (figure, value) in sample {
             let row = traffic.row_key(figure);
             let cells = &mut self.outcome.cells;
             let found = cells
                 .iter_mut()
-                .find(|cell| cell.row == row && cell.contender == contender.key());
+                .find(|cell| cell.row == row && cell.target == target.key());
             match found {
                 Some(cell) => cell.samples.push(value),
                 None => cells.push(Cell {
                     row,
-                    contender: contender.key().into(),
+                    target: target.key().into(),
                     samples: vec![value],
                 }),
             }

@@ -8,7 +8,7 @@ pub const WIDTH_MAX: usize = 120;
 /// Between two columns.
 const GAP: &str = "   ";
 
-/// One column: two lines of heading, and a text for each contender.
+/// One column: two lines of heading, and a text for each target.
 struct Column {
     heading: [String; 2],
     texts: Vec<String>,
@@ -34,16 +34,16 @@ impl Column {
 
 /// All results, a block of lines for each group of rows: median, (minimum –
 /// maximum) where there are several samples, and the median's ratio to that of
-/// the contender `baseline`.
+/// the target `baseline`.
 pub fn render(results: &Results, baseline: &str) -> String {
     let mut text = String::new();
     for rows in results.rows.chunk_by(|a, b| a.group == b.group) {
         text.push_str(&group(results, rows, baseline));
         text.push('\n');
     }
-    for contender in &results.contenders {
-        if let Some(reason) = &contender.missing {
-            text.push_str(&format!("{} was left out: {reason}\n", contender.key));
+    for target in &results.targets {
+        if let Some(reason) = &target.missing {
+            text.push_str(&format!("{} was left out: {reason}\n", target.key));
         }
     }
     text
@@ -51,9 +51,9 @@ pub fn render(results: &Results, baseline: &str) -> String {
 
 fn group(results: &Results, rows: &[Row], baseline: &str) -> String {
     let keys: Vec<&str> = results
-        .contenders
+        .targets
         .iter()
-        .map(|contender| contender.key.as_str())
+        .map(|target| target.key.as_str())
         .filter(|key| rows.iter().any(|row| results.cell(&row.key, key).is_some()))
         .collect();
     let names = Column {
@@ -160,9 +160,9 @@ fn spread(cell: &Cell) -> Option<String> {
 pub fn compare(old: &Results, new: &Results) -> String {
     let mut lines = Vec::new();
     for row in &new.rows {
-        for contender in &new.contenders {
+        for target in &new.targets {
             let median = |results: &Results| {
-                let cell = results.cell(&row.key, &contender.key);
+                let cell = results.cell(&row.key, &target.key);
                 cell.and_then(Cell::median)
             };
             let (Some(before), Some(after)) = (median(old), median(new)) else {
@@ -175,7 +175,7 @@ pub fn compare(old: &Results, new: &Results) -> String {
             };
             lines.push([
                 row.key.clone(),
-                contender.key.clone(),
+                target.key.clone(),
                 number(before),
                 number(after),
                 ratio,
@@ -185,7 +185,7 @@ pub fn compare(old: &Results, new: &Results) -> String {
     if lines.is_empty() {
         return "nothing was measured in both runs\n".into();
     }
-    let headings = ["row", "contender", "old", "new", "new/old"];
+    let headings = ["row", "target", "old", "new", "new/old"];
     let columns: Vec<Column> = headings
         .iter()
         .enumerate()
@@ -230,7 +230,7 @@ fn chars(text: &str) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::results::{Better, Contender};
+    use crate::results::{Better, Target};
 
     fn results(samples: &[(&str, &str, &[f64])]) -> Results {
         let row = |key: &str, title: &str, unit: &str| Row {
@@ -240,7 +240,7 @@ mod tests {
             unit: unit.into(),
             better: Better::Higher,
         };
-        let contender = |key: &str| Contender {
+        let target = |key: &str| Target {
             key: key.into(),
             title: key.into(),
             detail: String::new(),
@@ -251,7 +251,7 @@ mod tests {
             version: String::new(),
             machine: Vec::new(),
             settings: Vec::new(),
-            contenders: ["vxlan", "uring", "epoll"].map(contender).into(),
+            targets: ["vxlan", "uring", "epoll"].map(target).into(),
             rows: vec![
                 row("tcp/gbit", "throughput", "Gbit/s"),
                 row("tcp/cpu", "CPU", "s/GB"),
@@ -259,9 +259,9 @@ mod tests {
             ],
             cells: samples
                 .iter()
-                .map(|(row, contender, samples)| Cell {
+                .map(|(row, target, samples)| Cell {
                     row: row.to_string(),
-                    contender: contender.to_string(),
+                    target: target.to_string(),
                     samples: samples.to_vec(),
                 })
                 .collect(),
@@ -311,7 +311,7 @@ epoll was left out: no such flag
             });
             results.cells.push(Cell {
                 row: key,
-                contender: "uring".into(),
+                target: "uring".into(),
                 samples: vec![1.0, 2.0],
             });
         }
@@ -336,7 +336,7 @@ epoll was left out: no such flag
             ("idle/cpu", "uring", &[1.0]),
         ]);
         let expected = "
-row        contender    old    new   new/old
+row        target    old    new   new/old
 tcp/gbit   uring       8.00   12.0     1.50×
 idle/cpu   uring          0   1.00
 ";

@@ -1,4 +1,4 @@
-//! Bytes as a train of datagrams from the network: whatever passes
+//! Bytes as a batch of datagrams from the network: whatever passes
 //! `ip::verify` goes through the coalescer, and what comes out must be what
 //! went in.
 //!
@@ -8,30 +8,30 @@
 #![no_main]
 
 use fastvpn::packet::coalesce::{Coalescer, TunOffloads};
-use fastvpn::packet::frame::{Frame, FrameSink};
+use fastvpn::packet::vnet_packet::{VnetPacket, VnetSink};
 use fastvpn::packet::ip;
 use libfuzzer_sys::fuzz_target;
 
 #[path = "../../src/packet/oracle.rs"]
 mod oracle;
 
-/// Enough to fill frames and the table of flows.
+/// Enough to fill vnet packets and the table of flows.
 const PACKETS_MAX: usize = 80;
 
 #[derive(Default)]
 struct Sink {
-    spare: Vec<Frame>,
-    frames: Vec<Vec<u8>>,
+    spare: Vec<VnetPacket>,
+    vnet_packets: Vec<Vec<u8>>,
 }
 
-impl FrameSink for Sink {
-    fn take_frame(&mut self) -> Option<Frame> {
-        Some(self.spare.pop().unwrap_or_else(|| Frame::new(0)))
+impl VnetSink for Sink {
+    fn take_vnet_packet(&mut self) -> Option<VnetPacket> {
+        Some(self.spare.pop().unwrap_or_else(|| VnetPacket::new(0)))
     }
 
-    fn write(&mut self, frame: Frame) {
-        self.frames.push(frame.bytes().to_vec());
-        self.spare.push(frame);
+    fn write(&mut self, vnet_packet: VnetPacket) {
+        self.vnet_packets.push(vnet_packet.bytes().to_vec());
+        self.spare.push(vnet_packet);
     }
 }
 
@@ -53,7 +53,7 @@ fuzz_target!(|data: &[u8]| {
         }
     }
     coalescer.flush(&mut sink);
-    if let Err(why) = oracle::same_traffic(&passed, &sink.frames, false) {
+    if let Err(why) = oracle::same_traffic(&passed, &sink.vnet_packets, false) {
         panic!("{why}");
     }
 });

@@ -18,7 +18,7 @@ fuzz_target!(|data: &[u8]| {
     let Some((&choice, bytes)) = data.split_first() else {
         return;
     };
-    check_frame(bytes);
+    check_vnet_packet(bytes);
     let mut packet = bytes.to_vec();
     // Lengths that agree are hard to guess: set them.
     let len = packet.len() as u16;
@@ -106,11 +106,11 @@ fn check_hop(version: Version, packet: Vec<u8>) {
     assert_eq!(counted, packet);
 }
 
-/// A frame is changed only if it is a whole packet with a hop left.
-fn check_frame(frame: &[u8]) {
-    let mut counted = frame.to_vec();
-    let hop = hop::decrement_frame(&mut counted);
-    let packet = frame.get(virtio::HEADER_BYTES..).unwrap_or_default();
+/// A vnet packet is changed only if it is a whole packet with a hop left.
+fn check_vnet_packet(vnet_packet: &[u8]) {
+    let mut counted = vnet_packet.to_vec();
+    let hop = hop::decrement_vnet_packet(&mut counted);
+    let packet = vnet_packet.get(virtio::HEADER_BYTES..).unwrap_or_default();
     assert_eq!(hop.is_some(), ip::verify(packet).is_ok());
-    assert_eq!(counted != frame, hop == Some(Hop::Counted));
+    assert_eq!(counted != vnet_packet, hop == Some(Hop::Counted));
 }

@@ -187,7 +187,7 @@ fn what_a_newer_tunnel_adds_is_no_matter() {
         r#"{"ok":true,"shape":{"round":[1]},"peers":[{"colour":"blue","peer":"a:1",
            "endpoint":null,"origin":"elsewhere","is_default":false,"prefixes":1,
            "path_mtu_bytes":null,"packets_sent":0,"bytes_sent":0,"packets_received":0,
-           "bytes_received":0,"last_heard_seconds":null}]}"#
+           "bytes_received":0,"last_seen_seconds":null}]}"#
             .replace('\n', ""),
     );
     assert!(result.is_ok(), "{result:?}");

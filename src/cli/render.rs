@@ -16,12 +16,12 @@ const NOT_RESOLVED: &str = "not resolved";
 const COUNTERS_IN_WORDS: [&str; 8] = [
     "packets_sent",
     "bytes_sent",
-    "trains_sent",
+    "udp_sends",
     "packets_received",
     "bytes_received",
-    "trains_received",
-    "tun_frames_read",
-    "tun_frames_written",
+    "udp_receives",
+    "tun_reads",
+    "tun_writes",
 ];
 
 /// The tunnel as a whole, then a line for each worker.
@@ -134,17 +134,20 @@ fn or_none(list: &[String]) -> String {
 
 fn traffic(counters: &BTreeMap<String, u64>) -> [(&'static str, String); 3] {
     let of = |name: &str| counters.get(name).copied().unwrap_or(0);
-    let moved = |direction: &str, one, many| {
+    let moved = |direction: &str, calls: &str, one, many| {
         let packets = counted(of(&format!("packets_{direction}")), "packet", "packets");
         let bytes = bytes(of(&format!("bytes_{direction}")));
-        let calls = counted(of(&format!("trains_{direction}")), one, many);
+        let calls = counted(of(calls), one, many);
         format!("{packets} ({bytes}) in {calls}")
     };
-    let read = counted(of("tun_frames_read"), "frame", "frames");
-    let written = count(of("tun_frames_written"));
+    let read = counted(of("tun_reads"), "vnet packet", "vnet packets");
+    let written = count(of("tun_writes"));
     [
-        ("sent", moved("sent", "send", "sends")),
-        ("received", moved("received", "receive", "receives")),
+        ("sent", moved("sent", "udp_sends", "send", "sends")),
+        (
+            "received",
+            moved("received", "udp_receives", "receive", "receives"),
+        ),
         ("TUN", format!("{read} read, {written} written")),
     ]
 }
@@ -224,7 +227,7 @@ pub(super) fn peers(peers: &Peers) -> String {
             count(peer.packets_sent),
             bytes(peer.bytes_received),
             count(peer.packets_received),
-            peer.last_heard_seconds.map_or("never".into(), ago),
+            peer.last_seen_seconds.map_or("never".into(), ago),
             or_none(&named_counts(&peer.drops)),
         ]);
     }

@@ -34,12 +34,12 @@ fn a_status() -> Status {
         counters: counters(&[
             ("packets_sent", 1_500_000),
             ("bytes_sent", 12_345_678_901),
-            ("trains_sent", 23_100),
+            ("udp_sends", 23_100),
             ("packets_received", 1),
             ("bytes_received", 84),
-            ("trains_received", 1),
-            ("tun_frames_read", 23_100),
-            ("tun_frames_written", 1),
+            ("udp_receives", 1),
+            ("tun_reads", 23_100),
+            ("tun_writes", 1),
             ("icmp_sent", 0),
             ("receive_failed", 5),
         ]),
@@ -74,7 +74,7 @@ configuration  /etc/fastvpn.toml
 peers          2, with 1 prefix
 sent           1.5 M packets (12.3 GB) in 23.1 k sends
 received       1 packet (84 B) in 1 receive
-TUN            23.1 k frames read, 1 written
+TUN            23.1 k vnet_packets read, 1 written
 dropped        no-route 12, send-full 3400, tun-queue-full 7
 also counted   receive-failed 5
 
@@ -142,7 +142,7 @@ fn a_line_per_peer() {
                 bytes_sent: 12_345_678_901,
                 packets_received: 999,
                 bytes_received: 84_000,
-                last_heard_seconds: Some(215),
+                last_seen_seconds: Some(215),
                 drops: counters(&[("send_error", 3), ("source_not_allowed", 12)]),
                 own_ports_proven: 3,
                 ..PeerStatus::default()
@@ -153,7 +153,7 @@ fn a_line_per_peer() {
                 seen_port: Some(9001),
                 origin: "runtime".into(),
                 is_default: true,
-                last_heard_seconds: Some(0),
+                last_seen_seconds: Some(0),
                 ..PeerStatus::default()
             },
             PeerStatus {

@@ -188,7 +188,7 @@ pub struct PeerStatus {
     /// Bytes of those packets.
     pub bytes_received: u64,
     /// Seconds since something came from it; none if nothing has.
-    pub last_heard_seconds: Option<u64>,
+    pub last_seen_seconds: Option<u64>,
     /// Packets to and from it that were dropped, by reason; zeros are left out.
     #[serde(default)]
     pub drops: BTreeMap<String, u64>,

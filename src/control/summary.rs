@@ -36,15 +36,15 @@ pub fn lines(queues: &[Snapshot], tun_queue_drops: u64) -> Vec<String> {
 fn traffic(counters: &Snapshot) -> String {
     format!(
         "sent {} packets ({}) in {} sends, received {} packets ({}) in {} receives, \
-         {} frames from and {} to the TUN",
+         {} vnet_packets from and {} to the TUN",
         counters.packets_sent,
         bytes(counters.bytes_sent),
-        counters.trains_sent,
+        counters.udp_sends,
         counters.packets_received,
         bytes(counters.bytes_received),
-        counters.trains_received,
-        counters.tun_frames_read,
-        counters.tun_frames_written,
+        counters.udp_receives,
+        counters.tun_reads,
+        counters.tun_writes,
     )
 }
 

@@ -16,7 +16,7 @@ use crate::host::link;
 use crate::host::netlink::{LinkStats, Netlink};
 use crate::host::routes::{AtEnd, RouteReconciler};
 use crate::io::tun;
-use crate::log::rate_limited::Journal;
+use crate::log::rate_limited::RateLimitedLog;
 
 /// How long after a first event the host is refreshed: what belongs together, as
 /// all that goes with an interface, is told piece by piece.
@@ -96,7 +96,7 @@ pub struct Host {
     /// Peers to whom there is no way at all.
     lost: BTreeSet<SocketAddr>,
     /// Of changes of ways to peers.
-    pub log: Journal,
+    pub log: RateLimitedLog,
 }
 
 impl Host {
@@ -122,7 +122,7 @@ impl Host {
             routes_kept: BTreeSet::new(),
             refresh: Refresh::new(Instant::now()),
             lost: BTreeSet::new(),
-            log: Journal::new("changes of ways to peers"),
+            log: RateLimitedLog::new("changes of ways to peers"),
         })
     }
 

@@ -24,8 +24,8 @@ use super::{reach, resolve};
 use crate::counters::PeerCounters;
 use crate::dataplane::inbound::ReceivedProbe;
 use crate::host::netlink::Netlink;
-use crate::log::rate_limited::Journal;
-use crate::packet::train::NextHop;
+use crate::log::rate_limited::RateLimitedLog;
+use crate::packet::batch::NextHop;
 use crate::routing::dns::{Lookup, Names};
 use crate::routing::overlay::{Overlay, Peer};
 
@@ -71,8 +71,8 @@ pub struct Peers {
     /// Paths that are being probed.
     path_probes: usize,
     /// Of silent peers.
-    silence_log: Journal,
-    ports_log: Journal,
+    silence_log: RateLimitedLog,
+    ports_log: RateLimitedLog,
 }
 
 impl Peers {
@@ -85,8 +85,8 @@ impl Peers {
             probes: Probes::new(probes),
             cursor: 0,
             path_probes: 0,
-            silence_log: Journal::new("peers that went quiet or were heard again"),
-            ports_log: Journal::new("changes of ports"),
+            silence_log: RateLimitedLog::new("peers that went quiet or answered again"),
+            ports_log: RateLimitedLog::new("changes of ports"),
         }
     }
 
@@ -364,13 +364,13 @@ pub fn learn_route_mtus(overlay: &mut Overlay, netlink: &mut Netlink) {
 fn log_news(peer: &Peer, news: News) {
     let name = &peer.name;
     match news {
-        News::Back => tracing::info!("peer {name} is heard again"),
+        News::Back => tracing::info!("peer {name} answers again"),
         News::Silent(Some(age)) => tracing::warn!(
-            "peer {name} has gone quiet: packets are sent to it, but it was last heard {} s ago",
+            "peer {name} has gone quiet: packets are sent to it, but it was last seen {} s ago",
             age.as_secs()
         ),
         News::Silent(None) => tracing::warn!(
-            "peer {name} does not answer: packets are sent to it, but it has never been heard; \
+            "peer {name} does not answer: packets are sent to it, but it has never answered; \
              does it run, and do firewalls let UDP through both ways?"
         ),
     }

@@ -235,7 +235,7 @@ fn peers(tunnel: &Tunnel) -> Peers {
             bytes_sent: sum(|worker| worker.bytes_sent.get()),
             packets_received,
             bytes_received: sum(|worker| worker.bytes_received.get()),
-            last_heard_seconds: age.map(|age| age.as_secs()),
+            last_seen_seconds: age.map(|age| age.as_secs()),
             drops,
         }
     });

@@ -21,8 +21,8 @@ use crate::dataplane::table::Table;
 use crate::error::{Error, Result};
 use crate::io::tun::Tun;
 use crate::io::udp::{self, WorkerSockets};
+use crate::packet::batch::Limits;
 use crate::packet::coalesce;
-use crate::packet::train::Limits;
 
 /// What there is once in a namespace: the device and the sockets on the port.
 pub struct Claimed {

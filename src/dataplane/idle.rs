@@ -90,8 +90,8 @@ fn adapted(auto: Duration, waited: Duration) -> Duration {
 mod tests {
     use super::*;
     use crate::io::engine::{Destination, Event, Received};
-    use crate::packet::frame::{Frame, FrameSink};
-    use crate::packet::train::{Limits, Train};
+    use crate::packet::batch::{Batch, Limits};
+    use crate::packet::vnet_packet::{VnetPacket, VnetSink};
 
     /// Has an event from the given poll on.
     struct Fake {
@@ -124,10 +124,10 @@ mod tests {
             false
         }
         fn recycle(&mut self, _: Received) {}
-        fn take_train(&mut self) -> Option<Train> {
+        fn take_batch(&mut self) -> Option<Batch> {
             None
         }
-        fn send(&mut self, _: Train, _: Destination) {}
+        fn send(&mut self, _: Batch, _: Destination) {}
         fn limits(&self, _: std::net::SocketAddr) -> Limits {
             Limits::FULL
         }
@@ -138,11 +138,11 @@ mod tests {
         fn reset_limits(&mut self) {}
     }
 
-    impl FrameSink for Fake {
-        fn take_frame(&mut self) -> Option<Frame> {
+    impl VnetSink for Fake {
+        fn take_vnet_packet(&mut self) -> Option<VnetPacket> {
             None
         }
-        fn write(&mut self, _: Frame) {}
+        fn write(&mut self, _: VnetPacket) {}
     }
 
     #[test]

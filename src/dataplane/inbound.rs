@@ -5,11 +5,11 @@
 //! 2. [`plain::open`]: the datagram holds one whole IP packet.
 //! 3. `Allowed::admits`: its source is one that this peer may send from; if not,
 //!    `refuse` looks whether it is a probe.
-//! 4. [`Coalescer::push`]: packets of one flow become one frame, and a frame that
-//!    cannot grow any more goes to the engine ([`FrameSink::write`]).
+//! 4. [`Coalescer::push`]: packets of one flow become one vnet packet, and a vnet packet that
+//!    cannot grow any more goes to the engine ([`VnetSink::write`]).
 //! 5. [`Inbound::flush`] when nothing more arrives: so do all others.
 //!
-//! [`FrameSink::write`]: crate::packet::frame::FrameSink::write
+//! [`VnetSink::write`]: crate::packet::vnet packet::VnetSink::write
 
 use std::net::SocketAddr;
 
@@ -58,7 +58,7 @@ impl Inbound {
         counters: &Counters,
         engine: &mut impl Engine,
     ) {
-        counters.trains_received.add(1);
+        counters.udp_receives.add(1);
         let segment_bytes = segment_bytes.max(1);
         if !table.senders().has(sender.ip()) {
             let datagrams = payload.len().div_ceil(segment_bytes).max(1);
@@ -124,7 +124,7 @@ impl Inbound {
 }
 
 /// The reverse path check: packets must come from the peer that packets to
-/// their source would go to (RFC 3704, section 2.2). Neighbours in a train
+/// their source would go to (RFC 3704, section 2.2). Neighbours in a batch
 /// mostly have one source, so the last verdict is kept.
 struct Allowed<'a> {
     worker: usize,

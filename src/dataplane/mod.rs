@@ -33,14 +33,14 @@ pub(crate) enum WorkerCommand {
     /// Forward by this table from now on, and let go of the sender once that is
     /// so: who waits for it is told by the channel's end.
     Table(Arc<Table>, Sender<Infallible>),
-    /// Try trains of full size again on all paths.
+    /// Try batches of full size again on all paths.
     ResetLimits,
 }
 
 /// Most events taken in before the output they gave is started.
-const BATCH_EVENTS_MAX: usize = 64;
+const TURN_EVENTS_MAX: usize = 64;
 
-/// Events that an open train or frame may wait for more while more arrives, so
+/// Events that an open batch or vnet packet may wait for more while more arrives, so
 /// that nothing waits behind an endless stream.
 const CARRIED_EVENTS_MAX: usize = 64;
 
@@ -64,13 +64,13 @@ pub(crate) fn run(
     let mut is_stopping = obey(commands, &mut table, &mut outbound, engine);
     loop {
         // Take in and forward.
-        for _ in 0..BATCH_EVENTS_MAX {
+        for _ in 0..TURN_EVENTS_MAX {
             let Some(event) = engine.next_event() else {
                 break;
             };
             carried += 1;
             match event {
-                Event::Frame(mut received) => {
+                Event::VnetPacket(mut received) => {
                     outbound.push(received.bytes_mut(), &table, counters, engine);
                     engine.recycle(received);
                 }
@@ -90,7 +90,7 @@ pub(crate) fn run(
             }
         }
         // Submit what is complete. While more arrives, what is open may still
-        // grow: a frame rarely fills its last train.
+        // grow: a vnet packet rarely fills its last batch.
         if carried < CARRIED_EVENTS_MAX {
             outbound.send_closed(engine);
             engine.submit()?;

@@ -1,16 +1,16 @@
 //! TUN to UDP: a packet's way out of the host. It meets, in this order,
 //!
-//! 1. [`Outbound::push`]: a frame from the TUN queue. Where the tunnel counts as a
+//! 1. [`Outbound::push`]: a vnet packet from the TUN queue. Where the tunnel counts as a
 //!    hop, one is taken from it ([`hop`]); then it is checked and, if it is a GSO
 //!    packet, planned to be cut ([`Segments::new`]).
 //! 2. `next_hop`: the peer with the longest prefix that matches the destination
 //!    ([`Table::peer`]), if that can be reached and the packet is not too long.
-//! 3. `append`: each packet of the frame is written where its next hop's train has
-//!    room ([`Train::reserve`], [`Segments::write`]). Trains stay open across the
-//!    frames of a batch, which is what makes small packets fast.
-//! 4. [`Outbound::send_closed`] at the end of a batch, for trains that cannot grow
+//! 3. `append`: each packet of the vnet packet is written where its next hop's batch has
+//!    room ([`Batch::reserve`], [`Segments::write`]). Batches stay open across the
+//!    vnet packets of a turn, which is what makes small packets fast.
+//! 4. [`Outbound::send_closed`] at the end of a turn, for batches that cannot grow
 //!    any more, and [`Outbound::flush`] when nothing more arrives.
-//! 5. `send`: the train goes to the engine.
+//! 5. `send`: the batch goes to the engine.
 //!
 //! A packet that cannot be carried ends at `refuse`, where its sender is told, as
 //! any router would; what the kernel would not send comes back to
@@ -22,25 +22,25 @@ use std::time::Instant;
 use super::report::Reporter;
 use super::table::{PeerSnapshot, Table};
 use crate::counters::Counters;
-use crate::io::engine::{Destination, Engine, OPEN_TRAINS_MAX, SendFailure};
+use crate::io::engine::{Destination, Engine, OPEN_BATCHES_MAX, SendFailure};
 use crate::io::udp::Port;
+use crate::packet::batch::{BATCH_BYTES_MAX, Batch, NextHop};
 use crate::packet::hop::{self, Hop};
 use crate::packet::icmp::Problem;
 use crate::packet::ip;
 use crate::packet::segment::Segments;
-use crate::packet::train::{NextHop, TRAIN_BYTES_MAX, Train};
 use crate::wire::plain;
 
-/// The trains being filled, at most one per next hop, oldest first.
+/// The batches being filled, at most one per next hop, oldest first.
 #[derive(Debug)]
 pub struct Outbound {
-    open: Vec<(Train, Destination)>,
+    open: Vec<(Batch, Destination)>,
     reporter: Reporter,
     /// Index of the worker.
     worker: usize,
 }
 
-/// Where a frame's packets go.
+/// Where a vnet packet's packets go.
 #[derive(Clone, Copy)]
 struct To<'a> {
     next_hop: NextHop,
@@ -58,31 +58,32 @@ enum Refusal {
 }
 
 impl Outbound {
-    /// No train yet, and room for all that can be open. `worker`: the worker's
+    /// No batch yet, and room for all that can be open. `worker`: the worker's
     /// index.
     pub fn new(worker: usize) -> Self {
         Self {
-            open: Vec::with_capacity(OPEN_TRAINS_MAX),
+            open: Vec::with_capacity(OPEN_BATCHES_MAX),
             reporter: Reporter::new(),
             worker,
         }
     }
 
-    /// Takes in one frame: virtio-net header and packet. The packet's hop limit
+    /// Takes in one vnet packet: virtio-net header and packet. The packet's hop limit
     /// is changed in place if the tunnel counts as a hop.
     #[inline]
     pub fn push(
         &mut self,
-        frame: &mut [u8],
+        vnet_packet: &mut [u8],
         table: &Table,
         counters: &Counters,
         engine: &mut impl Engine,
     ) {
-        counters.tun_frames_read.add(1);
+        counters.tun_reads.add(1);
         // What is no packet is left for the next step to refuse.
-        let is_expired = table.is_hop() && hop::decrement_frame(frame) == Some(Hop::Expired);
-        let Ok(segments) = Segments::new(frame) else {
-            counters.drop_frame_malformed.add(1);
+        let is_expired =
+            table.is_hop() && hop::decrement_vnet_packet(vnet_packet) == Some(Hop::Expired);
+        let Ok(segments) = Segments::new(vnet_packet) else {
+            counters.drop_tun_malformed.add(1);
             return;
         };
         let to = if is_expired {
@@ -96,7 +97,7 @@ impl Outbound {
         }
     }
 
-    /// Writes a frame's packets into trains.
+    /// Writes a vnet packet's packets into batches.
     #[inline]
     fn append(
         &mut self,
@@ -106,11 +107,11 @@ impl Outbound {
         engine: &mut impl Engine,
     ) {
         let count = segments.count();
-        let found = self.open.iter().position(|(train, destination)| {
+        let found = self.open.iter().position(|(batch, destination)| {
             // The endpoint of a next hop changes with the table.
-            train.next_hop() == to.next_hop && destination.endpoint == to.endpoint
+            batch.next_hop() == to.next_hop && destination.endpoint == to.endpoint
         });
-        let Some(mut index) = found.or_else(|| self.start_train(to, engine)) else {
+        let Some(mut index) = found.or_else(|| self.start_batch(to, engine)) else {
             counters.drop_no_buffer.add(count as u64);
             return;
         };
@@ -120,9 +121,9 @@ impl Outbound {
             let datagram_bytes = plain::datagram_bytes(packet_bytes);
             let mut datagram = self.open[index].0.reserve(datagram_bytes);
             if datagram.is_none() {
-                // Full, or of another size: on with the next train.
+                // Full, or of another size: on with the next batch.
                 send(self.open.remove(index), engine);
-                match self.start_train(to, engine) {
+                match self.start_batch(to, engine) {
                     Some(fresh) => index = fresh,
                     None => {
                         counters.drop_no_buffer.add((count - packet) as u64);
@@ -143,17 +144,17 @@ impl Outbound {
         }
     }
 
-    /// Opens a train toward a peer, and returns its index.
-    fn start_train(&mut self, to: To<'_>, engine: &mut impl Engine) -> Option<usize> {
-        if self.open.len() == OPEN_TRAINS_MAX {
+    /// Opens a batch toward a peer, and returns its index.
+    fn start_batch(&mut self, to: To<'_>, engine: &mut impl Engine) -> Option<usize> {
+        if self.open.len() == OPEN_BATCHES_MAX {
             send(self.open.remove(0), engine);
         }
-        let mut train = engine.take_train()?;
+        let mut batch = engine.take_batch()?;
         let mut limits = engine.limits(to.endpoint);
         // What is longer than the path takes travels alone, in fragments.
         let datagram_bytes_max = plain::datagram_bytes(to.peer.mtu_bytes);
         limits.segment_bytes_max = limits.segment_bytes_max.min(datagram_bytes_max);
-        train.start(to.next_hop, limits);
+        batch.start(to.next_hop, limits);
         let from = match to.peer.traffic.get(self.worker) {
             Some(traffic) if traffic.is_own_port_proven() => Port::Own,
             _ => Port::Listen,
@@ -162,19 +163,19 @@ impl Outbound {
             endpoint: to.endpoint,
             from,
         };
-        self.open.push((train, destination));
+        self.open.push((batch, destination));
         Some(self.open.len() - 1)
     }
 
-    /// Sends the trains that cannot grow any more.
+    /// Sends the batches that cannot grow any more.
     #[inline]
     pub fn send_closed(&mut self, engine: &mut impl Engine) {
-        while let Some(index) = self.open.iter().position(|(train, _)| train.is_closed()) {
+        while let Some(index) = self.open.iter().position(|(batch, _)| batch.is_closed()) {
             send(self.open.remove(index), engine);
         }
     }
 
-    /// Sends all open trains: no more frames are at hand.
+    /// Sends all open batches: no more vnet packets are at hand.
     #[inline]
     pub fn flush(&mut self, engine: &mut impl Engine) {
         for open in self.open.drain(..) {
@@ -182,7 +183,7 @@ impl Outbound {
         }
     }
 
-    /// Drops a frame's packets, and tells their sender.
+    /// Drops a vnet packet's packets, and tells their sender.
     #[cold]
     fn refuse(
         &mut self,
@@ -232,7 +233,7 @@ impl Outbound {
     }
 }
 
-/// Where a frame's packets go, by their destination and length.
+/// Where a vnet packet's packets go, by their destination and length.
 #[inline]
 fn next_hop<'a>(segments: &Segments<'_>, table: &'a Table) -> Result<To<'a>, Refusal> {
     let (version, packet) = (segments.version(), segments.packet());
@@ -248,7 +249,7 @@ fn next_hop<'a>(segments: &Segments<'_>, table: &'a Table) -> Result<To<'a>, Ref
         let mtu_bytes = packet_bytes_max as u32;
         return Err(Refusal::TooBig { mtu_bytes });
     }
-    if plain::datagram_bytes(packet_bytes) > TRAIN_BYTES_MAX {
+    if plain::datagram_bytes(packet_bytes) > BATCH_BYTES_MAX {
         return Err(Refusal::Oversize);
     }
     Ok(To {
@@ -258,9 +259,9 @@ fn next_hop<'a>(segments: &Segments<'_>, table: &'a Table) -> Result<To<'a>, Ref
     })
 }
 
-/// Hands a train to the engine. All packets leave by here, complete and in their
+/// Hands a batch to the engine. All packets leave by here, complete and in their
 /// order: the place for a mode that seals them to do so.
 #[inline]
-fn send((train, to): (Train, Destination), engine: &mut impl Engine) {
-    engine.send(train, to);
+fn send((batch, to): (Batch, Destination), engine: &mut impl Engine) {
+    engine.send(batch, to);
 }

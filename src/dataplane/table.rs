@@ -23,10 +23,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use crate::counters::PeerCounters;
+use crate::packet::batch::NextHop;
 use crate::packet::icmp::TunnelAddresses;
 use crate::packet::ip::Version;
 use crate::packet::lpm::Prefixes;
-use crate::packet::train::NextHop;
 use crate::wire::plain::Senders;
 
 /// Smallest MTU of any IPv6 link (RFC 8200, section 5): packets of this length

@@ -6,10 +6,10 @@
 //!
 //! # A turn
 //!
-//! [`Engine::next_event`] takes in, [`Engine::send`] and [`FrameSink::write`]
+//! [`Engine::next_event`] takes in, [`Engine::send`] and [`VnetSink::write`]
 //! hand output over, [`Engine::submit`] starts what has not gone out yet, and
-//! [`Engine::wait`] sleeps. Nothing else sends. Trains toward one destination
-//! leave in the order in which they are given, and so do frames.
+//! [`Engine::wait`] sleeps. Nothing else sends. Batches toward one destination
+//! leave in the order in which they are given, and so do vnet packets.
 //!
 //! # When there is no room
 //!
@@ -17,12 +17,12 @@
 //! tests of both.
 //!
 //! - *The socket's send buffer is full.* Packets that do not fit are dropped,
-//!   counted ([`drop_send_full`]) and told ([`Event::SendFailed`]). No frame is
+//!   counted ([`drop_send_full`]) and told ([`Event::SendFailed`]). No vnet packet is
 //!   read until the socket has room: what the host sends meanwhile waits in the
 //!   TUN queue and is dropped there, by the kernel, where its senders feel it. A
-//!   frame that was read ahead goes on and takes its chance. Datagrams are
+//!   vnet packet that was read ahead goes on and takes its chance. Datagrams are
 //!   received and written to the TUN queue all the while.
-//! - *The TUN queue has no room for a frame.* The frame is dropped and counted
+//! - *The TUN queue has no room for a vnet packet.* The vnet packet is dropped and counted
 //!   ([`drop_tun_full`]). Nothing waits for the queue: the kernel would have
 //!   dropped the packets at this place, too.
 //! - *No output buffer is left.* The packet is dropped and counted
@@ -37,11 +37,11 @@ use std::net::SocketAddr;
 
 use crate::error::Result;
 use crate::io::udp::Port;
-use crate::packet::frame::FrameSink;
-use crate::packet::train::{Limits, NextHop, Train};
+use crate::packet::batch::{Batch, Limits, NextHop};
+use crate::packet::vnet_packet::VnetSink;
 
-/// Next hops whose trains can be open at a time. The oldest makes room.
-pub const OPEN_TRAINS_MAX: usize = 32;
+/// Next hops whose batches can be open at a time. The oldest makes room.
+pub const OPEN_BATCHES_MAX: usize = 32;
 
 /// A filled receive buffer. Give it back with [`Engine::recycle`].
 #[derive(Debug)]
@@ -70,8 +70,8 @@ impl Received {
 /// Something that a worker has to act on.
 #[derive(Debug)]
 pub enum Event {
-    /// A frame read from the TUN queue: virtio-net header and packet.
-    Frame(Received),
+    /// A vnet packet read from the TUN queue: virtio-net header and packet.
+    VnetPacket(Received),
     /// Datagrams of one sender, back to back, each of `segment_bytes` but the
     /// last.
     Datagrams {
@@ -91,7 +91,7 @@ pub enum Event {
 /// Packets that the kernel did not take, and that the engine has counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SendFailure {
-    /// The next hop of their train.
+    /// The next hop of their batch.
     pub next_hop: NextHop,
     /// Where they were to go.
     pub destination: SocketAddr,
@@ -110,7 +110,7 @@ impl SendFailure {
     }
 }
 
-/// Where a train goes, and from which port.
+/// Where a batch goes, and from which port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Destination {
     /// The peer's address and port.
@@ -120,7 +120,7 @@ pub struct Destination {
 }
 
 /// See the module's documentation.
-pub trait Engine: FrameSink {
+pub trait Engine: VnetSink {
     /// The next event, from both sides in turn. Does not sleep, and sends
     /// nothing.
     fn next_event(&mut self) -> Option<Event>;
@@ -131,15 +131,15 @@ pub trait Engine: FrameSink {
     /// Gives a receive buffer back.
     fn recycle(&mut self, received: Received);
 
-    /// An empty train, or `None` when all are under way: the packet is then
+    /// An empty batch, or `None` when all are under way: the packet is then
     /// dropped, and the caller counts it.
-    fn take_train(&mut self) -> Option<Train>;
+    fn take_batch(&mut self) -> Option<Batch>;
 
-    /// How long trains toward a destination may be.
+    /// How long batches toward a destination may be.
     fn limits(&self, destination: SocketAddr) -> Limits;
 
-    /// Sends a train, now or with [`Self::submit`].
-    fn send(&mut self, train: Train, to: Destination);
+    /// Sends a batch, now or with [`Self::submit`].
+    fn send(&mut self, batch: Batch, to: Destination);
 
     /// Starts all output that was given, and takes in what has come of it.
     ///

@@ -4,7 +4,7 @@
 //!
 //! It has the same offloads, and so the same few system calls per megabyte:
 //! `read(2)` of the TUN queue, `recvmsg(2)` with `UDP_GRO`, `sendmsg(2)` with
-//! `UDP_SEGMENT`, `write(2)` to the TUN queue, one for each frame or train.
+//! `UDP_SEGMENT`, `write(2)` to the TUN queue, one for each vnet packet or batch.
 //!
 //! Nothing is read ahead but one event, and output goes out the moment it is
 //! given. So few buffers are touched, and what the processor touches next is what
@@ -32,8 +32,8 @@ use crate::io::message::{self, PAYLOAD_START, SendMessage};
 use crate::io::sides::{FAILURE_PAUSE, Sides};
 use crate::io::tun::Queue;
 use crate::io::udp::WorkerSockets;
-use crate::packet::frame::{Frame, FrameSink};
-use crate::packet::train::{Limits, Train};
+use crate::packet::batch::{Batch, Limits};
+use crate::packet::vnet_packet::{VnetPacket, VnetSink};
 
 /// What may be taken in before the kernel is asked again for news of the other
 /// side and of the control thread: some hundred microseconds' work.
@@ -141,7 +141,7 @@ fn watch(queue: &Queue, sockets: &WorkerSockets, wake: &EventFd) -> nix::Result<
     Ok(epoll)
 }
 
-/// Receives a train, if there is one.
+/// Receives a batch, if there is one.
 #[inline]
 fn receive(sides: &mut Sides, udp_ready: &mut bool) -> Option<Event> {
     if !*udp_ready || sides.is_quiet {
@@ -175,7 +175,7 @@ impl Engine for Epoll {
         let event = self
             .sides
             .next_event(|sides| receive(sides, &mut self.udp_ready));
-        if let Some(Event::Frame(received) | Event::Datagrams { received, .. }) = &event {
+        if let Some(Event::VnetPacket(received) | Event::Datagrams { received, .. }) = &event {
             self.unasked_bytes += received.bytes().len().max(EVENT_BYTES_MIN);
         }
         event
@@ -193,8 +193,8 @@ impl Engine for Epoll {
     }
 
     #[inline]
-    fn take_train(&mut self) -> Option<Train> {
-        self.sides.take_train()
+    fn take_batch(&mut self) -> Option<Batch> {
+        self.sides.take_batch()
     }
 
     #[inline]
@@ -204,14 +204,14 @@ impl Engine for Epoll {
 
     /// Sends at once.
     #[inline]
-    fn send(&mut self, train: Train, to: Destination) {
+    fn send(&mut self, batch: Batch, to: Destination) {
         let mut errno = None;
-        if train.count() > 0 {
+        if batch.count() > 0 {
             let socket = self.sides.sockets.sender(to.from).as_fd();
-            let sent = message::send(socket, &mut self.message, &train, to.endpoint);
+            let sent = message::send(socket, &mut self.message, &batch, to.endpoint);
             errno = sent.err().map(|errno| errno as i32);
         }
-        self.sides.sent(train, to, errno);
+        self.sides.sent(batch, to, errno);
     }
 
     /// Everything has gone out already.
@@ -237,7 +237,7 @@ impl Engine for Epoll {
             let pause = PollTimeout::try_from(FAILURE_PAUSE).unwrap_or(PollTimeout::ZERO);
             return self.ask(pause);
         }
-        if self.udp_ready || self.sides.may_read_frame() {
+        if self.udp_ready || self.sides.may_read_vnet_packet() {
             // A read has failed, and the next one may do better. But other news must
             // not wait for that.
             return self.ask(PollTimeout::ZERO);
@@ -254,17 +254,17 @@ impl Engine for Epoll {
     }
 }
 
-impl FrameSink for Epoll {
+impl VnetSink for Epoll {
     #[inline]
-    fn take_frame(&mut self) -> Option<Frame> {
-        self.sides.take_frame()
+    fn take_vnet_packet(&mut self) -> Option<VnetPacket> {
+        self.sides.take_vnet_packet()
     }
 
     /// Writes at once.
     #[inline]
-    fn write(&mut self, frame: Frame) {
-        let written = nix::unistd::write(&self.sides.queue, frame.bytes());
+    fn write(&mut self, vnet_packet: VnetPacket) {
+        let written = nix::unistd::write(&self.sides.queue, vnet_packet.bytes());
         let errno = written.err().map(|errno| errno as i32);
-        self.sides.written(frame, errno);
+        self.sides.written(vnet_packet, errno);
     }
 }

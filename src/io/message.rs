@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use nix::errno::Errno;
 use socket2::SockAddr;
 
-use crate::packet::train::Train;
+use crate::packet::batch::Batch;
 
 /// Bytes reserved for the sender's address in a receive buffer: the longest
 /// kind (`sockaddr_in6`, 28 bytes), padded so that the payload is aligned.
@@ -137,7 +137,7 @@ struct SegmentBytes {
 }
 const _: () = assert!(size_of::<SegmentBytes>() == CONTROL_BYTES);
 
-// SAFETY: the pointers in it point into itself or to a train that the same
+// SAFETY: the pointers in it point into itself or to a batch that the same
 // engine holds; nothing is shared between threads.
 unsafe impl Send for SendMessage {}
 
@@ -164,12 +164,12 @@ impl SendMessage {
         }
     }
 
-    /// Points the message at a train's bytes and returns its header.
+    /// Points the message at a batch's bytes and returns its header.
     ///
-    /// The pointer is good while `self` stays in place and the train is
+    /// The pointer is good while `self` stays in place and the batch is
     /// neither dropped nor changed.
-    pub fn prepare(&mut self, train: &Train, destination: SocketAddr) -> *const libc::msghdr {
-        let bytes = train.bytes();
+    pub fn prepare(&mut self, batch: &Batch, destination: SocketAddr) -> *const libc::msghdr {
+        let bytes = batch.bytes();
         self.payload.iov_base = bytes.as_ptr().cast_mut().cast();
         self.payload.iov_len = bytes.len();
         self.name = SockAddr::from(destination);
@@ -177,8 +177,8 @@ impl SendMessage {
         self.header.msg_namelen = self.name.len();
         self.header.msg_iov = &raw mut self.payload;
         self.header.msg_iovlen = 1;
-        if train.count() > 1 {
-            self.segment.bytes = train.segment_bytes() as u16;
+        if batch.count() > 1 {
+            self.segment.bytes = batch.segment_bytes() as u16;
             self.header.msg_control = (&raw mut self.segment).cast();
             self.header.msg_controllen = CONTROL_BYTES;
         } else {
@@ -191,17 +191,17 @@ impl SendMessage {
     }
 }
 
-/// `sendmsg(2)` of a train, without waiting. `memory`: where its parameters go.
+/// `sendmsg(2)` of a batch, without waiting. `memory`: where its parameters go.
 #[inline]
 pub fn send(
     socket: BorrowedFd<'_>,
     memory: &mut SendMessage,
-    train: &Train,
+    batch: &Batch,
     destination: SocketAddr,
 ) -> nix::Result<()> {
-    let header = memory.prepare(train, destination);
+    let header = memory.prepare(batch, destination);
     // SAFETY: the header points to live memory of the lengths it states: to
-    // `memory`, which does not move, and to the train's bytes.
+    // `memory`, which does not move, and to the batch's bytes.
     let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), header, libc::MSG_DONTWAIT) };
     Errno::result(sent).map(drop)
 }

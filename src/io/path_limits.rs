@@ -10,7 +10,7 @@ use nix::sys::socket::{MsgFlags, SockaddrStorage, sendto};
 
 use crate::counters::Counters;
 use crate::io::engine::SendFailure;
-use crate::packet::train::{Limits, Train};
+use crate::packet::batch::{Batch, Limits};
 
 /// Older kernels' `UDP_MAX_SEGMENTS`.
 const SEGMENTS_MAX_OLD: usize = 64;
@@ -18,10 +18,10 @@ const SEGMENTS_MAX_OLD: usize = 64;
 /// Most paths to remember limits of.
 const PATHS_MAX: usize = 64;
 
-/// Most failures that wait to be told. They are taken after each batch.
+/// Most failures that wait to be told. They are taken after each turn.
 const FAILURES_MAX: usize = 64;
 
-/// How long trains may be on each path.
+/// How long batches may be on each path.
 pub struct PathLimits {
     /// Limits of a path that nothing has been learnt of.
     base: Limits,
@@ -42,7 +42,7 @@ impl PathLimits {
         }
     }
 
-    /// How long trains toward `destination` may be.
+    /// How long batches toward `destination` may be.
     #[inline]
     pub fn get(&self, destination: SocketAddr) -> Limits {
         self.paths
@@ -63,38 +63,38 @@ impl PathLimits {
         self.failures.0.pop()
     }
 
-    /// Deals with a train that the kernel refused with `errno`, counts its
+    /// Deals with a batch that the kernel refused with `errno`, counts its
     /// packets, and tells whether the socket's send buffer has no room.
     #[cold]
     pub fn refused(
         &mut self,
-        train: &Train,
+        batch: &Batch,
         to: SocketAddr,
         errno: i32,
         socket: &impl AsFd,
         counters: &Counters,
     ) -> bool {
         match errno {
-            libc::EIO | libc::EINVAL | libc::EMSGSIZE if train.count() > 1 => {
+            libc::EIO | libc::EINVAL | libc::EMSGSIZE if batch.count() > 1 => {
                 let failures = &mut self.failures;
-                let (sent, no_room) = send_one_by_one(train, to, socket, counters, failures);
-                // What goes through one by one was refused for being a train.
+                let (sent, no_room) = send_one_by_one(batch, to, socket, counters, failures);
+                // What goes through one by one was refused for being a batch.
                 if sent > 0 {
-                    self.learn(train, to, errno);
+                    self.learn(batch, to, errno);
                 }
                 no_room
             }
             _ => {
                 self.failures
-                    .note(train, to, errno, train.datagrams(), counters);
+                    .note(batch, to, errno, batch.datagrams(), counters);
                 errno == libc::EAGAIN
             }
         }
     }
 
-    /// Remembers what the kernel will not take, so that later trains are short
+    /// Remembers what the kernel will not take, so that later batches are short
     /// enough from the start.
-    fn learn(&mut self, train: &Train, to: SocketAddr, errno: i32) {
+    fn learn(&mut self, batch: &Batch, to: SocketAddr, errno: i32) {
         static NO_CHECKSUM_OFFLOAD: Once = Once::new();
         if errno == libc::EIO {
             NO_CHECKSUM_OFFLOAD.call_once(|| {
@@ -105,14 +105,14 @@ impl PathLimits {
             });
             self.base.segments_max = 1;
             self.paths.clear();
-        } else if errno == libc::EINVAL && train.count() > SEGMENTS_MAX_OLD {
+        } else if errno == libc::EINVAL && batch.count() > SEGMENTS_MAX_OLD {
             // The kernel's own limit: not to be tried again.
             self.base.segments_max = SEGMENTS_MAX_OLD;
             self.full.segments_max = SEGMENTS_MAX_OLD;
             self.paths.clear();
         } else {
             let mut limits = self.get(to);
-            let refused_bytes = train.segment_bytes();
+            let refused_bytes = batch.segment_bytes();
             limits.segment_bytes_max = limits.segment_bytes_max.min(refused_bytes - 1);
             self.paths.retain(|(known, _)| *known != to);
             if self.paths.len() == PATHS_MAX {
@@ -131,10 +131,10 @@ impl PathLimits {
 struct Failures(Vec<SendFailure>);
 
 impl Failures {
-    /// Counts some of a train's datagrams as dropped.
+    /// Counts some of a batch's datagrams as dropped.
     fn note<'a>(
         &mut self,
-        train: &Train,
+        batch: &Batch,
         destination: SocketAddr,
         errno: i32,
         datagrams: impl Iterator<Item = &'a [u8]>,
@@ -144,7 +144,7 @@ impl Failures {
             (packets + 1, bytes + datagram.len() as u64)
         });
         let failure = SendFailure {
-            next_hop: train.next_hop(),
+            next_hop: batch.next_hop(),
             destination,
             errno,
             packets,
@@ -171,10 +171,10 @@ impl Failures {
     }
 }
 
-/// Sends a train's datagrams without `UDP_SEGMENT`; tells how many went, and
+/// Sends a batch's datagrams without `UDP_SEGMENT`; tells how many went, and
 /// whether the socket's send buffer had no room for the rest.
 fn send_one_by_one(
-    train: &Train,
+    batch: &Batch,
     to: SocketAddr,
     socket: &impl AsFd,
     counters: &Counters,
@@ -183,22 +183,22 @@ fn send_one_by_one(
     let mut sent = 0;
     let fd = socket.as_fd().as_raw_fd();
     let address = SockaddrStorage::from(to);
-    for (index, datagram) in train.datagrams().enumerate() {
+    for (index, datagram) in batch.datagrams().enumerate() {
         match sendto(fd, datagram, &address, MsgFlags::MSG_DONTWAIT) {
             Ok(_) => {
                 sent += 1;
-                counters.trains_sent.add(1);
+                counters.udp_sends.add(1);
                 counters.packets_sent.add(1);
                 counters.bytes_sent.add(datagram.len() as u64);
             }
             Err(Errno::EAGAIN) => {
-                let rest = train.datagrams().skip(index);
-                failures.note(train, to, libc::EAGAIN, rest, counters);
+                let rest = batch.datagrams().skip(index);
+                failures.note(batch, to, libc::EAGAIN, rest, counters);
                 return (sent, true);
             }
             Err(errno) => {
                 let this = std::iter::once(datagram);
-                failures.note(train, to, errno as i32, this, counters);
+                failures.note(batch, to, errno as i32, this, counters);
             }
         }
     }
@@ -211,13 +211,13 @@ mod tests {
 
     use super::*;
 
-    fn train(sizes: &[usize]) -> Train {
-        let mut train = Train::new(0);
-        train.start(7, Limits::FULL);
+    fn batch(sizes: &[usize]) -> Batch {
+        let mut batch = Batch::new(0);
+        batch.start(7, Limits::FULL);
         for (index, &bytes) in sizes.iter().enumerate() {
-            train.reserve(bytes).unwrap().fill(index as u8);
+            batch.reserve(bytes).unwrap().fill(index as u8);
         }
-        train
+        batch
     }
 
     fn receiver() -> UdpSocket {
@@ -230,18 +230,18 @@ mod tests {
         "127.0.0.1:1".parse().unwrap()
     }
 
-    /// Refuses a train to `receiver` and returns the first bytes of the
+    /// Refuses a batch to `receiver` and returns the first bytes of the
     /// datagrams that arrive.
     fn refuse(
         limits: &mut PathLimits,
-        train: &Train,
+        batch: &Batch,
         receiver: &UdpSocket,
         errno: i32,
         counters: &Counters,
     ) -> Vec<u8> {
         let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
         let to = receiver.local_addr().unwrap();
-        assert!(!limits.refused(train, to, errno, &sender, counters));
+        assert!(!limits.refused(batch, to, errno, &sender, counters));
         let mut buffer = [0; 2000];
         let mut arrived = Vec::new();
         while let Ok(bytes) = receiver.recv(&mut buffer) {
@@ -257,7 +257,7 @@ mod tests {
         let to = receiver.local_addr().unwrap();
         let mut limits = PathLimits::new(Limits::FULL);
         let counters = Counters::default();
-        let refused = train(&[1000, 1000, 500]);
+        let refused = batch(&[1000, 1000, 500]);
         let arrived = refuse(&mut limits, &refused, &receiver, libc::EMSGSIZE, &counters);
         assert_eq!(arrived, [0, 1, 2]);
         assert_eq!(limits.get(to).segment_bytes_max, 999);
@@ -268,7 +268,7 @@ mod tests {
         // Only ever shorter, until it is forgotten.
         refuse(
             &mut limits,
-            &train(&[1200; 2]),
+            &batch(&[1200; 2]),
             &receiver,
             libc::EINVAL,
             &counters,
@@ -279,13 +279,13 @@ mod tests {
     }
 
     #[test]
-    fn a_device_without_checksums_gets_no_trains_until_that_is_forgotten() {
+    fn a_device_without_checksums_gets_no_batches_until_that_is_forgotten() {
         let receiver = receiver();
         let mut limits = PathLimits::new(Limits::FULL);
         let counters = Counters::default();
         refuse(
             &mut limits,
-            &train(&[100; 3]),
+            &batch(&[100; 3]),
             &receiver,
             libc::EIO,
             &counters,
@@ -303,7 +303,7 @@ mod tests {
         let counters = Counters::default();
         let arrived = refuse(
             &mut limits,
-            &train(&[30; 65]),
+            &batch(&[30; 65]),
             &receiver,
             libc::EINVAL,
             &counters,
@@ -322,10 +322,10 @@ mod tests {
         for (sizes, errno) in [
             (&[100; 2][..], libc::ENETUNREACH),
             (&[100; 2], libc::ENOBUFS),
-            // A single datagram is no train that could be taken apart.
+            // A single datagram is no batch that could be taken apart.
             (&[100], libc::EMSGSIZE),
         ] {
-            assert!(refuse(&mut limits, &train(sizes), &receiver, errno, &counters).is_empty());
+            assert!(refuse(&mut limits, &batch(sizes), &receiver, errno, &counters).is_empty());
         }
         assert_eq!(limits.get(to), Limits::FULL);
         let snapshot = counters.snapshot();
@@ -334,7 +334,7 @@ mod tests {
         // Once, and all that is alike together.
         refuse(
             &mut limits,
-            &train(&[200; 2]),
+            &batch(&[200; 2]),
             &receiver,
             libc::ENETUNREACH,
             &counters,
@@ -357,7 +357,7 @@ mod tests {
         let mut limits = PathLimits::new(Limits::FULL);
         let to = |port: u16| SocketAddr::from(([127, 0, 0, 1], port));
         for port in 1..=2 * PATHS_MAX as u16 {
-            limits.learn(&train(&[900; 2]), to(port), libc::EMSGSIZE);
+            limits.learn(&batch(&[900; 2]), to(port), libc::EMSGSIZE);
         }
         assert_eq!(limits.paths.len(), PATHS_MAX);
         assert_eq!(limits.get(to(1)), Limits::FULL);

@@ -8,32 +8,32 @@ use std::time::Duration;
 
 use nix::sys::eventfd::EventFd;
 
-use super::engine::{Destination, Event, OPEN_TRAINS_MAX, Received};
+use super::engine::{Destination, Event, OPEN_BATCHES_MAX, Received};
 use super::message::PAYLOAD_START;
 use super::path_limits::PathLimits;
 use super::tun::Queue;
 use super::udp::{Port, WorkerSockets};
 use crate::counters::Counters;
 use crate::error::{Error, Result};
-use crate::packet::frame::Frame;
-use crate::packet::train::{Limits, Train};
+use crate::packet::batch::{Batch, Limits};
 use crate::packet::virtio;
+use crate::packet::vnet_packet::VnetPacket;
 
 /// Buffers to read into by system calls: the worker has one at a time, and one
 /// may be read ahead.
 const READ_BUFFERS: usize = 4;
 
-/// Bytes of a receive buffer: the longest frame or datagram with its headers.
+/// Bytes of a receive buffer: the longest vnet packet or datagram with its headers.
 /// The odd cache line keeps the starts of neighbouring buffers from falling
 /// into the same cache sets.
 pub const BUFFER_BYTES: usize = (64 << 10) + 192;
 const _: () = assert!(BUFFER_BYTES >= virtio::HEADER_BYTES + 65536);
 const _: () = assert!(BUFFER_BYTES >= PAYLOAD_START + 65535);
 
-/// Trains: those that can be open at a time, and a batch under way.
-pub const TRAINS: u16 = OPEN_TRAINS_MAX as u16 + 8;
-/// Frames: the flows that can be open at a time, and a batch under way.
-pub const FRAMES: u16 = 64;
+/// Batches: those that can be open at a time, and a turn under way.
+pub const BATCHES: u16 = OPEN_BATCHES_MAX as u16 + 8;
+/// Vnet packets: the flows that can be open at a time, and a turn under way.
+pub const VNET_PACKETS: u16 = 64;
 
 /// So many reads in a row that failed, for reasons that pass as a rule, are no
 /// passing matter: from then on there is a pause after each.
@@ -49,7 +49,7 @@ pub struct Sides {
     pub counters: Arc<Counters>,
     pub wake: Arc<EventFd>,
     wake_pending: bool,
-    /// There may be a frame: the kernel has said so, and the queue has not been
+    /// There may be a vnet packet: the kernel has said so, and the queue has not been
     /// found empty since.
     pub tun_ready: bool,
     /// Whose turn it is when both sides have something.
@@ -58,14 +58,14 @@ pub struct Sides {
     next: Option<Event>,
     /// Nothing is read any more.
     pub is_quiet: bool,
-    /// The socket on this port has a full send buffer: no frame is read until it
+    /// The socket on this port has a full send buffer: no vnet packet is read until it
     /// has room.
     pub blocked: Option<Port>,
     paths: PathLimits,
     /// Last in, first out, like the other two: the buffer used last is warmest.
     free_buffers: Vec<Box<[u8]>>,
-    free_trains: Vec<Train>,
-    free_frames: Vec<Frame>,
+    free_batches: Vec<Batch>,
+    free_vnet_packets: Vec<VnetPacket>,
     /// Reads in a row that failed for no reason known.
     failures: u32,
     /// The first error that ends the worker.
@@ -95,8 +95,8 @@ impl Sides {
             blocked: None,
             paths: PathLimits::new(limits),
             free_buffers: (0..READ_BUFFERS).map(buffer).collect(),
-            free_trains: (0..TRAINS).rev().map(Train::new).collect(),
-            free_frames: (0..FRAMES).rev().map(Frame::new).collect(),
+            free_batches: (0..BATCHES).rev().map(Batch::new).collect(),
+            free_vnet_packets: (0..VNET_PACKETS).rev().map(VnetPacket::new).collect(),
             failures: 0,
             error: None,
         }
@@ -119,11 +119,11 @@ impl Sides {
             return Some(Event::SendFailed(failure));
         }
         let arrival = if self.tun_is_next {
-            self.read_frame().or_else(|| receive(self))
+            self.read_vnet_packet().or_else(|| receive(self))
         } else {
-            receive(self).or_else(|| self.read_frame())
+            receive(self).or_else(|| self.read_vnet_packet())
         };
-        self.tun_is_next = !matches!(arrival, Some(Event::Frame(_)));
+        self.tun_is_next = !matches!(arrival, Some(Event::VnetPacket(_)));
         arrival
     }
 
@@ -138,25 +138,25 @@ impl Sides {
 
     /// Whether the TUN queue is to be read.
     #[inline]
-    pub fn may_read_frame(&self) -> bool {
+    pub fn may_read_vnet_packet(&self) -> bool {
         self.tun_ready && self.blocked.is_none() && !self.is_quiet && !self.free_buffers.is_empty()
     }
 
     #[inline]
-    fn read_frame(&mut self) -> Option<Event> {
-        if !self.may_read_frame() {
+    fn read_vnet_packet(&mut self) -> Option<Event> {
+        if !self.may_read_vnet_packet() {
             return None;
         }
         let mut buffer = self.free_buffers.pop()?;
         let errno = match nix::unistd::read(&self.queue, &mut buffer) {
-            Ok(end) => return Some(Event::Frame(self.filled(buffer, 0, end))),
+            Ok(end) => return Some(Event::VnetPacket(self.filled(buffer, 0, end))),
             Err(errno) => errno as i32,
         };
         self.free_buffers.push(buffer);
         match errno {
             libc::EAGAIN => self.tun_ready = false,
-            // A frame that the driver could not describe; it is gone.
-            libc::EINVAL => self.counters.drop_frame_malformed.add(1),
+            // A vnet packet that the driver could not describe; it is gone.
+            libc::EINVAL => self.counters.drop_tun_malformed.add(1),
             libc::EINTR | libc::ENOMEM => self.failed_oddly(),
             errno => self.fail(
                 Error::os("cannot read the TUN queue", from_errno(errno))
@@ -237,60 +237,60 @@ impl Sides {
     }
 
     #[inline]
-    pub fn take_train(&mut self) -> Option<Train> {
-        self.free_trains.pop()
+    pub fn take_batch(&mut self) -> Option<Batch> {
+        self.free_batches.pop()
     }
 
     #[inline]
-    pub fn take_frame(&mut self) -> Option<Frame> {
-        let frame = self.free_frames.pop();
-        if frame.is_none() {
+    pub fn take_vnet_packet(&mut self) -> Option<VnetPacket> {
+        let vnet_packet = self.free_vnet_packets.pop();
+        if vnet_packet.is_none() {
             self.counters.drop_no_buffer.add(1);
         }
-        frame
+        vnet_packet
     }
 
-    /// Whether the next train or frame cannot be had.
+    /// Whether the next batch or vnet packet cannot be had.
     #[inline]
     pub fn is_out_of_buffers(&self) -> bool {
-        self.free_trains.is_empty() || self.free_frames.is_empty()
+        self.free_batches.is_empty() || self.free_vnet_packets.is_empty()
     }
 
-    /// The kernel has taken a train, or refused it: it is free again.
+    /// The kernel has taken a batch, or refused it: it is free again.
     #[inline]
-    pub fn sent(&mut self, train: Train, to: Destination, errno: Option<i32>) {
+    pub fn sent(&mut self, batch: Batch, to: Destination, errno: Option<i32>) {
         match errno {
-            None if train.count() == 0 => {}
+            None if batch.count() == 0 => {}
             None => {
-                self.counters.trains_sent.add(1);
-                self.counters.packets_sent.add(train.count() as u64);
-                self.counters.bytes_sent.add(train.bytes().len() as u64);
+                self.counters.udp_sends.add(1);
+                self.counters.packets_sent.add(batch.count() as u64);
+                self.counters.bytes_sent.add(batch.bytes().len() as u64);
             }
             Some(errno) => {
                 let socket = self.sockets.sender(to.from);
                 let has_no_room =
                     self.paths
-                        .refused(&train, to.endpoint, errno, socket, &self.counters);
+                        .refused(&batch, to.endpoint, errno, socket, &self.counters);
                 if has_no_room {
                     self.blocked = Some(to.from);
                 }
             }
         }
-        self.free_trains.push(train);
+        self.free_batches.push(batch);
     }
 
-    /// The TUN queue has taken a frame, or refused it: it is free again.
+    /// The TUN queue has taken a vnet packet, or refused it: it is free again.
     #[inline]
-    pub fn written(&mut self, frame: Frame, errno: Option<i32>) {
+    pub fn written(&mut self, vnet_packet: VnetPacket, errno: Option<i32>) {
         match errno {
-            None => self.counters.tun_frames_written.add(1),
+            None => self.counters.tun_writes.add(1),
             Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM) => self.counters.drop_tun_full.add(1),
             Some(_) => self.counters.drop_tun_error.add(1),
         }
-        self.free_frames.push(frame);
+        self.free_vnet_packets.push(vnet_packet);
     }
 
-    /// How long trains toward `destination` may be.
+    /// How long batches toward `destination` may be.
     #[inline]
     pub fn limits(&self, destination: SocketAddr) -> Limits {
         self.paths.get(destination)

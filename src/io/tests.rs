@@ -17,13 +17,13 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::engine::{Destination, Engine, Event, Received};
 use super::epoll::Epoll;
-use super::sides::{FRAMES, TRAINS};
+use super::sides::{BATCHES, VNET_PACKETS};
 use super::tun::Queue;
 use super::udp::{Port, WorkerSockets};
 use super::uring::{self, Uring};
 use crate::counters::Counters;
-use crate::packet::frame::FrameSink;
-use crate::packet::train::{Limits, Train};
+use crate::packet::batch::{Batch, Limits};
+use crate::packet::vnet_packet::VnetSink;
 use crate::testbed::{self, UNDERLAY_NAME};
 
 /// Runs tests on both engines, or on epoll alone where there is no io_uring.
@@ -52,10 +52,10 @@ on_both!(
     sleeps_until_something_comes,
     a_call_is_heard_under_load,
     failed_reads_keep_nothing_else_waiting,
-    trains_go_out_and_come_in_whole,
-    an_empty_train_is_not_sent_and_not_lost,
-    a_full_tun_queue_costs_frames_and_no_buffers,
-    a_full_socket_stops_frames_and_nothing_else,
+    batches_go_out_and_come_in_whole,
+    an_empty_batch_is_not_sent_and_not_lost,
+    a_full_tun_queue_costs_vnet_packets_and_no_buffers,
+    a_full_socket_stops_vnet_packets_and_nothing_else,
     without_a_buffer_packets_are_dropped_and_counted,
     a_device_that_goes_is_an_error,
     nothing_is_missed,
@@ -153,10 +153,10 @@ fn bench_on<E>(make: impl FnOnce(Parts) -> E, receive: Socket, peer: UdpSocket) 
     }
 }
 
-/// An event that brought bytes, and whether they were a frame.
+/// An event that brought bytes, and whether they were a vnet packet.
 fn bytes_of(event: Event) -> (bool, Received) {
     match event {
-        Event::Frame(received) => (true, received),
+        Event::VnetPacket(received) => (true, received),
         Event::Datagrams { received, .. } => (false, received),
         event => panic!("{event:?}"),
     }
@@ -169,8 +169,8 @@ impl<E: Engine> Bench<E> {
         // The first poll may only prepare what the second one starts.
         while self.engine.poll().unwrap() || self.engine.poll().unwrap() {
             let event = self.engine.next_event().expect("an event was promised");
-            let (is_frame, received) = bytes_of(event);
-            seen.push((is_frame, received.bytes().to_vec()));
+            let (is_vnet_packet, received) = bytes_of(event);
+            seen.push((is_vnet_packet, received.bytes().to_vec()));
             self.engine.recycle(received);
         }
         seen
@@ -187,13 +187,13 @@ impl<E: Engine> Bench<E> {
         }
     }
 
-    fn train(&mut self, sizes: &[usize]) -> Train {
-        let mut train = self.engine.take_train().unwrap();
-        train.start(0, self.engine.limits(([127, 0, 0, 1], 1).into()));
+    fn batch(&mut self, sizes: &[usize]) -> Batch {
+        let mut batch = self.engine.take_batch().unwrap();
+        batch.start(0, self.engine.limits(([127, 0, 0, 1], 1).into()));
         for (index, &bytes) in sizes.iter().enumerate() {
-            train.reserve(bytes).unwrap().fill(index as u8);
+            batch.reserve(bytes).unwrap().fill(index as u8);
         }
-        train
+        batch
     }
 }
 
@@ -208,9 +208,12 @@ fn both_sides_have_their_turns<E: Engine>(make: impl Fn(Parts) -> E) {
         bench.peer.send_to(&datagram, bench.address).unwrap();
     }
     let seen = bench.drain();
-    let frames: Vec<bool> = seen.iter().map(|(is_frame, _)| *is_frame).collect();
-    let first = frames[0];
-    assert_eq!(frames, [first, !first].repeat(5));
+    let vnet_packets: Vec<bool> = seen
+        .iter()
+        .map(|(is_vnet_packet, _)| *is_vnet_packet)
+        .collect();
+    let first = vnet_packets[0];
+    assert_eq!(vnet_packets, [first, !first].repeat(5));
     let numbers: Vec<u8> = seen.iter().map(|(_, bytes)| bytes[0]).collect();
     assert_eq!(numbers, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]);
 }
@@ -223,9 +226,9 @@ fn sleeps_until_something_comes<E: Engine>(make: impl Fn(Parts) -> E) {
         std::thread::sleep(Duration::from_millis(20));
         write(device, &[7; 30]).unwrap();
     });
-    let (is_frame, received) = bytes_of(bench.wait());
+    let (is_vnet_packet, received) = bytes_of(bench.wait());
     late.join().unwrap();
-    assert_eq!((is_frame, received.bytes()), (true, &[7; 30][..]));
+    assert_eq!((is_vnet_packet, received.bytes()), (true, &[7; 30][..]));
     bench.engine.recycle(received);
     // Once for all commands: the worker takes all there are.
     for _ in 0..3 {
@@ -240,24 +243,24 @@ fn a_call_is_heard_under_load<E: Engine>(make: impl Fn(Parts) -> E) {
     let mut bench = bench(make);
     assert!(bench.drain().is_empty());
     bench.wake.write(1).unwrap();
-    let mut frames = 0;
+    let mut vnet_packets = 0;
     loop {
-        assert!(frames <= 256, "unheard");
+        assert!(vnet_packets <= 256, "unheard");
         write(&bench.device, &[1; 1500]).unwrap();
         match bench.engine.next_event() {
-            Some(Event::Frame(received)) => bench.engine.recycle(received),
+            Some(Event::VnetPacket(received)) => bench.engine.recycle(received),
             Some(Event::Wake) => break,
             None => bench.engine.wait().unwrap(),
             event => panic!("{event:?}"),
         }
-        frames += 1;
-        if frames % 64 == 0 {
+        vnet_packets += 1;
+        if vnet_packets % 64 == 0 {
             bench.engine.submit().unwrap();
         }
     }
 }
 
-/// Frames that the driver cannot describe, without an end.
+/// Vnet packets that the driver cannot describe, without an end.
 fn failed_reads_keep_nothing_else_waiting<E: Engine>(make: impl Fn(Parts) -> E) {
     // A stream socket without a peer: reading it is EINVAL, as it is with these.
     let queue = Queue::from(OwnedFd::from(
@@ -278,15 +281,15 @@ fn failed_reads_keep_nothing_else_waiting<E: Engine>(make: impl Fn(Parts) -> E) 
     assert!((0..10).any(|_| matches!(turn(), Some(Event::Wake))));
     bench.peer.send_to(&[3; 60], bench.address).unwrap();
     assert!((0..10).any(|_| matches!(turn(), Some(Event::Datagrams { .. }))));
-    assert!(bench.counters.drop_frame_malformed.get() >= 10);
+    assert!(bench.counters.drop_tun_malformed.get() >= 10);
 }
 
-fn trains_go_out_and_come_in_whole<E: Engine>(make: impl Fn(Parts) -> E) {
+fn batches_go_out_and_come_in_whole<E: Engine>(make: impl Fn(Parts) -> E) {
     let mut bench = bench(make);
     let peer = bench.peer.local_addr().unwrap();
     for sizes in [&[500; 3][..], &[400, 400, 100], &[700], &[20; 128]] {
-        let train = bench.train(sizes);
-        bench.engine.send(train, from_listen(peer));
+        let batch = bench.batch(sizes);
+        bench.engine.send(batch, from_listen(peer));
         bench.engine.submit().unwrap();
         let mut buffer = [0; 2000];
         for (index, &bytes) in sizes.iter().enumerate() {
@@ -295,8 +298,8 @@ fn trains_go_out_and_come_in_whole<E: Engine>(make: impl Fn(Parts) -> E) {
             assert!(buffer[..bytes].iter().all(|&byte| byte == index as u8));
         }
         // The same to itself: the loopback interface does not cut it up.
-        let train = bench.train(sizes);
-        bench.engine.send(train, from_listen(bench.address));
+        let batch = bench.batch(sizes);
+        bench.engine.send(batch, from_listen(bench.address));
         let Event::Datagrams {
             received,
             sender,
@@ -311,35 +314,38 @@ fn trains_go_out_and_come_in_whole<E: Engine>(make: impl Fn(Parts) -> E) {
         bench.engine.recycle(received);
     }
     let snapshot = bench.counters.snapshot();
-    assert_eq!((snapshot.trains_sent, snapshot.packets_sent), (8, 270));
+    assert_eq!((snapshot.udp_sends, snapshot.packets_sent), (8, 270));
     assert_eq!(snapshot.drops().next(), None);
 }
 
-fn an_empty_train_is_not_sent_and_not_lost<E: Engine>(make: impl Fn(Parts) -> E) {
+fn an_empty_batch_is_not_sent_and_not_lost<E: Engine>(make: impl Fn(Parts) -> E) {
     let mut bench = bench(make);
-    for _ in 0..2 * TRAINS {
-        let train = bench.train(&[]);
-        bench.engine.send(train, from_listen(bench.address));
+    for _ in 0..2 * BATCHES {
+        let batch = bench.batch(&[]);
+        bench.engine.send(batch, from_listen(bench.address));
     }
     bench.engine.submit().unwrap();
     assert_eq!(bench.counters.snapshot(), Counters::default().snapshot());
 }
 
-fn a_full_tun_queue_costs_frames_and_no_buffers<E: Engine>(make: impl Fn(Parts) -> E) {
+fn a_full_tun_queue_costs_vnet_packets_and_no_buffers<E: Engine>(make: impl Fn(Parts) -> E) {
     let mut bench = bench(make);
     let mut written = 0;
     let mut snapshot = bench.counters.snapshot();
     while snapshot.drop_tun_full < 3 {
-        let frame = bench.engine.take_frame().unwrap();
-        bench.engine.write(frame);
+        let vnet_packet = bench.engine.take_vnet_packet().unwrap();
+        bench.engine.write(vnet_packet);
         // A ring may tell of a failure with the next call only.
         bench.engine.submit().unwrap();
         bench.engine.submit().unwrap();
         written += 1;
-        assert!(written < 10_000, "the socket holds any number of frames");
+        assert!(
+            written < 10_000,
+            "the socket holds any number of vnet packets"
+        );
         snapshot = bench.counters.snapshot();
     }
-    assert_eq!(snapshot.tun_frames_written, written - 3);
+    assert_eq!(snapshot.tun_writes, written - 3);
     let mut buffer = [0; 100];
     let there = std::iter::from_fn(|| read(&bench.device, &mut buffer).ok());
     assert_eq!(there.take(10_000).count() as u64, written - 3);
@@ -353,7 +359,7 @@ fn a_full_tun_queue_costs_frames_and_no_buffers<E: Engine>(make: impl Fn(Parts) 
 
 /// Datagrams wait in the kernel, and take up the send buffer, while it asks for
 /// the link-layer address of a host that does not answer.
-fn a_full_socket_stops_frames_and_nothing_else<E: Engine>(make: impl Fn(Parts) -> E) {
+fn a_full_socket_stops_vnet_packets_and_nothing_else<E: Engine>(make: impl Fn(Parts) -> E) {
     let net = |text: &str| text.parse().unwrap();
     let hosts = testbed::pair(&[(net("10.9.0.1/24"), net("10.9.0.3/24"))], 1500).unwrap();
     for (setting, value) in [("unres_qlen_bytes", "268435456"), ("mcast_solicit", "1000")] {
@@ -368,8 +374,8 @@ fn a_full_socket_stops_frames_and_nothing_else<E: Engine>(make: impl Fn(Parts) -
     let silent = from_listen("10.9.0.2:9".parse().unwrap());
     let (mut packets, mut refused) = (0, 0);
     while refused == 0 {
-        let train = bench.train(&[1000; 4]);
-        bench.engine.send(train, silent);
+        let batch = bench.batch(&[1000; 4]);
+        bench.engine.send(batch, silent);
         bench.engine.submit().unwrap();
         packets += 4;
         assert!(packets < 10_000, "the send buffer holds any number");
@@ -385,45 +391,50 @@ fn a_full_socket_stops_frames_and_nothing_else<E: Engine>(make: impl Fn(Parts) -
     assert_eq!(snapshot.drop_send_full, refused);
     assert_eq!(snapshot.packets_sent, packets - refused);
 
-    // No frame is read, while datagrams come and frames go.
+    // No vnet packet is read, while datagrams come and vnet packets go.
     for number in 0..3 {
         write(&bench.device, &[number; 30]).unwrap();
         bench.peer.send_to(&[number; 60], bench.address).unwrap();
         assert_eq!(bench.drain(), [(false, vec![number; 60])]);
     }
-    let frame = bench.engine.take_frame().unwrap();
-    bench.engine.write(frame);
+    let vnet_packet = bench.engine.take_vnet_packet().unwrap();
+    bench.engine.write(vnet_packet);
     bench.engine.submit().unwrap();
-    assert_eq!(bench.counters.snapshot().tun_frames_written, 1);
+    assert_eq!(bench.counters.snapshot().tun_writes, 1);
 
     // Somebody answers: there is room, and the worker wakes.
     let mut netlink = hosts.b.netlink().unwrap();
     let index = netlink.link_index(UNDERLAY_NAME).unwrap().unwrap();
     netlink.add_address(index, net("10.9.0.2/24")).unwrap();
     for number in 0..3 {
-        let (is_frame, received) = bytes_of(bench.wait());
-        assert_eq!((is_frame, received.bytes()), (true, &[number; 30][..]));
+        let (is_vnet_packet, received) = bytes_of(bench.wait());
+        assert_eq!(
+            (is_vnet_packet, received.bytes()),
+            (true, &[number; 30][..])
+        );
         bench.engine.recycle(received);
     }
 }
 
 fn without_a_buffer_packets_are_dropped_and_counted<E: Engine>(make: impl Fn(Parts) -> E) {
     let mut bench = bench(make);
-    let trains: Vec<_> = (0..TRAINS).map(|_| bench.train(&[100])).collect();
-    assert!(bench.engine.take_train().is_none());
-    let frames: Vec<_> = (0..FRAMES).map(|_| bench.engine.take_frame()).collect();
-    assert!(frames.iter().all(Option::is_some));
-    assert!(bench.engine.take_frame().is_none());
-    // Whoever asked for a train counts for itself.
+    let batches: Vec<_> = (0..BATCHES).map(|_| bench.batch(&[100])).collect();
+    assert!(bench.engine.take_batch().is_none());
+    let vnet_packets: Vec<_> = (0..VNET_PACKETS)
+        .map(|_| bench.engine.take_vnet_packet())
+        .collect();
+    assert!(vnet_packets.iter().all(Option::is_some));
+    assert!(bench.engine.take_vnet_packet().is_none());
+    // Whoever asked for a batch counts for itself.
     assert_eq!(bench.counters.snapshot().drop_no_buffer, 1);
     let peer = bench.peer.local_addr().unwrap();
-    for (train, frame) in trains.into_iter().zip(frames) {
-        bench.engine.send(train, from_listen(peer));
-        bench.engine.write(frame.unwrap());
+    for (batch, vnet_packet) in batches.into_iter().zip(vnet_packets) {
+        bench.engine.send(batch, from_listen(peer));
+        bench.engine.write(vnet_packet.unwrap());
     }
     // All that the kernel has taken is there again.
-    assert!(bench.engine.take_train().is_some());
-    assert!(bench.engine.take_frame().is_some());
+    assert!(bench.engine.take_batch().is_some());
+    assert!(bench.engine.take_vnet_packet().is_some());
 }
 
 fn a_device_that_goes_is_an_error<E: Engine>(make: impl Fn(Parts) -> E) {
@@ -441,7 +452,7 @@ fn a_device_that_goes_is_an_error<E: Engine>(make: impl Fn(Parts) -> E) {
 
 #[derive(Clone, Debug)]
 enum Step {
-    Frame(usize),
+    VnetPacket(usize),
     Datagram(usize),
     /// Ask for an event; keep its buffer until the next step that takes one.
     Take,
@@ -450,7 +461,7 @@ enum Step {
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
-        (1usize..1500).prop_map(Step::Frame),
+        (1usize..1500).prop_map(Step::VnetPacket),
         (0usize..1500).prop_map(Step::Datagram),
         Just(Step::Take),
         Just(Step::Poll),
@@ -468,10 +479,10 @@ fn nothing_is_missed<E: Engine>(make: impl Fn(Parts) -> E) {
         let mut kept: Option<Received> = None;
         for (number, step) in steps.into_iter().enumerate() {
             match step {
-                Step::Frame(bytes) => {
-                    let frame = vec![number as u8; bytes];
-                    write(&bench.device, &frame).unwrap();
-                    expected[1].push_back(frame);
+                Step::VnetPacket(bytes) => {
+                    let vnet_packet = vec![number as u8; bytes];
+                    write(&bench.device, &vnet_packet).unwrap();
+                    expected[1].push_back(vnet_packet);
                 }
                 Step::Datagram(bytes) => {
                     let datagram = vec![number as u8; bytes];
@@ -484,8 +495,8 @@ fn nothing_is_missed<E: Engine>(make: impl Fn(Parts) -> E) {
                         bench.engine.recycle(received);
                     }
                     if let Some(event) = event {
-                        let (is_frame, received) = bytes_of(event);
-                        let expected = expected[usize::from(is_frame)].pop_front();
+                        let (is_vnet_packet, received) = bytes_of(event);
+                        let expected = expected[usize::from(is_vnet_packet)].pop_front();
                         prop_assert_eq!(received.bytes(), expected.unwrap());
                         kept = Some(received);
                     }
@@ -496,8 +507,8 @@ fn nothing_is_missed<E: Engine>(make: impl Fn(Parts) -> E) {
         if let Some(received) = kept.take() {
             bench.engine.recycle(received);
         }
-        for (is_frame, bytes) in bench.drain() {
-            let expected = expected[usize::from(is_frame)].pop_front();
+        for (is_vnet_packet, bytes) in bench.drain() {
+            let expected = expected[usize::from(is_vnet_packet)].pop_front();
             prop_assert_eq!(Some(bytes), expected);
         }
         prop_assert!(expected.iter().all(VecDeque::is_empty));
@@ -513,8 +524,8 @@ fn polling_hears_of_news<E: Engine>(make: impl Fn(Parts) -> E) {
     assert!(!bench.engine.poll().unwrap());
     write(&bench.device, &[7; 60]).unwrap();
     assert!(bench.engine.poll().unwrap());
-    let (is_frame, received) = bytes_of(bench.engine.next_event().unwrap());
-    assert!(is_frame);
+    let (is_vnet_packet, received) = bytes_of(bench.engine.next_event().unwrap());
+    assert!(is_vnet_packet);
     bench.engine.recycle(received);
     bench.wake.write(1).unwrap();
     assert!(bench.engine.poll().unwrap());
@@ -533,8 +544,8 @@ fn once_quiet_nothing_new_is_read<E: Engine>(make: impl Fn(Parts) -> E) {
     assert_eq!(received.bytes(), [1; 60]);
     bench.engine.recycle(received);
     let peer = bench.peer.local_addr().unwrap();
-    let train = bench.train(&[9]);
-    bench.engine.send(train, from_listen(peer));
+    let batch = bench.batch(&[9]);
+    bench.engine.send(batch, from_listen(peer));
     bench.engine.submit().unwrap();
     assert_eq!(bench.peer.recv(&mut [0; 10]).unwrap(), 9);
     assert!(!bench.engine.has_event());
@@ -551,12 +562,12 @@ fn on_a_ring_output_waits_for_submit() {
     assert!(bench.drain().is_empty());
     bench.peer.set_nonblocking(true).unwrap();
     let peer = bench.peer.local_addr().unwrap();
-    let train = bench.train(&[100]);
-    bench.engine.send(train, from_listen(peer));
-    let frame = bench.engine.take_frame().unwrap();
-    bench.engine.write(frame);
+    let batch = bench.batch(&[100]);
+    bench.engine.send(batch, from_listen(peer));
+    let vnet_packet = bench.engine.take_vnet_packet().unwrap();
+    bench.engine.write(vnet_packet);
     assert!(!bench.engine.has_event() && bench.engine.next_event().is_none());
-    assert!(bench.engine.take_train().is_some());
+    assert!(bench.engine.take_batch().is_some());
     let mut buffer = [0; 200];
     assert!(bench.peer.recv(&mut buffer).is_err() && read(&bench.device, &mut buffer).is_err());
     bench.engine.submit().unwrap();

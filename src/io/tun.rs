@@ -28,7 +28,7 @@ mod ioctl {
     nix::ioctl_none!(get_namespace, b'T', 227);
 }
 
-/// One queue of the device: a descriptor that reads and writes frames with a
+/// One queue of the device: a descriptor that reads and writes vnet packets with a
 /// virtio-net header, without waiting.
 #[derive(Debug)]
 pub struct Queue(OwnedFd);
@@ -113,7 +113,7 @@ impl From<OwnedFd> for Queue {
 pub struct Tun {
     /// One per worker.
     pub queues: Vec<Queue>,
-    /// The super-packets that pass in both directions.
+    /// The GSO packets that pass in both directions.
     pub offloads: TunOffloads,
     /// Whether a flow's queue depends on the flow alone; see [`steering`].
     pub steered: bool,

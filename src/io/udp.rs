@@ -231,7 +231,7 @@ mod tests {
     }
 
     /// A UDP datagram as it comes out of a TUN device, without a checksum (RFC 768).
-    fn frame(source: [u8; 4], destination: [u8; 4], port: u16) -> Vec<u8> {
+    fn vnet_packet(source: [u8; 4], destination: [u8; 4], port: u16) -> Vec<u8> {
         let virtio = [0; crate::packet::virtio::HEADER_BYTES];
         let mut ip = vec![0x45, 0, 0, 29, 0, 0, 0, 0, 64, 17, 0, 0];
         ip.extend([source, destination].concat());
@@ -266,7 +266,7 @@ mod tests {
             .unwrap();
         netlink.set_up(index.unwrap()).unwrap();
         let socket = &sockets[0].receive;
-        let frame = frame([10, 9, 0, 2], [10, 9, 0, 1], PORT);
+        let vnet_packet = vnet_packet([10, 9, 0, 2], [10, 9, 0, 1], PORT);
         let has_come = || socket.recv(&mut [std::mem::MaybeUninit::uninit()]).is_ok();
         let wait_until = |is_so: &dyn Fn() -> bool| {
             for _ in 0..10_000 {
@@ -277,7 +277,7 @@ mod tests {
             }
             panic!("waited in vain");
         };
-        let write = || nix::unistd::write(&device.queues[0], &frame).unwrap();
+        let write = || nix::unistd::write(&device.queues[0], &vnet_packet).unwrap();
         write();
         wait_until(&has_come);
         drop_from(socket.as_fd(), index).unwrap();

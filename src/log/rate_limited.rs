@@ -9,7 +9,7 @@ const LINES_MAX: u32 = 5;
 const WINDOW: Duration = Duration::from_secs(10);
 
 /// Lets the first lines of a window pass and counts the others.
-pub struct Journal {
+pub struct RateLimitedLog {
     /// What the lines are about, in the plural.
     what: &'static str,
     window: Option<Window>,
@@ -21,7 +21,7 @@ struct Window {
     left_out: u64,
 }
 
-impl Journal {
+impl RateLimitedLog {
     /// An empty one. `what`: what its lines are about, in the plural.
     pub fn new(what: &'static str) -> Self {
         Self { what, window: None }
@@ -71,7 +71,7 @@ mod tests {
 
     #[test]
     fn a_window_has_few_lines_and_a_count_of_the_others() {
-        let mut journal = Journal::new("events");
+        let mut journal = RateLimitedLog::new("events");
         let now = Instant::now();
         let admitted = (0..100).filter(|_| journal.admits(now)).count();
         assert_eq!(admitted, 5);

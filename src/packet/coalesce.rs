@@ -1,4 +1,4 @@
-//! Packets of one flow into frames that the kernel takes in one TUN write:
+//! Packets of one flow into vnet packets that the kernel takes in one TUN write:
 //! generic receive offload, on the way in.
 //!
 //! The rules are those of the kernel's own GRO (`net/ipv4/tcp_offload.c`,
@@ -12,9 +12,9 @@
 use std::ops::Range;
 
 use super::checksum::{Sum, pseudo_header};
-use super::frame::{Frame, FrameSink};
 use super::ip::Version;
 use super::virtio::{self, Header};
+use super::vnet_packet::{VnetPacket, VnetSink};
 use super::{
     IPV4_HEADER_BYTES, IPV6_HEADER_BYTES, PACKET_BYTES_MAX, TCP, TCP_CHECKSUM_OFFSET,
     TCP_HEADER_BYTES, UDP, UDP_CHECKSUM_OFFSET, UDP_HEADER_BYTES, be16, be32, put_be16, tcp_flags,
@@ -23,11 +23,11 @@ use super::{
 /// Flows that can be open at a time. The oldest makes room for a new one.
 pub const FLOWS_MAX: usize = 16;
 
-/// Most UDP datagrams of one frame: the kernel's `UDP_GRO_CNT_MAX`. A receiver
+/// Most UDP datagrams of one vnet packet: the kernel's `UDP_GRO_CNT_MAX`. A receiver
 /// with `UDP_GRO` on may have sized its buffers for that.
 pub const UDP_SEGMENTS_MAX: usize = 64;
 
-/// Which super-packets the TUN device takes.
+/// Which GSO packets the TUN device takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TunOffloads {
     /// TCP, IPv4 and IPv6 (`TUN_F_TSO4`, `TUN_F_TSO6`).
@@ -56,7 +56,7 @@ impl Coalescer {
     /// Takes in one packet that [`super::ip::verify`] passed as `version`.
     /// Whatever becomes final by it goes to `sink`.
     #[inline]
-    pub fn push(&mut self, version: Version, packet: &[u8], sink: &mut impl FrameSink) {
+    pub fn push(&mut self, version: Version, packet: &[u8], sink: &mut impl VnetSink) {
         let data = match classify(version, packet) {
             Class::Data(data) if self.wants(&data) => data,
             Class::Data(Data { flow, .. }) | Class::Flow(flow) => {
@@ -83,10 +83,10 @@ impl Coalescer {
             }
             sink.write(self.open.remove(index).finish());
         }
-        let Some(frame) = sink.take_frame() else {
+        let Some(vnet_packet) = sink.take_vnet_packet() else {
             return;
         };
-        let open = Open::new(frame, &data, packet);
+        let open = Open::new(vnet_packet, &data, packet);
         if data.closes() {
             sink.write(open.finish());
             return;
@@ -100,7 +100,7 @@ impl Coalescer {
     /// Hands all that is open to `sink`. To be called when no more packets are
     /// at hand, so that none waits for company.
     #[inline]
-    pub fn flush(&mut self, sink: &mut impl FrameSink) {
+    pub fn flush(&mut self, sink: &mut impl VnetSink) {
         for open in self.open.drain(..) {
             sink.write(open.finish());
         }
@@ -114,7 +114,7 @@ impl Coalescer {
         }
     }
 
-    fn close_if(&mut self, sink: &mut impl FrameSink, matches: impl Fn(&Open) -> bool) {
+    fn close_if(&mut self, sink: &mut impl VnetSink, matches: impl Fn(&Open) -> bool) {
         while let Some(index) = self.open.iter().position(&matches) {
             sink.write(self.open.remove(index).finish());
         }
@@ -123,10 +123,10 @@ impl Coalescer {
 
 /// Copies a packet out as it is.
 #[inline]
-fn pass(packet: &[u8], sink: &mut impl FrameSink) {
-    if let Some(mut frame) = sink.take_frame() {
-        frame.set(packet);
-        sink.write(frame);
+fn pass(packet: &[u8], sink: &mut impl VnetSink) {
+    if let Some(mut vnet_packet) = sink.take_vnet_packet() {
+        vnet_packet.set(packet);
+        sink.write(vnet_packet);
     }
 }
 
@@ -180,7 +180,7 @@ struct Data {
 }
 
 impl Data {
-    /// Whether nothing may follow it in a frame.
+    /// Whether nothing may follow it in a vnet packet.
     #[inline]
     fn closes(&self) -> bool {
         self.push
@@ -248,10 +248,10 @@ enum Identification {
     Fixed,
 }
 
-/// A frame that may still grow.
+/// A vnet packet that may still grow.
 #[derive(Debug)]
 struct Open {
-    frame: Frame,
+    vnet_packet: VnetPacket,
     flow: Flow,
     header_bytes: usize,
     /// Payload of the first packet, and so of every segment but the last.
@@ -266,10 +266,10 @@ struct Open {
 
 impl Open {
     #[inline]
-    fn new(mut frame: Frame, data: &Data, packet: &[u8]) -> Self {
-        frame.set(packet);
+    fn new(mut vnet_packet: VnetPacket, data: &Data, packet: &[u8]) -> Self {
+        vnet_packet.set(packet);
         Self {
-            frame,
+            vnet_packet,
             flow: data.flow,
             header_bytes: data.header_bytes,
             segment_bytes: data.payload_bytes,
@@ -287,7 +287,7 @@ impl Open {
         // call for each packet.
         const V4_ENDPOINTS: Range<usize> = 12..IPV4_HEADER_BYTES + 4;
         const V6_ENDPOINTS: Range<usize> = 8..IPV6_HEADER_BYTES + 4;
-        let first = self.frame.packet();
+        let first = self.vnet_packet.packet();
         self.flow == *flow
             && match flow.version {
                 Version::V4 => first[V4_ENDPOINTS] == packet[V4_ENDPOINTS],
@@ -299,13 +299,14 @@ impl Open {
     #[inline]
     fn is_between_same(&self, version: Version, packet: &[u8]) -> bool {
         let addresses = addresses(version);
-        self.flow.version == version && self.frame.packet()[addresses.clone()] == packet[addresses]
+        self.flow.version == version
+            && self.vnet_packet.packet()[addresses.clone()] == packet[addresses]
     }
 
     /// Appends `packet`, of the same flow, as the next segment if it may be.
     #[inline]
     fn append(&mut self, data: &Data, packet: &[u8]) -> bool {
-        let first = self.frame.packet();
+        let first = self.vnet_packet.packet();
         let fits = data.header_bytes == self.header_bytes
             && data.payload_bytes <= self.segment_bytes
             && first.len() + data.payload_bytes <= PACKET_BYTES_MAX;
@@ -333,11 +334,11 @@ impl Open {
             self.verified = true;
         }
         let (headers, payload) = packet.split_at(data.header_bytes);
-        let payload_sum = self.frame.copy_behind(payload);
+        let payload_sum = self.vnet_packet.copy_behind(payload);
         if !checksums_are_valid(self.flow, headers, payload.len(), payload_sum) {
             return false;
         }
-        self.frame.extend(payload.len());
+        self.vnet_packet.extend(payload.len());
         self.identification = identification;
         self.count += 1;
         self.push = data.push;
@@ -350,7 +351,7 @@ impl Open {
         if self.flow.version == Version::V6 {
             return Some(Identification::Unknown);
         }
-        let first = self.frame.packet();
+        let first = self.vnet_packet.packet();
         let step = be16(packet, 4).wrapping_sub(be16(first, 4));
         let counts = usize::from(step) == self.count;
         let fixed = step == 0 && be16(first, 6) & DONT_FRAGMENT != 0;
@@ -373,13 +374,13 @@ impl Open {
 
     /// Completes the headers. A lone packet stays as it came.
     #[inline]
-    fn finish(mut self) -> Frame {
+    fn finish(mut self) -> VnetPacket {
         if self.count == 1 {
-            return self.frame;
+            return self.vnet_packet;
         }
         let Flow { version, protocol } = self.flow;
         let ip_bytes = self.flow.ip_bytes();
-        let packet = self.frame.packet_mut();
+        let packet = self.vnet_packet.packet_mut();
         let total_bytes = packet.len();
         let (ip_header, transport) = packet.split_at_mut(ip_bytes);
         match version {
@@ -404,7 +405,7 @@ impl Open {
             .add_u16(transport.len() as u16)
             .partial();
         transport[checksum_offset..checksum_offset + 2].copy_from_slice(&partial);
-        self.frame.set_header(Header {
+        self.vnet_packet.set_header(Header {
             flags: virtio::NEEDS_CHECKSUM,
             gso_type: match (protocol, version) {
                 (TCP, Version::V4) => virtio::GSO_TCPV4,
@@ -416,7 +417,7 @@ impl Open {
             checksum_start: ip_bytes as u16,
             checksum_offset: checksum_offset as u16,
         });
-        self.frame
+        self.vnet_packet
     }
 }
 

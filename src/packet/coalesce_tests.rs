@@ -1,5 +1,5 @@
 //! What goes into the coalescer must come out, whatever it is: each output
-//! frame is cut up again by [`oracle`](super::super::oracle) and compared with
+//! vnet packet is cut up again by [`oracle`](super::super::oracle) and compared with
 //! the packets that went in. A second set of tests says what must be merged.
 
 use std::fmt::Debug;
@@ -7,11 +7,11 @@ use std::fmt::Debug;
 use proptest::collection::vec;
 use proptest::prelude::*;
 
+use super::super::batch::{Batch, Limits};
 use super::super::ip;
 use super::super::oracle;
 use super::super::segment::Segments;
 use super::super::test_support::*;
-use super::super::train::{Limits, Train};
 use super::*;
 
 const ALL: TunOffloads = TunOffloads {
@@ -23,35 +23,35 @@ const NONE: TunOffloads = TunOffloads {
     udp: false,
 };
 
-/// Gives out frames that still hold other bytes, as recycled ones do.
+/// Gives out vnet packets that still hold other bytes, as recycled ones do.
 struct Sink {
-    frames_left: usize,
-    frames: Vec<Vec<u8>>,
+    vnet_packets_left: usize,
+    vnet_packets: Vec<Vec<u8>>,
 }
 
-impl FrameSink for Sink {
-    fn take_frame(&mut self) -> Option<Frame> {
-        self.frames_left = self.frames_left.checked_sub(1)?;
-        let mut frame = Frame::new(0);
-        frame.bytes[..200].fill(0xee);
-        Some(frame)
+impl VnetSink for Sink {
+    fn take_vnet_packet(&mut self) -> Option<VnetPacket> {
+        self.vnet_packets_left = self.vnet_packets_left.checked_sub(1)?;
+        let mut vnet_packet = VnetPacket::new(0);
+        vnet_packet.bytes[..200].fill(0xee);
+        Some(vnet_packet)
     }
 
-    fn write(&mut self, frame: Frame) {
-        self.frames.push(frame.bytes().to_vec());
+    fn write(&mut self, vnet_packet: VnetPacket) {
+        self.vnet_packets.push(vnet_packet.bytes().to_vec());
     }
 }
 
 /// What comes out, with a flush wherever `flush_after` says so.
 fn coalesce_into(
-    frames_max: usize,
+    vnet_packets_max: usize,
     offloads: TunOffloads,
     packets: &[Vec<u8>],
     flush_after: impl Fn(usize) -> bool,
 ) -> Vec<Vec<u8>> {
     let mut sink = Sink {
-        frames_left: frames_max,
-        frames: vec![],
+        vnet_packets_left: vnet_packets_max,
+        vnet_packets: vec![],
     };
     let mut coalescer = Coalescer::new(offloads);
     for (index, packet) in packets.iter().enumerate() {
@@ -62,22 +62,25 @@ fn coalesce_into(
         }
     }
     coalescer.flush(&mut sink);
-    sink.frames
+    sink.vnet_packets
 }
 
 fn coalesce(packets: &[Vec<u8>]) -> Vec<Vec<u8>> {
     coalesce_into(usize::MAX, ALL, packets, |_| false)
 }
 
-/// How many packets each frame holds, having checked that they are the ones
+/// How many packets each vnet packet holds, having checked that they are the ones
 /// that went in.
 #[track_caller]
 fn merged(packets: &[Vec<u8>]) -> Vec<usize> {
-    let frames = coalesce(packets);
-    if let Err(why) = oracle::same_traffic(packets, &frames, false) {
+    let vnet_packets = coalesce(packets);
+    if let Err(why) = oracle::same_traffic(packets, &vnet_packets, false) {
         panic!("{why}");
     }
-    frames.iter().map(|f| oracle::expand(f).len()).collect()
+    vnet_packets
+        .iter()
+        .map(|f| oracle::expand(f).len())
+        .collect()
 }
 
 // Arbitrary traffic.
@@ -387,26 +390,26 @@ proptest! {
         packets in traffic(), tcp in any::<bool>(), every in 1usize..20,
     ) {
         let offloads = TunOffloads { tcp, udp: !tcp };
-        let frames = coalesce_into(usize::MAX, offloads, &packets, |index| index % every == 0);
-        check(oracle::same_traffic(&packets, &frames, false))?;
+        let vnet_packets = coalesce_into(usize::MAX, offloads, &packets, |index| index % every == 0);
+        check(oracle::same_traffic(&packets, &vnet_packets, false))?;
         let unwanted = if tcp { virtio::GSO_UDP_L4 } else { virtio::GSO_TCPV4 };
-        prop_assert!(frames.iter().all(|frame| frame[1] != unwanted));
-        prop_assert!(tcp || frames.iter().all(|frame| frame[1] != virtio::GSO_TCPV6));
+        prop_assert!(vnet_packets.iter().all(|vnet_packet| vnet_packet[1] != unwanted));
+        prop_assert!(tcp || vnet_packets.iter().all(|vnet_packet| vnet_packet[1] != virtio::GSO_TCPV6));
     }
 
     #[test]
-    fn a_starved_sink_loses_packets_but_keeps_order(packets in traffic(), frames_max in 0usize..20) {
-        let frames = coalesce_into(frames_max, ALL, &packets, |_| false);
-        prop_assert!(frames.len() <= frames_max);
-        check(oracle::same_traffic(&packets, &frames, true))?;
+    fn a_starved_sink_loses_packets_but_keeps_order(packets in traffic(), vnet_packets_max in 0usize..20) {
+        let vnet_packets = coalesce_into(vnet_packets_max, ALL, &packets, |_| false);
+        prop_assert!(vnet_packets.len() <= vnet_packets_max);
+        check(oracle::same_traffic(&packets, &vnet_packets, true))?;
     }
 
     #[test]
     fn without_offloads_packets_pass_in_order(packets in traffic()) {
-        let frames = coalesce_into(usize::MAX, NONE, &packets, |_| false);
+        let vnet_packets = coalesce_into(usize::MAX, NONE, &packets, |_| false);
         let expected: Vec<_> =
             packets.iter().map(|packet| [&[0; virtio::HEADER_BYTES][..], packet].concat()).collect();
-        prop_assert_eq!(frames, expected);
+        prop_assert_eq!(vnet_packets, expected);
     }
 
     /// Bytes that are IP packets only as far as `ip::verify` looks.
@@ -435,9 +438,9 @@ proptest! {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
 
-    /// Near the limits of a frame: long packets, and many of them.
+    /// Near the limits of a vnet packet: long packets, and many of them.
     #[test]
-    fn long_runs_stay_within_a_frame(
+    fn long_runs_stay_within_a_vnet_packet(
         v6 in any::<bool>(), tcp in any::<bool>(), payload_bytes in 900usize..20_000,
         total_bytes in 60_000usize..140_000, id_step in 0u16..2,
     ) {
@@ -446,41 +449,41 @@ proptest! {
         let packets: Vec<_> = (0..total_bytes / payload_bytes)
             .map(|_| sender.send(Odd::Nothing, false))
             .collect();
-        let frames = coalesce(&packets);
-        check(oracle::same_traffic(&packets, &frames, false))?;
-        // As few frames as there can be.
-        let per_frame = (PACKET_BYTES_MAX + payload_bytes - packets[0].len()) / payload_bytes;
-        let per_frame = if tcp { per_frame } else { per_frame.min(UDP_SEGMENTS_MAX) };
-        prop_assert_eq!(frames.len(), packets.len().div_ceil(per_frame));
+        let vnet_packets = coalesce(&packets);
+        check(oracle::same_traffic(&packets, &vnet_packets, false))?;
+        // As few vnet packets as there can be.
+        let per_read = (PACKET_BYTES_MAX + payload_bytes - packets[0].len()) / payload_bytes;
+        let per_read = if tcp { per_read } else { per_read.min(UDP_SEGMENTS_MAX) };
+        prop_assert_eq!(vnet_packets.len(), packets.len().div_ceil(per_read));
     }
 
-    /// Out one side of the tunnel in a train, in at the other, and out again.
-    /// (A frame is closed when another full segment would not fit, so this
+    /// Out one side of the tunnel in a batch, in at the other, and out again.
+    /// (A vnet packet is closed when another full segment would not fit, so this
     /// keeps away from the limit, where a short last one would come alone.)
     #[test]
-    fn what_is_cut_merges_into_the_same_frame(
+    fn what_is_cut_merges_into_the_same_vnet_packet(
         v6 in any::<bool>(), tcp in any::<bool>(),
         payload_bytes in 1usize..56_000, gso_bytes in 1000u16..9000, push in any::<bool>(),
     ) {
         let bytes = payload(payload_bytes);
         let packet = if tcp { Packet::tcp(v6, bytes) } else { Packet::udp(v6, bytes) };
         let packet = packet.with(|p| if tcp && push { p.tcp_mut().flags |= PSH });
-        let frame = packet.frame(gso_bytes);
-        let segments = Segments::new(&frame).unwrap();
-        let mut train = Train::new(0);
-        train.start(0, Limits::FULL);
+        let vnet_packet = packet.vnet_packet(gso_bytes);
+        let segments = Segments::new(&vnet_packet).unwrap();
+        let mut batch = Batch::new(0);
+        batch.start(0, Limits::FULL);
         for index in 0..segments.count() {
-            let out = train.reserve(segments.packet_bytes(index)).expect("fits");
+            let out = batch.reserve(segments.packet_bytes(index)).expect("fits");
             segments.write(index, out);
         }
-        let packets: Vec<_> = train.datagrams().map(<[u8]>::to_vec).collect();
-        let frames = coalesce(&packets);
-        prop_assert_eq!(frames.len(), 1);
-        prop_assert_eq!(oracle::expand(&frames[0]), packets);
+        let packets: Vec<_> = batch.datagrams().map(<[u8]>::to_vec).collect();
+        let vnet_packets = coalesce(&packets);
+        prop_assert_eq!(vnet_packets.len(), 1);
+        prop_assert_eq!(oracle::expand(&vnet_packets[0]), packets);
         if segments.count() > 1 {
             // The header's length is right now; all else is as the kernel gave it.
-            prop_assert_eq!(&frames[0][..2], &frame[..2]);
-            prop_assert_eq!(&frames[0][4..], &frame[4..]);
+            prop_assert_eq!(&vnet_packets[0][..2], &vnet_packet[..2]);
+            prop_assert_eq!(&vnet_packets[0][4..], &vnet_packet[4..]);
         }
     }
 }
@@ -516,7 +519,7 @@ fn bytes(packets: &[Packet]) -> Vec<Vec<u8>> {
 }
 
 #[test]
-fn a_run_of_one_flow_is_one_frame() {
+fn a_run_of_one_flow_is_one_vnet_packet() {
     for v6 in [false, true] {
         let tcp = run(Packet::tcp(v6, vec![]), 45, 1420);
         assert_eq!(merged(&bytes(&tcp)), [45]);
@@ -561,9 +564,12 @@ fn push_and_a_shorter_packet_close() {
     let mut packets = tcp_run(6, 100);
     packets[2].tcp_mut().flags |= PSH;
     assert_eq!(merged(&bytes(&packets)), [3, 3]);
-    let frames = coalesce(&bytes(&packets));
-    let flags = |frame: &[u8]| frame[virtio::HEADER_BYTES + 33];
-    assert_eq!([flags(&frames[0]), flags(&frames[1])], [ACK | PSH, ACK]);
+    let vnet_packets = coalesce(&bytes(&packets));
+    let flags = |vnet_packet: &[u8]| vnet_packet[virtio::HEADER_BYTES + 33];
+    assert_eq!(
+        [flags(&vnet_packets[0]), flags(&vnet_packets[1])],
+        [ACK | PSH, ACK]
+    );
 
     packets[0].tcp_mut().flags |= PSH;
     assert_eq!(merged(&bytes(&packets)), [1, 2, 3]);
@@ -610,7 +616,7 @@ type Change = fn(&mut Packet);
 /// The third of five differs: it stands alone, or what follows it does not
 /// carry on from it. Nobody overtakes anybody, as `merged` makes sure.
 #[test]
-fn any_difference_ends_a_frame() {
+fn any_difference_ends_a_vnet_packet() {
     let both: [(&str, Change); 4] = [
         ("type of service", |p| p.tos = 3),
         ("TTL", |p| p.ttl -= 1),
@@ -708,7 +714,7 @@ fn what_is_not_plain_data_passes() {
     }
 }
 
-/// The kernel trusts a merged frame: a wrong checksum must not vanish in it.
+/// The kernel trusts a merged vnet packet: a wrong checksum must not vanish in it.
 #[test]
 fn bad_checksums_stay_visible() {
     for (what, at) in [("IP", 11), ("transport", 151)] {
@@ -745,10 +751,10 @@ fn packets_that_pass_close_what_they_belong_to() {
 }
 
 #[test]
-fn no_frame_no_packet() {
+fn no_vnet_packet_no_packet() {
     let packets = bytes(&[tcp_run(3, 100), udp_run(3, 100)].concat());
     assert!(coalesce_into(0, ALL, &packets, |_| false).is_empty());
-    let frames = coalesce_into(1, ALL, &packets, |_| false);
-    assert_eq!(frames.len(), 1);
-    assert_eq!(oracle::expand(&frames[0]), packets[..3]);
+    let vnet_packets = coalesce_into(1, ALL, &packets, |_| false);
+    assert_eq!(vnet_packets.len(), 1);
+    assert_eq!(oracle::expand(&vnet_packets[0]), packets[..3]);
 }

@@ -22,7 +22,7 @@ pub enum Hop {
 
 /// Takes one hop from a packet that [`ip::verify`] passed as `version`, and
 /// keeps the IPv4 header checksum as right, or as wrong, as it was. The
-/// headers of a super-packet are those of its segments, so that one call
+/// headers of a GSO packet are those of its segments, so that one call
 /// before [`super::segment`] serves them all.
 #[inline]
 pub fn decrement(version: Version, packet: &mut [u8]) -> Hop {
@@ -47,13 +47,13 @@ pub fn decrement(version: Version, packet: &mut [u8]) -> Hop {
     Hop::Counted
 }
 
-/// [`decrement`] for a frame as a TUN queue gives it: virtio-net header and
+/// [`decrement`] for a vnet packet as a TUN queue gives it: virtio-net header and
 /// packet. `None`, and nothing is changed, if it is no whole IP packet; it is
 /// then for [`super::segment::Segments::new`] to say why.
 #[inline]
 #[must_use = "an expired packet must not go on"]
-pub fn decrement_frame(frame: &mut [u8]) -> Option<Hop> {
-    let packet = frame.get_mut(virtio::HEADER_BYTES..)?;
+pub fn decrement_vnet_packet(vnet_packet: &mut [u8]) -> Option<Hop> {
+    let packet = vnet_packet.get_mut(virtio::HEADER_BYTES..)?;
     let version = ip::verify(packet).ok()?;
     Some(decrement(version, packet))
 }
@@ -68,8 +68,8 @@ mod tests {
     use super::super::test_support::*;
     use super::*;
 
-    fn cut(frame: &[u8]) -> Vec<Vec<u8>> {
-        let segments = Segments::new(frame).expect("frame refused");
+    fn cut(vnet_packet: &[u8]) -> Vec<Vec<u8>> {
+        let segments = Segments::new(vnet_packet).expect("vnet packet refused");
         (0..segments.count())
             .map(|index| {
                 let mut out = vec![0xee; segments.packet_bytes(index)];
@@ -121,33 +121,33 @@ mod tests {
         /// Decrement, then cut, is cut, then decrement; also where only the
         /// checksum is left to do (`gso_bytes` 0).
         #[test]
-        fn every_segment_of_a_frame_is_one_hop_on(
+        fn every_segment_of_a_vnet_packet_is_one_hop_on(
             packet in any_packet(),
             gso_bytes in prop_oneof![1 => Just(0u16), 5 => 1u16..1500],
         ) {
-            let before = packet.frame(gso_bytes);
-            let mut frame = before.clone();
-            let hop = decrement_frame(&mut frame);
+            let before = packet.vnet_packet(gso_bytes);
+            let mut vnet_packet = before.clone();
+            let hop = decrement_vnet_packet(&mut vnet_packet);
             if packet.ttl <= 1 {
                 prop_assert_eq!(hop, Some(Hop::Expired));
-                prop_assert_eq!(frame, before);
+                prop_assert_eq!(vnet_packet, before);
                 return Ok(());
             }
             prop_assert_eq!(hop, Some(Hop::Counted));
-            let packets = cut(&frame);
+            let packets = cut(&vnet_packet);
             let expected: Vec<_> = cut(&before).iter().map(|p| decremented(p)).collect();
             prop_assert_eq!(&packets, &expected);
-            prop_assert_eq!(&packets, &oracle::expand(&frame));
+            prop_assert_eq!(&packets, &oracle::expand(&vnet_packet));
             for packet in &packets {
                 prop_assert_eq!(oracle::intact(packet), Ok(()));
             }
         }
 
         #[test]
-        fn bytes_that_are_no_packet_are_left_alone(frame in vec(any::<u8>(), 0..100)) {
-            let mut after = frame.clone();
-            if decrement_frame(&mut after) != Some(Hop::Counted) {
-                prop_assert_eq!(after, frame);
+        fn bytes_that_are_no_packet_are_left_alone(vnet_packet in vec(any::<u8>(), 0..100)) {
+            let mut after = vnet_packet.clone();
+            if decrement_vnet_packet(&mut after) != Some(Hop::Counted) {
+                prop_assert_eq!(after, vnet_packet);
             }
         }
     }

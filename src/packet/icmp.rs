@@ -106,7 +106,7 @@ enum Ends {
 
 impl ErrorMessage {
     /// The error about `offender`, a packet that [`super::ip::verify`] passed
-    /// as `version`; its headers will do for all segments of a super-packet.
+    /// as `version`; its headers will do for all segments of a GSO packet.
     /// `None` if there may be no error about it, or there is no address to send
     /// it from.
     ///
@@ -142,7 +142,7 @@ impl ErrorMessage {
     /// `offender` as fits. Returns its bytes.
     ///
     /// `offender` is the packet that this error is [`about`](Self::about), or
-    /// the first segment if that was a super-packet.
+    /// the first segment if that was a GSO packet.
     pub fn write(&self, offender: &[u8], out: &mut [u8; ERROR_BYTES_MAX]) -> usize {
         let (header_bytes, error_bytes_max) = match self.ends {
             Ends::V4 { .. } => (IPV4_HEADER_BYTES, IPV4_ERROR_BYTES_MAX),

@@ -36,7 +36,7 @@ use std::ops::Range;
 
 use ipnet::IpNet;
 
-use super::train::NextHop;
+use super::batch::NextHop;
 
 /// Most ranges that are searched without a further node of the index.
 const LEAF_RANGES_MAX: usize = 32;

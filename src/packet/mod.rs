@@ -1,33 +1,33 @@
 //! Packets as bytes: no I/O, no `unsafe`, nothing that knows of sockets or rings.
 //!
 //! Outbound, a packet meets these in turn: [`virtio`] (what the kernel says of
-//! the frame it handed over), [`segment`] (one TSO/USO frame into packets),
-//! [`train`] (packets into one UDP GSO send). Inbound: [`ip`] (does the
+//! the vnet packet it handed over), [`segment`] (one TSO/USO vnet packet into packets),
+//! [`batch`] (packets into one UDP GSO send). Inbound: [`ip`] (does the
 //! datagram hold one whole IP packet?), [`coalesce`] (packets of one flow into
-//! a [`frame`] that the kernel takes in one write). [`checksum`] serves both, and so
+//! a [`vnet_packet`] that the kernel takes in one write). [`checksum`] serves both, and so
 //! does [`lpm`] (which next hop has an address?). Where the tunnel counts as a
 //! hop, [`hop`] comes before [`segment`]; what cannot be sent on is answered by
 //! [`icmp`].
 #![forbid(unsafe_code)]
 
+pub mod batch;
 pub mod checksum;
 pub mod coalesce;
-pub mod frame;
 pub mod hop;
 pub mod icmp;
 pub mod ip;
 pub mod lpm;
 pub mod probe;
 pub mod segment;
-pub mod train;
 pub mod virtio;
+pub mod vnet_packet;
 
 #[cfg(test)]
 mod oracle;
 #[cfg(test)]
 mod test_support;
 
-/// Most bytes of an IPv4 packet, and of any frame a TUN device delivers:
+/// Most bytes of an IPv4 packet, and of any vnet packet a TUN device delivers:
 /// the total length field has 16 bits (RFC 791).
 pub const PACKET_BYTES_MAX: usize = 65535;
 

@@ -1,4 +1,4 @@
-//! A second opinion for tests and fuzz targets: reads packets and cuts frames
+//! A second opinion for tests and fuzz targets: reads packets and cuts vnet packets
 //! the slow and obvious way, from the RFCs and `linux/virtio_net.h`, and says
 //! whether what came out is what went in. It shares no code with what it
 //! judges and needs nothing but `std`, so that the fuzz crate can include it.
@@ -174,7 +174,7 @@ pub(crate) fn intact(packet: &[u8]) -> Result<(), String> {
     Ok(())
 }
 
-/// The virtio-net header's fields, read from a frame.
+/// The virtio-net header's fields, read from a vnet packet.
 #[derive(Debug)]
 struct Virtio {
     flags: u8,
@@ -185,27 +185,27 @@ struct Virtio {
     checksum_offset: usize,
 }
 
-fn virtio(frame: &[u8]) -> (Virtio, &[u8]) {
-    let half = |at: usize| usize::from(u16::from_ne_bytes([frame[at], frame[at + 1]]));
+fn virtio(vnet_packet: &[u8]) -> (Virtio, &[u8]) {
+    let half = |at: usize| usize::from(u16::from_ne_bytes([vnet_packet[at], vnet_packet[at + 1]]));
     let header = Virtio {
-        flags: frame[0],
-        gso_type: frame[1],
+        flags: vnet_packet[0],
+        gso_type: vnet_packet[1],
         header_bytes: half(2),
         gso_bytes: half(4),
         checksum_start: half(6),
         checksum_offset: half(8),
     };
-    (header, &frame[VIRTIO_BYTES..])
+    (header, &vnet_packet[VIRTIO_BYTES..])
 }
 
-/// Whether the frame is a super-packet.
-pub(crate) fn is_super(frame: &[u8]) -> bool {
-    frame[1] & 0x7f != 0
+/// Whether the vnet packet is a GSO packet.
+pub(crate) fn is_super(vnet_packet: &[u8]) -> bool {
+    vnet_packet[1] & 0x7f != 0
 }
 
-/// Cuts a well-formed frame into the packets that it stands for.
-pub(crate) fn expand(frame: &[u8]) -> Vec<Vec<u8>> {
-    let (header, packet) = virtio(frame);
+/// Cuts a well-formed vnet packet into the packets that it stands for.
+pub(crate) fn expand(vnet_packet: &[u8]) -> Vec<Vec<u8>> {
+    let (header, packet) = virtio(vnet_packet);
     if header.gso_type & 0x7f == 0 {
         let mut packet = packet.to_vec();
         if header.flags & 1 != 0 {
@@ -255,11 +255,11 @@ pub(crate) fn expand(frame: &[u8]) -> Vec<Vec<u8>> {
     packets
 }
 
-/// Whether the kernel can take the frame and gets what the packet says.
-pub(crate) fn well_formed(frame: &[u8]) -> Result<(), String> {
-    let (header, packet) = virtio(frame);
-    if !is_super(frame) {
-        return match frame[..VIRTIO_BYTES] {
+/// Whether the kernel can take the vnet packet and gets what the packet says.
+pub(crate) fn well_formed(vnet_packet: &[u8]) -> Result<(), String> {
+    let (header, packet) = virtio(vnet_packet);
+    if !is_super(vnet_packet) {
+        return match vnet_packet[..VIRTIO_BYTES] {
             [0, 0, 0, 0, 0, 0, 0, 0, 0, 0] => Ok(()),
             _ => Err(format!("single packet with {header:?}")),
         };
@@ -333,11 +333,11 @@ fn order_key(packet: &[u8]) -> OrderKey {
 struct Expanded {
     packet: Vec<u8>,
     key: OrderKey,
-    frame: usize,
+    vnet_packet: usize,
     index: usize,
 }
 
-/// How a packet that came out of a super-frame compares to the one put in.
+/// How a packet that came out of a super-vnet packet compares to the one put in.
 #[derive(Debug, PartialEq)]
 enum Likeness {
     /// Equal; zero in either form counts as equal in a recomputed checksum.
@@ -371,24 +371,24 @@ fn likeness(input: &[u8], output: &Expanded, merged: bool) -> Likeness {
     Likeness::Different
 }
 
-/// Requires that `frames`, cut up again, are the packets of `inputs`: all of
+/// Requires that `vnet_packets`, cut up again, are the packets of `inputs`: all of
 /// them (or, with `lossy`, some of them), unchanged but for the identification
-/// of unfragmentable IPv4 packets that was the same in all of a frame, and in
+/// of unfragmentable IPv4 packets that was the same in all of a vnet packet, and in
 /// order within each flow.
 pub(crate) fn same_traffic(
     inputs: &[Vec<u8>],
-    frames: &[Vec<u8>],
+    vnet_packets: &[Vec<u8>],
     lossy: bool,
 ) -> Result<(), String> {
     let mut outputs = Vec::new();
-    for (frame, bytes) in frames.iter().enumerate() {
+    for (vnet_packet, bytes) in vnet_packets.iter().enumerate() {
         well_formed(bytes)?;
         for (index, packet) in expand(bytes).into_iter().enumerate() {
             let key = order_key(&packet);
             outputs.push(Expanded {
                 packet,
                 key,
-                frame,
+                vnet_packet,
                 index,
             });
         }
@@ -401,7 +401,7 @@ pub(crate) fn same_traffic(
     if let Some(stranger) = outputs.iter().find(|output| !known.contains(&output.key)) {
         return Err(format!("{:02x?} never went in", stranger.packet));
     }
-    // Frames in which some packet's identification counts, or stands still.
+    // Vnet packets in which some packet's identification counts, or stands still.
     let mut counting = HashSet::new();
     let mut fixed = HashSet::new();
     for key in known {
@@ -412,7 +412,7 @@ pub(crate) fn same_traffic(
             .filter(|(_, other)| concerns(other))
             .map(|(packet, _)| packet);
         for output in outputs.iter().filter(|output| concerns(&output.key)) {
-            let merged = is_super(&frames[output.frame]);
+            let merged = is_super(&vnet_packets[output.vnet_packet]);
             loop {
                 let Some(input) = rest.next() else {
                     return Err(format!("lost its place: {:02x?}", output.packet));
@@ -420,20 +420,20 @@ pub(crate) fn same_traffic(
                 match likeness(input, output, merged) {
                     Likeness::Same => {
                         if merged && output.index > 0 {
-                            counting.insert(output.frame);
+                            counting.insert(output.vnet_packet);
                             intact(input)?;
                         }
                         break;
                     }
                     Likeness::FixedIdentification => {
-                        fixed.insert(output.frame);
+                        fixed.insert(output.vnet_packet);
                         break;
                     }
                     Likeness::Different if lossy => {}
                     Likeness::Different => {
                         return Err(format!(
-                            "segment {} of frame {}: {:02x?} became {:02x?}",
-                            output.index, output.frame, input, output.packet
+                            "segment {} of vnet packet {}: {:02x?} became {:02x?}",
+                            output.index, output.vnet_packet, input, output.packet
                         ));
                     }
                 }
@@ -444,7 +444,7 @@ pub(crate) fn same_traffic(
         }
     }
     match counting.intersection(&fixed).next() {
-        Some(frame) => Err(format!("frame {frame} mixes identifications")),
+        Some(vnet_packet) => Err(format!("vnet packet {vnet_packet} mixes identifications")),
         None => Ok(()),
     }
 }

@@ -1,4 +1,4 @@
-//! One frame from the TUN queue into the packets it stands for.
+//! One vnet packet from the TUN queue into the packets it stands for.
 //!
 //! With TSO and USO on, the host's stack hands over up to 64 KiB of one flow
 //! with one set of headers and leaves the cutting to the "hardware": us. What
@@ -16,7 +16,7 @@ use super::{
     UDP_CHECKSUM_OFFSET, UDP_HEADER_BYTES, be16, be32, put_be16, put_be32, tcp_flags,
 };
 
-/// Why a frame was refused.
+/// Why a vnet packet was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Invalid {
     /// No virtio-net header in front.
@@ -27,11 +27,11 @@ pub enum Invalid {
     Offload,
 }
 
-/// The packets that a frame stands for. Nothing is copied until
+/// The packets that a vnet packet stands for. Nothing is copied until
 /// [`Self::write`] is called with the place where a packet shall go.
 #[derive(Debug)]
 pub struct Segments<'a> {
-    frame: &'a [u8],
+    vnet_packet: &'a [u8],
     version: Version,
     count: usize,
     plan: Plan,
@@ -64,13 +64,13 @@ enum Transport {
 }
 
 impl<'a> Segments<'a> {
-    /// Reads a frame: virtio-net header and packet, as a TUN queue gives it.
+    /// Reads a vnet packet: virtio-net header and packet, as a TUN queue gives it.
     ///
     /// # Errors
-    /// [`Invalid`] when the frame is not what a kernel hands over.
+    /// [`Invalid`] when the vnet packet is not what a kernel hands over.
     #[inline]
-    pub fn new(frame: &'a [u8]) -> Result<Self, Invalid> {
-        let (header, packet) = Header::parse(frame).ok_or(Invalid::Header)?;
+    pub fn new(vnet_packet: &'a [u8]) -> Result<Self, Invalid> {
+        let (header, packet) = Header::parse(vnet_packet).ok_or(Invalid::Header)?;
         let version = ip::verify(packet).map_err(Invalid::Packet)?;
         let transport = match (header.gso_type & !virtio::GSO_ECN, version) {
             (virtio::GSO_NONE, _) => return Self::whole(header, packet, version),
@@ -93,7 +93,7 @@ impl<'a> Segments<'a> {
             Some((start, offset))
         };
         Ok(Self {
-            frame: packet,
+            vnet_packet: packet,
             version,
             count: 1,
             plan: Plan::Whole { checksum },
@@ -147,10 +147,10 @@ impl<'a> Segments<'a> {
         // length: taken out again, as the kernel does. Addresses are not
         // summed up anew, for an IPv6 routing header keeps the destination
         // that counts elsewhere.
-        let frame_bytes = (packet.len() - ip_bytes) as u16;
+        let vnet_packet_bytes = (packet.len() - ip_bytes) as u16;
         let pseudo = Sum::ZERO
             .add_bytes(&transport_header[checksum_offset..checksum_offset + 2])
-            .add_u16(!frame_bytes);
+            .add_u16(!vnet_packet_bytes);
         let transport_sum = match transport {
             // All but sequence number, flags and checksum.
             Transport::Tcp => pseudo
@@ -171,7 +171,7 @@ impl<'a> Segments<'a> {
             Version::V6 => Sum::ZERO,
         };
         Ok(Self {
-            frame: packet,
+            vnet_packet: packet,
             version,
             count,
             plan: Plan::Cut {
@@ -185,10 +185,10 @@ impl<'a> Segments<'a> {
         })
     }
 
-    /// The frame's packet with its shared headers, as [`ip::verify`] passed it.
+    /// The vnet packet's packet with its shared headers, as [`ip::verify`] passed it.
     #[inline]
     pub fn packet(&self) -> &'a [u8] {
-        self.frame
+        self.vnet_packet
     }
 
     /// IP version of the packets.
@@ -207,13 +207,13 @@ impl<'a> Segments<'a> {
     #[inline]
     pub fn packet_bytes(&self, index: usize) -> usize {
         match self.plan {
-            Plan::Whole { .. } => self.frame.len(),
+            Plan::Whole { .. } => self.vnet_packet.len(),
             Plan::Cut {
                 header_bytes,
                 payload_bytes,
                 ..
             } => {
-                let rest = self.frame.len() - header_bytes - index * payload_bytes;
+                let rest = self.vnet_packet.len() - header_bytes - index * payload_bytes;
                 header_bytes + rest.min(payload_bytes)
             }
         }
@@ -224,7 +224,7 @@ impl<'a> Segments<'a> {
     pub fn write(&self, index: usize, out: &mut [u8]) {
         match self.plan {
             Plan::Whole { checksum } => {
-                out.copy_from_slice(self.frame);
+                out.copy_from_slice(self.vnet_packet);
                 if let Some((start, offset)) = checksum {
                     // The field holds the pseudo-header's sum already.
                     let checksum = Sum::ZERO.add_bytes(&out[start..]).checksum_nonzero();
@@ -240,10 +240,10 @@ impl<'a> Segments<'a> {
                 ip_sum,
             } => {
                 let (header, payload) = out.split_at_mut(header_bytes);
-                header.copy_from_slice(&self.frame[..header_bytes]);
+                header.copy_from_slice(&self.vnet_packet[..header_bytes]);
                 let at = header_bytes + index * payload_bytes;
                 let payload_sum =
-                    Sum::ZERO.add_copied(&self.frame[at..at + payload.len()], payload);
+                    Sum::ZERO.add_copied(&self.vnet_packet[at..at + payload.len()], payload);
                 let (ip_header, transport_header) = header.split_at_mut(ip_bytes);
                 let ip_payload_bytes = transport_header.len() + payload.len();
                 self.write_ip_header(index, ip_header, ip_payload_bytes, ip_sum);

@@ -1,20 +1,20 @@
-//! Every packet that a frame is cut into is compared with what
-//! [`oracle`](super::super::oracle) makes of the frame, and with the frame's
+//! Every packet that a vnet packet is cut into is compared with what
+//! [`oracle`](super::super::oracle) makes of the vnet packet, and with the vnet packet's
 //! fields as etherparse reads them.
 
 use etherparse::{NetSlice, SlicedPacket, TransportSlice};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
+use super::super::batch::{BATCH_BYTES_MAX, Batch, Limits};
 use super::super::ip;
 use super::super::oracle;
 use super::super::test_support::*;
-use super::super::train::{Limits, TRAIN_BYTES_MAX, Train};
 use super::*;
 
-/// All packets of a frame.
-fn cut(frame: &[u8]) -> Vec<Vec<u8>> {
-    let segments = Segments::new(frame).expect("frame refused");
+/// All packets of a vnet packet.
+fn cut(vnet_packet: &[u8]) -> Vec<Vec<u8>> {
+    let segments = Segments::new(vnet_packet).expect("vnet packet refused");
     (0..segments.count())
         .map(|index| {
             // What is not written shows.
@@ -143,7 +143,7 @@ prop_compose! {
     }
 }
 
-/// A super-packet and its segment size.
+/// A GSO packet and its segment size.
 fn any_super() -> impl Strategy<Value = (Packet, u16)> {
     let sizes = prop_oneof![
         4 => (Just(1..4000usize), 20..1500u16),
@@ -163,12 +163,12 @@ proptest! {
 
     #[test]
     fn super_packets_are_cut_as_the_oracle_cuts_them((packet, gso_bytes) in any_super()) {
-        let frame = packet.frame(gso_bytes);
-        let segments = Segments::new(&frame).unwrap();
-        prop_assert_eq!(segments.packet(), &frame[virtio::HEADER_BYTES..]);
+        let vnet_packet = packet.vnet_packet(gso_bytes);
+        let segments = Segments::new(&vnet_packet).unwrap();
+        prop_assert_eq!(segments.packet(), &vnet_packet[virtio::HEADER_BYTES..]);
         prop_assert_eq!(segments.version() == Version::V6, packet.v6);
-        let packets = cut(&frame);
-        prop_assert_eq!(&packets, &oracle::expand(&frame));
+        let packets = cut(&vnet_packet);
+        prop_assert_eq!(&packets, &oracle::expand(&vnet_packet));
         for bytes in &packets {
             prop_assert_eq!(oracle::intact(bytes), Ok(()));
             prop_assert!(ip::verify(bytes).is_ok());
@@ -184,7 +184,7 @@ proptest! {
         if let Layer4::Tcp(tcp) = &mut packet.transport {
             tcp.reserved &= 1;
         }
-        let packets = cut(&packet.frame(gso_bytes));
+        let packets = cut(&packet.vnet_packet(gso_bytes));
         let last = packets.len() - 1;
         prop_assert_eq!(packets.len(), packet.payload.len().div_ceil(gso_bytes.into()));
         let payloads: Vec<_> = packets.iter().map(|bytes| payload_of(bytes)).collect();
@@ -224,96 +224,96 @@ proptest! {
     #[test]
     fn a_single_packet_gets_its_checksum(packet in any_packet(0..1500)) {
         let mut expected = packet.bytes();
-        prop_assert_eq!(&cut(&packet.frame(0)), &[expected.clone()]);
+        prop_assert_eq!(&cut(&packet.vnet_packet(0)), &[expected.clone()]);
         // And without an offload flag it stays as it is, right or wrong.
         expected[9] ^= 1;
-        let frame = [&[0; virtio::HEADER_BYTES][..], &expected].concat();
-        prop_assert_eq!(&cut(&frame), &[expected]);
+        let vnet_packet = [&[0; virtio::HEADER_BYTES][..], &expected].concat();
+        prop_assert_eq!(&cut(&vnet_packet), &[expected]);
     }
 
-    /// Trains close and start again; what they carry are the packets in order.
+    /// Batches close and start again; what they carry are the packets in order.
     #[test]
-    fn trains_carry_the_packets(
+    fn batches_carry_the_packets(
         supers in vec(any_super(), 1..6),
         segments_max in 1usize..130,
-        segment_bytes_max in prop_oneof![Just(1472usize), Just(TRAIN_BYTES_MAX)],
+        segment_bytes_max in prop_oneof![Just(1472usize), Just(BATCH_BYTES_MAX)],
     ) {
         let limits = Limits { segments_max, segment_bytes_max };
         let mut expected = vec![];
         let mut carried = vec![];
-        let mut train = Train::new(0);
-        train.start(1, limits);
+        let mut batch = Batch::new(0);
+        batch.start(1, limits);
         for (packet, gso_bytes) in supers {
-            let frame = packet.frame(gso_bytes);
-            expected.extend(oracle::expand(&frame));
-            let segments = Segments::new(&frame).unwrap();
+            let vnet_packet = packet.vnet_packet(gso_bytes);
+            expected.extend(oracle::expand(&vnet_packet));
+            let segments = Segments::new(&vnet_packet).unwrap();
             for index in 0..segments.count() {
                 let bytes = segments.packet_bytes(index);
-                if bytes > TRAIN_BYTES_MAX {
+                if bytes > BATCH_BYTES_MAX {
                     expected.remove(expected.len() - segments.count() + index);
                     continue;
                 }
-                if train.reserve(bytes).map(|out| segments.write(index, out)).is_none() {
-                    check_train(&train, limits)?;
-                    carried.extend(train.datagrams().map(<[u8]>::to_vec));
-                    train.start(1, limits);
-                    segments.write(index, train.reserve(bytes).unwrap());
+                if batch.reserve(bytes).map(|out| segments.write(index, out)).is_none() {
+                    check_batch(&batch, limits)?;
+                    carried.extend(batch.datagrams().map(<[u8]>::to_vec));
+                    batch.start(1, limits);
+                    segments.write(index, batch.reserve(bytes).unwrap());
                 }
             }
         }
-        check_train(&train, limits)?;
-        carried.extend(train.datagrams().map(<[u8]>::to_vec));
+        check_batch(&batch, limits)?;
+        carried.extend(batch.datagrams().map(<[u8]>::to_vec));
         prop_assert_eq!(carried, expected);
     }
 
     #[test]
-    fn garbage_does_not_panic(frame in vec(any::<u8>(), 0..200)) {
-        write_all(&frame);
+    fn garbage_does_not_panic(vnet_packet in vec(any::<u8>(), 0..200)) {
+        write_all(&vnet_packet);
     }
 
-    /// Frames that are right but for a few bytes, and get past the first check.
+    /// Vnet packets that are right but for a few bytes, and get past the first check.
     #[test]
-    fn damaged_frames_do_not_panic(
+    fn damaged_vnet_packets_do_not_panic(
         (packet, gso_bytes) in any_super(),
         damage in vec((0usize..120, any::<u8>()), 0..6),
         cut_off in prop_oneof![3 => Just(0usize), 1 => 0usize..100],
     ) {
-        let mut frame = packet.frame(gso_bytes);
-        let bytes = frame.len();
+        let mut vnet_packet = packet.vnet_packet(gso_bytes);
+        let bytes = vnet_packet.len();
         for (at, value) in damage {
-            frame[at % bytes] = value;
+            vnet_packet[at % bytes] = value;
         }
-        frame.truncate(bytes - cut_off.min(bytes));
-        write_all(&frame);
+        vnet_packet.truncate(bytes - cut_off.min(bytes));
+        write_all(&vnet_packet);
         // The same with lengths that let it pass.
-        if frame.len() >= virtio::HEADER_BYTES + 40 {
-            let packet_bytes = (frame.len() - virtio::HEADER_BYTES) as u16;
-            frame[virtio::HEADER_BYTES] = 0x45;
-            frame[12..14].copy_from_slice(&packet_bytes.to_be_bytes());
-            write_all(&frame);
-            frame[virtio::HEADER_BYTES] = 0x60;
-            frame[14..16].copy_from_slice(&(packet_bytes - 40).to_be_bytes());
-            write_all(&frame);
+        if vnet_packet.len() >= virtio::HEADER_BYTES + 40 {
+            let packet_bytes = (vnet_packet.len() - virtio::HEADER_BYTES) as u16;
+            vnet_packet[virtio::HEADER_BYTES] = 0x45;
+            vnet_packet[12..14].copy_from_slice(&packet_bytes.to_be_bytes());
+            write_all(&vnet_packet);
+            vnet_packet[virtio::HEADER_BYTES] = 0x60;
+            vnet_packet[14..16].copy_from_slice(&(packet_bytes - 40).to_be_bytes());
+            write_all(&vnet_packet);
         }
     }
 }
 
-fn check_train(train: &Train, limits: Limits) -> Result<(), TestCaseError> {
-    let sizes: Vec<_> = train.datagrams().map(<[u8]>::len).collect();
-    prop_assert_eq!(sizes.len(), train.count());
+fn check_batch(batch: &Batch, limits: Limits) -> Result<(), TestCaseError> {
+    let sizes: Vec<_> = batch.datagrams().map(<[u8]>::len).collect();
+    prop_assert_eq!(sizes.len(), batch.count());
     prop_assert!(sizes.len() <= limits.segments_max);
-    prop_assert!(train.bytes().len() <= TRAIN_BYTES_MAX);
+    prop_assert!(batch.bytes().len() <= BATCH_BYTES_MAX);
     if let [rest @ .., last] = &sizes[..] {
-        prop_assert!(rest.iter().all(|size| *size == train.segment_bytes()));
-        prop_assert!(*last <= train.segment_bytes());
+        prop_assert!(rest.iter().all(|size| *size == batch.segment_bytes()));
+        prop_assert!(*last <= batch.segment_bytes());
         prop_assert!(rest.is_empty() || *last <= limits.segment_bytes_max);
     }
     Ok(())
 }
 
 /// Whatever is accepted can be written and is a packet.
-fn write_all(frame: &[u8]) {
-    let Ok(segments) = Segments::new(frame) else {
+fn write_all(vnet_packet: &[u8]) {
+    let Ok(segments) = Segments::new(vnet_packet) else {
         return;
     };
     let mut out = vec![];
@@ -328,11 +328,11 @@ fn write_all(frame: &[u8]) {
 }
 
 #[test]
-fn a_full_tcp_frame_is_45_packets() {
+fn a_full_tcp_vnet_packet_is_45_packets() {
     for (v6, header_bytes, per_packet) in [(false, 52, 1448), (true, 72, 1428)] {
         let packet = Packet::tcp(v6, payload(44 * per_packet + 500))
             .with_tcp(|tcp| tcp.flags = ACK | PSH | FIN | CWR | ECE);
-        let packets = cut(&packet.frame(per_packet as u16));
+        let packets = cut(&packet.vnet_packet(per_packet as u16));
         assert_eq!(packets.len(), 45);
         let sizes: Vec<_> = packets.iter().map(Vec::len).collect();
         assert_eq!(sizes[..44], [header_bytes + per_packet; 44]);
@@ -349,7 +349,7 @@ fn identification_and_sequence_wrap() {
     let packet = Packet::tcp(false, payload(30))
         .with(|packet| packet.id = 0xffff)
         .with_tcp(|tcp| tcp.sequence = u32::MAX - 4);
-    let packets = cut(&packet.frame(10));
+    let packets = cut(&packet.vnet_packet(10));
     let ids: Vec<_> = packets.iter().map(|bytes| be16(bytes, 4)).collect();
     assert_eq!(ids, [0xffff, 0, 1]);
     let sequences: Vec<_> = packets.iter().map(|bytes| tcp_of(bytes).0).collect();
@@ -365,11 +365,11 @@ fn a_zero_checksum_is_written_as_ffff() {
         let checksum = oracle::view(&packet.bytes()).transport_at + 6;
         let missing = packet.bytes()[checksum..checksum + 2].to_vec();
         packet.payload[2..].copy_from_slice(&missing);
-        let packets = cut(&packet.frame(0));
+        let packets = cut(&packet.vnet_packet(0));
         assert_eq!(packets[0][checksum..checksum + 2], [0xff, 0xff]);
         // As the second of two segments.
         let twice = Packet::udp(v6, [packet.payload.clone(), packet.payload].concat());
-        let packets = cut(&twice.frame(4));
+        let packets = cut(&twice.vnet_packet(4));
         assert_eq!(packets.len(), 2);
         for packet in packets {
             assert_eq!(packet[checksum..checksum + 2], [0xff, 0xff]);
@@ -383,7 +383,7 @@ fn a_zero_checksum_is_written_as_ffff() {
 fn a_routing_header_tells_the_destination() {
     let routing = [&[0, 2, 4, 1, 0, 0, 0, 0][..], &[7; 16]].concat();
     let packet = Packet::tcp(true, payload(3000)).with(|p| p.extensions = vec![(43, routing)]);
-    for bytes in cut(&packet.frame(1000)) {
+    for bytes in cut(&packet.vnet_packet(1000)) {
         assert_eq!(oracle::intact(&bytes), Ok(()));
     }
 }
@@ -391,30 +391,36 @@ fn a_routing_header_tells_the_destination() {
 #[test]
 fn contradictions_are_refused() {
     let tcp = Packet::tcp(false, payload(100));
-    let packet = tcp.frame(0)[virtio::HEADER_BYTES..].to_vec();
-    let frame = |gso_type, gso_bytes, start, offset| {
-        Segments::new(&virtio_frame(gso_type, gso_bytes, start, offset, &packet)).map(|_| ())
+    let packet = tcp.vnet_packet(0)[virtio::HEADER_BYTES..].to_vec();
+    let vnet_packet = |gso_type, gso_bytes, start, offset| {
+        Segments::new(&virtio_vnet_packet(
+            gso_type, gso_bytes, start, offset, &packet,
+        ))
+        .map(|_| ())
     };
-    assert_eq!(frame(1, 50, 20, 16), Ok(()));
-    assert_eq!(frame(0x81, 50, 20, 16), Ok(()), "with GSO_ECN");
+    assert_eq!(vnet_packet(1, 50, 20, 16), Ok(()));
+    assert_eq!(vnet_packet(0x81, 50, 20, 16), Ok(()), "with GSO_ECN");
     for (what, result) in [
-        ("IPv6 type", frame(4, 50, 20, 16)),
-        ("UFO", frame(3, 50, 20, 16)),
-        ("unknown type", frame(9, 50, 20, 16)),
-        ("no segment size", frame(1, 0, 20, 16)),
-        ("transport in the IP header", frame(1, 50, 19, 16)),
-        ("transport at the end", frame(1, 50, 133, 16)),
-        ("transport behind the end", frame(1, 50, 60000, 16)),
-        ("checksum behind the end", frame(0, 0, 151, 0)),
-        ("checksum far behind the end", frame(0, 0, 65535, 65535)),
-        ("segments over 65535 bytes", frame(1, 65500, 20, 16)),
+        ("IPv6 type", vnet_packet(4, 50, 20, 16)),
+        ("UFO", vnet_packet(3, 50, 20, 16)),
+        ("unknown type", vnet_packet(9, 50, 20, 16)),
+        ("no segment size", vnet_packet(1, 0, 20, 16)),
+        ("transport in the IP header", vnet_packet(1, 50, 19, 16)),
+        ("transport at the end", vnet_packet(1, 50, 133, 16)),
+        ("transport behind the end", vnet_packet(1, 50, 60000, 16)),
+        ("checksum behind the end", vnet_packet(0, 0, 151, 0)),
+        (
+            "checksum far behind the end",
+            vnet_packet(0, 0, 65535, 65535),
+        ),
+        ("segments over 65535 bytes", vnet_packet(1, 65500, 20, 16)),
     ] {
         assert_eq!(result, Err(Invalid::Offload), "{what}");
     }
-    let mut no_flag = virtio_frame(1, 50, 20, 16, &packet);
+    let mut no_flag = virtio_vnet_packet(1, 50, 20, 16, &packet);
     no_flag[0] = 0;
     assert_eq!(Segments::new(&no_flag).err(), Some(Invalid::Offload));
-    let mut header_only = Packet::tcp(false, vec![]).frame(50);
+    let mut header_only = Packet::tcp(false, vec![]).vnet_packet(50);
     assert_eq!(Segments::new(&header_only).err(), Some(Invalid::Offload));
     header_only.pop();
     let malformed = Invalid::Packet(Malformed::Length);
@@ -424,10 +430,10 @@ fn contradictions_are_refused() {
         Some(Invalid::Header)
     );
     for data_offset in [0x40, 0xf0] {
-        let mut frame = tcp.frame(50);
-        frame[virtio::HEADER_BYTES + 32] = data_offset;
-        frame.truncate(virtio::HEADER_BYTES + 60);
-        frame[12..14].copy_from_slice(&60u16.to_be_bytes());
-        assert_eq!(Segments::new(&frame).err(), Some(Invalid::Offload));
+        let mut vnet_packet = tcp.vnet_packet(50);
+        vnet_packet[virtio::HEADER_BYTES + 32] = data_offset;
+        vnet_packet.truncate(virtio::HEADER_BYTES + 60);
+        vnet_packet[12..14].copy_from_slice(&60u16.to_be_bytes());
+        assert_eq!(Segments::new(&vnet_packet).err(), Some(Invalid::Offload));
     }
 }

@@ -1,5 +1,5 @@
-//! Packets and frames for tests: [`Packet`] names every header field, and
-//! turns into bytes with right lengths and checksums, or into the super-frame
+//! Packets and vnet packets for tests: [`Packet`] names every header field, and
+//! turns into bytes with right lengths and checksums, or into the super-vnet packet
 //! that a kernel hands over.
 
 use super::oracle;
@@ -210,9 +210,9 @@ impl Packet {
         bytes
     }
 
-    /// The frame of a kernel that leaves cutting into `gso_bytes` pieces to
+    /// The vnet packet of a kernel that leaves cutting into `gso_bytes` pieces to
     /// the device; with 0, it leaves only the checksum.
-    pub(super) fn frame(&self, gso_bytes: u16) -> Vec<u8> {
+    pub(super) fn vnet_packet(&self, gso_bytes: u16) -> Vec<u8> {
         let mut packet = self.without_checksums();
         oracle::fill_partial_checksum(&mut packet);
         oracle::fill_ip_checksum(&mut packet);
@@ -223,7 +223,7 @@ impl Packet {
             (Layer4::Tcp(_), true) => 4,
             _ => 5,
         };
-        virtio_frame(
+        virtio_vnet_packet(
             gso_type,
             gso_bytes,
             transport_at as u16,
@@ -233,20 +233,20 @@ impl Packet {
     }
 }
 
-/// A frame that needs its checksum, with a header length that is of no use.
-pub(super) fn virtio_frame(
+/// A vnet packet that needs its checksum, with a header length that is of no use.
+pub(super) fn virtio_vnet_packet(
     gso_type: u8,
     gso_bytes: u16,
     checksum_start: u16,
     checksum_offset: u16,
     packet: &[u8],
 ) -> Vec<u8> {
-    let mut frame = vec![1, gso_type];
+    let mut vnet_packet = vec![1, gso_type];
     for half in [0xbad, gso_bytes, checksum_start, checksum_offset] {
-        frame.extend(half.to_ne_bytes());
+        vnet_packet.extend(half.to_ne_bytes());
     }
-    frame.extend(packet);
-    frame
+    vnet_packet.extend(packet);
+    vnet_packet
 }
 
 /// Payload whose bytes tell where they were.

@@ -1,4 +1,4 @@
-//! The virtio-net header that goes with every frame of a TUN queue opened
+//! The virtio-net header that goes with every vnet packet of a TUN queue opened
 //! with `IFF_VNET_HDR` (`linux/virtio_net.h`, legacy layout of 10 bytes in the
 //! machine's own byte order).
 
@@ -11,9 +11,9 @@ pub const NEEDS_CHECKSUM: u8 = 1;
 
 /// `VIRTIO_NET_HDR_GSO_NONE`: one packet.
 pub const GSO_NONE: u8 = 0;
-/// `VIRTIO_NET_HDR_GSO_TCPV4`: a TCP over IPv4 super-packet.
+/// `VIRTIO_NET_HDR_GSO_TCPV4`: a TCP over IPv4 GSO packet.
 pub const GSO_TCPV4: u8 = 1;
-/// `VIRTIO_NET_HDR_GSO_TCPV6`: a TCP over IPv6 super-packet.
+/// `VIRTIO_NET_HDR_GSO_TCPV6`: a TCP over IPv6 GSO packet.
 pub const GSO_TCPV6: u8 = 4;
 /// `VIRTIO_NET_HDR_GSO_UDP_L4`: UDP datagrams of equal size (USO).
 pub const GSO_UDP_L4: u8 = 5;
@@ -27,7 +27,7 @@ pub struct Header {
     pub flags: u8,
     /// One of the `GSO_*` values.
     pub gso_type: u8,
-    /// Bytes of all headers of a super-packet. A hint only: the kernel sets it
+    /// Bytes of all headers of a GSO packet. A hint only: the kernel sets it
     /// to the linear part of its buffer, so readers must not trust it.
     pub header_bytes: u16,
     /// Payload bytes of each segment but the last.
@@ -39,10 +39,10 @@ pub struct Header {
 }
 
 impl Header {
-    /// Reads the header of a frame; `None` if it is shorter than that.
+    /// Reads the header of a vnet packet; `None` if it is shorter than that.
     #[inline]
-    pub fn parse(frame: &[u8]) -> Option<(Self, &[u8])> {
-        let (header, packet) = frame.split_first_chunk::<HEADER_BYTES>()?;
+    pub fn parse(vnet_packet: &[u8]) -> Option<(Self, &[u8])> {
+        let (header, packet) = vnet_packet.split_first_chunk::<HEADER_BYTES>()?;
         let half = |at: usize| u16::from_ne_bytes([header[at], header[at + 1]]);
         Some((
             Self {
@@ -85,9 +85,9 @@ mod tests {
             checksum_start: 40,
             checksum_offset: 16,
         };
-        let mut frame = header.to_bytes().to_vec();
-        frame.push(7);
-        assert_eq!(Header::parse(&frame), Some((header, &[7u8][..])));
-        assert_eq!(Header::parse(&frame[..9]), None);
+        let mut vnet_packet = header.to_bytes().to_vec();
+        vnet_packet.push(7);
+        assert_eq!(Header::parse(&vnet_packet), Some((header, &[7u8][..])));
+        assert_eq!(Header::parse(&vnet_packet[..9]), None);
     }
 }

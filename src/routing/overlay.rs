@@ -17,9 +17,9 @@ use crate::config::{PEERS_MAX, PeerName, PeerSpec};
 use crate::counters::PeerCounters;
 use crate::dataplane::table::{self, Table};
 use crate::error::{Error, Result};
+use crate::packet::batch::{BATCH_BYTES_MAX, NextHop};
 use crate::packet::icmp::TunnelAddresses;
 use crate::packet::lpm::Prefixes;
-use crate::packet::train::{NextHop, TRAIN_BYTES_MAX};
 use crate::wire;
 
 pub(crate) use changes::Changes;
@@ -630,7 +630,7 @@ fn inner_mtu_bytes(peer: &Peer) -> usize {
             path_mtu_bytes.saturating_sub(overhead_bytes) as usize
         }
         // Nothing is known yet: nothing is refused.
-        _ => TRAIN_BYTES_MAX,
+        _ => BATCH_BYTES_MAX,
     }
 }
 

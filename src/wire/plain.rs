@@ -8,8 +8,8 @@
 
 use std::net::IpAddr;
 
+use crate::packet::batch::NextHop;
 use crate::packet::ip::{self, Malformed, Version};
-use crate::packet::train::NextHop;
 
 /// Bytes kept free ahead of each packet in its datagram, for a mode that puts a
 /// header there.

@@ -115,11 +115,11 @@ impl Channel {
         Ok(())
     }
 
-    /// Sends a train: `bytes` of payload in one call, in datagrams of
+    /// Sends a batch: `bytes` of payload in one call, in datagrams of
     /// `segment` bytes but the last. `with_gro`: whether the receiver takes
-    /// trains in. Its datagrams must be those sent, in their order.
-    pub fn exchange_train(&self, bytes: usize, segment: usize, with_gro: bool) -> Result<()> {
-        let what = format!("train of {bytes} bytes, {segment} each");
+    /// batches in. Its datagrams must be those sent, in their order.
+    pub fn exchange_batch(&self, bytes: usize, segment: usize, with_gro: bool) -> Result<()> {
+        let what = format!("batch of {bytes} bytes, {segment} each");
         setsockopt(&self.receiver, sockopt::UdpGroSegment, &with_gro)
             .map_err(|errno| Error::os("no UDP_GRO", errno.into()))?;
         let payload = noise((bytes * 2000 + segment) as u64, bytes);
@@ -135,10 +135,10 @@ impl Channel {
         let mut expected = payload.chunks(segment);
         while expected.len() > 0 {
             let missing = expected.len();
-            let (train, segment_bytes) = self.receive_train().map_err(|cause| {
+            let (batch, segment_bytes) = self.receive_batch().map_err(|cause| {
                 Error::os(format!("{what}: {missing} datagrams missing"), cause)
             })?;
-            for datagram in train.chunks(segment_bytes.max(1)) {
+            for datagram in batch.chunks(segment_bytes.max(1)) {
                 check(expected.next() == Some(datagram), || {
                     format!("{what}: datagram {missing} from the end differs")
                 })?;
@@ -148,7 +148,7 @@ impl Channel {
     }
 
     /// What one receive brings, and the size of the datagrams in it.
-    fn receive_train(&self) -> io::Result<(Vec<u8>, usize)> {
+    fn receive_batch(&self) -> io::Result<(Vec<u8>, usize)> {
         let mut buffer = vec![0; PAYLOAD_BYTES_MAX];
         let mut control = nix::cmsg_space!(i32);
         let mut slices = [IoSliceMut::new(&mut buffer)];
@@ -174,19 +174,19 @@ pub fn exchange(
     without_backlog_drops(|| Channel::open(from, to)?.exchange(sizes, order))
 }
 
-/// Trains of `(bytes, segment)` from the first place to the second, to a
+/// Batches of `(bytes, segment)` from the first place to the second, to a
 /// receiver with `UDP_GRO` and one without.
-pub fn exchange_trains(
+pub fn exchange_batches(
     from: (&Namespace, IpAddr),
     to: (&Namespace, IpAddr),
-    trains: &[(usize, usize)],
+    batches: &[(usize, usize)],
 ) -> Result<()> {
     for with_gro in [false, true] {
         without_backlog_drops(|| {
             let channel = Channel::open(from, to)?;
-            trains
+            batches
                 .iter()
-                .try_for_each(|&(bytes, segment)| channel.exchange_train(bytes, segment, with_gro))
+                .try_for_each(|&(bytes, segment)| channel.exchange_batch(bytes, segment, with_gro))
         })?;
     }
     Ok(())

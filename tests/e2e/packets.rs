@@ -40,7 +40,7 @@ impl Tap {
     }
 
     /// A tap whose packets have a virtio-net header, so that they can be
-    /// super-packets.
+    /// GSO packets.
     pub fn with_offloads(namespace: &Namespace, is_v4: bool) -> Result<Self> {
         let tap = match is_v4 {
             true => Self::on_tunnel(namespace)?,

@@ -16,7 +16,7 @@ pub const DESTINATION_V4: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 2);
 /// As [`DESTINATION_V4`].
 pub const DESTINATION_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x99, 0, 0, 0, 0, 0, 2);
 
-/// Bytes of most packets: equal across flows, so that one train holds several.
+/// Bytes of most packets: equal across flows, so that one batch holds several.
 const PACKET_BYTES: usize = 1000;
 
 const ACK: u8 = 0x10;

@@ -185,7 +185,7 @@ pub fn all_went_well(ended: &Ended) -> Result<()> {
         "sender-unknown",
         "source-not-allowed",
         "peer-unresolved",
-        "frame-malformed",
+        "tun-malformed",
         "too-big",
         "short",
         "version",

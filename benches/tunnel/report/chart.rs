@@ -13,7 +13,7 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use super::figures::{BASELINE, Bar, Figure};
 use super::palette::{self, FAINT, Family, GRID, Ink, TEXT};
-use crate::results::{Better, Contender};
+use crate::results::{Better, Target};
 use crate::table::{number, ratio_text};
 
 /// Pixels of the drawing per pixel of the page: the backend knows whole ones only.
@@ -50,9 +50,9 @@ const TICKS: usize = 6;
 ///
 /// # Errors
 /// When it cannot be drawn.
-pub fn render(figure: &Figure<'_>, contenders: &[Contender], id: &str) -> Result<Markup> {
+pub fn render(figure: &Figure<'_>, targets: &[Target], id: &str) -> Result<Markup> {
     let mut svg = String::new();
-    draw(figure, contenders, (WIDTH, height(figure)), &mut svg)?;
+    draw(figure, targets, (WIDTH, height(figure)), &mut svg)?;
     let (title_id, description_id) = (format!("{id}-title"), format!("{id}-description"));
     let labels = format!("{title_id} {description_id}");
     Ok(html! {
@@ -88,7 +88,7 @@ fn description(figure: &Figure<'_>) -> String {
         });
         format!(
             "{}: median {} of {} samples from {} to {}{ratio}.",
-            bar.contender.title,
+            bar.target.title,
             number(bar.median),
             bar.samples.len(),
             number(bar.min),
@@ -142,22 +142,17 @@ pub(super) fn scale(bars: &[Bar<'_>]) -> Scale {
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
-fn draw(
-    figure: &Figure<'_>,
-    contenders: &[Contender],
-    size: (u32, u32),
-    svg: &mut String,
-) -> Result<()> {
+fn draw(figure: &Figure<'_>, targets: &[Target], size: (u32, u32), svg: &mut String) -> Result<()> {
     let area = SVGBackend::with_string(svg, size).into_drawing_area();
     match scale(&figure.bars) {
         Scale::Linear(range) => {
             let base = range.start.max(0.0);
-            draw_on(&area, figure, contenders, range, base, "")?;
+            draw_on(&area, figure, targets, range, base, "")?;
         }
         Scale::Logarithmic(range) => {
             let base = range.start;
             let range = range.log_scale();
-            draw_on(&area, figure, contenders, range, base, ", logarithmic")?;
+            draw_on(&area, figure, targets, range, base, ", logarithmic")?;
         }
     }
     area.present().map_err(failed)
@@ -167,7 +162,7 @@ fn draw(
 fn draw_on<X>(
     area: &Area<'_>,
     figure: &Figure<'_>,
-    contenders: &[Contender],
+    targets: &[Target],
     range: X,
     base: f64,
     note: &str,
@@ -205,7 +200,7 @@ where
     for (place, bar) in figure.bars.iter().enumerate() {
         let top = place as f64;
         let (middle, bottom) = (top + 0.5, top + 1.0 - BAR_MARGIN);
-        let color = palette::color(bar.contender, contenders).light;
+        let color = palette::color(bar.target, targets).light;
         let corners = [(base, top + BAR_MARGIN), (bar.median, bottom)];
         let whisker = |points: [(f64, f64); 2]| {
             PathElement::new(points.to_vec(), TEXT.light.stroke_width(SCALE))
@@ -240,10 +235,10 @@ where
 /// Who it is, before the bar.
 fn label(area: &Area<'_>, bar: &Bar<'_>, at: (i32, i32)) -> Result<()> {
     let mut style = text(TEXT_SIZE, TEXT, HPos::Right);
-    if palette::family(bar.contender) == Family::Fastvpn {
+    if palette::family(bar.target) == Family::Fastvpn {
         style.font = style.font.style(FontStyle::Bold);
     }
-    let name = cut(&bar.contender.title);
+    let name = cut(&bar.target.title);
     area.draw_text(&name, &style, at).map_err(failed)
 }
 

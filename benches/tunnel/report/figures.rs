@@ -1,9 +1,9 @@
 //! The samples as they are drawn, without what is no number.
 
-use crate::results::{Cell, Contender, Results, Row};
+use crate::results::{Cell, Results, Row, Target};
 use crate::table::has_ratio;
 
-/// Key of the contender that ratios are taken to.
+/// Key of the target that ratios are taken to.
 pub const BASELINE: &str = "vxlan";
 
 /// Larger than anything measured, and far from where sums overflow.
@@ -17,7 +17,7 @@ pub struct Group<'a> {
     pub figures: Vec<Figure<'a>>,
 }
 
-/// One figure of all contenders that have it, in the order of the contenders.
+/// One figure of all targets that have it, in the order of the targets.
 pub struct Figure<'a> {
     /// What it is.
     pub row: &'a Row,
@@ -25,11 +25,11 @@ pub struct Figure<'a> {
     pub bars: Vec<Bar<'a>>,
 }
 
-/// One figure of one contender.
+/// One figure of one target.
 #[derive(Clone)]
 pub struct Bar<'a> {
     /// Whose it is.
-    pub contender: &'a Contender,
+    pub target: &'a Target,
     /// Half of the samples are below.
     pub median: f64,
     /// The least sample.
@@ -54,17 +54,17 @@ pub fn groups(results: &Results) -> Vec<Group<'_>> {
         .collect()
 }
 
-/// One figure of all contenders.
+/// One figure of all targets.
 pub fn figure<'a>(results: &'a Results, row: &'a Row) -> Figure<'a> {
     let base = results
         .cell(&row.key, BASELINE)
         .and_then(|cell| numbers(cell).median())
         .filter(|median| *median > 0.0 && has_ratio(row));
     let bars = results
-        .contenders
+        .targets
         .iter()
-        .filter_map(|contender| {
-            let cell = numbers(results.cell(&row.key, &contender.key)?);
+        .filter_map(|target| {
+            let cell = numbers(results.cell(&row.key, &target.key)?);
             let median = cell.median()?;
             let (mut min, mut max) = (median, median);
             for sample in &cell.samples {
@@ -72,7 +72,7 @@ pub fn figure<'a>(results: &'a Results, row: &'a Row) -> Figure<'a> {
                 max = max.max(*sample);
             }
             Some(Bar {
-                contender,
+                target,
                 median,
                 min,
                 max,
@@ -91,9 +91,9 @@ fn numbers(cell: &Cell) -> Cell {
 }
 
 impl Figure<'_> {
-    /// The bar of a contender.
-    pub fn bar(&self, contender: &str) -> Option<&Bar<'_>> {
-        self.bars.iter().find(|bar| bar.contender.key == contender)
+    /// The bar of a target.
+    pub fn bar(&self, target: &str) -> Option<&Bar<'_>> {
+        self.bars.iter().find(|bar| bar.target.key == target)
     }
 
     /// Whether any bar has a ratio.

@@ -2,7 +2,7 @@
 
 use super::figures::{BASELINE, Bar, Figure, figure};
 use super::palette::{Family, family};
-use crate::results::{Better, Contender, Results};
+use crate::results::{Better, Results, Target};
 use crate::table::{number, ratio_text};
 
 /// One finding.
@@ -29,24 +29,22 @@ const ROWS: [(&str, &str); 5] = [
 
 /// The one that findings are about: fastvpn as it comes, or the first of its
 /// ways that was measured.
-pub fn subject(results: &Results) -> Option<&Contender> {
-    let measured = |contender: &&Contender| {
+pub fn subject(results: &Results) -> Option<&Target> {
+    let measured = |target: &&Target| {
         let mut cells = results.cells.iter();
-        cells.any(|cell| cell.contender == contender.key && cell.median().is_some())
+        cells.any(|cell| cell.target == target.key && cell.median().is_some())
     };
     let mut candidates = results
-        .contenders
+        .targets
         .iter()
-        .filter(|contender| family(contender) == Family::Fastvpn)
+        .filter(|target| family(target) == Family::Fastvpn)
         .filter(measured);
     let first = candidates.clone().next();
-    candidates
-        .find(|contender| contender.key == "uring")
-        .or(first)
+    candidates.find(|target| target.key == "uring").or(first)
 }
 
 /// What can be said about the subject; empty when nothing was measured.
-pub fn findings(results: &Results, subject: &Contender) -> Vec<Finding> {
+pub fn findings(results: &Results, subject: &Target) -> Vec<Finding> {
     ROWS.iter()
         .filter_map(|(key, title)| {
             let row = results.rows.iter().find(|row| row.key == *key)?;
@@ -55,14 +53,14 @@ pub fn findings(results: &Results, subject: &Contender) -> Vec<Finding> {
         .collect()
 }
 
-fn finding(figure: &Figure<'_>, subject: &Contender, title: &str) -> Option<Finding> {
+fn finding(figure: &Figure<'_>, subject: &Target, title: &str) -> Option<Finding> {
     let own = figure.bar(&subject.key)?;
     let mut notes = Vec::new();
     if own.max > own.min {
         notes.push(format!("{} to {}", number(own.min), number(own.max)));
     }
     if let Some(ratio) = own.ratio
-        && own.contender.key != BASELINE
+        && own.target.key != BASELINE
     {
         notes.push(format!("{} kernel VXLAN", ratio_text(ratio)));
     }
@@ -70,7 +68,7 @@ fn finding(figure: &Figure<'_>, subject: &Contender, title: &str) -> Option<Find
         && rival.median > 0.0
     {
         let ratio = ratio_text(own.median / rival.median);
-        notes.push(format!("{ratio} {}", rival.contender.title));
+        notes.push(format!("{ratio} {}", rival.target.title));
     }
     Some(Finding {
         title: title.to_string(),
@@ -93,7 +91,7 @@ fn best_rival<'a>(figure: &'a Figure<'_>) -> Option<&'a Bar<'a>> {
     let rivals = figure
         .bars
         .iter()
-        .filter(|bar| family(bar.contender) == Family::Others);
+        .filter(|bar| family(bar.target) == Family::Others);
     let by_median = |a: &&Bar<'_>, b: &&Bar<'_>| a.median.total_cmp(&b.median);
     match figure.row.better {
         Better::Higher => rivals.max_by(by_median),

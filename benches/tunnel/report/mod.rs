@@ -5,7 +5,7 @@
 //!
 //! - [`figures`]: the samples as they are drawn, without what is no number.
 //! - [`findings`]: what a reader in a hurry wants to know.
-//! - [`palette`]: a colour for each contender, by day and by night.
+//! - [`palette`]: a colour for each target, by day and by night.
 //! - [`chart`]: one figure as a picture.
 //! - [`page`]: all of it in order.
 

@@ -7,7 +7,7 @@ use super::chart;
 use super::figures::{BASELINE, Bar, Figure, Group, groups};
 use super::findings::{Finding, findings, subject};
 use super::palette::{self, Family};
-use crate::results::{Contender, Results};
+use crate::results::{Results, Target};
 use crate::table::{number, ratio_text};
 
 const STYLE: &str = include_str!("style.css");
@@ -20,7 +20,7 @@ pub fn render(results: &Results) -> Result<String> {
     let groups = groups(results);
     let mut charts = Vec::new();
     for (number, group) in groups.iter().enumerate() {
-        charts.push(section(number, group, &results.contenders)?);
+        charts.push(section(number, group, &results.targets)?);
     }
     let night = palette::night_rules();
     let style = format!("{STYLE}\n@media (prefers-color-scheme: dark) {{\n{night}}}\n");
@@ -65,7 +65,7 @@ pub fn render_picture(results: &Results) -> Result<String> {
     let figures = groups.iter().flat_map(|group| &group.figures);
     let figure = figures.clone().find(|figure| !figure.bars.is_empty());
     let figure = figure.ok_or_else(|| Error::new("nothing was measured that could be drawn"))?;
-    let chart = chart::render(figure, &results.contenders, "chart")?;
+    let chart = chart::render(figure, &results.targets, "chart")?;
     let paper = palette::hex(palette::PAPER.light);
     let night = palette::night_rules();
     let style = format!("@media (prefers-color-scheme: dark) {{\n{night}}}\n");
@@ -119,24 +119,24 @@ fn how_to_read(results: &Results) -> Markup {
     let has_baseline = results
         .cells
         .iter()
-        .any(|cell| cell.contender == BASELINE && cell.median().is_some());
+        .any(|cell| cell.target == BASELINE && cell.median().is_some());
     html! {
         p.faint {
             "A bar is the median over all rounds, a dot one sample, a line goes from the least \
-             sample to the greatest. Contenders stand in the order in which they were measured"
+             sample to the greatest. Targets stand in the order in which they were measured"
             @if has_baseline { "; the last column is the median's ratio to kernel VXLAN" }
             ". Who has no such figure is not in the chart."
         }
     }
 }
 
-fn section(place: usize, group: &Group<'_>, contenders: &[Contender]) -> Result<Markup> {
+fn section(place: usize, group: &Group<'_>, targets: &[Target]) -> Result<Markup> {
     let mut panels = Vec::new();
     for (number, figure) in group.figures.iter().enumerate() {
         let id = format!("chart-{place}-{number}");
         let picture = match figure.bars.is_empty() {
             true => html! { p.faint { "Not measured." } },
-            false => chart::render(figure, contenders, &id)?,
+            false => chart::render(figure, targets, &id)?,
         };
         panels.push(html! {
             figure {
@@ -158,17 +158,17 @@ fn section(place: usize, group: &Group<'_>, contenders: &[Contender]) -> Result<
 
 fn left_out(results: &Results) -> Markup {
     let missing: Vec<_> = results
-        .contenders
+        .targets
         .iter()
-        .filter_map(|contender| Some((contender, contender.missing.as_deref()?)))
+        .filter_map(|target| Some((target, target.missing.as_deref()?)))
         .collect();
     html! {
         @if !missing.is_empty() {
             section {
                 h2 { "Left out" }
                 ul {
-                    @for (contender, reason) in missing {
-                        li { strong { (contender.title) } ": " (reason) }
+                    @for (target, reason) in missing {
+                        li { strong { (target.title) } ": " (reason) }
                     }
                 }
             }
@@ -187,12 +187,10 @@ fn tables(results: &Results, groups: &[Group<'_>]) -> Markup {
 }
 
 fn table(results: &Results, group: &Group<'_>) -> Markup {
-    let measured = results.contenders.iter().filter(|contender| {
-        group
-            .figures
-            .iter()
-            .any(|f| f.bar(&contender.key).is_some())
-    });
+    let measured = results
+        .targets
+        .iter()
+        .filter(|target| group.figures.iter().any(|f| f.bar(&target.key).is_some()));
     html! {
         // Wide ones scroll, also by keyboard.
         div.scroll tabindex="0" role="region" aria-label=(group.title) {
@@ -209,10 +207,10 @@ fn table(results: &Results, group: &Group<'_>) -> Markup {
                     }
                 }
                 tbody {
-                    @for contender in measured {
-                        tr.own[is_own(contender)] {
-                            th scope="row" { (contender.title) }
-                            @for figure in &group.figures { (cell(figure, contender)) }
+                    @for target in measured {
+                        tr.own[is_own(target)] {
+                            th scope="row" { (target.title) }
+                            @for figure in &group.figures { (cell(figure, target)) }
                         }
                     }
                 }
@@ -221,7 +219,7 @@ fn table(results: &Results, group: &Group<'_>) -> Markup {
     }
 }
 
-fn cell(figure: &Figure<'_>, contender: &Contender) -> Markup {
+fn cell(figure: &Figure<'_>, target: &Target) -> Markup {
     let note = |bar: &Bar<'_>| {
         let spread = format!("{}–{}", number(bar.min), number(bar.max));
         let spread = (bar.samples.len() > 1).then_some(spread);
@@ -231,7 +229,7 @@ fn cell(figure: &Figure<'_>, contender: &Contender) -> Markup {
     };
     html! {
         td {
-            @match figure.bar(&contender.key) {
+            @match figure.bar(&target.key) {
                 Some(bar) => { (number(bar.median)) span.note { (note(bar)) } },
                 None => "–",
             }
@@ -239,16 +237,16 @@ fn cell(figure: &Figure<'_>, contender: &Contender) -> Markup {
     }
 }
 
-/// How each contender was run.
+/// How each target was run.
 fn compared(results: &Results) -> Markup {
-    let there = results.contenders.iter().filter(|c| c.missing.is_none());
-    let names_and_details = there.map(|contender| (contender, contender.detail.as_str()));
+    let there = results.targets.iter().filter(|c| c.missing.is_none());
+    let names_and_details = there.map(|target| (target, target.detail.as_str()));
     html! {
         section {
             h2 { "What was compared" }
             dl.facts {
-                @for (contender, detail) in names_and_details {
-                    dt.own[is_own(contender)] { (contender.title) }
+                @for (target, detail) in names_and_details {
+                    dt.own[is_own(target)] { (target.title) }
                     dd { (detail) }
                 }
             }
@@ -267,6 +265,6 @@ fn facts(title: &str, id: &str, facts: &[(String, String)]) -> Markup {
     }
 }
 
-fn is_own(contender: &Contender) -> bool {
-    palette::family(contender) == Family::Fastvpn
+fn is_own(target: &Target) -> bool {
+    palette::family(target) == Family::Fastvpn
 }

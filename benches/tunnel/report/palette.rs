@@ -1,11 +1,11 @@
-//! A colour for each contender, by day and by night.
+//! A colour for each target, by day and by night.
 //!
 //! Charts are drawn in the colours of the day; by night the page's style sheet
 //! turns each of them into its counterpart.
 
 use plotters::style::RGBColor;
 
-use crate::results::Contender;
+use crate::results::Target;
 
 /// A colour by day and by night.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,7 +59,7 @@ const OTHERS: [Ink; 5] = [
     ink(0x85769b, 0xa393bb),
 ];
 
-/// Contenders of one kind.
+/// Targets of one kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
     /// fastvpn, in its several ways.
@@ -70,23 +70,23 @@ pub enum Family {
     Others,
 }
 
-/// What a contender is. Whatever is not known is fastvpn: only that can be
+/// What a target is. Whatever is not known is fastvpn: only that can be
 /// given names of one's own.
-pub fn family(contender: &Contender) -> Family {
-    match contender.key.as_str() {
+pub fn family(target: &Target) -> Family {
+    match target.key.as_str() {
         "veth" | "vxlan" => Family::Kernel,
         "one-packet" | "openvpn" | "fastd" | "tinc" | "wireguard-go" => Family::Others,
         _ => Family::Fastvpn,
     }
 }
 
-/// The colour of one of the contenders, the same wherever it is drawn.
-pub fn color(contender: &Contender, all: &[Contender]) -> Ink {
-    let own = family(contender);
+/// The colour of one of the targets, the same wherever it is drawn.
+pub fn color(target: &Target, all: &[Target]) -> Ink {
+    let own = family(target);
     let place = all
         .iter()
         .filter(|other| family(other) == own)
-        .position(|other| other.key == contender.key)
+        .position(|other| other.key == target.key)
         .unwrap_or(0);
     let inks: &[Ink] = match own {
         Family::Fastvpn => &FASTVPN,

@@ -6,12 +6,12 @@ use super::chart::{Scale, scale};
 use super::figures::{figure, groups};
 use super::findings::{findings, subject};
 use super::{page, palette, write_html};
-use crate::results::{Better, Cell, Contender, Results, Row};
+use crate::results::{Better, Cell, Results, Row, Target};
 
 const UNTOWARD: &str = "<b>&\"'</svg>";
 
-fn contender(key: &str, title: &str) -> Contender {
-    Contender {
+fn target(key: &str, title: &str) -> Target {
+    Target {
         key: key.into(),
         title: title.into(),
         detail: format!("how {key} was run"),
@@ -29,33 +29,33 @@ fn row(key: &str, group: &str, better: Better) -> Row {
     }
 }
 
-fn cell(row: &str, contender: &str, samples: &[f64]) -> Cell {
+fn cell(row: &str, target: &str, samples: &[f64]) -> Cell {
     Cell {
         row: row.into(),
-        contender: contender.into(),
+        target: target.into(),
         samples: samples.to_vec(),
     }
 }
 
-fn results(contenders: Vec<Contender>, rows: Vec<Row>, cells: Vec<Cell>) -> Results {
+fn results(targets: Vec<Target>, rows: Vec<Row>, cells: Vec<Cell>) -> Results {
     Results {
         started: "2026-01-02T03:04:05Z".into(),
         version: "0.1.0 (abcdef)".into(),
         machine: vec![("kernel".into(), "6.18".into())],
         settings: vec![("rounds".into(), "3".into())],
-        contenders,
+        targets,
         rows,
         cells,
     }
 }
 
 fn example() -> Results {
-    let contenders = vec![
-        contender("veth", "bare veth"),
-        contender("vxlan", "kernel VXLAN"),
-        contender("uring", "fastvpn, io_uring"),
-        contender("tinc", "tinc, no cipher"),
-        contender("openvpn", "OpenVPN, no cipher"),
+    let targets = vec![
+        target("veth", "bare veth"),
+        target("vxlan", "kernel VXLAN"),
+        target("uring", "fastvpn, io_uring"),
+        target("tinc", "tinc, no cipher"),
+        target("openvpn", "OpenVPN, no cipher"),
     ];
     let throughput = "tcp-1/gbit_per_s";
     let cpu = "udp-64/cpu_ns_per_packet";
@@ -76,7 +76,7 @@ fn example() -> Results {
         cell(cpu, "tinc", &[21000.0]),
         cell(cpu, "openvpn", &[42000.0]),
     ];
-    results(contenders, rows, cells)
+    results(targets, rows, cells)
 }
 
 /// The charts of a page: each must be well-formed XML by itself.
@@ -170,16 +170,16 @@ fn a_chart_shows_medians_samples_and_ratios() {
     assert_eq!(count(&chart, |node| node.tag_name().name() == "circle"), 24);
     // In the order measured, from top to bottom, each in its colour.
     let mut above = f64::NEG_INFINITY;
-    for contender in &results.contenders {
-        let color = palette::hex(palette::color(contender, &results.contenders).light);
+    for target in &results.targets {
+        let color = palette::hex(palette::color(target, &results.targets).light);
         let bars: Vec<_> = chart
             .descendants()
             .filter(|node| node.tag_name().name() == "rect")
             .filter(|node| node.attribute("fill") == Some(&color))
             .collect();
-        assert_eq!(bars.len(), 1, "{}", contender.key);
+        assert_eq!(bars.len(), 1, "{}", target.key);
         let y: f64 = bars[0].attribute("y").unwrap().parse().unwrap();
-        assert!(y > above, "{}", contender.key);
+        assert!(y > above, "{}", target.key);
         above = y;
     }
 }
@@ -187,12 +187,12 @@ fn a_chart_shows_medians_samples_and_ratios() {
 #[test]
 fn longer_bars_are_of_greater_medians() {
     let mut results = example();
-    results.contenders.truncate(3);
+    results.targets.truncate(3);
     let page = page::render(&results).unwrap();
     let chart = parsed(charts(&page)[0]);
     let width = |key: &str| -> f64 {
-        let contender = results.contenders.iter().find(|c| c.key == key).unwrap();
-        let color = palette::hex(palette::color(contender, &results.contenders).light);
+        let target = results.targets.iter().find(|c| c.key == key).unwrap();
+        let color = palette::hex(palette::color(target, &results.targets).light);
         let mut nodes = chart.descendants();
         let bar = nodes.find(|node| {
             node.tag_name().name() == "rect" && node.attribute("fill") == Some(&color)
@@ -249,15 +249,13 @@ fn findings_are_computed() {
 fn another_way_of_fastvpn_is_the_subject_where_the_default_was_not_measured() {
     let mut results = example();
     for cell in &mut results.cells {
-        if cell.contender == "uring" {
-            cell.contender = "my-variant".into();
+        if cell.target == "uring" {
+            cell.target = "my-variant".into();
         }
     }
-    results
-        .contenders
-        .push(contender("my-variant", "my-variant"));
+    results.targets.push(target("my-variant", "my-variant"));
     assert_eq!(subject(&results).unwrap().key, "my-variant");
-    results.cells.retain(|cell| cell.contender == "vxlan");
+    results.cells.retain(|cell| cell.target == "vxlan");
     assert!(subject(&results).is_none());
     let page = page::render(&results).unwrap();
     assert!(page.contains("no figures of fastvpn"));
@@ -270,11 +268,11 @@ fn markup_in_texts_stays_text() {
     results.started = UNTOWARD.into();
     results.machine[0] = (UNTOWARD.into(), UNTOWARD.into());
     results.settings[0] = (UNTOWARD.into(), UNTOWARD.into());
-    for contender in &mut results.contenders {
-        contender.title = UNTOWARD.into();
-        contender.detail = UNTOWARD.into();
+    for target in &mut results.targets {
+        target.title = UNTOWARD.into();
+        target.detail = UNTOWARD.into();
     }
-    results.contenders[3].missing = Some(UNTOWARD.into());
+    results.targets[3].missing = Some(UNTOWARD.into());
     for row in &mut results.rows {
         row.title = UNTOWARD.into();
         row.unit = UNTOWARD.into();
@@ -302,7 +300,7 @@ fn cells_without_numbers_are_as_none() {
     let keys: Vec<_> = figure
         .bars
         .iter()
-        .map(|bar| bar.contender.key.as_str())
+        .map(|bar| bar.target.key.as_str())
         .collect();
     assert_eq!(keys, ["uring", "tinc", "openvpn"]);
     assert_eq!((figure.bars[0].median, figure.bars[0].max), (12.0, 14.0));
@@ -332,11 +330,11 @@ fn a_row_that_nobody_has_is_said_to_be_unmeasured() {
 }
 
 #[test]
-fn nothing_and_one_contender_are_enough() {
+fn nothing_and_one_target_are_enough() {
     page::render(&results(vec![], vec![], vec![])).unwrap();
     let mut one = example();
-    one.contenders.retain(|contender| contender.key == "uring");
-    one.cells.retain(|cell| cell.contender == "uring");
+    one.targets.retain(|target| target.key == "uring");
+    one.cells.retain(|cell| cell.target == "uring");
     let page = page::render(&one).unwrap();
     for chart in charts(&page) {
         parsed(chart);
@@ -349,7 +347,7 @@ fn nothing_and_one_contender_are_enough() {
 #[test]
 fn what_was_left_out_is_named_with_the_reason() {
     let mut results = example();
-    results.contenders[4].missing = Some("openvpn is not installed".into());
+    results.targets[4].missing = Some("openvpn is not installed".into());
     let page = page::render(&results).unwrap();
     assert!(page.contains("<strong>OpenVPN, no cipher</strong>: openvpn is not installed"));
 }

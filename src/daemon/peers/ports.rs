@@ -21,7 +21,7 @@ use crate::counters::PeerCounters;
 use crate::daemon::workers::WorkerFds;
 use crate::io::random;
 use crate::io::udp::Port;
-use crate::log::rate_limited::Journal;
+use crate::log::rate_limited::RateLimitedLog;
 use crate::packet::probe::{Kind, Probe};
 use crate::routing::overlay::Peer;
 
@@ -35,9 +35,9 @@ pub struct PeerPorts {
     endpoint: Option<SocketAddr>,
     /// By worker.
     proofs: Vec<Proof>,
-    /// When it was last heard, or sent to from a port that is proven.
+    /// When it was last seen, or sent to from a port that is proven.
     used: Option<Instant>,
-    /// When it was last heard.
+    /// When it was last seen.
     heard: Option<Instant>,
     seen: Seen,
     /// It was told that a NAT rewrites our ports.
@@ -108,7 +108,7 @@ impl PeerPorts {
         &mut self,
         peer: &Peer,
         workers: &[WorkerFds],
-        log: &mut Journal,
+        log: &mut RateLimitedLog,
         now: Instant,
     ) -> usize {
         let mut asked = 0;
@@ -190,7 +190,7 @@ impl PeerPorts {
         peer: &Peer,
         (nonce, seen_port): (u64, u16),
         workers: &[WorkerFds],
-        log: &mut Journal,
+        log: &mut RateLimitedLog,
         now: Instant,
     ) {
         let mut proofs = self.proofs.iter_mut();
@@ -239,7 +239,8 @@ mod tests {
         let peer = overlay.peer(0).unwrap();
         peer.traffic[0].set_own_port_proven(true);
         let workers = [WorkerFds::on_loopback()];
-        let (mut ports, mut journal) = (PeerPorts::new(now), Journal::new("changes of ports"));
+        let (mut ports, mut journal) =
+            (PeerPorts::new(now), RateLimitedLog::new("changes of ports"));
         let log = tempfile::NamedTempFile::new().unwrap();
         let subscriber = tracing_subscriber::fmt()
             .with_writer(Arc::new(log.reopen().unwrap()))

@@ -10,8 +10,8 @@ use super::Peers;
 use crate::daemon::workers::WorkerFds;
 use crate::dataplane::inbound::ReceivedProbe;
 use crate::io::udp::Port;
+use crate::packet::batch::NextHop;
 use crate::packet::probe::{Kind, Probe};
-use crate::packet::train::NextHop;
 
 /// Probes that may wait to be read. More are lost, and come again.
 const WAITING_MAX: usize = 1024;

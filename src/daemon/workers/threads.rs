@@ -19,8 +19,8 @@ use crate::io::epoll::Epoll;
 use crate::io::tun::Queue;
 use crate::io::udp::WorkerSockets;
 use crate::io::uring::Uring;
+use crate::packet::batch::Limits;
 use crate::packet::coalesce::TunOffloads;
-use crate::packet::train::Limits;
 
 /// Commands that may wait for a worker.
 const COMMANDS_MAX: usize = 64;
@@ -28,9 +28,9 @@ const COMMANDS_MAX: usize = 64;
 /// What all workers have in common.
 #[derive(Clone, Debug)]
 pub struct Setup {
-    /// Super-packets that the TUN device takes.
+    /// GSO packets that the TUN device takes.
     pub tun: TunOffloads,
-    /// How long trains may be.
+    /// How long batches may be.
     pub limits: Limits,
     /// What the workers run on.
     pub engine: EngineKind,

@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::host::link::IPV6_MTU_BYTES_MIN;
 use crate::host::netlink::route::MAIN_TABLE;
 use crate::host::netlink::{DeviceRoute, Event, Link, Netlink, Route, RouteChange, Watch};
-use crate::log::rate_limited::Journal;
+use crate::log::rate_limited::RateLimitedLog;
 
 /// Between two comparisons there is so much time at least, and so many times as
 /// long as the first one took: a fifth of one core is what a restless host with
@@ -93,7 +93,7 @@ pub struct Reconciler {
     fixed_at: Instant,
     /// What could not be fixed the last time: it is logged when it changes.
     complaint: Option<String>,
-    complaints: Journal,
+    complaints: RateLimitedLog,
     changes: Sender<()>,
     jobs: Receiver<Job>,
     shared: Arc<Shared>,
@@ -128,7 +128,7 @@ impl Reconciler {
             fixes: 0,
             fixed_at: now,
             complaint: None,
-            complaints: Journal::new("failures to keep routes or addresses"),
+            complaints: RateLimitedLog::new("failures to keep routes or addresses"),
             changes,
             jobs,
             shared,

@@ -220,24 +220,24 @@ mod tests {
             duration: u32,
         }
         // The kernel takes the first 14 bytes for an Ethernet header.
-        let mut frame = vec![0; 14];
-        frame[12..14].copy_from_slice(if packet[0] >> 4 == 4 {
+        let mut vnet_packet = vec![0; 14];
+        vnet_packet[12..14].copy_from_slice(if packet[0] >> 4 == 4 {
             &[0x08, 0x00]
         } else {
             &[0x86, 0xdd]
         });
-        frame.extend_from_slice(packet);
+        vnet_packet.extend_from_slice(packet);
         let mut attributes = RunAttributes {
             program: program.as_raw_fd() as u32,
             result: 0,
-            bytes_in: frame.len() as u32,
+            bytes_in: vnet_packet.len() as u32,
             bytes_out: 0,
-            data_in: frame.as_ptr() as u64,
+            data_in: vnet_packet.as_ptr() as u64,
             data_out: 0,
             repeat: 1,
             duration: 0,
         };
-        // SAFETY: the attributes and the frame are live for the call.
+        // SAFETY: the attributes and the vnet packet are live for the call.
         let result = unsafe {
             libc::syscall(
                 libc::SYS_bpf,

@@ -8,7 +8,7 @@
 //! reads the source port back and picks worker *i* modulo its own count.
 //!
 //! The unit of order is thus the sending worker. A hash of the inner flow
-//! would spread further, but one UDP GRO train may hold several inner flows,
+//! would spread further, but one UDP GRO batch may hold several inner flows,
 //! and the program sees the first only: the others would jump between workers
 //! and be reordered. Which worker sends a flow depends on the flow alone
 //! ([`crate::io::tun::steering`]), so its packets stay in order from end to end;

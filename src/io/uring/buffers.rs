@@ -3,8 +3,8 @@
 //!
 //! The kernel uses buffers in the order given, so all that it holds pass
 //! through the cache in turn. Bulk traffic fills whole buffers and wants few of
-//! them; small packets take one each and want many for a good batch. So the
-//! kernel is given as many as hold a batch's bytes at the size of what arrived
+//! them; small packets take one each and want many for a good turn. So the
+//! kernel is given as many as hold a turn's bytes at the size of what arrived
 //! lately, and the rest wait here, the one used last on top.
 
 use std::io;
@@ -22,7 +22,7 @@ const PAGE_BYTES: usize = 4096;
 /// Most buffers of a ring: those that a page has entries for.
 const BUFFERS_MAX: usize = PAGE_BYTES / size_of::<BufRingEntry>();
 
-/// Bytes that one batch should bring at the most. One stream on a processor
+/// Bytes that one turn should bring at the most. One stream on a processor
 /// with 1 MiB of second-level cache, CPU seconds per GB, medians in two runs: 8
 /// full buffers 0.68, 32 0.81, 128 0.98; 300 kB 0.545, 600 kB 0.567, 1.2 MB 0.536
 /// (within the noise of each other).

@@ -1,18 +1,18 @@
 //! The io_uring engine.
 //!
 //! One ring per worker. A multishot receive on the UDP socket stays armed and
-//! brings trains into provided buffers. Sends and writes are one request each,
-//! submitted in batches; they complete while they are submitted, since neither
-//! may wait. Buffers are owned: a train or frame that the kernel works on is in
+//! brings batches into provided buffers. Sends and writes are one request each,
+//! submitted together; they complete while they are submitted, since neither
+//! may wait. Buffers are owned: a batch or vnet packet that the kernel works on is in
 //! the engine's tables and comes back to the free list with its completion.
 //!
 //! The TUN queue is read by system calls until it is empty, and then polled
 //! through the ring. A multishot read (`IORING_OP_READ_MULTISHOT`, Linux 6.7)
-//! would spare the calls, but a TUN device gives one frame a read either way,
-//! and what the multishot costs per frame (a poll, a buffer picked, a
+//! would spare the calls, but a TUN device gives one vnet packet a read either way,
+//! and what the multishot costs per vnet packet (a poll, a buffer picked, a
 //! completion posted) is more than the call; what is worse, it reads up to a
 //! mebibyte ahead, out of the second-level cache, before the worker sees the
-//! first frame. Medians of six, in turn, of its throughput to that of calls:
+//! first vnet packet. Medians of six, in turn, of its throughput to that of calls:
 //! 0.93 on one TCP stream, 0.92 to 0.97 on four, 0.99 to 1.04 on 64-byte UDP.
 //!
 //! Needs Linux 6.1 (`IORING_SETUP_DEFER_TASKRUN`).
@@ -36,14 +36,14 @@ use crate::counters::Counters;
 use crate::error::{Error, Result};
 use crate::io::engine::{Destination, Engine, Event, Received};
 use crate::io::message::{self, PAYLOAD_START, SendMessage};
-use crate::io::sides::{BUFFER_BYTES, FAILURE_PAUSE, FRAMES, Sides, TRAINS};
+use crate::io::sides::{BATCHES, BUFFER_BYTES, FAILURE_PAUSE, Sides, VNET_PACKETS};
 use crate::io::tun::Queue;
 use crate::io::udp::WorkerSockets;
-use crate::packet::frame::{Frame, FrameSink};
-use crate::packet::train::{Limits, Train};
+use crate::packet::batch::{Batch, Limits};
+use crate::packet::vnet_packet::{VnetPacket, VnetSink};
 
 /// Entries of the submission queue: more than all requests that can be under
-/// way, so that it never fills before a batch ends.
+/// way, so that it never fills before a turn ends.
 const SUBMISSION_ENTRIES: u32 = 256;
 
 /// Completions taken from the ring at a time.
@@ -70,15 +70,15 @@ pub struct Uring {
     /// What the multishot receive is given; the kernel reads it once, at the
     /// start of each request.
     template: Box<libc::msghdr>,
-    /// Trains that have come and wait for the worker.
+    /// Batches that have come and wait for the worker.
     datagrams: VecDeque<Event>,
     armed: Armed,
-    /// By train id: the trains that the kernel has.
-    sends: Vec<Option<(Train, Destination)>>,
-    /// By train id. Boxed: the kernel reads it where it is.
+    /// By batch id: the batches that the kernel has.
+    sends: Vec<Option<(Batch, Destination)>>,
+    /// By batch id. Boxed: the kernel reads it where it is.
     messages: Box<[SendMessage]>,
-    /// By frame id: the frames that the kernel has.
-    writes: Vec<Option<Frame>>,
+    /// By vnet packet id: the vnet packets that the kernel has.
+    writes: Vec<Option<VnetPacket>>,
     /// Sends and writes without a completion yet.
     in_flight: usize,
     /// Bytes of those that are not submitted yet.
@@ -120,9 +120,9 @@ impl Uring {
             template: message::receive_template(),
             datagrams: VecDeque::with_capacity(usize::from(RECEIVE_BUFFERS)),
             armed: Armed::default(),
-            sends: (0..TRAINS).map(|_| None).collect(),
-            messages: (0..TRAINS).map(|_| SendMessage::new()).collect(),
-            writes: (0..FRAMES).map(|_| None).collect(),
+            sends: (0..BATCHES).map(|_| None).collect(),
+            messages: (0..BATCHES).map(|_| SendMessage::new()).collect(),
+            writes: (0..VNET_PACKETS).map(|_| None).collect(),
             in_flight: 0,
             staged_bytes: 0,
             completions: Vec::with_capacity(COMPLETIONS_MAX),
@@ -195,16 +195,16 @@ impl Uring {
         match Token::from_user_data(completion.user_data()) {
             Some(Token::Send(id)) => {
                 let place = self.sends.get_mut(usize::from(id));
-                if let Some((train, to)) = place.and_then(Option::take) {
+                if let Some((batch, to)) = place.and_then(Option::take) {
                     self.in_flight -= 1;
-                    self.sides.sent(train, to, errno);
+                    self.sides.sent(batch, to, errno);
                 }
             }
             Some(Token::Write(id)) => {
                 let place = self.writes.get_mut(usize::from(id));
-                if let Some(frame) = place.and_then(Option::take) {
+                if let Some(vnet_packet) = place.and_then(Option::take) {
                     self.in_flight -= 1;
-                    self.sides.written(frame, errno);
+                    self.sides.written(vnet_packet, errno);
                 }
             }
             Some(Token::Receive) => self.received(completion),
@@ -224,7 +224,7 @@ impl Uring {
         }
     }
 
-    /// The multishot receive has brought a train, or has failed.
+    /// The multishot receive has brought a batch, or has failed.
     #[inline]
     fn received(&mut self, completion: &cqueue::Entry) {
         self.armed.receive = cqueue::more(completion.flags());
@@ -351,8 +351,8 @@ impl Engine for Uring {
     }
 
     #[inline]
-    fn take_train(&mut self) -> Option<Train> {
-        self.sides.take_train()
+    fn take_batch(&mut self) -> Option<Batch> {
+        self.sides.take_batch()
     }
 
     #[inline]
@@ -360,20 +360,20 @@ impl Engine for Uring {
         self.sides.limits(destination)
     }
 
-    /// Stages the train's send.
+    /// Stages the batch's send.
     #[inline]
-    fn send(&mut self, train: Train, to: Destination) {
-        if train.count() == 0 {
-            return self.sides.sent(train, to, None);
+    fn send(&mut self, batch: Batch, to: Destination) {
+        if batch.count() == 0 {
+            return self.sides.sent(batch, to, None);
         }
-        let (id, bytes) = (train.id(), train.bytes().len());
+        let (id, bytes) = (batch.id(), batch.bytes().len());
         let socket = Fd(self.sides.sockets.sender(to.from).as_raw_fd());
-        let message = self.messages[usize::from(id)].prepare(&train, to.endpoint);
+        let message = self.messages[usize::from(id)].prepare(&batch, to.endpoint);
         let request = opcode::SendMsg::new(socket, message)
             .flags(libc::MSG_DONTWAIT as u32)
             .build()
             .user_data(Token::Send(id).to_user_data());
-        self.sends[usize::from(id)] = Some((train, to));
+        self.sends[usize::from(id)] = Some((batch, to));
         self.stage(&request, bytes);
     }
 
@@ -406,7 +406,7 @@ impl Engine for Uring {
             std::thread::sleep(FAILURE_PAUSE);
             return self.enter(0);
         }
-        if self.sides.may_read_frame() {
+        if self.sides.may_read_vnet_packet() {
             // A read has failed, and the next one may do better.
             return Ok(());
         }
@@ -423,24 +423,24 @@ impl Engine for Uring {
     }
 }
 
-impl FrameSink for Uring {
+impl VnetSink for Uring {
     #[inline]
-    fn take_frame(&mut self) -> Option<Frame> {
-        self.sides.take_frame()
+    fn take_vnet_packet(&mut self) -> Option<VnetPacket> {
+        self.sides.take_vnet_packet()
     }
 
-    /// Stages the frame's write.
+    /// Stages the vnet packet's write.
     #[inline]
-    fn write(&mut self, frame: Frame) {
-        let (id, bytes) = (frame.id(), frame.bytes().len());
+    fn write(&mut self, vnet_packet: VnetPacket) {
+        let (id, bytes) = (vnet_packet.id(), vnet_packet.bytes().len());
         let queue = Fd(self.sides.queue.as_fd().as_raw_fd());
         // Without the flag, a queue without room would be waited for, although it
         // is set not to block.
-        let request = opcode::Write::new(queue, frame.bytes().as_ptr(), bytes as u32)
+        let request = opcode::Write::new(queue, vnet_packet.bytes().as_ptr(), bytes as u32)
             .rw_flags(libc::RWF_NOWAIT)
             .build()
             .user_data(Token::Write(id).to_user_data());
-        self.writes[usize::from(id)] = Some(frame);
+        self.writes[usize::from(id)] = Some(vnet_packet);
         self.stage(&request, bytes);
     }
 }

@@ -7,9 +7,9 @@ pub enum Token {
     TunPoll,
     /// Multishot receive from the UDP socket.
     Receive,
-    /// Send of the train with this id.
+    /// Send of the batch with this id.
     Send(u16),
-    /// Write of the frame with this id.
+    /// Write of the vnet packet with this id.
     Write(u16),
     /// Poll of the control thread's event counter.
     Wake,

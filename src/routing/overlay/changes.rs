@@ -3,7 +3,7 @@
 use std::fmt::Display;
 
 use super::{Overlay, Peer};
-use crate::packet::train::NextHop;
+use crate::packet::batch::NextHop;
 
 /// Changes that are named one by one. More are counted.
 const NAMED_MAX: usize = 8;

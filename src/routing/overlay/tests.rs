@@ -328,7 +328,7 @@ fn a_path_limits_what_is_carried_in_one_piece() {
         let table = overlay.table(TunnelAddresses::default(), false);
         table.peer(address.parse().unwrap()).unwrap().1.mtu_bytes
     };
-    assert_eq!(mtu(&mut overlay, "10.1.0.1"), TRAIN_BYTES_MAX);
+    assert_eq!(mtu(&mut overlay, "10.1.0.1"), BATCH_BYTES_MAX);
     for (text, overhead) in [("10.0.0.1", 28), ("[fd00::2]", 48)] {
         let (hop, _) = overlay.find(&name(text)).unwrap();
         assert!(overlay.set_path_mtu(hop, 1400, false));
@@ -343,7 +343,7 @@ fn a_path_limits_what_is_carried_in_one_piece() {
     // Another address, another path.
     let (hop, _) = overlay.find(&name("10.0.0.1")).unwrap();
     assert!(overlay.set_endpoint(hop, "10.0.0.7:1".parse().ok()));
-    assert_eq!(mtu(&mut overlay, "10.1.0.1"), TRAIN_BYTES_MAX);
+    assert_eq!(mtu(&mut overlay, "10.1.0.1"), BATCH_BYTES_MAX);
 }
 
 #[test]

@@ -148,7 +148,7 @@ fn a_path_is_lost() -> Result<()> {
     hosts.a.netlink()?.set_up(index)?;
     near.wait_for_line("a route to peer 10.211.55.123:8285 again")?;
     wait_for(&hosts.a, TUNNEL[1].into())?;
-    near.wait_for_line("10.211.55.123:8285 is heard again")?;
+    near.wait_for_line("10.211.55.123:8285 answers again")?;
     let status = operator.ask("status")?;
     let peer = only_peer(&operator)?;
     check(
@@ -157,7 +157,7 @@ fn a_path_is_lost() -> Result<()> {
     )?;
     let log = stop(near)?.log;
     has_one(&log, &["(send-error)", PEER, "network is unreachable"])?;
-    has_one(&log, &["WARN", PEER, "has gone quiet", "last heard"])?;
+    has_one(&log, &["WARN", PEER, "has gone quiet", "last seen"])?;
     stop(far).map(drop)
 }
 
@@ -285,7 +285,7 @@ fn who_is_heard_was_not_never_heard() -> Result<()> {
         let answer = operator.request("{\"command\":\"peers\"}")?;
         let peer = &answer["peers"][0];
         let has_come = peer["packets_received"].as_u64() > Some(0);
-        check(!has_come || peer["last_heard_seconds"].is_u64(), || {
+        check(!has_come || peer["last_seen_seconds"].is_u64(), || {
             peer.to_string()
         })?;
         Ok(has_come)

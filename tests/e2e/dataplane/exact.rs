@@ -41,17 +41,17 @@ fn exact_inbound_datagrams() -> Result<()> {
 }
 
 #[testbed::trial(each_engine)]
-fn exact_inbound_trains() -> Result<()> {
+fn exact_inbound_batches() -> Result<()> {
     inbound(&[], true)
 }
 
 #[testbed::trial(each_engine)]
-fn exact_inbound_trains_without_gro() -> Result<()> {
+fn exact_inbound_batches_without_gro() -> Result<()> {
     inbound(&["--without", "udp-gro"], true)
 }
 
 #[testbed::trial(each_engine)]
-fn exact_inbound_trains_without_tso_uso() -> Result<()> {
+fn exact_inbound_batches_without_tso_uso() -> Result<()> {
     inbound(&["--without", "tso,uso"], true)
 }
 
@@ -162,8 +162,8 @@ fn outbound(flags: &[&str], order: Order) -> Result<()> {
 
 /// From a socket that stands for the near end to the far TUN; there the host
 /// forwards it to a device without offloads, for which the kernel cuts
-/// super-packets up again and completes checksums.
-fn inbound(flags: &[&str], in_trains: bool) -> Result<()> {
+/// GSO packets up again and completes checksums.
+fn inbound(flags: &[&str], in_batches: bool) -> Result<()> {
     let hosts = hosts(1500)?;
     let cores = all_cores();
     let near = socket(&hosts, 0)?;
@@ -183,8 +183,8 @@ fn inbound(flags: &[&str], in_trains: bool) -> Result<()> {
     for window in script.chunks(WINDOW) {
         without_backlog_drops(|| {
             let mut expected = Expected::new(window, Order::PerFlow, forwarded);
-            if in_trains {
-                send_trains(&near, window)?;
+            if in_batches {
+                send_batches(&near, window)?;
             } else {
                 let mut all = window.iter();
                 all.try_for_each(|it| near.send(&it.packet).map(|_| ()))
@@ -206,7 +206,7 @@ fn inbound(flags: &[&str], in_trains: bool) -> Result<()> {
     let merges_all = ended.log.contains("TSO on, USO on");
     let written = ended.total_before("to the TUN")?;
     let receives = ended.total_before("receives")?;
-    if in_trains && ended.log.contains("UDP_GRO on") {
+    if in_batches && ended.log.contains("UDP_GRO on") {
         check(receives < received / 4, || ended.log.clone())?;
         let much_merged = written < received * 2 / 3;
         check(!merges_all || much_merged, || ended.log.clone())?;
@@ -229,7 +229,7 @@ fn socket(hosts: &Pair, host: usize) -> Result<UdpSocket> {
 }
 
 /// Sends packets as fastvpn does: equal ones together, the last may be shorter.
-fn send_trains(socket: &UdpSocket, packets: &[Scripted]) -> Result<()> {
+fn send_batches(socket: &UdpSocket, packets: &[Scripted]) -> Result<()> {
     let mut rest = packets;
     while let Some(first) = rest.first() {
         let size = first.packet.len();
@@ -241,8 +241,8 @@ fn send_trains(socket: &UdpSocket, packets: &[Scripted]) -> Result<()> {
         if rest.get(count).is_some_and(|it| it.packet.len() < size) {
             count += 1;
         }
-        let (train, later) = rest.split_at(count);
-        let slices: Vec<_> = train.iter().map(|it| IoSlice::new(&it.packet)).collect();
+        let (batch, later) = rest.split_at(count);
+        let slices: Vec<_> = batch.iter().map(|it| IoSlice::new(&it.packet)).collect();
         let segment = size as u16;
         let segments = [ControlMessage::UdpGsoSegments(&segment)];
         let control = if count > 1 { &segments[..] } else { &[] };

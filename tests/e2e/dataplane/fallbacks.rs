@@ -3,8 +3,8 @@
 
 use fastvpn::error::Result;
 
-use crate::datagrams::{Order, exchange, exchange_trains};
-use crate::dataplane::traffic::{directions, pings, trains, transfer_both_ways};
+use crate::datagrams::{Order, exchange, exchange_batches};
+use crate::dataplane::traffic::{batches, directions, pings, transfer_both_ways};
 use crate::support::{Ended, FAMILIES, all_cores, check, dual_stack_tunnels, hosts, stop_all};
 
 #[testbed::trial(each_engine)]
@@ -54,7 +54,7 @@ fn without(features: &str) -> Result<()> {
             exchange(from, to, &whole, Order::Kept)?;
             let fragmented: Vec<usize> = (full..3000).step_by(53).chain([65_000]).collect();
             exchange(from, to, &fragmented, Order::Any)?;
-            exchange_trains(from, to, &trains(full))?;
+            exchange_batches(from, to, &batches(full))?;
         }
         for (addresses, streams) in FAMILIES.into_iter().zip([1, 4]) {
             transfer_both_ways(&hosts, addresses, streams, 10_000_000)?;

@@ -59,7 +59,7 @@ fn a_full_send_buffer() -> Result<()> {
     })?;
 
     // Nothing is read any more, however much comes.
-    let read = operator.counter("tun_frames_read")?;
+    let read = operator.counter("tun_reads")?;
     let before = tun_stats(&near.host)?.tx_dropped;
     wait_until("more is dropped at the TUN queue", || {
         flood(100)?;
@@ -73,13 +73,15 @@ fn a_full_send_buffer() -> Result<()> {
         &[1000; 50],
         Order::Kept,
     )?;
-    let after = operator.counter("tun_frames_read")?;
-    check(read == after, || format!("{read} frames, then {after}"))?;
+    let after = operator.counter("tun_reads")?;
+    check(read == after, || {
+        format!("{read} vnet packets, then {after}")
+    })?;
 
     // The silent host answers: there is room.
     silent.host.netlink()?.add_address(index, address)?;
     wait_until("the TUN queue is read again", || {
-        Ok(operator.counter("tun_frames_read")? > read)
+        Ok(operator.counter("tun_reads")? > read)
     })?;
     wait_for(&near.container, inside(3)[0])?;
     // What did not fit was not sent to its peer.

@@ -3,7 +3,7 @@
 pub mod exact;
 pub mod fallbacks;
 pub mod full_socket;
+pub mod gso_packets;
 pub mod queues;
 pub mod raw;
-pub mod super_packets;
 pub mod traffic;

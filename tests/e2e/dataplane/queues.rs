@@ -287,7 +287,7 @@ impl Flows {
     }
 }
 
-/// The datagram of a number. Sizes change, so that trains close and begin all
+/// The datagram of a number. Sizes change, so that batches close and begin all
 /// the time.
 fn datagram(number: u64) -> Vec<u8> {
     let mut datagram = vec![number as u8; 8 + (number as usize * 37) % 1200];

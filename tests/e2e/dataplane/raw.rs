@@ -112,7 +112,7 @@ fn odd_packets_pass_unchanged() -> Result<()> {
     let ended = stop_all(tunnels)?;
     for end in ended {
         check(
-            end.dropped("frame-malformed") + end.dropped("length") == 0,
+            end.dropped("tun-malformed") + end.dropped("length") == 0,
             || end.log.clone(),
         )?;
     }

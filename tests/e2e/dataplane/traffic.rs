@@ -12,7 +12,7 @@ use testbed::cpu_ns;
 use testbed::traffic::{Between, Bulk, BulkLimit, Watch, ping, tcp_bulk};
 use testbed::{Namespace, Pair};
 
-use crate::datagrams::{Channel, Order, exchange, exchange_trains};
+use crate::datagrams::{Channel, Order, exchange, exchange_batches};
 use crate::packets::Tap;
 use crate::support::{
     FAMILIES, PATIENCE, all_cores, check, dual_stack_tunnels, fail, hosts, stop_all,
@@ -186,16 +186,16 @@ fn udp_of_every_size() -> Result<()> {
     let ended = stop_all(tunnels)?;
     for end in ended {
         check(
-            end.dropped("length") + end.dropped("frame-malformed") == 0,
+            end.dropped("length") + end.dropped("tun-malformed") == 0,
             || end.log.clone(),
         )?;
     }
     Ok(())
 }
 
-/// Trains of `(bytes, segment)` around the limits: one and two datagrams, the
+/// Batches of `(bytes, segment)` around the limits: one and two datagrams, the
 /// kernel's 64 and 128, the largest datagrams, a shorter one at the end.
-pub fn trains(full: usize) -> Vec<(usize, usize)> {
+pub fn batches(full: usize) -> Vec<(usize, usize)> {
     vec![
         (1, 1),
         (2, 1),
@@ -218,14 +218,14 @@ pub fn trains(full: usize) -> Vec<(usize, usize)> {
 }
 
 #[testbed::trial(each_engine, mixed)]
-fn udp_trains_keep_their_boundaries() -> Result<()> {
+fn udp_batches_keep_their_boundaries() -> Result<()> {
     let hosts = hosts(1500)?;
     let cores = all_cores();
     let flags: &[&str] = &["--cores", &cores];
     let tunnels = dual_stack_tunnels(&hosts, [flags, flags])?;
     for [from, to] in directions(&hosts) {
         let full = FULL[usize::from(to.1.is_ipv6())];
-        exchange_trains(from, to, &trains(full))?;
+        exchange_batches(from, to, &batches(full))?;
     }
     stop_all(tunnels)?;
     Ok(())

@@ -7,8 +7,8 @@ use ipnet::IpNet;
 use serde_json::json;
 use testbed::Namespace;
 
-use crate::datagrams::{Order, exchange, exchange_trains};
-use crate::dataplane::traffic::trains;
+use crate::datagrams::{Order, exchange, exchange_batches};
+use crate::dataplane::traffic::batches;
 use crate::operator::Operator;
 use crate::site::{MTU_BYTES, all_went_well, underlay, underlay_v6};
 use crate::support::{
@@ -108,7 +108,7 @@ impl OneAddress {
         let (near, far) = ((&self.alone, near), (&self.shared, far));
         let (from, to) = if is_back { (far, near) } else { (near, far) };
         let sent = exchange(from, to, &sizes, Order::Kept)
-            .and_then(|()| exchange_trains(from, to, &trains(FULL_BYTES)));
+            .and_then(|()| exchange_batches(from, to, &batches(FULL_BYTES)));
         sent.map_err(|error| Error::new(format!("from {} to {}: {error}", from.1, to.1)))
     }
 
@@ -283,7 +283,7 @@ fn each_family_over_the_other_alone() -> Result<()> {
             let whole: Vec<usize> = (0..full).step_by(13).chain([full - 1, full]).collect();
             exchange(from, to, &whole, Order::Kept)?;
             exchange(from, to, &[full + 1, 9000, 65_000], Order::Any)?;
-            exchange_trains(from, to, &trains(full))?;
+            exchange_batches(from, to, &batches(full))?;
             bulk(from.0, to.0, to.1, 20)?;
             for bytes in [0, full, full + 1, 20_000] {
                 answers(from.0, to.1, bytes)?;

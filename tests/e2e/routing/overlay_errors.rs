@@ -13,7 +13,7 @@ use crate::icmp_error::{IcmpError, NO_ROUTE, TIME_EXCEEDED};
 use crate::operator::Operator;
 use crate::packets::{Tap, V4, V6, hop_limit, is_udp_to, transport, udp, udp_packet};
 use crate::routing::mesh::hop_limit_between;
-use crate::routing::sources::send_train;
+use crate::routing::sources::send_batch;
 use crate::site::{
     Site, all_went_well, full_mesh, inside, peer, router, sites, transfer, tunnel,
     wait_for_each_other,
@@ -408,18 +408,18 @@ fn hop_limits_of_a_transfer(from: &Site, to: &Site, family: usize) -> Result<(Ve
     })
 }
 
-/// The hop limits with which datagrams come that were sent as one train
+/// The hop limits with which datagrams come that were sent as one batch
 /// (`UDP_SEGMENT`).
-fn hop_limits_of_a_train(from: &Site, to: &Site, family: usize) -> Result<Vec<u8>> {
+fn hop_limits_of_a_batch(from: &Site, to: &Site, family: usize) -> Result<Vec<u8>> {
     const PORT: u16 = 9876;
     let tap = Tap::on_ethernet(&to.container, CONTAINER_NAME, family == 0)?;
     let address = (inside(to.number)[family], PORT);
     let socket = probe(&from.container, address, 64)?;
     tried("connect", socket.connect(address))?;
     let mut seen = std::collections::BTreeSet::new();
-    wait_until("a train arrives", || {
+    wait_until("a batch arrives", || {
         // Refused, since nobody listens.
-        let _ = send_train(&socket, &vec![vec![7; 1000]; 40]);
+        let _ = send_batch(&socket, &vec![vec![7; 1000]; 40]);
         let is_it = |packet: &[u8]| is_udp_to(packet, PORT);
         while let Some(packet) = tap.next_within(Duration::from_millis(50), is_it)? {
             seen.extend(hop_limit(&packet));
@@ -430,7 +430,7 @@ fn hop_limits_of_a_train(from: &Site, to: &Site, family: usize) -> Result<Vec<u8
 }
 
 /// With `--hop` each crossing costs one, on the way out and only there, of
-/// super-packets as of any other; without it none.
+/// GSO packets as of any other; without it none.
 #[testbed::trial(each_engine)]
 fn a_tunnel_that_is_a_hop() -> Result<()> {
     let network = sites(2)?;
@@ -457,11 +457,11 @@ fn a_tunnel_that_is_a_hop() -> Result<()> {
                     format!("{hops:?}: TCP came with {all_seen:?}, not {expected}")
                 })?;
                 check(longest > 3000, || {
-                    format!("no super-packet: {longest} bytes at most")
+                    format!("no GSO packet: {longest} bytes at most")
                 })?;
-                let seen = hop_limits_of_a_train(&all[from], &all[to], family)?;
+                let seen = hop_limits_of_a_batch(&all[from], &all[to], family)?;
                 check(seen == [expected], || {
-                    format!("{hops:?}: a UDP train came with {seen:?}, not {expected}")
+                    format!("{hops:?}: a UDP batch came with {seen:?}, not {expected}")
                 })?;
             }
         }

@@ -66,7 +66,7 @@ fn a_peer_that_is_not_there_yet() -> Result<()> {
             Ok(netlink.link_stats(index)?.tx_packets >= batch * BATCH * 9 / 10)
         })?;
     }
-    // One for each train, which is at most a batch.
+    // One for each batch, which is at most a batch.
     check(
         snmp(&hosts.a, "Icmp", "InDestUnreachs")? > SENT / BATCH / 2,
         || "the peer's host has not complained".into(),

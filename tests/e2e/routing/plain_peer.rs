@@ -15,8 +15,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use testbed::{Namespace, Pair, StaticRoutes, spawn_thread};
 use tun_rs::SyncDevice;
 
-use crate::datagrams::{Order, exchange, exchange_trains};
-use crate::dataplane::traffic::{directions, pings, trains, transfer, transfer_both_ways};
+use crate::datagrams::{Order, exchange, exchange_batches};
+use crate::dataplane::traffic::{batches, directions, pings, transfer, transfer_both_ways};
 use crate::packets::{BUFFER_BYTES, destination, plain_tun};
 use crate::support::{
     FAMILIES, UNDERLAY, all_cores, check, dual_stack, enlarge_receive_buffer, fail, hosts,
@@ -198,7 +198,7 @@ fn work(hosts: &Pair) -> Result<()> {
         exchange(from, to, &whole, Order::Kept)?;
         let fragmented: Vec<usize> = (full..3000).step_by(29).chain([20_000, 65_000]).collect();
         exchange(from, to, &fragmented, Order::Any)?;
-        exchange_trains(from, to, &trains(full))?;
+        exchange_batches(from, to, &batches(full))?;
         for streams in [1, 8] {
             transfer(from.0, to.0, to.1, streams, 20_000_000)?;
         }

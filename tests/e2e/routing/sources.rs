@@ -270,9 +270,9 @@ fn a_source_behind_another_peer() -> Result<()> {
     check(ended.dropped("source-not-allowed") > 0, || ended.log)
 }
 
-/// Sends datagrams of one length as a train, which the kernel delivers whole
+/// Sends datagrams of one length as a batch, which the kernel delivers whole
 /// (`UDP_SEGMENT`, `UDP_GRO`).
-pub fn send_train(socket: &UdpSocket, packets: &[Vec<u8>]) -> Result<()> {
+pub fn send_batch(socket: &UdpSocket, packets: &[Vec<u8>]) -> Result<()> {
     let bytes = packets.concat();
     let segment = packets.first().map_or(0, Vec::len) as u16;
     let control = [ControlMessage::UdpGsoSegments(&segment)];
@@ -285,14 +285,14 @@ pub fn send_train(socket: &UdpSocket, packets: &[Vec<u8>]) -> Result<()> {
         None,
     )
     .map(drop)
-    .map_err(|errno| Error::os("cannot send a train", errno.into()))
+    .map_err(|errno| Error::os("cannot send a batch", errno.into()))
 }
 
-/// One datagram of a train does not vouch for the others.
+/// One datagram of a batch does not vouch for the others.
 #[testbed::trial(each_engine)]
-fn trains_of_mixed_sources() -> Result<()> {
-    const TRAIN: usize = 32;
-    const TRAINS: usize = 20;
+fn batches_of_mixed_sources() -> Result<()> {
+    const BATCH: usize = 32;
+    const BATCHES: usize = 20;
     let network = sites(3)?;
     let [site, a, _] = &network.all[..] else {
         return Err(Error::new("three sites"));
@@ -304,19 +304,19 @@ fn trains_of_mixed_sources() -> Result<()> {
     for family in [0, 1] {
         let (good, bad) = (inside(2)[family], inside(3)[family]);
         is_heard(&victim, &from_a, good)?;
-        // Same length, so that they make a train.
+        // Same length, so that they make a batch.
         let [good, bad] = [
             victim.packet(good, b"allowed")?,
             victim.packet(bad, b"forgery")?,
         ];
-        for pattern in 0..TRAINS {
+        for pattern in 0..BATCHES {
             let is_good = |place: usize| match pattern {
                 0 => place == 0,
                 1 => place != 0,
-                2 => place == TRAIN - 1,
+                2 => place == BATCH - 1,
                 _ => (place * 7 + pattern) % 5 < 3,
             };
-            let train: Vec<_> = (0..TRAIN)
+            let batch: Vec<_> = (0..BATCH)
                 .map(|place| {
                     if is_good(place) {
                         good.clone()
@@ -325,9 +325,9 @@ fn trains_of_mixed_sources() -> Result<()> {
                     }
                 })
                 .collect();
-            let wanted = (0..TRAIN).filter(|place| is_good(*place)).count();
+            let wanted = (0..BATCH).filter(|place| is_good(*place)).count();
             without_backlog_drops(|| {
-                send_train(&from_a, &train)?;
+                send_batch(&from_a, &batch)?;
                 let heard = victim.hears_only(family, b"allowed")?;
                 check(heard == wanted, || {
                     format!("{heard} came through of {wanted} allowed ones")

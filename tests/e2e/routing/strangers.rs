@@ -231,8 +231,8 @@ fn garbage_of_the_peer() -> Result<()> {
     /// Datagrams at a time: fewer than the queues on the way hold.
     const BATCH: usize = 100;
     const ROUNDS: usize = 200;
-    /// Datagrams of a train, all of one kind and length.
-    const TRAIN: usize = 40;
+    /// Datagrams of a batch, all of one kind and length.
+    const DATAGRAMS: usize = 40;
     /// All buffers of a worker together, which are touched one after another.
     const GROWTH_MAX: u64 = 12 << 20;
 
@@ -245,8 +245,8 @@ fn garbage_of_the_peer() -> Result<()> {
 
     let socket = udp(&hosts.b, UNDERLAY[1], 0)?;
     tried("connect", socket.connect((UNDERLAY[0], 8285)))?;
-    let trains = udp(&hosts.b, UNDERLAY[1], 0)?;
-    tried("connect", trains.connect((UNDERLAY[0], 8285)))?;
+    let batches = udp(&hosts.b, UNDERLAY[1], 0)?;
+    tried("connect", batches.connect((UNDERLAY[0], 8285)))?;
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
     let mut sent = [0u64; ALL.len()];
     for round in 0..ROUNDS {
@@ -254,14 +254,14 @@ fn garbage_of_the_peer() -> Result<()> {
             let datagrams: Vec<_> = (0..BATCH).map(|_| kind.make(&mut random)).collect();
             send_all(&socket, &datagrams)?;
             *sent += BATCH as u64;
-            // Trains that the kernel delivers whole (UDP_SEGMENT, UDP_GRO).
+            // Batches that the kernel delivers whole (UDP_SEGMENT, UDP_GRO).
             let one = kind.make(&mut random);
             if !one.is_empty() {
                 let size = i32::try_from(one.len()).unwrap_or(i32::MAX);
-                setsockopt(&trains, sockopt::UdpGsoSegment, &size)
+                setsockopt(&batches, sockopt::UdpGsoSegment, &size)
                     .map_err(|errno| Error::os("cannot set UDP_SEGMENT", errno.into()))?;
-                tried("send a train", trains.send(&one.repeat(TRAIN)))?;
-                *sent += TRAIN as u64;
+                tried("send a batch", batches.send(&one.repeat(DATAGRAMS)))?;
+                *sent += DATAGRAMS as u64;
             }
         }
         // In order behind the garbage: what is answered has been waited for.

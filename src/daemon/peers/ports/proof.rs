@@ -33,7 +33,7 @@ pub struct Proof {
 
 impl Proof {
     /// Whether to ask now. `is_proven`: an earlier request was answered; `used`:
-    /// when the peer was last heard, or sent to from a port that is proven.
+    /// when the peer was last seen, or sent to from a port that is proven.
     pub fn is_due(&self, now: Instant, is_proven: bool, used: Option<Instant>) -> bool {
         let Some(asked_at) = self.asked_at else {
             return true;

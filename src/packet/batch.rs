@@ -1,9 +1,9 @@
 //! Datagrams for one next hop, back to back: what one `sendmsg(2)` with
 //! `UDP_SEGMENT` carries (`udp(7)`).
 //!
-//! All datagrams of a train have the same size, but the last may be shorter
+//! All datagrams of a batch have the same size, but the last may be shorter
 //! and then closes it. The kernel takes at most [`SEGMENTS_MAX`] of them and
-//! [`TRAIN_BYTES_MAX`] together.
+//! [`BATCH_BYTES_MAX`] together.
 
 use super::PACKET_BYTES_MAX;
 
@@ -12,20 +12,20 @@ use super::PACKET_BYTES_MAX;
 pub const SEGMENTS_MAX: usize = 128;
 
 /// Most payload bytes of one UDP send over IPv4: 65535 - 20 - 8. IPv6 would
-/// take 20 more; one limit for both keeps trains alike.
-pub const TRAIN_BYTES_MAX: usize = PACKET_BYTES_MAX - 20 - 8;
+/// take 20 more; one limit for both keeps batches alike.
+pub const BATCH_BYTES_MAX: usize = PACKET_BYTES_MAX - 20 - 8;
 
 /// Index of a next hop in the table that the workers look destinations up in.
 pub type NextHop = u16;
 
-/// How long trains toward one next hop may be. What the path or the host
+/// How long batches toward one next hop may be. What the path or the host
 /// cannot do is learnt from refused sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Most datagrams of a train; 1 where `UDP_SEGMENT` is missing.
+    /// Most datagrams of a batch; 1 where `UDP_SEGMENT` is missing.
     pub segments_max: usize,
     /// A datagram longer than this travels alone (and the kernel fragments it
-    /// if it must): a train of them would be refused with `EMSGSIZE`.
+    /// if it must): a batch of them would be refused with `EMSGSIZE`.
     pub segment_bytes_max: usize,
 }
 
@@ -33,14 +33,14 @@ impl Limits {
     /// What a current kernel takes on a path of any MTU.
     pub const FULL: Self = Self {
         segments_max: SEGMENTS_MAX,
-        segment_bytes_max: TRAIN_BYTES_MAX,
+        segment_bytes_max: BATCH_BYTES_MAX,
     };
 }
 
-/// A buffer that fills with datagrams. It has room for one whole train and is
+/// A buffer that fills with datagrams. It has room for one whole batch and is
 /// used again and again.
 #[derive(Debug)]
-pub struct Train {
+pub struct Batch {
     bytes: Box<[u8]>,
     len: usize,
     count: usize,
@@ -51,11 +51,11 @@ pub struct Train {
     id: u16,
 }
 
-impl Train {
-    /// An empty train. `id` is the owner's name for it and never changes.
+impl Batch {
+    /// An empty batch. `id` is the owner's name for it and never changes.
     pub fn new(id: u16) -> Self {
         Self {
-            bytes: vec![0; TRAIN_BYTES_MAX].into_boxed_slice(),
+            bytes: vec![0; BATCH_BYTES_MAX].into_boxed_slice(),
             len: 0,
             count: 0,
             segment_bytes: 0,
@@ -66,7 +66,7 @@ impl Train {
         }
     }
 
-    /// Empties the train for datagrams toward `next_hop`.
+    /// Empties the batch for datagrams toward `next_hop`.
     pub fn start(&mut self, next_hop: NextHop, limits: Limits) {
         self.len = 0;
         self.count = 0;
@@ -77,8 +77,8 @@ impl Train {
     }
 
     /// Room for a datagram of `datagram_bytes` at the end, or `None` if it
-    /// cannot be part of this train. An empty train takes any datagram of up
-    /// to [`TRAIN_BYTES_MAX`].
+    /// cannot be part of this batch. An empty batch takes any datagram of up
+    /// to [`BATCH_BYTES_MAX`].
     #[inline]
     pub fn reserve(&mut self, datagram_bytes: usize) -> Option<&mut [u8]> {
         if self.count == 0 {
@@ -95,7 +95,7 @@ impl Train {
         }
         let start = self.len;
         let end = start + datagram_bytes;
-        if end > TRAIN_BYTES_MAX {
+        if end > BATCH_BYTES_MAX {
             self.closed = true;
             return None;
         }
@@ -133,7 +133,7 @@ impl Train {
         self.segment_bytes
     }
 
-    /// Where the train goes.
+    /// Where the batch goes.
     #[inline]
     pub fn next_hop(&self) -> NextHop {
         self.next_hop
@@ -150,22 +150,22 @@ impl Train {
 mod tests {
     use super::*;
 
-    fn fill(train: &mut Train, sizes: impl IntoIterator<Item = usize>) -> usize {
+    fn fill(batch: &mut Batch, sizes: impl IntoIterator<Item = usize>) -> usize {
         sizes
             .into_iter()
-            .take_while(|&size| train.reserve(size).is_some())
+            .take_while(|&size| batch.reserve(size).is_some())
             .count()
     }
 
-    fn train(limits: Limits) -> Train {
-        let mut train = Train::new(3);
-        train.start(9, limits);
-        train
+    fn batch(limits: Limits) -> Batch {
+        let mut batch = Batch::new(3);
+        batch.start(9, limits);
+        batch
     }
 
     #[test]
     fn a_shorter_datagram_closes_and_a_longer_one_does_not_fit() {
-        let mut t = train(Limits::FULL);
+        let mut t = batch(Limits::FULL);
         assert_eq!(fill(&mut t, [100, 100, 99, 99]), 3);
         assert_eq!(
             (t.bytes().len(), t.count(), t.segment_bytes()),
@@ -180,19 +180,19 @@ mod tests {
 
     #[test]
     fn counts_and_bytes_are_bounded() {
-        let mut t = train(Limits::FULL);
+        let mut t = batch(Limits::FULL);
         assert_eq!(fill(&mut t, [20; 200]), SEGMENTS_MAX);
         t.start(0, Limits::FULL);
         assert_eq!(fill(&mut t, [1472; 200]), 44);
         t.start(0, Limits::FULL);
-        assert_eq!(fill(&mut t, [TRAIN_BYTES_MAX + 1]), 0);
+        assert_eq!(fill(&mut t, [BATCH_BYTES_MAX + 1]), 0);
         t.start(0, Limits::FULL);
-        assert_eq!(fill(&mut t, [TRAIN_BYTES_MAX, 1]), 1);
+        assert_eq!(fill(&mut t, [BATCH_BYTES_MAX, 1]), 1);
     }
 
     #[test]
     fn keeps_what_the_path_cannot_segment_alone() {
-        let mut t = train(Limits {
+        let mut t = batch(Limits {
             segments_max: 1,
             ..Limits::FULL
         });

@@ -5,7 +5,7 @@ use fastvpn::error::Result;
 use testbed::Pair;
 
 use super::others::{Program, mtu_bytes, set_up_interface};
-use super::{Contender, Link, UNDERLAY, daemon};
+use super::{Link, Target, UNDERLAY, daemon};
 
 const PROGRAM: Program = Program {
     name: "openvpn",
@@ -19,7 +19,7 @@ const MTU_BYTES: u32 = mtu_bytes(0);
 /// OpenVPN.
 pub struct OpenVpn;
 
-impl Contender for OpenVpn {
+impl Target for OpenVpn {
     fn key(&self) -> &'static str {
         "openvpn"
     }

@@ -19,7 +19,7 @@ use testbed::{Child, Pair};
 
 use super::fastvpn::PROGRAM;
 use super::others::{private_directory, write};
-use super::{Contender, Link, TUNNEL, UNDERLAY, daemon};
+use super::{Link, TUNNEL, Target, UNDERLAY, daemon};
 
 /// Prefixes of a large overlay.
 const MANY: u32 = 100_000;
@@ -49,7 +49,7 @@ pub enum Overlay {
     Changes,
 }
 
-impl Contender for Overlay {
+impl Target for Overlay {
     fn key(&self) -> &'static str {
         match self {
             Self::Prefixes => "prefixes",

@@ -5,7 +5,7 @@ use fastvpn::error::{Error, Result};
 use testbed::Pair;
 
 use super::others::{Program, mtu_bytes, private_directory, set_up_interface, write};
-use super::{Contender, Link, UNDERLAY, daemon};
+use super::{Link, Target, UNDERLAY, daemon};
 
 const PROGRAM: Program = Program {
     name: "fastd",
@@ -22,7 +22,7 @@ const MTU_BYTES: u32 = mtu_bytes(HEADER_BYTES);
 /// fastd.
 pub struct Fastd;
 
-impl Contender for Fastd {
+impl Target for Fastd {
     fn key(&self) -> &'static str {
         "fastd"
     }

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use fastvpn::error::{Error, Result};
 use testbed::Pair;
 
-use super::{Contender, Link, UNDERLAY, daemon};
+use super::{Link, Target, UNDERLAY, daemon};
 use crate::variant::{self, Variant};
 
 /// The program that was built together with this bench.
@@ -65,7 +65,7 @@ pub fn from_variant(variant: Variant) -> Result<Fastvpn> {
             variant.name
         )));
     }
-    // For the whole run, like the other contenders' names.
+    // For the whole run, like the other targets' names.
     let key: &'static str = variant.name.leak();
     Ok(Fastvpn {
         key,
@@ -90,7 +90,7 @@ fn missing(flags: &[String], help: &str) -> Option<String> {
     variant::unknown_flag(flags, help).map(|flag| format!("this fastvpn has no {flag}"))
 }
 
-impl Contender for Fastvpn {
+impl Target for Fastvpn {
     fn key(&self) -> &'static str {
         self.key
     }

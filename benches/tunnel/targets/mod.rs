@@ -56,7 +56,7 @@ pub struct Link {
 }
 
 /// A way to link two hosts.
-pub trait Contender {
+pub trait Target {
     /// Short and unique, as in `uring` or `vxlan`.
     fn key(&self) -> &'static str;
     /// As shown to a person.
@@ -77,10 +77,10 @@ pub trait Contender {
 ///
 /// # Errors
 /// When fastvpn's program cannot be asked what it can do.
-pub fn all() -> Result<Vec<Box<dyn Contender>>> {
-    let mut all: Vec<Box<dyn Contender>> = vec![Box::new(kernel::Veth), Box::new(kernel::Vxlan)];
-    for contender in fastvpn::built_in()? {
-        all.push(Box::new(contender));
+pub fn all() -> Result<Vec<Box<dyn Target>>> {
+    let mut all: Vec<Box<dyn Target>> = vec![Box::new(kernel::Veth), Box::new(kernel::Vxlan)];
+    for target in fastvpn::built_in()? {
+        all.push(Box::new(target));
     }
     all.push(Box::new(Overlay::Prefixes));
     all.push(Box::new(Overlay::Changes));

@@ -4,7 +4,7 @@ use fastvpn::error::Result;
 use ipnet::IpNet;
 use testbed::{Namespace, Pair, configure, ip};
 
-use super::{Contender, Link, TUNNEL, TUNNEL_PREFIX, UNDERLAY, UNDERLAY_MTU_BYTES};
+use super::{Link, TUNNEL, TUNNEL_PREFIX, Target, UNDERLAY, UNDERLAY_MTU_BYTES};
 
 /// RFC 7348: Ethernet, VXLAN, UDP and IPv4 headers.
 const VXLAN_OVERHEAD_BYTES: u32 = 14 + 8 + 8 + 20;
@@ -16,7 +16,7 @@ const VXLAN_PORT: u16 = 4789;
 /// The cable itself: the bound of what any tunnel over it can do.
 pub struct Veth;
 
-impl Contender for Veth {
+impl Target for Veth {
     fn key(&self) -> &'static str {
         "veth"
     }
@@ -46,7 +46,7 @@ impl Contender for Veth {
 /// The kernel's own tunnel in UDP.
 pub struct Vxlan;
 
-impl Contender for Vxlan {
+impl Target for Vxlan {
     fn key(&self) -> &'static str {
         "vxlan"
     }

@@ -12,7 +12,7 @@ use testbed::Pair;
 use x25519_dalek::{PublicKey, StaticSecret};
 
 use super::others::{Program, mtu_bytes, set_up_interface};
-use super::{Contender, Link, TUNNEL, UNDERLAY, daemon};
+use super::{Link, TUNNEL, Target, UNDERLAY, daemon};
 
 const PROGRAM: Program = Program {
     name: "wireguard-go",
@@ -42,7 +42,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 /// wireguard-go.
 pub struct WireguardGo;
 
-impl Contender for WireguardGo {
+impl Target for WireguardGo {
     fn key(&self) -> &'static str {
         "wireguard-go"
     }

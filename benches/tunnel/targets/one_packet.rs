@@ -15,7 +15,7 @@ use ipnet::IpNet;
 use testbed::Pair;
 use tun_rs::{DeviceBuilder, SyncDevice};
 
-use super::{Contender, Link, TUNNEL, TUNNEL_PREFIX, UNDERLAY, UNDERLAY_MTU_BYTES, daemon};
+use super::{Link, TUNNEL, TUNNEL_PREFIX, Target, UNDERLAY, UNDERLAY_MTU_BYTES, daemon};
 
 /// First argument of this program when it is to be a tunnel's end; then comes
 /// which one, `0` or `1`.
@@ -36,7 +36,7 @@ const BUFFER_BYTES: usize = 2048;
 /// One packet per system call.
 pub struct OnePacket;
 
-impl Contender for OnePacket {
+impl Target for OnePacket {
     fn key(&self) -> &'static str {
         "one-packet"
     }

@@ -4,9 +4,9 @@ use super::PACKET_BYTES_MAX;
 use super::checksum::Sum;
 use super::virtio::{self, Header};
 
-/// A buffer for one outgoing frame: virtio-net header and packet.
+/// A buffer for one outgoing vnet packet: virtio-net header and packet.
 #[derive(Debug)]
-pub struct Frame {
+pub struct VnetPacket {
     pub(super) bytes: Box<[u8]>,
     /// Bytes of the packet behind the virtio-net header.
     packet_bytes: usize,
@@ -16,10 +16,10 @@ pub struct Frame {
 /// The packet starts at a multiple of 16, so that its addresses and payload
 /// are aligned; the virtio-net header ends there.
 const PACKET_START: usize = 16;
-const FRAME_START: usize = PACKET_START - virtio::HEADER_BYTES;
+const VNET_PACKET_START: usize = PACKET_START - virtio::HEADER_BYTES;
 
-impl Frame {
-    /// An empty frame with room for the longest packet. `id` is the owner's
+impl VnetPacket {
+    /// An empty vnet packet with room for the longest packet. `id` is the owner's
     /// name for it and never changes.
     pub fn new(id: u16) -> Self {
         // The odd cache line keeps the starts of neighbouring buffers from
@@ -35,7 +35,7 @@ impl Frame {
     /// The virtio-net header and the packet: what one TUN write takes.
     #[inline]
     pub fn bytes(&self) -> &[u8] {
-        &self.bytes[FRAME_START..PACKET_START + self.packet_bytes]
+        &self.bytes[VNET_PACKET_START..PACKET_START + self.packet_bytes]
     }
 
     /// The packet alone.
@@ -50,7 +50,7 @@ impl Frame {
         self.id
     }
 
-    /// Makes the frame one packet as it is, with nothing left to an offload.
+    /// Makes the vnet packet one packet as it is, with nothing left to an offload.
     /// `write` gets the room for it, [`PACKET_BYTES_MAX`] bytes or more, and
     /// says how many of them it wrote.
     #[inline]
@@ -89,15 +89,15 @@ impl Frame {
 
     #[inline]
     pub(super) fn set_header(&mut self, header: Header) {
-        self.bytes[FRAME_START..PACKET_START].copy_from_slice(&header.to_bytes());
+        self.bytes[VNET_PACKET_START..PACKET_START].copy_from_slice(&header.to_bytes());
     }
 }
 
-/// Where finished frames go and where empty ones come from.
-pub trait FrameSink {
-    /// An empty frame, or `None` when the sink has none left: the packet is
+/// Where finished vnet packets go and where empty ones come from.
+pub trait VnetSink {
+    /// An empty vnet packet, or `None` when the sink has none left: the packet is
     /// then dropped, and the sink counts it.
-    fn take_frame(&mut self) -> Option<Frame>;
-    /// Takes a finished frame; frames are written in the order given.
-    fn write(&mut self, frame: Frame);
+    fn take_vnet_packet(&mut self) -> Option<VnetPacket>;
+    /// Takes a finished vnet packet; vnet packets are written in the order given.
+    fn write(&mut self, vnet_packet: VnetPacket);
 }

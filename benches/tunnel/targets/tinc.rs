@@ -11,7 +11,7 @@ use testbed::Pair;
 use super::others::{
     Program, make_directory, mtu_bytes, private_directory, set_up_interface, write,
 };
-use super::{Contender, Link, TUNNEL, UNDERLAY, daemon};
+use super::{Link, TUNNEL, Target, UNDERLAY, daemon};
 
 const PROGRAM: Program = Program {
     name: "tincd",
@@ -31,7 +31,7 @@ const NAMES: [&str; 2] = ["a", "b"];
 /// tinc.
 pub struct Tinc;
 
-impl Contender for Tinc {
+impl Target for Tinc {
     fn key(&self) -> &'static str {
         "tinc"
     }

@@ -1,4 +1,4 @@
-//! Super-packets into the near TUN: what leaves is cut as the kernel's own
+//! GSO packets into the near TUN: what leaves is cut as the kernel's own
 //! segmentation would cut it.
 
 use std::net::UdpSocket;
@@ -78,7 +78,7 @@ fn cut(flags: &[&str]) -> Result<()> {
                 };
                 let packets = run.packets();
                 without_backlog_drops(|| {
-                    tap.inject(&run.frame(&packets))?;
+                    tap.inject(&run.vnet_packet(&packets))?;
                     for (number, expected) in packets.iter().enumerate() {
                         let packet = loop {
                             let length = far.recv(&mut buffer).map_err(|cause| {
@@ -151,7 +151,7 @@ fn sizes(is_v4: bool, is_tcp: bool) -> Vec<(usize, usize)> {
     sizes
 }
 
-/// Packets that make one super-packet.
+/// Packets that make one GSO packet.
 #[derive(Clone, Copy, Debug)]
 struct Run {
     is_v4: bool,
@@ -210,8 +210,8 @@ impl Run {
         }
     }
 
-    /// The super-packet, with its virtio-net header.
-    fn frame(&self, packets: &[Vec<u8>]) -> Vec<u8> {
+    /// The GSO packet, with its virtio-net header.
+    fn vnet_packet(&self, packets: &[Vec<u8>]) -> Vec<u8> {
         let ip_bytes = if self.is_v4 { 20 } else { 40 };
         let header_bytes = ip_bytes + if self.is_tcp { 32 } else { 8 };
         let mut packet = packets[0][..header_bytes].to_vec();
@@ -245,11 +245,11 @@ impl Run {
             (true, false) => GSO_TCP_V6,
             (false, _) => GSO_UDP,
         };
-        let mut frame = vec![NEEDS_CHECKSUM, gso];
+        let mut vnet_packet = vec![NEEDS_CHECKSUM, gso];
         for field in [header_bytes, self.payload_bytes, ip_bytes, checksum_offset] {
-            frame.extend((field as u16).to_ne_bytes());
+            vnet_packet.extend((field as u16).to_ne_bytes());
         }
-        frame.extend(packet);
-        frame
+        vnet_packet.extend(packet);
+        vnet_packet
     }
 }

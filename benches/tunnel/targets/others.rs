@@ -20,7 +20,7 @@ use super::fastd::Fastd;
 use super::openvpn::OpenVpn;
 use super::tinc::Tinc;
 use super::wireguard_go::WireguardGo;
-use super::{Contender, TUNNEL, TUNNEL_PREFIX, UNDERLAY_MTU_BYTES};
+use super::{TUNNEL, TUNNEL_PREFIX, Target, UNDERLAY_MTU_BYTES};
 
 /// IPv4 and UDP headers: what every one of them puts around a packet.
 const UDP_OVERHEAD_BYTES: u32 = 20 + 8;
@@ -31,7 +31,7 @@ const SYSTEM_DIRECTORIES: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
 const TUN: &str = "/dev/net/tun";
 
 /// All that are known, installed or not.
-pub fn others() -> Vec<Box<dyn Contender>> {
+pub fn others() -> Vec<Box<dyn Target>> {
     vec![
         Box::new(OpenVpn),
         Box::new(Fastd),
