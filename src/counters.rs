@@ -111,7 +111,7 @@ counters! {
     /// was full, or they came out of the tunnel itself. (Written by the control
     /// thread; a GRO batch is one.)
     drop_at_socket,
-    /// Inbound: datagrams from an address that is no peer's.
+    /// Inbound: datagrams from an address that does not belong to a peer.
     drop_sender_unknown,
     /// Inbound: packets from an inner address that is not behind their sender.
     drop_source_not_allowed,

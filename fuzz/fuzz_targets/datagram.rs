@@ -69,7 +69,7 @@ fn packets(mut data: &[u8]) -> Vec<Vec<u8>> {
             // New bytes, as they are.
             (0, _) | (_, None) => take(&mut data, usize::from(command & 0x3f) * 4),
             // New bytes with lengths and checksums made right.
-            (1, _) => mended(take(&mut data, usize::from(command & 0x3f) * 4)),
+            (1, _) => with_lengths_set(take(&mut data, usize::from(command & 0x3f) * 4)),
             // The next of the same flow, with one byte changed perhaps.
             (kind, Some(last)) => {
                 let mut packet = successor(last);
@@ -85,9 +85,9 @@ fn packets(mut data: &[u8]) -> Vec<Vec<u8>> {
                     1 => {
                         let shorter = packet.len().saturating_sub(1);
                         packet.truncate(shorter);
-                        mended(packet)
+                        with_lengths_set(packet)
                     }
-                    _ => mended(packet),
+                    _ => with_lengths_set(packet),
                 }
             }
         };
@@ -103,7 +103,7 @@ fn take(data: &mut &[u8], bytes: usize) -> Vec<u8> {
 }
 
 /// Sets length fields and checksums, if there is room for them.
-fn mended(mut packet: Vec<u8>) -> Vec<u8> {
+fn with_lengths_set(mut packet: Vec<u8>) -> Vec<u8> {
     let len = packet.len() as u16;
     match packet.first().map(|first| first >> 4) {
         Some(4) if len >= 20 => packet[2..4].copy_from_slice(&len.to_be_bytes()),
@@ -151,5 +151,5 @@ fn successor(packet: &[u8]) -> Vec<u8> {
         let sequence = u32::from_be_bytes(sequence).wrapping_add(payload_bytes);
         next[at + 4..at + 8].copy_from_slice(&sequence.to_be_bytes());
     }
-    mended(next)
+    with_lengths_set(next)
 }

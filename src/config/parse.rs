@@ -125,7 +125,7 @@ pub(crate) fn parse_address(text: &str) -> ParseResult<IpNet> {
     let net = parse_cidr(text, "10.244.2.2/24")?;
     let address = net.addr();
     if address.is_unspecified() || address.is_multicast() {
-        return Err(format!("{address} is no address of a host"));
+        return Err(format!("{address} is not the address of a host"));
     }
     Ok(net)
 }

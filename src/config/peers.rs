@@ -49,7 +49,7 @@ pub(super) fn find_fault(peers: &[PeerSpec]) -> Option<Fault> {
         let endpoint = &peer.name;
         let ip = endpoint.literal().map(|address| address.ip());
         if ip.is_some_and(|ip| ip.is_unspecified() || ip.is_multicast()) {
-            let what = format!("--peer {endpoint} is no address of a host");
+            let what = format!("--peer {endpoint} is not the address of a host");
             return fault(index, None, what, "name the other host");
         }
         if !endpoints.insert(endpoint.key()) {

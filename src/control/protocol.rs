@@ -49,7 +49,7 @@ pub enum Request {
         #[serde(default)]
         replace: bool,
     },
-    /// Removes prefixes, whosever they are: [`Changed`].
+    /// Removes prefixes from whichever peers have them: [`Changed`].
     RouteDel {
         /// The prefixes.
         prefixes: Vec<IpNet>,

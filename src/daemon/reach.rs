@@ -13,7 +13,7 @@ use crate::routing::overlay::Overlay;
 /// another host's. One that cannot be reached now may be later.
 ///
 /// # Errors
-/// When it is no host's address, of an IP version that the sockets are not for,
+/// When it is not the address of a host, of an IP version that the sockets are not for,
 /// or this host's own; names it.
 pub fn check_endpoint(listen: SocketAddr, overlay: &Overlay, endpoint: SocketAddr) -> Result<()> {
     check_configured(listen, overlay, endpoint)?;
@@ -32,7 +32,9 @@ pub fn check_endpoint(listen: SocketAddr, overlay: &Overlay, endpoint: SocketAdd
 /// As [`check_endpoint`].
 pub fn check_configured(listen: SocketAddr, overlay: &Overlay, endpoint: SocketAddr) -> Result<()> {
     if !path::is_host(endpoint) {
-        return Err(Error::new(format!("{endpoint} is no address of a host")));
+        return Err(Error::new(format!(
+            "{endpoint} is not the address of a host"
+        )));
     }
     let is_dual_stack = listen.is_ipv6() && listen.ip().is_unspecified();
     if !is_dual_stack && listen.is_ipv6() != endpoint.is_ipv6() {

@@ -117,7 +117,7 @@ pub fn parse_name(text: &str) -> Result<PeerName> {
     parse_peer_name(text).map_err(|error| {
         // Escapes are longer than what they stand for.
         let quoted = format!("{:?}", shortened(text));
-        Error::new(format!("{} is no peer: {error}", shortened(&quoted)))
+        Error::new(format!("{} is not a peer: {error}", shortened(&quoted)))
     })
 }
 

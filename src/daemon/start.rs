@@ -281,7 +281,7 @@ fn open(tunnel: &mut Tunnel, control: &mut ControlSocket) -> Result<()> {
 /// process.
 ///
 /// # Errors
-/// When another has them, or they are not to be had.
+/// When another has them, or they are not available.
 pub fn claim(config: &Config, settings: &Settings, netlink: &mut Netlink) -> Result<Claimed> {
     let wait_max = match config.takeover {
         true => TAKEOVER_WAIT_MAX,

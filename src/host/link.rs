@@ -311,7 +311,7 @@ pub(crate) fn derive_address(underlay: IpAddr) -> Result<Ipv4Net> {
     let address = Ipv4Addr::new(a, b, x, y);
     if address == OVERLAY.network() || address == OVERLAY.broadcast() {
         return Err(Error::new(format!(
-            "cannot derive a tunnel address from {underlay}: {address} is no host address"
+            "cannot derive a tunnel address from {underlay}: {address} is not a host address"
         ))
         .hint("give one with --address"));
     }

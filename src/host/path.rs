@@ -38,7 +38,7 @@ pub(crate) fn resolve(host: &str, port: u16, listen: Option<IpAddr>) -> Result<S
 /// none can.
 ///
 /// # Errors
-/// When the name does not resolve, or only to what is no address of a host:
+/// When the name does not resolve, or only to what is not the address of a host:
 /// 0.0.0.0 is how some name servers block a name, and would lead to this host.
 pub(crate) fn resolve_all(
     host: &str,

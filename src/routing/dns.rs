@@ -85,7 +85,7 @@ pub(crate) fn cannot_use(name: &PeerName, reason: &Error) -> Error {
     Error::new(format!("cannot use peer {name}: {reason}"))
 }
 
-/// The names that have to be looked after.
+/// The names that are to be resolved again.
 pub struct Names {
     jobs: Sender<PeerName>,
     answers: Receiver<Lookup>,

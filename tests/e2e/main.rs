@@ -2,7 +2,7 @@
 //! each test makes for itself and that vanish with it.
 //!
 //! Needs root, or else a system that allows user namespaces; it fails with a
-//! clear line where neither is to be had.
+//! clear line where neither is available.
 //!
 //! What carries traffic is run on each I/O engine, as `uring::` and `epoll::`,
 //! and some of it with a different one at each end, as `mixed::`.

@@ -59,7 +59,7 @@ pub(super) fn items(peer: &PeerName, own: Option<u32>) -> Vec<Item> {
         None => format!("{} is {address}", peer.host),
     };
     if !path::is_host(address) {
-        let found = format!("{address} is no address of a host");
+        let found = format!("{address} is not the address of a host");
         return without_path(nobody(found, "name the other host"));
     }
     let any = Ipv4Addr::UNSPECIFIED.into();
@@ -93,7 +93,7 @@ fn nobody(found: String, remedy: &str) -> Item {
     Item::missing(PEER, found, cost, remedy)
 }
 
-/// Two tunnels on one host, on different ports, are for who wants that.
+/// Two tunnels on one host, on different ports, are for those who want that.
 fn itself(address: SocketAddr) -> Item {
     let found = format!("{address} is this host itself");
     match address.port() {

@@ -374,7 +374,7 @@ fn sources_follow_the_prefixes() -> Result<()> {
     is_refused(&from_b, inside(3)[0])?;
     is_heard(&victim, &from_a, moving)?;
 
-    // Who is no peer any more is a stranger.
+    // Once removed, a peer is a stranger.
     operator.tell(&format!("peer del {}", underlay(2)))?;
     let before = operator.dropped("sender-unknown")?;
     wait_until("a former peer is a stranger", || {
