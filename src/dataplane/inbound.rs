@@ -9,7 +9,7 @@
 //!    cannot grow any more goes to the engine ([`VnetSink::write`]).
 //! 5. [`Inbound::flush`] when nothing more arrives: so do all others.
 //!
-//! [`VnetSink::write`]: crate::packet::vnet packet::VnetSink::write
+//! [`VnetSink::write`]: crate::packet::vnet_packet::VnetSink::write
 
 use std::net::SocketAddr;
 
