@@ -74,7 +74,7 @@ configuration  /etc/fastvpn.toml
 peers          2, with 1 prefix
 sent           1.5 M packets (12.3 GB) in 23.1 k sends
 received       1 packet (84 B) in 1 receive
-TUN            23.1 k vnet_packets read, 1 written
+TUN            23.1 k vnet packets read, 1 written
 dropped        no-route 12, send-full 3400, tun-queue-full 7
 also counted   receive-failed 5
 

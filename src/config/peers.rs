@@ -125,7 +125,7 @@ mod tests {
     #[test]
     fn a_peer_is_a_host() {
         for peer in ["0.0.0.0", "::", "224.0.0.1", "ff02::1", "::ffff:0.0.0.0"] {
-            fault_has(&[peer], &["no address of a host"]);
+            fault_has(&[peer], &["not the address of a host"]);
         }
     }
 
