@@ -337,8 +337,8 @@ epoll was left out: no such flag
         ]);
         let expected = "
 row        target    old    new   new/old
-tcp/gbit   uring       8.00   12.0     1.50×
-idle/cpu   uring          0   1.00
+tcp/gbit   uring    8.00   12.0     1.50×
+idle/cpu   uring       0   1.00
 ";
         assert_eq!(compare(&old, &new), expected.trim_start_matches('\n'));
         assert!(compare(&results(&[]), &new).contains("nothing"));
