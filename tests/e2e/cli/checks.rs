@@ -317,7 +317,7 @@ fn check_of_peers_that_cannot_be() -> Result<()> {
     for (peer, part) in [
         ("10.211.55.122", "this host itself"),
         ("127.0.0.1", "this host itself"),
-        ("0.0.0.0", "not the address of a host"),
+        ("0.0.0.0", "no address of a host"),
         ("192.0.2.1", "unreachable"),
         ("no-such-host.invalid", "cannot resolve"),
     ] {
