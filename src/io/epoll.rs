@@ -263,8 +263,6 @@ impl VnetSink for Epoll {
     /// Writes at once.
     #[inline]
     fn write(&mut self, vnet_packet: VnetPacket) {
-        let written = nix::unistd::write(&self.sides.queue, vnet_packet.bytes());
-        let errno = written.err().map(|errno| errno as i32);
-        self.sides.written(vnet_packet, errno);
+        self.sides.write_now(vnet_packet);
     }
 }

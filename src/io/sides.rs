@@ -279,6 +279,14 @@ impl Sides {
         self.free_batches.push(batch);
     }
 
+    /// Writes to the TUN queue by a system call of its own.
+    #[inline]
+    pub fn write_now(&mut self, vnet_packet: VnetPacket) {
+        let written = nix::unistd::write(&self.queue, vnet_packet.bytes());
+        let errno = written.err().map(|errno| errno as i32);
+        self.written(vnet_packet, errno);
+    }
+
     /// The TUN queue has taken a vnet packet, or refused it: it is free again.
     #[inline]
     pub fn written(&mut self, vnet_packet: VnetPacket, errno: Option<i32>) {

@@ -79,6 +79,9 @@ pub struct Uring {
     messages: Box<[SendMessage]>,
     /// By vnet packet id: the vnet packets that the kernel has.
     writes: Vec<Option<VnetPacket>>,
+    /// Whether the kernel takes `RWF_NOWAIT` on a TUN queue, as far as is known:
+    /// 6.1 does not, 6.12 does.
+    is_nowait: bool,
     /// Sends and writes without a completion yet.
     in_flight: usize,
     /// Bytes of those that are not submitted yet.
@@ -123,6 +126,7 @@ impl Uring {
             sends: (0..BATCHES).map(|_| None).collect(),
             messages: (0..BATCHES).map(|_| SendMessage::new()).collect(),
             writes: (0..VNET_PACKETS).map(|_| None).collect(),
+            is_nowait: true,
             in_flight: 0,
             staged_bytes: 0,
             completions: Vec::with_capacity(COMPLETIONS_MAX),
@@ -204,7 +208,12 @@ impl Uring {
                 let place = self.writes.get_mut(usize::from(id));
                 if let Some(vnet_packet) = place.and_then(Option::take) {
                     self.in_flight -= 1;
-                    self.sides.written(vnet_packet, errno);
+                    if errno == Some(libc::EOPNOTSUPP) {
+                        self.is_nowait = false;
+                        self.sides.write_now(vnet_packet);
+                    } else {
+                        self.sides.written(vnet_packet, errno);
+                    }
                 }
             }
             Some(Token::Receive) => self.received(completion),
@@ -432,6 +441,9 @@ impl VnetSink for Uring {
     /// Stages the vnet packet's write.
     #[inline]
     fn write(&mut self, vnet_packet: VnetPacket) {
+        if !self.is_nowait {
+            return self.sides.write_now(vnet_packet);
+        }
         let (id, bytes) = (vnet_packet.id(), vnet_packet.bytes().len());
         let queue = Fd(self.sides.queue.as_fd().as_raw_fd());
         // Without the flag, a queue without room would be waited for, although it
