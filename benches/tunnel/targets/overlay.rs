@@ -206,11 +206,15 @@ fn change(hosts: &mut [(Operator, [Vec<u8>; 2])], shared: &Shared) -> Result<()>
             operator.ask(&requests[turn])?;
             shared.made.fetch_add(1, Ordering::Relaxed);
         }
-        while start.elapsed() < CHANGE_INTERVAL {
+        // On a slow machine a change takes longer than the interval.
+        loop {
             if shared.stop.load(Ordering::Relaxed) {
                 return Ok(());
             }
-            thread::park_timeout(CHANGE_INTERVAL.saturating_sub(start.elapsed()));
+            match CHANGE_INTERVAL.checked_sub(start.elapsed()) {
+                Some(rest) => thread::park_timeout(rest),
+                None => break,
+            }
         }
     }
     Ok(())
