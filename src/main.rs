@@ -3,27 +3,23 @@
 use std::io::Write;
 use std::process::ExitCode;
 
-use clap::Parser;
-use fastvpn::cli::{Cli, Command};
-use fastvpn::cli::{check, commands};
+use clap::FromArgMatches;
+use fastvpn::cli::{self, Cli, Command, check, commands};
 use fastvpn::config::Config;
 use fastvpn::{daemon, log};
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let flags = cli::command().get_matches();
+    let cli = Cli::from_arg_matches(&flags).unwrap_or_else(|error| error.exit());
     let result = match &cli.command {
         Some(Command::Demo(options)) => commands::demo(options),
-        Some(Command::Check(options)) => {
-            return if check::run(options) {
-                ExitCode::SUCCESS
-            } else {
-                ExitCode::FAILURE
-            };
-        }
+        Some(Command::Check(options)) => match check::run(options) {
+            Ok(false) => return ExitCode::FAILURE,
+            result => result.map(drop),
+        },
         Some(Command::Client(command)) => commands::run(command),
-        None => Config::from_args(&cli.tunnel).and_then(|config| {
-            let wanted = config.log;
-            log::init(wanted.verbose, wanted.quiet, wanted.format);
+        None => Config::from_flags(&flags).and_then(|config| {
+            log::init(config.verbose, config.quiet, config.log_format);
             daemon::run(config)
         }),
     };

@@ -6,40 +6,38 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use ipnet::IpNet;
 
-use crate::config::default_control_path;
-use crate::config::parse::{parse_peer, parse_peer_name, parse_route, parse_tun_name};
-use crate::config::{PeerName, PeerSpec, TUN_NAME_DEFAULT};
+use crate::config::{
+    PeerName, PeerSpec, TUN_NAME_DEFAULT, default_control_path, parse_peer, parse_peer_name,
+    parse_prefix, parse_tun_name,
+};
+use crate::control::protocol::Request;
 
 /// Commands for a running tunnel.
 #[derive(Clone, Debug, Subcommand)]
 #[allow(missing_docs, reason = "each says what it is in its help")]
 pub enum ClientCommand {
     /// Show the running tunnel, its workers and what they count; of several, a line for each
-    Status {
-        #[command(flatten)]
-        target: Target,
-    },
+    Status(Target),
     /// Show the running tunnel's peers
-    Peers {
-        #[command(flatten)]
-        target: Target,
-    },
+    Peers(Target),
     /// Show or change which peer a prefix goes to
-    #[command(subcommand)]
-    Route(RouteCommand),
+    Route {
+        #[command(flatten)]
+        target: Target,
+        #[command(subcommand)]
+        command: RouteCommand,
+    },
     /// Add or remove a peer
-    #[command(subcommand)]
-    Peer(PeerCommand),
+    Peer {
+        #[command(flatten)]
+        target: Target,
+        #[command(subcommand)]
+        command: PeerCommand,
+    },
     /// Have the running tunnel read its configuration file again
-    Reload {
-        #[command(flatten)]
-        target: Target,
-    },
+    Reload(Target),
     /// End the running tunnel
-    Stop {
-        #[command(flatten)]
-        target: Target,
-    },
+    Stop(Target),
 }
 
 /// `fastvpn route …`.
@@ -48,8 +46,8 @@ pub enum ClientCommand {
 pub enum RouteCommand {
     /// Send prefixes to a peer
     Add {
-        /// Prefixes behind the peer
-        #[arg(required = true, value_name = "PREFIX", value_parser = parse_route)]
+        /// The peer's prefixes
+        #[arg(required = true, value_name = "PREFIX", value_parser = parse_prefix)]
         prefixes: Vec<IpNet>,
         /// The peer, named as when it was added
         #[arg(long, value_name = "HOST[:PORT]", value_parser = parse_peer_name)]
@@ -57,29 +55,20 @@ pub enum RouteCommand {
         /// Take the prefixes from the peers that have them now
         #[arg(long)]
         replace: bool,
-        #[command(flatten)]
-        target: Target,
     },
     /// Take prefixes from the peer that has them
     Del {
         /// Prefixes that no peer is to have
-        #[arg(required = true, value_name = "PREFIX", value_parser = parse_route)]
+        #[arg(required = true, value_name = "PREFIX", value_parser = parse_prefix)]
         prefixes: Vec<IpNet>,
-        #[command(flatten)]
-        target: Target,
     },
     /// Show all prefixes and their peers
-    List {
-        #[command(flatten)]
-        target: Target,
-    },
+    List,
     /// Show the peer that packets to an address go to
     Get {
         /// An inner destination address
         #[arg(value_name = "ADDRESS")]
         address: IpAddr,
-        #[command(flatten)]
-        target: Target,
     },
 }
 
@@ -89,19 +78,15 @@ pub enum RouteCommand {
 pub enum PeerCommand {
     /// Add a peer
     Add {
-        /// The peer and the prefixes behind it
+        /// The peer and its prefixes
         #[arg(value_name = "HOST[:PORT][=PREFIX,...]", value_parser = parse_peer)]
         peer: PeerSpec,
-        #[command(flatten)]
-        target: Target,
     },
     /// Remove a peer and its prefixes
     Del {
         /// The peer, named as when it was added
         #[arg(value_name = "HOST[:PORT]", value_parser = parse_peer_name)]
         peer: PeerName,
-        #[command(flatten)]
-        target: Target,
     },
 }
 
@@ -109,19 +94,45 @@ impl ClientCommand {
     /// Which tunnel is meant, and how it is to answer.
     pub(crate) fn target(&self) -> &Target {
         match self {
-            Self::Status { target }
-            | Self::Peers { target }
-            | Self::Reload { target }
-            | Self::Stop { target }
-            | Self::Route(
-                RouteCommand::Add { target, .. }
-                | RouteCommand::Del { target, .. }
-                | RouteCommand::List { target }
-                | RouteCommand::Get { target, .. },
-            )
-            | Self::Peer(PeerCommand::Add { target, .. } | PeerCommand::Del { target, .. }) => {
-                target
-            }
+            Self::Status(target)
+            | Self::Peers(target)
+            | Self::Reload(target)
+            | Self::Stop(target)
+            | Self::Route { target, .. }
+            | Self::Peer { target, .. } => target,
+        }
+    }
+
+    /// What is asked of the tunnel.
+    pub(crate) fn request(&self) -> Request {
+        match self.clone() {
+            Self::Status(_) => Request::Status {},
+            Self::Peers(_) => Request::Peers {},
+            Self::Reload(_) => Request::Reload {},
+            Self::Stop(_) => Request::Stop {},
+            Self::Route { command, .. } => match command {
+                RouteCommand::List => Request::RouteList {},
+                RouteCommand::Get { address } => Request::RouteGet { address },
+                RouteCommand::Add {
+                    prefixes,
+                    peer,
+                    replace,
+                } => Request::RouteAdd {
+                    peer: peer.to_string(),
+                    prefixes,
+                    replace,
+                },
+                RouteCommand::Del { prefixes } => Request::RouteDel { prefixes },
+            },
+            Self::Peer { command, .. } => match command {
+                PeerCommand::Add { peer } => Request::PeerAdd {
+                    peer: peer.name.to_string(),
+                    prefixes: peer.prefixes,
+                },
+                PeerCommand::Del { peer } => Request::PeerDel {
+                    peer: peer.to_string(),
+                },
+            },
         }
     }
 }
@@ -130,15 +141,15 @@ impl ClientCommand {
 #[derive(Clone, Debug, Args)]
 pub struct Target {
     /// Print JSON
-    #[arg(long)]
+    #[arg(long, global = true)]
     pub json: bool,
 
     /// Name of the tunnel's TUN device [default: fastvpn0]
-    #[arg(long, value_name = "NAME", value_parser = parse_tun_name)]
+    #[arg(long, value_name = "NAME", value_parser = parse_tun_name, global = true)]
     pub tun: Option<String>,
 
     /// Path of the tunnel's control socket [default: /run/fastvpn/, named after the TUN]
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", global = true)]
     pub control: Option<PathBuf>,
 }
 
@@ -149,11 +160,6 @@ impl Target {
             Some(path) => path.clone(),
             None => default_control_path(self.tun.as_deref().unwrap_or(TUN_NAME_DEFAULT)),
         }
-    }
-
-    /// Whether no tunnel in particular is meant.
-    pub(crate) fn is_any(&self) -> bool {
-        self.tun.is_none() && self.control.is_none()
     }
 }
 
@@ -172,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn reads_every_command() {
+    fn every_command_takes_a_target() {
         for words in [
             "status",
             "peers --json",
@@ -194,7 +200,7 @@ mod tests {
         for words in [
             "route add --peer 10.0.0.1",
             "route add 10.1.0.0/16",
-            "route add 10.1.0.1/16 --peer 10.0.0.1",
+            "route add 10.1.0.1/33 --peer 10.0.0.1",
             "route del",
             "route get 10.1.0.0/16",
             "peer del 10.0.0.1=10.1.0.0/16",
@@ -204,16 +210,15 @@ mod tests {
         }
     }
 
-    /// One that would be taken.
     #[test]
-    fn a_prefix_is_shown_to_who_writes_something_else() {
+    fn the_error_about_a_prefix_shows_a_good_one() {
         let words = ["fastvpn", "route", "add", "bogus", "--peer", "10.0.0.1"];
         let error = Cli::try_parse_from(words).unwrap_err().to_string();
         let example = error
             .split("such as ")
             .nth(1)
             .and_then(|rest| rest.split_whitespace().next());
-        assert!(parse_route(example.unwrap()).is_ok(), "{error}");
+        assert!(parse_prefix(example.unwrap()).is_ok(), "{error}");
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! Commands against servers of our own making: what they send, and what they
-//! make of the answers.
+//! Commands against servers of the tests': what they send, and what they make of
+//! the answers.
 
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -15,16 +15,10 @@ use crate::cli::{Cli, Command};
 use crate::control::client::refused;
 
 /// Long enough not to matter to what goes right.
-const PATIENT: Patience = Patience {
-    answer: Duration::from_secs(60),
-    end: Duration::from_secs(60),
-};
+const PATIENT: Duration = Duration::from_secs(60);
 
-/// For those who wait in vain.
-const HASTY: Patience = Patience {
-    answer: Duration::from_millis(50),
-    end: Duration::from_millis(50),
-};
+/// For clients that wait in vain.
+const HASTY: Duration = Duration::from_millis(50);
 
 const NOTHING_CHANGED: &str =
     r#"{"ok":true,"prefixes_added":0,"prefixes_removed":0,"peers_added":0,"peers_removed":0}"#;
@@ -181,7 +175,7 @@ fn status_is_read_as_the_server_writes_it() {
 }
 
 #[test]
-fn what_a_newer_tunnel_adds_is_no_matter() {
+fn keys_that_a_newer_tunnel_adds_are_skipped() {
     let (result, out, _) = exchange(
         "peers",
         r#"{"ok":true,"shape":{"round":[1]},"peers":[{"colour":"blue","peer":"a:1",
@@ -198,7 +192,7 @@ fn what_a_newer_tunnel_adds_is_no_matter() {
 }
 
 #[test]
-fn json_is_passed_on_as_it_is() {
+fn json_is_printed_as_it_came() {
     let answer = r#"{ "ok":true,"new":[1, 2],"peers":[]}"#;
     let (result, out, _) = exchange("peers --json", answer);
     assert!(result.is_ok(), "{result:?}");
@@ -224,7 +218,7 @@ fn refusals_are_errors_and_nothing_is_printed_raw() {
 }
 
 #[test]
-fn answers_that_are_none_are_errors() {
+fn nonsense_in_place_of_an_answer_is_an_error() {
     for answer in ["", "nonsense", "[]", r#"{"ok":true}"#, r#"{"ok":1}"#] {
         let (result, out, _) = exchange("peers", answer);
         let text = error_of(result);
@@ -296,19 +290,19 @@ fn a_connection_that_closes_without_a_whole_answer_says_so() {
 /// A server that has too many connections, or does not trust us, answers
 /// without a request and closes: ours then meets a closed connection.
 #[test]
-fn a_refusal_before_the_request_is_read_nevertheless() {
+fn a_refusal_sent_before_the_request_is_read() {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     theirs
         .write_all(b"{\"ok\":false,\"error\":\"too many connections\"}\n")
         .unwrap();
     drop(theirs);
-    let mut connection = Connection::over(ours, Path::new("x"), PATIENT.answer);
+    let mut connection = Connection::over(ours, Path::new("x"), PATIENT);
     let line = connection.ask(&Request::Peers {}).unwrap();
     assert!(line.contains("too many connections"), "{line}");
 }
 
 #[test]
-fn silence_is_not_waited_for_for_ever() {
+fn a_silent_server_times_out() {
     let place = Place::new();
     let server = place.serve(|mut stream, _| {
         // Until the client has gone.
@@ -321,7 +315,7 @@ fn silence_is_not_waited_for_for_ever() {
 }
 
 #[test]
-fn a_server_that_takes_no_connections_is_not_waited_for_for_ever() {
+fn a_server_that_takes_no_connections_times_out() {
     let place = Place::new();
     let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None).unwrap();
     socket
@@ -387,7 +381,7 @@ fn stop_waits_until_the_socket_is_gone() {
         let server = place.serve(move |mut stream, listener| {
             writeln!(stream, "{NOTHING_CHANGED}").unwrap();
             // The client waits for this.
-            std::thread::sleep(HASTY.end);
+            std::thread::sleep(HASTY);
             std::fs::remove_file(path).unwrap();
             ended.send(()).unwrap();
             drop((stream, listener));
@@ -402,7 +396,7 @@ fn stop_waits_until_the_socket_is_gone() {
 }
 
 #[test]
-fn stop_does_not_take_a_successor_for_the_process_it_stopped() {
+fn stop_does_not_wait_for_a_new_process_on_the_same_path() {
     let place = Place::new();
     let path = place.path();
     let (hand_over, new_process) = std::sync::mpsc::channel();
@@ -448,11 +442,8 @@ fn stop_gives_up_on_a_process_that_does_not_end() {
         is_done.recv().unwrap();
         drop((stream, listener));
     });
-    let patience = Patience {
-        end: HASTY.end,
-        ..PATIENT
-    };
     let mut out = Vec::new();
+    let patience = Duration::from_millis(500);
     let result = perform(&command("stop"), &place.path(), &mut out, patience);
     done.send(()).unwrap();
     server.join().unwrap();
@@ -475,7 +466,7 @@ impl Write for Closed {
 }
 
 #[test]
-fn a_reader_that_has_seen_enough_is_no_error() {
+fn a_closed_standard_output_is_not_an_error() {
     let with = |words: &str, kind, answer: &'static str| {
         let place = Place::new();
         let server = place.serve(move |mut stream, _| writeln!(stream, "{answer}").unwrap());
@@ -506,7 +497,7 @@ fn requests_that_no_tunnel_reads_are_not_sent() {
         .map(ipnet::IpNet::from)
         .collect();
     let (ours, mut theirs) = UnixStream::pair().unwrap();
-    let mut connection = Connection::over(ours, Path::new("x"), PATIENT.answer);
+    let mut connection = Connection::over(ours, Path::new("x"), PATIENT);
     let error = connection.ask(&Request::RouteDel { prefixes }).unwrap_err();
     assert!(error.to_string().contains("4194304 bytes"), "{error}");
     drop(connection);
@@ -545,6 +536,7 @@ fn client_and_server_understand_each_other() {
 fn the_documented_examples_are_the_protocol() {
     use crate::control::protocol::{Changed, Found, Peers, Reloaded, Routes, Status};
     use serde::Serialize;
+    use serde::de::DeserializeOwned;
 
     fn read_and_written<T: DeserializeOwned + Serialize>(answer: &Value) -> Value {
         let read: T = serde_json::from_value(answer.clone()).unwrap();

@@ -1,8 +1,4 @@
-//! The command line.
-//!
-//! The tunnel's flags have no defaults here, so that it shows which were given:
-//! what is left open may come from the configuration file, and
-//! [`crate::config`] fills in the rest.
+//! The command line: the tunnel's flags, which [`Config`] has, and commands.
 
 pub mod check;
 pub mod client;
@@ -11,9 +7,9 @@ mod render;
 mod table;
 mod units;
 
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 
-use crate::config::TunnelArgs;
+use crate::config::Config;
 
 /// A fast userspace network tunnel: IP packets in plain UDP datagrams.
 ///
@@ -29,10 +25,13 @@ pub struct Cli {
     /// What to do other than run a tunnel.
     #[command(subcommand)]
     pub command: Option<Command>,
+}
 
-    /// The tunnel's options.
-    #[command(flatten)]
-    pub tunnel: TunnelArgs,
+/// All that the program understands: a tunnel's flags, or a command.
+pub fn command() -> clap::Command {
+    // None of the flags must be given: the file may have it.
+    let flags = Config::augment_args_for_update(clap::Command::new("fastvpn"));
+    Cli::augment_args(flags)
 }
 
 /// What to do other than run a tunnel.
@@ -40,8 +39,8 @@ pub struct Cli {
 pub enum Command {
     /// Show a tunnel at work between two network namespaces of this machine
     Demo(crate::testbed::demo::DemoOptions),
-    /// Say what this host offers a tunnel, what is missing, and how to fix it; NICs, queues and cores
-    /// are the matter of tuning/host.sh
+    /// Check what this host has for a tunnel, what is missing, and how to fix it (tuning/host.sh
+    /// shows NICs, queues and cores)
     Check(crate::cli::check::CheckOptions),
     /// Ask a running tunnel, or tell it something.
     #[command(flatten)]
@@ -51,23 +50,9 @@ pub enum Command {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_definition_is_sound() {
-        Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn switches_can_be_switched_off() {
-        let hop = |flag: &str| {
-            Cli::try_parse_from(["fastvpn", "-q", flag])
-                .unwrap()
-                .tunnel
-                .hop
-        };
-        assert_eq!(hop("--hop"), Some(true));
-        assert_eq!(hop("--hop=false"), Some(false));
-        assert_eq!(hop("--no-routes"), None);
+        command().debug_assert();
     }
 }

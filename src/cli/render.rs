@@ -3,14 +3,17 @@
 use std::collections::BTreeMap;
 
 use super::table::Table;
-use super::units::{ago, count, counted, duration, exactly};
+use super::units::{count, counted, duration, exactly};
 use crate::control::protocol::{Changed, Found, PeerStatus, Peers, Reloaded, Routes, Status};
 use crate::control::summary::bytes;
 use crate::control::text::printable;
-use crate::testbed::demo::{Figures, Measured};
+use crate::testbed::demo::Measured;
 
 /// What stands where an address would, if the name server knows none.
 const NOT_RESOLVED: &str = "not resolved";
+
+/// Counters by name, as answers have them.
+type Counters = BTreeMap<String, u64>;
 
 /// Counters that [`status`] has words for. It lists others by their names.
 const COUNTERS_IN_WORDS: [&str; 8] = [
@@ -26,53 +29,58 @@ const COUNTERS_IN_WORDS: [&str; 8] = [
 
 /// The tunnel as a whole, then a line for each worker.
 pub(super) fn status(status: &Status) -> String {
-    let Status {
-        version, pid, tun, ..
-    } = status;
-    let mut text = format!(
-        "fastvpn {}, process {pid}, up {}\n\n",
-        printable(version),
-        duration(status.uptime_seconds)
-    );
-    let addresses: Vec<String> = status.addresses.iter().map(ToString::to_string).collect();
     let device = match status.tun_index {
-        Some(_) => format!("{tun}, MTU {} bytes", status.mtu_bytes),
-        None => format!("{tun}, in another network namespace"),
+        Some(_) => format!("{}, MTU {} bytes", status.tun, status.mtu_bytes),
+        None => format!("{}, in another network namespace", status.tun),
     };
     let kernel_routes = match status.keeps_routes {
         true => "one per prefix",
         false => "none for prefixes",
     };
-    let prefixes = exactly(status.prefixes, "prefix", "prefixes");
-    let mut lines: Vec<(&str, String)> = vec![
+    let prefixes = exactly(status.prefixes, "prefix");
+    let mut drops = status.drops.clone();
+    drops.insert("tun_queue_full".into(), status.tun_queue_drops);
+    let mut others = status.counters.clone();
+    others.retain(|name, _| !COUNTERS_IN_WORDS.contains(&name.as_str()));
+    let [sent, received, tun] = traffic(&status.counters);
+    let reload_error = status.reload_error.as_ref();
+    let mut table = Table::without_names();
+    for (label, text) in [
         ("device", device),
-        ("addresses", or_none(&addresses)),
+        ("addresses", addresses(status)),
         ("listening on", status.listen.clone()),
         ("sending from", sending_from(status)),
         ("engine", status.engine.clone()),
         ("offloads", status.offloads.clone()),
         ("IP hop", if status.hop { "yes" } else { "no" }.into()),
         ("kernel routes", kernel_routes.into()),
-    ];
-    if let Some(file) = &status.config_file {
-        lines.push(("configuration", file.clone()));
+        (
+            "configuration",
+            status.config_file.clone().unwrap_or_default(),
+        ),
+        (
+            "last reload",
+            reload_error.map_or(String::new(), |error| format!("changed nothing: {error}")),
+        ),
+        ("peers", format!("{}, with {prefixes}", status.peers)),
+        ("sent", sent),
+        ("received", received),
+        ("TUN", tun),
+        ("dropped", or_none(&named_counts(&drops))),
+        ("also counted", named_counts(&others).join(", ")),
+    ] {
+        if !text.is_empty() {
+            table.push([label.into(), text]);
+        }
     }
-    if let Some(error) = &status.reload_error {
-        lines.push(("last reload", format!("changed nothing: {error}")));
-    }
-    lines.push(("peers", format!("{}, with {prefixes}", status.peers)));
-    lines.extend(traffic(&status.counters));
-    lines.push(("dropped", drops(status)));
-    let mut others = status.counters.clone();
-    others.retain(|name, _| !COUNTERS_IN_WORDS.contains(&name.as_str()));
-    let others = named_counts(&others);
-    if !others.is_empty() {
-        lines.push(("also counted", others.join(", ")));
-    }
-    text += &labelled(&lines);
-    text.push('\n');
-    text += &workers(&status.workers);
-    text
+    format!(
+        "fastvpn {}, process {}, up {}\n\n{}\n{}",
+        printable(&status.version),
+        status.pid,
+        duration(status.uptime_seconds),
+        table.text(),
+        workers(&status.workers)
+    )
 }
 
 /// A line for each of several tunnels.
@@ -87,7 +95,6 @@ pub(super) fn tunnels<'a>(all: impl Iterator<Item = &'a Status>) -> String {
         "ADDRESSES",
     ]);
     for status in all {
-        let addresses: Vec<String> = status.addresses.iter().map(ToString::to_string).collect();
         table.push([
             status.tun.clone(),
             status.pid.to_string(),
@@ -95,20 +102,15 @@ pub(super) fn tunnels<'a>(all: impl Iterator<Item = &'a Status>) -> String {
             status.listen.clone(),
             status.peers.to_string(),
             status.prefixes.to_string(),
-            or_none(&addresses),
+            addresses(status),
         ]);
     }
     table.text() + "\n`fastvpn status --tun TUNNEL` shows one of them\n"
 }
 
-/// Label and text, the texts below each other.
-fn labelled(lines: &[(&str, String)]) -> String {
-    let width = lines.iter().map(|(label, _)| label.len()).max();
-    let width = width.unwrap_or(0);
-    let lines = lines
-        .iter()
-        .map(|(label, line)| format!("{label:<width$}  {}\n", printable(line)));
-    lines.collect()
+fn addresses(status: &Status) -> String {
+    let addresses: Vec<String> = status.addresses.iter().map(ToString::to_string).collect();
+    or_none(&addresses)
 }
 
 /// The ports that a firewall sees.
@@ -132,43 +134,43 @@ fn or_none(list: &[String]) -> String {
     }
 }
 
-fn traffic(counters: &BTreeMap<String, u64>) -> [(&'static str, String); 3] {
-    let of = |name: &str| counters.get(name).copied().unwrap_or(0);
-    let moved = |direction: &str, calls: &str, one, many| {
-        let packets = counted(of(&format!("packets_{direction}")), "packet", "packets");
-        let bytes = bytes(of(&format!("bytes_{direction}")));
-        let calls = counted(of(calls), one, many);
-        format!("{packets} ({bytes}) in {calls}")
+fn of(counters: &Counters, name: &str) -> u64 {
+    counters.get(name).copied().unwrap_or(0)
+}
+
+/// What was sent, what was received, and what crossed the TUN device.
+fn traffic(counters: &Counters) -> [String; 3] {
+    let moved = |packets: &str, bytes_moved: &str, calls: &str, call: &str| {
+        format!(
+            "{} ({}) in {}",
+            counted(of(counters, packets), "packet"),
+            bytes(of(counters, bytes_moved)),
+            counted(of(counters, calls), call)
+        )
     };
-    let read = counted(of("tun_reads"), "vnet packet", "vnet packets");
-    let written = count(of("tun_writes"));
+    let read = counted(of(counters, "tun_reads"), "vnet packet");
+    let written = count(of(counters, "tun_writes"));
     [
-        ("sent", moved("sent", "udp_sends", "send", "sends")),
-        (
-            "received",
-            moved("received", "udp_receives", "receive", "receives"),
+        moved("packets_sent", "bytes_sent", "udp_sends", "send"),
+        moved(
+            "packets_received",
+            "bytes_received",
+            "udp_receives",
+            "receive",
         ),
-        ("TUN", format!("{read} read, {written} written")),
+        format!("{read} read, {written} written"),
     ]
 }
 
-/// Counts that are not zero, by names as the log writes them.
-fn named_counts(counts: &BTreeMap<String, u64>) -> Vec<String> {
-    counts
-        .iter()
-        .filter(|(_, count)| **count > 0)
-        .map(|(name, count)| format!("{} {count}", name.replace('_', "-")))
+/// Counts that are not zero, by names as the log writes them. They are exact: a few
+/// drops among many matter.
+fn named_counts(counts: &Counters) -> Vec<String> {
+    let some = counts.iter().filter(|(_, count)| **count > 0);
+    some.map(|(name, count)| format!("{} {count}", name.replace('_', "-")))
         .collect()
 }
 
-/// Exact: a few drops among many are what one looks for.
-fn drops(status: &Status) -> String {
-    let mut reasons = status.drops.clone();
-    reasons.insert("tun_queue_full".into(), status.tun_queue_drops);
-    or_none(&named_counts(&reasons))
-}
-
-fn workers(workers: &[BTreeMap<String, u64>]) -> String {
+fn workers(workers: &[Counters]) -> String {
     let mut table = Table::new([
         ">WORKER",
         ">SENT",
@@ -178,17 +180,16 @@ fn workers(workers: &[BTreeMap<String, u64>]) -> String {
         ">DROPPED",
     ]);
     for (index, counters) in workers.iter().enumerate() {
-        let of = |name: &str| counters.get(name).copied().unwrap_or(0);
-        let dropped = counters
+        let drops = counters
             .iter()
-            .filter(|(name, _)| name.starts_with("drop_"))
-            .fold(0, |sum: u64, (_, count)| sum.saturating_add(*count));
+            .filter(|(name, _)| name.starts_with("drop_"));
+        let dropped = drops.fold(0, |sum: u64, (_, count)| sum.saturating_add(*count));
         table.push([
             index.to_string(),
-            bytes(of("bytes_sent")),
-            count(of("packets_sent")),
-            bytes(of("bytes_received")),
-            count(of("packets_received")),
+            bytes(of(counters, "bytes_sent")),
+            count(of(counters, "packets_sent")),
+            bytes(of(counters, "bytes_received")),
+            count(of(counters, "packets_received")),
             dropped.to_string(),
         ]);
     }
@@ -211,23 +212,32 @@ pub(super) fn peers(peers: &Peers) -> String {
         ">PACKETS",
         ">RECEIVED",
         ">PACKETS",
-        ">LAST HEARD",
+        ">LAST SEEN",
         "DROPPED",
     ]);
     for peer in &peers.peers {
+        let path_mtu = peer.path_mtu_bytes.map(|bytes| bytes.to_string());
+        let sent_from = match peer.own_ports_proven {
+            0 => "listen port",
+            _ => "own ports",
+        };
+        let last_seen = match peer.last_seen_seconds {
+            None => "never".into(),
+            Some(0) => "now".into(),
+            Some(seconds) => duration(seconds) + " ago",
+        };
         table.push([
             peer.peer.clone(),
             address(peer),
-            sent_from(peer).into(),
+            sent_from.into(),
             peer.origin.clone(),
-            behind(peer),
-            peer.path_mtu_bytes
-                .map_or("-".into(), |mtu_bytes| mtu_bytes.to_string()),
+            prefixes(peer),
+            path_mtu.unwrap_or("-".into()),
             bytes(peer.bytes_sent),
             count(peer.packets_sent),
             bytes(peer.bytes_received),
             count(peer.packets_received),
-            peer.last_seen_seconds.map_or("never".into(), ago),
+            last_seen,
             or_none(&named_counts(&peer.drops)),
         ]);
     }
@@ -235,27 +245,19 @@ pub(super) fn peers(peers: &Peers) -> String {
 }
 
 fn address(peer: &PeerStatus) -> String {
-    match peer.endpoint {
-        None => NOT_RESOLVED.into(),
-        Some(endpoint) if peer.is_suspended => format!("{endpoint} (suspended)"),
-        Some(endpoint) => match peer.seen_port {
-            Some(port) if port != endpoint.port() => format!("{endpoint} (seen at port {port})"),
-            _ => endpoint.to_string(),
-        },
-    }
-}
-
-/// Which of our ports its datagrams come from.
-fn sent_from(peer: &PeerStatus) -> &'static str {
-    match peer.own_ports_proven {
-        0 => "listen port",
-        _ => "own ports",
+    match (peer.endpoint, peer.seen_port) {
+        (None, _) => NOT_RESOLVED.into(),
+        (Some(endpoint), _) if peer.is_suspended => format!("{endpoint} (suspended)"),
+        (Some(endpoint), Some(port)) if port != endpoint.port() => {
+            format!("{endpoint} (seen at port {port})")
+        }
+        (Some(endpoint), _) => endpoint.to_string(),
     }
 }
 
 /// How many prefixes a peer has. The one that was given none takes the rest,
 /// though it may have got some since.
-fn behind(peer: &PeerStatus) -> String {
+fn prefixes(peer: &PeerStatus) -> String {
     match (peer.is_default, peer.prefixes) {
         (false, count) => count.to_string(),
         (true, 0) => "the rest".into(),
@@ -296,65 +298,64 @@ pub(super) fn found(found: &Found) -> String {
 
 /// What a change came to, in one line.
 pub(super) fn changed(changed: &Changed) -> String {
-    counts(changed).unwrap_or_else(|| "nothing has changed".into()) + "\n"
-}
-
-/// `None` if nothing has changed.
-fn counts(changed: &Changed) -> Option<String> {
-    let peers = |number| (number, exactly(number, "peer", "peers"));
-    let prefixes = |number| (number, exactly(number, "prefix", "prefixes"));
-    let parts = [
-        (peers(changed.peers_added), "added"),
-        (peers(changed.peers_removed), "removed"),
-        (prefixes(changed.prefixes_added), "added"),
-        (prefixes(changed.prefixes_removed), "removed"),
-    ];
-    let some = parts.into_iter().filter(|((number, _), _)| *number > 0);
-    let some: Vec<_> = some
-        .map(|((_, what), done)| format!("{what} {done}"))
-        .collect();
-    (!some.is_empty()).then(|| some.join(", "))
+    or_nothing(vec![counts(changed)]) + "\n"
 }
 
 /// What a reload came to, in one line.
 pub(super) fn reloaded(reloaded: &Reloaded) -> String {
-    let mut parts: Vec<_> = counts(&reloaded.changed).into_iter().collect();
+    let mut parts = vec![counts(&reloaded.changed)];
     if !reloaded.settings_changed.is_empty() {
         parts.push(format!("changed: {}", reloaded.settings_changed.join(", ")));
     }
-    if parts.is_empty() {
-        parts.push("nothing has changed".into());
-    }
+    let mut text = or_nothing(parts);
     if !reloaded.needs_restart.is_empty() {
         let settings = reloaded.needs_restart.join(", ");
-        parts.push(format!("only after a restart: {settings}"));
+        text += &format!("; only after a restart: {settings}");
     }
-    format!("reloaded: {}\n", printable(&parts.join("; ")))
+    format!("reloaded: {}\n", printable(&text))
+}
+
+fn or_nothing(mut parts: Vec<String>) -> String {
+    parts.retain(|part| !part.is_empty());
+    match parts.is_empty() {
+        true => "nothing has changed".into(),
+        false => parts.join("; "),
+    }
+}
+
+/// Empty if nothing has changed.
+fn counts(changed: &Changed) -> String {
+    let parts = [
+        (changed.peers_added, "peer", "added"),
+        (changed.peers_removed, "peer", "removed"),
+        (changed.prefixes_added, "prefix", "added"),
+        (changed.prefixes_removed, "prefix", "removed"),
+    ];
+    let some = parts.into_iter().filter(|(number, ..)| *number > 0);
+    let some = some.map(|(number, what, done)| format!("{} {done}", exactly(number, what)));
+    some.collect::<Vec<_>>().join(", ")
 }
 
 /// What the demo has measured: a line for each kind of figure.
 pub(super) fn measured(measured: &Measured) -> String {
     let mut table = Table::new(["", ">tunnel", ">bare veth", ">ratio"]);
     let Measured { tunnel, veth, .. } = measured;
-    let throughput = |figures: &Figures| figures.gigabits_per_second;
-    let (p50, p99) = ("ping p50, µs", "ping p99, µs");
+    let rate = [tunnel.gigabits_per_second, veth.gigabits_per_second];
     for (name, [tunnel, veth]) in [
-        ("TCP throughput, Gbit/s", [tunnel, veth].map(throughput)),
-        (p50, [tunnel.ping_p50_us, veth.ping_p50_us]),
-        (p99, [tunnel.ping_p99_us, veth.ping_p99_us]),
+        ("TCP throughput, Gbit/s", rate),
+        ("ping p50, µs", [tunnel.ping_p50_us, veth.ping_p50_us]),
+        ("ping p99, µs", [tunnel.ping_p99_us, veth.ping_p99_us]),
     ] {
-        let [of_tunnel, of_veth] = [tunnel, veth].map(|figure| format!("{figure:.1}"));
         table.push([
             name.into(),
-            of_tunnel,
-            of_veth,
+            format!("{tunnel:.1}"),
+            format!("{veth:.1}"),
             format!("{:.2}", tunnel / veth),
         ]);
     }
-    let cpu = format!("{:.2}", measured.cpu_seconds_per_gb);
     table.push([
         "tunnel CPU seconds per GB".into(),
-        cpu,
+        format!("{:.2}", measured.cpu_seconds_per_gb),
         "-".into(),
         String::new(),
     ]);

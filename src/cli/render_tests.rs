@@ -110,7 +110,7 @@ fn status_of_a_tunnel_that_has_just_started() {
 }
 
 #[test]
-fn status_tells_of_a_failed_reload_on_one_line() {
+fn status_shows_a_failed_reload_on_one_line() {
     let failed = Status {
         reload_error: Some("line 3: \x1b[31mno\npeer".into()),
         ..a_status()
@@ -120,7 +120,7 @@ fn status_tells_of_a_failed_reload_on_one_line() {
 }
 
 #[test]
-fn drop_counts_of_any_size_are_no_reason_to_panic() {
+fn drop_counts_of_any_size_are_shown() {
     let full = Status {
         workers: vec![counters(&[("drop_a", u64::MAX), ("drop_b", 1)])],
         ..Status::default()
@@ -165,10 +165,10 @@ fn a_line_per_peer() {
         ],
     };
     let expected = "
-PEER                       ADDRESS                             SENT FROM    ORIGIN   PREFIXES  PATH MTU     SENT  PACKETS  RECEIVED  PACKETS  LAST HEARD  DROPPED
-10.0.0.2:8285              10.0.0.2:8285                       own ports    config          1      1500  12.3 GB    1.2 M   84.0 kB      999   3 min ago  send-error 3, source-not-allowed 12
-hub.example:9000           [fd00::1]:9000 (seen at port 9001)  listen port  runtime  the rest         -      0 B        0       0 B        0         now  none
-no\\u{1b}such.invalid:8285  not resolved                        listen port  config        100         -      0 B        0       0 B        0       never  none
+PEER                       ADDRESS                             SENT FROM    ORIGIN   PREFIXES  PATH MTU     SENT  PACKETS  RECEIVED  PACKETS       LAST SEEN  DROPPED
+10.0.0.2:8285              10.0.0.2:8285                       own ports    config          1      1500  12.3 GB    1.2 M   84.0 kB      999  3 min 35 s ago  send-error 3, source-not-allowed 12
+hub.example:9000           [fd00::1]:9000 (seen at port 9001)  listen port  runtime  the rest         -      0 B        0       0 B        0             now  none
+no\\u{1b}such.invalid:8285  not resolved                        listen port  config        100         -      0 B        0       0 B        0           never  none
 ";
     assert_eq!(peers(&all), expected.trim_start_matches('\n'));
     assert_eq!(peers(&Peers::default()), "no peers\n");
@@ -177,7 +177,7 @@ no\\u{1b}such.invalid:8285  not resolved                        listen port  con
         prefixes: 2,
         ..PeerStatus::default()
     };
-    assert_eq!(behind(&both), "2 + the rest");
+    assert_eq!(prefixes(&both), "2 + the rest");
     let suspended = PeerStatus {
         endpoint: "10.0.0.2:8285".parse().ok(),
         is_suspended: true,
@@ -253,7 +253,7 @@ fn changes_are_counted() {
 }
 
 #[test]
-fn reloads_say_what_waits_for_a_restart() {
+fn reloads_name_options_that_wait_for_a_restart() {
     let some = Reloaded {
         changed: Changed {
             peers_added: 1,
@@ -281,7 +281,7 @@ fn reloads_say_what_waits_for_a_restart() {
 }
 
 #[test]
-fn the_demo_compares_two_ways() {
+fn the_demo_compares_the_tunnel_with_veth() {
     let figures = |gigabits_per_second, ping_p50_us| Figures {
         gigabits_per_second,
         ping_p50_us,

@@ -1,91 +1,102 @@
-//! The tunnel's options, as the command line and the configuration file give them.
+//! The tunnel's options: each is a flag, and a key of the configuration file.
 //!
-//! They have no defaults here, so that it shows which were given: what is left
-//! open may come from the file, and [`super::Config`] fills in the rest.
+//! [`Config`] says all that there is to say of an option: name, help, reader and
+//! default. clap fills it from flags, and serde from the file.
 
+use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
-use clap::{ArgAction, Args, value_parser};
+use clap::{ArgAction, ArgMatches, Args};
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 
-use super::parse::{
-    parse_address, parse_busy_poll, parse_cores, parse_listen, parse_peer, parse_route,
-    parse_tun_name,
+use super::types::{
+    self, BusyPoll, CoreList, Feature, Io, PeerSpec, parse_busy_poll, parse_cores, parse_listen,
+    parse_peer, parse_prefix,
 };
-use super::types::{BusyPoll, CoreList, Feature, Io, Listen, PeerSpec};
 use crate::log::LogFormat;
 
 /// Name of the TUN device unless another is given.
-pub const TUN_NAME_DEFAULT: &str = "fastvpn0";
-
-/// Values of `--mtu`, in bytes: from what IPv4 asks for (RFC 791) to what fits a
-/// UDP datagram.
-const MTU_BYTES: RangeInclusive<i64> = 68..=65507;
+pub(crate) const TUN_NAME_DEFAULT: &str = "fastvpn0";
 
 /// Values of `--queues`: up to the kernel's `MAX_TAP_QUEUES` (`linux/if_tun.h`).
 pub(crate) const QUEUES: RangeInclusive<i64> = 1..=256;
 
-/// The tunnel's options, as given: on the command line or in a file.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Args)]
-pub struct TunnelArgs {
+/// What is wanted of a tunnel. A new option is a field here, and a use of it. A
+/// default other than the type's own is named at the field; bounds are in
+/// `resolution`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Args, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Config {
     /// Take the options from this file, which a flag of the same name overrides
-    #[arg(long, value_name = "FILE")]
-    pub config: Option<PathBuf>,
+    #[arg(long = "config", value_name = "FILE")]
+    #[serde(skip)]
+    pub config_file: Option<PathBuf>,
 
     /// Workers, each with a TUN queue, a UDP socket and a thread [default: one per core, at most 4]
-    #[arg(long, value_name = "N", value_parser = value_parser!(u16).range(QUEUES))]
-    pub queues: Option<u16>,
+    #[arg(long, value_name = "N")]
+    #[serde(default = "default_queues")]
+    pub queues: u16,
 
-    /// Another host, repeatable: IPv4 or IPv6 address or DNS name, port 8285 unless given, and the
-    /// prefixes behind it; without any, it takes what no other peer's prefixes match
-    #[arg(long, value_name = "HOST[:PORT][=PREFIX,...]", value_parser = parse_peer)]
-    pub peer: Vec<PeerSpec>,
+    /// Another host, repeatable: IPv4 or IPv6 address or DNS name, port 8285 unless given, and its
+    /// prefixes; without any, it takes what no other peer's prefixes match
+    #[arg(long = "peer", value_name = "HOST[:PORT][=PREFIX,...]", value_parser = parse_peer)]
+    #[serde(rename = "peer")]
+    pub peers: Vec<PeerSpec>,
 
     /// Address and UDP port to listen on: 0.0.0.0 for all of IPv4, :: for all of both IP versions
     /// [default: 0.0.0.0 if all peers are IPv4 addresses, else ::; port 8285]
     #[arg(long, value_name = "ADDR[:PORT]", value_parser = parse_listen)]
-    pub listen: Option<Listen>,
+    #[serde(deserialize_with = "types::listen")]
+    pub listen: Option<SocketAddr>,
 
     /// Name of the TUN device [default: fastvpn0]
-    #[arg(long, value_name = "NAME", value_parser = parse_tun_name)]
-    pub tun: Option<String>,
+    #[arg(long, value_name = "NAME")]
+    #[serde(default = "default_tun")]
+    pub tun: String,
 
     /// MTU of the TUN device in bytes [default: smallest path MTU to a peer less 28 (IPv4) or 48 (IPv6)]
-    #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(MTU_BYTES))]
-    pub mtu: Option<u32>,
+    #[arg(long = "mtu", value_name = "N")]
+    #[serde(rename = "mtu")]
+    pub mtu_bytes: Option<u32>,
 
     /// Address of the TUN device, repeatable [default: 10.244.x.y/16 from the underlay address a.b.x.y]
-    #[arg(long, value_name = "CIDR", value_parser = parse_address)]
-    pub address: Vec<IpNet>,
+    #[arg(long = "address", value_name = "CIDR", value_parser = parse_prefix)]
+    #[serde(rename = "address", deserialize_with = "types::prefixes")]
+    pub addresses: Vec<IpNet>,
 
     /// Route through the tunnel besides the peers' prefixes, repeatable; gone again at exit
-    #[arg(long, value_name = "CIDR", value_parser = parse_route)]
-    pub route: Vec<IpNet>,
+    #[arg(long = "route", value_name = "CIDR", value_parser = parse_prefix)]
+    #[serde(rename = "route", deserialize_with = "types::prefixes")]
+    pub routes: Vec<IpNet>,
 
     /// Leave the kernel's routes alone: none for the peers' prefixes
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    pub no_routes: Option<bool>,
+    #[arg(long, value_name = "BOOL", action = ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub no_routes: bool,
 
     /// Count as an IP hop: decrement the TTL of what goes into the tunnel
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    pub hop: Option<bool>,
+    #[arg(long, value_name = "BOOL", action = ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub hop: bool,
 
     /// Pin workers to these cores, as in 0,2-3 [default: no pinning]
     #[arg(long, value_name = "LIST", value_parser = parse_cores)]
-    pub cores: Option<CoreList>,
+    #[serde(deserialize_with = "types::cores")]
+    pub cores: CoreList,
 
-    /// Look for arrivals this many microseconds before sleeping: off, auto, or 1 to 1000000 [default: off]
+    /// Poll for arrivals this many microseconds before sleeping: off, auto, or 1 to 1000000 [default: off]
     #[arg(long, value_name = "US", value_parser = parse_busy_poll)]
-    pub busy_poll: Option<BusyPoll>,
+    #[serde(deserialize_with = "types::busy_poll")]
+    pub busy_poll: BusyPoll,
 
     /// Packets that may wait in a TUN queue for its worker [default: 1000]
-    #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..=100_000))]
-    pub txqueuelen: Option<u32>,
+    #[arg(long, value_name = "N")]
+    #[serde(default = "default_txqueuelen")]
+    pub txqueuelen: u32,
 
     /// How the workers do their I/O [default: auto]
     #[arg(long, value_enum, value_name = "ENGINE")]
-    pub io: Option<Io>,
+    pub io: Io,
 
     /// Do without some kernel features, as on a kernel that lacks them
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
@@ -96,18 +107,44 @@ pub struct TunnelArgs {
     pub control: Option<PathBuf>,
 
     /// Take over from the running process of the same TUN device, which then ends
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    pub takeover: Option<bool>,
+    #[arg(long, value_name = "BOOL", action = ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub takeover: bool,
 
-    /// Say more; twice for even more
+    /// Log more; twice for even more
     #[arg(short, long, action = ArgAction::Count, conflicts_with = "quiet")]
     pub verbose: u8,
 
-    /// Say nothing but warnings and errors
+    /// Log nothing but warnings and errors
     #[arg(short, long)]
     pub quiet: bool,
 
     /// Form of the log lines [default: text]
     #[arg(long, value_enum)]
-    pub log_format: Option<LogFormat>,
+    pub log_format: LogFormat,
+
+    /// The flags, which override the file again when it is read again.
+    #[arg(skip)]
+    #[serde(skip)]
+    pub(super) flags: ArgMatches,
+}
+
+impl Config {
+    /// Whether a kernel feature is used where there is one.
+    pub(crate) fn uses(&self, feature: Feature) -> bool {
+        !self.without.contains(&feature)
+    }
+}
+
+/// One per core, and no more than are of use to most.
+fn default_queues() -> u16 {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    cores.min(4) as u16
+}
+
+fn default_tun() -> String {
+    TUN_NAME_DEFAULT.into()
+}
+
+fn default_txqueuelen() -> u32 {
+    1000
 }

@@ -1,6 +1,8 @@
 //! What of a configuration that was read again a running tunnel can take over.
 
-use super::resolution::Config;
+use serde_json::{Map, Value};
+
+use super::options::Config;
 
 impl Config {
     /// This one, with all of `new` that can change while the tunnel runs.
@@ -14,28 +16,25 @@ impl Config {
             txqueuelen: new.txqueuelen,
             hop: new.hop,
             no_routes: new.no_routes,
+            takeover: new.takeover,
             ..self.clone()
         }
     }
 
-    /// Keys of the settings in which `new` differs and that only a start can
-    /// change.
-    pub(crate) fn needs_restart(&self, new: &Self) -> Vec<&'static str> {
-        [
-            ("queues", self.queues != new.queues),
-            ("listen", self.listen != new.listen),
-            ("tun", self.tun != new.tun),
-            ("cores", self.cores != new.cores),
-            ("busy-poll", self.busy_poll != new.busy_poll),
-            ("io", self.io != new.io),
-            ("without", self.wanted != new.wanted),
-            ("control", self.control != new.control),
-            ("verbose", self.log.verbose != new.log.verbose),
-            ("quiet", self.log.quiet != new.log.quiet),
-            ("log-format", self.log.format != new.log.format),
-        ]
-        .into_iter()
-        .filter_map(|(key, differs)| differs.then_some(key))
-        .collect()
+    /// Keys of the options in which `new` differs and that only a start can change.
+    pub(crate) fn needs_restart(&self, new: &Self) -> Vec<String> {
+        let in_force = self.with_changes_of(new.clone()).keys();
+        let new = new.keys().into_iter();
+        new.filter(|(key, value)| in_force.get(key) != Some(value))
+            .map(|(key, _)| key)
+            .collect()
+    }
+
+    fn keys(&self) -> Map<String, Value> {
+        match serde_json::to_value(self) {
+            Ok(Value::Object(keys)) => keys,
+            // There is nothing in it that cannot be written.
+            _ => Map::new(),
+        }
     }
 }

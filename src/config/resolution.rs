@@ -1,272 +1,131 @@
-//! Flags over file over defaults.
+//! Flags over file over defaults, checked.
 //!
-//! [`Config`] is what can be said without a look at the network. Names may not
+//! [`Config`] is what can be said without asking the network. Names may not
 //! resolve yet and links may not be up yet; `daemon::settings` adds what follows
 //! from the peers that can be reached now.
 
-use std::path::{Path, PathBuf};
+use std::ffi::OsStr;
+use std::fs;
+use std::net::IpAddr;
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
 
-use ipnet::IpNet;
+use clap::{ArgMatches, Args, Command, FromArgMatches};
 
-use super::file::{Parsed, parse_file};
-use super::options::{TUN_NAME_DEFAULT, TunnelArgs};
-use super::peers::check_peers;
-use super::types::{BusyPoll, CoreList, Feature, Io, Listen, Log, PeerSpec, Wanted};
+use super::file::{parse_bytes, read_file};
+use super::options::{Config, QUEUES};
+use super::peers::{check_peers, check_prefix};
+use super::types::parse_tun_name;
 use crate::error::{Error, Result};
 
-/// Queues that are used unless more are asked for.
-const QUEUES_DEFAULT_MAX: usize = 4;
+/// Values of `--mtu`, in bytes: from what IPv4 asks for (RFC 791) to what fits a
+/// UDP datagram.
+const MTU_BYTES: RangeInclusive<i64> = 68..=65507;
 
-/// Packets that may wait in a TUN queue unless it is said how many.
-const TXQUEUELEN_DEFAULT: u32 = 1000;
-
-/// What is wanted of a tunnel, checked, with the defaults filled in.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Config {
-    /// The command line's flags, which a file read again does not override.
-    pub(super) args: TunnelArgs,
-    /// The file that the rest came from.
-    pub config_file: Option<PathBuf>,
-    /// Workers.
-    pub queues: u16,
-    /// The peers, not resolved. No prefix is there twice, no peer either, and
-    /// one peer at most is without prefixes.
-    pub peers: Vec<PeerSpec>,
-    /// Whether the file says that there are none, by an empty list.
-    pub(super) has_no_peers: bool,
-    /// Address and port to listen on, if given.
-    pub listen: Option<Listen>,
-    /// Name of the TUN device.
-    pub tun: String,
-    /// MTU of the TUN device in bytes, if given.
-    pub mtu_bytes: Option<u32>,
-    /// Addresses of the TUN device; none to derive one.
-    pub addresses: Vec<IpNet>,
-    /// Routes through the TUN device besides the peers' prefixes.
-    pub routes: Vec<IpNet>,
-    /// Packets that may wait in a TUN queue.
-    pub txqueuelen: u32,
-    /// Whether the kernel's routes are left alone.
-    pub no_routes: bool,
-    /// Whether the tunnel counts as an IP hop.
-    pub hop: bool,
-    /// How long to look for arrivals without sleeping.
-    pub busy_poll: BusyPoll,
-    /// Cores to pin workers to, in turn.
-    pub cores: Option<Vec<usize>>,
-    /// The I/O engine asked for.
-    pub io: Io,
-    /// Kernel features to try.
-    pub wanted: Wanted,
-    /// Path of the control socket.
-    pub control: PathBuf,
-    /// Whether that is the default path rather than one that was given.
-    pub control_is_default: bool,
-    /// Whether to take over from the running process.
-    pub takeover: bool,
-    /// What to log, and how.
-    pub log: Log,
-}
+/// Values of `--txqueuelen`, in packets.
+const TXQUEUELEN: RangeInclusive<i64> = 1..=100_000;
 
 impl Config {
-    /// Reads the file that the flags name, if any; checks both, and fills in
-    /// what can be known without a look at the network.
+    /// Reads the file that the flags name, if any; puts the flags in place of what
+    /// it says, and checks the result. `flags`: of a command with the arguments of
+    /// [`Config`].
     ///
     /// # Errors
-    /// One line that names the flag, or the place in the file.
-    pub fn from_args(args: &TunnelArgs) -> Result<Self> {
-        let file = match &args.config {
-            Some(path) => parse_file(path)?,
-            None => Parsed::default(),
+    /// One line that names the option, or the place in the file.
+    pub fn from_flags(flags: &ArgMatches) -> Result<Self> {
+        let mut config = match flags.get_one::<PathBuf>("config_file") {
+            Some(path) => read_file(path)?,
+            None => parse_bytes("", b"")?,
         };
-        let [route_place, no_routes_place, cores_place] = [
-            ("route", !args.route.is_empty()),
-            ("no-routes", args.no_routes.is_some()),
-            ("cores", args.cores.is_some()),
-        ]
-        .map(|(key, is_flag)| file.places.get(key).filter(|_| !is_flag));
-        let all = args.over(file.args);
-        check_peers(&all.peer)?;
-        let no_routes = all.no_routes.unwrap_or(false);
-        if let Some(route) = all.route.first().filter(|_| no_routes) {
-            return Err(routes_contradict(route, route_place, no_routes_place));
+        let of_file = (config.verbose, config.quiet);
+        let merged = config.update_from_arg_matches(flags);
+        merged.map_err(|error| Error::new(error.to_string()))?;
+        // clap has a value for these also when they are not given.
+        if (config.verbose, config.quiet) == (0, false) {
+            (config.verbose, config.quiet) = of_file;
         }
-        let cores = all.cores.map(|list| checked_cores(list, cores_place));
-        let tun = all.tun.unwrap_or_else(|| TUN_NAME_DEFAULT.into());
-        Ok(Self {
-            args: args.clone(),
-            config_file: args.config.clone(),
-            queues: all.queues.unwrap_or_else(default_queues),
-            peers: all.peer,
-            has_no_peers: file.has_no_peers,
-            listen: all.listen,
-            mtu_bytes: all.mtu,
-            addresses: all.address,
-            routes: all.route,
-            txqueuelen: all.txqueuelen.unwrap_or(TXQUEUELEN_DEFAULT),
-            no_routes,
-            hop: all.hop.unwrap_or(false),
-            busy_poll: all.busy_poll.unwrap_or(BusyPoll::Off),
-            cores: cores.transpose()?,
-            io: all.io.unwrap_or_default(),
-            wanted: wanted(&all.without),
-            control_is_default: all.control.is_none(),
-            control: all.control.unwrap_or_else(|| default_control_path(&tun)),
-            tun,
-            takeover: all.takeover.unwrap_or(false),
-            log: Log {
-                verbose: all.verbose,
-                quiet: all.quiet,
-                format: all.log_format.unwrap_or_default(),
-            },
-        })
+        config.flags = flags.clone();
+        config.check()?;
+        Ok(config)
+    }
+
+    /// As [`Self::from_flags`], of a command line without the program's name.
+    ///
+    /// # Errors
+    /// Also when the words are not flags.
+    pub(crate) fn from_words<'a>(words: impl IntoIterator<Item = &'a OsStr>) -> Result<Self> {
+        let command = Command::new("fastvpn").no_binary_name(true);
+        let flags = Self::augment_args_for_update(command).try_get_matches_from(words);
+        Self::from_flags(&flags.map_err(|error| Error::new(error.to_string()))?)
     }
 
     /// The configuration as it would be at a start now: the same flags, and the
     /// file as it is today.
     ///
     /// # Errors
-    /// As [`Self::from_args`]; and when there were peers, and the file says nothing
+    /// As [`Self::from_flags`]; and when there were peers, and the file says nothing
     /// of any: it is more likely half written, or another one, than meant.
     pub(crate) fn reread(&self) -> Result<Self> {
-        let new = Self::from_args(&self.args)?;
-        let file = new.config_file.as_deref().unwrap_or(Path::new(""));
-        match self.peers.len() {
-            count if count > 0 && new.peers.is_empty() && !new.has_no_peers => {
-                let file = file.display();
-                let what = format!("{file} has no peers any more, and {count} would be removed");
-                Err(Error::new(what).hint("if that is meant, write `peer = []`"))
-            }
-            _ => Ok(new),
+        let (new, peers) = (Self::from_flags(&self.flags)?, self.peers.len());
+        if peers > 0 && new.peers.is_empty() && !new.lists_no_peers() {
+            let file = new.config_file.unwrap_or_default();
+            let what = format!(
+                "{} has no peers any more, and {peers} would be removed",
+                file.display()
+            );
+            return Err(Error::new(what).hint("if that is meant, write `peer = []`"));
+        }
+        Ok(new)
+    }
+
+    /// Whether the file has an empty list of peers, rather than none.
+    fn lists_no_peers(&self) -> bool {
+        let text = self
+            .config_file
+            .as_ref()
+            .and_then(|file| fs::read_to_string(file).ok());
+        let keys = text.and_then(|text| toml::from_str::<toml::Table>(&text).ok());
+        keys.is_some_and(|keys| keys.contains_key("peer"))
+    }
+
+    /// What flags and file must be checked for alike.
+    fn check(&self) -> Result<()> {
+        in_range("queues", self.queues.into(), QUEUES)?;
+        in_range("mtu", self.mtu_bytes.map_or(1500, i64::from), MTU_BYTES)?;
+        in_range("txqueuelen", self.txqueuelen.into(), TXQUEUELEN)?;
+        parse_tun_name(&self.tun)
+            .map_err(|why| Error::new(format!("tun {:?}: {why}", self.tun)))?;
+        let is_host = |address: IpAddr| !address.is_unspecified() && !address.is_multicast();
+        if let Some(bad) = self.addresses.iter().find(|net| !is_host(net.addr())) {
+            return Err(Error::new(format!(
+                "address {bad} is not the address of a host"
+            )));
+        }
+        self.routes.iter().try_for_each(check_prefix)?;
+        if let Some(route) = self.routes.first().filter(|_| self.no_routes) {
+            return Err(Error::new(format!("route {route} contradicts no-routes"))
+                .hint("leave one of them out"));
+        }
+        self.check_cores()?;
+        check_peers(&self.peers)
+    }
+
+    fn check_cores(&self) -> Result<()> {
+        let available = core_affinity::get_core_ids().unwrap_or_default();
+        let available: Vec<usize> = available.iter().map(|core| core.id).collect();
+        match self.cores.0.iter().find(|core| !available.contains(core)) {
+            Some(missing) => Err(Error::new(format!("core {missing} is not available"))
+                .hint(format!("--cores may use {available:?}"))),
+            None => Ok(()),
         }
     }
 }
 
-impl TunnelArgs {
-    /// These, and those of `file` for what is not given here.
-    fn over(&self, file: Self) -> Self {
-        let flags = self.clone();
-        let says_how_much = flags.quiet || flags.verbose > 0;
-        let volume = if says_how_much { &flags } else { &file };
-        Self {
-            verbose: volume.verbose,
-            quiet: volume.quiet,
-            config: flags.config,
-            queues: flags.queues.or(file.queues),
-            peer: list(flags.peer, file.peer),
-            listen: flags.listen.or(file.listen),
-            tun: flags.tun.or(file.tun),
-            mtu: flags.mtu.or(file.mtu),
-            address: list(flags.address, file.address),
-            route: list(flags.route, file.route),
-            no_routes: flags.no_routes.or(file.no_routes),
-            hop: flags.hop.or(file.hop),
-            cores: flags.cores.or(file.cores),
-            busy_poll: flags.busy_poll.or(file.busy_poll),
-            txqueuelen: flags.txqueuelen.or(file.txqueuelen),
-            io: flags.io.or(file.io),
-            without: list(flags.without, file.without),
-            control: flags.control.or(file.control),
-            takeover: flags.takeover.or(file.takeover),
-            log_format: flags.log_format.or(file.log_format),
-        }
+fn in_range(option: &str, value: i64, range: RangeInclusive<i64>) -> Result<()> {
+    match range.contains(&value) {
+        true => Ok(()),
+        false => Err(Error::new(format!("{option} {value} is not in {range:?}"))),
     }
-}
-
-/// A list that is given replaces the file's as a whole.
-fn list<T>(flags: Vec<T>, file: Vec<T>) -> Vec<T> {
-    if flags.is_empty() { file } else { flags }
-}
-
-pub(crate) fn default_queues() -> u16 {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    cores.min(QUEUES_DEFAULT_MAX) as u16
-}
-
-/// Names each where it is: in the file, if it has a place there, or a flag.
-fn routes_contradict(
-    route: &IpNet,
-    route_place: Option<&String>,
-    no_routes_place: Option<&String>,
-) -> Error {
-    let dashes = |place: Option<&String>| if place.is_none() { "--" } else { "" };
-    let place = route_place.or(no_routes_place);
-    let place = place.map(|place| format!("{place}: ")).unwrap_or_default();
-    let (of_route, of_no_routes) = (dashes(route_place), dashes(no_routes_place));
-    Error::new(format!(
-        "{place}{of_route}route {route} contradicts {of_no_routes}no-routes"
-    ))
-    .hint("leave one of them out")
-}
-
-fn checked_cores(list: CoreList, place: Option<&String>) -> Result<Vec<usize>> {
-    let available: Vec<usize> = core_affinity::get_core_ids()
-        .unwrap_or_default()
-        .iter()
-        .map(|core| core.id)
-        .collect();
-    if let Some(missing) = list.0.iter().find(|core| !available.contains(core)) {
-        let place = place.map_or("--cores", String::as_str);
-        return Err(
-            Error::new(format!("{place}: core {missing} is not available"))
-                .hint(format!("this process may use {available:?}")),
-        );
-    }
-    Ok(list.0)
-}
-
-fn wanted(without: &[Feature]) -> Wanted {
-    let with = |feature| !without.contains(&feature);
-    Wanted {
-        tso: with(Feature::Tso),
-        uso: with(Feature::Uso),
-        udp_segment: with(Feature::UdpSegment),
-        udp_gro: with(Feature::UdpGro),
-    }
-}
-
-/// Where control sockets are, unless something else is asked for.
-pub(crate) const CONTROL_DIRECTORY: &str = "/run/fastvpn";
-
-/// `/run/fastvpn/NAME.sock`; in another network namespace than the host's also
-/// with the namespace's number, since `/run` may be shared and the name is
-/// unique in its namespace only.
-pub(crate) fn default_control_path(tun: &str) -> PathBuf {
-    let name = match namespace_of_its_own() {
-        Some(inode) => format!("{tun}-{inode}.sock"),
-        None => format!("{tun}.sock"),
-    };
-    Path::new(CONTROL_DIRECTORY).join(name)
-}
-
-/// The sockets in [`CONTROL_DIRECTORY`] that are named as [`default_control_path`]
-/// names them in this network namespace.
-pub(crate) fn default_control_paths() -> Vec<PathBuf> {
-    let suffix = default_control_path("");
-    let suffix = suffix.file_name().unwrap_or_default().as_encoded_bytes();
-    let entries = std::fs::read_dir(CONTROL_DIRECTORY).into_iter().flatten();
-    let names = entries.flatten().map(|entry| entry.file_name());
-    let mut paths: Vec<PathBuf> = names
-        .filter(|name| name.as_encoded_bytes().ends_with(suffix))
-        .map(|name| Path::new(CONTROL_DIRECTORY).join(name))
-        .collect();
-    paths.sort();
-    paths
-}
-
-/// The number of this process' network namespace, unless it is the host's: that
-/// of the first process, for whoever may look at it (ptrace(2)), as in a
-/// container of its own. For others the kernel's first namespace, the only one
-/// with the settings of net/core/sysctl_net_core.c's `net_core_table`.
-fn namespace_of_its_own() -> Option<u64> {
-    use std::os::unix::fs::MetadataExt;
-    let inode = |path: &str| std::fs::metadata(path).map(|metadata| metadata.ino());
-    let own = inode("/proc/self/ns/net").ok()?;
-    let is_the_hosts = match inode("/proc/1/ns/net") {
-        Ok(first) => own == first,
-        Err(_) => Path::new("/proc/sys/net/core/netdev_budget").exists(),
-    };
-    (!is_the_hosts).then_some(own)
 }
 
 #[cfg(test)]

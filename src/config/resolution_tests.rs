@@ -1,32 +1,37 @@
 use super::*;
-use crate::cli::Cli;
 use crate::config::file::FILE_BYTES_MAX;
-use clap::Parser;
+use crate::config::{Feature, Io, default_control_path};
 
 fn config(flags: &str) -> Result<Config> {
-    let words = std::iter::once("fastvpn").chain(flags.split_whitespace());
-    let cli = Cli::try_parse_from(words).expect("flags that parse");
-    Config::from_args(&cli.tunnel)
+    Config::from_words(flags.split_whitespace().map(OsStr::new))
 }
 
 #[test]
-fn fills_in_what_was_left_open() {
+fn what_was_left_open_has_a_default() {
     let flags = "--queues 3 --peer 127.0.1.9 --address 10.9.0.1/24";
     let config = config(flags).unwrap();
     assert_eq!(config.queues, 3);
     assert_eq!(config.peers[0].name.to_string(), "127.0.1.9:8285");
-    assert!(config.wanted.uso && config.wanted.udp_gro);
+    assert!(config.uses(Feature::Uso) && config.uses(Feature::UdpGro));
     assert_eq!((config.io, config.txqueuelen), (Io::Auto, 1000));
-    assert_eq!(config.control, default_control_path("fastvpn0"));
-    assert!(config.control_is_default && !config.hop && !config.no_routes);
+    assert_eq!(config.control_path(), default_control_path("fastvpn0"));
+    assert!(config.control.is_none() && !config.hop && !config.no_routes);
 }
 
 #[test]
-fn leaves_out_what_it_is_told_to() {
+fn features_can_be_left_unused() {
     let flags = "--peer 127.0.0.2 --address 10.9.0.1/24 --without uso,udp-gro";
-    let wanted = config(flags).unwrap().wanted;
-    assert!(!wanted.uso && !wanted.udp_gro);
-    assert!(wanted.tso && wanted.udp_segment);
+    let config = config(flags).unwrap();
+    assert!(!config.uses(Feature::Uso) && !config.uses(Feature::UdpGro));
+    assert!(config.uses(Feature::Tso) && config.uses(Feature::UdpSegment));
+}
+
+#[test]
+fn switches_can_be_switched_off() {
+    let hop = |flags: &str| config(flags).unwrap().hop;
+    assert!(hop("-q --hop"));
+    assert!(!hop("-q --hop=false"));
+    assert!(!hop("--no-routes"));
 }
 
 /// A file that is gone again with the value.
@@ -77,12 +82,12 @@ fn the_file_says_all_that_the_flags_can() {
          --log-format json --peer 127.0.0.2:99=10.1.0.0/16 --peer vpn.example",
     );
     let alike = Config {
-        args: of_file.args.clone(),
+        flags: of_file.flags.clone(),
         config_file: of_file.config_file.clone(),
         ..of_flags.unwrap()
     };
     assert_eq!(of_file, alike);
-    assert!(of_file.config_file.is_some() && !of_file.control_is_default);
+    assert!(of_file.config_file.is_some() && of_file.control.is_some());
 }
 
 #[test]
@@ -94,7 +99,7 @@ fn flags_win_over_the_file() {
     let of_both = config_with(FILE, flags).unwrap();
     let of_flags = config(flags).unwrap();
     let alike = Config {
-        args: of_both.args.clone(),
+        flags: of_both.flags.clone(),
         config_file: of_both.config_file.clone(),
         ..of_flags
     };
@@ -102,7 +107,7 @@ fn flags_win_over_the_file() {
 }
 
 #[test]
-fn a_file_read_again_has_its_say_again() {
+fn a_file_is_read_again_below_the_same_flags() {
     let file = file("tun = \"a0\"\nqueues = 1\n");
     let flags = format!("--config {} --queues 2", file.path().display());
     let config = config(&flags).unwrap();
@@ -114,58 +119,69 @@ fn a_file_read_again_has_its_say_again() {
 }
 
 #[test]
-fn contradictions_have_their_place() {
-    let error = |text: &str, flags: &str| {
-        let file = file(text);
-        let path = file.path().display().to_string();
-        let error = config(&format!("--config {path} {flags}")).unwrap_err();
-        error.to_string().replace(&path, "FILE")
+fn a_file_that_has_lost_its_peers_is_refused() {
+    let file = file("[[peer]]\nendpoint = \"127.0.0.2\"");
+    let config = config(&format!("--config {}", file.path().display())).unwrap();
+    let reread = |text: &str| {
+        std::fs::write(file.path(), text).unwrap();
+        config.reread()
     };
-    let starts = |text: &str, flags: &str, start: &str| {
-        let error = error(text, flags);
-        assert!(error.starts_with(start), "{error}");
-    };
-    let cores = "tun = \"a0\"\ncores = \"4000\"";
-    starts(cores, "", "FILE:2:9: core 4000 is not available");
-    starts(cores, "--cores 4001", "--cores: core 4001 is not");
-    let both = "no-routes = true\nroute = [\n  \"10.8.0.0/16\"]";
-    starts(
-        both,
-        "",
-        "FILE:3:3: route 10.8.0.0/16 contradicts no-routes;",
-    );
-    let flag = "--route 10.7.0.0/16";
-    starts(
-        both,
-        flag,
-        "FILE:1:13: --route 10.7.0.0/16 contradicts no-routes",
-    );
-    let switch = "--no-routes";
-    starts(
-        both,
-        switch,
-        "FILE:3:3: route 10.8.0.0/16 contradicts --no-routes",
-    );
-    let flags = format!("{switch} {flag}");
-    starts(both, &flags, "--route 10.7.0.0/16 contradicts --no-routes");
-    // A flag may as well take the contradiction away.
-    assert!(config_with(both, "--no-routes=false").is_ok());
-    let core = core_affinity::get_core_ids().unwrap()[0].id;
-    assert!(config_with(cores, &format!("--cores {core}")).is_ok());
+    let error = reread("hop = true").unwrap_err().to_string();
+    assert!(error.contains("1 would be removed; ") && error.contains("`peer = []`"));
+    assert_eq!(reread("hop = true\npeer = []").unwrap().peers, []);
 }
 
 #[test]
-fn files_that_are_none() {
+fn options_out_of_bounds_and_contradictions_are_refused() {
+    let core = core_affinity::get_core_ids().unwrap()[0].id;
+    for (text, flags, parts) in [
+        ("queues = 0", "", &["queues 0 ", "1..=256"][..]),
+        ("", "--queues 257", &["queues 257 ", "1..=256"]),
+        ("mtu = 67", "", &["mtu 67 ", "68..=65507"]),
+        ("", "--txqueuelen 0", &["txqueuelen 0 ", "1..=100000"]),
+        ("tun = \"a/b\"", "", &["tun", "a/b"]),
+        ("address = [\"0.0.0.0/0\"]", "", &["0.0.0.0"]),
+        ("", "--route 10.9.0.1/24", &["10.9.0.0/24?"]),
+        ("cores = \"4000\"", "", &["core 4000 is not available"]),
+        ("", "--cores 4001", &["core 4001 is not available"]),
+        (
+            "route = [\"10.8.0.0/16\"]",
+            "--no-routes",
+            &["route 10.8.0.0/16 contradicts no-routes"],
+        ),
+    ] {
+        let error = config_with(text, flags).unwrap_err().to_string();
+        assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+    }
+    // A flag may as well take the fault away.
+    let both = "no-routes = true\nroute = [\"10.8.0.0/16\"]";
+    assert!(config_with(both, "--no-routes=false").is_ok());
+    assert!(config_with("cores = \"4000\"", &format!("--cores {core}")).is_ok());
+}
+
+#[test]
+fn flags_say_how_much_is_logged() {
+    let volume = |text, flags| {
+        let config = config_with(text, flags).unwrap();
+        (config.verbose, config.quiet)
+    };
+    assert_eq!(volume("verbose = 2", ""), (2, false));
+    assert_eq!(volume("verbose = 2", "-q"), (0, true));
+    assert_eq!(volume("quiet = true", "-v"), (1, false));
+}
+
+#[test]
+fn only_regular_files_of_bounded_size_are_read() {
     let error = |path: &str| config(&format!("--config {path}")).unwrap_err().to_string();
     let missing = error("/nonexistent/fastvpn.toml");
     assert!(missing.contains("/nonexistent/fastvpn.toml") && missing.contains("no such file"));
-    assert!(error("/").contains("no regular file"));
-    assert!(error("/dev/zero").contains("no regular file"));
+    assert!(error("/").contains("not a regular file"));
+    assert!(error("/dev/zero").contains("not a regular file"));
     let directory = tempfile::tempdir().unwrap();
     let pipe = directory.path().join("pipe");
     nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
-    assert!(error(&pipe.display().to_string()).contains("no regular file"));
+    assert!(error(&pipe.display().to_string()).contains("not a regular file"));
     let large = tempfile::NamedTempFile::new().unwrap();
     large.as_file().set_len(FILE_BYTES_MAX + 1).unwrap();
-    assert!(error(&large.path().display().to_string()).contains("more than 16777216 bytes"));
+    assert!(error(&large.path().display().to_string()).contains("at most 16777216 bytes"));
 }

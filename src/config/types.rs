@@ -1,22 +1,27 @@
-//! What can be said of a tunnel: peers, addresses and choices, as types without
-//! behaviour. They are below everything else.
+//! What can be said of a tunnel: peers, addresses and choices, and how each is
+//! written.
 
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use clap::ValueEnum;
 use ipnet::IpNet;
-
-use crate::log::LogFormat;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
 
 use crate::packet::ip::canonical;
 
 /// Default UDP port, that of flannel's udp backend.
 pub const DEFAULT_PORT: u16 = 8285;
 
+/// A value, or what is wrong with its text.
+pub(crate) type ParseResult<T> = Result<T, String>;
+
 /// How the workers do their I/O.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Io {
     /// By io_uring if the kernel has and allows it, else by epoll
     #[default]
@@ -28,7 +33,8 @@ pub enum Io {
 }
 
 /// A kernel feature that can be left unused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Feature {
     /// TCP segmentation offload on the TUN device
     Tso,
@@ -40,23 +46,11 @@ pub enum Feature {
     UdpGro,
 }
 
-/// Kernel features to try.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Wanted {
-    /// TCP segmentation offload on the TUN device.
-    pub tso: bool,
-    /// UDP segmentation offload on the TUN device.
-    pub uso: bool,
-    /// `UDP_SEGMENT` on the UDP sockets.
-    pub udp_segment: bool,
-    /// `UDP_GRO` on the UDP sockets.
-    pub udp_gro: bool,
-}
-
-/// How long a worker looks for arrivals without sleeping.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How long a worker polls for arrivals before it sleeps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub enum BusyPoll {
     /// Not at all.
+    #[default]
     Off,
     /// As long as has lately been worth it.
     Auto,
@@ -64,19 +58,12 @@ pub enum BusyPoll {
     For(Duration),
 }
 
-/// What to log, and how.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Log {
-    /// How much more than usual.
-    pub verbose: u8,
-    /// Warnings and errors alone.
-    pub quiet: bool,
-    /// Form of the lines.
-    pub format: LogFormat,
-}
+/// Core numbers, in the order of the workers that get them; empty for no pinning.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct CoreList(pub Vec<usize>);
 
 /// What a peer is called: the host to resolve and the port, as they were given.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
 pub struct PeerName {
     /// Address or DNS name.
     pub host: String,
@@ -92,14 +79,8 @@ impl PeerName {
         Some(canonical(SocketAddr::new(ip, self.port)))
     }
 
-    /// Whether both say the same, though perhaps in other words: the case of a
-    /// DNS name and the dot behind it do not matter (RFC 4343, RFC 1034), nor
-    /// how an address is written.
-    pub(crate) fn is_same(&self, other: &Self) -> bool {
-        self.key() == other.key()
-    }
-
-    /// Equal if and only if [`Self::is_same`].
+    /// Equal if two names mean the same peer: the case of a DNS name and the dot at
+    /// its end do not matter (RFC 4343, RFC 1034), nor how an address is written.
     pub(crate) fn key(&self) -> (String, u16) {
         let host = match self.literal() {
             Some(address) => address.ip().to_string(),
@@ -122,56 +103,304 @@ impl fmt::Display for PeerName {
     }
 }
 
-/// A peer, and what lies behind it. Its text is `HOST:PORT[=PREFIX[,PREFIX…]]`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A peer and its prefixes.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
 pub struct PeerSpec {
     /// Where its datagrams go.
+    #[serde(rename = "endpoint", deserialize_with = "peer_name")]
     pub name: PeerName,
     /// Inner addresses that it has; none for whatever no peer's prefixes match.
+    #[serde(default, deserialize_with = "prefixes")]
     pub prefixes: Vec<IpNet>,
 }
 
-impl fmt::Display for PeerSpec {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.name.fmt(f)?;
-        for (index, prefix) in self.prefixes.iter().enumerate() {
-            let separator = if index == 0 { '=' } else { ',' };
-            write!(f, "{separator}{prefix}")?;
-        }
-        Ok(())
+/// Splits `host:port`, `[v6]:port`, or a host alone.
+fn split_port(text: &str) -> ParseResult<(&str, u16)> {
+    let (host, port) = match text.strip_prefix('[') {
+        Some(rest) => rest
+            .split_once(']')
+            .ok_or("the closing bracket is missing")?,
+        // More than one colon and no brackets: an IPv6 address.
+        None if text.matches(':').count() != 1 => (text, ""),
+        None => text.split_at(text.find(':').unwrap_or(text.len())),
+    };
+    if port.is_empty() {
+        return Ok((host, DEFAULT_PORT));
+    }
+    match port.strip_prefix(':').and_then(|port| port.parse().ok()) {
+        Some(port) if port > 0 => Ok((host, port)),
+        _ => Err(format!("{port:?} is not a UDP port: expected :1 to :65535")),
     }
 }
 
-/// Where to listen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Listen {
-    /// Address of this host, 0.0.0.0 for all of its IPv4 addresses, or :: for all
-    /// that it has.
-    pub ip: IpAddr,
-    /// UDP port.
-    pub port: u16,
+pub(crate) fn parse_peer_name(text: &str) -> ParseResult<PeerName> {
+    /// A DNS name (RFC 1035, section 2.3.4), or an IPv6 address with its zone.
+    const HOST_BYTES_MAX: usize = 255;
+    // First, so that no text of any length is quoted.
+    if text.len() > HOST_BYTES_MAX + "[]:65535".len() {
+        return Err(format!("a host has at most {HOST_BYTES_MAX} bytes"));
+    }
+    let (host, port) = split_port(text)?;
+    let is_bad = |c: char| c.is_whitespace() || c.is_control() || "/=,[]".contains(c);
+    if host.is_empty() || host.contains(is_bad) {
+        return Err("expected an address or a DNS name, and a port if it is not 8285".into());
+    }
+    let (address, zone) = host.split_once('%').unwrap_or((host, "none"));
+    let is_ipv6 = !zone.is_empty() && address.parse::<Ipv6Addr>().is_ok();
+    if host.contains([':', '%']) && !is_ipv6 {
+        return Err(format!("{host:?} is not an IPv6 address"));
+    }
+    Ok(PeerName {
+        host: host.to_string(),
+        port,
+    })
 }
 
-/// Core numbers, in the order of the workers that get them.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CoreList(pub Vec<usize>);
+/// `HOST[:PORT][=PREFIX[,PREFIX…]]`.
+pub(crate) fn parse_peer(text: &str) -> ParseResult<PeerSpec> {
+    let (name, prefixes) = match text.split_once('=') {
+        None => (text, Vec::new()),
+        Some((name, list)) => {
+            let prefixes: ParseResult<_> = list.split(',').map(parse_prefix).collect();
+            (name, prefixes?)
+        }
+    };
+    Ok(PeerSpec {
+        name: parse_peer_name(name)?,
+        prefixes,
+    })
+}
+
+/// An address of this host, and the port unless it is the default one.
+pub(super) fn parse_listen(text: &str) -> ParseResult<SocketAddr> {
+    let (host, port) = split_port(text)?;
+    let ip = host.parse::<IpAddr>();
+    let ip = ip.map_err(|_| format!("{host:?} is not an IP address of this host"))?;
+    Ok(SocketAddr::new(ip, port))
+}
+
+/// `ADDRESS/LENGTH`, or an address alone with all its bits.
+pub(crate) fn parse_prefix(text: &str) -> ParseResult<IpNet> {
+    let bad = |_| format!("{text:?}: expected ADDRESS/LENGTH, such as 10.244.2.0/24");
+    match text.parse::<IpAddr>() {
+        Ok(address) => Ok(address.into()),
+        Err(_) => text.parse().map_err(bad),
+    }
+}
+
+/// What the kernel takes as an interface name (`dev_valid_name`).
+pub(crate) fn parse_tun_name(text: &str) -> ParseResult<String> {
+    let is_bad = |c: char| c.is_whitespace() || c.is_control() || "/:%".contains(c);
+    if !(1..=15).contains(&text.len()) || text.contains(is_bad) || [".", ".."].contains(&text) {
+        return Err("expected 1 to 15 characters without /, :, % and spaces".into());
+    }
+    Ok(text.to_string())
+}
+
+/// Numbers and ranges, as in `0,2-3`.
+pub(super) fn parse_cores(text: &str) -> ParseResult<CoreList> {
+    /// Ranges of a few characters each could be repeated without end.
+    const CORES_MAX: usize = 4096;
+    let mut cores = Vec::new();
+    for part in text.split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let ends = first
+            .trim()
+            .parse::<u16>()
+            .ok()
+            .zip(last.trim().parse().ok());
+        let Some((first, last)) = ends.filter(|(first, last)| first <= last) else {
+            return Err(format!("{part:?} is not a core number or a range of them"));
+        };
+        cores.extend((first..=last).map(usize::from));
+        if cores.len() > CORES_MAX {
+            return Err(format!("the list has more than {CORES_MAX} cores"));
+        }
+    }
+    Ok(CoreList(cores))
+}
+
+pub(super) fn parse_busy_poll(text: &str) -> ParseResult<BusyPoll> {
+    const US_MAX: u64 = 1_000_000;
+    match (text, text.parse()) {
+        ("off", _) | (_, Ok(0)) => Ok(BusyPoll::Off),
+        ("auto", _) => Ok(BusyPoll::Auto),
+        (_, Ok(us @ 1..=US_MAX)) => Ok(BusyPoll::For(Duration::from_micros(us))),
+        _ => Err(format!("expected off, auto, or 1 to {US_MAX} microseconds")),
+    }
+}
+
+/// Reads a key of the configuration file as the flag's text is read.
+fn from_text<'de, D, T>(key: D, read: fn(&str) -> ParseResult<T>) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+{
+    let text = match Value::deserialize(key)? {
+        Value::String(text) => text,
+        other => other.to_string(),
+    };
+    read(&text).map_err(|why| D::Error::custom(format!("{text:?}: {why}")))
+}
+
+pub(super) fn listen<'de, D: Deserializer<'de>>(key: D) -> Result<Option<SocketAddr>, D::Error> {
+    from_text(key, parse_listen).map(Some)
+}
+
+pub(super) fn cores<'de, D: Deserializer<'de>>(key: D) -> Result<CoreList, D::Error> {
+    from_text(key, parse_cores)
+}
+
+pub(super) fn busy_poll<'de, D: Deserializer<'de>>(key: D) -> Result<BusyPoll, D::Error> {
+    from_text(key, parse_busy_poll)
+}
+
+fn peer_name<'de, D: Deserializer<'de>>(key: D) -> Result<PeerName, D::Error> {
+    from_text(key, parse_peer_name)
+}
+
+fn prefix<'de, D: Deserializer<'de>>(key: D) -> Result<IpNet, D::Error> {
+    from_text(key, parse_prefix)
+}
+
+pub(super) fn prefixes<'de, D: Deserializer<'de>>(key: D) -> Result<Vec<IpNet>, D::Error> {
+    #[derive(Deserialize)]
+    struct Prefix(#[serde(deserialize_with = "prefix")] IpNet);
+    let prefixes = Vec::<Prefix>::deserialize(key)?;
+    Ok(prefixes.into_iter().map(|Prefix(net)| net).collect())
+}
 
 #[cfg(test)]
 mod tests {
-    use super::super::parse::parse_peer_name;
+    use super::*;
+    use proptest::prelude::*;
 
     #[test]
-    fn tells_names_from_addresses() {
-        let endpoint = |text: &str| parse_peer_name(text).unwrap();
-        for name in ["vpn.example.org", "fe80::1%eth0"] {
-            assert_eq!(endpoint(name).literal(), None, "{name}");
+    fn names_are_told_from_addresses() {
+        let name = |text: &str| parse_peer_name(text).unwrap();
+        for text in ["vpn.example.org", "fe80::1%eth0"] {
+            assert_eq!(name(text).literal(), None, "{text}");
         }
         assert_eq!(
-            endpoint("::ffff:10.0.0.1").literal(),
+            name("::ffff:10.0.0.1").literal(),
             "10.0.0.1:8285".parse().ok()
         );
-        assert!(endpoint("fd00::0:1").is_same(&endpoint("[fd00::1]:8285")));
-        assert!(endpoint("VPN.example.").is_same(&endpoint("vpn.example")));
-        assert!(!endpoint("vpn.example:1").is_same(&endpoint("vpn.example:2")));
+        let key = |text: &str| name(text).key();
+        assert_eq!(key("fd00::0:1"), key("[fd00::1]:8285"));
+        assert_eq!(key("VPN.example."), key("vpn.example"));
+        assert_ne!(key("vpn.example:1"), key("vpn.example:2"));
+    }
+
+    #[test]
+    fn peers_are_read() {
+        for (text, name, prefixes) in [
+            (
+                "vpn.example.org:99=10.1.0.0/16,fd00:1::/64",
+                "vpn.example.org:99",
+                &["10.1.0.0/16", "fd00:1::/64"][..],
+            ),
+            ("10.0.0.2", "10.0.0.2:8285", &[]),
+            ("fd00::1=10.1.2.3", "[fd00::1]:8285", &["10.1.2.3/32"]),
+            ("[fe80::1%eth0]:9=::/0", "[fe80::1%eth0]:9", &["::/0"]),
+        ] {
+            let peer = parse_peer(text).unwrap();
+            assert_eq!(peer.name.to_string(), name);
+            let read: Vec<_> = peer.prefixes.iter().map(ToString::to_string).collect();
+            assert_eq!(read, prefixes);
+        }
+        for bad in [
+            "=10.1.0.0/16",
+            "a=",
+            "a=10.1.0.0/16,",
+            "a=b",
+            "a=10.1.0.0/33",
+            "a,b",
+            "[a]]",
+            "a%eth0",
+            "10.0.0.2%eth0",
+            "a:%eth0:b",
+            "[fe80::1%]",
+        ] {
+            assert!(parse_peer(bad).is_err(), "{bad:?}");
+        }
+        // What is too long is not quoted.
+        let long = "9".repeat(1 << 20);
+        for long in [long.clone(), format!("a:{long}"), format!("[a]{long}")] {
+            assert!(parse_peer_name(&long).unwrap_err().len() < 100);
+        }
+    }
+
+    #[test]
+    fn peer_names_are_read() {
+        let parse = |text: &str| parse_peer_name(text).map(|e| (e.host, e.port));
+        let ok = |host: &str, port| Ok((host.to_string(), port));
+        assert_eq!(parse("10.211.55.123:8285"), ok("10.211.55.123", 8285));
+        assert_eq!(parse("10.211.55.123"), ok("10.211.55.123", 8285));
+        assert_eq!(parse("vpn.example.org:99"), ok("vpn.example.org", 99));
+        assert_eq!(parse("fd00::1"), ok("fd00::1", 8285));
+        assert_eq!(parse("[fd00::1]:77"), ok("fd00::1", 77));
+        assert_eq!(parse("[fd00::1]"), ok("fd00::1", 8285));
+        for bad in [
+            "",
+            ":99",
+            "host:",
+            "host:0",
+            "host:70000",
+            "[fd00::1",
+            "[fd00::1]x",
+            "a b",
+            "1:2:x",
+        ] {
+            assert!(parse(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_peer_is_read_or_refused(text in "[a-z0-9.:/\\[\\],%=\\-]{0,40}") {
+            if let Ok(peer) = parse_peer(&text) {
+                let name = peer.name.to_string();
+                prop_assert_eq!(parse_peer_name(&name), Ok(peer.name));
+            }
+        }
+    }
+
+    #[test]
+    fn listen_addresses_are_read() {
+        let parse = |text: &str| parse_listen(text).map(|address| address.to_string());
+        assert_eq!(parse("10.0.0.1"), Ok("10.0.0.1:8285".into()));
+        assert_eq!(parse("[::]:9"), Ok("[::]:9".into()));
+        assert_eq!(parse("fd00::1"), Ok("[fd00::1]:8285".into()));
+        assert!(parse("localhost").is_err());
+        assert!(parse("10.0.0.1:0").is_err());
+    }
+
+    #[test]
+    fn cores_tun_names_and_prefixes_are_read() {
+        assert_eq!(parse_cores("0,2-4"), Ok(CoreList(vec![0, 2, 3, 4])));
+        for bad in ["", "a", "3-1", "0-99999", "-1"] {
+            assert!(parse_cores(bad).is_err(), "{bad:?}");
+        }
+        assert_eq!(parse_cores("0-4095").unwrap().0.len(), 4096);
+        for long in ["0-4095,0", "0-4095,0-4095", &"7,".repeat(4097)] {
+            assert!(parse_cores(long).unwrap_err().contains("more than 4096"));
+        }
+        for bad in [
+            "sixteen-letters-",
+            "a/b",
+            "",
+            "with space",
+            ".",
+            "..",
+            "a\0b",
+        ] {
+            assert!(parse_tun_name(bad).is_err(), "{bad:?}");
+        }
+        assert!(parse_tun_name("flannel99").is_ok());
+        assert!(parse_tun_name("fifteen-letters").is_ok());
+        let prefix = |text: &str| parse_prefix(text).map(|prefix| prefix.to_string());
+        assert_eq!(prefix("10.1.0.0/16"), Ok("10.1.0.0/16".into()));
+        assert_eq!(prefix("fd00::2"), Ok("fd00::2/128".into()));
+        assert!(prefix("default").is_err());
     }
 }

@@ -2,6 +2,7 @@
 
 use super::tunnel::Tunnel;
 use super::workers::Workers;
+use crate::config::Feature;
 
 /// Peers that are named one by one. More are counted.
 const PEERS_NAMED_MAX: usize = 8;
@@ -96,22 +97,19 @@ pub fn offloads(workers: &Workers) -> String {
 
 /// Names the kernel features that were wanted and are not there.
 fn lacks(tunnel: &Tunnel) {
-    let (wanted, tun, udp) = (
-        &tunnel.config.wanted,
-        tunnel.workers.tun_offloads(),
-        tunnel.workers.udp_offloads(),
-    );
+    let (tun, udp) = (tunnel.workers.tun_offloads(), tunnel.workers.udp_offloads());
+    let uses = |feature| tunnel.config.uses(feature);
     let missing = [
         (
-            wanted.uso && !tun.udp,
+            uses(Feature::Uso) && !tun.udp,
             "USO (Linux 6.2): UDP crosses the TUN packet by packet",
         ),
         (
-            wanted.udp_segment && !udp.segment,
+            uses(Feature::UdpSegment) && !udp.segment,
             "UDP_SEGMENT (Linux 4.18): one datagram per send",
         ),
         (
-            wanted.udp_gro && !udp.gro,
+            uses(Feature::UdpGro) && !udp.gro,
             "UDP_GRO (Linux 5.0): one datagram per receive",
         ),
     ];

@@ -20,7 +20,7 @@ impl ControlSocket {
     /// # Errors
     /// When it was asked for and cannot be opened.
     pub fn open(&mut self, config: &Config, listener: Option<OwnedFd>) -> Result<()> {
-        let path = &config.control;
+        let path = &config.control_path();
         let server = match listener {
             Some(listener) => Server::from_listener(listener, path),
             None => Server::start(path),
@@ -31,7 +31,7 @@ impl ControlSocket {
                 self.server = Some(server);
             }
             // Nobody asked for it, as where /run cannot be written to.
-            Err(error) if config.control_is_default => {
+            Err(error) if config.control.is_none() => {
                 tracing::warn!("no control socket: {error}");
             }
             Err(error) => return Err(error),

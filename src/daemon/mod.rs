@@ -81,7 +81,7 @@ pub fn run(config: Config) -> Result<()> {
 fn begin(config: Config) -> Result<Daemon> {
     let mut prepared = start::prepare(config)?;
     if prepared.plan.config.takeover {
-        if let Some(inherited) = handoff::ask(&prepared.plan.config.control)? {
+        if let Some(inherited) = handoff::ask(&prepared.plan.config.control_path())? {
             let (tunnel, control, is_reload_due) = handoff::take_over(prepared, inherited)?;
             let mut daemon = Daemon::new(tunnel, control);
             if is_reload_due {

@@ -54,11 +54,7 @@ fn read_again(tunnel: &mut Tunnel) -> Result<(Plan, Reloaded, Changes)> {
     let report = Reloaded {
         changed: to_changed(&changes),
         settings_changed: settings_changed((old, &in_force.link), (&new, &settings.link)),
-        needs_restart: old
-            .needs_restart(&new)
-            .into_iter()
-            .map(String::from)
-            .collect(),
+        needs_restart: old.needs_restart(&new),
     };
     let mut plan = Plan {
         config: old.with_changes_of(new),

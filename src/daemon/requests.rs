@@ -10,8 +10,7 @@ use super::reload::{reload, to_changed};
 use super::settings::check_ipv6_mtu;
 use super::tunnel::Tunnel;
 use super::{announce, reach};
-use crate::config::parse::{checked_route, parse_peer_name};
-use crate::config::{PeerName, PeerSpec};
+use crate::config::{PeerName, PeerSpec, check_prefix, parse_peer_name};
 use crate::control::credentials::Asker;
 use crate::control::protocol::{
     Answer, Found, PeerStatus, Peers, Request, RouteEntry, Routes, Status,
@@ -136,11 +135,6 @@ fn changed(
         tracing::info!("{words}, by {asker}");
     }
     Ok(Answer::Changed(to_changed(&changes)))
-}
-
-fn check_prefix(prefix: &IpNet) -> Result<()> {
-    let checked = checked_route(*prefix).map(drop);
-    checked.map_err(|error| Error::new(format!("{prefix}: {error}")))
 }
 
 /// Makes sure that the tunnel can have these prefixes.

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use super::reach;
-use crate::config::{Config, DEFAULT_PORT, Listen, PeerName};
+use crate::config::{Config, DEFAULT_PORT, PeerName};
 use crate::error::{Error, Result};
 use crate::routing::dns::{self, Lookup, Names};
 use crate::routing::overlay::{Origin, Overlay, Peer};
@@ -36,12 +36,8 @@ pub fn resolve(
     overlay.set_own_addresses(own);
     // Where there are names, sockets are for both IP versions unless it is said
     // otherwise.
-    let any = Listen {
-        ip: Ipv6Addr::UNSPECIFIED.into(),
-        port: DEFAULT_PORT,
-    };
-    let Listen { ip, port } = config.listen.unwrap_or(any);
-    let listen = SocketAddr::new(ip, port);
+    let any = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), DEFAULT_PORT);
+    let listen = config.listen.unwrap_or(any);
     set_known(&mut overlay, known, listen);
     let failed = resolve_now(&mut overlay, names, listen);
     Ok((overlay, failed))

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 
 use ipnet::IpNet;
 
-use crate::config::{Config, DEFAULT_PORT, Listen, PeerName};
+use crate::config::{Config, DEFAULT_PORT, PeerName};
 use crate::error::{Error, Result};
 use crate::host::link::{self, IPV4_MTU_BYTES_MIN, IPV6_MTU_BYTES_MIN};
 use crate::host::netlink::Netlink;
@@ -123,13 +123,14 @@ impl Settings {
 /// or are not wanted. Else IPv4 alone if no peer has another address, or may
 /// have one some day, or else dual-stack.
 fn listen_address(config: &Config, endpoints: &[SocketAddr]) -> Result<SocketAddr> {
-    let Some(Listen { ip, port }) = config.listen else {
+    let Some(listen) = config.listen else {
         let ip = match needs_dual_stack(config, endpoints) {
             true => Ipv6Addr::UNSPECIFIED.into(),
             false => Ipv4Addr::UNSPECIFIED.into(),
         };
         return Ok(SocketAddr::new(ip, DEFAULT_PORT));
     };
+    let ip = listen.ip();
     let is_dual_stack = ip == Ipv6Addr::UNSPECIFIED;
     let other_family = endpoints.iter().find(|peer| peer.is_ipv6() != ip.is_ipv6());
     if let Some(peer) = other_family.filter(|_| !is_dual_stack) {
@@ -138,7 +139,7 @@ fn listen_address(config: &Config, endpoints: &[SocketAddr]) -> Result<SocketAdd
         ))
         .hint("--listen [::] takes both"));
     }
-    Ok(SocketAddr::new(ip, port))
+    Ok(listen)
 }
 
 fn needs_dual_stack(config: &Config, endpoints: &[SocketAddr]) -> bool {

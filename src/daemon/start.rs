@@ -13,7 +13,7 @@ use super::resolve::{self, Known};
 use super::settings::Settings;
 use super::tunnel::Tunnel;
 use super::workers::Claimed;
-use crate::config::Config;
+use crate::config::{Config, Feature};
 use crate::control::client;
 use crate::error::{Error, Result};
 use crate::host::netlink::Netlink;
@@ -39,7 +39,7 @@ pub type Suspended = HashSet<SocketAddr>;
 /// What the tunnel that is to be taken over knows of its peers. If it does not
 /// say, their names are resolved as at any start.
 pub fn ask_predecessor(config: &Config) -> (Known, Suspended) {
-    let peers = match client::peers(&config.control, PREDECESSOR_WAIT_MAX) {
+    let peers = match client::peers(&config.control_path(), PREDECESSOR_WAIT_MAX) {
         Ok(peers) => peers.peers,
         Err(error) => {
             tracing::debug!("{error}");
@@ -126,7 +126,7 @@ impl Prepared {
 /// When the configuration cannot be had on this host.
 pub fn prepare(config: Config) -> Result<Prepared> {
     let mut netlink = Netlink::open()?;
-    let listen = config.listen.map(|listen| listen.ip);
+    let listen = config.listen.map(|listen| listen.ip());
     let mut names = Names::start(move |name| path::resolve_all(&name.host, name.port, listen))?;
     let (known, suspended) = match config.takeover {
         true => ask_predecessor(&config),
@@ -176,7 +176,7 @@ pub fn prepare(config: Config) -> Result<Prepared> {
 /// it is called by now.
 fn present_device(config: &Config, netlink: &mut Netlink) -> Result<Option<u32>> {
     if config.takeover {
-        match client::status(&config.control, PREDECESSOR_WAIT_MAX) {
+        match client::status(&config.control_path(), PREDECESSOR_WAIT_MAX) {
             Ok(status) => return Ok(status.tun_index),
             Err(error) => tracing::debug!("{error}"),
         }
@@ -306,12 +306,12 @@ fn claim_now(config: &Config, settings: &Settings, netlink: &mut Netlink) -> Res
     check_derived(netlink, settings, None)?;
     // Sockets first: they fail without a trace when the port is in use.
     let udp_wanted = UdpOffloads {
-        segment: config.wanted.udp_segment,
-        gro: config.wanted.udp_gro,
+        segment: config.uses(Feature::UdpSegment),
+        gro: config.uses(Feature::UdpGro),
     };
     let tun_wanted = TunOffloads {
-        tcp: config.wanted.tso,
-        udp: config.wanted.uso,
+        tcp: config.uses(Feature::Tso),
+        udp: config.uses(Feature::Uso),
     };
     let (sockets, udp) = udp::open(settings.listen, config.queues, udp_wanted)?;
     let device = tun::create(&config.tun, config.queues, tun_wanted)?;

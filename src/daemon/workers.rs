@@ -87,7 +87,7 @@ impl Workers {
                 BusyPoll::Auto => Spin::Auto,
                 BusyPoll::For(duration) => Spin::For(duration),
             },
-            cores: config.cores.clone(),
+            cores: config.cores.0.clone(),
             table,
             probes,
         };

@@ -32,7 +32,7 @@ macro_rules! on_both {
         mod on_uring {
             $(#[test]
             fn $test() {
-                match super::uring::probe() {
+                match super::uring::probe(1) {
                     Ok(()) => super::$test(super::uring_parts),
                     Err(error) => eprintln!("not tested: {error}"),
                 }
@@ -554,7 +554,7 @@ fn once_quiet_nothing_new_is_read<E: Engine>(make: impl Fn(Parts) -> E) {
 /// Only [`Engine::submit`] makes system calls for little output.
 #[test]
 fn on_a_ring_output_waits_for_submit() {
-    if let Err(error) = uring::probe() {
+    if let Err(error) = uring::probe(1) {
         eprintln!("not tested: {error}");
         return;
     }

@@ -467,7 +467,7 @@ impl Overlay {
             let is_default = spec.prefixes.is_empty();
             let other = self
                 .default_peer()
-                .filter(|other| is_default && !other.name.is_same(&spec.name));
+                .filter(|other| is_default && other.name.key() != spec.name.key());
             if let Some(other) = other {
                 return Err(two_without_prefixes(&other.name, &spec.name));
             }

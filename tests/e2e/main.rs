@@ -49,7 +49,7 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     // Shown as ignored, never left out in silence.
-    let without_uring = uring::probe().is_err().then_some("needs io_uring");
+    let without_uring = uring::probe(1).is_err().then_some("needs io_uring");
     let without_root = support::is_in_user_namespace().then_some("needs root");
     let mut trials = Vec::new();
     for test in testbed::trials() {

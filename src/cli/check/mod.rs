@@ -1,40 +1,31 @@
 //! `fastvpn check`: whether a tunnel can run on this host and how fast, what is
 //! missing, what that costs, and how to fix it.
 //!
-//! - `machine`: the kernel's version, rights and limits.
-//! - `features`: what the kernel has for a tunnel, tried with the tunnel's own code.
-//! - `peer`: the way to the other host, and what it answers.
+//! - `host`: what the kernel has for a tunnel, tried with the tunnel's own code.
+//! - `peer`: the path to the other host, and what it answers.
 //! - `place`: what exists once, and another tunnel may have; the configuration.
-//! - `report`: what all of them say, as a table and as JSON.
+//! - `item`: what all of them say, as a table and as JSON.
 //!
 //! Nothing on the host is changed: devices are made in a network namespace of
-//! their own. What the network may keep waiting runs on a thread that is given up
-//! when time is over. What NICs, queues and cores could do better is the matter
-//! of `tuning/host.sh`.
+//! their own. `tuning/host.sh` shows what NICs, queues and cores could do better.
 
-mod features;
-mod machine;
+mod host;
+mod item;
 mod peer;
 mod place;
-mod report;
 
+use std::ffi::OsStr;
 use std::io::{self, Write};
 use std::path::PathBuf;
-use std::sync::mpsc::{Receiver, channel};
-use std::thread;
-use std::time::{Duration, Instant};
 
-use self::place::Place;
-use self::report::Item;
-use crate::config::{Config, PeerName, QUEUES, TunnelArgs, default_queues, parse_peer_name};
-
-/// How long what may wait may take, all of it together.
-const TIME_MAX: Duration = Duration::from_millis(1800);
+use self::item::Item;
+use crate::config::{Config, PeerName, QUEUES, parse_peer_name};
+use crate::error::Result;
 
 /// Options of `fastvpn check`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct CheckOptions {
-    /// Also check the way to this host: address or DNS name, port 8285 unless given
+    /// Also check the path to this host: address or DNS name, port 8285 unless given
     #[arg(long, value_name = "HOST[:PORT]", value_parser = parse_peer_name)]
     pub peer: Option<PeerName>,
     /// Also check this configuration file, as a start or a reload would read it
@@ -49,72 +40,44 @@ pub struct CheckOptions {
 }
 
 /// Checks, prints, and tells whether fastvpn can run here.
-pub fn run(options: &CheckOptions) -> bool {
-    let items = check(options);
+///
+/// # Errors
+/// None that the host is to blame for.
+pub fn run(options: &CheckOptions) -> Result<bool> {
+    let items = check(options)?;
     let text = match options.json {
-        true => report::json(&items),
-        false => report::table(&items),
+        true => item::json(&items),
+        false => item::table(&items),
     };
-    // Nobody listening is no reason to fail: the status says it, too.
+    // The exit status says it, too, if nobody reads this.
     let _ = io::stdout().write_all(text.as_bytes());
-    report::can_run(&items)
+    Ok(item::can_run(&items))
 }
 
 /// All items, in the order in which they are shown.
-fn check(options: &CheckOptions) -> Vec<Item> {
-    let deadline = Instant::now() + TIME_MAX;
-    let config = options.config.as_ref().map(|path| {
-        Config::from_args(&TunnelArgs {
-            config: Some(path.clone()),
-            ..TunnelArgs::default()
-        })
-    });
-    let readable = config.as_ref().and_then(|config| config.as_ref().ok());
-    let place = Place::of(readable);
-    let queues = options.queues.or(readable.map(|config| config.queues));
-    let queues = queues.unwrap_or_else(default_queues);
-    let own = place.running.as_ref().map(|running| running.index);
-    let peer = options.peer.clone();
-    let peer = peer.map(|peer| pending(move || peer::items(&peer, own)));
-    let config = config.map(|config| pending(move || vec![place::configuration(config)]));
-
-    let mut items = machine::items(queues);
-    items.extend(features::items(queues));
-    for (pending, names) in [(peer, &peer::NAMES[..]), (config, &[place::CONFIGURATION])] {
-        let Some(pending) = pending else { continue };
-        // Should the deadline have passed, what is there still counts.
-        let left = deadline.saturating_duration_since(Instant::now());
-        let answer = pending.recv_timeout(left.max(Duration::from_millis(1)));
-        let late = || {
-            names
-                .iter()
-                .map(|name| Item::unknown(name, "no answer in time"))
-        };
-        items.extend(answer.unwrap_or_else(|_| late().collect()));
-    }
-    items.extend(place.items());
-    items
-}
-
-/// Starts what may wait. One that cannot be started never answers, and one that is
-/// given up ends with the process at the latest.
-fn pending(work: impl FnOnce() -> Vec<Item> + Send + 'static) -> Receiver<Vec<Item>> {
-    let (sender, receiver) = channel();
-    let work = move || {
-        // Who no longer waits no longer minds.
-        let _ = sender.send(work());
+fn check(options: &CheckOptions) -> Result<Vec<Item>> {
+    let flags = |path: &PathBuf| Config::from_words([OsStr::new("--config"), path.as_os_str()]);
+    let given = options.config.as_ref().map(flags);
+    let (config, configuration) = match given {
+        None => (Config::from_words([])?, None),
+        Some(Ok(config)) => (config.clone(), Some(Ok(config))),
+        Some(Err(error)) => (Config::from_words([])?, Some(Err(error))),
     };
-    let _ = thread::Builder::new().name("check".into()).spawn(work);
-    receiver
+    let running = place::running(&config);
+    let mut items = host::items(options.queues.unwrap_or(config.queues));
+    if let Some(peer) = &options.peer {
+        let own = running.as_ref().map(|running| running.index);
+        items.extend(peer::items(peer, own));
+    }
+    items.extend(configuration.map(place::configuration));
+    items.push(place::port(&config, running.as_ref()));
+    items.push(place::tun_name(&config, running.as_ref()));
+    Ok(items)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn names(options: &CheckOptions) -> Vec<&'static str> {
-        check(options).iter().map(|item| item.name).collect()
-    }
 
     #[test]
     fn names_are_stable_and_occur_once() {
@@ -124,17 +87,20 @@ mod tests {
             queues: Some(1),
             json: false,
         };
+        let names = |options: &CheckOptions| -> Vec<&'static str> {
+            let items = check(options).unwrap();
+            items.iter().map(|item| item.name).collect()
+        };
         let without_peer = names(&options);
-        options.peer = parse_peer_name("127.0.0.1").ok();
-        let with_peer = names(&options);
+        options.peer = parse_peer_name("127.0.0.1:9").ok();
+        let mut with_peer = names(&options);
         let mut unique = with_peer.clone();
         unique.sort_unstable();
         unique.dedup();
         assert_eq!(unique.len(), with_peer.len());
-        let others: Vec<_> = with_peer
-            .into_iter()
-            .filter(|name| !peer::NAMES.contains(name))
-            .collect();
-        assert_eq!(others, without_peer);
+        let of_peer = [peer::PEER, peer::PATH_MTU, peer::TUNNEL_ADDRESS];
+        assert!(of_peer.iter().all(|name| with_peer.contains(name)));
+        with_peer.retain(|name| !of_peer.contains(name));
+        assert_eq!(with_peer, without_peer);
     }
 }

@@ -1,11 +1,11 @@
 //! The other host: its address, the path to it, the tunnel that would be, and
 //! whether it answers.
 
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
-use super::report::Item;
+use super::item::Item;
 use crate::config::{DEFAULT_PORT, PeerName};
 use crate::daemon::default_mtu_bytes;
 use crate::error::Result;
@@ -17,15 +17,12 @@ use crate::packet::ip::canonical;
 use crate::packet::probe::{Kind, Probe};
 
 /// The names of the items.
-pub(super) const NAMES: [&str; 3] = [PEER, PATH_MTU, TUNNEL_ADDRESS];
-const PEER: &str = "peer";
-const PATH_MTU: &str = "path MTU";
-const TUNNEL_ADDRESS: &str = "tunnel address";
+pub(super) const PEER: &str = "peer";
+pub(super) const PATH_MTU: &str = "path MTU";
+pub(super) const TUNNEL_ADDRESS: &str = "tunnel address";
 
-/// How long to wait for the peer's answer, for the resolver and that together,
-/// and before asking again.
+/// How long to wait for the peer's answer, and before asking again.
 const ANSWER_TIME: Duration = Duration::from_millis(500);
-const TIME_MAX: Duration = Duration::from_millis(1300);
 const ASK_STEP: Duration = Duration::from_millis(100);
 
 /// What came of asking the peer.
@@ -36,83 +33,47 @@ enum Answer {
     Replied { from: SocketAddr, seen_port: u16 },
     /// Nothing receives on the port there.
     Refused,
-    /// Nobody says anything.
+    /// Nothing comes back.
     Silent,
-    /// Another process has the port that answers come to.
-    NotAsked,
 }
 
 /// Resolves the name, which may take as long as the resolver does, asks the
-/// kernel for the way, and the peer whether it answers.
+/// kernel for the path, and the peer whether it answers.
 /// `own`: the device of the tunnel that runs already.
 pub(super) fn items(peer: &PeerName, own: Option<u32>) -> Vec<Item> {
-    let started = Instant::now();
-    let address = match path::resolve(&peer.host, peer.port, None) {
-        Ok(address) => address,
+    match find(peer) {
+        Ok((address, path)) => vec![
+            answered(address, path.local, &ask(address, path.local)),
+            path_mtu(path, address.ip()),
+            tunnel_address(path.local, own),
+        ],
         Err(error) => {
-            let remedy = "check the name and this host's resolver, or give the address";
-            return without_path(nobody(error.fault(), remedy));
-        }
-    };
-    let named = match peer.literal() {
-        Some(_) => address.to_string(),
-        None => format!("{} is {address}", peer.host),
-    };
-    if !path::is_host(address) {
-        let found = format!("{address} is not the address of a host");
-        return without_path(nobody(found, "name the other host"));
-    }
-    let any = Ipv4Addr::UNSPECIFIED.into();
-    let path = Netlink::open().and_then(|mut netlink| path::discover(&mut netlink, any, address));
-    let path = match path {
-        Ok(path) => path,
-        Err(error) => {
+            let cost = "there is nobody to have a tunnel with: fastvpn does not start";
             let remedy = "check the address and this host's routes (ip route get)";
-            return without_path(nobody(error.fault(), remedy));
+            vec![Item::failed(PEER, &error, cost, remedy).missing()]
         }
-    };
-    let of_peer = if path.local == address.ip() {
-        itself(address)
-    } else {
-        let left = TIME_MAX.saturating_sub(started.elapsed());
-        let answer = ask(address, path.local, left.min(ANSWER_TIME));
-        answered(&named, address, path.local, answer)
-    };
-    let of_path = path_mtu(path, address.ip());
-    vec![of_peer, of_path, tunnel_address(derive(path.local, own))]
-}
-
-fn without_path(peer: Item) -> Vec<Item> {
-    let why = "there is no path to the peer";
-    let others = [PATH_MTU, TUNNEL_ADDRESS].map(|name| Item::unknown(name, why));
-    [peer].into_iter().chain(others).collect()
-}
-
-fn nobody(found: String, remedy: &str) -> Item {
-    let cost = "there is nobody to have a tunnel with: fastvpn does not start";
-    Item::missing(PEER, found, cost, remedy)
-}
-
-/// Two tunnels on one host, on different ports, are for those who want that.
-fn itself(address: SocketAddr) -> Item {
-    let found = format!("{address} is this host itself");
-    match address.port() {
-        DEFAULT_PORT => nobody(found, "name the other host"),
-        _ => Item::info(PEER, found + ", on another port"),
     }
 }
 
-/// A peer that there is a way to, and what it says itself.
-fn answered(named: &str, address: SocketAddr, local: IpAddr, answer: Answer) -> Item {
-    let found = |what: &str| format!("{named}, route from {local}; {what}");
-    match answer {
-        Answer::Replied { from, .. } if from != address => Item::degraded(
+fn find(peer: &PeerName) -> Result<(SocketAddr, Path)> {
+    let any = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), DEFAULT_PORT);
+    let address = path::resolve(&peer.host, peer.port, None)?;
+    let path = path::discover(&mut Netlink::open()?, any.ip(), address)?;
+    path::check_other(any, address, path.local)?;
+    Ok((address, path))
+}
+
+/// A peer that there is a path to, and what it says itself.
+fn answered(peer: SocketAddr, local: IpAddr, answer: &io::Result<Answer>) -> Item {
+    let found = |what: &str| format!("{peer}, route from {local}; {what}");
+    match *answer {
+        Ok(Answer::Replied { from, .. }) if from != peer => Item::degraded(
             PEER,
             found(&format!("it answers from {from}")),
             "a NAT rewrites the peer's port: nothing arrives there before the peer has sent something",
             "name the port that the NAT forwards to the peer (docs/nat.md)",
         ),
-        Answer::Replied { seen_port, .. } if seen_port != DEFAULT_PORT => Item::degraded(
+        Ok(Answer::Replied { seen_port, .. }) if seen_port != DEFAULT_PORT => Item::degraded(
             PEER,
             found(&format!(
                 "it answers, and sees port {DEFAULT_PORT} of this host as {seen_port}"
@@ -121,21 +82,22 @@ fn answered(named: &str, address: SocketAddr, local: IpAddr, answer: Answer) -> 
              something",
             "forward a port of the NAT to this host (docs/nat.md)",
         ),
-        Answer::Replied { .. } => Item::ok(PEER, found("it answers")),
-        Answer::Refused => Item::info(PEER, found("nothing receives on that port there yet")),
-        Answer::NotAsked => {
-            let why = format!(
-                "not asked whether it answers, as port {DEFAULT_PORT} is in use here \
-                 (`fastvpn peers` tells about a running tunnel)"
-            );
-            Item::info(PEER, found(&why))
-        }
-        Answer::Silent => Item::info(
+        Ok(Answer::Replied { .. }) => Item::ok(PEER, found("it answers")),
+        Ok(Answer::Refused) => Item::info(PEER, found("nothing receives on that port there yet")),
+        Ok(Answer::Silent) => Item::info(
             PEER,
             found(
                 "no answer: it is off, or does not have this host as a peer, or is not fastvpn, \
                  or a firewall is in between",
             ),
+        ),
+        // Mostly a running tunnel has it.
+        Err(_) => Item::info(
+            PEER,
+            found(&format!(
+                "not asked whether it answers, as port {DEFAULT_PORT} is in use here \
+                 (`fastvpn peers` tells about a running tunnel)"
+            )),
         ),
     }
 }
@@ -143,102 +105,76 @@ fn answered(named: &str, address: SocketAddr, local: IpAddr, answer: Answer) -> 
 fn path_mtu(path: Path, peer: IpAddr) -> Item {
     let tunnel = default_mtu_bytes(path, peer);
     let found = format!("{}: the TUN device gets MTU {tunnel}", path.mtu_bytes);
+    let remedy = "raise the MTU of the links on the path";
     if tunnel < IPV4_MTU_BYTES_MIN {
         let cost = "too small for any tunnel: fastvpn does not start";
-        let remedy = "raise the MTU of the links on the path";
-        return Item::missing(PATH_MTU, found, cost, remedy);
+        return Item::degraded(PATH_MTU, found, cost, remedy).missing();
     }
     if tunnel < IPV6_MTU_BYTES_MIN {
-        return Item::degraded(
-            PATH_MTU,
-            found,
-            "the tunnel carries no IPv6, which needs 1280",
-            "raise the MTU of the links on the path, or give --mtu 1280 (the kernel then fragments)",
-        );
+        let cost = "the tunnel carries no IPv6, which needs 1280";
+        let remedy = format!("{remedy}, or give --mtu 1280 (the kernel then fragments)");
+        return Item::degraded(PATH_MTU, found, cost, &remedy);
     }
     Item::ok(PATH_MTU, found)
 }
 
 /// The address that the tunnel would give itself.
-fn derive(local: IpAddr, own: Option<u32>) -> Result<String> {
-    let derived = link::derive_address(local)?;
-    link::check_free(&mut Netlink::open()?, derived, own)?;
-    Ok(derived.to_string())
-}
-
-fn tunnel_address(derived: Result<String>) -> Item {
+fn tunnel_address(local: IpAddr, own: Option<u32>) -> Item {
+    let derived = link::derive_address(local).and_then(|derived| {
+        link::check_free(&mut Netlink::open()?, derived, own)?;
+        Ok(derived)
+    });
     match derived {
         Ok(derived) => Item::ok(TUNNEL_ADDRESS, format!("{derived} by default, free")),
-        Err(error) => Item::degraded(
-            TUNNEL_ADDRESS,
-            error.fault(),
-            "fastvpn does not start without --address",
-            error.remedy().unwrap_or("give each host an --address"),
-        ),
+        Err(error) => {
+            let cost = "fastvpn does not start without --address";
+            Item::failed(TUNNEL_ADDRESS, &error, cost, "give each host an --address")
+        }
     }
 }
 
-/// Asks `peer` from the address `local`, for as long as `time`. A tunnel answers
-/// its own peers alone, and to the port at which it has them: the default one is
-/// taken for that.
-fn ask(peer: SocketAddr, local: IpAddr, time: Duration) -> Answer {
-    // A socket that is connected hears of refusals, and only of answers from
-    // where it is connected to; so there are two.
-    let listening = UdpSocket::bind((local, DEFAULT_PORT)).ok();
-    let no_answer = match listening {
-        Some(_) => Answer::Silent,
-        None => Answer::NotAsked,
-    };
-    let connected = UdpSocket::bind((local, 0)).and_then(|socket| {
-        socket.connect(peer)?;
-        socket.set_read_timeout(Some(ASK_STEP))?;
-        Ok(socket)
-    });
-    let (Ok(connected), Ok(nonce)) = (connected, random()) else {
-        return no_answer;
-    };
+/// Asks `peer` from the address `local`. A tunnel answers its own peers alone, and
+/// to the port at which it has them: the default one is taken for that.
+///
+/// # Errors
+/// When the port cannot be had.
+fn ask(peer: SocketAddr, local: IpAddr) -> io::Result<Answer> {
+    // A socket that is connected learns of refusals, and receives answers from
+    // where it is connected to only; so there are two.
+    let listening = UdpSocket::bind((local, DEFAULT_PORT))?;
+    listening.set_nonblocking(true)?;
+    let connected = UdpSocket::bind((local, 0))?;
+    connected.connect(peer)?;
+    connected.set_read_timeout(Some(ASK_STEP))?;
+    let nonce = random()?;
     let probe = |kind| Probe { kind, nonce }.to_packet(0);
-    let started = Instant::now();
-    while started.elapsed() < time {
-        if let Some(listening) = &listening {
-            let request = Kind::Request { port: DEFAULT_PORT };
-            let _ = listening.send_to(&probe(request), peer);
-        }
+    let request = Kind::Request { port: DEFAULT_PORT };
+    let deadline = Instant::now() + ANSWER_TIME;
+    while Instant::now() < deadline {
+        let _ = listening.send_to(&probe(request), peer);
         let _ = connected.send(&probe(Kind::Size));
         let refused = connected.recv(&mut [0; 64]);
         if refused.is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused) {
-            return Answer::Refused;
+            return Ok(Answer::Refused);
         }
-        if let Some(replied) = listening.as_ref().and_then(|socket| reply(socket, nonce)) {
-            return replied;
-        }
-    }
-    no_answer
-}
-
-/// The reply, if it has come.
-fn reply(socket: &UdpSocket, nonce: u64) -> Option<Answer> {
-    socket.set_nonblocking(true).ok()?;
-    let mut buffer = [0; 2048];
-    while let Ok((length, from)) = socket.recv_from(&mut buffer) {
-        match Probe::from_packet(&buffer[..length]) {
-            Some(probe) if probe.nonce == nonce => {
-                if let Kind::Reply { port: seen_port } = probe.kind {
-                    let from = canonical(from);
-                    return Some(Answer::Replied { from, seen_port });
-                }
+        let mut buffer = [0; 2048];
+        while let Ok((length, from)) = listening.recv_from(&mut buffer) {
+            if let Some(probe) = Probe::from_packet(&buffer[..length])
+                && probe.nonce == nonce
+                && let Kind::Reply { port: seen_port } = probe.kind
+            {
+                let from = canonical(from);
+                return Ok(Answer::Replied { from, seen_port });
             }
-            _ => {}
         }
     }
-    None
+    Ok(Answer::Silent)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::report::Status::{Degraded, Info, Missing, Ok as Good};
+    use super::super::item::Status::{Degraded, Info, Missing, Ok as Good};
     use super::*;
-    use crate::error::Error;
 
     #[test]
     fn the_tunnel_is_as_large_as_the_path_lets_it_be() {
@@ -252,18 +188,18 @@ mod tests {
     }
 
     #[test]
-    fn no_peer_is_said_to_be_there_that_has_not_answered() {
+    fn a_peer_is_ok_only_if_it_has_answered() {
         let (peer, local): (SocketAddr, _) = (
             "10.211.55.123:8285".parse().unwrap(),
             "10.211.55.122".parse().unwrap(),
         );
         let elsewhere = SocketAddr::new(peer.ip(), 20_000);
-        let replied = |from, seen_port| Answer::Replied { from, seen_port };
+        let replied = |from, seen_port| Ok(Answer::Replied { from, seen_port });
         for (answer, status, part) in [
             (
                 replied(peer, DEFAULT_PORT),
                 Good,
-                "x is y, route from 10.211.55.122; it answers",
+                "10.211.55.123:8285, route from 10.211.55.122; it answers",
             ),
             (
                 replied(elsewhere, DEFAULT_PORT),
@@ -271,20 +207,13 @@ mod tests {
                 "from 10.211.55.123:20000",
             ),
             (replied(peer, 20_001), Degraded, "as 20001"),
-            (Answer::Refused, Info, "nothing receives"),
-            (Answer::NotAsked, Info, "in use here"),
-            (Answer::Silent, Info, "no answer"),
+            (Ok(Answer::Refused), Info, "nothing receives"),
+            (Ok(Answer::Silent), Info, "no answer"),
+            (Err(ErrorKind::AddrInUse.into()), Info, "in use here"),
         ] {
-            let item = answered("x is y", peer, local, answer);
+            let item = answered(peer, local, &answer);
             assert_eq!(item.status, status, "{item:?}");
             assert!(item.found.contains(part), "{item:?}");
         }
-    }
-
-    #[test]
-    fn what_is_taken_has_a_way_around() {
-        let item = tunnel_address(Err(Error::new("10.244.55.122/16 overlaps")));
-        assert_eq!(item.status, Degraded);
-        assert!(item.remedy.unwrap().contains("--address"));
     }
 }

@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Config, Wanted};
+use crate::config::{Config, Feature};
 use crate::daemon::reach;
 use crate::daemon::requests::parse_name;
 use crate::daemon::settings::{Settings, check_ipv6_mtu};
@@ -64,7 +64,7 @@ pub struct RuntimePeer {
 impl Manifest {
     /// What the old process hands over.
     pub fn of(tunnel: &Tunnel) -> Self {
-        let (overlay, wanted) = (&tunnel.peers.overlay, &tunnel.config.wanted);
+        let (overlay, uses) = (&tunnel.peers.overlay, |feature| tunnel.config.uses(feature));
         let (tun, udp) = (tunnel.workers.tun_offloads(), tunnel.workers.udp_offloads());
         let mut prefixes_of: BTreeMap<_, Vec<_>> = BTreeMap::new();
         for (prefix, peer, origin) in overlay.prefixes() {
@@ -96,8 +96,8 @@ impl Manifest {
             listen: tunnel.settings.listen,
             tun_offloads: [tun.tcp, tun.udp],
             udp_offloads: [udp.segment, udp.gro],
-            tun_wanted: [wanted.tso, wanted.uso],
-            udp_wanted: [wanted.udp_segment, wanted.udp_gro],
+            tun_wanted: [Feature::Tso, Feature::Uso].map(uses),
+            udp_wanted: [Feature::UdpSegment, Feature::UdpGro].map(uses),
             is_steered: tunnel.workers.is_steered,
             addresses: tunnel.settings.link.addresses.clone(),
             runtime_peers: runtime_peers.collect(),
@@ -134,24 +134,28 @@ impl Manifest {
     /// Puts what the device and the sockets were asked for at their start in the
     /// place of what this process would ask for: that cannot change any more. Says
     /// so where it differs.
-    pub fn keep_wanted(&self, wanted: &mut Wanted) {
+    pub fn keep_wanted(&self, config: &mut Config) {
         let ([tso, uso], [segment, gro]) = (self.tun_wanted, self.udp_wanted);
-        for (feature, ours, theirs) in [
-            ("tso", &mut wanted.tso, tso),
-            ("uso", &mut wanted.uso, uso),
-            ("udp-segment", &mut wanted.udp_segment, segment),
-            ("udp-gro", &mut wanted.udp_gro, gro),
+        for (name, feature, theirs) in [
+            ("tso", Feature::Tso, tso),
+            ("uso", Feature::Uso, uso),
+            ("udp-segment", Feature::UdpSegment, segment),
+            ("udp-gro", Feature::UdpGro, gro),
         ] {
-            if *ours != theirs {
-                let (with, has) = match theirs {
-                    true => ("--without", "it"),
-                    false => ("leaving out --without", "none"),
-                };
-                tracing::warn!(
-                    "{with} {feature} takes effect at the next start: the running process has {has}"
-                );
+            if config.uses(feature) == theirs {
+                continue;
             }
-            *ours = theirs;
+            let (with, has) = match theirs {
+                true => ("--without", "it"),
+                false => ("leaving out --without", "none"),
+            };
+            tracing::warn!(
+                "{with} {name} takes effect at the next start: the running process has {has}"
+            );
+            match theirs {
+                true => config.without.retain(|without| *without != feature),
+                false => config.without.push(feature),
+            }
         }
     }
 
@@ -199,7 +203,7 @@ fn add_peer(overlay: &mut Overlay, listen: SocketAddr, peer: &RuntimePeer) -> Re
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::parse::parse_peer;
+    use crate::config::parse_peer;
 
     fn overlay(peers: &[&str]) -> Overlay {
         let mut overlay = Overlay::new(0);

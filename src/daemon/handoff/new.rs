@@ -222,7 +222,7 @@ pub fn take_over(
     } = inherited;
     let plan = &mut prepared.plan;
     manifest.check(&plan.config, &plan.settings)?;
-    manifest.keep_wanted(&mut plan.config.wanted);
+    manifest.keep_wanted(&mut plan.config);
     let mtu_bytes = plan.settings.link.mtu_bytes;
     manifest.add_to(&mut plan.overlay, mtu_bytes)?;
     prepared.resolve_now();

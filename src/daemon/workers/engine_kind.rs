@@ -21,7 +21,7 @@ impl EngineKind {
         match io {
             Io::Uring => Self::Uring,
             Io::Epoll => Self::Epoll,
-            Io::Auto => match uring::probe() {
+            Io::Auto => match uring::probe(1) {
                 Ok(()) => Self::Uring,
                 Err(error) => {
                     tracing::warn!("io_uring is not available here, using epoll: {error}");

@@ -37,7 +37,7 @@ pub struct Setup {
     /// How long to look for arrivals without sleeping.
     pub spin: Spin,
     /// Cores to pin workers to, in turn.
-    pub cores: Option<Vec<usize>>,
+    pub cores: Vec<usize>,
     /// The first forwarding table.
     pub table: Arc<Table>,
     /// Takes the probes that come.
@@ -207,11 +207,11 @@ struct Worker {
 
 impl Worker {
     fn work(self, queue: Queue, sockets: WorkerSockets, wake: Arc<EventFd>) {
-        if let Some(cores) = self.setup.cores.as_ref().filter(|cores| !cores.is_empty()) {
-            let id = cores[self.index % cores.len()];
-            if !core_affinity::set_for_current(core_affinity::CoreId { id }) {
-                tracing::warn!("cannot pin worker {} to core {id}", self.index);
-            }
+        let cores = &self.setup.cores;
+        if let Some(&id) = cores.get(self.index % cores.len().max(1))
+            && !core_affinity::set_for_current(core_affinity::CoreId { id })
+        {
+            tracing::warn!("cannot pin worker {} to core {id}", self.index);
         }
         let (limits, counters) = (self.setup.limits, Arc::clone(&self.counters));
         match self.setup.engine {
@@ -262,7 +262,7 @@ mod tests {
     #[test]
     fn workers_that_never_started_read_nothing() {
         for engine in [EngineKind::Epoll, EngineKind::Uring] {
-            if engine == EngineKind::Uring && uring::probe().is_err() {
+            if engine == EngineKind::Uring && uring::probe(1).is_err() {
                 continue;
             }
             let flags = SockFlag::SOCK_NONBLOCK;
@@ -283,7 +283,7 @@ mod tests {
                 limits: Limits::FULL,
                 engine,
                 spin: Spin::Off,
-                cores: None,
+                cores: Vec::new(),
                 table: Arc::new(Overlay::new(1).table(TunnelAddresses::default(), false)),
                 probes: bounded(1).0,
             };

@@ -468,14 +468,16 @@ impl Drop for Uring {
     }
 }
 
-/// Whether this process may use io_uring, and as much of it as a worker does.
+/// Whether this process may have so many rings at once, each as a worker has it.
 ///
 /// # Errors
 /// As [`Uring::new`].
-pub fn probe() -> Result<()> {
-    let (ring, buffers) = build()?;
-    let _ = buffers.unregister(&ring.submitter());
-    Ok(())
+pub fn probe(rings: u16) -> Result<()> {
+    let tried: Vec<_> = (0..rings).map(|_| build()).collect();
+    for (ring, buffers) in tried.iter().flatten() {
+        let _ = buffers.unregister(&ring.submitter());
+    }
+    tried.into_iter().try_for_each(|built| built.map(drop))
 }
 
 fn build() -> Result<(IoUring, BufferRing)> {

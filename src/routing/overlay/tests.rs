@@ -1,5 +1,5 @@
 use super::*;
-use crate::config::parse::parse_peer;
+use crate::config::parse_peer;
 
 fn spec(text: &str) -> PeerSpec {
     parse_peer(text).unwrap()

@@ -188,13 +188,13 @@ fn settings_are_reloaded() -> Result<()> {
     let restart = "queues = 3\nlisten = \"0.0.0.0:9000\"\nbusy-poll = \"auto\"\nverbose = 1\n\
                    log-format = \"json\"\ncores = \"0\"\nwithout = [\"uso\"]";
     let named = json!([
-        "queues",
-        "listen",
-        "cores",
         "busy-poll",
-        "without",
+        "cores",
+        "listen",
+        "log-format",
+        "queues",
         "verbose",
-        "log-format"
+        "without"
     ]);
     let state = changes(restart, json!([]), named)?;
     check(state == before, || format!("{state:?}"))?;

@@ -1,8 +1,9 @@
 //! What a check says: items, as a table for people and as JSON for programs.
 
-use std::fmt::{self, Write};
-
 use serde::Serialize;
+
+use crate::cli::table::Table;
+use crate::error::Error;
 
 /// How a thing stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -20,21 +21,6 @@ pub(super) enum Status {
     Unknown,
 }
 
-impl fmt::Display for Status {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Ok => "ok",
-            Self::Info => "info",
-            Self::Degraded => "degraded",
-            Self::Missing => "missing",
-            Self::Unknown => "unknown",
-        })
-    }
-}
-
-/// Widest status in characters: "degraded".
-const STATUS_WIDTH: usize = 8;
-
 /// One thing that was checked. The fields' names are the keys of `--json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(super) struct Item {
@@ -51,6 +37,16 @@ pub(super) struct Item {
 }
 
 impl Item {
+    fn new(name: &'static str, status: Status, found: impl Into<String>) -> Self {
+        Self {
+            name,
+            status,
+            found: found.into(),
+            cost: None,
+            remedy: None,
+        }
+    }
+
     /// A thing that is as it should be.
     pub fn ok(name: &'static str, found: impl Into<String>) -> Self {
         Self::new(name, Status::Ok, found)
@@ -61,8 +57,8 @@ impl Item {
         Self::new(name, Status::Info, found)
     }
 
-    /// A thing that was not found out; `why` follows "not probed: ".
-    pub fn unknown(name: &'static str, why: impl fmt::Display) -> Self {
+    /// A thing that was not found out.
+    pub fn unknown(name: &'static str, why: &str) -> Self {
         Self::new(name, Status::Unknown, format!("not probed: {why}"))
     }
 
@@ -80,21 +76,16 @@ impl Item {
         }
     }
 
-    /// A thing without which fastvpn does not run.
-    pub fn missing(name: &'static str, found: impl Into<String>, cost: &str, remedy: &str) -> Self {
-        Self {
-            status: Status::Missing,
-            ..Self::degraded(name, found, cost, remedy)
-        }
+    /// The same of something that has failed. `remedy`: unless the error has one.
+    pub fn failed(name: &'static str, error: &Error, cost: &str, remedy: &str) -> Self {
+        Self::degraded(name, error.fault(), cost, error.remedy().unwrap_or(remedy))
     }
 
-    fn new(name: &'static str, status: Status, found: impl Into<String>) -> Self {
+    /// The same item, if fastvpn does not run without it.
+    pub fn missing(self) -> Self {
         Self {
-            name,
-            status,
-            found: found.into(),
-            cost: None,
-            remedy: None,
+            status: Status::Missing,
+            ..self
         }
     }
 }
@@ -107,58 +98,44 @@ pub(super) fn can_run(items: &[Item]) -> bool {
 /// An array of objects, one per item, and a line end.
 pub(super) fn json(items: &[Item]) -> String {
     // Strings and options of strings always serialize.
-    let mut text = serde_json::to_string_pretty(items).unwrap_or_else(|_| "[]".into());
-    text.push('\n');
-    text
+    serde_json::to_string_pretty(items).unwrap_or_default() + "\n"
 }
 
 /// A line per item, what it costs and how to fix it below where there is
 /// something, and what it comes to at the end.
 pub(super) fn table(items: &[Item]) -> String {
-    let width = |item: &Item| item.name.chars().count();
-    let name_width = items.iter().map(width).max().unwrap_or(0);
-    let indent = STATUS_WIDTH + 2 + name_width + 2;
-    let mut text = String::new();
-    // Writing to a string cannot fail.
+    let mut table = Table::without_names();
     for item in items {
-        let Item {
-            name,
-            status,
-            found,
-            ..
-        } = item;
-        let _ = writeln!(
-            text,
-            "{status:<STATUS_WIDTH$}  {name:<name_width$}  {found}"
-        );
+        let status = format!("{:?}", item.status).to_lowercase();
+        table.push([status, item.name.into(), item.found.clone()]);
         for (label, remark) in [("cost: ", &item.cost), ("fix: ", &item.remedy)] {
             if let Some(remark) = remark {
-                let _ = writeln!(text, "{:indent$}{label}{remark}", "");
+                table.push([String::new(), String::new(), format!("{label}{remark}")]);
             }
         }
     }
-    let _ = writeln!(text, "\n{}", verdict(items));
-    text
+    format!("{}\n{}\n", table.text(), verdict(items))
 }
 
 fn verdict(items: &[Item]) -> String {
     let of = |status| {
-        let of_status = items.iter().filter(|item| item.status == status);
-        of_status.map(|item| item.name).collect::<Vec<_>>()
+        let items = items.iter().filter(|item| item.status == status);
+        items.map(|item| item.name).collect::<Vec<_>>().join(", ")
     };
     let missing = of(Status::Missing);
     if !missing.is_empty() {
-        return format!("fastvpn cannot run here: {}.", missing.join(", "));
+        return format!("fastvpn cannot run here: {missing}.");
     }
     let mut verdict = String::from("fastvpn can run here");
-    let (degraded, unknown) = (of(Status::Degraded), of(Status::Unknown));
-    if degraded.is_empty() && unknown.is_empty() {
+    let less = [
+        ("degraded", of(Status::Degraded)),
+        ("not probed", of(Status::Unknown)),
+    ];
+    if less.iter().all(|(_, names)| names.is_empty()) {
         verdict += ", with all it can use";
     }
-    for (label, names) in [("degraded", degraded), ("not probed", unknown)] {
-        if !names.is_empty() {
-            verdict += &format!("; {label}: {}", names.join(", "));
-        }
+    for (label, names) in less.iter().filter(|(_, names)| !names.is_empty()) {
+        verdict += &format!("; {label}: {names}");
     }
     verdict + "."
 }
@@ -169,8 +146,8 @@ mod tests {
 
     fn items() -> Vec<Item> {
         vec![
-            Item::ok("kernel", "Linux 6.18"),
-            Item::info("ip_forward", "0"),
+            Item::ok("CAP_NET_ADMIN", "effective"),
+            Item::info("kernel", "Linux 6.18"),
             Item::degraded("TUN USO", "refused", "UDP packet by packet", "Linux 6.2"),
             Item::unknown("UDP_GRO", "no loopback"),
         ]
@@ -179,12 +156,12 @@ mod tests {
     #[test]
     fn the_table_is_aligned() {
         let expected = "
-ok        kernel      Linux 6.18
-info      ip_forward  0
-degraded  TUN USO     refused
-                      cost: UDP packet by packet
-                      fix: Linux 6.2
-unknown   UDP_GRO     not probed: no loopback
+ok        CAP_NET_ADMIN  effective
+info      kernel         Linux 6.18
+degraded  TUN USO        refused
+                         cost: UDP packet by packet
+                         fix: Linux 6.2
+unknown   UDP_GRO        not probed: no loopback
 
 fastvpn can run here; degraded: TUN USO; not probed: UDP_GRO.
 ";
@@ -192,22 +169,18 @@ fastvpn can run here; degraded: TUN USO; not probed: UDP_GRO.
     }
 
     #[test]
-    fn what_is_missing_decides() {
+    fn a_missing_item_decides() {
         assert!(can_run(&items()));
         let mut items = items();
-        items.push(Item::missing(
-            "CAP_NET_ADMIN",
-            "no",
-            "does not start",
-            "be root",
-        ));
+        let none = Item::degraded("/dev/net/tun", "no", "does not start", "be root");
+        items.push(none.missing());
         assert!(!can_run(&items));
         let text = table(&items);
         assert!(
-            text.ends_with("\nfastvpn cannot run here: CAP_NET_ADMIN.\n"),
+            text.ends_with("\nfastvpn cannot run here: /dev/net/tun.\n"),
             "{text}"
         );
-        let good = [Item::ok("kernel", "new")];
+        let good = [Item::ok("CAP_NET_ADMIN", "effective")];
         assert!(table(&good).ends_with("with all it can use.\n"));
     }
 
@@ -228,5 +201,15 @@ fastvpn can run here; degraded: TUN USO; not probed: UDP_GRO.
         assert_eq!(parsed[0]["cost"], serde_json::Value::Null);
         assert_eq!(parsed[3]["status"], "unknown");
         assert_eq!(parsed.as_array().map(Vec::len), Some(items().len()));
+    }
+
+    #[test]
+    fn an_error_has_the_last_word_on_the_remedy() {
+        let error = Error::new("it is taken");
+        let item = Item::failed("tunnel address", &error, "no start", "give an --address");
+        assert_eq!(item.remedy.as_deref(), Some("give an --address"));
+        let item = Item::failed("tunnel address", &error.hint("wait"), "no start", "");
+        assert_eq!(item.found, "it is taken");
+        assert_eq!(item.remedy.as_deref(), Some("wait"));
     }
 }
