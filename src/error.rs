@@ -45,6 +45,13 @@ impl Error {
         self
     }
 
+    /// Says what failed in the caller's words.
+    #[must_use]
+    pub(crate) fn about(mut self, what: impl Into<String>) -> Self {
+        self.what = what.into();
+        self
+    }
+
     /// What failed and why, without what to do about it.
     pub fn fault(&self) -> String {
         match &self.cause {

@@ -21,7 +21,7 @@
 //! daemon -> control, routing, host, dataplane, config, io, wire, packet, counters, log, error
 //! control -> config, counters, error
 //! routing -> dataplane, config, wire, packet, counters, error
-//! host -> wire, packet, log, error
+//! host -> wire, packet, error
 //! dataplane -> io, wire, packet, counters, error
 //! io -> packet, counters, error
 //! wire -> packet

@@ -93,20 +93,26 @@ fn check(key: &str) -> Result<(), Failed> {
 /// That the largest packet makes the largest vnet packet: no byte of the MTU is lost.
 fn fills_the_cable(pair: &Pair, address: IpAddr) -> Result<(), Failed> {
     let mut netlink = pair.a.netlink()?;
-    let tunnel = netlink.interface_to(address)?.ok_or("no route")?;
+    let tunnel = netlink
+        .interface_to((address, 0).into())?
+        .ok_or("no route")?;
     let mtu = netlink.link_by_index(tunnel)?.ok_or("no interface")?.mtu;
     let cable = netlink.link_index(UNDERLAY_NAME)?.ok_or("no cable")?;
     let vnet_packet_bytes = u64::from(UNDERLAY_MTU_BYTES) + ETHERNET_HEADER_BYTES;
     let mut sent = Vec::new();
     for _ in 0..PINGS_MAX {
-        let before = netlink.link_stats(cable)?.tx_bytes;
+        let mut sent_bytes = || -> Result<u64, Failed> {
+            let link = netlink.link_by_index(cable)?.ok_or("no cable")?;
+            Ok(link.stats.tx_bytes)
+        };
+        let before = sent_bytes()?;
         ping(
             &pair.a,
             address,
             mtu as usize - PING_HEADER_BYTES,
             PING_TIMEOUT,
         )?;
-        sent.push(netlink.link_stats(cable)?.tx_bytes - before);
+        sent.push(sent_bytes()? - before);
         // What a tunnel says beside the packet comes on top, but not each time.
         if sent.contains(&vnet_packet_bytes) {
             return Ok(());
@@ -150,7 +156,7 @@ fn leaves_nothing(pair: &Pair, link: targets::Link) -> Result<(), Failed> {
     let deadline = Instant::now() + GONE_MAX;
     for host in [&pair.a, &pair.b] {
         loop {
-            let links = host.netlink()?.links()?;
+            let links = host.run(testbed::interfaces)?;
             if links.len() == 2 {
                 break;
             }

@@ -40,19 +40,22 @@ pub fn announce(tunnel: &Tunnel) {
         link.mtu_bytes,
         if queues == 1 { "queue" } else { "queues" },
     );
+    let prefix_counts = tunnel.peers.overlay.prefix_counts();
     for peer in tunnel.peers.overlay.peers_by_name().take(PEERS_NAMED_MAX) {
         let name = match peer.endpoint {
             Some(endpoint) => endpoint.to_string(),
             None => format!("{} (not resolved yet)", peer.name),
         };
-        match (tunnel.settings.peer_address, peer.prefix_count) {
+        let hop = tunnel.peers.overlay.find(&peer.name).map(|(hop, _)| hop);
+        let prefixes = hop.and_then(|hop| prefix_counts.get(&hop).copied());
+        match (tunnel.settings.peer_address, prefixes.unwrap_or(0)) {
             (Some(address), _) => tracing::info!("peer {name}, in the tunnel {address}"),
             (None, 0) => tracing::info!("peer {name}"),
             (None, 1) => tracing::info!("peer {name}, 1 prefix"),
             (None, count) => tracing::info!("peer {name}, {count} prefixes"),
         }
     }
-    let count = tunnel.peers.overlay.peer_count();
+    let count = tunnel.peers.overlay.peers().count();
     if count > PEERS_NAMED_MAX {
         tracing::info!("and {} more peers", count - PEERS_NAMED_MAX);
     }

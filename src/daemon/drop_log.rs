@@ -161,7 +161,7 @@ fn unknown_sender(overlay: &Overlay, sender: IpAddr) -> String {
 
 fn forbidden_source(overlay: &Overlay, (sender, source): (IpAddr, IpAddr)) -> String {
     let whose = match overlay.route_to(source) {
-        _ if overlay.own_addresses().contains(&source) => "it is an address of this host".into(),
+        _ if overlay.own.contains(&source) => "it is an address of this host".into(),
         Some((Some(prefix), peer)) => format!("{prefix} belongs to peer {}", peer.name),
         Some((None, peer)) => format!("it belongs to peer {}", peer.name),
         None => "no peer has a prefix for it".into(),

@@ -14,7 +14,7 @@ use ipnet::IpNet;
 use crate::error::{Error, Result};
 use crate::host::link;
 use crate::host::netlink::{LinkStats, Netlink};
-use crate::host::routes::{AtEnd, RouteReconciler};
+use crate::host::routes::RouteReconciler;
 use crate::io::tun;
 use crate::log::rate_limited::RateLimitedLog;
 
@@ -109,7 +109,7 @@ impl Host {
         if index.is_none() {
             log_move(name);
         }
-        let accept_local = index.is_some_and(|index| link::accept_local(&mut netlink, index));
+        let accept_local = index.is_some_and(|index| netlink.accept_local(index));
         Ok(Self {
             netlink,
             device: Device {
@@ -166,7 +166,8 @@ impl Host {
 
     /// What the device has counted.
     pub fn link_stats(&mut self) -> Option<LinkStats> {
-        self.netlink.link_stats(self.device.index?).ok()
+        let link = self.netlink.link_by_index(self.device.index?).ok()?;
+        Some(link?.stats)
     }
 
     /// Finds the device of this `queue` again. `mtu_bytes`: what it should have.
@@ -222,13 +223,13 @@ impl Host {
             Some(_) => tracing::info!("the TUN device {name} is in this network namespace again"),
         }
         // That setting has not come along.
-        self.accept_local = index.is_some_and(|index| link::accept_local(&mut self.netlink, index));
+        self.accept_local = index.is_some_and(|index| self.netlink.accept_local(index));
     }
 
     /// Whether the way to a peer leads through the tunnel itself; `None` if the
     /// kernel does not say. Logs when there is no way any more, or one again.
     pub fn is_inside(&mut self, peer: SocketAddr) -> Option<bool> {
-        let way = match self.netlink.interface_to_endpoint(peer) {
+        let way = match self.netlink.interface_to(peer) {
             Ok(way) => way,
             Err(error) => {
                 tracing::debug!("{error}");
@@ -263,25 +264,23 @@ impl Host {
         link::check_outside(&mut self.netlink, self.device.index, peer)
     }
 
-    /// Starts to keep routes and these `addresses`.
+    /// Keeps these `addresses`, and the routes that were kept until now.
     ///
     /// # Errors
-    /// When there are no netlink sockets, or no more threads.
+    /// When there are no more descriptors or threads.
     pub fn start_routes(&mut self, addresses: &[IpNet]) -> Result<()> {
-        let (addresses, sender) = (addresses.to_vec(), self.refresh.sender.clone());
-        self.routes = Some(RouteReconciler::start(
-            self.device.index,
-            addresses,
-            sender,
-        )?);
+        let (addresses, kept) = (addresses.to_vec(), self.routes_kept.clone());
+        let changes = self.refresh.sender.clone();
+        let routes = RouteReconciler::start(self.device.index, addresses, kept, changes)?;
+        self.routes = Some(routes);
+        // Nobody has reported changes meanwhile.
+        self.schedule_refresh();
         Ok(())
     }
 
-    /// Ends the reconciler of the routes; tells whether there was one.
-    pub fn stop_routes(&mut self, at_end: AtEnd) {
-        if let Some(routes) = self.routes.take() {
-            routes.stop(at_end);
-        }
+    /// Ends the reconciler of the routes, which stay.
+    pub fn stop_routes(&mut self) {
+        self.routes = None;
     }
 
     /// Whether the routes should be kept and are not, as after a lack of
@@ -298,22 +297,6 @@ impl Host {
         self.routes.as_ref().ok_or_else(|| {
             Error::new("the kernel's routes are not kept just now").hint("try again later")
         })
-    }
-
-    /// Goes on with the routes that were kept until now, for these `addresses`. IPv6
-    /// that the device's MTU has no room for any more is on its way out.
-    ///
-    /// # Errors
-    /// When the reconciler cannot be started, or the kernel refuses.
-    pub fn adopt_routes(&mut self, addresses: &[IpNet], mtu_bytes: u32) -> Result<()> {
-        self.start_routes(addresses)?;
-        let takes_v6 = mtu_bytes >= link::IPV6_MTU_BYTES_MIN;
-        let kept = self.routes_kept.iter().copied();
-        let fits = kept.filter(|net| takes_v6 || net.addr().is_ipv4());
-        let result = self.routes()?.adopt(fits.collect());
-        // Nobody has told of changes meanwhile.
-        self.schedule_refresh();
-        result
     }
 
     /// Has the kernel's routes changed, unless prefixes have only moved from peer

@@ -26,7 +26,7 @@ use crate::dataplane::inbound::ReceivedProbe;
 use crate::host::netlink::Netlink;
 use crate::log::rate_limited::RateLimitedLog;
 use crate::packet::batch::NextHop;
-use crate::routing::dns::{Lookup, Names};
+use crate::routing::dns::{Lookup, Names, SILENCE_MIN};
 use crate::routing::overlay::{Overlay, Peer};
 
 /// Peers whose paths are seen to in one poll. The others have their turn later.
@@ -114,10 +114,17 @@ impl Peers {
     /// A peer's name has an address, or still none; tells whether it has moved.
     pub fn take_answer(&mut self, answer: Lookup, listen: SocketAddr, host: &mut Host) -> bool {
         let (overlay, names) = (&mut self.overlay, &mut self.names);
-        let taken = resolve::take_answer(overlay, names, answer, |overlay, endpoint| {
+        let state = overlay
+            .find(&answer.name)
+            .and_then(|(hop, _)| self.states.get(&hop));
+        let is_silent = state
+            .and_then(|state| state.last_seen.silence(Instant::now()))
+            .is_some_and(|silence| silence >= SILENCE_MIN);
+        let check = |overlay: &Overlay, endpoint| {
             reach::check_endpoint(listen, overlay, endpoint)?;
             host.check_outside(endpoint)
-        });
+        };
+        let taken = resolve::take_answer(overlay, names, answer, is_silent, check);
         match taken {
             None => return false,
             Some((_, Err(error))) => {
@@ -162,13 +169,13 @@ impl Peers {
             let traffic = state.last_seen.poll(&peer.traffic, now);
             state.is_path_used |= traffic.sent;
             if traffic.received {
-                self.names.answered(&peer.name);
+                self.names.note_traffic(&peer.name);
             }
             if let Some(news) = traffic.news.filter(|_| self.silence_log.admits(now)) {
                 log_news(peer, news);
             }
             if let Some(silence) = state.last_seen.silence(now) {
-                self.names.silent(&peer.name, silence, now);
+                self.names.note_silence(&peer.name, silence, now);
             }
             state.ports.follow(peer, now);
             learned.extend(state.ports.poll(peer, traffic, now).map(|port| (hop, port)));
@@ -197,7 +204,7 @@ impl Peers {
     }
 
     fn next_turn(&mut self) -> Vec<NextHop> {
-        let count = self.overlay.peer_count();
+        let count = self.overlay.peers().count();
         let start = self.cursor.checked_rem(count).unwrap_or(0);
         self.cursor = start + TURN_MAX;
         let all = || self.overlay.peers().map(|(hop, _)| hop);
@@ -394,9 +401,10 @@ mod tests {
     }
 
     fn overlay() -> Overlay {
-        let mut overlay = Overlay::new(1);
+        let mut overlay = Overlay::default();
+        overlay.count_for(1);
         overlay
-            .insert_peer(&name(), true, &[], Origin::Config)
+            .add_peer(&name(), true, &[], Origin::Config)
             .unwrap();
         overlay.set_endpoint(0, "10.0.0.2:8285".parse().ok());
         overlay
@@ -408,7 +416,7 @@ mod tests {
         names.watch([name()].iter(), now);
         names.tick(now);
         asked.recv().unwrap();
-        names.heard(&name(), true, now);
+        names.note_answer(&name(), true, now);
         let (_, probes) = probe_channel();
         (Peers::new(overlay(), names, probes), asked, answers)
     }
@@ -465,7 +473,7 @@ mod tests {
         peers.replace(overlay(), now);
         peers.poll_traffic(now);
         assert_eq!(age(&peers), None);
-        peers.replace(Overlay::new(1), now);
+        peers.replace(Overlay::default(), now);
         assert!(peers.last_seen(0).is_none());
     }
 
@@ -481,7 +489,7 @@ mod tests {
             let prefix = ipnet::IpNet::from(std::net::IpAddr::V4(number.into()));
             peers
                 .overlay
-                .insert_peer(&name, false, &[prefix], Origin::Runtime)
+                .add_peer(&name, false, &[prefix], Origin::Runtime)
                 .unwrap();
         }
         let turns: Vec<_> = (0..3).map(|_| peers.next_turn()).collect();

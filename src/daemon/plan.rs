@@ -85,13 +85,12 @@ impl Plan {
     pub fn check_ways(
         &mut self,
         netlink: &mut Netlink,
-        device: Option<u32>,
         suspended: &HashSet<SocketAddr>,
     ) -> Result<SetAside> {
         let (routes, addresses) = (self.kernel_routes(), self.settings.link.addresses.clone());
-        self.set_aside(|_, _, peer| {
-            let is_suspended = suspended.contains(&peer);
-            link::check_will_be_outside(netlink, device, peer, &addresses, &routes, is_suspended)
+        self.set_aside(|_, _, peer| match suspended.contains(&peer) {
+            true => Ok(()),
+            false => link::check_will_be_outside(netlink, peer, &addresses, &routes),
         })
     }
 
@@ -136,9 +135,9 @@ pub fn check_derived(netlink: &mut Netlink, settings: &Settings, own: Option<u32
 
 /// The prefixes that the kernel should route into the tunnel.
 pub fn kernel_routes(config: &Config, overlay: &Overlay) -> BTreeSet<IpNet> {
-    let mut wanted = match config.no_routes {
+    let mut wanted: BTreeSet<IpNet> = match config.no_routes {
         true => Default::default(),
-        false => overlay.kernel_routes(),
+        false => overlay.prefixes().map(|(prefix, ..)| prefix).collect(),
     };
     wanted.extend(config.routes.iter().map(IpNet::trunc));
     wanted

@@ -93,7 +93,8 @@ pub fn answer(tunnel: &mut Tunnel, request: Request, asker: Asker) -> Result<Ans
             }
             check_new_prefixes(tunnel, &spec.prefixes)?;
             changed(tunnel, asker, |overlay| {
-                overlay.add_peer(&spec, Origin::Runtime)
+                let is_default = spec.prefixes.is_empty();
+                overlay.add_peer(&spec.name, is_default, &spec.prefixes, Origin::Runtime)
             })?
         }
         Request::PeerDel { peer } => {
@@ -140,7 +141,7 @@ fn changed(
 /// Makes sure that the tunnel can have these prefixes.
 fn check_new_prefixes(tunnel: &Tunnel, prefixes: &[IpNet]) -> Result<()> {
     prefixes.iter().try_for_each(check_prefix)?;
-    let own = tunnel.peers.overlay.own_addresses();
+    let own = &tunnel.peers.overlay.own;
     reach::check_prefixes(own, prefixes.iter().copied())?;
     check_ipv6_mtu(tunnel.settings.link.mtu_bytes, prefixes.iter().copied())
 }
@@ -178,8 +179,8 @@ fn status(tunnel: &mut Tunnel) -> Status {
             .as_ref()
             .map(|path| path.display().to_string()),
         reload_error: tunnel.reload_error.clone(),
-        peers: tunnel.peers.overlay.peer_count(),
-        prefixes: tunnel.peers.overlay.prefix_count(),
+        peers: tunnel.peers.overlay.peers().count(),
+        prefixes: tunnel.peers.overlay.prefixes().count(),
         counters: total
             .iter()
             .filter(|(name, _)| !is_drop(name))
@@ -195,7 +196,7 @@ fn status(tunnel: &mut Tunnel) -> Status {
 }
 
 fn peers(tunnel: &Tunnel) -> Peers {
-    let now = Instant::now();
+    let (now, prefix_counts) = (Instant::now(), tunnel.peers.overlay.prefix_counts());
     let status = tunnel.peers.overlay.peers_by_name().map(|peer| {
         let sum = |count: fn(&PeerCounters) -> u64| peer.traffic.iter().map(count).sum::<u64>();
         let packets_received = sum(|worker| worker.packets_received.get());
@@ -222,8 +223,10 @@ fn peers(tunnel: &Tunnel) -> Peers {
                 .count(),
             is_suspended: peer.is_suspended,
             origin: peer.origin.as_str().into(),
-            is_default: peer.is_default,
-            prefixes: peer.prefix_count,
+            is_default: tunnel.peers.overlay.is_default(peer),
+            prefixes: hop
+                .and_then(|hop| prefix_counts.get(&hop).copied())
+                .unwrap_or(0),
             path_mtu_bytes: peer.path_mtu_bytes,
             packets_sent: sum(|worker| worker.packets_sent.get()),
             bytes_sent: sum(|worker| worker.bytes_sent.get()),

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use super::reach;
-use crate::config::{Config, DEFAULT_PORT, PeerName};
+use crate::config::{Config, DEFAULT_PORT, PeerName, PeerSpec};
 use crate::error::{Error, Result};
 use crate::routing::dns::{self, Lookup, Names};
 use crate::routing::overlay::{Origin, Overlay, Peer};
@@ -29,9 +29,9 @@ pub fn resolve(
     known: &Known,
     own: BTreeSet<IpAddr>,
 ) -> Result<(Overlay, Vec<Error>)> {
-    let mut overlay = Overlay::new(0);
-    for spec in &config.peers {
-        overlay.add_peer(spec, Origin::Config)?;
+    let mut overlay = Overlay::default();
+    for PeerSpec { name, prefixes } in &config.peers {
+        overlay.add_peer(name, prefixes.is_empty(), prefixes, Origin::Config)?;
     }
     overlay.set_own_addresses(own);
     // Where there are names, sockets are for both IP versions unless it is said
@@ -78,7 +78,7 @@ pub fn resolve_now(overlay: &mut Overlay, names: &mut Names, listen: SocketAddr)
         waiting.remove(&answer.name);
         failed.retain(|(failed, _)| *failed != answer.name);
         let check = |overlay: &Overlay, peer| reach::check_endpoint(listen, overlay, peer);
-        if let Some((name, Err(error))) = take_answer(overlay, names, answer, check) {
+        if let Some((name, Err(error))) = take_answer(overlay, names, answer, false, check) {
             failed.push((name, error));
         }
     }
@@ -88,23 +88,25 @@ pub fn resolve_now(overlay: &mut Overlay, names: &mut Names, listen: SocketAddr)
 /// A peer's address before and after an answer.
 type Moved = (Option<SocketAddr>, SocketAddr);
 
-/// Gives a peer the best of the addresses in an answer that `check` lets pass.
+/// Gives a peer the best of the addresses in an answer that `check` lets pass; another
+/// one than it has, if it `is_silent` there.
 /// Addresses that cannot be the peer's are as good as none: the name is asked for
 /// again until it has another. `None`: nobody wants to know any more.
 pub fn take_answer(
     overlay: &mut Overlay,
     names: &mut Names,
     answer: Lookup,
+    is_silent: bool,
     mut check: impl FnMut(&Overlay, SocketAddr) -> Result<()>,
 ) -> Option<(PeerName, Result<Moved>)> {
     let Lookup { name, result } = answer;
     let (hop, peer) = overlay.find(&name)?;
-    let (old, is_silent) = (peer.endpoint, names.is_for_silence(&name));
+    let old = peer.endpoint;
     let result = result.and_then(|addresses| {
         let addresses = dns::in_order(addresses, old, is_silent);
         dns::first_usable(&name, addresses, |endpoint| check(overlay, endpoint))
     });
-    if !names.heard(&name, result.is_ok(), Instant::now()) {
+    if !names.note_answer(&name, result.is_ok(), Instant::now()) {
         return None;
     }
     if let Ok(endpoint) = &result {
@@ -154,11 +156,11 @@ mod tests {
 
     /// An overlay with peers of these names.
     fn overlay(hosts: &[&str]) -> Overlay {
-        let mut overlay = Overlay::new(0);
+        let mut overlay = Overlay::default();
         for (host, number) in hosts.iter().zip(0..) {
             let prefix = ipnet::IpNet::from(std::net::IpAddr::from([10, 0, 0, number]));
             overlay
-                .insert_peer(&name(host), false, &[prefix], Origin::Config)
+                .add_peer(&name(host), false, &[prefix], Origin::Config)
                 .unwrap();
         }
         overlay
@@ -265,7 +267,7 @@ mod tests {
         assert_eq!(asked.try_iter().count(), 0);
         // One that is new is.
         overlay
-            .insert_peer(&name("new"), true, &[], Origin::Runtime)
+            .add_peer(&name("new"), true, &[], Origin::Runtime)
             .unwrap();
         answers.send(answer("new", Some("10.1.0.3:8285"))).unwrap();
         assert!(resolve_now(&mut overlay, &mut names, ANY).is_empty());

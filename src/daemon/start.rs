@@ -97,14 +97,14 @@ impl Prepared {
     fn find_unusable(&mut self) -> Result<()> {
         let (netlink, device) = (&mut self.netlink, self.device);
         routes::check_free(netlink, device, &self.plan.kernel_routes())?;
-        let aside = self.plan.check_ways(netlink, device, &self.suspended)?;
+        let aside = self.plan.check_ways(netlink, &self.suspended)?;
         self.set_aside(aside);
         Ok(())
     }
 
     fn set_aside(&mut self, aside: SetAside) {
         for (name, error) in aside {
-            self.names.heard(&name, false, Instant::now());
+            self.names.note_answer(&name, false, Instant::now());
             self.unusable.push(error);
         }
     }
@@ -127,7 +127,7 @@ impl Prepared {
 pub fn prepare(config: Config) -> Result<Prepared> {
     let mut netlink = Netlink::open()?;
     let listen = config.listen.map(|listen| listen.ip());
-    let mut names = Names::start(move |name| path::resolve_all(&name.host, name.port, listen))?;
+    let mut names = Names::new(move |name| path::resolve(&name.host, name.port, listen));
     let (known, suspended) = match config.takeover {
         true => ask_predecessor(&config),
         false => Default::default(),
@@ -224,7 +224,7 @@ pub fn suspend_inside(
         .collect();
     let mut inside = Vec::new();
     for (hop, endpoint) in peers {
-        match netlink.interface_to_endpoint(endpoint) {
+        match netlink.interface_to(endpoint) {
             Ok(way) => {
                 let is_inside = way == own;
                 overlay.set_suspended(hop, is_inside);
@@ -269,7 +269,7 @@ fn open(tunnel: &mut Tunnel, control: &mut ControlSocket) -> Result<()> {
     // Packets that come the moment the link is up find their worker.
     tunnel.workers.go();
     tunnel.bring_up(&[])?;
-    tunnel.host.start_routes(&tunnel.settings.link.addresses)?;
+    tunnel.start_routes()?;
     tunnel.host.set_routes(tunnel.kernel_routes())?;
     announce::announce(tunnel);
     Ok(())

@@ -20,7 +20,6 @@ use crate::dataplane::inbound::ReceivedProbe;
 use crate::error::{Error, Result};
 use crate::host::link;
 use crate::host::netlink::Netlink;
-use crate::host::routes::AtEnd;
 use crate::io::udp;
 use crate::packet::icmp::TunnelAddresses;
 use crate::routing::dns::{Lookup, Names};
@@ -131,11 +130,11 @@ impl Tunnel {
             let has_new_addresses = old.addresses != new.addresses;
             if has_new_addresses {
                 // Their reconciler would put the old ones back.
-                self.host.stop_routes(AtEnd::Keep);
+                self.host.stop_routes();
             }
             device.change(&mut self.host.netlink, old, new)?;
             match has_new_addresses {
-                true => self.adopt_routes(),
+                true => self.start_routes(),
                 false => Ok(()),
             }
         });
@@ -143,10 +142,10 @@ impl Tunnel {
         if result.is_err() {
             (self.config, self.settings) = (config, settings);
             if let Some(device) = device {
-                self.host.stop_routes(AtEnd::Keep);
+                self.host.stop_routes();
                 device.restore(&mut self.host.netlink);
                 // Routes may have gone with an address, or with all of IPv6.
-                if let Err(error) = self.adopt_routes() {
+                if let Err(error) = self.start_routes() {
                     tracing::error!("{error}");
                 }
             }
@@ -220,7 +219,7 @@ impl Tunnel {
         self.drop_log
             .poll(self.workers.counters(), &self.peers.overlay, now);
         if self.host.lacks_routes() {
-            match self.adopt_routes() {
+            match self.start_routes() {
                 Ok(()) => tracing::info!("the kernel's routes are kept again"),
                 Err(error) => {
                     tracing::debug!("{error}");
@@ -280,20 +279,18 @@ impl Tunnel {
             }
         }
         self.publish();
-        self.host.stop_routes(AtEnd::Keep);
-        if let Err(error) = self.adopt_routes() {
+        self.host.stop_routes();
+        if let Err(error) = self.start_routes() {
             tracing::error!("{error}");
         }
     }
 
-    /// Has the kernel's routes kept again, and the addresses that the device is to
-    /// have now.
+    /// Has the kernel's routes kept, and the addresses that the device is to have now.
     ///
     /// # Errors
-    /// When the reconciler cannot be started, or cannot set the routes.
-    pub fn adopt_routes(&mut self) -> Result<()> {
-        let link = &self.settings.link;
-        self.host.adopt_routes(&link.addresses, link.mtu_bytes)
+    /// When there are no more descriptors or threads.
+    pub fn start_routes(&mut self) -> Result<()> {
+        self.host.start_routes(&self.settings.link.addresses)
     }
 
     /// Has the device's MTU, unless it was given, or set by somebody else, follow
@@ -330,7 +327,7 @@ impl Tunnel {
     /// the workers.
     pub fn leave(&mut self) {
         self.workers.count_socket_drops();
-        self.host.stop_routes(AtEnd::Keep);
+        self.host.stop_routes();
     }
 
     /// Takes the tunnel back after it was left and the workers were stopped.
@@ -339,7 +336,7 @@ impl Tunnel {
     /// When it cannot carry packets any more.
     pub fn resume(&mut self) -> Result<()> {
         self.workers.start_again()?;
-        if let Err(error) = self.adopt_routes() {
+        if let Err(error) = self.start_routes() {
             tracing::error!("{error}");
         }
         Ok(())
@@ -351,7 +348,7 @@ impl Tunnel {
         self.host.log.end();
         self.peers.end_log();
         // Their reconciler first, which would miss the device.
-        self.host.stop_routes(AtEnd::Remove);
+        self.host.stop_routes();
         self.workers.close();
     }
 }

@@ -34,7 +34,7 @@ use crate::wire::plain::Senders;
 const IPV6_MTU_BYTES_MIN: usize = 1280;
 
 /// A far end of the tunnel, as workers see it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct PeerSnapshot {
     /// Where its datagrams go; `None` while its name does not resolve, or while
     /// they would come back into the tunnel.

@@ -7,15 +7,12 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use ipnet::{IpNet, Ipv4Net};
 
 use crate::error::{Error, Result};
+use crate::host::netlink::Netlink;
 use crate::host::netlink::route::MAIN_TABLE;
-use crate::host::netlink::{Netlink, Way};
+use crate::packet::lpm;
 
 /// Smallest MTU that IPv6 works with (RFC 8200, section 5).
 pub(crate) const IPV6_MTU_BYTES_MIN: u32 = 1280;
-
-/// The table that is looked up after the main one (`RT_TABLE_DEFAULT`,
-/// linux/rtnetlink.h).
-const DEFAULT_TABLE: u32 = 253;
 
 /// Smallest MTU that IPv4 works with (RFC 791).
 pub(crate) const IPV4_MTU_BYTES_MIN: u32 = 68;
@@ -52,24 +49,28 @@ pub fn bring_up(
 }
 
 /// Those of the `new` addresses that a new process can give the device while its
-/// old process, who gave it the `old` ones, still carries the tunnel: that takes
-/// none away. The others come with [`bring_up`].
+/// old process still carries the tunnel: that takes none away. The others come with
+/// [`bring_up`].
 ///
 /// # Errors
 /// When the kernel refuses.
 pub(crate) fn addresses_to_add(
     netlink: &mut Netlink,
     index: u32,
-    old: &[IpNet],
     new: &[IpNet],
 ) -> Result<Vec<IpNet>> {
-    let present = addresses_of(netlink, index)?;
+    let present = netlink.addresses()?;
     let link = netlink.link_by_index(index)?;
     let takes_v6 = link.is_some_and(|link| link.mtu >= IPV6_MTU_BYTES_MIN);
-    let can_be_added = |address: &&IpNet| {
-        let is_v4 = address.addr().is_ipv4();
-        let is_free = !old.iter().any(|old| excludes(old, address));
-        !present.contains(address) && (is_v4 || takes_v6 && is_free)
+    let can_be_added = |address: &&IpNet| match address {
+        IpNet::V4(_) => !present.contains(&(index, **address)),
+        // An IPv6 address is there once, whatever the length of its prefix
+        // (`ipv6_add_addr` in net/ipv6/addrconf.c).
+        IpNet::V6(_) => {
+            let is_it =
+                |(owner, net): &(u32, IpNet)| *owner == index && net.addr() == address.addr();
+            takes_v6 && !present.iter().any(is_it)
+        }
     };
     Ok(new.iter().filter(can_be_added).copied().collect())
 }
@@ -79,19 +80,12 @@ pub(crate) fn addresses_to_add(
 /// # Errors
 /// Names the address that the kernel refused. The device is then as it was.
 pub(crate) fn add_addresses(netlink: &mut Netlink, index: u32, addresses: &[IpNet]) -> Result<()> {
-    for (count, &address) in addresses.iter().enumerate() {
-        if let Err(error) = netlink.add_address(index, address) {
-            remove_addresses(netlink, index, &addresses[..count]);
-            return Err(error);
-        }
+    let mut added = addresses.iter();
+    let result = added.try_for_each(|&address| netlink.add_address(index, address));
+    if result.is_err() {
+        remove_addresses(netlink, index, addresses);
     }
-    Ok(())
-}
-
-/// Whether a device cannot have both: an IPv6 address is there once, whatever the
-/// length of its prefix (`ipv6_add_addr` in net/ipv6/addrconf.c).
-fn excludes(one: &IpNet, other: &IpNet) -> bool {
-    one != other && one.addr() == other.addr() && one.addr().is_ipv6()
+    result
 }
 
 /// Takes back what [`add_addresses`] gave, as far as it is still there.
@@ -99,22 +93,6 @@ pub(crate) fn remove_addresses(netlink: &mut Netlink, index: u32, added: &[IpNet
     if let Err(error) = remove_present(netlink, index, added) {
         tracing::warn!("{error}");
     }
-}
-
-fn addresses_of(netlink: &mut Netlink, index: u32) -> Result<Vec<IpNet>> {
-    let all = netlink.addresses()?.into_iter();
-    Ok(all
-        .filter_map(|(owner, net)| (owner == index).then_some(net))
-        .collect())
-}
-
-/// Lets the device deliver what we report to senders from our own address,
-/// which the kernel else takes for a forgery; tells whether it does.
-pub(crate) fn accept_local(netlink: &mut Netlink, index: u32) -> bool {
-    netlink
-        .accept_local(index)
-        .inspect_err(|error| tracing::debug!("reports come from the address asked for: {error}"))
-        .is_ok()
 }
 
 /// Replaces the `old` addresses of a device, as far as it still has them, by the
@@ -143,35 +121,36 @@ fn replace_addresses(
     old: &[IpNet],
     new: &[IpNet],
 ) -> Result<()> {
-    let (mut in_the_way, mut gone) = (Vec::new(), Vec::new());
-    for old in old.iter().filter(|address| !new.contains(address)) {
-        match new.iter().any(|new| excludes(old, new)) {
-            true => in_the_way.push(*old),
-            false => gone.push(*old),
-        }
-    }
-    remove_present(netlink, index, &in_the_way)?;
+    // First, so that the device is never without one: its routes would go.
     add_missing(netlink, index, new)?;
+    let is_gone = |address: &&IpNet| !new.contains(address);
+    let gone: Vec<IpNet> = old.iter().filter(is_gone).copied().collect();
     remove_present(netlink, index, &gone)?;
     // In one subnet the first address is the primary one; unless
-    // promote_secondaries says otherwise (ip-sysctl), the others go with it.
+    // promote_secondaries says otherwise (ip-sysctl), the others go with it. And one
+    // of IPv6 with another prefix length was in the way.
     add_missing(netlink, index, new)
 }
 
 fn remove_present(netlink: &mut Netlink, index: u32, addresses: &[IpNet]) -> Result<()> {
-    addresses
-        .iter()
-        .try_for_each(|address| match netlink.del_address(index, *address) {
-            // Somebody has taken it away, or it went with another one.
-            Err(error) if error.errno() == Some(libc::EADDRNOTAVAIL) => Ok(()),
-            result => result,
-        })
+    addresses.iter().try_for_each(|&address| {
+        // Somebody has taken it away, or it went with another one.
+        but_for(libc::EADDRNOTAVAIL, netlink.del_address(index, address))
+    })
 }
 
 fn add_missing(netlink: &mut Netlink, index: u32, addresses: &[IpNet]) -> Result<()> {
-    let present = addresses_of(netlink, index)?;
-    let mut missing = addresses.iter().filter(|net| !present.contains(net));
-    missing.try_for_each(|&net| netlink.add_address(index, net))
+    addresses.iter().try_for_each(|&address| {
+        // In IPv6 perhaps with another prefix length.
+        but_for(libc::EEXIST, netlink.add_address(index, address))
+    })
+}
+
+fn but_for(errno: i32, result: Result<()>) -> Result<()> {
+    result.or_else(|error| match error.errno() == Some(errno) {
+        true => Ok(()),
+        false => Err(error),
+    })
 }
 
 /// Makes sure that no other interface is in the network of one of the device's
@@ -185,8 +164,7 @@ pub(crate) fn check_networks(
     own: Option<u32>,
     addresses: &[IpNet],
 ) -> Result<()> {
-    let others: Vec<_> = netlink.addresses()?;
-    let others = || others.iter().filter(|(index, _)| Some(*index) != own);
+    let others = netlink.addresses()?;
     // Without a network there is no route; and all interfaces have that of the
     // link-local ones.
     let has_network = |net: &&IpNet| match net {
@@ -195,22 +173,22 @@ pub(crate) fn check_networks(
     };
     for address in addresses.iter().filter(has_network) {
         let network = address.trunc();
-        let mut around = others().filter(|(_, other)| other.contains(&network));
-        let Some((index, other)) = around.clone().find(|(_, net)| net.trunc() == network) else {
-            if let Some((index, other)) = around.next() {
-                let link = netlink.name_for_error(*index);
-                tracing::warn!(
-                    "the address {address} takes {network} from {link}, which has {other}, into \
-                     the tunnel"
-                );
+        for (index, other) in &others {
+            if Some(*index) == own || !other.contains(&network) {
+                continue;
             }
-            continue;
-        };
-        let link = netlink.name_for_error(*index);
-        return Err(Error::new(format!(
-            "the address {address} is in the network of {link}, which has {other}"
-        ))
-        .hint("give the tunnel an --address in a network of its own"));
+            let link = netlink.name_for_error(*index);
+            if other.trunc() == network {
+                return Err(Error::new(format!(
+                    "the address {address} is in the network of {link}, which has {other}"
+                ))
+                .hint("give the tunnel an --address in a network of its own"));
+            }
+            tracing::warn!(
+                "the address {address} takes {network} from {link}, which has {other}, into the \
+                 tunnel"
+            );
+        }
     }
     Ok(())
 }
@@ -226,7 +204,7 @@ pub(crate) fn check_outside(
     own: Option<u32>,
     peer: SocketAddr,
 ) -> Result<()> {
-    if own.is_some() && netlink.interface_to_endpoint(peer)? == own {
+    if own.is_some() && netlink.interface_to(peer)? == own {
         return Err(inside(peer.ip()));
     }
     Ok(())
@@ -234,67 +212,42 @@ pub(crate) fn check_outside(
 
 fn inside(peer: IpAddr) -> Error {
     Error::new(format!(
-        "the way to peer {peer} would lead through the tunnel itself"
+        "the route to peer {peer} would lead through the tunnel itself"
     ))
     .hint("choose an --address and --route that do not cover the peer, or add a route to it first")
 }
 
-/// As [`check_outside`], before the device has these addresses and `routes`:
-/// whether a peer would be reached through it then. `is_suspended`: nothing is
-/// sent to the peer while it is, so that it may as well stay so.
+/// As [`check_outside`], before the device has these addresses and `routes`, as far as
+/// can be told: whether one of them covers the peer better than the route that leads
+/// there now.
 ///
 /// # Errors
-/// Names the peer if it would.
+/// Names the peer if it would be reached through the tunnel.
 pub(crate) fn check_will_be_outside(
     netlink: &mut Netlink,
-    own: Option<u32>,
     peer: SocketAddr,
     addresses: &[IpNet],
     routes: &BTreeSet<IpNet>,
-    is_suspended: bool,
 ) -> Result<()> {
     let address = peer.ip();
     let covering = addresses.iter().filter(|subnet| subnet.contains(&address));
     let subnet_length = covering.map(IpNet::prefix_len).max();
-    let route_length = longest_match(routes, address);
+    let mut covering = lpm::covering(address);
+    let route = covering.find(|prefix| routes.contains(prefix));
+    let route_length = route.map(|route| route.prefix_len());
     if subnet_length.is_none() && route_length.is_none() {
         return Ok(());
     }
-    if let SocketAddr::V6(peer) = peer
-        && peer.scope_id() != 0
-        && Some(peer.scope_id()) != own
-    {
-        return Ok(());
-    }
-    let is_inside = match netlink.way_to(peer)? {
-        Way::None => true,
-        Way::Dropped => false,
-        // It is already. What leads there may go with who has the tunnel now; if it
-        // stays, or something longer comes, it will be.
-        Way::Route(route) if own.is_some() && route.oif == own => {
-            let length = Some(route.destination.prefix_len());
-            !is_suspended && (route_length >= length || subnet_length >= length)
-        }
-        // A rule that comes before the main table leads elsewhere.
-        Way::Route(route) if ![MAIN_TABLE, DEFAULT_TABLE].contains(&route.table) => false,
-        // Of two as long, the kernel's for an address comes last, and ours first.
-        Way::Route(route) => {
-            let length = Some(route.destination.prefix_len());
-            route_length >= length || subnet_length > length
-        }
-    };
+    let is_inside = netlink.route_to(peer)?.is_none_or(|route| {
+        let length = Some(route.destination.prefix_len());
+        // A rule that comes before the main table leads elsewhere. Of two as long, the
+        // kernel's for an address comes last, and ours first.
+        route.table == MAIN_TABLE && (route_length >= length || subnet_length > length)
+    });
     match is_inside {
         true => Err(inside(address)),
         false => Ok(()),
     }
-}
-
-/// Length of the longest of the prefixes that `address` is in.
-fn longest_match(prefixes: &BTreeSet<IpNet>, address: IpAddr) -> Option<u8> {
-    let host = IpNet::from(address);
-    (0..=host.max_prefix_len()).rev().find(|&length| {
-        IpNet::new(address, length).is_ok_and(|prefix| prefixes.contains(&prefix.trunc()))
-    })
 }
 
 /// The tunnel address of the host with the underlay address `underlay`:
@@ -325,29 +278,25 @@ pub(crate) fn derive_address(underlay: IpAddr) -> Result<Ipv4Net> {
 /// Names the address or route that overlaps.
 pub(crate) fn check_free(netlink: &mut Netlink, derived: Ipv4Net, own: Option<u32>) -> Result<()> {
     let network = IpNet::from(derived.trunc());
-    let overlaps = |other: &IpNet| {
-        other.prefix_len() > 0 && (other.contains(&network) || network.contains(&other.trunc()))
+    let addresses = netlink.addresses()?.into_iter();
+    let routes = netlink.main_routes(&|_| true)?.into_iter();
+    let mut taken = addresses
+        .map(|(index, net)| ("address", net, Some(index)))
+        .chain(routes.map(|route| ("route", route.destination, route.oif)));
+    let clash = taken.find(|(_, other, index)| {
+        let is_own = own.is_some() && *index == own;
+        let overlaps = other.contains(&network) || network.contains(&other.trunc());
+        !is_own && overlaps && other.prefix_len() > 0
+    });
+    let Some((what, other, index)) = clash else {
+        return Ok(());
     };
-    let clash = |what: String, index: Option<u32>, netlink: &mut Netlink| {
-        let name = index.map(|index| format!(" on {}", netlink.name_for_error(index)));
-        let name = name.unwrap_or_default();
-        Err(Error::new(format!(
-            "the derived tunnel address {derived} overlaps the {what}{name}"
-        ))
-        .hint("give this host's tunnel address with --address"))
-    };
-    for (index, address) in netlink.addresses()? {
-        if Some(index) != own && overlaps(&address) {
-            return clash(format!("address {address}"), Some(index), netlink);
-        }
-    }
-    for route in netlink.routes()? {
-        let is_own = own.is_some() && route.oif == own;
-        if !is_own && overlaps(&route.destination) {
-            return clash(format!("route {}", route.destination), route.oif, netlink);
-        }
-    }
-    Ok(())
+    let name = index.map(|index| format!(" on {}", netlink.name_for_error(index)));
+    let name = name.unwrap_or_default();
+    Err(Error::new(format!(
+        "the derived tunnel address {derived} overlaps the {what} {other}{name}"
+    ))
+    .hint("give this host's tunnel address with --address"))
 }
 
 #[cfg(test)]

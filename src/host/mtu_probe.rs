@@ -1,41 +1,27 @@
 //! Asks a path itself how long its packets may be: a packet of the size in
-//! question is sent, which no router may fragment, and who has no room for it says
-//! so by ICMP.
+//! question is sent, which no router may fragment, and a router without room for it
+//! says so by ICMP.
 //!
 //! Anybody can send such ICMP. What counts here quotes the packet with its random
 //! nonce, which only those on the path have seen.
 
 use std::io::{self, IoSliceMut};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
-use std::os::fd::{AsFd, AsRawFd};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd;
 
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, setsockopt, sockopt};
-use nix::{setsockopt_impl, sockopt_impl};
+use rustix::net::sockopt::{
+    Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery, set_ip_mtu_discover, set_ipv6_mtu_discover,
+};
 
+use super::path::bind_toward;
 use crate::packet::probe::{Kind, PROBE_BYTES_MIN, Probe};
 use crate::wire::overhead_bytes;
 
 /// Error messages read at a time: more than one packet gives, fewer than a flood.
 const MESSAGES_MAX: usize = 64;
 
-sockopt_impl!(
-    /// What a socket does about path MTUs over IPv4.
-    MtuDiscover,
-    SetOnly,
-    libc::IPPROTO_IP,
-    libc::IP_MTU_DISCOVER,
-    libc::c_int
-);
-sockopt_impl!(
-    /// What a socket does about path MTUs over IPv6.
-    MtuDiscoverV6,
-    SetOnly,
-    libc::IPPROTO_IPV6,
-    libc::IPV6_MTU_DISCOVER,
-    libc::c_int
-);
-
-/// A path whose MTU is asked for.
+/// A path whose MTU is probed.
 pub struct MtuProbe {
     socket: UdpSocket,
     peer: SocketAddr,
@@ -49,21 +35,20 @@ impl MtuProbe {
     /// `nonce`: a random number that nobody can guess.
     ///
     /// # Errors
-    /// When there is no descriptor left, or no way to the peer.
+    /// When there is no descriptor left, or no route to the peer.
     pub(crate) fn open(listen: IpAddr, peer: SocketAddr, nonce: u64) -> io::Result<Self> {
-        let any: IpAddr = match peer {
-            SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-            SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-        };
-        let from = if listen.is_unspecified() { any } else { listen };
-        let socket = UdpSocket::bind((from, 0))?;
+        let socket = bind_toward(listen, peer)?;
         socket.set_nonblocking(true)?;
         // Not to be fragmented, whatever the kernel believes of the path.
         match peer {
-            SocketAddr::V4(_) => setsockopt(&socket, MtuDiscover, &libc::IP_PMTUDISC_PROBE)
-                .and_then(|()| setsockopt(&socket, sockopt::Ipv4RecvErr, &true))?,
-            SocketAddr::V6(_) => setsockopt(&socket, MtuDiscoverV6, &libc::IPV6_PMTUDISC_PROBE)
-                .and_then(|()| setsockopt(&socket, sockopt::Ipv6RecvErr, &true))?,
+            SocketAddr::V4(_) => {
+                set_ip_mtu_discover(&socket, Ipv4PathMtuDiscovery::PROBE)?;
+                setsockopt(&socket, sockopt::Ipv4RecvErr, &true)?;
+            }
+            SocketAddr::V6(_) => {
+                set_ipv6_mtu_discover(&socket, Ipv6PathMtuDiscovery::PROBE)?;
+                setsockopt(&socket, sockopt::Ipv6RecvErr, &true)?;
+            }
         }
         socket.connect(peer)?;
         Ok(Self {
@@ -89,49 +74,48 @@ impl MtuProbe {
         self.socket.send(&packet).map(drop)
     }
 
-    /// The MTU of who had no room for the last packet, if somebody has said so.
+    /// The MTU of the router that had no room for the last packet, if one has said so.
     pub(crate) fn too_long_for(&self) -> Option<u32> {
         let mut quote = [0; PROBE_BYTES_MIN];
-        let mut mtu_bytes: Option<u32> = None;
+        let mut smallest = None;
         for _ in 0..MESSAGES_MAX {
-            // The error, and the address of who has sent it.
+            // The error, and the address that it came from.
             let mut control = nix::cmsg_space!(libc::sock_extended_err, libc::sockaddr_in6);
             let mut slices = [IoSliceMut::new(&mut quote)];
             let flags = MsgFlags::MSG_ERRQUEUE | MsgFlags::MSG_DONTWAIT;
-            let fd = self.socket.as_fd().as_raw_fd();
+            let fd = self.socket.as_raw_fd();
             let Ok(message) = recvmsg::<()>(fd, &mut slices, Some(&mut control), flags) else {
                 break;
             };
-            let Ok(errors) = message.cmsgs() else {
-                continue;
-            };
-            let told = errors.filter_map(|error| match error {
-                ControlMessageOwned::Ipv4RecvErr(error, _) => {
-                    Some((libc::SO_EE_ORIGIN_ICMP, error))
-                }
-                ControlMessageOwned::Ipv6RecvErr(error, _) => {
-                    Some((libc::SO_EE_ORIGIN_ICMP6, error))
-                }
-                _ => None,
-            });
-            let told = told
-                .filter(|(icmp, error)| error.ee_origin == *icmp)
-                .filter(|(_, error)| error.ee_errno == libc::EMSGSIZE as u32)
-                // Routers older than RFC 1191 do not say how long it may be.
-                .find_map(|(_, error)| Some(error.ee_info).filter(|bytes| *bytes > 0));
+            let reported = message
+                .cmsgs()
+                .ok()
+                .and_then(|mut all| all.find_map(mtu_bytes));
             let length = message.bytes;
-            if let Some(told) = told
-                && quote[..length] == self.beginning[..]
-            {
-                mtu_bytes = Some(mtu_bytes.map_or(told, |other| other.min(told)));
+            if quote[..length] == self.beginning[..] {
+                smallest = smallest.into_iter().chain(reported).min();
             }
         }
-        mtu_bytes
+        smallest
     }
+}
+
+/// The MTU in an ICMP error that says that a packet was too long.
+fn mtu_bytes(message: ControlMessageOwned) -> Option<u32> {
+    let (ControlMessageOwned::Ipv4RecvErr(error, _) | ControlMessageOwned::Ipv6RecvErr(error, _)) =
+        message
+    else {
+        return None;
+    };
+    let origins = [libc::SO_EE_ORIGIN_ICMP, libc::SO_EE_ORIGIN_ICMP6];
+    let is_too_long = origins.contains(&error.ee_origin) && error.ee_errno == libc::EMSGSIZE as u32;
+    // Routers older than RFC 1191 do not say how long it may be.
+    Some(error.ee_info).filter(|bytes| is_too_long && *bytes > 0)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
     use std::time::{Duration, Instant};
 
     use socket2::{Domain, Protocol, Socket, Type};
@@ -160,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn only_who_has_seen_the_packet_is_believed() {
+    fn an_icmp_message_is_believed_only_if_it_quotes_the_packet() {
         let nets = ["10.1.0.1/24", "10.1.0.2/24"].map(|net| net.parse().unwrap());
         let hosts = pair(&[(nets[0], nets[1])], 1500).unwrap();
         let mut netlink = hosts.a.netlink().unwrap();
@@ -198,14 +182,14 @@ mod tests {
         tell(0, &sent.to_packet(1472));
         tell(1400, &sent.to_packet(1472)[..PROBE_BYTES_MIN]);
         let deadline = Instant::now() + Duration::from_secs(30);
-        let told = loop {
+        let mtu_bytes = loop {
             match probe.too_long_for() {
                 None if Instant::now() < deadline => std::thread::yield_now(),
-                told => break told,
+                read => break read,
             }
         };
-        assert_eq!(told, Some(1400));
-        // Having heard of it does not keep the next one from being sent.
+        assert_eq!(mtu_bytes, Some(1400));
+        // Having read of it does not keep the next one from being sent.
         probe.send(1400).unwrap();
         assert_eq!(probe.too_long_for(), None);
     }

@@ -2,6 +2,7 @@
 //! it, and the path MTU.
 
 use std::collections::BTreeSet;
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 
 use crate::error::{Error, Result};
@@ -9,9 +10,6 @@ use crate::host::netlink::Netlink;
 
 /// Path MTU that is counted on while no path is known: Ethernet's.
 pub(crate) const MTU_BYTES_DEFAULT: u32 = 1500;
-
-/// Most addresses of a peer that are looked at.
-pub(crate) const ADDRESSES_MAX: usize = 16;
 
 /// What this host's routes say about a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,28 +21,15 @@ pub struct Path {
     pub(crate) mtu_bytes: u32,
 }
 
-/// The best of [`resolve_all`]'s addresses.
-///
-/// # Errors
-/// As [`resolve_all`].
-pub(crate) fn resolve(host: &str, port: u16, listen: Option<IpAddr>) -> Result<SocketAddr> {
-    resolve_all(host, port, listen).map(|addresses| addresses[0])
-}
-
-/// Addresses of `host`, a literal or a DNS name, with `port`: one at least, at
-/// most [`ADDRESSES_MAX`], the best first. `listen`'s family is better if it is
-/// a particular address, else IPv4 is; apart from that the resolver's order
-/// stands. An address that cannot be reached from `listen` now is there only if
-/// none can.
+/// Addresses of `host`, a literal or a DNS name, with `port`: one at least, the best
+/// first. `listen`'s family is better if it is a particular address, else IPv4 is;
+/// apart from that the resolver's order stands. An address that cannot be reached from
+/// `listen` now is there only if none can.
 ///
 /// # Errors
 /// When the name does not resolve, or only to what is not the address of a host:
 /// 0.0.0.0 is how some name servers block a name, and would lead to this host.
-pub(crate) fn resolve_all(
-    host: &str,
-    port: u16,
-    listen: Option<IpAddr>,
-) -> Result<Vec<SocketAddr>> {
+pub(crate) fn resolve(host: &str, port: u16, listen: Option<IpAddr>) -> Result<Vec<SocketAddr>> {
     let resolved: Vec<SocketAddr> = (host, port)
         .to_socket_addrs()
         .map_err(|error| {
@@ -70,7 +55,7 @@ fn is_reached(listen: Option<IpAddr>, peer: SocketAddr) -> bool {
     is_of_family && local_address(listen, peer).is_ok()
 }
 
-/// What [`resolve_all`] makes of the resolver's answer.
+/// What [`resolve`] makes of the resolver's answer.
 fn usable(
     resolved: &[SocketAddr],
     is_reached: impl Fn(&SocketAddr) -> bool,
@@ -80,22 +65,12 @@ fn usable(
     let mut addresses: Vec<SocketAddr> = resolved
         .iter()
         .map(|&address| crate::packet::ip::canonical(address))
-        .filter(|&address| is_host(address))
-        .filter(|&address| seen.insert(address))
+        .filter(|&address| is_host(address) && seen.insert(address))
         .collect();
     if addresses.iter().any(&is_reached) {
         addresses.retain(is_reached);
     }
-    let is_other_family = |address: &SocketAddr| address.is_ipv6() != wanted_v6;
-    addresses.sort_by_key(is_other_family);
-    if addresses.len() > ADDRESSES_MAX {
-        // The same ones whatever the name server begins with: the address in
-        // use must not come and go.
-        let mut kept = addresses.clone();
-        kept.sort_by_key(|address| (is_other_family(address), *address));
-        kept.truncate(ADDRESSES_MAX);
-        addresses.retain(|address| kept.contains(address));
-    }
+    addresses.sort_by_key(|address| address.is_ipv6() != wanted_v6);
     addresses
 }
 
@@ -125,30 +100,37 @@ pub(crate) fn discover(netlink: &mut Netlink, listen: IpAddr, peer: SocketAddr) 
 /// When there is no route to the peer, or `listen` is not an address of this
 /// host.
 pub(crate) fn local_address(listen: IpAddr, peer: SocketAddr) -> Result<IpAddr> {
+    let socket = bind_toward(listen, peer).map_err(|error| {
+        Error::os(format!("cannot use the listen address {listen}"), error)
+            .hint("--listen takes an address of this host")
+    })?;
+    let connected = socket.connect(peer).and_then(|()| socket.local_addr());
+    let local = connected.map_err(|error| {
+        let (from, hint) = match listen.is_unspecified() {
+            true => (String::new(), "check the address and this host's routes"),
+            false => (
+                format!(" from the listen address {listen}"),
+                "check this host's routes; --listen takes the address of an interface toward the \
+                 peers, or 0.0.0.0",
+            ),
+        };
+        Error::os(format!("cannot reach peer {peer}{from}"), error).hint(hint)
+    })?;
+    Ok(local.ip())
+}
+
+/// A socket to send to `peer`, from a port that nobody knows, as sockets on `listen`
+/// would.
+///
+/// # Errors
+/// When there is no descriptor left, or `listen` is not an address of this host.
+pub(crate) fn bind_toward(listen: IpAddr, peer: SocketAddr) -> io::Result<UdpSocket> {
     let any: IpAddr = match peer {
         SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
         SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
     };
     let from = if listen.is_unspecified() { any } else { listen };
-    let socket = UdpSocket::bind((from, 0)).map_err(|error| {
-        Error::os(format!("cannot use the listen address {from}"), error)
-            .hint("--listen takes an address of this host")
-    })?;
-    let unreachable = |error| {
-        Error::os(format!("cannot reach peer {peer}"), error)
-            .hint("check the address and this host's routes")
-    };
-    socket.connect(peer).map_err(|error| {
-        if listen.is_unspecified() || local_address(any, peer).is_err() {
-            return unreachable(error);
-        }
-        Error::os(
-            format!("cannot reach peer {peer} from the listen address {listen}"),
-            error,
-        )
-        .hint("--listen takes the address of an interface toward the peers, or 0.0.0.0")
-    })?;
-    Ok(socket.local_addr().map_err(unreachable)?.ip())
+    UdpSocket::bind((from, 0))
 }
 
 /// That `peer`, which sockets on `listen` reach from the address `local`, is not
@@ -180,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_host_is_no_answer() {
+    fn what_is_not_a_hosts_address_is_not_an_answer() {
         for host in ["0.0.0.0", "::", "224.0.0.1", "ff02::1"] {
             let text = resolve(host, 1, None).unwrap_err().to_string();
             assert!(text.contains(host), "{text}");
@@ -189,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn the_best_addresses_come_first_and_the_rest_is_bounded() {
+    fn the_best_addresses_come_first() {
         let parse = |texts: &[&str]| -> Vec<SocketAddr> {
             texts.iter().map(|text| text.parse().unwrap()).collect()
         };
@@ -204,19 +186,9 @@ mod tests {
         let v4_first = parse(&["10.0.0.2:1", "10.0.0.1:1", "[fd00::1]:1"]);
         assert_eq!(usable(&resolved, all, false), v4_first);
         assert_eq!(usable(&resolved, all, true)[0], resolved[0]);
-        // Who cannot be reached is no choice, unless there is no other.
+        // One that cannot be reached is left out, unless none can.
         assert_eq!(usable(&resolved, SocketAddr::is_ipv6, false), [resolved[0]]);
         assert_eq!(usable(&resolved, |_| false, false), v4_first);
-        // Of too many, the same ones are kept in whatever order they come.
-        let mut many: Vec<SocketAddr> = (1..=40u8).map(|n| ([10, 0, 0, n], 1).into()).collect();
-        for _ in 0..many.len() {
-            let mut kept = usable(&many, all, false);
-            kept.sort();
-            assert_eq!(kept.len(), ADDRESSES_MAX);
-            assert_eq!(kept[0], "10.0.0.1:1".parse().unwrap());
-            assert_eq!(kept[ADDRESSES_MAX - 1], "10.0.0.16:1".parse().unwrap());
-            many.rotate_left(1);
-        }
     }
 
     #[test]

@@ -5,13 +5,15 @@ use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 
 use nix::sys::socket::{setsockopt, sockopt as nix_sockopt};
+use rustix::net::sockopt::{
+    Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery, set_ip_mtu_discover, set_ipv6_mtu_discover,
+};
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
 
 pub mod reuseport;
 pub(crate) mod sockopt;
 
 pub use self::sockopt::drops;
-use self::sockopt::{MtuDiscover, MtuDiscoverV6};
 
 use crate::error::{Error, Result};
 
@@ -129,9 +131,9 @@ pub fn open(
 pub fn ignore_path_mtus(sockets: &[WorkerSockets]) -> Result<()> {
     let ignore = |socket: &Socket| -> io::Result<()> {
         // On a dual-stack socket either is about its own family alone.
-        setsockopt(socket, MtuDiscover, &libc::IP_PMTUDISC_OMIT)?;
+        set_ip_mtu_discover(socket, Ipv4PathMtuDiscovery::OMIT)?;
         if socket.domain()? == Domain::IPV6 {
-            setsockopt(socket, MtuDiscoverV6, &libc::IPV6_PMTUDISC_OMIT)?;
+            set_ipv6_mtu_discover(socket, Ipv6PathMtuDiscovery::OMIT)?;
         }
         Ok(())
     };

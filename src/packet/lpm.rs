@@ -103,6 +103,12 @@ impl Prefixes {
     }
 }
 
+/// The prefixes that an address is in, the longest first.
+pub(crate) fn covering(address: IpAddr) -> impl Iterator<Item = IpNet> {
+    let lengths = (0..=IpNet::from(address).max_prefix_len()).rev();
+    lengths.filter_map(move |length| Some(IpNet::new(address, length).ok()?.trunc()))
+}
+
 /// An address as a number in host byte order.
 trait Address: Copy + Ord {
     /// The first bits, as many as fit a register.

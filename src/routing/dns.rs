@@ -1,5 +1,5 @@
 //! Peers' names, resolved on threads of their own: a name server that is slow
-//! or silent holds up nobody else.
+//! or silent holds up no other work.
 //!
 //! A name that does not resolve is tried again with growing pauses. A name that
 //! has is asked for again when its peer is silent although we send to it, as
@@ -10,25 +10,24 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+#[cfg(test)]
+use crossbeam_channel::Sender;
+use crossbeam_channel::{Receiver, unbounded};
 
 use crate::config::PeerName;
 use crate::error::{Error, Result};
 
-/// Names that can be asked for at the same time.
-const THREADS: usize = 8;
+/// Names that are asked for at the same time, each by a thread. The others wait for
+/// the next tick.
+const ASKED_MAX: usize = 8;
 
-/// Names that can wait for a thread. More wait for the next tick.
-const JOBS_MAX: usize = 64;
-
-/// Pauses between attempts at a name that does not resolve.
-const RETRY_MIN: Duration = Duration::from_secs(1);
-const RETRY_MAX: Duration = Duration::from_secs(60);
+/// Pauses between questions about a name: they grow while these change nothing.
+const PAUSE_MIN: Duration = Duration::from_secs(1);
+const PAUSE_MAX: Duration = Duration::from_secs(60);
 
 /// How long a peer that we send to may be silent before its name is asked for
-/// again, and the longest pause that this grows to while asking changes nothing.
-const SILENCE_MIN: Duration = Duration::from_secs(10);
-const SILENCE_MAX: Duration = Duration::from_secs(300);
+/// again, and how long the answer has to change that.
+pub(crate) const SILENCE_MIN: Duration = Duration::from_secs(10);
 
 /// What has become of asking for a name.
 #[derive(Debug)]
@@ -87,7 +86,8 @@ pub(crate) fn cannot_use(name: &PeerName, reason: &Error) -> Error {
 
 /// The names that are to be resolved again.
 pub struct Names {
-    jobs: Sender<PeerName>,
+    /// Has a name resolved elsewhere; `false` if that cannot be done now.
+    ask: Box<dyn Fn(PeerName) -> bool + Send>,
     answers: Receiver<Lookup>,
     watched: HashMap<PeerName, Watched>,
 }
@@ -95,74 +95,59 @@ pub struct Names {
 /// A name's state.
 #[derive(Debug)]
 struct Watched {
-    /// With a thread, or waiting for one.
+    /// An answer is under way.
     is_asked: bool,
+    asked_at: Instant,
     /// When to ask next; `None` while the answer is good.
     next_at: Option<Instant>,
-    /// When it was last asked for.
-    asked_at: Option<Instant>,
-    retry: Duration,
-    /// How long its peer has to be silent, and the last question to be past,
-    /// for another one.
-    silence: Duration,
-    /// It is asked for because its peer is silent.
-    is_silent: bool,
-    is_resolved: bool,
+    pause: Duration,
+}
+
+impl Watched {
+    fn ask_again(&mut self, at: Instant) {
+        self.next_at = Some(at);
+        self.pause = (self.pause * 2).min(PAUSE_MAX);
+    }
 }
 
 impl Names {
-    /// Starts the threads, which call `resolve`: it may take its time.
-    ///
-    /// # Errors
-    /// When there are no more threads.
-    pub(crate) fn start(
+    /// Names that `resolve` resolves: it may take its time.
+    pub(crate) fn new(
         resolve: impl Fn(&PeerName) -> Result<Vec<SocketAddr>> + Send + Sync + 'static,
-    ) -> Result<Self> {
+    ) -> Self {
         let resolve = Arc::new(resolve);
-        let (jobs, waiting) = bounded::<PeerName>(JOBS_MAX);
-        let (answer, answers) = bounded(JOBS_MAX + THREADS);
-        for _ in 0..THREADS {
-            let (waiting, answer) = (waiting.clone(), answer.clone());
-            let resolve = Arc::clone(&resolve);
-            std::thread::Builder::new()
-                .name("names".into())
-                .spawn(move || {
-                    // Ends with the channel; one that waits for a name server
-                    // then ends with the process.
-                    for name in waiting {
-                        let result = resolve(&name);
-                        if answer.send(Lookup { name, result }).is_err() {
-                            return;
-                        }
-                    }
-                })
-                .map_err(|error| Error::os("cannot start a thread for names", error))?;
-        }
-        Ok(Self {
-            jobs,
+        let (answer, answers) = unbounded();
+        let ask = move |name: PeerName| {
+            let (resolve, answer) = (Arc::clone(&resolve), answer.clone());
+            let work = move || {
+                let result = resolve(&name);
+                let _ = answer.send(Lookup { name, result });
+            };
+            let thread = std::thread::Builder::new().name("names".into());
+            thread.spawn(work).is_ok()
+        };
+        Self {
+            ask: Box::new(ask),
             answers,
             watched: HashMap::new(),
-        })
+        }
     }
 
-    /// Where answers come in. What came of each goes to [`Self::heard`].
+    /// Where answers come in. What came of each goes to [`Self::note_answer`].
     pub(crate) fn answers(&self) -> &Receiver<Lookup> {
         &self.answers
     }
 
-    /// Looks after these names and no others. New ones are asked for at the
+    /// Resolves these names and no others from now on. New ones are asked for at the
     /// next [`Self::tick`].
     pub(crate) fn watch<'a>(&mut self, names: impl Iterator<Item = &'a PeerName>, now: Instant) {
         let mut old = std::mem::take(&mut self.watched);
         for name in names {
             let watched = old.remove(name).unwrap_or(Watched {
                 is_asked: false,
+                asked_at: now,
                 next_at: Some(now),
-                asked_at: None,
-                retry: RETRY_MIN,
-                silence: SILENCE_MIN,
-                is_silent: false,
-                is_resolved: false,
+                pause: PAUSE_MIN,
             });
             self.watched.insert(name.clone(), watched);
         }
@@ -172,20 +157,22 @@ impl Names {
     pub(crate) fn ask_all(&mut self, now: Instant) {
         for watched in self.watched.values_mut() {
             watched.next_at = Some(now);
-            watched.retry = RETRY_MIN;
-            watched.silence = SILENCE_MIN;
-            watched.is_silent = false;
+            watched.pause = PAUSE_MIN;
         }
         self.tick(now);
     }
 
     /// Asks for the names whose time has come.
     pub(crate) fn tick(&mut self, now: Instant) {
-        for (name, watched) in &mut self.watched {
-            let is_due = watched.next_at.is_some_and(|at| at <= now);
-            if is_due && !watched.is_asked && self.jobs.try_send(name.clone()).is_ok() {
+        let is_due = |watched: &Watched| watched.next_at.is_some_and(|at| at <= now);
+        let asked = self.watched.values().filter(|watched| watched.is_asked);
+        let room = ASKED_MAX.saturating_sub(asked.count());
+        let due = self.watched.iter_mut();
+        let due = due.filter(|(_, watched)| is_due(watched) && !watched.is_asked);
+        for (name, watched) in due.take(room) {
+            if (self.ask)(name.clone()) {
                 watched.is_asked = true;
-                watched.asked_at = Some(now);
+                watched.asked_at = now;
                 watched.next_at = None;
             }
         }
@@ -201,54 +188,33 @@ impl Names {
 
     /// The peer of this name has been silent for `silence`, although we send
     /// to it.
-    pub(crate) fn silent(&mut self, name: &PeerName, silence: Duration, now: Instant) {
+    pub(crate) fn note_silence(&mut self, name: &PeerName, silence: Duration, now: Instant) {
         if let Some(watched) = self.watched.get_mut(name)
-            && watched.is_resolved
+            && silence >= SILENCE_MIN
             && !watched.is_asked
             && watched.next_at.is_none()
+            && now >= watched.asked_at + watched.pause.max(SILENCE_MIN)
         {
-            // The silence alone would say so for ever once it is long.
-            let unasked = watched
-                .asked_at
-                .map_or(silence, |at| now.saturating_duration_since(at));
-            if silence.min(unasked) >= watched.silence {
-                watched.next_at = Some(now);
-                watched.is_silent = true;
-                watched.silence = silence.clamp(SILENCE_MIN, SILENCE_MAX);
-            }
+            watched.ask_again(now);
         }
     }
 
-    /// The peer of this name answers.
-    pub(crate) fn answered(&mut self, name: &PeerName) {
+    /// Packets come from the peer of this name.
+    pub(crate) fn note_traffic(&mut self, name: &PeerName) {
         if let Some(watched) = self.watched.get_mut(name) {
-            watched.silence = SILENCE_MIN;
-            watched.is_silent = false;
+            watched.pause = PAUSE_MIN;
         }
-    }
-
-    /// Whether the name is asked for because its peer is silent, until the
-    /// answer has been [`Self::heard`].
-    pub(crate) fn is_for_silence(&self, name: &PeerName) -> bool {
-        self.watched
-            .get(name)
-            .is_some_and(|watched| watched.is_silent)
     }
 
     /// Takes note of an answer. The name is asked for again later if there was
-    /// no address that is good. `false`: nobody wants to know any more.
-    pub(crate) fn heard(&mut self, name: &PeerName, is_good: bool, now: Instant) -> bool {
+    /// no address that is good. `false`: the name is not watched any more.
+    pub(crate) fn note_answer(&mut self, name: &PeerName, is_good: bool, now: Instant) -> bool {
         let Some(watched) = self.watched.get_mut(name) else {
             return false;
         };
         watched.is_asked = false;
-        if is_good {
-            watched.retry = RETRY_MIN;
-            watched.is_resolved = true;
-            watched.is_silent = false;
-        } else {
-            watched.next_at = Some(now + watched.retry);
-            watched.retry = (watched.retry * 2).min(RETRY_MAX);
+        if !is_good {
+            watched.ask_again(now + watched.pause);
         }
         true
     }
@@ -259,10 +225,10 @@ impl Names {
     /// Names whose threads are the caller: what is asked for, and where the
     /// answers go.
     pub(crate) fn without_threads() -> (Self, Receiver<PeerName>, Sender<Lookup>) {
-        let (jobs, asked) = bounded(JOBS_MAX);
-        let (answer, answers) = bounded(JOBS_MAX);
+        let (question, asked) = unbounded();
+        let (answer, answers) = unbounded();
         let names = Self {
-            jobs,
+            ask: Box::new(move |name| question.send(name).is_ok()),
             answers,
             watched: HashMap::new(),
         };
@@ -282,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_resolve_is_asked_for_with_growing_pauses() {
+    fn a_name_that_does_not_resolve_is_asked_for_with_growing_pauses() {
         let (mut names, asked, _) = Names::without_threads();
         let start = Instant::now();
         names.watch([name("a")].iter(), start);
@@ -292,7 +258,7 @@ mod tests {
             let from = now;
             loop {
                 names.tick(now);
-                // Once only, however often it is looked at.
+                // Once only.
                 names.tick(now);
                 if asked.try_recv().is_ok() {
                     break;
@@ -301,81 +267,43 @@ mod tests {
             }
             assert!(asked.is_empty());
             pauses.push((now - from).as_secs());
-            assert!(names.heard(&name("a"), false, now));
+            assert!(names.note_answer(&name("a"), false, now));
         }
         assert_eq!(pauses, [0, 1, 2, 4, 8, 16, 32, 60, 60]);
         // It resolves at last: no more questions.
         now += Duration::from_secs(60);
         names.tick(now);
         assert_eq!(asked.try_recv(), Ok(name("a")));
-        names.heard(&name("a"), true, now);
+        names.note_answer(&name("a"), true, now);
         names.tick(now + Duration::from_secs(3600));
         assert!(asked.is_empty());
     }
 
     #[test]
-    fn a_silent_peers_name_is_asked_for_again_but_not_all_the_time() {
+    fn a_silent_peers_name_is_asked_for_with_growing_pauses() {
         let (mut names, asked, _) = Names::without_threads();
         let start = Instant::now();
         names.watch([name("a")].iter(), start);
         names.tick(start);
         assert_eq!(asked.try_recv(), Ok(name("a")));
         let mut asked_at = Vec::new();
-        names.heard(&name("a"), true, start);
-        for second in 1..=2000 {
+        names.note_answer(&name("a"), true, start);
+        for second in 1..=300 {
             let silence = Duration::from_secs(second);
             let now = start + silence;
-            names.silent(&name("a"), silence, now);
+            names.note_silence(&name("a"), silence, now);
             names.tick(now);
             if asked.try_recv().is_ok() {
                 asked_at.push(second);
-                names.heard(&name("a"), true, now);
+                names.note_answer(&name("a"), true, now);
             }
         }
-        let expected = [10, 20, 40, 80, 160, 320, 620, 920, 1220, 1520, 1820];
-        assert_eq!(asked_at, expected);
-        names.answered(&name("a"));
-        let later = start + Duration::from_secs(2010);
-        names.silent(&name("a"), SILENCE_MIN, later);
+        assert_eq!(asked_at, [10, 20, 30, 40, 56, 88, 148, 208, 268]);
+        names.note_traffic(&name("a"));
+        let later = start + Duration::from_secs(300);
+        names.note_silence(&name("a"), SILENCE_MIN, later);
         names.tick(later);
         assert_eq!(asked.try_recv(), Ok(name("a")));
-    }
-
-    /// Only the question that silence has brought about, and only while the
-    /// peer is silent.
-    #[test]
-    fn a_silent_peer_is_looked_for_elsewhere() {
-        let (mut names, asked, _) = Names::without_threads();
-        let start = Instant::now();
-        let a = name("a");
-        names.watch([a.clone()].iter(), start);
-        names.tick(start);
-        assert!(!names.is_for_silence(&a));
-        names.heard(&a, true, start);
-        let ask_for_silence = |names: &mut Names, now| {
-            names.silent(&a, SILENCE_MIN, now);
-            names.tick(now);
-            assert!(names.is_for_silence(&a));
-        };
-        let mut now = start + SILENCE_MIN;
-        ask_for_silence(&mut names, now);
-        // No answer is no reason to give up.
-        names.heard(&name("a"), false, now);
-        assert!(names.is_for_silence(&a));
-        names.heard(&a, true, now);
-        assert!(!names.is_for_silence(&a));
-        for who_ends_it in [Names::answered, |names: &mut Names, _: &PeerName| {
-            names.ask_all(Instant::now());
-        }] {
-            names.ask_all(now);
-            names.heard(&a, true, now);
-            now += SILENCE_MIN;
-            ask_for_silence(&mut names, now);
-            who_ends_it(&mut names, &a);
-            assert!(!names.is_for_silence(&a));
-            names.heard(&a, true, now);
-        }
-        assert!(asked.try_iter().count() > 3);
     }
 
     #[test]
@@ -417,16 +345,16 @@ mod tests {
     }
 
     #[test]
-    fn who_is_gone_is_not_asked_for_nor_listened_to() {
+    fn a_name_that_has_gone_is_not_asked_for_nor_listened_to() {
         let (mut names, asked, _) = Names::without_threads();
         let now = Instant::now();
         names.watch([name("a"), name("b")].iter(), now);
         names.watch([name("b")].iter(), now);
         names.tick(now);
         assert_eq!(asked.try_iter().collect::<Vec<_>>(), [name("b")]);
-        assert!(!names.heard(&name("a"), true, now));
+        assert!(!names.note_answer(&name("a"), true, now));
         // The operator insists.
-        names.heard(&name("b"), true, now);
+        names.note_answer(&name("b"), true, now);
         names.ask_all(now);
         assert_eq!(asked.try_recv(), Ok(name("b")));
     }
@@ -438,7 +366,7 @@ mod tests {
             true => Ok(vec![known]),
             false => Err(Error::new("unknown")),
         };
-        let mut names = Names::start(resolve).unwrap();
+        let mut names = Names::new(resolve);
         let now = Instant::now();
         names.watch([name("known"), name("unknown")].iter(), now);
         names.tick(now);

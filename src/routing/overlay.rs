@@ -1,13 +1,12 @@
-//! The overlay as the control thread knows it: the peers, the prefixes behind
-//! each, and how each is reached.
+//! The overlay as the control thread knows it: the peers, the prefixes of each, and
+//! how each is reached.
 //!
 //! A change is made to a copy, which then takes the original's place or is
-//! thrown away: so what is in force is always consistent, whoever asks for
-//! what.
+//! thrown away: so what is in force is always consistent.
 
 mod changes;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
@@ -19,7 +18,7 @@ use crate::dataplane::table::{self, Table};
 use crate::error::{Error, Result};
 use crate::packet::batch::{BATCH_BYTES_MAX, NextHop};
 use crate::packet::icmp::TunnelAddresses;
-use crate::packet::lpm::Prefixes;
+use crate::packet::lpm::{self, Prefixes};
 use crate::wire;
 
 pub(crate) use changes::Changes;
@@ -52,16 +51,14 @@ impl Origin {
 pub struct Peer {
     /// Host and port as they were given.
     pub(crate) name: PeerName,
-    /// Who added it.
+    /// Where it comes from.
     pub(crate) origin: Origin,
-    /// It was given no prefixes: it takes what no prefix matches.
-    pub(crate) is_default: bool,
     /// Its address, with the port that it was given; `None` while its name does
     /// not resolve.
     pub(crate) endpoint: Option<SocketAddr>,
     /// The port that it has been seen to send from instead.
     pub(crate) learned_port: Option<u16>,
-    /// The way there leads through the tunnel itself, so nothing is sent.
+    /// Its route leads through the tunnel itself, so nothing is sent.
     pub(crate) is_suspended: bool,
     /// MTU of the path to it in bytes, if it is known.
     pub(crate) path_mtu_bytes: Option<u32>,
@@ -69,8 +66,6 @@ pub struct Peer {
     pub(crate) is_path_narrow: bool,
     /// What the workers count for it.
     pub(crate) traffic: Arc<[PeerCounters]>,
-    /// How many prefixes it has.
-    pub(crate) prefix_count: usize,
 }
 
 impl Peer {
@@ -82,65 +77,42 @@ impl Peer {
         Some(endpoint)
     }
 
-    /// Forgets which workers' own ports reach it: it is somewhere else now.
-    fn forget_proofs(&self) {
-        for worker in self.traffic.iter() {
-            worker.set_own_port_proven(false);
-        }
-    }
-
     /// Where its datagrams go now, if anywhere.
     pub(crate) fn endpoint_in_use(&self) -> Option<SocketAddr> {
         self.endpoint_learned().filter(|_| !self.is_suspended)
     }
 }
 
-/// A prefix's place.
+/// Whose a prefix is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Behind {
+struct Owner {
     peer: NextHop,
     origin: Origin,
 }
 
 /// A next hop that no peer has.
-const NOBODY: NextHop = NextHop::MAX;
-const _: () = assert!(PEERS_MAX < NOBODY as usize);
+const NO_PEER: NextHop = NextHop::MAX;
+const _: () = assert!(PEERS_MAX < NO_PEER as usize);
 
 /// See the module's documentation.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Overlay {
     /// By next hop. A peer keeps its place as long as it is there.
     peers: Vec<Option<Peer>>,
     /// The places that no peer has.
     free: BTreeSet<NextHop>,
-    /// The one peer that is the default one.
+    /// The one peer that was given no prefixes: it takes what no prefix matches.
     default: Option<NextHop>,
     /// By [`PeerName::key`].
     names: BTreeMap<(String, u16), NextHop>,
-    prefixes: BTreeMap<IpNet, Behind>,
+    prefixes: BTreeMap<IpNet, Owner>,
     /// This host's addresses.
-    own: BTreeSet<IpAddr>,
-    /// The lookup structure, until prefixes or own addresses change.
-    built: Option<Arc<Prefixes>>,
+    pub(crate) own: BTreeSet<IpAddr>,
     /// Number of workers: each counts for itself.
     workers: usize,
 }
 
 impl Overlay {
-    /// No peers yet, and `workers` that will count for each.
-    pub(crate) fn new(workers: usize) -> Self {
-        Self {
-            peers: Vec::new(),
-            free: BTreeSet::new(),
-            default: None,
-            names: BTreeMap::new(),
-            prefixes: BTreeMap::new(),
-            own: BTreeSet::new(),
-            built: None,
-            workers,
-        }
-    }
-
     /// Lets `workers` count for each peer, from zero.
     pub(crate) fn count_for(&mut self, workers: usize) {
         self.workers = workers;
@@ -149,21 +121,12 @@ impl Overlay {
         }
     }
 
-    /// Notes this host's own addresses, on whatever interface: no peer is behind
-    /// them, whatever its prefixes, so that nobody sends in their name. Tells
-    /// whether that is news.
+    /// Notes this host's own addresses, on whatever interface: they are not a peer's,
+    /// whatever its prefixes, so that none sends in their name. Returns whether they
+    /// are others than before.
     pub(crate) fn set_own_addresses(&mut self, own: BTreeSet<IpAddr>) -> bool {
-        let is_news = self.own != own;
-        if is_news {
-            self.own = own;
-            self.built = None;
-        }
-        is_news
-    }
-
-    /// This host's addresses, as of [`Self::set_own_addresses`].
-    pub(crate) fn own_addresses(&self) -> &BTreeSet<IpAddr> {
-        &self.own
+        let old = std::mem::replace(&mut self.own, own);
+        old != self.own
     }
 
     /// Whether datagrams to `endpoint` would come back to sockets on `listen`.
@@ -193,17 +156,7 @@ impl Overlay {
     pub(crate) fn prefixes(&self) -> impl Iterator<Item = (IpNet, &Peer, Origin)> {
         self.prefixes
             .iter()
-            .filter_map(|(&prefix, behind)| Some((prefix, self.peer(behind.peer)?, behind.origin)))
-    }
-
-    /// Number of peers.
-    pub(crate) fn peer_count(&self) -> usize {
-        self.names.len()
-    }
-
-    /// Number of prefixes.
-    pub(crate) fn prefix_count(&self) -> usize {
-        self.prefixes.len()
+            .filter_map(|(&prefix, owner)| Some((prefix, self.peer(owner.peer)?, owner.origin)))
     }
 
     /// The peer with this next hop.
@@ -243,48 +196,37 @@ impl Overlay {
         self.peer(self.default?)
     }
 
-    fn set_default(&mut self, hop: NextHop, is_default: bool) {
-        if let Some(peer) = self.peer_mut(hop) {
-            peer.is_default = is_default;
+    /// Whether it is this peer of ours that takes what no prefix matches.
+    pub(crate) fn is_default(&self, peer: &Peer) -> bool {
+        self.default_peer()
+            .is_some_and(|default| std::ptr::eq(default, peer))
+    }
+
+    /// How many prefixes each peer has that has any.
+    pub(crate) fn prefix_counts(&self) -> HashMap<NextHop, usize> {
+        let mut counts = HashMap::new();
+        for owner in self.prefixes.values() {
+            *counts.entry(owner.peer).or_default() += 1;
         }
-        if is_default {
-            self.default = Some(hop);
-        } else if self.default == Some(hop) {
-            self.default = None;
-        }
-        self.built = None;
+        counts
     }
 
     /// The peer that packets to `address` go to, and the prefix that says so;
     /// `None` for the peer without prefixes.
     pub(crate) fn route_to(&self, address: IpAddr) -> Option<(Option<IpNet>, &Peer)> {
-        let host = IpNet::from(address);
-        let longest = (0..=host.max_prefix_len()).rev().find_map(|length| {
-            let prefix = IpNet::new(address, length).ok()?.trunc();
-            Some((prefix, self.prefixes.get(&prefix)?))
-        });
-        match longest {
-            Some((prefix, behind)) => Some((Some(prefix), self.peer(behind.peer)?)),
+        let mut covering = lpm::covering(address);
+        match covering.find_map(|prefix| Some((prefix, self.prefixes.get(&prefix)?))) {
+            Some((prefix, owner)) => Some((Some(prefix), self.peer(owner.peer)?)),
             None => Some((None, self.default_peer()?)),
         }
     }
 
-    /// Adds a peer with its prefixes.
+    /// Adds a peer with its prefixes. `is_default`: it takes what no prefix matches.
     ///
     /// # Errors
     /// When it is there already, when one of its prefixes is another's, when
     /// it and another have none, or when there are too many.
-    pub(crate) fn add_peer(&mut self, spec: &PeerSpec, origin: Origin) -> Result<()> {
-        let is_default = spec.prefixes.is_empty();
-        self.insert_peer(&spec.name, is_default, &spec.prefixes, origin)
-    }
-
-    /// As [`Self::add_peer`]; `is_default` says whether the peer takes what no
-    /// prefix matches, whatever prefixes it has itself.
-    ///
-    /// # Errors
-    /// As [`Self::add_peer`].
-    pub(crate) fn insert_peer(
+    pub(crate) fn add_peer(
         &mut self,
         name: &PeerName,
         is_default: bool,
@@ -300,20 +242,18 @@ impl Overlay {
                 "cannot add peer {name}: there are {PEERS_MAX} already"
             )));
         }
-        if let Some(other) = self.default_peer().filter(|_| is_default) {
-            return Err(two_without_prefixes(&other.name, name));
+        if is_default {
+            self.check_default(name)?;
         }
         let peer = Peer {
             name: name.clone(),
             origin,
-            is_default: false,
             endpoint: name.literal(),
             learned_port: None,
             is_suspended: false,
             path_mtu_bytes: None,
             is_path_narrow: false,
             traffic: traffic(self.workers),
-            prefix_count: 0,
         };
         let hop = self.free.pop_first().unwrap_or_else(|| {
             self.peers.push(None);
@@ -322,8 +262,25 @@ impl Overlay {
         });
         self.peers[usize::from(hop)] = Some(peer);
         self.names.insert(name.key(), hop);
-        self.set_default(hop, is_default);
+        if is_default {
+            self.default = Some(hop);
+        }
         self.add_prefixes(name, prefixes, origin, false)
+    }
+
+    /// Makes sure that no other peer takes what no prefix matches.
+    fn check_default(&self, name: &PeerName) -> Result<()> {
+        match self
+            .default_peer()
+            .filter(|other| other.name.key() != name.key())
+        {
+            None => Ok(()),
+            Some(other) => Err(Error::new(format!(
+                "both peer {} and peer {name} have no prefixes",
+                other.name
+            ))
+            .hint("give one of them its prefixes, as in HOST=10.1.0.0/16")),
+        }
     }
 
     /// Removes peers and all their prefixes.
@@ -333,19 +290,18 @@ impl Overlay {
     pub(crate) fn remove_peers(&mut self, names: &[PeerName]) -> Result<()> {
         for name in names {
             let hop = self.hop_of(name)?;
-            self.set_default(hop, false);
+            self.default = self.default.filter(|default| *default != hop);
             self.names.remove(&name.key());
             self.peers[usize::from(hop)] = None;
             self.free.insert(hop);
         }
         let peers = &self.peers;
         self.prefixes
-            .retain(|_, behind| peers[usize::from(behind.peer)].is_some());
-        self.built = None;
+            .retain(|_, owner| peers[usize::from(owner.peer)].is_some());
         Ok(())
     }
 
-    /// Puts prefixes behind a peer; `replace` takes them from others.
+    /// Gives a peer prefixes; `replace` takes them from others.
     ///
     /// # Errors
     /// When there is no such peer, or another has a prefix and it is not to be
@@ -357,44 +313,30 @@ impl Overlay {
         origin: Origin,
         replace: bool,
     ) -> Result<()> {
-        let hop = self.hop_of(name)?;
+        let owner = Owner {
+            peer: self.hop_of(name)?,
+            origin,
+        };
         for prefix in prefixes.iter().map(IpNet::trunc) {
-            let behind = Behind { peer: hop, origin };
             match self.prefixes.get(&prefix).copied() {
-                // Whoever configured it still has; and what was added at run
-                // time is configured once the file has it.
-                Some(old) if old.peer == hop => {
-                    if origin == Origin::Config {
-                        self.prefixes.insert(prefix, behind);
-                    }
-                    continue;
-                }
-                Some(old) if !replace => {
-                    let other = self.peer(old.peer).map(|peer| &peer.name);
+                // What was configured stays so.
+                Some(old) if old.peer == owner.peer && origin == Origin::Runtime => continue,
+                Some(old) if old.peer != owner.peer && !replace => {
+                    let other = self.peer(old.peer).map(|peer| peer.name.to_string());
                     return Err(Error::new(format!(
                         "prefix {prefix} is given to both {} and {name}",
-                        other.map(ToString::to_string).unwrap_or_default()
+                        other.unwrap_or_default()
                     ))
                     .hint("give it to one of them (`route add --replace` moves it)"));
-                }
-                Some(old) => {
-                    if let Some(peer) = self.peer_mut(old.peer) {
-                        peer.prefix_count -= 1;
-                    }
                 }
                 None if self.prefixes.len() >= PREFIXES_MAX => {
                     return Err(Error::new(format!(
                         "cannot add prefix {prefix}: there are {PREFIXES_MAX} already"
                     )));
                 }
-                None => {}
-            }
-            self.prefixes.insert(prefix, behind);
-            if let Some(peer) = self.peer_mut(hop) {
-                peer.prefix_count += 1;
-            }
+                _ => self.prefixes.insert(prefix, owner),
+            };
         }
-        self.built = None;
         Ok(())
     }
 
@@ -404,15 +346,11 @@ impl Overlay {
     /// Names the first one that is not there.
     pub(crate) fn remove_prefixes(&mut self, prefixes: &[IpNet]) -> Result<()> {
         for prefix in prefixes.iter().map(IpNet::trunc) {
-            let Some(behind) = self.prefixes.remove(&prefix) else {
+            if self.prefixes.remove(&prefix).is_none() {
                 return Err(Error::new(format!("no peer has the prefix {prefix}"))
                     .hint("`fastvpn route list` shows who has which"));
-            };
-            if let Some(peer) = self.peer_mut(behind.peer) {
-                peer.prefix_count -= 1;
             }
         }
-        self.built = None;
         Ok(())
     }
 
@@ -438,110 +376,91 @@ impl Overlay {
             .filter(|peer| peer.origin == Origin::Config && !wanted.contains(&peer.name.key()))
             .map(|peer| peer.name.clone())
             .collect();
-        // With the prefixes that were added to them at run time: there is nobody
-        // left to have them.
+        // With the prefixes that were added to them at run time.
         self.remove_peers(&gone)?;
-        let peers = &mut self.peers;
-        self.prefixes.retain(|_, behind| {
-            let stays = behind.origin == Origin::Runtime;
-            if let Some(peer) = peers[usize::from(behind.peer)].as_mut().filter(|_| !stays) {
-                peer.prefix_count -= 1;
-            }
-            stays
-        });
-        // Who of those that are wanted is the default one is said anew below, in
-        // whatever order they come.
-        if let Some(hop) = self.default
-            && self
-                .peer(hop)
-                .is_some_and(|peer| wanted.contains(&peer.name.key()))
-        {
-            self.set_default(hop, false);
+        self.prefixes
+            .retain(|_, owner| owner.origin == Origin::Runtime);
+        let default = self.default_peer();
+        if default.is_some_and(|peer| wanted.contains(&peer.name.key())) {
+            self.default = None;
         }
-        self.built = None;
         for spec in specs {
-            let Ok(hop) = self.hop_of(&spec.name) else {
-                self.add_peer(spec, Origin::Config)?;
+            let (name, is_default) = (&spec.name, spec.prefixes.is_empty());
+            let Ok(hop) = self.hop_of(name) else {
+                self.add_peer(name, is_default, &spec.prefixes, Origin::Config)?;
                 continue;
             };
-            let is_default = spec.prefixes.is_empty();
-            let other = self
-                .default_peer()
-                .filter(|other| is_default && other.name.key() != spec.name.key());
-            if let Some(other) = other {
-                return Err(two_without_prefixes(&other.name, &spec.name));
+            if is_default {
+                self.check_default(name)?;
+                self.default = Some(hop);
             }
             if let Some(peer) = self.peer_mut(hop) {
                 peer.origin = Origin::Config;
             }
-            self.set_default(hop, is_default);
-            self.add_prefixes(&spec.name, &spec.prefixes, Origin::Config, false)?;
+            self.add_prefixes(name, &spec.prefixes, Origin::Config, false)?;
         }
         Ok(())
     }
 
-    /// Notes where a peer is; tells whether that is news.
+    /// Notes where a peer is. Returns whether anything has changed, as the next ones
+    /// do.
     pub(crate) fn set_endpoint(&mut self, hop: NextHop, endpoint: Option<SocketAddr>) -> bool {
-        match self.peer_mut(hop) {
-            Some(peer) if peer.endpoint != endpoint => {
+        self.update(hop, |peer| {
+            if peer.endpoint != endpoint {
                 peer.endpoint = endpoint;
                 peer.learned_port = None;
-                peer.forget_proofs();
                 peer.is_suspended = false;
                 peer.path_mtu_bytes = None;
-                self.built = None;
-                true
             }
-            _ => false,
-        }
+        })
     }
 
-    /// Notes the port that a peer sends from in place of the one that it was
-    /// given; tells whether that is news.
+    /// Notes the port that a peer sends from in place of the one that it was given.
     pub(crate) fn set_learned_port(&mut self, hop: NextHop, port: Option<u16>) -> bool {
-        match self.peer_mut(hop) {
-            Some(peer) if peer.learned_port != port => {
-                peer.learned_port = port;
-                peer.forget_proofs();
-                true
-            }
-            _ => false,
-        }
+        self.update(hop, |peer| peer.learned_port = port)
     }
 
-    /// Notes whether the way to a peer leads through the tunnel itself; tells
-    /// whether that is news. What was known of the path is that of another way
-    /// then.
+    /// Notes whether the route to a peer leads through the tunnel itself. If that
+    /// changes, what was known of the path is about another one.
     pub(crate) fn set_suspended(&mut self, hop: NextHop, is_suspended: bool) -> bool {
-        match self.peer_mut(hop) {
-            Some(peer) if peer.is_suspended != is_suspended => {
+        self.update(hop, |peer| {
+            if peer.is_suspended != is_suspended {
                 peer.is_suspended = is_suspended;
-                peer.forget_proofs();
                 peer.path_mtu_bytes = None;
-                true
             }
-            _ => false,
-        }
+        })
     }
 
     /// Notes the MTU of the path to a peer, and whether a router on it takes less
-    /// than this host's interface; tells whether that is news.
+    /// than this host's interface.
     pub(crate) fn set_path_mtu(&mut self, hop: NextHop, mtu_bytes: u32, is_narrow: bool) -> bool {
+        self.update(hop, |peer| {
+            peer.path_mtu_bytes = Some(mtu_bytes);
+            peer.is_path_narrow = is_narrow;
+        })
+    }
+
+    /// Changes what is known of a peer. Returns whether it is different. If the peer is
+    /// sent to elsewhere, which workers' own ports reach it is not known any more.
+    fn update(&mut self, hop: NextHop, change: impl FnOnce(&mut Peer)) -> bool {
         let Some(peer) = self.peer_mut(hop) else {
             return false;
         };
-        let old = (peer.path_mtu_bytes, peer.is_path_narrow);
-        (peer.path_mtu_bytes, peer.is_path_narrow) = (Some(mtu_bytes), is_narrow);
-        old != (Some(mtu_bytes), is_narrow)
-    }
-
-    /// The prefixes that the host's kernel should route into the tunnel.
-    pub(crate) fn kernel_routes(&self) -> BTreeSet<IpNet> {
-        self.prefixes.keys().copied().collect()
+        let state = |peer: &Peer| {
+            let path = (peer.path_mtu_bytes, peer.is_path_narrow);
+            (peer.endpoint, peer.learned_port, peer.is_suspended, path)
+        };
+        let (old_endpoint, old_state) = (peer.endpoint_in_use(), state(peer));
+        change(peer);
+        if peer.endpoint_in_use() != old_endpoint {
+            let workers = peer.traffic.iter();
+            workers.for_each(|worker| worker.set_own_port_proven(false));
+        }
+        state(peer) != old_state
     }
 
     /// Addresses that are never a peer's inside the tunnel, whatever its prefixes:
-    /// this host's own, those that the peers have outside, and those of nobody.
+    /// this host's own, those that the peers have outside, and the unspecified ones.
     ///
     /// A packet from one of them would pass, outside the tunnel, for a datagram of
     /// that peer. And one to a peer's has to go there outside: what comes into the
@@ -551,8 +470,8 @@ impl Overlay {
         let endpoints = self
             .peers()
             .filter_map(|(_, peer)| Some(peer.endpoint?.ip()));
-        let nobodys = [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
-        own.chain(endpoints).chain(nobodys)
+        let unspecified = [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
+        own.chain(endpoints).chain(unspecified)
     }
 
     /// Whether packets to or from `address` are never carried.
@@ -572,12 +491,7 @@ impl Overlay {
     }
 
     /// The workers' table.
-    pub(crate) fn table(&mut self, addresses: TunnelAddresses, is_hop: bool) -> Table {
-        let prefixes = match self.built.take() {
-            Some(built) => built,
-            None => Arc::new(self.build()),
-        };
-        self.built = Some(Arc::clone(&prefixes));
+    pub(crate) fn table(&self, addresses: TunnelAddresses, is_hop: bool) -> Table {
         let peers = self.peers.iter().map(|peer| match peer {
             Some(peer) => table::PeerSnapshot {
                 endpoint: peer.endpoint_in_use(),
@@ -587,19 +501,10 @@ impl Overlay {
                 traffic: Arc::clone(&peer.traffic),
             },
             // A place that is free: no prefix leads there.
-            None => table::PeerSnapshot {
-                endpoint: None,
-                mtu_bytes: 0,
-                is_fragmented: true,
-                traffic: Arc::new([]),
-            },
+            None => table::PeerSnapshot::default(),
         });
-        Table::new(peers.collect(), prefixes, addresses, is_hop)
-    }
-
-    /// The lookup structure. The last of several prefixes that are the same wins:
-    /// 0.0.0.0/0 that was given, and this host.
-    fn build(&self) -> Prefixes {
+        // The last of several prefixes that are the same wins: 0.0.0.0/0 that was given,
+        // and this host.
         let anywhere = self.default.into_iter().flat_map(|hop| {
             [
                 (IpNet::V4(Ipv4Net::default()), hop),
@@ -607,19 +512,17 @@ impl Overlay {
             ]
         });
         let given = self.prefixes.iter();
-        let given = given.map(|(&prefix, behind)| (prefix, behind.peer));
-        let outside = self.outside().map(|outside| (IpNet::from(outside), NOBODY));
-        Prefixes::new(anywhere.chain(given).chain(outside))
+        let given = given.map(|(&prefix, owner)| (prefix, owner.peer));
+        let outside = self
+            .outside()
+            .map(|outside| (IpNet::from(outside), NO_PEER));
+        let prefixes = Arc::new(Prefixes::new(anywhere.chain(given).chain(outside)));
+        Table::new(peers.collect(), prefixes, addresses, is_hop)
     }
 }
 
 fn traffic(workers: usize) -> Arc<[PeerCounters]> {
     (0..workers).map(|_| PeerCounters::default()).collect()
-}
-
-fn two_without_prefixes(one: &PeerName, other: &PeerName) -> Error {
-    Error::new(format!("both peer {one} and peer {other} have no prefixes"))
-        .hint("give one of them the prefixes behind it, as in HOST=10.1.0.0/16")
 }
 
 /// Longest inner packet that reaches a peer in one piece.
@@ -637,17 +540,19 @@ fn inner_mtu_bytes(peer: &Peer) -> usize {
 /// The addresses that errors are reported from: the first of each family.
 /// `accept_local`: the device takes IPv4 packets from there.
 pub(crate) fn tunnel_addresses(addresses: &[IpNet], accept_local: bool) -> TunnelAddresses {
-    let mut found = TunnelAddresses {
+    let v4 = addresses.iter().find_map(|address| match address {
+        IpNet::V4(v4) => Some(*v4),
+        IpNet::V6(_) => None,
+    });
+    let v6 = addresses.iter().find_map(|address| match address {
+        IpNet::V4(_) => None,
+        IpNet::V6(v6) => Some(*v6),
+    });
+    TunnelAddresses {
+        v4,
+        v6,
         accept_local,
-        ..TunnelAddresses::default()
-    };
-    for address in addresses {
-        match *address {
-            IpNet::V4(v4) => found.v4 = found.v4.or(Some(v4)),
-            IpNet::V6(v6) => found.v6 = found.v6.or(Some(v6)),
-        }
     }
-    found
 }
 
 #[cfg(test)]

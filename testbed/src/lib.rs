@@ -52,6 +52,22 @@ pub fn trials() -> Vec<&'static Trial> {
     trials
 }
 
+/// Names of the interfaces of the calling thread's network namespace.
+///
+/// # Errors
+/// When the kernel does not list them.
+pub fn interfaces() -> Result<Vec<String>> {
+    let path = "/proc/thread-self/net/dev";
+    let table = std::fs::read_to_string(path)
+        .map_err(|cause| Error::os(format!("cannot read {path}"), cause))?;
+    // Two lines of headings.
+    let names = table
+        .lines()
+        .skip(2)
+        .filter_map(|line| line.split_once(':'));
+    Ok(names.map(|(name, _)| name.trim().to_string()).collect())
+}
+
 /// Name of the interface inside a [`container`].
 pub const CONTAINER_NAME: &str = "eth0";
 

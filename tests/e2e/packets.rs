@@ -12,7 +12,7 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use testbed::Namespace;
 use tun_rs::{DeviceBuilder, SyncDevice};
 
-use crate::support::{PATIENCE, enlarge_receive_buffer, fail};
+use crate::support::{PATIENCE, enlarge_receive_buffer, fail, link};
 
 /// Name of fastvpn's device.
 pub const TUNNEL_NAME: &str = "fastvpn0";
@@ -164,11 +164,11 @@ fn link_address(index: u32, protocol: libc::c_int) -> std::io::Result<SockAddr> 
 
 /// Waits until a device is there and up; returns its index.
 pub fn wait_until_up(namespace: &Namespace, device: &str) -> Result<u32> {
-    let mut netlink = namespace.netlink()?;
     let deadline = Instant::now() + PATIENCE;
     while Instant::now() < deadline {
-        let links = netlink.links()?;
-        if let Some(link) = links.iter().find(|link| link.name == device && link.up) {
+        if let Ok(link) = link(namespace, device)
+            && link.up
+        {
             return Ok(link.index);
         }
         std::thread::sleep(Duration::from_millis(5));

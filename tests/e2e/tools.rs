@@ -475,15 +475,15 @@ pub fn inventory(namespace: &Namespace) -> Result<BTreeSet<String>> {
         IpNet::V6(net) => net.addr().is_unicast_link_local() || net.addr().is_multicast(),
     };
     let mut netlink = namespace.netlink()?;
-    let links = netlink.links()?;
-    let mut all: BTreeSet<_> = links
+    let names = namespace.run(testbed::interfaces)?;
+    let mut all: BTreeSet<_> = names
         .iter()
-        .map(|link| format!("interface {}", link.name))
+        .map(|name| format!("interface {name}"))
         .collect();
     let addresses = netlink.addresses()?;
     let addresses = addresses.iter().filter(|(_, net)| !by_itself(net));
     all.extend(addresses.map(|(index, net)| format!("address {net} on {index}")));
-    let routes = netlink.routes()?;
+    let routes = netlink.main_routes(&|_| true)?;
     let routes = routes.iter().filter(|route| !by_itself(&route.destination));
     all.extend(routes.map(|route| format!("{route:?}")));
     for table in ["udp", "udp6"] {

@@ -57,7 +57,7 @@ pub(super) fn items(peer: &PeerName, own: Option<u32>) -> Vec<Item> {
 
 fn find(peer: &PeerName) -> Result<(SocketAddr, Path)> {
     let any = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), DEFAULT_PORT);
-    let address = path::resolve(&peer.host, peer.port, None)?;
+    let address = path::resolve(&peer.host, peer.port, None)?[0];
     let path = path::discover(&mut Netlink::open()?, any.ip(), address)?;
     path::check_other(any, address, path.local)?;
     Ok((address, path))

@@ -78,7 +78,7 @@ impl Manifest {
             (is_added || prefixes.is_some()).then(|| RuntimePeer {
                 peer: peer.name.to_string(),
                 is_added,
-                is_default: peer.is_default,
+                is_default: overlay.is_default(peer),
                 prefixes: prefixes.unwrap_or_default(),
             })
         });
@@ -186,12 +186,12 @@ fn add_peer(overlay: &mut Overlay, listen: SocketAddr, peer: &RuntimePeer) -> Re
         if let Some(endpoint) = name.literal() {
             reach::check_endpoint(listen, overlay, endpoint)?;
         }
-        let added = overlay.insert_peer(&name, peer.is_default, &[], Origin::Runtime);
+        let added = overlay.add_peer(&name, peer.is_default, &[], Origin::Runtime);
         match added {
             // Another one takes what no prefix matches now.
             Err(error) if peer.is_default => {
                 left_out(&error);
-                overlay.insert_peer(&name, false, &[], Origin::Runtime)?;
+                overlay.add_peer(&name, false, &[], Origin::Runtime)?;
             }
             result => result?,
         }
@@ -206,10 +206,17 @@ mod tests {
     use crate::config::parse_peer;
 
     fn overlay(peers: &[&str]) -> Overlay {
-        let mut overlay = Overlay::new(0);
+        let mut overlay = Overlay::default();
         for peer in peers {
             let spec = parse_peer(peer).unwrap();
-            overlay.add_peer(&spec, Origin::Config).unwrap();
+            overlay
+                .add_peer(
+                    &spec.name,
+                    spec.prefixes.is_empty(),
+                    &spec.prefixes,
+                    Origin::Config,
+                )
+                .unwrap();
         }
         overlay
     }
@@ -286,7 +293,9 @@ mod tests {
                 "10.9.0.0/16 c:1 runtime",
             ]
         );
-        let defaults = overlay.peers_by_name().filter(|peer| peer.is_default);
+        let defaults = overlay
+            .peers_by_name()
+            .filter(|peer| overlay.is_default(peer));
         assert_eq!(
             defaults.map(|peer| &peer.name.host).collect::<Vec<_>>(),
             ["a"]

@@ -239,11 +239,11 @@ pub fn take_over(
     } = prepared;
     log_inside(&suspend_inside(&mut plan.overlay, &mut netlink, own));
     let mut tunnel = Tunnel::new(plan, names, netlink, claimed)?;
-    let addresses = (&manifest.addresses, &tunnel.settings.link.addresses);
+    let addresses = &tunnel.settings.link.addresses;
     let (index, netlink) = (tunnel.host.device.index, &mut tunnel.host.netlink);
     match index {
         Some(index) => {
-            let adds = link::addresses_to_add(netlink, index, addresses.0, addresses.1)?;
+            let adds = link::addresses_to_add(netlink, index, addresses)?;
             old.stop(&adds)?;
             link::add_addresses(netlink, index, &adds)?;
             old.taken()
@@ -271,7 +271,7 @@ fn go_on(tunnel: &mut Tunnel, old_addresses: &[IpNet], listener: Option<OwnedFd>
     let brought_up = tunnel.bring_up(old_addresses);
     let served = control.open(&tunnel.config, listener);
     tunnel.host.routes_kept = tunnel.kernel_routes();
-    let routed = tunnel.adopt_routes();
+    let routed = tunnel.start_routes();
     // Who cannot be reached from outside is suspended, and no more.
     tunnel.refresh_host();
     for result in [brought_up, served, routed] {

@@ -227,14 +227,13 @@ mod tests {
 
     /// The log of a peer that answers no more, and may still be heard.
     fn log_of_silence(is_heard: bool) -> String {
-        let (mut overlay, now) = (Overlay::new(1), Instant::now());
+        let (mut overlay, now) = (Overlay::default(), Instant::now());
+        overlay.count_for(1);
         let name = PeerName {
             host: "127.0.0.1".into(),
             port: 9,
         };
-        overlay
-            .insert_peer(&name, true, &[], Origin::Config)
-            .unwrap();
+        overlay.add_peer(&name, true, &[], Origin::Config).unwrap();
         overlay.set_endpoint(0, "127.0.0.1:9".parse().ok());
         let peer = overlay.peer(0).unwrap();
         peer.traffic[0].set_own_port_proven(true);

@@ -72,7 +72,7 @@ impl Peers {
 
     /// Asks the peers about our own ports for which it is time.
     pub(super) fn ask_about_ports(&mut self, workers: &[WorkerFds], now: Instant) {
-        let count = self.overlay.peer_count();
+        let count = self.overlay.peers().count();
         let start = self.probes.cursor.checked_rem(count).unwrap_or(0);
         let all = || self.overlay.peers();
         let (mut asked, mut turns) = (0, 0);
@@ -210,7 +210,8 @@ mod tests {
     /// Peers on the loopback interface, each with an address of its own, and what
     /// they receive on.
     fn peers(workers: usize) -> (Peers, Sender<ReceivedProbe>, Vec<UdpSocket>) {
-        let mut overlay = Overlay::new(workers);
+        let mut overlay = Overlay::default();
+        overlay.count_for(workers);
         let mut far = Vec::new();
         for (number, hop) in (1..=PEERS).zip(0..) {
             let socket = UdpSocket::bind(SocketAddr::from(([127, 1, 0, number], 0))).unwrap();
@@ -220,9 +221,7 @@ mod tests {
                 host: endpoint.ip().to_string(),
                 port: endpoint.port(),
             };
-            overlay
-                .insert_peer(&name, false, &[], Origin::Config)
-                .unwrap();
+            overlay.add_peer(&name, false, &[], Origin::Config).unwrap();
             overlay.set_endpoint(hop, Some(endpoint));
             far.push(socket);
         }

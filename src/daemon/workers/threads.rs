@@ -284,7 +284,7 @@ mod tests {
                 engine,
                 spin: Spin::Off,
                 cores: Vec::new(),
-                table: Arc::new(Overlay::new(1).table(TunnelAddresses::default(), false)),
+                table: Arc::new(Overlay::default().table(TunnelAddresses::default(), false)),
                 probes: bounded(1).0,
             };
             let counters = vec![Arc::default()];

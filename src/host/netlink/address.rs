@@ -26,10 +26,7 @@ impl Netlink {
             RouteNetlinkMessage::NewAddress(message),
             NLM_F_CREATE | NLM_F_EXCL,
         )
-        .map_err(|refusal| {
-            let name = self.name_for_error(index);
-            refusal.describe(format!("cannot add address {address} to interface {name}"))
-        })
+        .map_err(|error| self.about_interface(error, &format!("add address {address} to"), index))
     }
 
     /// Takes an address from an interface, and with it the kernel's route to
@@ -40,11 +37,8 @@ impl Netlink {
     pub fn del_address(&mut self, index: u32, address: IpNet) -> Result<()> {
         let message = address_message(index, address);
         self.execute(RouteNetlinkMessage::DelAddress(message), 0)
-            .map_err(|refusal| {
-                let name = self.name_for_error(index);
-                refusal.describe(format!(
-                    "cannot take address {address} from interface {name}"
-                ))
+            .map_err(|error| {
+                self.about_interface(error, &format!("take address {address} from"), index)
             })
     }
 
@@ -61,7 +55,7 @@ impl Netlink {
                 _ => None,
             },
         )
-        .map_err(|refusal| refusal.describe("cannot list the addresses"))
+        .map_err(|error| error.about("cannot list the addresses"))
     }
 }
 

@@ -8,7 +8,7 @@ use netlink_packet_route::link::{
     AfSpecInet6, AfSpecUnspec, LinkAttribute, LinkFlags, LinkMessage,
 };
 
-use super::{Netlink, Refusal};
+use super::Netlink;
 use crate::error::{Error, Result};
 
 /// linux/if_link.h and linux/ip.h.
@@ -23,7 +23,7 @@ fn attribute(kind: u16, payload: &[u8]) -> Vec<u8> {
 }
 
 /// An interface as the kernel lists it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Link {
     /// The number by which the kernel knows it, unique in its namespace.
     pub index: u32,
@@ -40,6 +40,8 @@ pub struct Link {
     /// Largest IPv6 packet in bytes, if that was set by itself: by a router
     /// (RFC 4861, section 4.6.4) or an administrator.
     ipv6_mtu: Option<u32>,
+    /// What it has counted since it was created.
+    pub stats: LinkStats,
 }
 
 impl Link {
@@ -62,16 +64,9 @@ impl Netlink {
     /// # Errors
     /// When the kernel refuses, as a name that cannot be an interface's.
     pub fn link_index(&mut self, name: &str) -> Result<Option<u32>> {
-        let mut message = LinkMessage::default();
-        message
-            .attributes
-            .push(LinkAttribute::IfName(name.to_string()));
-        match self.get(RouteNetlinkMessage::GetLink(message)) {
-            Ok(Some(RouteNetlinkMessage::NewLink(link))) => Ok(Some(link.header.index)),
-            Ok(_) => Ok(None),
-            Err(refusal) if refusal.is(libc::ENODEV) => Ok(None),
-            Err(refusal) => Err(refusal.describe(format!("cannot look up interface {name}"))),
-        }
+        let link = self.get_link(0, vec![LinkAttribute::IfName(name.to_string())]);
+        let link = link.map_err(|error| error.about(format!("cannot look up interface {name}")))?;
+        Ok(link.map(|link| link.index))
     }
 
     /// The interface with this index, `None` if there is none.
@@ -79,26 +74,20 @@ impl Netlink {
     /// # Errors
     /// When the kernel refuses.
     pub fn link_by_index(&mut self, index: u32) -> Result<Option<Link>> {
-        match self.get_link(index) {
-            Ok(message) => Ok(message.as_ref().map(read_link)),
-            Err(refusal) if refusal.is(libc::ENODEV) => Ok(None),
-            Err(refusal) => Err(refusal.describe(format!("cannot look up interface {index}"))),
-        }
+        self.get_link(index, Vec::new())
+            .map_err(|error| error.about(format!("cannot look up interface {index}")))
     }
 
-    /// All interfaces of the namespace.
-    ///
-    /// # Errors
-    /// When the kernel refuses.
-    pub fn links(&mut self) -> Result<Vec<Link>> {
-        self.dump(
-            RouteNetlinkMessage::GetLink(LinkMessage::default()),
-            &|object| match object {
-                RouteNetlinkMessage::NewLink(link) => Some(read_link(&link)),
-                _ => None,
-            },
-        )
-        .map_err(|refusal| refusal.describe("cannot list the interfaces"))
+    fn get_link(&mut self, index: u32, attributes: Vec<LinkAttribute>) -> Result<Option<Link>> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        message.attributes = attributes;
+        match self.get(RouteNetlinkMessage::GetLink(message)) {
+            Ok(Some(RouteNetlinkMessage::NewLink(link))) => Ok(Some(read_link(&link))),
+            Ok(_) => Ok(None),
+            Err(error) if error.errno() == Some(libc::ENODEV) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Brings an interface up.
@@ -109,7 +98,7 @@ impl Netlink {
         let mut message = LinkMessage::default();
         message.header.flags = LinkFlags::Up;
         message.header.change_mask = LinkFlags::Up;
-        self.set_link(index, message, "bring up interface")
+        self.set_link(index, message, "bring up")
     }
 
     /// Sets the largest packet in bytes.
@@ -117,8 +106,8 @@ impl Netlink {
     /// # Errors
     /// When the interface does not support such an MTU or does not exist.
     pub fn set_mtu(&mut self, index: u32, mtu: u32) -> Result<()> {
-        let what = format!("set MTU {mtu} on interface");
-        self.set_link_attribute(index, LinkAttribute::Mtu(mtu), &what)
+        let what = format!("set MTU {mtu} on");
+        self.set_link(index, with(LinkAttribute::Mtu(mtu)), &what)
     }
 
     /// Sets the length of the transmit queue, in packets.
@@ -126,54 +115,24 @@ impl Netlink {
     /// # Errors
     /// When there is no such interface or the kernel refuses.
     pub fn set_txqueuelen(&mut self, index: u32, packets: u32) -> Result<()> {
-        let what = format!("set transmit queue length {packets} on interface");
-        self.set_link_attribute(index, LinkAttribute::TxQueueLen(packets), &what)
+        let what = format!("set transmit queue length {packets} on");
+        self.set_link(index, with(LinkAttribute::TxQueueLen(packets)), &what)
     }
 
     /// Lets an interface deliver IPv4 packets whose source is an address of this
-    /// host (the sysctl `accept_local`).
-    ///
-    /// # Errors
-    /// When there is no such interface or the kernel refuses.
-    pub(crate) fn accept_local(&mut self, index: u32) -> Result<()> {
+    /// host (the sysctl `accept_local`), which the kernel else takes for a forgery.
+    /// Returns whether it does.
+    pub(crate) fn accept_local(&mut self, index: u32) -> bool {
         // IFLA_AF_SPEC { AF_INET { IFLA_INET_CONF { ACCEPT_LOCAL: 1 } } }, as
         // `inet_set_link_af` in net/ipv4/devinet.c reads it. /proc/sys, the
         // other way, is read-only in many containers.
         let setting = attribute(IPV4_DEVCONF_ACCEPT_LOCAL, &1u32.to_ne_bytes());
         let settings = attribute(IFLA_INET_CONF, &setting);
         let family = attribute(libc::AF_INET as u16, &settings);
-        let families = DefaultNla::new(IFLA_AF_SPEC, family);
-        let what = "accept local sources on interface";
-        self.set_link_attribute(index, LinkAttribute::Other(families), what)
-    }
-
-    /// What the interface has counted so far.
-    ///
-    /// # Errors
-    /// When there is no such interface or it counts nothing.
-    pub fn link_stats(&mut self, index: u32) -> Result<LinkStats> {
-        let what = || format!("cannot read the counters of interface {index}");
-        let found = self.get_link(index);
-        let message = found.map_err(|refusal| refusal.describe(what()))?;
-        let attributes = message.iter().flat_map(|message| &message.attributes);
-        let mut stats = attributes.filter_map(|attribute| match attribute {
-            LinkAttribute::Stats64(stats) => Some(*stats),
-            _ => None,
-        });
-        stats
-            .next()
-            .ok_or_else(|| Error::new(what()).hint("the kernel reports none"))
-    }
-
-    fn set_link_attribute(
-        &mut self,
-        index: u32,
-        attribute: LinkAttribute,
-        what: &str,
-    ) -> Result<()> {
-        let mut message = LinkMessage::default();
-        message.attributes.push(attribute);
-        self.set_link(index, message, what)
+        let families = LinkAttribute::Other(DefaultNla::new(IFLA_AF_SPEC, family));
+        self.set_link(index, with(families), "accept local sources on")
+            .inspect_err(|error| tracing::debug!("{error}"))
+            .is_ok()
     }
 
     pub(super) fn set_link(
@@ -184,19 +143,12 @@ impl Netlink {
     ) -> Result<()> {
         message.header.index = index;
         self.execute(RouteNetlinkMessage::SetLink(message), 0)
-            .map_err(|refusal| {
-                let name = self.name_for_error(index);
-                refusal.describe(format!("cannot {what} {name}"))
-            })
+            .map_err(|error| self.about_interface(error, what, index))
     }
 
-    fn get_link(&mut self, index: u32) -> std::result::Result<Option<LinkMessage>, Refusal> {
-        let mut message = LinkMessage::default();
-        message.header.index = index;
-        match self.get(RouteNetlinkMessage::GetLink(message))? {
-            Some(RouteNetlinkMessage::NewLink(link)) => Ok(Some(link)),
-            _ => Ok(None),
-        }
+    pub(super) fn about_interface(&mut self, error: Error, what: &str, index: u32) -> Error {
+        let name = self.name_for_error(index);
+        error.about(format!("cannot {what} interface {name}"))
     }
 
     /// The interface's name, or its index when it has no name any more.
@@ -208,6 +160,12 @@ impl Netlink {
     }
 }
 
+fn with(attribute: LinkAttribute) -> LinkMessage {
+    let mut message = LinkMessage::default();
+    message.attributes.push(attribute);
+    message
+}
+
 pub(super) fn read_link(message: &LinkMessage) -> Link {
     let mut link = Link {
         index: message.header.index,
@@ -217,12 +175,14 @@ pub(super) fn read_link(message: &LinkMessage) -> Link {
         up: message.header.flags.contains(LinkFlags::Up),
         is_point_to_point: message.header.flags.contains(LinkFlags::Pointopoint),
         ipv6_mtu: None,
+        stats: LinkStats::default(),
     };
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => link.name.clone_from(name),
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
             LinkAttribute::TxQueueLen(packets) => link.txqueuelen = *packets,
+            LinkAttribute::Stats64(stats) => link.stats = *stats,
             LinkAttribute::AfSpecUnspec(families) => link.ipv6_mtu = read_ipv6_mtu(families),
             _ => {}
         }

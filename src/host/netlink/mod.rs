@@ -4,7 +4,7 @@
 //! One [`Netlink`] is one socket and therefore one network namespace: that of
 //! the thread which opened it, whatever namespace the thread enters later.
 //! Operations stand in one file per noun: [`link`], [`address`], [`route`].
-//! [`watch`] tells what others change.
+//! [`watch`] reports what others change.
 //!
 //! Every request waits for the kernel's acknowledgement, so when a function
 //! returns `Ok` the change is in force. The errno of a refusal is kept in the
@@ -34,7 +34,7 @@ use netlink_sys::{Socket, SocketAddr};
 use crate::error::{Error, Result};
 
 pub use link::{Link, LinkStats};
-pub use route::{DeviceRoute, Route, RouteChange, RouteKind, RouteMtu, Way};
+pub use route::{Route, RouteChange, RouteKind, RouteMtu};
 pub use watch::{Event, Watch};
 
 /// Bytes of the receive buffer. The kernel fills at most 32 KiB of it per
@@ -42,8 +42,8 @@ pub use watch::{Event, Watch};
 const RECEIVE_BYTES: usize = 64 * 1024;
 
 /// How often a table is listed because it changed while it was. The last listing
-/// counts, even if it has gaps: a table may change all the time, and whoever
-/// needs to know better hears of the changes from [`Watch`].
+/// counts, even if it has gaps: a table may change all the time, and [`Watch`] reports
+/// the changes.
 const LISTINGS_MAX: usize = 4;
 
 /// How long the kernel may keep us waiting. It answers within the system call
@@ -62,59 +62,21 @@ const MESSAGE_ALIGN: usize = 4;
 /// take up about half of the usual 208 KiB (`net.core.rmem_default`).
 const REQUESTS_PER_SEND_MAX: usize = 100;
 
-/// Datagrams of answers that nobody waits for any more, read at most before the
-/// next request: those of a table of ten million routes.
-const LATE_DATAGRAMS_MAX: usize = 1 << 16;
-
-/// Message types below it are about the protocol itself (linux/netlink.h).
-const NLMSG_MIN_TYPE: u16 = 0x10;
-
 /// An rtnetlink socket in one network namespace.
 pub struct Netlink {
     socket: Socket,
     sequence: u32,
     buffer: Vec<u8>,
-    /// Whether the last answer was given up before it was read to its end.
-    is_unread: bool,
-}
-
-/// Why a request failed, before it is known what was to be done to what.
-struct Refusal {
-    cause: io::Error,
-    reason: Option<String>,
-}
-
-impl Refusal {
-    fn describe(self, what: impl Into<String>) -> Error {
-        let error = Error::os(what, self.cause);
-        match self.reason {
-            Some(reason) => error.hint(format!("the kernel says: {reason}")),
-            None => error,
-        }
-    }
-
-    fn is(&self, errno: i32) -> bool {
-        self.cause.raw_os_error() == Some(errno)
-    }
-}
-
-impl From<io::Error> for Refusal {
-    fn from(cause: io::Error) -> Self {
-        Self {
-            cause,
-            reason: None,
-        }
-    }
 }
 
 /// One message of the kernel's answer to a request.
-enum Reply<'a> {
-    /// One of the objects that were asked for: the whole message.
-    Object(&'a [u8]),
+enum Reply {
+    /// One of the objects that were asked for.
+    Object(RouteNetlinkMessage),
     /// The end: it is done.
     Done,
-    /// The end: it was not done.
-    Refused(Refusal),
+    /// The end: it was not done, for this reason.
+    Refused(Error),
 }
 
 impl Netlink {
@@ -141,18 +103,13 @@ impl Netlink {
             socket,
             sequence: 0,
             buffer: vec![0; RECEIVE_BYTES],
-            is_unread: false,
         })
     }
 
     /// Sends a request that changes something and waits until it is done.
-    fn execute(
-        &mut self,
-        message: RouteNetlinkMessage,
-        flags: u16,
-    ) -> std::result::Result<(), Refusal> {
-        self.transact(message, NLM_F_ACK | flags, &mut |_| {})?;
-        Ok(())
+    fn execute(&mut self, message: RouteNetlinkMessage, flags: u16) -> Result<()> {
+        self.transact(message, NLM_F_ACK | flags, &mut |_| {})
+            .map(drop)
     }
 
     /// Has something changed for which there is no function here: a link, an
@@ -162,7 +119,7 @@ impl Netlink {
     /// When the kernel refuses.
     pub fn request(&mut self, message: RouteNetlinkMessage, flags: u16, what: &str) -> Result<()> {
         self.execute(message, flags)
-            .map_err(|refusal| refusal.describe(what))
+            .map_err(|error| error.about(what))
     }
 
     /// Sends many requests that change something and waits until all are done.
@@ -175,8 +132,8 @@ impl Netlink {
     fn execute_batch(
         &mut self,
         requests: impl Iterator<Item = (RouteNetlinkMessage, u16)>,
-        refused: &mut dyn FnMut(usize, Refusal),
-    ) -> io::Result<()> {
+        refused: &mut dyn FnMut(usize, Error),
+    ) -> Result<()> {
         let mut requests = requests.peekable();
         let mut done = 0;
         while requests.peek().is_some() {
@@ -190,10 +147,9 @@ impl Netlink {
                 let acknowledge = if is_last { NLM_F_ACK } else { 0 };
                 self.append_request(&mut bytes, message, flags | acknowledge);
             }
-            self.send(&bytes)?;
-            self.read_replies(count, &mut |index, _, reply| {
-                if let Reply::Refused(refusal) = reply {
-                    refused(done + index, refusal);
+            self.exchange(&bytes, count, &mut |index, _, reply| {
+                if let Reply::Refused(error) = reply {
+                    refused(done + index, error);
                 }
             })?;
             done += count;
@@ -202,13 +158,10 @@ impl Netlink {
     }
 
     /// Asks for one object; `None` when the answer holds none.
-    fn get(
-        &mut self,
-        message: RouteNetlinkMessage,
-    ) -> std::result::Result<Option<RouteNetlinkMessage>, Refusal> {
+    fn get(&mut self, message: RouteNetlinkMessage) -> Result<Option<RouteNetlinkMessage>> {
         let mut found = None;
         self.transact(message, NLM_F_ACK, &mut |object| {
-            found = found.take().or(Some(object))
+            found.get_or_insert(object);
         })?;
         Ok(found)
     }
@@ -218,7 +171,7 @@ impl Netlink {
         &mut self,
         message: RouteNetlinkMessage,
         pick: &dyn Fn(RouteNetlinkMessage) -> Option<T>,
-    ) -> std::result::Result<Vec<T>, Refusal> {
+    ) -> Result<Vec<T>> {
         let mut objects = Vec::new();
         for _ in 0..LISTINGS_MAX {
             objects.clear();
@@ -238,21 +191,20 @@ impl Netlink {
         message: RouteNetlinkMessage,
         flags: u16,
         visit: &mut dyn FnMut(RouteNetlinkMessage),
-    ) -> std::result::Result<bool, Refusal> {
+    ) -> Result<bool> {
         let mut bytes = Vec::new();
         self.append_request(&mut bytes, message, flags);
-        self.send(&bytes)?;
+        let mut result = Ok(());
         let mut is_interrupted = false;
-        let mut refusal = None;
-        self.read_replies(1, &mut |_, flags, reply| {
+        self.exchange(&bytes, 1, &mut |_, flags, reply| {
             is_interrupted |= flags & NLM_F_DUMP_INTR != 0;
             match reply {
-                Reply::Object(message) => parse_object(message).into_iter().for_each(&mut *visit),
+                Reply::Object(object) => visit(object),
                 Reply::Done => {}
-                Reply::Refused(reason) => refusal = Some(reason),
+                Reply::Refused(error) => result = Err(error),
             }
         })?;
-        refusal.map_or(Ok(is_interrupted), Err)
+        result.map(|()| is_interrupted)
     }
 
     /// Puts one request behind those in `bytes`, padded as the kernel wants it.
@@ -269,13 +221,39 @@ impl Netlink {
         request.serialize(&mut bytes[start..start + length]);
     }
 
-    fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
-        if self.is_unread {
-            self.discard_answers();
+    /// Sends the last `count` requests and reads the replies to them, up to the end of
+    /// the last one's. `take` gets the request's place, the reply's flags and the reply.
+    fn exchange(
+        &mut self,
+        bytes: &[u8],
+        count: usize,
+        take: &mut dyn FnMut(usize, u16, Reply),
+    ) -> Result<()> {
+        let failed = |cause| Error::os("the netlink socket fails", cause);
+        self.discard_answers();
+        let to_kernel = SocketAddr::new(0, 0);
+        self.socket.send_to(bytes, &to_kernel, 0).map_err(failed)?;
+        let first = self.sequence.wrapping_sub(count as u32 - 1);
+        loop {
+            let length = self.receive().map_err(failed)?;
+            let mut rest = &self.buffer[..length];
+            while let Some((message, tail)) = split_message(rest) {
+                rest = tail;
+                let Some((header, reply)) = read_reply(message) else {
+                    continue;
+                };
+                let index = header.sequence_number.wrapping_sub(first) as usize;
+                if index >= count {
+                    // About a request that was given up.
+                    continue;
+                }
+                let is_end = index + 1 == count && !matches!(reply, Reply::Object(_));
+                take(index, header.flags, reply);
+                if is_end {
+                    return Ok(());
+                }
+            }
         }
-        self.is_unread = true;
-        self.socket.send_to(bytes, &SocketAddr::new(0, 0), 0)?;
-        Ok(())
     }
 
     /// Reads what is left of an answer that was given up. As long as any of it
@@ -283,42 +261,12 @@ impl Netlink {
     /// (`netlink_overrun()` in net/netlink/af_netlink.c), and it begins no other
     /// dump.
     fn discard_answers(&mut self) {
-        for _ in 0..LATE_DATAGRAMS_MAX {
-            let read = self
-                .socket
-                .recv_from(&mut &mut self.buffer[..], libc::MSG_DONTWAIT);
+        loop {
+            let mut buffer = &mut self.buffer[..];
+            let read = self.socket.recv_from(&mut buffer, libc::MSG_DONTWAIT);
             match read.map_err(|error| error.raw_os_error()) {
                 Ok(_) | Err(Some(libc::EINTR | libc::ENOBUFS)) => {}
                 Err(_) => return,
-            }
-        }
-    }
-
-    /// Reads the replies to the last `count` requests, up to the end of the last
-    /// one's. `take` gets the request's place, the reply's flags and the reply.
-    fn read_replies(
-        &mut self,
-        count: usize,
-        take: &mut dyn FnMut(usize, u16, Reply<'_>),
-    ) -> io::Result<()> {
-        let first = self.sequence.wrapping_sub(count as u32 - 1);
-        loop {
-            let length = self.receive()?;
-            let mut rest = &self.buffer[..length];
-            while let Some((message, tail)) = split_message(rest) {
-                rest = tail;
-                let header = NetlinkBuffer::new(message);
-                let index = header.sequence_number().wrapping_sub(first) as usize;
-                let Some(reply) = read_reply(message).filter(|_| index < count) else {
-                    // Not understood, or about a request that was given up.
-                    continue;
-                };
-                let is_end = index + 1 == count && !matches!(reply, Reply::Object(_));
-                take(index, header.flags(), reply);
-                if is_end {
-                    self.is_unread = false;
-                    return Ok(());
-                }
             }
         }
     }
@@ -365,43 +313,35 @@ fn split_message(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
     Some((&bytes[..length], &bytes[next..]))
 }
 
-/// Reads one message of an answer; `None` if it says nothing.
-fn read_reply(bytes: &[u8]) -> Option<Reply<'_>> {
-    if NetlinkBuffer::new(bytes).message_type() >= NLMSG_MIN_TYPE {
-        return Some(Reply::Object(bytes));
-    }
-    let (header, payload) = parse(bytes)?.into_parts();
-    let refused = |code: i32, reason| {
-        let cause = io::Error::from_raw_os_error(code.wrapping_neg());
-        Some(Reply::Refused(Refusal { cause, reason }))
-    };
-    match payload {
-        NetlinkPayload::Error(error) if error.code.is_some() => {
-            let has_reason = header.flags & NLM_F_ACK_TLVS != 0;
-            let reason = has_reason.then(|| kernel_reason(&error)).flatten();
-            refused(error.raw_code(), reason)
-        }
-        NetlinkPayload::Done(done) if done.code < 0 => refused(done.code, None),
-        NetlinkPayload::Error(_) | NetlinkPayload::Done(_) => Some(Reply::Done),
-        _ => None,
-    }
-}
-
-/// The object in a message. One with attributes that the parser rejects is left
-/// out: a strange neighbour must not make the whole table unreadable.
-fn parse_object(bytes: &[u8]) -> Option<RouteNetlinkMessage> {
-    match parse(bytes)?.payload {
-        NetlinkPayload::InnerMessage(object) => Some(object),
-        _ => None,
-    }
-}
-
-fn parse(bytes: &[u8]) -> Option<NetlinkMessage<RouteNetlinkMessage>> {
-    NetlinkMessage::deserialize(bytes)
+/// Reads one message of an answer; `None` if it says nothing. That is also an object
+/// with attributes that the parser rejects: a strange neighbour must not make the whole
+/// table unreadable.
+fn read_reply(bytes: &[u8]) -> Option<(NetlinkHeader, Reply)> {
+    let (header, payload) = NetlinkMessage::deserialize(bytes)
         .inspect_err(|error| {
             tracing::debug!(%error, "left out a netlink message that is not understood");
         })
-        .ok()
+        .ok()?
+        .into_parts();
+    let refused = |code: i32| {
+        let cause = io::Error::from_raw_os_error(code.wrapping_neg());
+        Error::os("the kernel refuses a netlink request", cause)
+    };
+    let reply = match payload {
+        NetlinkPayload::InnerMessage(object) => Reply::Object(object),
+        NetlinkPayload::Error(error) if error.code.is_some() => {
+            let has_reason = header.flags & NLM_F_ACK_TLVS != 0;
+            let refused = refused(error.raw_code());
+            Reply::Refused(match kernel_reason(&error).filter(|_| has_reason) {
+                Some(reason) => refused.hint(format!("the kernel says: {reason}")),
+                None => refused,
+            })
+        }
+        NetlinkPayload::Done(done) if done.code < 0 => Reply::Refused(refused(done.code)),
+        NetlinkPayload::Error(_) | NetlinkPayload::Done(_) => Reply::Done,
+        _ => return None,
+    };
+    Some((header, reply))
 }
 
 /// The extended acknowledgement's text. With `NETLINK_CAP_ACK` the attributes
@@ -432,10 +372,10 @@ mod tests {
                 message.resize(16, 0);
                 message.extend(code.to_ne_bytes());
                 message.resize(36, 0);
-                let Some(Reply::Refused(refusal)) = read_reply(&message) else {
-                    panic!("{kind} {code} is no refusal");
+                let Some((_, Reply::Refused(error))) = read_reply(&message) else {
+                    panic!("{kind} {code} is not a refusal");
                 };
-                assert_eq!(refusal.cause.raw_os_error(), Some(code.wrapping_neg()));
+                assert_eq!(error.errno(), Some(code.wrapping_neg()));
             }
         }
     }
@@ -466,14 +406,11 @@ mod tests {
     fn answers_that_were_given_up_do_not_hold_up_later_ones() {
         let namespace = Namespace::new().unwrap();
         let mut netlink = namespace.netlink().unwrap();
-        let ours = DeviceRoute {
-            oif: netlink.link_index("lo").unwrap().unwrap(),
-            protocol: 99,
-        };
-        netlink.set_up(ours.oif).unwrap();
+        let loopback = netlink.link_index("lo").unwrap().unwrap();
+        netlink.set_up(loopback).unwrap();
         netlink.shrink();
         let there = RouteChange::Add("10.1.0.0/16".parse().unwrap());
-        let mut change = |changes: &[RouteChange]| netlink.change_device_routes(ours, changes);
+        let mut change = |changes: &[RouteChange]| netlink.change_device_routes(loopback, changes);
         assert!(change(&[there]).unwrap().is_empty());
         for third in 0..3 {
             // More refusals than there is room for.

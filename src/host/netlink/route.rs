@@ -3,19 +3,24 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use ipnet::IpNet;
-use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_core::NLM_F_CREATE;
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric,
     RoutePreference, RouteProtocol, RouteScope, RouteType,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
+use super::Netlink;
 use super::address::family;
-use super::{Netlink, Refusal};
 use crate::error::{Error, Result};
 
 /// What happens to a packet that a route matches (`rtm_type`, rtnetlink(7)).
 pub use netlink_packet_route::route::RouteType as RouteKind;
+
+/// The `rtm_protocol` of our routes (rtnetlink(7)): not one of those that
+/// linux/rtnetlink.h and iproute2's rt_protos assign. `ip route show proto 82`
+/// lists our routes.
+pub const PROTOCOL: u8 = 82;
 
 /// The main routing table (`RT_TABLE_MAIN`, linux/rtnetlink.h).
 pub(crate) const MAIN_TABLE: u32 = RouteHeader::RT_TABLE_MAIN as u32;
@@ -28,13 +33,15 @@ pub(crate) const IPV6_METRIC: u32 = 1;
 /// by which the host reaches its own addresses.
 const LOOPBACK_INDEX: u32 = 1;
 
-/// What the kernel says where there is a route of one of the types unreachable,
-/// blackhole and prohibit, in this order (`fib_props` in
-/// net/ipv4/fib_semantics.c; `ip6_rt_type_to_error()` in net/ipv6/route.c).
-const DROPPED: [i32; 3] = [libc::EHOSTUNREACH, libc::EINVAL, libc::EACCES];
-
-/// Requests that failed and why, by their place.
-pub type Refusals = Vec<(usize, Error)>;
+/// What the kernel says where there is no route, or one of the types unreachable,
+/// blackhole and prohibit (`fib_props` in net/ipv4/fib_semantics.c;
+/// `ip6_rt_type_to_error()` in net/ipv6/route.c).
+const UNREACHABLE: [i32; 4] = [
+    libc::ENETUNREACH,
+    libc::EHOSTUNREACH,
+    libc::EINVAL,
+    libc::EACCES,
+];
 
 /// A route as the kernel lists it: what decides whether it is ours, whether it
 /// wins, and where it leads.
@@ -62,17 +69,18 @@ pub struct Route {
 }
 
 impl Route {
-    /// Whether it is one of `device`'s in the main table.
-    pub(crate) fn belongs_to(&self, device: DeviceRoute) -> bool {
-        self.protocol == device.protocol && self.table == MAIN_TABLE && self.leads_into(device.oif)
+    /// Whether it is one of ours through this device.
+    pub(crate) fn is_ours(&self, device: Option<u32>) -> bool {
+        self.protocol == PROTOCOL && self.table == MAIN_TABLE && self.leads_into(device)
     }
 
     /// Whether all its packets leave by this interface.
-    pub(crate) fn leads_into(&self, oif: u32) -> bool {
-        self.kind == RouteKind::Unicast && self.oif == Some(oif) && !self.is_multipath
+    pub(crate) fn leads_into(&self, device: Option<u32>) -> bool {
+        let is_plain = self.kind == RouteKind::Unicast && !self.is_multipath;
+        is_plain && device.is_some() && self.oif == device
     }
 
-    /// What of a listed route matters; `None` if it is no IP route.
+    /// What of a listed route matters; `None` if it is not an IP route.
     pub(super) fn read(message: &RouteMessage) -> Option<Self> {
         let header = &message.header;
         let mut address: IpAddr = match header.address_family {
@@ -103,7 +111,7 @@ impl Route {
             table,
             protocol: header.protocol.into(),
             kind: header.kind,
-            oif: hops.first().map(|hop| hop.oif),
+            oif: hops.first().map(|(oif, _)| *oif),
             is_multipath: hops.len() > 1,
             metric,
             preference,
@@ -112,50 +120,31 @@ impl Route {
     }
 }
 
-/// One of the ways that a route leads by.
-struct NextHop {
-    oif: u32,
-    /// Packets go to a router there, and not to their destination itself.
-    has_router: bool,
-}
-
-fn next_hops(route: &RouteMessage) -> Vec<NextHop> {
-    let hop = |oif: u32, attributes: &[RouteAttribute]| NextHop {
-        oif,
-        has_router: attributes.iter().any(|attribute| {
-            matches!(
-                attribute,
-                RouteAttribute::Gateway(_) | RouteAttribute::Via(_)
-            )
-        }),
+/// The interfaces that a route leads to, and whether packets go to a router there, and
+/// not to their destination itself.
+fn next_hops(route: &RouteMessage) -> Vec<(u32, bool)> {
+    let has_router = |attributes: &[RouteAttribute]| {
+        let is_router = |one: &RouteAttribute| {
+            matches!(one, RouteAttribute::Gateway(_) | RouteAttribute::Via(_))
+        };
+        attributes.iter().any(is_router)
     };
     let mut hops = Vec::new();
     for attribute in &route.attributes {
         match attribute {
-            RouteAttribute::Oif(index) => hops.push(hop(*index, &route.attributes)),
-            RouteAttribute::MultiPath(all) => {
-                let all = all.iter();
-                hops.extend(all.map(|one| hop(one.interface_index, &one.attributes)));
-            }
+            RouteAttribute::Oif(index) => hops.push((*index, has_router(&route.attributes))),
+            RouteAttribute::MultiPath(all) => hops.extend(
+                all.iter()
+                    .map(|hop| (hop.interface_index, has_router(&hop.attributes))),
+            ),
             _ => {}
         }
     }
     hops
 }
 
-/// How the host would reach an address.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Way<R = Route> {
-    /// By this route.
-    Route(R),
-    /// There is a route, which drops all packets.
-    Dropped,
-    /// There is none.
-    None,
-}
-
 /// How long packets toward an address may be, as far as this host's own settings
-/// say: the route and the interface. What the kernel has been told by ICMP is
+/// say: the route and the interface. What the kernel has learnt by ICMP is
 /// left aside, since anybody can send that.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RouteMtu {
@@ -165,43 +154,30 @@ pub struct RouteMtu {
     pub(crate) is_direct: bool,
 }
 
-/// Whose routes are meant: those of one protocol through one device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DeviceRoute {
-    /// Index of the device.
-    pub oif: u32,
-    /// Who made the route (`rtm_protocol`, rtnetlink(7)).
-    pub protocol: u8,
-}
-
-/// One change to the main table.
+/// One change to our routes in the main table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum RouteChange {
-    /// Adds a route; refused with `EEXIST` if there is one of the same prefix
-    /// and metric, whoever has made it.
-    Add(IpNet),
     /// Adds a route and leaves others of the same prefix where they are. In
     /// IPv4 it goes in front of them (`fib_table_insert()` in
     /// net/ipv4/fib_trie.c), in IPv6 it wins by [`IPV6_METRIC`] and, where
     /// another has that, by its preference (RFC 4191; `rt6_score_route()` in
     /// net/ipv6/route.c). `EEXIST` if the very same route is there already.
-    Prepend(IpNet),
+    Add(IpNet),
     /// Deletes a route; `ESRCH` if it is not there. Those of others stay.
     Delete(IpNet),
 }
 
 impl RouteChange {
-    /// The destination of the route.
-    pub(crate) fn prefix(&self) -> IpNet {
+    fn prefix(&self) -> IpNet {
         match self {
-            Self::Add(prefix) | Self::Prepend(prefix) | Self::Delete(prefix) => *prefix,
+            Self::Add(prefix) | Self::Delete(prefix) => *prefix,
         }
     }
 
-    fn request(&self, route: DeviceRoute) -> (RouteNetlinkMessage, u16) {
+    fn request(&self, device: u32) -> (RouteNetlinkMessage, u16) {
         let mut message = prefix_message(self.prefix());
-        message.attributes.push(RouteAttribute::Oif(route.oif));
-        message.header.protocol = RouteProtocol::from(route.protocol);
+        message.attributes.push(RouteAttribute::Oif(device));
+        message.header.protocol = RouteProtocol::from(PROTOCOL);
         message.header.kind = RouteType::Unicast;
         match self.prefix() {
             IpNet::V4(_) => message.header.scope = RouteScope::Link,
@@ -211,135 +187,91 @@ impl RouteChange {
             ]),
         }
         match self {
-            Self::Add(_) => (
-                RouteNetlinkMessage::NewRoute(message),
-                NLM_F_CREATE | NLM_F_EXCL,
-            ),
-            Self::Prepend(_) => (RouteNetlinkMessage::NewRoute(message), NLM_F_CREATE),
+            Self::Add(_) => (RouteNetlinkMessage::NewRoute(message), NLM_F_CREATE),
             Self::Delete(_) => (RouteNetlinkMessage::DelRoute(message), 0),
         }
     }
 }
 
 impl Netlink {
-    /// The routes of all tables, IPv4 before IPv6, that decide where packets of
-    /// others go; not the host's own, broadcast, anycast and multicast addresses.
-    ///
-    /// # Errors
-    /// When the kernel refuses.
-    pub fn routes(&mut self) -> Result<Vec<Route>> {
-        let decides = |route: &Route| {
-            let is_for_others = matches!(
-                route.kind,
-                RouteKind::Unicast
-                    | RouteKind::BlackHole
-                    | RouteKind::Unreachable
-                    | RouteKind::Prohibit
-            );
-            route.is_general && is_for_others
-        };
-        self.list_routes(RouteHeader::RT_TABLE_UNSPEC, &decides)
-    }
-
     /// The routes of the main table that `matters` picks, IPv4 before IPv6.
-    /// Routes to the same prefix stand in the order in which the kernel looks
-    /// at them. A table that changes all the time may be listed with gaps.
+    /// Routes to the same prefix stand in the order in which the kernel tries
+    /// them. A table that changes all the time may be listed with gaps.
     ///
     /// # Errors
     /// When the kernel refuses.
     pub fn main_routes(&mut self, matters: &dyn Fn(&Route) -> bool) -> Result<Vec<Route>> {
-        // Kernels before 4.20 do not filter by table.
-        self.list_routes(RouteHeader::RT_TABLE_MAIN, &|route| {
-            route.table == MAIN_TABLE && matters(route)
-        })
-    }
-
-    fn list_routes(&mut self, table: u8, matters: &dyn Fn(&Route) -> bool) -> Result<Vec<Route>> {
         let mut routes = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut message = RouteMessage::default();
             message.header.address_family = family;
-            message.header.table = table;
+            message.header.table = RouteHeader::RT_TABLE_MAIN;
             let listed = self.dump(
                 RouteNetlinkMessage::GetRoute(message),
                 &|object| match object {
-                    RouteNetlinkMessage::NewRoute(route) => Route::read(&route).filter(matters),
+                    // Kernels before 4.20 do not filter by table.
+                    RouteNetlinkMessage::NewRoute(route) => Route::read(&route)
+                        .filter(|route| route.table == MAIN_TABLE && matters(route)),
                     _ => None,
                 },
             );
             match listed {
                 Ok(listed) => routes.extend(listed),
                 // A kernel without IPv6, or a table without routes so far.
-                Err(refusal) if refusal.is(libc::EOPNOTSUPP) || refusal.is(libc::ENOENT) => {}
-                Err(refusal) => return Err(refusal.describe("cannot list the routes")),
+                Err(error) if matches!(error.errno(), Some(libc::EOPNOTSUPP | libc::ENOENT)) => {}
+                Err(error) => return Err(error.about("cannot list the routes")),
             }
         }
         Ok(routes)
     }
 
-    /// The interface through which the host would reach `address` now, as
+    /// The interface through which the host would send to `endpoint` now, as
     /// `ip route get` tells; `None` if it would not, be it that there is no
-    /// route or that the route drops all packets.
+    /// route or that the route drops all packets. A link-local address with a zone
+    /// leads nowhere but through that.
     ///
     /// # Errors
     /// When the kernel refuses for another reason.
-    pub fn interface_to(&mut self, address: IpAddr) -> Result<Option<u32>> {
-        self.interface_to_endpoint((address, 0).into())
-    }
-
-    /// As [`Self::interface_to`], for datagrams to `endpoint`: a link-local
-    /// address with a zone leads nowhere but through that.
-    ///
-    /// # Errors
-    /// As [`Self::interface_to`].
-    pub(crate) fn interface_to_endpoint(&mut self, endpoint: SocketAddr) -> Result<Option<u32>> {
-        match self.look_up(endpoint, RouteFlags::empty())? {
-            Way::Route(route) => Ok(next_hops(&route).first().map(|hop| hop.oif)),
-            Way::Dropped | Way::None => Ok(None),
-        }
+    pub fn interface_to(&mut self, endpoint: SocketAddr) -> Result<Option<u32>> {
+        let route = self.look_up(endpoint, RouteFlags::empty())?;
+        Ok(route.and_then(|route| Some(next_hops(&route).first()?.0)))
     }
 
     /// The route by which the host would reach `endpoint` now, as `ip route get
-    /// fibmatch` tells.
+    /// fibmatch` tells; `None` as with [`Self::interface_to`].
     ///
     /// # Errors
-    /// When the kernel refuses for another reason than that there is no way.
-    pub(crate) fn way_to(&mut self, endpoint: SocketAddr) -> Result<Way> {
-        Ok(match self.look_up(endpoint, fib_match(endpoint))? {
-            Way::Route(route) => Route::read(&route).map_or(Way::None, Way::Route),
-            Way::Dropped => Way::Dropped,
-            Way::None => Way::None,
-        })
+    /// As [`Self::interface_to`].
+    pub(crate) fn route_to(&mut self, endpoint: SocketAddr) -> Result<Option<Route>> {
+        let route = self.look_up(endpoint, fib_match(endpoint))?;
+        Ok(route.and_then(|route| Route::read(&route)))
     }
 
     /// The MTU of the route to `endpoint`: that which an administrator gave it,
     /// or else that of its interface. Of several next hops the smallest counts.
-    /// `None` if there is no way there.
+    /// `None` if there is no route.
     ///
     /// # Errors
     /// When the kernel refuses for another reason.
     pub(crate) fn route_mtu(&mut self, endpoint: SocketAddr) -> Result<Option<RouteMtu>> {
-        let Way::Route(route) = self.look_up(endpoint, fib_match(endpoint))? else {
+        let Some(route) = self.look_up(endpoint, fib_match(endpoint))? else {
             return Ok(None);
         };
-        let mut hops = next_hops(&route);
-        if route.header.kind == RouteKind::Local {
-            hops = vec![NextHop {
-                oif: LOOPBACK_INDEX,
-                has_router: false,
-            }];
-        }
+        let hops = match route.header.kind {
+            RouteKind::Local => vec![(LOOPBACK_INDEX, false)],
+            _ => next_hops(&route),
+        };
         let given = given_mtu_bytes(&route.attributes);
         let mut found: Option<RouteMtu> = None;
-        for hop in hops {
-            let Some(link) = self.link_by_index(hop.oif)? else {
+        for (oif, has_router) in hops {
+            let Some(link) = self.link_by_index(oif)? else {
                 continue;
             };
             let own = link.mtu_bytes_of(endpoint.ip());
             let mtu_bytes = given.map_or(own, |given| given.min(own));
-            // What is behind a point-to-point link, such as that of a modem or
-            // another tunnel, is rarely its other end alone.
-            let is_direct = !hop.has_router && !link.is_point_to_point;
+            // A point-to-point link, such as that of a modem or another tunnel, rarely
+            // leads to its other end alone.
+            let is_direct = !has_router && !link.is_point_to_point;
             found = Some(RouteMtu {
                 mtu_bytes: found.map_or(mtu_bytes, |other| other.mtu_bytes.min(mtu_bytes)),
                 is_direct: is_direct && found.is_none_or(|other| other.is_direct),
@@ -349,7 +281,7 @@ impl Netlink {
     }
 
     /// Asks the kernel how it would reach `endpoint`.
-    fn look_up(&mut self, endpoint: SocketAddr, flags: RouteFlags) -> Result<Way<RouteMessage>> {
+    fn look_up(&mut self, endpoint: SocketAddr, flags: RouteFlags) -> Result<Option<RouteMessage>> {
         let mut message = prefix_message(IpNet::from(endpoint.ip()));
         message.header.table = RouteHeader::RT_TABLE_UNSPEC;
         message.header.flags = flags;
@@ -361,52 +293,45 @@ impl Netlink {
             message.attributes.push(zone);
         }
         match self.get(RouteNetlinkMessage::GetRoute(message)) {
-            Ok(Some(RouteNetlinkMessage::NewRoute(route))) => Ok(Way::Route(route)),
-            Ok(_) => Ok(Way::None),
-            Err(refusal) if refusal.is(libc::ENETUNREACH) => Ok(Way::None),
-            Err(refusal) if DROPPED.iter().any(|errno| refusal.is(*errno)) => Ok(Way::Dropped),
-            Err(refusal) => {
+            Ok(Some(RouteNetlinkMessage::NewRoute(route))) => Ok(Some(route)),
+            Ok(_) => Ok(None),
+            Err(error) if UNREACHABLE.map(Some).contains(&error.errno()) => Ok(None),
+            Err(error) => {
                 let address = endpoint.ip();
-                Err(refusal.describe(format!("cannot look up the route to {address}")))
+                Err(error.about(format!("cannot look up the route to {address}")))
             }
         }
     }
 
-    /// Makes many changes, in their order, a hundred per system call. Returns
-    /// those that the kernel refused; the others are in force.
+    /// Makes many changes to our routes through a device, in their order, a hundred
+    /// per system call. Returns the prefixes of those that the kernel refused; the
+    /// others are in force.
     ///
     /// # Errors
     /// When the socket fails; it is then unknown which changes are in force.
     pub(crate) fn change_device_routes(
         &mut self,
-        route: DeviceRoute,
+        device: u32,
         changes: &[RouteChange],
-    ) -> Result<Refusals> {
-        let mut refusals = Vec::new();
-        let requests = changes.iter().map(|change| change.request(route));
-        self.execute_batch(requests, &mut |place, refusal| {
-            refusals.push((place, refusal));
-        })
-        .map_err(|cause| Error::os("cannot change routes", cause))?;
-        if refusals.is_empty() {
-            return Ok(Vec::new());
-        }
-        let name = self.name_for_error(route.oif);
-        let describe = |(place, refusal): (usize, Refusal)| {
-            let what = match changes[place] {
-                RouteChange::Delete(prefix) => format!("cannot delete route {prefix} on {name}"),
-                RouteChange::Add(prefix) | RouteChange::Prepend(prefix) => {
-                    format!("cannot add route {prefix} on {name}")
-                }
+    ) -> Result<Vec<(IpNet, Error)>> {
+        let mut refused = Vec::new();
+        let requests = changes.iter().map(|change| change.request(device));
+        self.execute_batch(requests, &mut |place, error| refused.push((place, error)))
+            .map_err(|error| error.about("cannot change routes"))?;
+        let describe = |(place, error): (usize, Error)| {
+            let (verb, prefix) = match changes[place] {
+                RouteChange::Delete(prefix) => ("delete", prefix),
+                RouteChange::Add(prefix) => ("add", prefix),
             };
-            (place, refusal.describe(what))
+            let what = format!("cannot {verb} the tunnel's route {prefix}");
+            (prefix, error.about(what))
         };
-        Ok(refusals.into_iter().map(describe).collect())
+        Ok(refused.into_iter().map(describe).collect())
     }
 }
 
 /// Asks for the route as it stands in its table, without what the kernel has
-/// learnt since. Of IPv6 the table is told without being asked for.
+/// learnt since. Of IPv6 the answer has the table without being asked for.
 fn fib_match(endpoint: SocketAddr) -> RouteFlags {
     match endpoint {
         SocketAddr::V4(_) => RouteFlags::FibMatch | RouteFlags::LookupTable,
@@ -440,7 +365,7 @@ pub(super) fn prefix_message(prefix: IpNet) -> RouteMessage {
 
 #[cfg(test)]
 mod tests {
-    use netlink_packet_core::NLM_F_REPLACE;
+    use netlink_packet_core::{NLM_F_EXCL, NLM_F_REPLACE};
 
     use super::*;
     use crate::testbed::{self, Namespace};
@@ -451,28 +376,28 @@ mod tests {
         message.header.protocol = RouteProtocol::Static;
         message.header.kind = kind;
         let flags = NLM_F_CREATE | NLM_F_EXCL;
-        let added = netlink.execute(RouteNetlinkMessage::NewRoute(message), flags);
-        added.map_err(|refusal| refusal.describe("block")).unwrap();
+        netlink
+            .execute(RouteNetlinkMessage::NewRoute(message), flags)
+            .unwrap();
     }
 
     #[test]
-    fn routes_that_drop_packets_are_no_way() {
+    fn a_route_that_drops_packets_leads_nowhere() {
         let namespace = Namespace::new().unwrap();
         let mut netlink = namespace.netlink().unwrap();
         testbed::join(&namespace, &namespace, "one", "two").unwrap();
         let one = netlink.link_index("one").unwrap().unwrap();
         netlink.set_up(one).unwrap();
+        let endpoint = |address: &str| SocketAddr::new(address.parse().unwrap(), 1);
         for (prefix, address) in [("10.1.0.0/16", "10.1.2.3"), ("fd01::/64", "fd01::7")] {
-            let address = address.parse().unwrap();
-            assert_eq!(netlink.interface_to(address).unwrap(), None);
-            assert_eq!(netlink.way_to((address, 1).into()).unwrap(), Way::None);
+            let endpoint = endpoint(address);
+            assert_eq!(netlink.interface_to(endpoint).unwrap(), None);
+            assert_eq!(netlink.route_to(endpoint).unwrap(), None);
             netlink
                 .add_route(prefix.parse().unwrap(), None, Some(one))
                 .unwrap();
-            assert_eq!(netlink.interface_to(address).unwrap(), Some(one));
-            let Way::Route(route) = netlink.way_to((address, 1).into()).unwrap() else {
-                panic!("no route to {address}")
-            };
+            assert_eq!(netlink.interface_to(endpoint).unwrap(), Some(one));
+            let route = netlink.route_to(endpoint).unwrap().unwrap();
             assert_eq!(route.destination.to_string(), prefix);
             assert_eq!((route.oif, route.table), (Some(one), 254));
         }
@@ -484,14 +409,11 @@ mod tests {
         ] {
             for (prefix, address) in [("10.1.2.3/32", "10.1.2.3"), ("fd01::7/128", "fd01::7")] {
                 block(&mut netlink, prefix, kind);
-                let way = netlink.interface_to(address.parse().unwrap()).unwrap();
-                assert_eq!(way, None, "{kind:?} {prefix}");
-                // What the type throw finds elsewhere, here nothing, is no drop.
-                if kind != RouteType::Throw {
-                    let address: IpAddr = address.parse().unwrap();
-                    let way = netlink.way_to((address, 1).into()).unwrap();
-                    assert!(matches!(way, Way::Dropped), "{kind:?} {prefix}: {way:?}");
-                }
+                let endpoint = endpoint(address);
+                let oif = netlink.interface_to(endpoint).unwrap();
+                assert_eq!(oif, None, "{kind:?} {prefix}");
+                let route = netlink.route_to(endpoint).unwrap();
+                assert_eq!(route, None, "{kind:?} {prefix}");
                 netlink
                     .del_route(prefix.parse().unwrap(), None, None)
                     .unwrap();
@@ -553,9 +475,8 @@ mod tests {
                     RouteAttribute::Metrics(vec![RouteMetric::Mtu(given)]),
                 ]);
                 let flags = NLM_F_CREATE | NLM_F_REPLACE;
-                let replaced = netlink.execute(RouteNetlinkMessage::NewRoute(message), flags);
-                replaced
-                    .map_err(|refusal| refusal.describe("replace"))
+                netlink
+                    .execute(RouteNetlinkMessage::NewRoute(message), flags)
                     .unwrap();
                 assert_eq!(mtu(&mut netlink, far), routed(expected), "{prefix} {given}");
             }

@@ -32,7 +32,7 @@ impl Netlink {
     pub(crate) fn set_down(&mut self, index: u32) -> Result<()> {
         let mut message = LinkMessage::default();
         message.header.change_mask = LinkFlags::Up;
-        self.set_link(index, message, "take down interface")
+        self.set_link(index, message, "take down")
     }
 
     /// Does as iproute2 does, with protocol "boot". Metric 0 means the usual.
@@ -71,7 +71,7 @@ impl Netlink {
             Meddling::Append => NLM_F_CREATE | NLM_F_APPEND,
         };
         self.execute(RouteNetlinkMessage::NewRoute(message), flags)
-            .map_err(|refusal| refusal.describe("cannot add a route"))
+            .map_err(|error| error.about("cannot add a route"))
     }
 
     /// Deletes a route from the main table; `via` and `oif` narrow the choice.
@@ -85,7 +85,7 @@ impl Netlink {
         // "Nowhere" and a type and protocol of zero match whatever is there.
         message.header.scope = RouteScope::NoWhere;
         self.execute(RouteNetlinkMessage::DelRoute(message), 0)
-            .map_err(|refusal| refusal.describe(format!("cannot delete route {prefix}")))
+            .map_err(|error| error.about(format!("cannot delete route {prefix}")))
     }
 }
 

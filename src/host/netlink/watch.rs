@@ -10,27 +10,23 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{SockFilter, SockRef};
 
-use super::{Netlink, RECEIVE_BYTES, Route, parse_object, split_message};
-use crate::error::{Error, Result};
+use super::{Netlink, RECEIVE_BYTES, Reply, Route, read_reply, split_message};
 
 /// Events wait here while their reader is busy; a thousand take up about a
-/// megabyte. Those that do not fit are lost, and the reader is told.
+/// megabyte. Those that do not fit are lost, and that is reported.
 const QUEUE_BYTES: usize = 8 << 20;
 
-/// Where the port of who asked for a change stands in `struct nlmsghdr`.
+/// Where `struct nlmsghdr` has the port of the socket that asked for a change.
 const PORT_AT: u32 = 12;
 
 /// A change that somebody has made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Event {
-    /// A route was added or deleted. One that it has replaced is not told, nor are
+    /// A route was added or deleted. One that it has replaced is not reported, nor are
     /// IPv4 routes that go because an interface goes down or loses its last IPv4
     /// address (`fib_sync_down_dev()` in net/ipv4/fib_semantics.c).
     Route(Route),
-    /// The interface with this index has got or lost an address, or an address has
-    /// changed.
-    Address(u32),
-    /// The interface with this index was made or has changed.
+    /// The interface with this index was made or has changed, or its addresses have.
     Link(u32),
     /// The interface that had this index is gone.
     LinkDeleted(u32),
@@ -38,7 +34,7 @@ pub enum Event {
     Lost,
 }
 
-/// A socket that hears of changes to routes, addresses and links in its namespace.
+/// A socket that receives the changes to routes, addresses and links in its namespace.
 pub struct Watch {
     socket: Socket,
     buffer: Vec<u8>,
@@ -46,18 +42,11 @@ pub struct Watch {
 
 impl Watch {
     /// Subscribes, in the calling thread's network namespace. Changes that
-    /// `own` asks for are not told.
+    /// `own` asks for are not reported.
     ///
     /// # Errors
     /// When the kernel gives no netlink socket or refuses the subscription.
-    pub(crate) fn open(own: &Netlink) -> Result<Self> {
-        Self::open_socket(own).map_err(|cause| {
-            let what = "cannot watch routes, addresses and links (netlink multicast)";
-            Error::os(what, cause)
-        })
-    }
-
-    fn open_socket(own: &Netlink) -> io::Result<Self> {
+    pub(crate) fn open(own: &Netlink) -> io::Result<Self> {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         // Before the subscription, so that nothing slips through.
         SockRef::from(&socket).attach_filter(&all_but_changes_of(own.port()?))?;
@@ -91,27 +80,9 @@ impl Watch {
             .unwrap();
     }
 
-    /// Puts a socket in its place that cannot be read from.
-    #[cfg(test)]
-    pub(crate) fn break_socket(&mut self) {
-        use std::os::fd::AsRawFd;
-        let (domain, kind) = (socket2::Domain::IPV4, socket2::Type::STREAM);
-        let broken = socket2::Socket::new(domain, kind, None).unwrap();
-        // SAFETY: both are open, and the socket goes on to own its descriptor.
-        let replaced = unsafe { libc::dup2(broken.as_raw_fd(), self.socket.as_raw_fd()) };
-        assert!(replaced >= 0);
-    }
-
     /// Reads what has come so far, at most `datagrams_max` datagrams, without
-    /// waiting. `true` if there may be more.
-    ///
-    /// # Errors
-    /// When the socket fails. Events may be lost then, also if it works again.
-    pub(crate) fn read(
-        &mut self,
-        datagrams_max: usize,
-        visit: &mut dyn FnMut(Event),
-    ) -> Result<bool> {
+    /// waiting.
+    pub(crate) fn read(&mut self, datagrams_max: usize, visit: &mut dyn FnMut(Event)) {
         for _ in 0..datagrams_max {
             match self
                 .socket
@@ -129,15 +100,11 @@ impl Watch {
                         }
                     }
                 }
-                Err(error) => match error.raw_os_error() {
-                    Some(libc::EAGAIN) => return Ok(false),
-                    Some(libc::EINTR) => {}
-                    Some(libc::ENOBUFS) => visit(Event::Lost),
-                    _ => return Err(Error::os("cannot hear of changes to routes", error)),
-                },
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                // ENOBUFS: there was no room.
+                Err(_) => visit(Event::Lost),
             }
         }
-        Ok(true)
     }
 }
 
@@ -165,15 +132,18 @@ fn all_but_changes_of(port: u32) -> [SockFilter; 4] {
 }
 
 pub(super) fn read_event(message: &[u8]) -> Option<Event> {
-    match parse_object(message)? {
+    let (_, Reply::Object(object)) = read_reply(message)? else {
+        return None;
+    };
+    match object {
         RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route) => {
             Route::read(&route).map(Event::Route)
         }
         RouteNetlinkMessage::NewAddress(address) | RouteNetlinkMessage::DelAddress(address) => {
-            Some(Event::Address(address.header.index))
+            Some(Event::Link(address.header.index))
         }
         RouteNetlinkMessage::NewLink(link) => Some(Event::Link(link.header.index)),
-        // A port that leaves a bridge is told as a deleted link, too; the
+        // A port that leaves a bridge is reported as a deleted link, too; the
         // device itself has no family (`br_ifinfo_notify()`).
         RouteNetlinkMessage::DelLink(link) => (link.header.interface_family
             == AddressFamily::Unspec)
@@ -185,7 +155,8 @@ pub(super) fn read_event(message: &[u8]) -> Option<Event> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::netlink::{DeviceRoute, HEADER_BYTES, RouteChange};
+    use crate::host::netlink::route::PROTOCOL;
+    use crate::host::netlink::{HEADER_BYTES, RouteChange};
     use crate::testbed::Namespace;
 
     #[test]
@@ -203,54 +174,39 @@ mod tests {
         }
     }
 
-    fn routes_told(watch: &mut Watch) -> (usize, bool) {
+    fn routes_reported(watch: &mut Watch) -> (usize, bool) {
         let (mut routes, mut lost) = (0, false);
-        let mut count = |event| match event {
-            Event::Route(route) if route.protocol == 99 => routes += 1,
+        // More than there are.
+        watch.read(100_000, &mut |event| match event {
+            Event::Route(route) if route.protocol == PROTOCOL => routes += 1,
             Event::Lost => lost = true,
             _ => {}
-        };
-        while watch.read(100, &mut count).unwrap() {}
+        });
         (routes, lost)
     }
 
     #[test]
-    fn own_changes_are_not_told_those_of_others_are_and_lost_events_are_said_to_be() {
+    fn changes_by_others_are_reported_and_so_are_lost_events() {
         let namespace = Namespace::new().unwrap();
         let mut own = namespace.netlink().unwrap();
         let mut other = namespace.netlink().unwrap();
         let mut watch = namespace.run(|| Watch::open(&own)).unwrap();
-        let route = DeviceRoute {
-            oif: own.link_index("lo").unwrap().unwrap(),
-            protocol: 99,
-        };
-        let block = |second: u8| -> Vec<RouteChange> {
+        let loopback = own.link_index("lo").unwrap().unwrap();
+        let add = |netlink: &mut Netlink, second: u8| {
             let prefix = |third| format!("10.{second}.{third}.0/24").parse().unwrap();
-            (0..250)
+            let changes: Vec<_> = (0..250)
                 .map(|third| RouteChange::Add(prefix(third)))
-                .collect()
+                .collect();
+            let refused = netlink.change_device_routes(loopback, &changes);
+            assert!(refused.unwrap().is_empty());
         };
-        assert!(
-            own.change_device_routes(route, &block(1))
-                .unwrap()
-                .is_empty()
-        );
-        assert_eq!(routes_told(&mut watch), (0, false));
-        assert!(
-            other
-                .change_device_routes(route, &block(2))
-                .unwrap()
-                .is_empty()
-        );
-        assert_eq!(routes_told(&mut watch), (250, false));
+        add(&mut own, 1);
+        assert_eq!(routes_reported(&mut watch), (0, false));
+        add(&mut other, 2);
+        assert_eq!(routes_reported(&mut watch), (250, false));
         watch.shrink();
-        assert!(
-            other
-                .change_device_routes(route, &block(3))
-                .unwrap()
-                .is_empty()
-        );
-        let (told, lost) = routes_told(&mut watch);
-        assert!(told < 250 && lost, "{told} {lost}");
+        add(&mut other, 3);
+        let (reported, lost) = routes_reported(&mut watch);
+        assert!(reported < 250 && lost, "{reported} {lost}");
     }
 }

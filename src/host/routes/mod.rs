@@ -1,22 +1,17 @@
 //! The kernel routes to the peers' prefixes, and the device's addresses, kept as
-//! they are wanted: whatever somebody deletes or overrides is put back at once.
+//! they are wanted: what somebody deletes or overrides is put back.
 //!
-//! A [`RouteReconciler`] is a thread of its own: listing a table of a million
-//! routes or changing ten thousand takes longer than the control thread may be
-//! away. It sleeps until its owner wants other routes, the kernel tells of a
-//! change by somebody else ([`Watch`]), or a minute has passed. Then it compares
-//! the main table with what is wanted and fixes what differs. Nothing but the
-//! kernel's own state decides what is done, so a lost event does no harm.
+//! A [`RouteReconciler`] has a thread, since listing a table of a million routes
+//! takes longer than the control thread may be away. It sleeps until the kernel
+//! reports a change by somebody else ([`Watch`]) or a minute has passed. Then it
+//! compares the main table with what is wanted and fixes what differs. Nothing but
+//! the kernel's own state decides what is done, so a lost event does no harm.
 //!
 //! Ours are the routes with [`PROTOCOL`] through the tunnel's device in the
 //! main table. All others are left as they are, also those that have overridden
 //! ours: ours goes in front of them. A route that leads into the device anyway,
 //! such as the one that the kernel makes for the device's address, is as good
 //! as ours and none is added to it.
-//!
-//! If somebody, such as a network manager, undoes the fixes again and again, the
-//! log says so once, and from then on there is one fix every few seconds until
-//! it is quiet.
 //!
 //! What cannot be won: IPv4 routes for one type of service, IPv6 routes for
 //! some sources, policy routing rules, longer prefixes, and an IPv6 route with
@@ -28,134 +23,103 @@ mod table;
 mod tests;
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::io::{PipeReader, PipeWriter};
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Sender, bounded};
+use crossbeam_channel::Sender;
 use ipnet::IpNet;
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::error::{Error, Result};
-use crate::host::netlink::{DeviceRoute, Netlink, Watch};
-use reconciler::{Job, Reconciler};
+pub use crate::host::netlink::route::PROTOCOL;
+use crate::host::netlink::{Netlink, Watch};
+use reconciler::{RETRY_WAIT, Reconciler};
 use table::RouteTable;
 
-/// The `rtm_protocol` of our routes (rtnetlink(7)): not one of those that
-/// linux/rtnetlink.h and iproute2's rt_protos assign. `ip route show proto 82`
-/// lists our routes.
-pub const PROTOCOL: u8 = 82;
+/// The thread rests so long between two comparisons, and so many times as long as
+/// the first one took: a fifth of one core is what a restless host with a huge table
+/// can cost.
+const COOLDOWN: Duration = Duration::from_millis(200);
+const COOLDOWN_FACTOR: u32 = 4;
 
-/// Jobs that may wait for the thread.
-const JOBS_MAX: usize = 4;
-
-/// In [`DeviceRoute::oif`], where no interface has this index: the device has
-/// left the namespace, and another one may get the index that it had.
-const NO_DEVICE: u32 = 0;
-
-/// What becomes of the routes when their reconciler ends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum AtEnd {
-    /// The tunnel ends: they are deleted.
-    Remove,
-    /// They stay, for another reconciler of this process or of one that takes
-    /// the tunnel over: it finds them by their protocol number.
-    Keep,
-}
-
-/// Keeps the routes and addresses of one device. Dropping it removes the routes.
+/// Keeps the routes and addresses of one device until it is dropped. What is there
+/// then stays: it goes with the device, or another reconciler keeps it.
 pub struct RouteReconciler {
-    jobs: Sender<Job>,
-    shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    reconciler: Arc<Mutex<Reconciler>>,
+    /// The thread, which ends when the pipe is closed.
+    thread: Option<(PipeWriter, JoinHandle<()>)>,
 }
 
-/// What the thread and its owner have in common.
-struct Shared {
-    /// Counts jobs, to wake the thread.
-    wake: EventFd,
-    /// Whether the device is still there.
-    has_device: AtomicBool,
-}
-
-/// Makes sure that a reconciler for the device `oif` could
-/// [`set`](RouteReconciler::set) these prefixes now, as far as others' routes go.
+/// Makes sure that a reconciler for `device` could [`set`](RouteReconciler::set)
+/// these prefixes now, as far as others' routes go.
 ///
 /// # Errors
 /// When one of them is in the way; names prefix and interface. When the kernel
 /// refuses to list its routes.
 pub(crate) fn check_free(
     netlink: &mut Netlink,
-    oif: Option<u32>,
+    device: Option<u32>,
     wanted: &BTreeSet<IpNet>,
 ) -> Result<()> {
-    let wanted = masked(wanted);
-    RouteTable::read(netlink, ours(oif), &wanted)?.check_free(netlink, wanted.iter())
+    RouteTable::read(netlink, device, wanted)?.check_free(netlink, wanted.iter())
 }
 
 impl RouteReconciler {
-    /// Starts to keep the device with this index, in the calling thread's network
-    /// namespace. `None`: the device is in another one, and there is nothing to
-    /// keep, but changes are told. Routes of ours that are there already stay
-    /// untouched until [`set`](Self::set) or [`adopt`](Self::adopt) says what is
-    /// wanted; whoever has kept them must have ended.
+    /// Starts to keep the routes to the `kept` prefixes, and `addresses`, in the
+    /// calling thread's network namespace, by the `device` with this index. `None`:
+    /// the device is in another one, and there is nothing to keep, but changes are
+    /// reported.
     ///
-    /// `addresses` are put back, too, when somebody takes them from the device,
-    /// and when the device was taken down and is up again: the kernel forgets
-    /// those of IPv6. So the device should be up and have its addresses before
-    /// this is called, and its reconciler ends before it is given others.
+    /// What was `kept` until now, by another reconciler of this process or of one
+    /// that was taken over, is put back at once where it is missing, and in front of
+    /// others' routes. The device should have its addresses and be up, and no other
+    /// reconciler.
     ///
-    /// `changes` is sent to when others have changed links, addresses or routes,
-    /// whichever, of the namespace. Room for one is enough: a second one says
-    /// nothing more.
+    /// `changes` is sent to when others have changed links, addresses or routes of
+    /// the namespace. Room for one is enough: a second one says nothing more.
     ///
     /// # Errors
-    /// When there are no netlink sockets.
+    /// When there are no more descriptors or threads.
     pub(crate) fn start(
-        index: Option<u32>,
+        device: Option<u32>,
         addresses: Vec<IpNet>,
+        kept: BTreeSet<IpNet>,
         changes: Sender<()>,
     ) -> Result<Self> {
         let netlink = Netlink::open()?;
-        let watch = Watch::open(&netlink)?;
-        let (jobs, receiver) = bounded(JOBS_MAX);
-        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-        let wake = EventFd::from_value_and_flags(0, flags)
-            .map_err(|errno| Error::os("cannot create an event counter", errno.into()))?;
-        let shared = Arc::new(Shared {
-            wake,
-            has_device: AtomicBool::new(index.is_some()),
-        });
-        let reconciler = Reconciler::new(
-            netlink,
-            watch,
-            ours(index),
-            addresses,
-            changes,
-            receiver,
-            Arc::clone(&shared),
-        )?;
+        let watch = Watch::open(&netlink).map_err(|cause| {
+            let what = "cannot watch routes, addresses and links (netlink multicast)";
+            Error::os(what, cause)
+        })?;
+        let mut reconciler = Reconciler::new(netlink, device, addresses, kept, changes);
+        reconciler.compare(false);
+        let reconciler = Arc::new(Mutex::new(reconciler));
+        let no_thread = |cause| Error::os("cannot start the route reconciler's thread", cause);
+        let (stopped, stop) = std::io::pipe().map_err(no_thread)?;
+        let shared = Arc::clone(&reconciler);
         let thread = std::thread::Builder::new()
             .name("routes".into())
-            .spawn(move || reconciler.run())
-            .map_err(|cause| Error::os("cannot start the route reconciler's thread", cause))?;
+            .spawn(move || run(&shared, watch, &stopped))
+            .map_err(no_thread)?;
         Ok(Self {
-            jobs,
-            shared,
-            thread: Some(thread),
+            reconciler,
+            thread: Some((stop, thread)),
         })
     }
 
     /// Whether the device has been there all the time since the start. If not,
     /// nothing is kept any more, even if it is there again.
     pub(crate) fn has_device(&self) -> bool {
-        self.shared.has_device.load(Ordering::Acquire)
+        lock(&self.reconciler).device.is_some()
     }
 
-    /// Makes `wanted` the prefixes that have routes: adds those that are
-    /// missing, deletes ours that are not wanted any more, and leaves the
-    /// others alone. When it returns `Ok` the routes are in force; while the
-    /// device is down they come with it.
+    /// Makes `wanted` the prefixes that have routes: adds those that are missing, and
+    /// deletes ours that are not wanted any more. When it returns `Ok` the routes are
+    /// in force, but for those that the device does not take now, as while it is down:
+    /// they come as soon as it does.
     ///
     /// # Errors
     /// When somebody else has a route to a prefix that was not wanted before
@@ -164,71 +128,50 @@ impl RouteReconciler {
     /// refuses. In all cases the routes are then as before, or, if the kernel
     /// takes no changes at all for a while, as soon as it does.
     pub(crate) fn set(&self, wanted: BTreeSet<IpNet>) -> Result<()> {
-        self.want(&wanted, false)
-    }
-
-    /// As [`set`](Self::set), for prefixes that were kept until now, by another
-    /// reconciler of this process or of one that was taken over. So no route of
-    /// somebody else's is in their way: ours go in front. Where that cannot be, the
-    /// log says so, and it is tried again. There is nothing to go back to: these are
-    /// the prefixes that are kept from now on, also after an error.
-    ///
-    /// # Errors
-    /// When the kernel does not answer.
-    pub(crate) fn adopt(&self, wanted: BTreeSet<IpNet>) -> Result<()> {
-        self.want(&wanted, true)
-    }
-
-    /// Ends the reconciler and waits for its end.
-    pub(crate) fn stop(mut self, at_end: AtEnd) {
-        self.end(at_end);
-    }
-
-    fn want(&self, wanted: &BTreeSet<IpNet>, is_adopted: bool) -> Result<()> {
-        let (done, result) = bounded(1);
-        self.send(Job::Want {
-            wanted: masked(wanted),
-            is_adopted,
-            done,
-        })?;
-        result.recv().map_err(|_| ended())?
-    }
-
-    fn send(&self, job: Job) -> Result<()> {
-        self.jobs.send(job).map_err(|_| ended())?;
-        // The counter cannot overflow: the thread empties it each time.
-        let _ = self.shared.wake.write(1);
-        Ok(())
-    }
-
-    fn end(&mut self, at_end: AtEnd) {
-        let Some(thread) = self.thread.take() else {
-            return;
-        };
-        let _ = self.send(Job::End(at_end));
-        if thread.join().is_err() {
-            tracing::error!("the route reconciler's thread panicked");
-        }
+        lock(&self.reconciler).set(wanted)
     }
 }
 
 impl Drop for RouteReconciler {
     fn drop(&mut self) {
-        self.end(AtEnd::Remove);
+        if let Some((stop, thread)) = self.thread.take() {
+            drop(stop);
+            if thread.join().is_err() {
+                tracing::error!("the route reconciler's thread panicked");
+            }
+        }
     }
 }
 
-fn ours(oif: Option<u32>) -> DeviceRoute {
-    DeviceRoute {
-        oif: oif.unwrap_or(NO_DEVICE),
-        protocol: PROTOCOL,
+fn lock(reconciler: &Mutex<Reconciler>) -> MutexGuard<'_, Reconciler> {
+    reconciler.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Has the routes compared on events and on a tick, until the other end of the pipe is
+/// closed.
+fn run(reconciler: &Mutex<Reconciler>, mut watch: Watch, stopped: &PipeReader) {
+    loop {
+        let due_in = lock(reconciler).due - Instant::now();
+        // The owner may have made it due earlier meanwhile.
+        if is_stopped(stopped, Some(&watch), due_in.min(RETRY_WAIT)) {
+            return;
+        }
+        let started = Instant::now();
+        lock(reconciler).follow(&mut watch);
+        let rest = COOLDOWN.max(started.elapsed() * COOLDOWN_FACTOR);
+        if is_stopped(stopped, None, rest) {
+            return;
+        }
     }
 }
 
-fn masked(prefixes: &BTreeSet<IpNet>) -> BTreeSet<IpNet> {
-    prefixes.iter().map(IpNet::trunc).collect()
-}
-
-fn ended() -> Error {
-    Error::new("the route reconciler's thread has ended")
+/// Waits for an event, if there is a `watch`, until a timeout at most. Returns
+/// whether the pipe was closed.
+fn is_stopped(stopped: &PipeReader, watch: Option<&Watch>, timeout: Duration) -> bool {
+    let mut ready = vec![PollFd::new(stopped.as_fd(), PollFlags::POLLIN)];
+    ready.extend(watch.map(|watch| PollFd::new(watch.as_fd(), PollFlags::POLLIN)));
+    let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
+    // Interrupted or not, everything is checked.
+    let _ = poll(&mut ready, timeout);
+    ready[0].any().unwrap_or(true)
 }

@@ -1,26 +1,7 @@
-//! Socket options that neither socket2 nor nix wraps.
+//! A socket option that neither socket2 nor nix wraps.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
-
-use nix::{setsockopt_impl, sockopt_impl};
-
-sockopt_impl!(
-    /// What a socket does about path MTUs over IPv4.
-    MtuDiscover,
-    SetOnly,
-    libc::IPPROTO_IP,
-    libc::IP_MTU_DISCOVER,
-    libc::c_int
-);
-sockopt_impl!(
-    /// What a socket does about path MTUs over IPv6.
-    MtuDiscoverV6,
-    SetOnly,
-    libc::IPPROTO_IPV6,
-    libc::IPV6_MTU_DISCOVER,
-    libc::c_int
-);
 
 /// Datagrams that the kernel has dropped at the socket since it was made, modulo
 /// 2^32: no room in its receive buffer, refused by its filter, or damaged

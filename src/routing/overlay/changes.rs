@@ -1,9 +1,9 @@
 //! What is different between two states of the overlay.
 
 use std::fmt::Display;
+use std::sync::Arc;
 
 use super::{Overlay, Peer};
-use crate::packet::batch::NextHop;
 
 /// Changes that are named one by one. More are counted.
 const NAMED_MAX: usize = 8;
@@ -15,7 +15,7 @@ pub struct Changes {
     pub(crate) peers_added: usize,
     /// Peers that are there no more.
     pub(crate) peers_removed: usize,
-    /// Prefixes that were not there, or behind another peer.
+    /// Prefixes that were not there, or were another peer's.
     pub(crate) prefixes_added: usize,
     /// Prefixes that are there no more.
     pub(crate) prefixes_removed: usize,
@@ -27,48 +27,47 @@ impl Changes {
     /// Compares with what has become of `old` since it was cloned.
     pub(crate) fn between(old: &Overlay, new: &Overlay) -> Self {
         let mut changes = Self::default();
-        for (name, &hop) in &new.names {
-            if let Some(peer) = new.peer(hop).filter(|_| !old.names.contains_key(name)) {
-                changes.peers_added += 1;
-                changes.name(|| format!("peer {} added", peer.name));
-            }
-        }
-        // Peers keep their places as long as they are there.
-        let mut kept = vec![false; old.peers.len()];
-        for (name, &hop) in &old.names {
-            if new.names.contains_key(name) {
-                kept[usize::from(hop)] = true;
-            } else if let Some(peer) = old.peer(hop) {
-                changes.peers_removed += 1;
-                changes.name(|| format!("peer {} removed", peer.name));
-            }
-        }
-        let is_same = |before: Option<NextHop>, after: Option<NextHop>| {
-            before == after && before.is_none_or(|hop| kept[usize::from(hop)])
+        let peers_missing_in = |other: &Overlay, all: &Overlay| {
+            let missing = all
+                .names
+                .iter()
+                .filter(|(name, _)| !other.names.contains_key(*name));
+            missing
+                .filter_map(|(_, &hop)| Some(all.peer(hop)?.name.clone()))
+                .collect::<Vec<_>>()
         };
-        let mut compare = |what: &dyn Display, before: Option<NextHop>, after: Option<NextHop>| {
-            if is_same(before, after) {
-                return false;
+        for name in peers_missing_in(old, new) {
+            changes.peers_added += 1;
+            changes.name(|| format!("peer {name} added"));
+        }
+        for name in peers_missing_in(new, old) {
+            changes.peers_removed += 1;
+            changes.name(|| format!("peer {name} removed"));
+        }
+        let mut compare = |what: &dyn Display, before: Option<&Peer>, after: Option<&Peer>| {
+            // A peer keeps its counters as long as it is there.
+            let traffic = |peer: Option<&Peer>| peer.map(|peer| Arc::as_ptr(&peer.traffic));
+            let is_different = traffic(before) != traffic(after);
+            if is_different {
+                changes.name(|| moved(what, before, after));
             }
-            let before = before.and_then(|hop| old.peer(hop));
-            changes.name(|| moved(what, before, after.and_then(|hop| new.peer(hop))));
-            true
+            usize::from(is_different)
         };
         let (mut added, mut removed) = (0, 0);
         // Both are in order: a walk along them is cheaper than a million lookups.
         let mut was = old.prefixes.iter().peekable();
-        for (prefix, behind) in &new.prefixes {
-            while let Some((gone, behind)) = was.next_if(|(gone, _)| *gone < prefix) {
-                removed += usize::from(compare(gone, Some(behind.peer), None));
+        for (prefix, owner) in &new.prefixes {
+            while let Some((gone, owner)) = was.next_if(|(gone, _)| *gone < prefix) {
+                removed += compare(gone, old.peer(owner.peer), None);
             }
             let before = was.next_if(|(other, _)| *other == prefix);
-            let before = before.map(|(_, behind)| behind.peer);
-            added += usize::from(compare(prefix, before, Some(behind.peer)));
+            let before = before.and_then(|(_, owner)| old.peer(owner.peer));
+            added += compare(prefix, before, new.peer(owner.peer));
         }
-        for (gone, behind) in was {
-            removed += usize::from(compare(gone, Some(behind.peer), None));
+        for (gone, owner) in was {
+            removed += compare(gone, old.peer(owner.peer), None);
         }
-        compare(&"the rest", old.default, new.default);
+        compare(&"the rest", old.default_peer(), new.default_peer());
         (changes.prefixes_added, changes.prefixes_removed) = (added, removed);
         changes
     }

@@ -18,12 +18,18 @@ fn net(text: &str) -> IpNet {
 }
 
 fn overlay(texts: &[&str]) -> Overlay {
-    let mut overlay = Overlay::new(2);
+    let mut overlay = Overlay::default();
+    overlay.count_for(2);
     for text in texts {
-        overlay.add_peer(&spec(text), Origin::Config).unwrap();
+        add(&mut overlay, text, Origin::Config).unwrap();
     }
     resolve(&mut overlay);
     overlay
+}
+
+fn add(overlay: &mut Overlay, text: &str, origin: Origin) -> Result<()> {
+    let PeerSpec { name, prefixes } = spec(text);
+    overlay.add_peer(&name, prefixes.is_empty(), &prefixes, origin)
 }
 
 /// Every peer at the address that it is named by.
@@ -38,7 +44,7 @@ fn resolve(overlay: &mut Overlay) {
 }
 
 /// What all views of an overlay must agree on.
-fn check(overlay: &mut Overlay) {
+fn check(overlay: &Overlay) {
     let table = overlay.table(TunnelAddresses::default(), false);
     let mut counts = BTreeMap::new();
     for (prefix, peer, _) in overlay.prefixes() {
@@ -55,14 +61,11 @@ fn check(overlay: &mut Overlay) {
         assert!(Arc::ptr_eq(&in_table.traffic, &by.traffic));
         assert_eq!(overlay.find(&by.name).unwrap().0, hop);
     }
-    for peer in overlay.peers_by_name() {
-        let count = counts.get(&peer.name.key()).copied().unwrap_or(0);
-        assert_eq!(peer.prefix_count, count, "{}", peer.name);
-    }
-    assert_eq!(overlay.peers().count(), overlay.peer_count());
-    assert_eq!(overlay.prefixes().count(), overlay.prefix_count());
-    assert_eq!(overlay.kernel_routes().len(), overlay.prefix_count());
-    let defaults = overlay.peers().filter(|(_, peer)| peer.is_default);
+    let by_hop = counts
+        .into_iter()
+        .map(|(key, count)| (overlay.names[&key], count));
+    assert_eq!(overlay.prefix_counts(), by_hop.collect());
+    let defaults = overlay.peers().filter(|(_, peer)| overlay.is_default(peer));
     let defaults: Vec<_> = defaults.map(|(hop, _)| hop).collect();
     assert_eq!(defaults, Vec::from_iter(overlay.default));
     let hops: BTreeSet<_> = overlay.peers().map(|(hop, _)| hop).collect();
@@ -84,20 +87,20 @@ fn counts(changes: &Changes) -> [usize; 4] {
     ]
 }
 
-fn who(overlay: &Overlay, address: &str) -> Option<String> {
+fn peer_of(overlay: &Overlay, address: &str) -> Option<String> {
     let (_, peer) = overlay.route_to(address.parse().unwrap())?;
     Some(peer.name.to_string())
 }
 
 #[test]
 fn the_longest_prefix_wins_and_the_rest_goes_to_the_peer_without() {
-    let mut overlay = overlay(&[
+    let overlay = overlay(&[
         "10.0.0.1=10.1.0.0/16,fd00:1::/32",
         "10.0.0.2:99=10.1.7.0/24",
         "[fd00::3]",
     ]);
-    check(&mut overlay);
-    let to = |address| who(&overlay, address).unwrap();
+    check(&overlay);
+    let to = |address| peer_of(&overlay, address).unwrap();
     assert_eq!(to("10.1.1.1"), "10.0.0.1:8285");
     assert_eq!(to("10.1.7.1"), "10.0.0.2:99");
     assert_eq!(to("fd00:1::1"), "10.0.0.1:8285");
@@ -111,20 +114,20 @@ fn the_longest_prefix_wins_and_the_rest_goes_to_the_peer_without() {
 fn contradictions_name_both_sides() {
     let mut one = overlay(&["10.0.0.1=10.1.0.0/16", "10.0.0.2"]);
     let text = |result: Result<()>| result.unwrap_err().to_string();
-    let clash = text(one.add_peer(&spec("10.0.0.3=10.1.0.0/16"), Origin::Runtime));
+    let clash = text(add(&mut one, "10.0.0.3=10.1.0.0/16", Origin::Runtime));
     for part in ["10.1.0.0/16", "10.0.0.1:8285", "10.0.0.3:8285"] {
         assert!(clash.contains(part), "{clash}");
     }
     let mut two = overlay(&["10.0.0.1=10.1.0.0/16", "10.0.0.2"]);
-    let clash = text(two.add_peer(&spec("10.0.0.3"), Origin::Runtime));
+    let clash = text(add(&mut two, "10.0.0.3", Origin::Runtime));
     assert!(
         clash.contains("10.0.0.2:8285") && clash.contains("10.0.0.3:8285"),
         "{clash}"
     );
-    let again = text(two.add_peer(&spec("10.0.0.1:8285=10.7.0.0/16"), Origin::Runtime));
+    let again = text(add(&mut two, "10.0.0.1:8285=10.7.0.0/16", Origin::Runtime));
     assert!(again.contains("already"), "{again}");
-    let nobody = text(two.remove_peers(&[name("10.9.9.9")]).map(drop));
-    assert!(nobody.contains("10.9.9.9:8285"), "{nobody}");
+    let unknown = text(two.remove_peers(&[name("10.9.9.9")]).map(drop));
+    assert!(unknown.contains("10.9.9.9:8285"), "{unknown}");
     let nothing = text(two.remove_prefixes(&[net("10.9.0.0/16")]).map(drop));
     assert!(nothing.contains("10.9.0.0/16"), "{nothing}");
 }
@@ -145,9 +148,9 @@ fn prefixes_move_only_when_asked_to() {
         .add_prefixes(&to, &prefixes, Origin::Runtime, true)
         .unwrap();
     assert_eq!(counts(&Changes::between(&before, &overlay)), [0, 0, 2, 0]);
-    check(&mut overlay);
-    assert_eq!(who(&overlay, "10.1.0.1").unwrap(), "10.0.0.2:8285");
-    // What is there already is no change.
+    check(&overlay);
+    assert_eq!(peer_of(&overlay, "10.1.0.1").unwrap(), "10.0.0.2:8285");
+    // What is there already does not change.
     let before = overlay.clone();
     overlay
         .add_prefixes(&to, &prefixes, Origin::Runtime, true)
@@ -155,13 +158,13 @@ fn prefixes_move_only_when_asked_to() {
     assert_eq!(counts(&Changes::between(&before, &overlay)), [0; 4]);
     overlay.remove_prefixes(&prefixes).unwrap();
     assert_eq!(counts(&Changes::between(&before, &overlay)), [0, 0, 0, 2]);
-    check(&mut overlay);
-    assert_eq!(who(&overlay, "10.1.0.1"), None);
+    check(&overlay);
+    assert_eq!(peer_of(&overlay, "10.1.0.1"), None);
     let before = overlay.clone();
     overlay.remove_peers(&[to]).unwrap();
     assert_eq!(counts(&Changes::between(&before, &overlay)), [0, 1, 0, 1]);
-    check(&mut overlay);
-    assert_eq!(who(&overlay, "10.3.0.1"), None);
+    check(&overlay);
+    assert_eq!(peer_of(&overlay, "10.3.0.1"), None);
 }
 
 #[test]
@@ -171,8 +174,7 @@ fn a_reload_applies_the_difference_and_leaves_the_operators_additions() {
         "10.0.0.2=10.3.0.0/16",
         "a",
     ]);
-    let runtime = spec("10.0.0.9=10.9.0.0/16");
-    overlay.add_peer(&runtime, Origin::Runtime).unwrap();
+    add(&mut overlay, "10.0.0.9=10.9.0.0/16", Origin::Runtime).unwrap();
     overlay
         .add_prefixes(
             &name("10.0.0.1"),
@@ -193,8 +195,8 @@ fn a_reload_applies_the_difference_and_leaves_the_operators_additions() {
     let changes = overlay.configure(&new).unwrap();
     assert_eq!(counts(&changes), [1, 1, 2, 1]);
     resolve(&mut overlay);
-    check(&mut overlay);
-    let to = |address| who(&overlay, address);
+    check(&overlay);
+    let to = |address| peer_of(&overlay, address);
     assert_eq!(to("10.1.0.1").unwrap(), "10.0.0.1:8285");
     assert_eq!(to("10.2.0.1").unwrap(), "10.0.0.4:8285");
     assert_eq!(to("10.3.0.1"), None);
@@ -209,16 +211,14 @@ fn a_reload_applies_the_difference_and_leaves_the_operators_additions() {
 
 /// Also to what takes it away again.
 #[test]
-fn what_the_file_has_is_the_files_whoever_added_it() {
+fn what_the_file_has_is_the_files_even_if_it_was_added_by_command() {
     let mut overlay = overlay(&["10.0.0.1=10.1.0.0/16"]);
     let runtime = [net("10.5.0.0/16"), net("10.6.0.0/16")];
     let first = name("10.0.0.1");
     overlay
         .add_prefixes(&first, &runtime, Origin::Runtime, false)
         .unwrap();
-    overlay
-        .add_peer(&spec("10.0.0.2=10.7.0.0/16"), Origin::Runtime)
-        .unwrap();
+    add(&mut overlay, "10.0.0.2=10.7.0.0/16", Origin::Runtime).unwrap();
     let all = specs(&["10.0.0.1=10.1.0.0/16,10.5.0.0/16", "10.0.0.2=10.7.0.0/16"]);
     assert_eq!(counts(&overlay.configure(&all).unwrap()), [0; 4]);
     let origins: Vec<_> = overlay.prefixes().map(|(_, _, origin)| origin).collect();
@@ -234,8 +234,7 @@ fn what_the_file_has_is_the_files_whoever_added_it() {
 #[test]
 fn a_reload_that_clashes_with_the_operators_additions_is_refused() {
     let mut overlay = overlay(&["10.0.0.1=10.1.0.0/16"]);
-    let runtime = spec("10.0.0.9=10.9.0.0/16");
-    overlay.add_peer(&runtime, Origin::Runtime).unwrap();
+    add(&mut overlay, "10.0.0.9=10.9.0.0/16", Origin::Runtime).unwrap();
     let clash = overlay.configure(&specs(&["10.0.0.1=10.9.0.0/16"]));
     let text = clash.unwrap_err().to_string();
     assert!(
@@ -252,20 +251,16 @@ fn a_reload_may_give_an_operators_default_peer_prefixes() {
         ["10.0.0.9=10.9.0.0/16", "10.0.0.1"],
     ] {
         let mut overlay = overlay(&["10.0.0.1=10.1.0.0/16"]);
-        overlay
-            .add_peer(&spec("10.0.0.9"), Origin::Runtime)
-            .unwrap();
+        add(&mut overlay, "10.0.0.9", Origin::Runtime).unwrap();
         overlay.configure(&specs(&peers)).unwrap();
         resolve(&mut overlay);
-        check(&mut overlay);
-        assert_eq!(who(&overlay, "192.0.2.1").unwrap(), "10.0.0.1:8285");
-        assert_eq!(who(&overlay, "10.9.0.1").unwrap(), "10.0.0.9:8285");
+        check(&overlay);
+        assert_eq!(peer_of(&overlay, "192.0.2.1").unwrap(), "10.0.0.1:8285");
+        assert_eq!(peer_of(&overlay, "10.9.0.1").unwrap(), "10.0.0.9:8285");
     }
     // An operator's that the file says nothing about stays what it is.
     let mut overlay = overlay(&["10.0.0.1=10.1.0.0/16"]);
-    overlay
-        .add_peer(&spec("10.0.0.9"), Origin::Runtime)
-        .unwrap();
+    add(&mut overlay, "10.0.0.9", Origin::Runtime).unwrap();
     let new = specs(&["10.0.0.2=10.2.0.0/16", "10.0.0.1"]);
     let text = overlay.configure(&new).unwrap_err().to_string();
     assert!(
@@ -273,10 +268,10 @@ fn a_reload_may_give_an_operators_default_peer_prefixes() {
         "{text}"
     );
     // As a whole or not at all.
-    check(&mut overlay);
-    assert_eq!(who(&overlay, "10.1.0.1").unwrap(), "10.0.0.1:8285");
-    assert_eq!(who(&overlay, "10.2.0.1").unwrap(), "10.0.0.9:8285");
-    assert_eq!(overlay.peer_count(), 2);
+    check(&overlay);
+    assert_eq!(peer_of(&overlay, "10.1.0.1").unwrap(), "10.0.0.1:8285");
+    assert_eq!(peer_of(&overlay, "10.2.0.1").unwrap(), "10.0.0.9:8285");
+    assert_eq!(overlay.peers().count(), 2);
 }
 
 #[test]
@@ -285,17 +280,15 @@ fn places_are_used_again_and_counters_are_not() {
     let (hop, peer) = overlay.find(&name("10.0.0.1")).unwrap();
     peer.traffic[0].packets_sent.add(7);
     overlay.remove_peers(&[name("10.0.0.1")]).unwrap();
-    overlay
-        .add_peer(&spec("10.0.0.3=10.1.0.0/16"), Origin::Runtime)
-        .unwrap();
+    add(&mut overlay, "10.0.0.3=10.1.0.0/16", Origin::Runtime).unwrap();
     let (again, peer) = overlay.find(&name("10.0.0.3")).unwrap();
     assert_eq!(again, hop);
     assert_eq!(peer.traffic[0].packets_sent.get(), 0);
     resolve(&mut overlay);
-    check(&mut overlay);
+    check(&overlay);
 }
 
-/// However many there are: who is there is looked up, not searched for.
+/// However many there are, each is found at once.
 #[test]
 fn as_many_peers_as_there_may_be_come_and_go() {
     let peers = |count: usize| -> Vec<PeerSpec> {
@@ -308,27 +301,27 @@ fn as_many_peers_as_there_may_be_come_and_go() {
         };
         (1..=count as u32).map(spec).collect()
     };
-    let mut overlay = Overlay::new(0);
+    let mut overlay = Overlay::default();
     let added = overlay.configure(&peers(PEERS_MAX)).unwrap();
     assert_eq!(added.peers_added, PEERS_MAX);
     let is_there = |hop: usize| overlay.peer(hop as NextHop).is_some();
     assert!(is_there(PEERS_MAX - 1) && !is_there(PEERS_MAX));
-    let one_more = overlay.add_peer(&spec("a=10.0.0.0/8"), Origin::Runtime);
+    let one_more = add(&mut overlay, "a=10.0.0.0/8", Origin::Runtime);
     assert!(one_more.is_err());
     let gone = overlay.configure(&peers(1)).unwrap();
     assert_eq!(gone.peers_removed, PEERS_MAX - 1);
     assert_eq!(gone.prefixes_removed, PEERS_MAX - 1);
-    check(&mut overlay);
+    check(&overlay);
 }
 
 #[test]
 fn a_path_limits_what_is_carried_in_one_piece() {
     let mut overlay = overlay(&["10.0.0.1=10.1.0.0/16", "[fd00::2]=10.2.0.0/16"]);
-    let mtu = |overlay: &mut Overlay, address: &str| {
+    let mtu = |overlay: &Overlay, address: &str| {
         let table = overlay.table(TunnelAddresses::default(), false);
         table.peer(address.parse().unwrap()).unwrap().1.mtu_bytes
     };
-    assert_eq!(mtu(&mut overlay, "10.1.0.1"), BATCH_BYTES_MAX);
+    assert_eq!(mtu(&overlay, "10.1.0.1"), BATCH_BYTES_MAX);
     for (text, overhead) in [("10.0.0.1", 28), ("[fd00::2]", 48)] {
         let (hop, _) = overlay.find(&name(text)).unwrap();
         assert!(overlay.set_path_mtu(hop, 1400, false));
@@ -338,42 +331,42 @@ fn a_path_limits_what_is_carried_in_one_piece() {
         } else {
             "10.2.0.1"
         };
-        assert_eq!(mtu(&mut overlay, address), 1400 - overhead);
+        assert_eq!(mtu(&overlay, address), 1400 - overhead);
     }
     // Another address, another path.
     let (hop, _) = overlay.find(&name("10.0.0.1")).unwrap();
     assert!(overlay.set_endpoint(hop, "10.0.0.7:1".parse().ok()));
-    assert_eq!(mtu(&mut overlay, "10.1.0.1"), BATCH_BYTES_MAX);
+    assert_eq!(mtu(&overlay, "10.1.0.1"), BATCH_BYTES_MAX);
 }
 
 #[test]
-fn nothing_goes_to_who_is_suspended_until_it_ends_or_the_peer_has_moved() {
+fn nothing_is_sent_to_a_suspended_peer() {
     let mut overlay = overlay(&["10.0.0.1=10.1.0.0/16", "10.0.0.2=10.2.0.0/16"]);
     let (hop, _) = overlay.find(&name("10.0.0.1")).unwrap();
-    let sent_to = |overlay: &mut Overlay, address: &str| {
+    let sent_to = |overlay: &Overlay, address: &str| {
         let table = overlay.table(TunnelAddresses::default(), false);
         table.peer(address.parse().unwrap()).unwrap().1.endpoint
     };
-    let there = sent_to(&mut overlay, "10.1.0.1");
+    let there = sent_to(&overlay, "10.1.0.1");
     assert!(there.is_some() && overlay.in_use(hop).is_some());
     overlay.set_path_mtu(hop, 1400, false);
     assert!(overlay.set_suspended(hop, true));
     assert!(!overlay.set_suspended(hop, true));
-    assert_eq!(sent_to(&mut overlay, "10.1.0.1"), None);
-    assert!(sent_to(&mut overlay, "10.2.0.1").is_some() && overlay.in_use(hop).is_none());
+    assert_eq!(sent_to(&overlay, "10.1.0.1"), None);
+    assert!(sent_to(&overlay, "10.2.0.1").is_some() && overlay.in_use(hop).is_none());
     let (_, peer) = overlay.find(&name("10.0.0.1")).unwrap();
     assert_eq!((peer.endpoint, peer.path_mtu_bytes), (there, None));
     assert!(overlay.set_suspended(hop, false));
-    assert_eq!(sent_to(&mut overlay, "10.1.0.1"), there);
+    assert_eq!(sent_to(&overlay, "10.1.0.1"), there);
     overlay.set_suspended(hop, true);
     let elsewhere = "10.0.0.7:1".parse().ok();
     overlay.set_endpoint(hop, elsewhere);
-    assert_eq!(sent_to(&mut overlay, "10.1.0.1"), elsewhere);
+    assert_eq!(sent_to(&overlay, "10.1.0.1"), elsewhere);
 }
 
 #[test]
-fn probes_come_from_nobody() {
-    let mut overlay = overlay(&["10.0.0.1=0.0.0.0/0,0.0.0.0/32", "10.0.0.2"]);
+fn the_unspecified_address_is_not_a_peers() {
+    let overlay = overlay(&["10.0.0.1=0.0.0.0/0,0.0.0.0/32", "10.0.0.2"]);
     let table = overlay.table(TunnelAddresses::default(), false);
     assert!(table.peer(Ipv4Addr::UNSPECIFIED.into()).is_none());
     assert!(table.peer([0, 0, 0, 1].into()).is_some());
@@ -399,67 +392,67 @@ fn a_peer_elsewhere_has_no_learned_port_and_no_proof() {
 }
 
 #[test]
-fn nobody_is_behind_this_hosts_own_addresses() {
+fn this_hosts_own_addresses_are_not_a_peers() {
     let mut overlay = overlay(&["10.0.0.1=10.1.0.0/16,10.1.0.7/32,fd00::/16", "10.0.0.2"]);
-    let is_behind = |overlay: &mut Overlay, address: &str| {
+    let is_a_peers = |overlay: &Overlay, address: &str| {
         let table = overlay.table(TunnelAddresses::default(), false);
         table.peer(address.parse().unwrap()).is_some()
     };
     let own = ["10.1.0.7", "10.1.0.8", "fd00::8", "192.0.2.1"];
     for address in own {
-        assert!(is_behind(&mut overlay, address), "{address}");
+        assert!(is_a_peers(&overlay, address), "{address}");
     }
     let addresses: BTreeSet<IpAddr> = own.iter().map(|own| own.parse().unwrap()).collect();
     assert!(overlay.set_own_addresses(addresses.clone()));
     assert!(!overlay.set_own_addresses(addresses));
     for address in own {
-        assert!(!is_behind(&mut overlay, address), "{address}");
+        assert!(!is_a_peers(&overlay, address), "{address}");
     }
     for address in ["10.1.0.9", "fd00::9", "192.0.2.2"] {
-        assert!(is_behind(&mut overlay, address), "{address}");
+        assert!(is_a_peers(&overlay, address), "{address}");
     }
     assert!(overlay.set_own_addresses(BTreeSet::new()));
-    assert!(is_behind(&mut overlay, "10.1.0.7"));
+    assert!(is_a_peers(&overlay, "10.1.0.7"));
 }
 
 /// What has such a source inside could pass outside for the peer itself.
 #[test]
-fn nobody_is_behind_the_addresses_that_peers_have_outside() {
+fn the_addresses_that_peers_have_outside_are_not_a_peers() {
     let mut overlay = overlay(&[
         "10.0.0.1=10.0.0.0/8",
         "[fd00::2]:1",
         "peer.example=10.9.0.0/16",
     ]);
-    let is_behind = |overlay: &mut Overlay, address: &str| {
+    let is_a_peers = |overlay: &Overlay, address: &str| {
         let address = address.parse().unwrap();
         let table = overlay.table(TunnelAddresses::default(), false);
-        let is_behind = table.peer(address).is_some();
-        assert_eq!(overlay.is_outside(address), !is_behind);
-        is_behind
+        let is_a_peers = table.peer(address).is_some();
+        assert_eq!(overlay.is_outside(address), !is_a_peers);
+        is_a_peers
     };
     for address in ["10.0.0.1", "fd00::2", "0.0.0.0", "::"] {
-        assert!(!is_behind(&mut overlay, address), "{address}");
+        assert!(!is_a_peers(&overlay, address), "{address}");
     }
     for address in ["10.0.0.2", "fd00::1", "10.0.0.9", "10.0.0.3"] {
-        assert!(is_behind(&mut overlay, address), "{address}");
+        assert!(is_a_peers(&overlay, address), "{address}");
     }
-    // Also once a name has an address, and another one; and who is suspended.
+    // Also once a name has an address, and another one; and while a peer is suspended.
     let (hop, _) = overlay.find(&name("peer.example")).unwrap();
     overlay.set_endpoint(hop, "10.0.0.9:1".parse().ok());
-    assert!(!is_behind(&mut overlay, "10.0.0.9"));
+    assert!(!is_a_peers(&overlay, "10.0.0.9"));
     overlay.set_suspended(hop, true);
-    assert!(!is_behind(&mut overlay, "10.0.0.9"));
+    assert!(!is_a_peers(&overlay, "10.0.0.9"));
     overlay.set_endpoint(hop, "10.0.0.3:1".parse().ok());
-    assert!(is_behind(&mut overlay, "10.0.0.9") && !is_behind(&mut overlay, "10.0.0.3"));
+    assert!(is_a_peers(&overlay, "10.0.0.9") && !is_a_peers(&overlay, "10.0.0.3"));
     // A prefix of that length makes no difference, and the address is free again
     // with the peer.
     let prefix = [net("10.0.0.3/32")];
     overlay
         .add_prefixes(&name("10.0.0.1"), &prefix, Origin::Runtime, false)
         .unwrap();
-    assert!(!is_behind(&mut overlay, "10.0.0.3"));
+    assert!(!is_a_peers(&overlay, "10.0.0.3"));
     overlay.remove_peers(&[name("peer.example")]).unwrap();
-    assert!(is_behind(&mut overlay, "10.0.0.3"));
+    assert!(is_a_peers(&overlay, "10.0.0.3"));
 }
 
 #[test]
@@ -475,15 +468,16 @@ proptest::proptest! {
     /// Whatever is asked for in whatever order: all views agree.
     #[test]
     fn stays_consistent(steps in proptest::collection::vec((0..6u8, 0..4u8, 0..6u8), 0..60)) {
-        let mut overlay = Overlay::new(1);
+        let mut overlay = Overlay::default();
+        overlay.count_for(1);
         for (step, peer, prefix) in steps {
             let peer = format!("10.0.0.{}", peer + 1);
             let prefix = net(&format!("10.{}.0.0/{}", prefix / 2, 15 + prefix % 3));
             let prefix = prefix.trunc();
             let mut next = overlay.clone();
             let changed = match step {
-                0 => next.add_peer(&spec(&format!("{peer}={prefix}")), Origin::Config),
-                1 => next.add_peer(&spec(&peer), Origin::Runtime),
+                0 => add(&mut next, &format!("{peer}={prefix}"), Origin::Config),
+                1 => add(&mut next, &peer, Origin::Runtime),
                 2 => next.remove_peers(&[name(&peer)]),
                 3 => next
                     .add_prefixes(&name(&peer), &[prefix], Origin::Runtime, prefix.prefix_len() == 16)
@@ -494,7 +488,7 @@ proptest::proptest! {
             if changed.is_ok() {
                 overlay = next;
                 resolve(&mut overlay);
-                check(&mut overlay);
+                check(&overlay);
             }
         }
     }
@@ -503,7 +497,9 @@ proptest::proptest! {
 #[test]
 fn differences_are_named_and_many_are_counted() {
     let old = overlay(&["10.0.0.1=10.1.0.0/16,10.2.0.0/16", "10.0.0.2"]);
-    let new = overlay(&["10.0.0.1=10.2.0.0/16", "10.0.0.3=10.1.0.0/16,10.3.0.0/16"]);
+    let mut new = old.clone();
+    let peers = ["10.0.0.1=10.2.0.0/16", "10.0.0.3=10.1.0.0/16,10.3.0.0/16"];
+    new.configure(&specs(&peers)).unwrap();
     let words = |new: &Overlay| Changes::between(&old, new).words();
     assert_eq!(words(&old), "");
     assert_eq!(

@@ -54,7 +54,7 @@ fn bulk_data_can_go_the_other_way_and_uncompared() {
     let bytes_of_a = || {
         let mut netlink = pair.a.netlink().unwrap();
         let index = netlink.link_index(UNDERLAY_NAME).unwrap().unwrap();
-        let stats = netlink.link_stats(index).unwrap();
+        let stats = netlink.link_by_index(index).unwrap().unwrap().stats;
         (stats.tx_bytes, stats.rx_bytes)
     };
     for (reverse, verify) in [(false, false), (true, true), (true, false)] {

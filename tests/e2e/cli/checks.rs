@@ -194,13 +194,13 @@ fn check_table_and_json_agree() -> Result<()> {
 /// In the namespace that the tests themselves run in, with all it has.
 #[testbed::trial]
 fn check_leaves_this_host_alone() -> Result<()> {
-    let links = || Netlink::open()?.links();
-    let before = links()?;
+    let interfaces = || Ok::<_, Error>((testbed::interfaces()?, Netlink::open()?.addresses()?));
+    let before = interfaces()?;
     let output = tried(
         "run the check",
         Command::new(FASTVPN).args(["check", "--json"]).output(),
     )?;
-    check(links()? == before, || "interfaces have changed".into())?;
+    check(interfaces()? == before, || "interfaces have changed".into())?;
     let items: Vec<Value> = serde_json::from_slice(&output.stdout)
         .map_err(|error| Error::new(format!("no JSON: {error}")))?;
     // The tests may be root in a user namespace only, and this network is

@@ -13,7 +13,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use socket2::{Domain, SockAddr, Socket, Type};
 
-use crate::daemon::takeover::{Stage, appearance};
+use crate::daemon::takeover::{Stage, appearance, device};
 use crate::host::routes::{kernel_agrees, net, own_routes};
 use crate::operator::Operator;
 use crate::packets::TUNNEL_NAME;
@@ -26,10 +26,9 @@ use crate::tools::{RouteCommand, Stream, ip_route};
 /// Name of the interface toward the other sites.
 fn outside_name(stage: &Stage) -> Result<String> {
     let mut netlink = stage.near().host.netlink()?;
-    let index = netlink.interface_to(underlay(2).into())?;
-    let links = netlink.links()?;
-    let found = links.into_iter().find(|link| Some(link.index) == index);
-    Ok(found.map(|link| link.name).unwrap_or_default())
+    let index = netlink.interface_to((underlay(2), 0).into())?;
+    let link = netlink.link_by_index(index.unwrap_or_default())?;
+    Ok(link.map(|link| link.name).unwrap_or_default())
 }
 
 /// What a plain start would refuse leaves the tunnel with who has it.
@@ -182,13 +181,13 @@ fn successors_with_and_without_ipv6() -> Result<()> {
         operator.wait()?;
     }
     operator.tell("route add fd01::/64 --peer 10.211.55.123")?;
-    let before = (appearance(&hosts.a)?, link(&hosts.a, TUNNEL_NAME)?);
+    let before = (appearance(&hosts.a)?, device(&hosts.a)?);
     let refused = start("--takeover --mtu 1200")?.wait()?;
     let is_refused =
         refused.status.code() == Some(1) && refused.log.contains("fd01::/64 needs an MTU of 1280");
     check(is_refused, || refused.log)?;
     operator.wait()?;
-    let after = (appearance(&hosts.a)?, link(&hosts.a, TUNNEL_NAME)?);
+    let after = (appearance(&hosts.a)?, device(&hosts.a)?);
     check(after == before, || format!("{before:?}, then {after:?}"))?;
     let ended = stop(near)?;
     check(!ended.log.contains("not in full"), || ended.log)?;

@@ -100,6 +100,12 @@ pub fn appearance(namespace: &Namespace) -> Result<(u32, BTreeSet<String>, Vec<S
     Ok((index, lasting.collect(), routes))
 }
 
+/// The device's index, its MTU and the length of its queue, and whether it is up.
+pub fn device(namespace: &Namespace) -> Result<(u32, u32, u32, bool)> {
+    let link = link(namespace, TUNNEL_NAME)?;
+    Ok((link.index, link.mtu, link.txqueuelen, link.up))
+}
+
 /// The longest time in which nothing arrived while work was done.
 fn longest_stall(streams: &[Stream], work: impl FnOnce() -> Result<()> + Send) -> Result<Duration> {
     std::thread::scope(|scope| {
@@ -388,13 +394,13 @@ fn a_successor_with_other_flags() -> Result<()> {
     let (a, b) = (stage.near(), stage.far());
     let stream = Stream::start(&a.container, &b.container, inside(2)[0])?;
     stream.wait_for_progress()?;
-    let before = link(&a.host, TUNNEL_NAME)?;
+    let before = device(&a.host)?;
     let added = "10.211.55.9=172.30.0.0/16,fd00:30::/32";
     let flags = ["--peer", added, "--hop", "--mtu", "1400"];
     let (near, _) = stage.take_over(near, &flags)?;
     stream.wait_for_progress()?;
     let after = link(&a.host, TUNNEL_NAME)?;
-    check(after.index == before.index && after.mtu == 1400, || {
+    check(after.index == before.0 && after.mtu == 1400, || {
         format!("{after:?}")
     })?;
     let routes = own_routes(&a.host)?;
@@ -408,9 +414,7 @@ fn a_successor_with_other_flags() -> Result<()> {
     stream.wait_for_progress()?;
     let routes = own_routes(&a.host)?;
     check(routes.len() == 4, || format!("{routes:?}"))?;
-    check(link(&a.host, TUNNEL_NAME)? == before, || {
-        "another MTU".into()
-    })?;
+    check(device(&a.host)? == before, || "another MTU".into())?;
     stage
         .operator
         .refuses("route get 172.30.1.1", &["172.30.1.1"])?;
@@ -618,7 +622,7 @@ fn a_successor_that_is_refused_an_address() -> Result<()> {
     wait_for(&hosts.a, TUNNEL[1].into())?;
     operator.wait()?;
     hosts.a.sysctl("net/ipv6/conf/fastvpn0/disable_ipv6", "1")?;
-    let before = (appearance(&hosts.a)?, link(&hosts.a, TUNNEL_NAME)?);
+    let before = (appearance(&hosts.a)?, device(&hosts.a)?);
     for _ in 0..2 {
         let more =
             "--takeover --mtu 1300 --txqueuelen 9 --address 10.250.0.9/24 --address fd00:250::9/64";
@@ -626,7 +630,7 @@ fn a_successor_that_is_refused_an_address() -> Result<()> {
         let ended = Tunnel::start(&hosts.a, &[&flags[..], &more].concat())?.wait()?;
         let is_refused = ended.status.code() == Some(1) && ended.log.contains("fd00:250::9/64");
         check(is_refused, || format!("{}:\n{}", ended.status, ended.log))?;
-        let after = (appearance(&hosts.a)?, link(&hosts.a, TUNNEL_NAME)?);
+        let after = (appearance(&hosts.a)?, device(&hosts.a)?);
         check(after == before, || format!("{before:?}, then {after:?}"))?;
         wait_for(&hosts.a, TUNNEL[1].into())?;
         let pid = operator.ask("status")?["pid"].as_u64();

@@ -11,10 +11,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use fastvpn::error::{Error, Result};
-use fastvpn::host::netlink::Link;
 use testbed::{Namespace, UNDERLAY_NAME};
 
-use crate::support::{UNDERLAY, check, fail, fastvpn, hosts, stop, tried, wait_until};
+use crate::support::{UNDERLAY, check, fail, fastvpn, hosts, link, stop, tried, wait_until};
 
 const HOST: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tuning/host.sh");
 const PROFILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tuning/profile.sh");
@@ -123,9 +122,7 @@ fn queue_length(namespace: &Namespace, interface: &str) -> Result<String> {
 /// Waits until the TUN is there and as it was asked for.
 fn wait_for_queue_length(namespace: &Namespace, length: u32) -> Result<()> {
     wait_until("the TUN is there", || {
-        let links = namespace.netlink()?.links()?;
-        let is_it = |link: &Link| link.name == "fastvpn0" && link.txqueuelen == length;
-        Ok(links.iter().any(is_it))
+        Ok(link(namespace, "fastvpn0").is_ok_and(|link| link.txqueuelen == length))
     })
 }
 

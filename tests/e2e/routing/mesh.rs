@@ -42,8 +42,7 @@ pub fn hop_limit_between(from: &Site, to: &Site, family: usize) -> Result<u8> {
 
 /// Packets that a host has sent into a device and got out of it.
 fn device_packets(namespace: &Namespace, name: &str) -> Result<u64> {
-    let index = link(namespace, name)?.index;
-    let stats = namespace.netlink()?.link_stats(index)?;
+    let stats = link(namespace, name)?.stats;
     Ok(stats.rx_packets + stats.tx_packets)
 }
 
