@@ -15,18 +15,6 @@ const NOT_RESOLVED: &str = "not resolved";
 /// Counters by name, as answers have them.
 type Counters = BTreeMap<String, u64>;
 
-/// Counters that [`status`] has words for. It lists others by their names.
-const COUNTERS_IN_WORDS: [&str; 8] = [
-    "packets_sent",
-    "bytes_sent",
-    "udp_sends",
-    "packets_received",
-    "bytes_received",
-    "udp_receives",
-    "tun_reads",
-    "tun_writes",
-];
-
 /// The tunnel as a whole, then a line for each worker.
 pub(super) fn status(status: &Status) -> String {
     let device = match status.tun_index {
@@ -41,8 +29,7 @@ pub(super) fn status(status: &Status) -> String {
     let mut drops = status.drops.clone();
     drops.insert("tun_queue_full".into(), status.tun_queue_drops);
     let mut others = status.counters.clone();
-    others.retain(|name, _| !COUNTERS_IN_WORDS.contains(&name.as_str()));
-    let [sent, received, tun] = traffic(&status.counters);
+    let [sent, received, tun] = traffic(&mut others);
     let reload_error = status.reload_error.as_ref();
     let mut table = Table::without_names();
     for (label, text) in [
@@ -138,28 +125,22 @@ fn of(counters: &Counters, name: &str) -> u64 {
     counters.get(name).copied().unwrap_or(0)
 }
 
-/// What was sent, what was received, and what crossed the TUN device.
-fn traffic(counters: &Counters) -> [String; 3] {
-    let moved = |packets: &str, bytes_moved: &str, calls: &str, call: &str| {
+/// What was sent, what was received, and what crossed the TUN device. Takes these
+/// counters out of all.
+fn traffic(counters: &mut Counters) -> [String; 3] {
+    let mut take = |name: &str| counters.remove(name).unwrap_or(0);
+    let mut moved = |direction: &str, call: &str| {
         format!(
             "{} ({}) in {}",
-            counted(of(counters, packets), "packet"),
-            bytes(of(counters, bytes_moved)),
-            counted(of(counters, calls), call)
+            counted(take(&format!("packets_{direction}")), "packet"),
+            bytes(take(&format!("bytes_{direction}"))),
+            counted(take(&format!("udp_{call}s")), call)
         )
     };
-    let read = counted(of(counters, "tun_reads"), "vnet packet");
-    let written = count(of(counters, "tun_writes"));
-    [
-        moved("packets_sent", "bytes_sent", "udp_sends", "send"),
-        moved(
-            "packets_received",
-            "bytes_received",
-            "udp_receives",
-            "receive",
-        ),
-        format!("{read} read, {written} written"),
-    ]
+    let (sent, received) = (moved("sent", "send"), moved("received", "receive"));
+    let read = counted(take("tun_reads"), "vnet packet");
+    let written = count(take("tun_writes"));
+    [sent, received, format!("{read} read, {written} written")]
 }
 
 /// Counts that are not zero, by names as the log writes them. They are exact: a few

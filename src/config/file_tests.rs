@@ -159,13 +159,20 @@ fn the_example_is_a_file_to_start_from() {
 }
 
 #[test]
-fn the_example_has_every_key_and_the_defaults() {
+fn the_docs_have_every_option_and_the_defaults() {
     let text = example_in_full();
     let full = parse(&text).unwrap();
     let table: toml::Table = toml::from_str(&text).unwrap();
     let command = Config::augment_args(Command::new("fastvpn"));
     for flag in command.get_arguments().filter_map(|flag| flag.get_long()) {
         assert_eq!(table.contains_key(flag), flag != "config", "{flag}");
+    }
+    let options = include_str!("../../docs/options.md");
+    for flag in command.get_arguments() {
+        let (long, short) = (flag.get_long().unwrap(), flag.get_short());
+        let name = short.map_or(format!("`--{long}"), |short| format!("`-{short}"));
+        let is_there = |end| options.contains(&format!("{name}{end}"));
+        assert!(is_there('`') || is_there(' '), "{long}");
     }
     // What it calls the default of a key is what there is without the key, but for
     // those that depend on the host.

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use ipnet::IpNet;
 
-use super::types::{PeerName, PeerSpec};
+use super::types::{PeerName, PeerSpec, is_host};
 use crate::error::{Error, Result};
 
 /// Most peers: workers number them in 16 bits, and need some numbers for
@@ -30,8 +30,7 @@ pub(super) fn check_peers(peers: &[PeerSpec]) -> Result<()> {
         prefixes: its,
     } in peers
     {
-        let ip = name.literal().map(|address| address.ip());
-        if ip.is_some_and(|ip| ip.is_unspecified() || ip.is_multicast()) {
+        if name.literal().is_some_and(|peer| !is_host(peer.ip())) {
             let what = format!("peer {name} is not the address of a host");
             return refuse(what, "name the other host");
         }

@@ -6,7 +6,6 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
@@ -15,7 +14,7 @@ use clap::{ArgMatches, Args, Command, FromArgMatches};
 use super::file::{parse_bytes, read_file};
 use super::options::{Config, QUEUES};
 use super::peers::{check_peers, check_prefix};
-use super::types::parse_tun_name;
+use super::types::{is_host, parse_tun_name};
 use crate::error::{Error, Result};
 
 /// Values of `--mtu`, in bytes: from what IPv4 asks for (RFC 791) to what fits a
@@ -95,7 +94,6 @@ impl Config {
         in_range("txqueuelen", self.txqueuelen.into(), TXQUEUELEN)?;
         parse_tun_name(&self.tun)
             .map_err(|why| Error::new(format!("tun {:?}: {why}", self.tun)))?;
-        let is_host = |address: IpAddr| !address.is_unspecified() && !address.is_multicast();
         if let Some(bad) = self.addresses.iter().find(|net| !is_host(net.addr())) {
             return Err(Error::new(format!(
                 "address {bad} is not the address of a host"

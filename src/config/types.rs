@@ -162,7 +162,8 @@ pub(crate) fn parse_peer(text: &str) -> ParseResult<PeerSpec> {
     let (name, prefixes) = match text.split_once('=') {
         None => (text, Vec::new()),
         Some((name, list)) => {
-            let prefixes: ParseResult<_> = list.split(',').map(parse_prefix).collect();
+            let prefix = |text| parse_prefix(text).map_err(|why| format!("{text:?}: {why}"));
+            let prefixes: ParseResult<_> = list.split(',').map(prefix).collect();
             (name, prefixes?)
         }
     };
@@ -182,11 +183,17 @@ pub(super) fn parse_listen(text: &str) -> ParseResult<SocketAddr> {
 
 /// `ADDRESS/LENGTH`, or an address alone with all its bits.
 pub(crate) fn parse_prefix(text: &str) -> ParseResult<IpNet> {
-    let bad = |_| format!("{text:?}: expected ADDRESS/LENGTH, such as 10.244.2.0/24");
     match text.parse::<IpAddr>() {
         Ok(address) => Ok(address.into()),
-        Err(_) => text.parse().map_err(bad),
+        Err(_) => text
+            .parse()
+            .map_err(|_| "expected ADDRESS/LENGTH, such as 10.244.2.0/24".into()),
     }
+}
+
+/// Whether a host can have this address.
+pub(super) fn is_host(ip: IpAddr) -> bool {
+    !ip.is_unspecified() && !ip.is_multicast()
 }
 
 /// What the kernel takes as an interface name (`dev_valid_name`).
