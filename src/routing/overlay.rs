@@ -482,12 +482,11 @@ impl Overlay {
     /// The longest packet that reaches every peer in one piece, and the peer that
     /// says so; `None` while no path is known.
     pub(crate) fn smallest_path(&self) -> Option<(usize, SocketAddr)> {
-        let known = self
-            .peers()
-            .filter(|(_, peer)| peer.path_mtu_bytes.is_some());
-        known
-            .filter_map(|(_, peer)| Some((inner_mtu_bytes(peer), peer.endpoint?)))
-            .min()
+        let known = self.peers().filter_map(|(_, peer)| {
+            peer.path_mtu_bytes?;
+            Some((inner_mtu_bytes(peer), peer.endpoint?))
+        });
+        known.min()
     }
 
     /// The workers' table.
@@ -540,19 +539,17 @@ fn inner_mtu_bytes(peer: &Peer) -> usize {
 /// The addresses that errors are reported from: the first of each family.
 /// `accept_local`: the device takes IPv4 packets from there.
 pub(crate) fn tunnel_addresses(addresses: &[IpNet], accept_local: bool) -> TunnelAddresses {
-    let v4 = addresses.iter().find_map(|address| match address {
-        IpNet::V4(v4) => Some(*v4),
-        IpNet::V6(_) => None,
-    });
-    let v6 = addresses.iter().find_map(|address| match address {
-        IpNet::V4(_) => None,
-        IpNet::V6(v6) => Some(*v6),
-    });
-    TunnelAddresses {
-        v4,
-        v6,
+    let mut found = TunnelAddresses {
         accept_local,
+        ..TunnelAddresses::default()
+    };
+    for address in addresses {
+        match *address {
+            IpNet::V4(v4) => found.v4 = found.v4.or(Some(v4)),
+            IpNet::V6(v6) => found.v6 = found.v6.or(Some(v6)),
+        }
     }
+    found
 }
 
 #[cfg(test)]

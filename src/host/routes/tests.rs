@@ -160,12 +160,12 @@ fn routes_are_added_and_deleted_by_the_difference() {
 }
 
 #[test]
-fn what_is_deleted_comes_back() {
+fn a_deleted_route_comes_back() {
     let mut host = Host::new();
     let reconciler = host.reconciler();
     reconciler.set(set(&[V4, V6])).unwrap();
     let oif = host.device;
-    // More often than answers come at once.
+    // More often than the first answer, which comes at once.
     for _ in 0..5 {
         for prefix in [V4, V6] {
             host.netlink
@@ -177,7 +177,7 @@ fn what_is_deleted_comes_back() {
 }
 
 #[test]
-fn what_is_replaced_is_put_in_front_and_the_other_route_stays() {
+fn a_replaced_route_is_put_in_front_of_the_one_that_replaced_it() {
     let mut host = Host::new();
     let reconciler = host.reconciler();
     reconciler.set(set(&[V4, V6])).unwrap();
@@ -198,7 +198,7 @@ fn what_is_replaced_is_put_in_front_and_the_other_route_stays() {
 }
 
 #[test]
-fn what_is_overridden_is_put_in_front() {
+fn an_overridden_route_is_put_in_front() {
     let mut host = Host::new();
     let reconciler = host.reconciler();
     reconciler.set(set(&[V4, V6])).unwrap();
@@ -283,7 +283,7 @@ fn routes_and_addresses_survive_the_addresses_being_taken_away() {
 /// With its last address the device loses its IPv4 routes, and somebody else
 /// takes the place of one.
 #[test]
-fn what_is_lost_between_two_reconcilers_comes_back() {
+fn routes_lost_between_two_reconcilers_come_back() {
     let mut host = Host::new();
     let (oif, address) = (host.device, net("10.9.0.1/24"));
     host.netlink.add_address(oif, address).unwrap();
@@ -551,7 +551,7 @@ fn a_change_that_breaks_off_is_taken_back() {
 
 /// A route of ours that is not wanted goes with the next comparison.
 #[test]
-fn what_a_change_has_left_behind_goes() {
+fn a_stray_route_is_deleted() {
     let mut host = Host::new();
     let reconciler = host.reconciler();
     reconciler.set(set(&[V4])).unwrap();
