@@ -3,9 +3,7 @@
 use super::tunnel::Tunnel;
 use super::workers::Workers;
 use crate::config::Feature;
-
-/// Peers that are named one by one. More are counted.
-const PEERS_NAMED_MAX: usize = 8;
+use crate::host::link::derive_address;
 
 /// Says what is running, and what the kernel lacks.
 pub fn announce(tunnel: &Tunnel) {
@@ -13,64 +11,41 @@ pub fn announce(tunnel: &Tunnel) {
         Some(path) => format!("configuration file {}", path.display()),
         None => "no configuration file".into(),
     };
-    tracing::info!(
-        "fastvpn {}, process {}, {file}",
-        env!("CARGO_PKG_VERSION"),
-        std::process::id(),
-    );
-    let own_ports = tunnel.workers.own_ports().into_iter().flatten();
-    let ports: Vec<String> = own_ports.map(|port| format!(", {port}")).collect();
+    let (version, process) = (env!("CARGO_PKG_VERSION"), std::process::id());
+    tracing::info!("fastvpn {version}, process {process}, {file}");
     let listen = tunnel.settings.listen;
+    let own_ports = tunnel.workers.own_ports().into_iter().flatten();
+    let ports: String = own_ports.map(|port| format!(", {port}")).collect();
     tracing::info!(
-        "UDP: listening on {listen}, sending from port {}{}",
-        listen.port(),
-        ports.concat()
+        "UDP: listening on {listen}, sending from port {}{ports}",
+        listen.port()
     );
     tracing::warn!(
         "plain mode: packets are neither encrypted nor authenticated; use it on networks that \
          you trust"
     );
-    let link = &tunnel.settings.link;
+    let (tun, link) = (&tunnel.host.device.name, &tunnel.settings.link);
     let addresses: Vec<String> = link.addresses.iter().map(ToString::to_string).collect();
-    let queues = tunnel.workers.count();
     tracing::info!(
-        "{}: {}, MTU {}, {queues} {}",
-        tunnel.host.device.name,
+        "{tun}: {}, MTU {}, queues: {}",
         addresses.join(" "),
         link.mtu_bytes,
-        if queues == 1 { "queue" } else { "queues" },
+        tunnel.workers.count()
     );
-    let prefix_counts = tunnel.peers.overlay.prefix_counts();
-    for peer in tunnel.peers.overlay.peers_by_name().take(PEERS_NAMED_MAX) {
-        let name = match peer.endpoint {
-            Some(endpoint) => endpoint.to_string(),
-            None => format!("{} (not resolved yet)", peer.name),
-        };
-        let hop = tunnel.peers.overlay.find(&peer.name).map(|(hop, _)| hop);
-        let prefixes = hop.and_then(|hop| prefix_counts.get(&hop).copied());
-        match (tunnel.settings.peer_address, prefixes.unwrap_or(0)) {
-            (Some(address), _) => tracing::info!("peer {name}, in the tunnel {address}"),
-            (None, 0) => tracing::info!("peer {name}"),
-            (None, 1) => tracing::info!("peer {name}, 1 prefix"),
-            (None, count) => tracing::info!("peer {name}, {count} prefixes"),
+    let (overlay, is_derived) = (&tunnel.peers.overlay, tunnel.config.addresses.is_empty());
+    let peer = overlay.peers().find_map(|(_, peer)| peer.endpoint);
+    let only = peer.filter(|_| is_derived && overlay.peers().count() == 1);
+    match only.map(|peer| (peer, derive_address(peer.ip()))) {
+        Some((peer, Ok(far))) => tracing::info!("peer {peer}, in the tunnel {}", far.addr()),
+        _ => {
+            let (peers, prefixes) = (overlay.peers().count(), overlay.prefixes().count());
+            tracing::info!("peers: {peers}, prefixes: {prefixes}");
         }
     }
-    let count = tunnel.peers.overlay.peers().count();
-    if count > PEERS_NAMED_MAX {
-        tracing::info!("and {} more peers", count - PEERS_NAMED_MAX);
-    }
-    tracing::info!(
-        "offloads: {}; engine: {}",
-        offloads(&tunnel.workers),
-        tunnel.workers.engine()
-    );
-    lacks(tunnel);
+    let engine = tunnel.workers.engine();
+    tracing::info!("offloads: {}; engine: {engine}", offloads(&tunnel.workers));
+    warn_of_missing_features(tunnel);
     warn_of_fragments(tunnel);
-    if !tunnel.workers.is_steered {
-        tracing::warn!(
-            "no eBPF here (CAP_BPF): the TUN driver picks queues; use the same --queues at both ends"
-        );
-    }
 }
 
 /// Warns of an MTU for which packets are sent in fragments.
@@ -89,34 +64,32 @@ pub fn warn_of_fragments(tunnel: &Tunnel) {
 /// The offloads in use, in words.
 pub fn offloads(workers: &Workers) -> String {
     let on_off = |on| if on { "on" } else { "off" };
+    let (tun, udp) = (workers.tun_offloads(), workers.udp_offloads());
     format!(
         "TSO {}, USO {}, UDP_SEGMENT {}, UDP_GRO {}",
-        on_off(workers.tun_offloads().tcp),
-        on_off(workers.tun_offloads().udp),
-        on_off(workers.udp_offloads().segment),
-        on_off(workers.udp_offloads().gro),
+        on_off(tun.tcp),
+        on_off(tun.udp),
+        on_off(udp.segment),
+        on_off(udp.gro),
     )
 }
 
 /// Names the kernel features that were wanted and are not there.
-fn lacks(tunnel: &Tunnel) {
-    let (tun, udp) = (tunnel.workers.tun_offloads(), tunnel.workers.udp_offloads());
-    let uses = |feature| tunnel.config.uses(feature);
-    let missing = [
-        (
-            uses(Feature::Uso) && !tun.udp,
-            "USO (Linux 6.2): UDP crosses the TUN packet by packet",
-        ),
-        (
-            uses(Feature::UdpSegment) && !udp.segment,
-            "UDP_SEGMENT (Linux 4.18): one datagram per send",
-        ),
-        (
-            uses(Feature::UdpGro) && !udp.gro,
-            "UDP_GRO (Linux 5.0): one datagram per receive",
-        ),
-    ];
-    for (_, what) in missing.iter().filter(|(is_missing, _)| *is_missing) {
-        tracing::warn!("this kernel lacks {what}");
+fn warn_of_missing_features(tunnel: &Tunnel) {
+    let (config, workers) = (&tunnel.config, &tunnel.workers);
+    let (tun, udp) = (workers.tun_offloads(), workers.udp_offloads());
+    if config.uses(Feature::Uso) && !tun.udp {
+        tracing::warn!("no USO here (Linux 6.2): UDP crosses the TUN device packet by packet");
+    }
+    if config.uses(Feature::UdpSegment) && !udp.segment {
+        tracing::warn!("no UDP_SEGMENT here (Linux 4.18): one datagram per send");
+    }
+    if config.uses(Feature::UdpGro) && !udp.gro {
+        tracing::warn!("no UDP_GRO here (Linux 5.0): one datagram per receive");
+    }
+    if !workers.is_steered {
+        tracing::warn!(
+            "no eBPF here (CAP_BPF): the TUN driver picks queues; use the same --queues at both ends"
+        );
     }
 }

@@ -1,64 +1,57 @@
-//! Dropped packets that somebody should hear of: who sent them and why they were
-//! dropped, in the log. The workers keep the first of each kind until the
-//! control thread comes round; the rest is a number.
+//! Dropped packets, in the log: who sent them and why they were dropped. The workers
+//! keep the first of each kind until the control thread polls; the rest is a number.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::counters::first::FirstDrops;
-use crate::counters::{Counters, Snapshot};
+use crate::counters::Counters;
 use crate::error::cause_text;
+use crate::log::rate_limited::RateLimitedLog;
 use crate::routing::overlay::Overlay;
 
-/// How long the lines of one window stand for all that happens.
+/// How long the first lines about a kind of drop stand for all that happens.
 const WINDOW: Duration = Duration::from_secs(60);
-
-/// Lines about one kind of drop in one window, but for the last that counts the
-/// others.
-const LINES_MAX: u64 = 5;
 
 /// Lines about one kind of drop until it has stopped for a whole window. Each is
 /// written once.
 const KNOWN_MAX: usize = 32;
 
 /// What the log has said so far, by kind of drop.
-pub struct DropLog([DropKind; 3]);
+pub struct DropLog {
+    sender_unknown: DropKind,
+    source_not_allowed: DropKind,
+    send_error: DropKind,
+}
 
 impl DropLog {
     /// Nothing has been said.
     pub fn new() -> Self {
-        Self([
-            DropKind::new(
-                "sender-unknown",
-                |total| total.drop_sender_unknown,
-                |first, overlay| Some(unknown_sender(overlay, first.sender_unknown.take()?)),
-            ),
-            DropKind::new(
-                "source-not-allowed",
-                |total| total.drop_source_not_allowed,
-                |first, overlay| Some(forbidden_source(overlay, first.source_not_allowed.take()?)),
-            ),
-            DropKind::new(
-                "send-error",
-                |total| total.drop_send_error,
-                |first, overlay| Some(failed_send(overlay, first.send_error.take()?)),
-            ),
-        ])
+        Self {
+            sender_unknown: DropKind::new("sender-unknown"),
+            source_not_allowed: DropKind::new("source-not-allowed"),
+            send_error: DropKind::new("send-error"),
+        }
     }
 
     /// Writes to the log what these workers have dropped since the last time.
     pub fn poll(&mut self, workers: &[Arc<Counters>], overlay: &Overlay, now: Instant) {
-        let snapshots = workers.iter().map(|worker| worker.snapshot());
-        let total = snapshots.fold(Snapshot::default(), |sum, worker| sum.plus(&worker));
-        for kind in &mut self.0 {
-            let (dropped, describe) = ((kind.dropped)(&total), kind.describe);
-            let about = workers.iter();
-            let about = about.filter_map(|worker| describe(&worker.first, overlay));
-            for line in kind.look(now, dropped, about) {
-                tracing::warn!("{line}");
-            }
-        }
+        let sum =
+            |count: fn(&Counters) -> u64| workers.iter().map(|worker| count(worker)).sum::<u64>();
+        let first = || workers.iter().map(|worker| &worker.first);
+        let lines = first().filter_map(|first| first.sender_unknown.take());
+        let lines = lines.map(|sender| unknown_sender(overlay, sender));
+        let dropped = sum(|worker| worker.drop_sender_unknown.get());
+        self.sender_unknown.poll(dropped, lines, now);
+        let lines = first().filter_map(|first| first.source_not_allowed.take());
+        let lines = lines.map(|source| forbidden_source(overlay, source));
+        let dropped = sum(|worker| worker.drop_source_not_allowed.get());
+        self.source_not_allowed.poll(dropped, lines, now);
+        let lines = first().filter_map(|first| first.send_error.take());
+        let lines = lines.map(|failure| failed_send(overlay, failure));
+        let dropped = sum(|worker| worker.drop_send_error.get());
+        self.send_error.poll(dropped, lines, now);
     }
 }
 
@@ -66,93 +59,55 @@ impl DropLog {
 struct DropKind {
     /// As counters name it.
     reason: &'static str,
-    /// How many there were.
-    dropped: fn(&Snapshot) -> u64,
-    /// What the first one was about, if there was one since the last time.
-    describe: fn(&FirstDrops, &Overlay) -> Option<String>,
     /// Lines since it began.
-    known: Vec<String>,
-    /// The last line, written or not.
-    last: Option<String>,
-    /// When the window ends; none while nothing is dropped.
-    window_end: Option<Instant>,
-    /// Lines in this window.
-    lines: u64,
-    /// Packets dropped before it.
+    known: BTreeSet<String>,
+    /// Packets dropped by the last poll, and when there were new ones.
     dropped_before: u64,
+    dropped_at: Option<Instant>,
+    log: RateLimitedLog,
 }
 
 impl DropKind {
-    fn new(
-        reason: &'static str,
-        dropped: fn(&Snapshot) -> u64,
-        describe: fn(&FirstDrops, &Overlay) -> Option<String>,
-    ) -> Self {
+    fn new(reason: &'static str) -> Self {
         Self {
             reason,
-            dropped,
-            describe,
-            known: Vec::new(),
-            last: None,
-            window_end: None,
-            lines: 0,
+            known: BTreeSet::new(),
             dropped_before: 0,
+            dropped_at: None,
+            log: RateLimitedLog::new(format!("packets dropped as {reason}"), WINDOW),
         }
     }
 
-    /// Takes note of what has been `dropped` so far, in all, and of what some of
-    /// it was about. Returns what the log is to say.
-    fn look(
-        &mut self,
-        now: Instant,
-        dropped: u64,
-        about: impl Iterator<Item = String>,
-    ) -> Vec<String> {
-        let mut said = Vec::new();
-        if self.window_end.is_none() && dropped != self.dropped_before {
-            self.window_end = Some(now + WINDOW);
-            self.lines = 0;
-        }
-        for line in about {
-            let is_new = !self.known.contains(&line) && self.known.len() < KNOWN_MAX;
-            if is_new && self.lines < LINES_MAX {
-                said.push(format!("{line} ({})", self.reason));
-                self.known.push(line.clone());
-                self.lines += 1;
-            }
-            self.last = Some(line);
-        }
-        if self.window_end.is_some_and(|end| end <= now) {
-            said.extend(self.end_window(now, dropped));
-        }
-        said
-    }
-
-    fn end_window(&mut self, now: Instant, dropped: u64) -> Option<String> {
-        let more = (dropped - self.dropped_before).saturating_sub(self.lines);
-        let was_quiet = dropped == self.dropped_before;
-        self.dropped_before = dropped;
-        self.lines = 0;
-        self.window_end = (!was_quiet).then_some(now + WINDOW);
-        let last = self.last.take();
-        if was_quiet {
+    /// Logs what is new of what has been `dropped` so far, in all. `lines`: what some of
+    /// it was about.
+    fn poll(&mut self, dropped: u64, lines: impl Iterator<Item = String>, now: Instant) {
+        let mut unsaid = dropped - std::mem::replace(&mut self.dropped_before, dropped);
+        if unsaid > 0
+            && self
+                .dropped_at
+                .replace(now)
+                .is_some_and(|at| now >= at + WINDOW)
+        {
             self.known.clear();
         }
-        (more > 0).then(|| {
-            let last = last.map_or_else(String::new, |last| format!("; the latest: {last}"));
-            let seconds = WINDOW.as_secs();
-            format!(
-                "{more} more dropped within {seconds} s as {}{last}",
-                self.reason
-            )
-        })
+        for line in lines {
+            if self.known.len() < KNOWN_MAX && !self.known.contains(&line) {
+                // It gets a line, or is counted as one that gets none.
+                unsaid = unsaid.saturating_sub(1);
+                if self.log.admits(now) {
+                    tracing::warn!("{line} ({})", self.reason);
+                    self.known.insert(line);
+                }
+            }
+        }
+        self.log.leave_out(unsaid, now);
     }
 }
 
 fn unknown_sender(overlay: &Overlay, sender: IpAddr) -> String {
     match overlay.peer_at(sender) {
         Some(peer) if peer.is_suspended => format!(
-            "dropped datagrams from {sender}: the way to peer {} leads through the tunnel itself",
+            "dropped datagrams from {sender}: the path to peer {} leads through the tunnel itself",
             peer.name
         ),
         _ => format!("dropped datagrams from {sender}: no peer has that address"),
@@ -166,80 +121,79 @@ fn forbidden_source(overlay: &Overlay, (sender, source): (IpAddr, IpAddr)) -> St
         Some((None, peer)) => format!("it belongs to peer {}", peer.name),
         None => "no peer has a prefix for it".into(),
     };
-    let name = match overlay.peer_at(sender) {
-        Some(peer) => peer.name.to_string(),
-        None => sender.to_string(),
-    };
-    format!("dropped packets from peer {name} with the inner source {source}: {whose}")
+    let peer = name(overlay, sender);
+    format!("dropped packets from peer {peer} with the inner source {source}: {whose}")
 }
 
 fn failed_send(overlay: &Overlay, (destination, errno): (SocketAddr, i32)) -> String {
-    let name = overlay.peer_at(destination.ip()).map(|peer| &peer.name);
-    let name = match name.filter(|name| name.literal().is_none()) {
-        Some(name) => format!("{name} at "),
-        None => String::new(),
-    };
+    let peer = name(overlay, destination.ip());
     let cause = cause_text(&std::io::Error::from_raw_os_error(errno));
     let hint = match errno {
         libc::EPERM => "; does a firewall on this host forbid it?",
         _ => "",
     };
-    format!("cannot send to peer {name}{destination}: {cause}{hint}")
+    format!("cannot send to peer {peer}: {cause}{hint}")
+}
+
+fn name(overlay: &Overlay, address: IpAddr) -> String {
+    let peer = overlay.peer_at(address);
+    peer.map_or_else(|| address.to_string(), |peer| peer.name.to_string())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::log::captured;
 
-    fn look(trouble: &mut DropKind, now: Instant, dropped: u64, about: &[&str]) -> Vec<String> {
-        let about = about.iter().map(ToString::to_string);
-        trouble.look(now, dropped, about)
+    fn kind() -> DropKind {
+        DropKind::new("no-reason")
+    }
+
+    fn poll(kind: &mut DropKind, now: Instant, dropped: u64, lines: &[&str]) -> Vec<String> {
+        let lines = lines.iter().map(ToString::to_string);
+        captured(|| kind.poll(dropped, lines, now))
     }
 
     #[test]
-    fn the_first_is_told_and_the_others_are_counted() {
-        let mut trouble = DropKind::new("no-reason", |_| 0, |_, _| None);
-        let start = Instant::now();
+    fn the_first_is_logged_and_the_others_are_counted() {
+        let (mut kind, start) = (kind(), Instant::now());
         let nothing: [&str; 0] = [];
-        assert_eq!(look(&mut trouble, start, 0, &[]), nothing);
-        assert_eq!(look(&mut trouble, start, 7, &["a"]), ["a (no-reason)"]);
+        assert_eq!(poll(&mut kind, start, 0, &[]), nothing);
+        assert_eq!(poll(&mut kind, start, 7, &["a"]), ["WARN a (no-reason)"]);
         // Known, new, and too many.
-        assert_eq!(look(&mut trouble, start, 8, &["a"]), nothing);
-        let many = look(&mut trouble, start, 20, &["a", "b", "c", "d", "e", "f"]);
+        assert_eq!(poll(&mut kind, start, 8, &["a"]), nothing);
+        let many = poll(&mut kind, start, 20, &["a", "b", "c", "d", "e", "f"]);
         assert_eq!(many.len(), 4);
+        let later = start + WINDOW / 2;
+        assert_eq!(poll(&mut kind, later, 1000, &["a"]), nothing);
+        // It goes on, and what is known is not logged again.
         let later = start + WINDOW;
         assert_eq!(
-            look(&mut trouble, later, 1000, &["a"]),
-            ["995 more dropped within 60 s as no-reason; the latest: a"]
-        );
-        // It goes on, and who is known is not told of again.
-        assert_eq!(look(&mut trouble, later, 1001, &["b"]), nothing);
-        let later = later + WINDOW;
-        let said = look(&mut trouble, later, 1001, &[]);
-        assert_eq!(
-            said,
-            ["1 more dropped within 60 s as no-reason; the latest: b"]
+            poll(&mut kind, later, 1001, &["b"]),
+            ["WARN 995 more packets dropped as no-reason within 60 s were not logged"]
         );
         // A window without any, and it begins anew.
         let later = later + WINDOW;
-        assert_eq!(look(&mut trouble, later, 1001, &[]), nothing);
-        let later = later + WINDOW;
-        assert_eq!(look(&mut trouble, later, 1001, &[]), nothing);
-        assert_eq!(look(&mut trouble, later, 1002, &["a"]), ["a (no-reason)"]);
-        assert_eq!(look(&mut trouble, later + WINDOW, 1002, &[]), nothing);
+        assert_eq!(
+            poll(&mut kind, later, 1002, &["a"]),
+            [
+                "WARN 1 more packets dropped as no-reason within 60 s were not logged",
+                "WARN a (no-reason)"
+            ]
+        );
+        assert_eq!(poll(&mut kind, later + WINDOW, 1002, &[]), nothing);
     }
 
     #[test]
     fn a_flood_from_everywhere_is_a_few_lines() {
-        let mut trouble = DropKind::new("no-reason", |_| 0, |_, _| None);
-        let start = Instant::now();
+        let (mut kind, start) = (kind(), Instant::now());
         let mut lines = 0;
         for second in 0..3600 {
-            let about = format!("from {second}");
+            let described = format!("from {second}");
             let now = start + Duration::from_secs(second);
-            lines += look(&mut trouble, now, 1000 * (second + 1), &[&about]).len();
+            lines += poll(&mut kind, now, 1000 * (second + 1), &[&described]).len();
         }
         assert!(lines <= KNOWN_MAX + 60, "{lines}");
-        assert!(trouble.known.len() <= KNOWN_MAX);
+        assert!(kind.known.len() <= KNOWN_MAX);
     }
 }

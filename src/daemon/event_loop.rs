@@ -57,17 +57,13 @@ impl Daemon {
         let poll = tick(POLL_INTERVAL);
         let limits_reset = tick(LIMITS_RESET_INTERVAL);
         let names = self.tunnel.peers.answers();
-        // Before the first tick: peers are asked about our ports.
-        self.tunnel.poll();
         loop {
             // Some are others after each event.
             let failures = self.tunnel.workers.failures();
             let calls = self.control.calls();
             let handoff = self.handoff.as_ref();
             let ready = handoff.map_or_else(never, |handoff| handoff.ready().clone());
-            let (host_events, refresh_due) =
-                (self.tunnel.host.events(), self.tunnel.host.refresh_due());
-            let (probes, probes_due) = self.tunnel.peers.probes();
+            let probes = self.tunnel.peers.probes();
             let mut end = None;
             select! {
                 recv(signals) -> signal => end = self.take_signal(signal.ok()),
@@ -79,11 +75,12 @@ impl Daemon {
                     let ready = ready.unwrap_or_else(|_| Err(Error::new("its thread has ended")));
                     end = self.finish_handoff(ready, signals)?;
                 }
-                recv(names) -> answer => self.tunnel.take_name(answer.ok()),
-                recv(host_events) -> _ => self.tunnel.host.schedule_refresh(),
-                recv(refresh_due) -> _ => self.tunnel.refresh_host(),
-                recv(probes) -> probe => self.tunnel.read_probes(probe.ok()),
-                recv(probes_due) -> _ => self.tunnel.read_probes(None),
+                recv(names) -> answer => if let Ok(answer) = answer {
+                    self.tunnel.take_name(answer);
+                },
+                recv(probes) -> probe => if let Ok(probe) = probe {
+                    self.tunnel.take_probe(probe);
+                },
                 recv(poll) -> _ => self.tunnel.poll(),
                 recv(limits_reset) -> _ => self.tunnel.workers.reset_limits(),
             }

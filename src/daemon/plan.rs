@@ -2,7 +2,7 @@
 //! against this host, and put in force as a whole or not at all.
 
 use std::collections::{BTreeSet, HashSet};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use ipnet::IpNet;
 
@@ -30,11 +30,6 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The prefixes that the kernel should route into the tunnel.
-    pub fn kernel_routes(&self) -> BTreeSet<IpNet> {
-        kernel_routes(&self.config, &self.overlay)
-    }
-
     /// Makes sure that the tunnel and its peers have addresses of their own. The
     /// tunnel has a `device` already if it runs, which loses the `replaced` ones.
     ///
@@ -47,37 +42,35 @@ impl Plan {
         replaced: &[IpNet],
     ) -> Result<SetAside> {
         let present = netlink.addresses()?;
-        let is_staying =
-            |(index, net): &&(u32, IpNet)| Some(*index) != device || !replaced.contains(net);
-        let staying = present.iter().filter(is_staying);
         let given = self.settings.link.addresses.clone();
-        let own: BTreeSet<IpAddr> = given.iter().map(IpNet::addr).collect();
-        let staying = staying.map(|(_, net)| net.addr());
-        self.overlay
-            .set_own_addresses(staying.chain(own.iter().copied()).collect());
-        let is_present = |ip: IpAddr| present.iter().any(|(_, net)| net.addr() == ip);
+        let stays =
+            |(index, net): &&(u32, IpNet)| Some(*index) != device || !replaced.contains(net);
+        let staying = present.iter().filter(stays).map(|(_, net)| net);
+        let own = staying.chain(&given).map(IpNet::addr);
+        self.overlay.set_own_addresses(own.collect());
         let listen = self.settings.listen;
         let aside = self.set_aside(|overlay, name, peer| {
-            let same = given.iter().find(|net| net.addr() == peer.ip());
-            if let Some(net) = same.filter(|_| !is_present(peer.ip())) {
+            if let Some(net) = given.iter().find(|net| net.addr() == peer.ip()) {
                 let what = format!("the address {net} is that of peer {name}");
                 return Err(Error::new(what).hint("give the tunnel an address of its own"));
             }
-            reach::check_configured(listen, overlay, peer)
+            reach::check_endpoint(listen, overlay, peer)
         })?;
-        if !self.settings.address_is_derived && replaced != given {
-            link::check_networks(netlink, device, &given)?;
+        if replaced != given {
+            if !self.config.addresses.is_empty() {
+                link::check_networks(netlink, device, &given)?;
+            } else if !replaced.is_empty() {
+                // At a start it is checked when the device is claimed.
+                check_derived(netlink, &self.config, &given, device)?;
+            }
         }
-        // At a start, a derived address is checked when the device is claimed.
-        if !replaced.is_empty() && replaced != given {
-            check_derived(netlink, &self.settings, device)?;
-        }
+        let own = given.iter().map(IpNet::addr).collect();
         reach::check_prefixes(&own, self.overlay.prefixes().map(|(prefix, ..)| prefix))?;
         Ok(aside)
     }
 
-    /// Makes sure that no peer will be reached through the tunnel itself, as far as
-    /// can be told before its routes are there, but for those that are `suspended`
+    /// Makes sure that the path to no peer will lead through the tunnel itself, as far
+    /// as can be told before its routes are there, but for those that are `suspended`
     /// for that.
     ///
     /// # Errors
@@ -87,7 +80,8 @@ impl Plan {
         netlink: &mut Netlink,
         suspended: &HashSet<SocketAddr>,
     ) -> Result<SetAside> {
-        let (routes, addresses) = (self.kernel_routes(), self.settings.link.addresses.clone());
+        let routes = kernel_routes(&self.config, &self.overlay);
+        let addresses = self.settings.link.addresses.clone();
         self.set_aside(|_, _, peer| match suspended.contains(&peer) {
             true => Ok(()),
             false => link::check_will_be_outside(netlink, peer, &addresses, &routes),
@@ -119,18 +113,23 @@ impl Plan {
     }
 }
 
-/// Makes sure that a derived address is free. `own`: the device, if the tunnel has
-/// it already.
+/// Makes sure that the tunnel's address is free if it was derived. `own`: the device, if
+/// the tunnel has it already.
 ///
 /// # Errors
 /// Names the address or route that overlaps.
-pub fn check_derived(netlink: &mut Netlink, settings: &Settings, own: Option<u32>) -> Result<()> {
-    let addresses = settings.link.addresses.iter();
-    let mut derived = addresses.filter(|_| settings.address_is_derived);
-    derived.try_for_each(|address| match address {
-        IpNet::V4(address) => link::check_free(netlink, *address, own),
-        IpNet::V6(_) => Ok(()),
-    })
+pub fn check_derived(
+    netlink: &mut Netlink,
+    config: &Config,
+    addresses: &[IpNet],
+    own: Option<u32>,
+) -> Result<()> {
+    match addresses {
+        [IpNet::V4(derived)] if config.addresses.is_empty() => {
+            link::check_free(netlink, *derived, own)
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The prefixes that the kernel should route into the tunnel.
@@ -141,13 +140,4 @@ pub fn kernel_routes(config: &Config, overlay: &Overlay) -> BTreeSet<IpNet> {
     };
     wanted.extend(config.routes.iter().map(IpNet::trunc));
     wanted
-}
-
-/// Endpoints of the configured peers that have one, in the order of the
-/// configuration.
-pub fn endpoints(config: &Config, overlay: &Overlay) -> Vec<SocketAddr> {
-    let peers = config.peers.iter();
-    peers
-        .filter_map(|spec| overlay.find(&spec.name)?.1.endpoint_in_use())
-        .collect()
 }

@@ -1,4 +1,4 @@
-//! Whether an address may be a peer's, and a prefix behind it.
+//! Whether an address may be a peer's, and a prefix one of a peer's prefixes.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -16,21 +16,6 @@ use crate::routing::overlay::Overlay;
 /// When it is not the address of a host, of an IP version that the sockets are not for,
 /// or this host's own; names it.
 pub fn check_endpoint(listen: SocketAddr, overlay: &Overlay, endpoint: SocketAddr) -> Result<()> {
-    check_configured(listen, overlay, endpoint)?;
-    // The kernel knows of addresses that no interface has, such as those of a
-    // `local` route.
-    match path::local_address(listen.ip(), endpoint) {
-        Ok(local) => path::check_other(listen, endpoint, local),
-        Err(_) => Ok(()),
-    }
-}
-
-/// As [`check_endpoint`], by the own addresses that the overlay has: for a change
-/// of these, of which the kernel knows nothing yet.
-///
-/// # Errors
-/// As [`check_endpoint`].
-pub fn check_configured(listen: SocketAddr, overlay: &Overlay, endpoint: SocketAddr) -> Result<()> {
     if !path::is_host(endpoint) {
         return Err(Error::new(format!(
             "{endpoint} is not the address of a host"
@@ -64,5 +49,41 @@ pub fn check_prefixes(
                 .hint("leave it out of the peer's prefixes"),
         ),
         None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_address_of_a_peer_is_another_hosts_and_can_be_sent_to() {
+        let mut overlay = Overlay::default();
+        overlay.set_own_addresses(BTreeSet::from(["10.0.0.1".parse().unwrap()]));
+        let check = |listen: &str, endpoint: &str| {
+            let (listen, endpoint) = (listen.parse().unwrap(), endpoint.parse().unwrap());
+            let checked = check_endpoint(listen, &overlay, endpoint);
+            checked.map_err(|error| error.to_string())
+        };
+        for (listen, endpoint) in [
+            ("0.0.0.0:1", "10.0.0.2:1"),
+            ("0.0.0.0:1", "10.0.0.1:2"),
+            ("[::]:1", "10.0.0.2:1"),
+            ("[::]:1", "[fd00::2]:1"),
+            ("10.0.0.3:1", "10.0.0.1:1"),
+        ] {
+            assert_eq!(check(listen, endpoint), Ok(()));
+        }
+        for (listen, endpoint, part) in [
+            ("0.0.0.0:1", "0.0.0.0:1", "not the address of a host"),
+            ("0.0.0.0:1", "[fd00::2]:1", "--listen [::]"),
+            ("[fd00::1]:1", "10.0.0.2:1", "--listen [::]"),
+            ("0.0.0.0:1", "10.0.0.1:1", "this host itself"),
+            ("[::]:1", "127.0.0.1:1", "this host itself"),
+            ("10.0.0.3:1", "10.0.0.3:1", "this host itself"),
+        ] {
+            let refused = check(listen, endpoint).unwrap_err();
+            assert!(refused.contains(part), "{refused}");
+        }
     }
 }

@@ -2,7 +2,7 @@
 //! and the tunnel.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use ipnet::IpNet;
 
@@ -130,7 +130,7 @@ fn changed(
     let mut next = tunnel.peers.overlay.clone();
     change(&mut next)?;
     let changes = Changes::between(&tunnel.peers.overlay, &next);
-    tunnel.commit(tunnel.plan_with(next))?;
+    tunnel.commit_overlay(next)?;
     let words = changes.words();
     if !words.is_empty() {
         tracing::info!("{words}, by {asker}");
@@ -147,7 +147,7 @@ fn check_new_prefixes(tunnel: &Tunnel, prefixes: &[IpNet]) -> Result<()> {
 }
 
 fn status(tunnel: &mut Tunnel) -> Status {
-    let stats = tunnel.host.link_stats();
+    let (stats, link) = (tunnel.host.link_stats(), tunnel.host.link());
     let snapshots = tunnel.workers.snapshots();
     let total = snapshots
         .iter()
@@ -162,11 +162,7 @@ fn status(tunnel: &mut Tunnel) -> Status {
         tun: tunnel.host.device.name.clone(),
         tun_index: tunnel.host.device.index,
         addresses: settings.link.addresses.clone(),
-        mtu_bytes: tunnel
-            .host
-            .device
-            .mtu_by_hand
-            .unwrap_or(settings.link.mtu_bytes),
+        mtu_bytes: link.map_or(settings.link.mtu_bytes, |link| link.mtu),
         listen: settings.listen.to_string(),
         own_ports: tunnel.workers.own_ports().into_iter().flatten().collect(),
         engine: tunnel.workers.engine().to_string(),
@@ -202,10 +198,8 @@ fn peers(tunnel: &Tunnel) -> Peers {
         let packets_received = sum(|worker| worker.packets_received.get());
         let hop = tunnel.peers.overlay.find(&peer.name).map(|(hop, _)| hop);
         let last_seen = hop.and_then(|hop| tunnel.peers.last_seen(hop));
-        let age = match last_seen {
-            Some(last_seen) => last_seen.age(&peer.traffic, now),
-            None => (packets_received > 0).then_some(Duration::ZERO),
-        };
+        // Before the first poll that sees it.
+        let last_seen = last_seen.or((packets_received > 0).then_some(now));
         let mut drops = BTreeMap::new();
         for (name, count) in peer.traffic.iter().flat_map(PeerCounters::drops) {
             if count > 0 {
@@ -232,7 +226,7 @@ fn peers(tunnel: &Tunnel) -> Peers {
             bytes_sent: sum(|worker| worker.bytes_sent.get()),
             packets_received,
             bytes_received: sum(|worker| worker.bytes_received.get()),
-            last_seen_seconds: age.map(|age| age.as_secs()),
+            last_seen_seconds: last_seen.map(|at| (now - at).as_secs()),
             drops,
         }
     });

@@ -49,40 +49,38 @@ pub fn resolve(
 /// sockets on `listen`, is as good as none.
 pub fn resolve_now(overlay: &mut Overlay, names: &mut Names, listen: SocketAddr) -> Vec<Error> {
     let now = Instant::now();
-    let is_named = |peer: &&Peer| peer.name.literal().is_none();
-    let all = overlay.peers().map(|(_, peer)| peer);
-    names.watch(all.filter(is_named).map(|peer| &peer.name), now);
+    let all = overlay.peers().map(|(_, peer)| &peer.name);
+    names.watch(all.filter(|name| name.literal().is_none()), now);
     let mut waiting: HashSet<PeerName> = overlay
         .peers_by_name()
         .filter(|peer| peer.endpoint.is_none() && names.is_expected(&peer.name, now))
         .map(|peer| peer.name.clone())
         .collect();
+    let mut failed = HashMap::new();
     let deadline = now + NAMES_WAIT_MAX;
-    let mut failed: Vec<(PeerName, Error)> = Vec::new();
     while !waiting.is_empty() {
         let now = Instant::now();
         names.tick(now);
-        let Ok(answer) = names
-            .answers()
-            .recv_timeout(deadline.saturating_duration_since(now))
-        else {
-            let late = overlay.peers_by_name().map(|peer| &peer.name);
-            failed.extend(
-                late.filter(|name| waiting.contains(name))
-                    .map(|name| (name.clone(), no_answer_yet(name))),
-            );
+        let wait = deadline.saturating_duration_since(now);
+        let Ok(answer) = names.answers().recv_timeout(wait) else {
             break;
         };
-        // One that failed may have been asked for again in the meantime: its
-        // answer is not one of those that are still to come.
+        // A name that failed may have been asked for again meanwhile: its answer is not one
+        // of those that are still to come.
         waiting.remove(&answer.name);
-        failed.retain(|(failed, _)| *failed != answer.name);
         let check = |overlay: &Overlay, peer| reach::check_endpoint(listen, overlay, peer);
         if let Some((name, Err(error))) = take_answer(overlay, names, answer, false, check) {
-            failed.push((name, error));
+            failed.insert(name, error);
         }
     }
-    failed.into_iter().map(|(_, error)| error).collect()
+    let unresolved = overlay
+        .peers_by_name()
+        .filter(|peer| peer.endpoint.is_none());
+    let reasons = unresolved.filter_map(|Peer { name, .. }| match waiting.contains(name) {
+        true => Some(no_answer_yet(name)),
+        false => failed.remove(name),
+    });
+    reasons.collect()
 }
 
 /// A peer's address before and after an answer.
@@ -124,19 +122,20 @@ fn no_answer_yet(name: &PeerName) -> Error {
 /// all the same, but nobody waits for the answers.
 pub fn set_known(overlay: &mut Overlay, known: &Known, listen: SocketAddr) {
     let found: Vec<_> = overlay
-        .peers_by_name()
-        .filter(|peer| peer.endpoint.is_none())
-        .filter_map(|peer| Some((peer.name.clone(), *known.get(&peer.name.to_string())?)))
-        .filter(|(_, endpoint)| !overlay.leads_back(listen, *endpoint))
+        .peers()
+        .filter(|(_, peer)| peer.endpoint.is_none())
+        .filter_map(|(hop, peer)| {
+            let endpoint = *known.get(&peer.name.to_string())?;
+            Some((hop, peer.name.port, endpoint))
+        })
+        .filter(|(.., endpoint)| !overlay.leads_back(listen, *endpoint))
         .collect();
-    for (name, endpoint) in found {
-        if let Some((hop, _)) = overlay.find(&name) {
-            let mut configured = endpoint;
-            configured.set_port(name.port);
-            overlay.set_endpoint(hop, Some(configured));
-            if configured != endpoint {
-                overlay.set_learned_port(hop, Some(endpoint.port()));
-            }
+    for (hop, port, endpoint) in found {
+        let mut configured = endpoint;
+        configured.set_port(port);
+        overlay.set_endpoint(hop, Some(configured));
+        if port != endpoint.port() {
+            overlay.set_learned_port(hop, Some(endpoint.port()));
         }
     }
 }
@@ -189,7 +188,7 @@ mod tests {
             let mut first: Vec<_> = asked.iter().take(3).map(|name| name.host).collect();
             first.sort();
             answers.send(answer("bad", None)).unwrap();
-            // Until "bad" is due again, at the next look.
+            // Until "bad" is due again, at the next tick.
             std::thread::sleep(Duration::from_millis(1100));
             answers.send(answer("slow", Some("10.1.0.1:8285"))).unwrap();
             let again = asked.recv().unwrap().host;
@@ -276,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_late_is_named() {
+    fn a_name_that_is_late_is_reported() {
         let (mut names, _asked, answers) = Names::without_threads();
         let mut overlay = overlay(&["early", "late"]);
         answers

@@ -21,19 +21,13 @@ fn settings(flags: &str) -> Result<Settings> {
 
 #[test]
 fn starts_without_a_peer_that_resolves_if_it_has_an_address() {
-    let error = |flags: &str| settings(flags).map(drop).unwrap_err().to_string();
-    let nobody = error("--tun other0");
-    assert!(
-        nobody.contains("--peer") && nobody.contains("--address"),
-        "{nobody}"
-    );
-    let one = error("--peer a.invalid");
-    assert!(one.contains("cannot resolve peer a.invalid") && one.contains("--address"));
-    let many = error("--peer a.invalid=10.1.0.0/16 --peer b.invalid");
-    assert!(
-        many.contains("a.invalid") && many.contains("other 1"),
-        "{many}"
-    );
+    for peers in ["--tun other0", "--peer a.invalid"] {
+        let nobody = settings(peers).map(drop).unwrap_err().to_string();
+        assert!(
+            nobody.contains("--peer") && nobody.contains("--address"),
+            "{nobody}"
+        );
+    }
     for peers in [
         "",
         "--peer a.invalid",
@@ -80,12 +74,6 @@ fn listens_where_it_is_told_to() {
             assert_eq!(listen(&flags).unwrap(), address, "{flags}");
         }
     }
-    let wrong = listen("--peer ::1 --listen 0.0.0.0")
-        .unwrap_err()
-        .to_string();
-    for part in ["--listen 0.0.0.0", "::1", "--listen [::]"] {
-        assert!(wrong.contains(part), "{wrong}");
-    }
 }
 
 #[test]
@@ -107,7 +95,7 @@ fn one_way_among_many_may_be_closed() {
 fn names_the_flag_at_fault() {
     let text = |flags: &str| settings(flags).map(drop).unwrap_err().to_string();
     assert!(text("--peer 127.0.0.1 --listen 127.0.0.1").contains("this host itself"));
-    assert!(text("--peer 127.0.0.2 --listen ::1").contains("--listen ::1"));
+    assert!(text("--peer 127.0.0.2 --listen ::1").contains("listen address ::1"));
     assert!(text("--peer 0.0.0.0").contains("peer 0.0.0.0"));
     let mtu = text("--peer 127.0.0.2 --mtu 1200 --address fd00::1/64");
     assert!(
@@ -132,5 +120,5 @@ fn fills_in_what_was_left_open() {
     let settings = settings("--queues 3 --peer 127.0.1.9 --address 10.9.0.1/24").unwrap();
     assert_eq!(settings.listen, "0.0.0.0:8285".parse().unwrap());
     assert_eq!(settings.link.mtu_bytes, 65507);
-    assert!(!settings.address_is_derived && settings.peer_address.is_none());
+    assert_eq!(settings.link.addresses, ["10.9.0.1/24".parse().unwrap()]);
 }

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use super::announce;
 use super::control_socket::ControlSocket;
 use super::host::own_addresses;
-use super::plan::{Plan, SetAside, check_derived, endpoints};
+use super::plan::{Plan, SetAside, check_derived, kernel_routes};
 use super::resolve::{self, Known};
-use super::settings::Settings;
+use super::settings::{Settings, endpoints};
 use super::tunnel::Tunnel;
 use super::workers::Claimed;
 use crate::config::{Config, Feature};
@@ -96,7 +96,8 @@ impl Prepared {
 
     fn find_unusable(&mut self) -> Result<()> {
         let (netlink, device) = (&mut self.netlink, self.device);
-        routes::check_free(netlink, device, &self.plan.kernel_routes())?;
+        let wanted = kernel_routes(&self.plan.config, &self.plan.overlay);
+        routes::check_free(netlink, device, &wanted)?;
         let aside = self.plan.check_ways(netlink, &self.suspended)?;
         self.set_aside(aside);
         Ok(())
@@ -194,7 +195,8 @@ pub fn rehearse(mut config: Config) -> Result<Vec<Error>> {
     config.takeover = false;
     let mut prepared = prepare(config)?;
     let (netlink, own) = (&mut prepared.netlink, prepared.device);
-    check_derived(netlink, &prepared.plan.settings, own)?;
+    let plan = &prepared.plan;
+    check_derived(netlink, &plan.config, &plan.settings.link.addresses, own)?;
     prepared.find_unusable()?;
     Ok(prepared.unusable)
 }
@@ -269,8 +271,9 @@ fn open(tunnel: &mut Tunnel, control: &mut ControlSocket) -> Result<()> {
     // Packets that come the moment the link is up find their worker.
     tunnel.workers.go();
     tunnel.bring_up(&[])?;
-    tunnel.start_routes()?;
+    tunnel.host.start_routes(&tunnel.settings.link.addresses)?;
     tunnel.host.set_routes(tunnel.kernel_routes())?;
+    tunnel.poll();
     announce::announce(tunnel);
     Ok(())
 }
@@ -303,7 +306,7 @@ pub fn claim(config: &Config, settings: &Settings, netlink: &mut Netlink) -> Res
 }
 
 fn claim_now(config: &Config, settings: &Settings, netlink: &mut Netlink) -> Result<Claimed> {
-    check_derived(netlink, settings, None)?;
+    check_derived(netlink, config, &settings.link.addresses, None)?;
     // Sockets first: they fail without a trace when the port is in use.
     let udp_wanted = UdpOffloads {
         segment: config.uses(Feature::UdpSegment),

@@ -21,7 +21,7 @@ pub(crate) const IPV4_MTU_BYTES_MIN: u32 = 68;
 const OVERLAY: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(10, 244, 0, 0), 16);
 
 /// What to give the device.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct LinkConfig {
     /// Addresses with the length of their prefix.
     pub addresses: Vec<IpNet>,

@@ -57,3 +57,20 @@ fn journald_reads(stream: impl AsFd) -> io::Result<bool> {
     let metadata = file.metadata()?;
     Ok(named == format!("{}:{}", metadata.dev(), metadata.ino()))
 }
+
+/// The lines that `work` logs on this thread, without debug messages: each begins with
+/// its level.
+#[cfg(test)]
+pub(crate) fn captured(work: impl FnOnce()) -> Vec<String> {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let subscriber = tracing_subscriber::fmt()
+        .compact()
+        .with_ansi(false)
+        .with_target(false)
+        .without_time()
+        .with_writer(std::sync::Arc::new(file.reopen().unwrap()))
+        .finish();
+    tracing::subscriber::with_default(subscriber, work);
+    let text = std::fs::read_to_string(file.path()).unwrap();
+    text.lines().map(|line| line.trim().to_string()).collect()
+}

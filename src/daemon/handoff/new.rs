@@ -271,10 +271,9 @@ fn go_on(tunnel: &mut Tunnel, old_addresses: &[IpNet], listener: Option<OwnedFd>
     let brought_up = tunnel.bring_up(old_addresses);
     let served = control.open(&tunnel.config, listener);
     tunnel.host.routes_kept = tunnel.kernel_routes();
-    let routed = tunnel.start_routes();
-    // Who cannot be reached from outside is suspended, and no more.
-    tunnel.refresh_host();
-    for result in [brought_up, served, routed] {
+    tunnel.start_routes();
+    tunnel.poll();
+    for result in [brought_up, served] {
         if let Err(error) = result {
             tracing::error!("taken over, but not in full: {error}");
         }

@@ -2,135 +2,140 @@
 
 use std::time::{Duration, Instant};
 
+use crate::config::PeerName;
 use crate::counters::PeerCounters;
+use crate::log::rate_limited::RateLimitedLog;
+use crate::routing::overlay::Peer;
 
 /// How long a peer that we keep sending to may be silent before the log says so.
 const SILENT_AFTER: Duration = Duration::from_secs(10);
 
 /// What was last seen of one peer.
-#[derive(Clone, Debug, Default)]
+#[derive(Default)]
 pub struct LastSeen {
     received: u64,
     /// Also what could not be sent.
     sent: u64,
-    /// When something came from it.
-    at: Option<Instant>,
+    /// When packets came from it.
+    pub at: Option<Instant>,
     /// Since when we send to it without seeing anything.
-    silent_since: Option<Instant>,
+    pub silent_since: Option<Instant>,
     /// The log says that it is silent.
-    is_told: bool,
+    is_logged: bool,
 }
 
-/// What is new of a peer since the last poll.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Traffic {
-    /// Something came from it.
-    pub received: bool,
-    /// Something was sent to it, or could not be.
-    pub sent: bool,
-    /// What the log should say.
-    pub news: Option<News>,
-}
-
-/// A change that the log should tell of.
+/// What has happened since the last poll.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum News {
-    /// It has been silent for a while, and was seen so long ago, if ever.
-    Silent(Option<Duration>),
-    /// It is not silent any more.
-    Back,
+pub struct Traffic {
+    /// Packets came from the peer.
+    pub received: bool,
+    /// Packets were sent to it, or could not be.
+    pub sent: bool,
 }
 
 impl LastSeen {
-    /// Takes in what the workers have counted by now.
-    pub fn poll(&mut self, counters: &[PeerCounters], now: Instant) -> Traffic {
-        let received = packets_received(counters);
-        let sent = counters.iter().map(PeerCounters::packets_tried).sum();
-        let mut traffic = Traffic {
+    /// Takes in what the workers have counted by now; logs when the peer goes silent,
+    /// and when it answers again.
+    pub fn poll(&mut self, peer: &Peer, log: &mut RateLimitedLog, now: Instant) -> Traffic {
+        let workers = || peer.traffic.iter();
+        let received = workers().map(|worker| worker.packets_received.get()).sum();
+        let sent = workers().map(PeerCounters::packets_tried).sum();
+        let traffic = Traffic {
             received: received != self.received,
             sent: sent != self.sent,
-            news: None,
         };
         (self.received, self.sent) = (received, sent);
+        let name = &peer.name;
         if traffic.received {
             (self.at, self.silent_since) = (Some(now), None);
-            traffic.news = std::mem::take(&mut self.is_told).then_some(News::Back);
+            if std::mem::take(&mut self.is_logged) && log.admits(now) {
+                tracing::info!("peer {name} answers again");
+            }
         } else if traffic.sent {
-            let silence = now - *self.silent_since.get_or_insert(now);
-            if silence >= SILENT_AFTER && !self.is_told {
-                self.is_told = true;
-                traffic.news = Some(News::Silent(self.at.map(|at| now - at)));
+            let since = *self.silent_since.get_or_insert(now);
+            if now - since >= SILENT_AFTER && !self.is_logged {
+                self.is_logged = true;
+                self.log_silence(name, log, now);
             }
         }
         traffic
     }
 
-    /// For how long we have been sending without seeing anything.
-    pub fn silence(&self, now: Instant) -> Option<Duration> {
-        self.silent_since.map(|since| now - since)
-    }
-
-    /// How long ago something came; also since the last poll.
-    pub fn age(&self, counters: &[PeerCounters], now: Instant) -> Option<Duration> {
-        match packets_received(counters) == self.received {
-            true => self.at.map(|at| now - at),
-            false => Some(Duration::ZERO),
+    fn log_silence(&self, name: &PeerName, log: &mut RateLimitedLog, now: Instant) {
+        if !log.admits(now) {
+            return;
         }
+        let seen = match self.at {
+            Some(at) => format!("last seen {} s ago", (now - at).as_secs()),
+            None => "never seen; does it run, and do firewalls let UDP through both ways?".into(),
+        };
+        tracing::warn!("peer {name} does not answer: packets are sent to it, but it was {seen}");
     }
-}
-
-fn packets_received(counters: &[PeerCounters]) -> u64 {
-    let each = counters.iter().map(|worker| worker.packets_received.get());
-    each.sum()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::parse_peer;
+    use crate::log::captured;
+    use crate::routing::overlay::{Origin, Overlay};
 
-    #[test]
-    fn silence_is_told_once_and_so_is_its_end() {
-        let counters = [PeerCounters::default()];
-        let mut seen = LastSeen::default();
-        let start = Instant::now();
-        let mut news = Vec::new();
-        for second in 0..60 {
-            counters[0].packets_sent.add(1);
-            if second == 30 {
-                counters[0].packets_received.add(1);
-            }
-            let now = start + Duration::from_secs(second);
-            let traffic = seen.poll(&counters, now);
-            assert!(traffic.sent && traffic.received == (second == 30));
-            news.extend(traffic.news.map(|news| (second, news)));
-        }
-        let ago = Duration::from_secs(11);
-        assert_eq!(
-            news,
-            [
-                (10, News::Silent(None)),
-                (30, News::Back),
-                (41, News::Silent(Some(ago)))
-            ]
-        );
-        let now = start + Duration::from_secs(60);
-        assert_eq!(seen.silence(now), Some(Duration::from_secs(29)));
-        assert_eq!(seen.age(&counters, now), Some(Duration::from_secs(30)));
+    fn overlay() -> Overlay {
+        let mut overlay = Overlay::default();
+        overlay.count_for(1);
+        let name = parse_peer("10.0.0.2").unwrap().name;
+        overlay.add_peer(&name, true, &[], Origin::Config).unwrap();
+        overlay
     }
 
     #[test]
-    fn who_is_not_sent_to_is_not_silent() {
-        let counters = [PeerCounters::default()];
-        let mut seen = LastSeen::default();
-        let start = Instant::now();
+    fn silence_is_logged_once_and_so_is_its_end() {
+        let overlay = overlay();
+        let peer = overlay.peer(0).unwrap();
+        let mut log = RateLimitedLog::new("events", SILENT_AFTER);
+        let (mut seen, start) = (LastSeen::default(), Instant::now());
+        let mut logged = Vec::new();
         for second in 0..60 {
-            let traffic = seen.poll(&counters, start + Duration::from_secs(second));
-            assert_eq!(traffic, Traffic::default());
+            peer.traffic[0].packets_sent.add(1);
+            if second == 30 {
+                peer.traffic[0].packets_received.add(1);
+            }
+            let now = start + Duration::from_secs(second);
+            let lines = captured(|| {
+                let traffic = seen.poll(peer, &mut log, now);
+                assert!(traffic.sent && traffic.received == (second == 30));
+            });
+            logged.extend(lines.into_iter().map(|line| (second, line)));
         }
-        assert_eq!(seen.silence(start), None);
-        assert_eq!(seen.age(&counters, start), None);
-        // What came since the last poll counts.
-        counters[0].packets_received.add(1);
-        assert_eq!(seen.age(&counters, start), Some(Duration::ZERO));
+        let expected = [
+            (
+                10,
+                "does not answer: packets are sent to it, but it was never seen",
+            ),
+            (30, "INFO peer 10.0.0.2:8285 answers again"),
+            (
+                41,
+                "does not answer: packets are sent to it, but it was last seen 11 s ago",
+            ),
+        ];
+        assert_eq!(logged.len(), expected.len(), "{logged:?}");
+        for ((second, line), (expected_second, part)) in logged.iter().zip(expected) {
+            assert!(*second == expected_second && line.contains(part), "{line}");
+        }
+        assert_eq!(seen.at, Some(start + Duration::from_secs(30)));
+        assert_eq!(seen.silent_since, Some(start + Duration::from_secs(31)));
+    }
+
+    #[test]
+    fn a_peer_that_is_not_sent_to_is_not_silent() {
+        let overlay = overlay();
+        let mut log = RateLimitedLog::new("events", SILENT_AFTER);
+        let (mut seen, start) = (LastSeen::default(), Instant::now());
+        for second in 0..60 {
+            let now = start + Duration::from_secs(second);
+            let traffic = seen.poll(overlay.peer(0).unwrap(), &mut log, now);
+            assert!(!traffic.received && !traffic.sent);
+        }
+        assert_eq!((seen.silent_since, seen.at), (None, None));
     }
 }

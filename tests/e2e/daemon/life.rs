@@ -84,7 +84,7 @@ fn it_says_what_it_does() -> Result<()> {
                 format!("no line with {words:?} in:\n{}", ended.log)
             })
         };
-        says(&["fastvpn0", own, "MTU 1472", "2 queues"])?;
+        says(&["fastvpn0", own, "MTU 1472", "queues: 2"])?;
         says(&["peer", far, far_inner])?;
         says(&["TSO ", "USO ", "UDP_SEGMENT ", "UDP_GRO ", &engine])?;
         says(&["dropped: "])?;

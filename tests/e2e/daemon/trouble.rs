@@ -143,7 +143,7 @@ fn a_path_is_lost() -> Result<()> {
     near.wait_for_line("(send-error)")?;
     wait_until("the log tells of the silence", || {
         send(&application)?;
-        Ok(near.has_said("has gone quiet"))
+        Ok(near.has_said("does not answer"))
     })?;
     hosts.a.netlink()?.set_up(index)?;
     near.wait_for_line("a route to peer 10.211.55.123:8285 again")?;
@@ -157,7 +157,7 @@ fn a_path_is_lost() -> Result<()> {
     )?;
     let log = stop(near)?.log;
     has_one(&log, &["(send-error)", PEER, "network is unreachable"])?;
-    has_one(&log, &["WARN", PEER, "has gone quiet", "last seen"])?;
+    has_one(&log, &["WARN", PEER, "does not answer", "last seen"])?;
     stop(far).map(drop)
 }
 

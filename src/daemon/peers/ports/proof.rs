@@ -32,8 +32,8 @@ pub struct Proof {
 }
 
 impl Proof {
-    /// Whether to ask now. `is_proven`: an earlier request was answered; `used`:
-    /// when the peer was last seen, or sent to from a port that is proven.
+    /// Whether to ask now. `is_proven`: an earlier request was answered; `used`: when
+    /// something came from the peer, or was sent to it from a port that is proven.
     pub fn is_due(&self, now: Instant, is_proven: bool, used: Option<Instant>) -> bool {
         let Some(asked_at) = self.asked_at else {
             return true;
@@ -67,7 +67,8 @@ impl Proof {
         is_answer
     }
 
-    /// Whether a port that was proven is so no more. Asking begins anew then.
+    /// Whether a port that was proven does not reach the peer any more. Asking begins
+    /// anew then.
     pub fn is_lost(&mut self) -> bool {
         let is_lost = self.unanswered >= UNANSWERED_MAX;
         if is_lost {
@@ -81,7 +82,7 @@ impl Proof {
         self.unanswered = 0;
     }
 
-    /// Asking again is as good as vain.
+    /// There is little use in asking again.
     pub fn give_up(&mut self) {
         self.unanswered = u32::MAX;
     }
@@ -91,8 +92,8 @@ impl Proof {
 mod tests {
     use super::*;
 
-    /// Asks at each second of `seconds` at which it is due, the peer being heard
-    /// all the time; returns these seconds.
+    /// Asks at each second of `seconds` at which it is due, while packets come from the
+    /// peer all the time; returns these seconds.
     fn asked(proof: &mut Proof, start: Instant, seconds: u64, is_proven: bool) -> Vec<u64> {
         let due = |second: &u64| {
             let now = start + Duration::from_secs(*second);
@@ -106,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn who_never_answers_is_asked_ever_more_rarely() {
+    fn a_peer_that_never_answers_is_asked_ever_more_rarely() {
         let mut proof = Proof::default();
         let hour = asked(&mut proof, Instant::now(), 3600, false);
         assert_eq!(hour[..6], [0, 1, 3, 7, 15, 31]);
@@ -114,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_not_heard_is_asked_once() {
+    fn a_silent_peer_is_asked_once() {
         let (mut proof, now) = (Proof::default(), Instant::now());
         assert!(proof.is_due(now, false, None));
         proof.ask(now, 1);

@@ -10,7 +10,7 @@ use crate::io::udp::reuseport;
 const SILENCE: Duration = Duration::from_secs(15);
 
 /// The same for a port that may be a worker's own. Its peer says so more often
-/// than that, but may just not have been heard.
+/// than that, but the probe may have been lost.
 const SILENCE_OF_OWN_PORTS: Duration = Duration::from_secs(60);
 
 /// How long a port is known to be a worker's own. The peer says it again within
@@ -67,10 +67,10 @@ impl Seen {
     /// Takes in the other ports that packets came from since the last call, and
     /// tells which one to use from now on, if not the same. `configured`: the
     /// port that the peer was given; `in_use`: the one that it is sent to.
-    pub fn look(
+    pub fn poll(
         &mut self,
         now: Instant,
-        others: impl Iterator<Item = u16>,
+        others: impl IntoIterator<Item = u16>,
         configured: u16,
         in_use: u16,
     ) -> Option<u16> {
@@ -111,34 +111,34 @@ mod tests {
     const CONFIGURED: u16 = 8285;
     const NAT: u16 = 21224;
 
-    fn look(seen: &mut Seen, now: Instant, port: u16, in_use: u16) -> Option<u16> {
-        seen.look(now, std::iter::once(port), CONFIGURED, in_use)
+    fn poll(seen: &mut Seen, now: Instant, port: u16, in_use: u16) -> Option<u16> {
+        seen.poll(now, [port], CONFIGURED, in_use)
     }
 
     #[test]
-    fn a_peer_that_was_never_heard_is_where_it_is_seen() {
+    fn a_peer_that_was_never_seen_is_where_packets_come_from() {
         let now = Instant::now();
         let mut seen = Seen::new(now);
-        assert_eq!(seen.look(now, std::iter::empty(), CONFIGURED, 1), None);
-        assert_eq!(look(&mut seen, now, NAT, CONFIGURED), Some(NAT));
-        assert_eq!(look(&mut seen, now, NAT, NAT), None);
+        assert_eq!(seen.poll(now, [], CONFIGURED, 1), None);
+        assert_eq!(poll(&mut seen, now, NAT, CONFIGURED), Some(NAT));
+        assert_eq!(poll(&mut seen, now, NAT, NAT), None);
         // And back at once, whatever else comes.
-        let both = [NAT + 1, CONFIGURED, NAT + 1].into_iter();
-        assert_eq!(seen.look(now, both, CONFIGURED, NAT), Some(CONFIGURED));
+        let both = [NAT + 1, CONFIGURED, NAT + 1];
+        assert_eq!(seen.poll(now, both, CONFIGURED, NAT), Some(CONFIGURED));
     }
 
     #[test]
-    fn a_peer_that_is_heard_stays_where_it_is() {
+    fn a_peer_that_sends_from_the_port_in_use_stays_there() {
         let now = Instant::now();
         let mut seen = Seen::new(now);
         seen.note_in_use(now);
         let soon = now + SILENCE - Duration::from_millis(1);
-        assert_eq!(look(&mut seen, soon, NAT, CONFIGURED), None);
+        assert_eq!(poll(&mut seen, soon, NAT, CONFIGURED), None);
         assert_eq!(seen.other(soon), Some(NAT));
-        assert_eq!(look(&mut seen, now + SILENCE, NAT, CONFIGURED), Some(NAT));
+        assert_eq!(poll(&mut seen, now + SILENCE, NAT, CONFIGURED), Some(NAT));
         // A NAT that has forgotten and takes another port.
         let later = now + 3 * SILENCE;
-        assert_eq!(look(&mut seen, later, NAT + 1, NAT), Some(NAT + 1));
+        assert_eq!(poll(&mut seen, later, NAT + 1, NAT), Some(NAT + 1));
     }
 
     #[test]
@@ -146,16 +146,16 @@ mod tests {
         let now = Instant::now();
         let mut seen = Seen::new(now);
         let own = reuseport::source_ports(CONFIGURED, 3).next().unwrap();
-        assert_eq!(look(&mut seen, now, own, CONFIGURED), None);
+        assert_eq!(poll(&mut seen, now, own, CONFIGURED), None);
         seen.note_own(own, now);
         seen.note_own(NAT, now);
         for port in [own, NAT] {
-            assert_eq!(look(&mut seen, now, port, CONFIGURED), None);
+            assert_eq!(poll(&mut seen, now, port, CONFIGURED), None);
         }
         assert_eq!(seen.other(now), None);
         // Nobody says any more that it is one.
         let later = now + OWN_PORT_LIFE;
-        assert_eq!(look(&mut seen, later, own, CONFIGURED), Some(own));
+        assert_eq!(poll(&mut seen, later, own, CONFIGURED), Some(own));
     }
 
     #[test]
