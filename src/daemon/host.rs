@@ -248,7 +248,8 @@ mod tests {
         assert!(host.take_event());
         assert!(!host.take_event());
         // The device is where it was.
-        assert!(!host.find_device(device.queues[0].as_fd()).unwrap());
+        let found = namespace.run(|| host.find_device(device.queues[0].as_fd()));
+        assert!(!found.unwrap());
         assert_eq!(host.link().unwrap().name, "tun0");
     }
 }
