@@ -328,7 +328,7 @@ fn the_index_of_a_device_that_has_left() -> Result<()> {
     stop(scene.far).map(drop)
 }
 
-/// It is left as it is, and said.
+/// It is left as it is, and shown.
 #[testbed::trial]
 fn an_mtu_set_by_hand() -> Result<()> {
     let (scene, near) = Scene::start()?;
@@ -342,18 +342,7 @@ fn an_mtu_set_by_hand() -> Result<()> {
     scene.write(1350, "")?;
     scene.operator.tell("reload")?;
     has(&scene.status()?, &[("mtu_bytes", json!(1350))])?;
-    let ended = stop(near)?;
-    let count = |words: &str| ended.log.matches(words).count();
-    for (words, expected) in [
-        ("set the MTU of fastvpn0 to 1300 bytes", 1),
-        ("set the MTU of fastvpn0 to 1290 bytes", 1),
-        ("the MTU of fastvpn0 is 1400 bytes again", 1),
-        ("MTU of fastvpn0", 3),
-    ] {
-        check(count(words) == expected, || {
-            format!("{words:?}:\n{}", ended.log)
-        })?;
-    }
+    stop(near)?;
     check(link(host, TUNNEL_NAME).is_err(), || {
         "it is still there".into()
     })?;

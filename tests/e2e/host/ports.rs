@@ -200,10 +200,7 @@ fn a_firewall_that_comes_later() -> Result<()> {
     check(from_a == BTreeSet::from([PORT]), || {
         format!("sent from {from_a:?}")
     })?;
-    let [a, _] = ends.stop()?;
-    check(a.log.contains("sending from the listen port"), || {
-        a.log.clone()
-    })
+    ends.stop().map(drop)
 }
 
 /// As [`firewall`], by the kernel's own.
