@@ -42,7 +42,7 @@ pub struct Config {
     /// Another host, repeatable: IPv4 or IPv6 address or DNS name, port 8285 unless given, and its
     /// prefixes; without any, it takes what no other peer's prefixes match
     #[arg(long = "peer", value_name = "HOST[:PORT][=PREFIX,...]", value_parser = parse_peer)]
-    #[serde(rename = "peer")]
+    #[serde(rename = "peer", skip_serializing)]
     pub peers: Vec<PeerSpec>,
 
     /// Address and UDP port to listen on: 0.0.0.0 for all of IPv4, :: for all of both IP versions

@@ -30,6 +30,7 @@ impl Config {
             .collect()
     }
 
+    /// All options but the peers, by their keys.
     fn keys(&self) -> Map<String, Value> {
         match serde_json::to_value(self) {
             Ok(Value::Object(keys)) => keys,

@@ -90,8 +90,10 @@ impl Config {
     /// What flags and file must be checked for alike.
     fn check(&self) -> Result<()> {
         in_range("queues", self.queues.into(), QUEUES)?;
-        in_range("mtu", self.mtu_bytes.map_or(1500, i64::from), MTU_BYTES)?;
         in_range("txqueuelen", self.txqueuelen.into(), TXQUEUELEN)?;
+        if let Some(mtu_bytes) = self.mtu_bytes {
+            in_range("mtu", mtu_bytes.into(), MTU_BYTES)?;
+        }
         parse_tun_name(&self.tun)
             .map_err(|why| Error::new(format!("tun {:?}: {why}", self.tun)))?;
         if let Some(bad) = self.addresses.iter().find(|net| !is_host(net.addr())) {

@@ -63,7 +63,7 @@ pub enum BusyPoll {
 pub struct CoreList(pub Vec<usize>);
 
 /// What a peer is called: the host to resolve and the port, as they were given.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct PeerName {
     /// Address or DNS name.
     pub host: String,
@@ -104,7 +104,7 @@ impl fmt::Display for PeerName {
 }
 
 /// A peer and its prefixes.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PeerSpec {
     /// Where its datagrams go.

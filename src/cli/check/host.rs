@@ -55,12 +55,13 @@ fn io_uring(queues: u16) -> Item {
     const NAME: &str = "io_uring";
     match uring::probe(queues) {
         Ok(()) => Item::ok(NAME, format!("usable by {queues} workers")),
-        Err(error) => Item::failed(
-            NAME,
-            &error,
-            "epoll instead: more system calls, slower",
-            "Linux 6.1 or later",
-        ),
+        Err(error) => {
+            let cost = match uring::probe(1) {
+                Ok(()) => "not every worker gets a ring: fastvpn may not start without --io epoll",
+                Err(_) => "epoll instead: more system calls, slower",
+            };
+            Item::failed(NAME, &error, cost, "Linux 6.1 or later")
+        }
     }
 }
 
