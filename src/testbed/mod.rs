@@ -1,6 +1,6 @@
 //! Networks inside one machine: namespaces joined by veth pairs, programs in
-//! them, and traffic between them. The demo needs it, and so do the tests; what
-//! only tests and benches need besides is the crate `testbed`.
+//! them, and traffic between them. This is what the demo needs, and tests and benches
+//! share it. What only they need is in the crate `testbed`.
 //!
 //! Nothing here has a name outside the process. A [`Namespace`] is held by a
 //! descriptor alone and a [`Child`] dies with the process that started it, so
@@ -12,7 +12,7 @@ mod process;
 pub mod traffic;
 mod user;
 
-pub use namespace::Namespace;
+pub use namespace::{Namespace, result_of};
 pub use process::Child;
 pub(crate) use user::effective_capabilities;
 pub use user::enter_user_namespace_if_needed;

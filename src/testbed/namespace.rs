@@ -28,7 +28,7 @@ impl Namespace {
     /// [`enter_user_namespace_if_needed`](super::enter_user_namespace_if_needed).
     pub fn new() -> Result<Self> {
         // unshare(2) moves only the calling thread, so it is one of its own.
-        let fd = thread::scope(|scope| join(scope.spawn(Self::create)))?;
+        let fd = thread::scope(|scope| result_of(scope.spawn(Self::create)))?;
         let namespace = Self { fd };
         // Lets us use ping sockets (icmp(7)), which match answers to the asker,
         // instead of raw ones, which see everybody's. In a user namespace the
@@ -67,7 +67,7 @@ impl Namespace {
     /// may enter it.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         thread::scope(|scope| {
-            join(scope.spawn(|| {
+            result_of(scope.spawn(|| {
                 enter(self.fd()).expect("the process that made the namespace may enter it");
                 work()
             }))
@@ -102,8 +102,8 @@ impl Namespace {
     }
 }
 
-/// The thread's result; its panic goes on in the caller.
-pub(super) fn join<T>(thread: ScopedJoinHandle<'_, T>) -> T {
+/// A thread's result; its panic goes on in the caller.
+pub fn result_of<T>(thread: ScopedJoinHandle<'_, T>) -> T {
     thread
         .join()
         .unwrap_or_else(|payload| panic::resume_unwind(payload))

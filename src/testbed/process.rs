@@ -9,7 +9,6 @@ use std::sync::mpsc::{Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::time::{ClockId, clock_getcpuclockid};
 use nix::unistd::{Pid, getpid, getppid};
@@ -60,7 +59,6 @@ fn die_with_parent(command: &mut Command) {
 /// A running program; dropped, it is killed and waited for.
 pub struct Child {
     process: process::Child,
-    program: String,
 }
 
 impl Child {
@@ -73,19 +71,13 @@ impl Child {
             SPAWNER.send(job).map_err(io::Error::other)?;
             started.recv().map_err(io::Error::other)?
         };
-        let process =
-            start().map_err(|cause| Error::os(format!("cannot start {program}"), cause))?;
-        Ok(Self { process, program })
+        let started = start().map(|process| Self { process });
+        started.map_err(|cause| Error::os(format!("cannot start {program}"), cause))
     }
 
     /// The process id.
     pub fn pid(&self) -> u32 {
         self.process.id()
-    }
-
-    /// The program that was started, as it was named.
-    pub fn program(&self) -> &str {
-        &self.program
     }
 
     /// The standard library's handle: its pipes.
@@ -98,17 +90,18 @@ impl Child {
     /// # Errors
     /// When the kernel does not know the child (nobody else may wait for it).
     pub fn try_wait(&mut self) -> Result<Option<ExitStatus>> {
-        self.process
-            .try_wait()
-            .map_err(|cause| Error::os(format!("cannot wait for {}", self.program), cause))
+        let status = self.process.try_wait();
+        status.map_err(|cause| Error::os(format!("cannot wait for process {}", self.pid()), cause))
+    }
+
+    fn as_pid(&self) -> Pid {
+        Pid::from_raw(self.pid() as i32)
     }
 
     /// Sends a signal; a program that has ended does not mind.
     pub fn signal(&self, signal: Signal) {
         // The id cannot be another's: until it is waited for, it stays taken.
-        if let Ok(pid) = i32::try_from(self.process.id()) {
-            let _ = kill(Pid::from_raw(pid), signal);
-        }
+        let _ = kill(self.as_pid(), signal);
     }
 
     /// CPU time that all its threads have used so far, user and system.
@@ -116,13 +109,10 @@ impl Child {
     /// # Errors
     /// When the kernel does not tell.
     pub fn cpu_time(&self) -> Result<Duration> {
-        let pid = Pid::from_raw(i32::try_from(self.pid()).unwrap_or_default());
-        let clock = clock_getcpuclockid(pid).and_then(ClockId::now);
-        let cannot = |cause: Errno| {
-            let what = format!("cannot read the CPU time of {}", self.program);
-            Error::os(what, cause.into())
-        };
-        Ok(clock.map_err(cannot)?.into())
+        let time = clock_getcpuclockid(self.as_pid()).and_then(ClockId::now);
+        let what = || format!("cannot read the CPU time of process {}", self.pid());
+        let time = time.map_err(|errno| Error::os(what(), errno.into()))?;
+        Ok(time.into())
     }
 
     /// Asks the program to end (SIGTERM), waits at most `grace`, then kills it.
@@ -130,18 +120,16 @@ impl Child {
     /// # Errors
     /// As [`Child::try_wait`].
     pub fn terminate(&mut self, grace: Duration) -> Result<ExitStatus> {
-        let mut deadline = None;
+        let start = Instant::now();
+        let mut signal = Some(Signal::SIGTERM);
         loop {
             if let Some(status) = self.try_wait()? {
                 return Ok(status);
             }
-            match deadline {
-                None => {
-                    self.signal(Signal::SIGTERM);
-                    deadline = Some(Instant::now() + grace);
-                }
-                Some(deadline) if Instant::now() >= deadline => self.signal(Signal::SIGKILL),
-                Some(_) => {}
+            if let Some(signal) = signal.take() {
+                self.signal(signal);
+            } else if start.elapsed() > grace {
+                self.signal(Signal::SIGKILL);
             }
             thread::sleep(WAIT_STEP);
         }

@@ -1,6 +1,6 @@
 //! The right to make network namespaces, with or without being root.
 
-use std::fs::{self, OpenOptions};
+use std::fs;
 
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{getegid, geteuid};
@@ -18,22 +18,12 @@ const CAPABILITIES: u64 = 1 << 12 | 1 << 13 | 1 << 21;
 /// Call it while the process has one thread.
 ///
 /// # Errors
-/// When user namespaces are switched off or restricted, when the process has
-/// more than one thread, or when /dev/net/tun is not ours to open.
+/// When user namespaces are switched off or restricted, or when the process has
+/// more than one thread.
 pub fn enter_user_namespace_if_needed() -> Result<()> {
     if effective_capabilities()? & CAPABILITIES == CAPABILITIES {
         return Ok(());
     }
-    // Outside the namespace its root is nobody, so the device's own permissions
-    // decide. Found out here, it is a clear error.
-    let node = "/dev/net/tun";
-    let opened = OpenOptions::new().read(true).write(true).open(node);
-    opened.map_err(|cause| {
-        Error::os(format!("cannot open {node}"), cause).hint(
-            "run as root, or load the module tun and let everybody use the device (chmod 666), \
-             which is safe: making interfaces takes CAP_NET_ADMIN all the same",
-        )
-    })?;
     let (uid, gid) = (geteuid(), getegid());
     unshare(CloneFlags::CLONE_NEWUSER).map_err(|errno| {
         Error::os("cannot create a user namespace", errno.into()).hint(

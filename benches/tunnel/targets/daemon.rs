@@ -30,6 +30,7 @@ const LAST_WORDS_BYTES_MAX: usize = 300;
 /// A program in its namespace, and what it says.
 struct Daemon {
     child: Child,
+    program: String,
     /// A file in memory that both its outputs go to.
     output: File,
 }
@@ -84,8 +85,13 @@ impl Daemon {
             .stderr(output.try_clone().map_err(failed)?)
             // Ctrl-C is for the bench alone, which then ends its programs.
             .process_group(0);
+        let program = command.get_program().display().to_string();
         let child = namespace.spawn(command)?;
-        Ok(Self { child, output })
+        Ok(Self {
+            child,
+            program,
+            output,
+        })
     }
 
     /// An error if the program has ended by itself.
@@ -94,7 +100,7 @@ impl Daemon {
             None => Ok(()),
             Some(status) => {
                 let words = self.last_words();
-                let program = self.child.program();
+                let program = &self.program;
                 let what = format!("{program} ended by itself: {status}{words}");
                 Err(Error::new(what))
             }

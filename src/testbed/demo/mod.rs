@@ -10,26 +10,20 @@
 //! Nothing is left behind: see [`crate::testbed`]. What the demo does goes to
 //! standard error.
 
-mod end;
-
 use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr};
-use std::process::Command;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
-use super::namespace::join;
-use super::traffic::{
-    Between, Bulk, BulkLimit, BulkReport, Pinger, Watch, ping, ping_up_to, tcp_bulk,
-};
-use super::{Pair, enter_user_namespace_if_needed, pair};
+use super::traffic::{Between, Pinger, Transfer, TransferReport, Watch, connect, ping};
+use super::{Child, Pair, enter_user_namespace_if_needed, pair};
 use crate::error::{Error, Result};
-use end::End;
 
 /// The two hosts' addresses, and those that the tunnel derives from them.
 const UNDERLAY: [Ipv4Addr; 2] = [
@@ -44,21 +38,17 @@ const UNDERLAY_PREFIX: u8 = 24;
 const UNDERLAY_MTU: u32 = 1500;
 const PORT: u16 = 8285;
 
-/// How long the tunnel may take to answer its first ping.
-const READY_MAX: Duration = Duration::from_secs(10);
-const READY_PING_TIMEOUT: Duration = Duration::from_millis(200);
+/// How long the tunnel may take to answer a ping.
+const ANSWER_MAX: Duration = Duration::from_secs(10);
+const PING_TIMEOUT: Duration = Duration::from_millis(200);
+const PING_PAUSE: Duration = Duration::from_millis(50);
 
-/// How often signals and the tunnel's ends are checked.
-const CHECK_INTERVAL: Duration = Duration::from_millis(50);
-
-/// How often the rate of a transfer is shown.
-const RATE_INTERVAL: Duration = Duration::from_secs(1);
+/// How long a tunnel end may take to end after SIGTERM.
+const GRACE: Duration = Duration::from_secs(2);
 
 /// Payloads of the pings that must come back: one usual, one that just fills a
 /// packet, one in many fragments.
 const PING_BYTES: [usize; 3] = [56, 1400, 20_000];
-const PING_TIMEOUT: Duration = Duration::from_secs(1);
-const PING_ATTEMPTS: usize = 3;
 
 /// How long small pings are sent, one after another, to see how long they take.
 const LATENCY_TIME: Duration = Duration::from_secs(2);
@@ -76,7 +66,7 @@ pub struct DemoOptions {
     /// How long each of the two TCP transfers lasts, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=3600))]
     pub seconds: u16,
-    /// Show what the two tunnel ends print while they run
+    /// Show all that the two tunnel ends log, not only warnings and errors
     #[arg(long)]
     pub verbose: bool,
 }
@@ -112,19 +102,25 @@ pub fn run(options: &DemoOptions) -> Result<Measured> {
     enter_user_namespace_if_needed()?;
     let program = std::env::current_exe()
         .map_err(|cause| Error::os("cannot find the path of this program", cause))?;
-    let commands = [1, 0].map(|peer| {
+    let commands = [('a', 1), ('b', 0)].map(|(name, peer)| {
+        let mut flags = format!(
+            "--queues {} --peer {}:{PORT}",
+            options.queues, UNDERLAY[peer]
+        );
+        if !options.verbose {
+            flags += " --quiet";
+        }
+        say(&format!("{name}: fastvpn {flags}"));
         let mut command = Command::new(&program);
-        command
-            .args(["--queues", &options.queues.to_string()])
-            .args(["--peer", &format!("{}:{PORT}", UNDERLAY[peer])]);
+        command.args(flags.split(' '));
         command
     });
-    let interrupted = Arc::new(AtomicBool::new(false));
+    let watch = Watch::default();
     for signal in [SIGINT, SIGTERM, SIGHUP] {
-        signal_hook::flag::register(signal, Arc::clone(&interrupted))
+        signal_hook::flag::register(signal, Arc::clone(&watch.stop))
             .map_err(|cause| Error::os(format!("cannot catch signal {signal}"), cause))?;
     }
-    play(commands, TUNNEL, options, interrupted)
+    play(commands, TUNNEL, options, watch)
 }
 
 /// The demo with any two programs as the tunnel's ends.
@@ -132,44 +128,42 @@ fn play(
     commands: [Command; 2],
     tunnel: [Ipv4Addr; 2],
     options: &DemoOptions,
-    interrupted: Arc<AtomicBool>,
+    watch: Watch,
 ) -> Result<Measured> {
     let [net_a, net_b] = UNDERLAY.map(|ip| IpNet::new_assert(ip.into(), UNDERLAY_PREFIX));
     let pair = pair(&[(net_a, net_b)], UNDERLAY_MTU)?;
-    let [command_a, command_b] = commands;
-    let ends = vec![
-        End::start(&pair.a, 'a', command_a, options.verbose)?,
-        End::start(&pair.b, 'b', command_b, options.verbose)?,
-    ];
+    let mut ends = Vec::new();
+    for (namespace, mut command) in [&pair.a, &pair.b].into_iter().zip(commands) {
+        // Ctrl-C is for the demo alone, which then ends its programs in order.
+        command.stdin(Stdio::null()).process_group(0);
+        ends.push(namespace.spawn(command)?);
+    }
     let mut stage = Stage {
         pair: &pair,
         ends,
-        interrupted,
+        watch,
         options,
         tunnel: tunnel.map(IpAddr::from),
     };
     let measured = stage.perform();
-    if measured.is_err() && !stage.interrupted() {
-        stage.ends.iter_mut().for_each(End::show_output);
+    // Whether it went well or not; one that does not end is killed.
+    for end in &mut stage.ends {
+        end.terminate(GRACE)?;
     }
-    // Whether it went well or not, the ends are asked to end, and both at once.
-    stage.ends.iter().for_each(End::ask_to_end);
-    let ended = stage.ends.iter_mut().try_for_each(End::end);
-    measured.and_then(|measured| ended.map(|()| measured))
+    measured
 }
 
 /// The two hosts with the tunnel between them.
 struct Stage<'a> {
     pair: &'a Pair,
-    ends: Vec<End>,
-    interrupted: Arc<AtomicBool>,
+    ends: Vec<Child>,
+    watch: Watch,
     options: &'a DemoOptions,
     tunnel: [IpAddr; 2],
 }
 
 impl Stage<'_> {
     fn perform(&mut self) -> Result<Measured> {
-        self.wait_until_ready()?;
         self.ping_across()?;
         let (tunnel, veth) = (self.tunnel[1], UNDERLAY[1].into());
         let cpu_before = self.cpu_seconds()?;
@@ -183,76 +177,48 @@ impl Stage<'_> {
         })
     }
 
-    fn wait_until_ready(&mut self) -> Result<()> {
-        let start = Instant::now();
-        loop {
-            self.check()?;
-            match ping(&self.pair.a, self.tunnel[1], 8, READY_PING_TIMEOUT) {
-                Ok(_) => break,
-                Err(error) if start.elapsed() > READY_MAX => {
-                    let seconds = READY_MAX.as_secs();
-                    let what = format!("the tunnel was not there after {seconds} s: {error}");
-                    return Err(Error::new(what));
-                }
-                Err(_) => thread::sleep(CHECK_INTERVAL),
-            }
-        }
-        let milliseconds = start.elapsed().as_millis();
-        say(&format!("tunnel answers after {milliseconds} ms"));
-        Ok(())
-    }
-
+    /// Waits until pings of all sizes are answered in both directions.
     fn ping_across(&mut self) -> Result<()> {
         for bytes in PING_BYTES {
-            for (from, to) in [(&self.pair.a, 1), (&self.pair.b, 0)] {
-                let to = self.tunnel[to];
-                let time = ping_up_to(PING_ATTEMPTS, from, to, bytes, PING_TIMEOUT)?;
+            for (from, to) in [
+                (&self.pair.a, self.tunnel[1]),
+                (&self.pair.b, self.tunnel[0]),
+            ] {
+                let start = Instant::now();
+                let time = loop {
+                    self.check()?;
+                    match ping(from, to, bytes, PING_TIMEOUT) {
+                        Ok(time) => break time,
+                        Err(error) if start.elapsed() > ANSWER_MAX => return Err(error),
+                        Err(_) => thread::sleep(PING_PAUSE),
+                    }
+                };
                 let microseconds = time.as_micros();
                 say(&format!("ping {to}, {bytes} bytes: {microseconds} µs"));
             }
-            self.check()?;
         }
         Ok(())
     }
 
-    /// Sends TCP from a to `address` at b; stops when a signal comes or a tunnel
-    /// end dies.
-    fn transfer(&mut self, name: &str, address: IpAddr) -> Result<BulkReport> {
-        let time = Duration::from_secs(self.options.seconds.into());
-        let bulk = Bulk::new(self.options.streams.into(), BulkLimit::Time(time));
+    /// Sends TCP from a to `address` at b.
+    fn transfer(&mut self, name: &str, address: IpAddr) -> Result<TransferReport> {
+        let transfer = Transfer {
+            time_max: Duration::from_secs(self.options.seconds.into()),
+            bytes_max: u64::MAX,
+            verify: true,
+        };
         let between = Between {
             client: &self.pair.a,
             server: &self.pair.b,
             address,
         };
-        let watch = Watch::default();
-        let (mut shown_at, mut shown_bytes) = (Instant::now(), 0);
-        let mut checked = Ok(());
-        let result = thread::scope(|scope| {
-            let running = scope.spawn(|| tcp_bulk(between, bulk, &watch));
-            while !running.is_finished() {
-                thread::sleep(CHECK_INTERVAL);
-                if checked.is_ok() {
-                    checked = self.check();
-                }
-                watch.stop.store(checked.is_err(), Ordering::Relaxed);
-                let since = shown_at.elapsed();
-                if since >= RATE_INTERVAL {
-                    let bytes = watch.bytes.load(Ordering::Relaxed);
-                    let rate = (bytes - shown_bytes) as f64 * 8e-9 / since.as_secs_f64();
-                    say(&format!("TCP over {name}: {rate:.1} Gbit/s"));
-                    (shown_at, shown_bytes) = (Instant::now(), bytes);
-                }
-            }
-            join(running)
-        });
+        let connections = (0..self.options.streams).map(|_| connect(between));
+        let result = connections
+            .collect::<std::io::Result<Vec<_>>>()
+            .and_then(|connections| transfer.run(&connections, &self.watch));
         // Why it was stopped says more than that it was stopped.
-        checked?;
-        let report = result?;
-        if !report.intact {
-            let what = format!("TCP over {name}: bytes did not arrive as they were sent");
-            return Err(Error::new(what));
-        }
+        self.check()?;
+        let report = result.map_err(|cause| Error::os(format!("TCP over {name}"), cause))?;
         let (gigabytes, seconds) = (report.bytes as f64 / 1e9, report.elapsed.as_secs_f64());
         say(&format!(
             "TCP over {name}: {gigabytes:.2} GB in {seconds:.1} s, every byte intact"
@@ -261,18 +227,14 @@ impl Stage<'_> {
     }
 
     /// What a transfer and pings to `address` at b come to.
-    fn figures(&mut self, name: &str, address: IpAddr, report: &BulkReport) -> Result<Figures> {
+    fn figures(&mut self, name: &str, address: IpAddr, report: &TransferReport) -> Result<Figures> {
         let mut pinger = Pinger::open(&self.pair.a, address)?;
         let mut times = Vec::new();
         let start = Instant::now();
-        let mut checked_at = start;
         while start.elapsed() < LATENCY_TIME {
+            self.check()?;
             // A lost one is no measure of time.
             times.extend(pinger.ping(LATENCY_BYTES, PING_TIMEOUT).ok());
-            if checked_at.elapsed() >= CHECK_INTERVAL {
-                self.check()?;
-                checked_at = Instant::now();
-            }
         }
         times.sort_unstable();
         let microseconds = |percent: usize| {
@@ -289,18 +251,20 @@ impl Stage<'_> {
 
     /// Whether the show can go on.
     fn check(&mut self) -> Result<()> {
-        if self.interrupted() {
-            return Err(Error::new("interrupted"));
+        self.watch
+            .check()
+            .map_err(|error| Error::new(error.to_string()))?;
+        for (name, end) in ['a', 'b'].into_iter().zip(&mut self.ends) {
+            if let Some(status) = end.try_wait()? {
+                let what = format!("tunnel end {name} ended by itself: {status}");
+                return Err(Error::new(what));
+            }
         }
-        self.ends.iter_mut().try_for_each(End::check)
-    }
-
-    fn interrupted(&self) -> bool {
-        self.interrupted.load(Ordering::Relaxed)
+        Ok(())
     }
 
     fn cpu_seconds(&self) -> Result<f64> {
-        let times = self.ends.iter().map(End::cpu_time);
+        let times = self.ends.iter().map(Child::cpu_time);
         Ok(times.sum::<Result<Duration>>()?.as_secs_f64())
     }
 }

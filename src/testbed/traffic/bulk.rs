@@ -1,24 +1,22 @@
 //! TCP as fast as it goes, and not one byte unseen.
 //!
-//! Sender and receiver hold the same block of pseudo-random bytes. What a
-//! stream carries at offset `o` is `block[o % BLOCK_BYTES]`, so the receiver
-//! compares each read with memory that is hot in its cache: the check costs a
-//! fraction of the copy out of the kernel. A stream that lost or repeated a
-//! whole number of blocks would still match, therefore lengths are compared too.
+//! Sender and receiver hold the same block of pseudo-random bytes, which a stream
+//! carries again and again. Each read goes to its place in such a block, so the receiver
+//! compares it with memory that is hot in its cache: the check costs a fraction of the
+//! copy out of the kernel. A stream that lost or repeated a whole number of blocks would
+//! still match, therefore lengths are compared too.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use socket2::SockRef;
 
 use super::{Between, POLL_INTERVAL, Watch, pattern};
-use crate::error::{Error, Result};
-use crate::testbed::namespace::join;
+use crate::testbed::result_of;
 
-/// Bytes of the repeating block, and of each read and write.
+/// Bytes of the repeating block, and the most of each read and write.
 const BLOCK_BYTES: usize = 256 * 1024;
 
 /// How long a connection may take to come about.
@@ -28,77 +26,112 @@ const CONNECT_MAX: Duration = Duration::from_secs(30);
 /// compare; the host's own where the kernel does not have it.
 const CONGESTION_CONTROL: &[u8] = b"cubic";
 
-/// When a transfer is over.
-#[derive(Debug, Clone, Copy)]
-pub enum BulkLimit {
-    /// Sending ends after this time.
-    Time(Duration),
-    /// Sending ends after this many bytes on each stream.
-    BytesPerStream(u64),
-}
-
 /// A transfer to be made.
 #[derive(Debug, Clone, Copy)]
-pub struct Bulk {
-    /// Parallel connections, each with two threads.
-    pub streams: usize,
-    /// When it is over.
-    pub limit: BulkLimit,
-    /// The server sends and the client receives.
-    pub reverse: bool,
+pub struct Transfer {
+    /// Sending ends after this time.
+    pub time_max: Duration,
+    /// Sending ends after this many bytes on each connection.
+    pub bytes_max: u64,
     /// The receiver compares every byte; otherwise it only counts them.
     pub verify: bool,
 }
 
-impl Bulk {
-    /// From client to server, every byte compared.
-    pub fn new(streams: usize, limit: BulkLimit) -> Self {
-        Self {
-            streams,
-            limit,
-            reverse: false,
-            verify: true,
-        }
-    }
-}
-
-/// A transfer that was made.
+/// A transfer that was made: as many bytes arrived as were sent, and the same.
 #[derive(Debug, Clone, Copy)]
-pub struct BulkReport {
-    /// Bytes received on all streams.
+pub struct TransferReport {
+    /// Bytes received on all connections.
     pub bytes: u64,
     /// From the first byte sent to the end of the last stream received.
     pub elapsed: Duration,
-    /// Whether every byte arrived once, in order and unchanged; if they were
-    /// not compared, whether as many arrived as were sent.
-    pub intact: bool,
 }
 
-impl BulkReport {
+impl TransferReport {
     /// 10⁹ bits of payload per second.
     pub fn gigabits_per_second(&self) -> f64 {
         self.bytes as f64 * 8.0 / self.elapsed.as_secs_f64() / 1e9
     }
 }
 
-/// Sends bulk data over TCP; [`Watch::bytes`] counts what arrives.
-///
-/// # Errors
-/// When a connection fails or stands still, or [`Watch::stop`] is set. Damaged
-/// data is no error but a report.
-pub fn tcp_bulk(between: Between<'_>, bulk: Bulk, watch: &Watch) -> Result<BulkReport> {
-    let connections = (0..bulk.streams).map(|_| {
-        let (client, server) = connect(between)?;
-        Ok(if bulk.reverse {
-            (server, client)
-        } else {
-            (client, server)
-        })
-    });
-    connections
-        .collect::<io::Result<Vec<_>>>()
-        .and_then(|connections| run(&connections, bulk, watch))
-        .map_err(|cause| Error::os(format!("TCP transfer to {} failed", between.address), cause))
+impl Transfer {
+    /// Sends on the first socket of each pair, and receives on the second.
+    ///
+    /// # Errors
+    /// When a connection fails or stands still, or [`Watch::stop`] is set. Of the kind
+    /// `InvalidData` if something did not arrive as it was sent.
+    pub fn run(
+        self,
+        pairs: &[(TcpStream, TcpStream)],
+        watch: &Watch,
+    ) -> io::Result<TransferReport> {
+        let block = pattern(BLOCK_BYTES);
+        let start = Instant::now();
+        let streams: Vec<_> = thread::scope(|scope| {
+            let streams = pairs.iter().map(|(sender, receiver)| {
+                // A kernel without it uses what it has.
+                let _ = SockRef::from(sender).set_tcp_congestion(CONGESTION_CONTROL);
+                let received = scope.spawn(|| self.receive(receiver, &block, watch));
+                let sent = scope.spawn(|| self.send(sender, &block, watch));
+                (sent, received)
+            });
+            let streams: Vec<_> = streams.collect();
+            let joined = |(sent, received)| (result_of(sent), result_of(received));
+            streams.into_iter().map(joined).collect()
+        });
+        let elapsed = start.elapsed();
+        let mut bytes = 0;
+        for (sent, received) in streams {
+            let received = received?;
+            if sent? != received {
+                return Err(damaged());
+            }
+            bytes += received;
+        }
+        Ok(TransferReport { bytes, elapsed })
+    }
+
+    /// Sends until the limit; returns the bytes that TCP has taken.
+    fn send(&self, mut socket: &TcpStream, block: &[u8], watch: &Watch) -> io::Result<u64> {
+        let start = Instant::now();
+        let mut sent = 0;
+        while sent < self.bytes_max && start.elapsed() < self.time_max {
+            let rest = &block[position(sent)..];
+            let room = usize::try_from(self.bytes_max - sent).unwrap_or(BLOCK_BYTES);
+            let chunk = &rest[..rest.len().min(room)];
+            sent += watch.retry(|| socket.write(chunk))? as u64;
+        }
+        socket.shutdown(Shutdown::Write)?;
+        Ok(sent)
+    }
+
+    /// Receives until the sender is done; returns how many bytes came.
+    fn receive(&self, mut socket: &TcpStream, block: &[u8], watch: &Watch) -> io::Result<u64> {
+        let mut buffer = vec![0; BLOCK_BYTES];
+        let (mut bytes, mut is_intact) = (0, true);
+        loop {
+            let at = position(bytes);
+            let length = watch.retry(|| socket.read(&mut buffer[at..]))?;
+            if length == 0 {
+                break;
+            }
+            let came = at..at + length;
+            is_intact &= !self.verify || buffer[came.clone()] == block[came];
+            bytes += length as u64;
+        }
+        match is_intact {
+            true => Ok(bytes),
+            false => Err(damaged()),
+        }
+    }
+}
+
+fn position(offset: u64) -> usize {
+    (offset % BLOCK_BYTES as u64) as usize
+}
+
+fn damaged() -> io::Error {
+    let text = "bytes did not arrive as they were sent";
+    io::Error::new(io::ErrorKind::InvalidData, text)
 }
 
 /// Makes one TCP connection, both of whose ends give up a blocked call after
@@ -107,14 +140,12 @@ pub fn tcp_bulk(between: Between<'_>, bulk: Bulk, watch: &Watch) -> Result<BulkR
 /// # Errors
 /// When it does not come about.
 pub fn connect(between: Between<'_>) -> io::Result<(TcpStream, TcpStream)> {
-    let listener = between
-        .server
-        .run(|| TcpListener::bind((between.address, 0)))?;
+    let bind = || TcpListener::bind((between.address, 0));
+    let listener = between.server.run(bind)?;
     SockRef::from(&listener).set_read_timeout(Some(CONNECT_MAX))?;
     let address = listener.local_addr()?;
-    let client = between
-        .client
-        .run(|| TcpStream::connect_timeout(&address, CONNECT_MAX))?;
+    let connect = || TcpStream::connect_timeout(&address, CONNECT_MAX);
+    let client = between.client.run(connect)?;
     let (server, _) = listener.accept()?;
     for end in [&client, &server] {
         end.set_read_timeout(Some(POLL_INTERVAL))?;
@@ -123,116 +154,37 @@ pub fn connect(between: Between<'_>) -> io::Result<(TcpStream, TcpStream)> {
     Ok((client, server))
 }
 
-/// `connections`: each one's sending and its receiving end.
-fn run(
-    connections: &[(TcpStream, TcpStream)],
-    bulk: Bulk,
-    watch: &Watch,
-) -> io::Result<BulkReport> {
-    let block = pattern(BLOCK_BYTES);
-    let expected = bulk.verify.then_some(&block[..]);
-    let start = Instant::now();
-    let streams: Vec<_> = thread::scope(|scope| {
-        let streams = connections.iter().map(|(sender, receiver)| {
-            // A kernel without it uses what it has.
-            let _ = SockRef::from(sender).set_tcp_congestion(CONGESTION_CONTROL);
-            let received = scope.spawn(move || receive(receiver, expected, watch));
-            let sent = scope.spawn(|| send(sender, &block, bulk.limit, watch));
-            (sent, received)
-        });
-        let streams: Vec<_> = streams.collect();
-        let joined = |(sent, received)| (join(sent), join(received));
-        streams.into_iter().map(joined).collect()
-    });
-    let mut report = BulkReport {
-        bytes: 0,
-        elapsed: start.elapsed(),
-        intact: true,
-    };
-    for (sent, received) in streams {
-        let (bytes, intact) = received?;
-        report.bytes += bytes;
-        report.intact &= intact && bytes == sent?;
-    }
-    Ok(report)
-}
-
-/// Sends until the limit; returns the bytes that TCP has taken.
-fn send(mut socket: &TcpStream, block: &[u8], limit: BulkLimit, watch: &Watch) -> io::Result<u64> {
-    let start = Instant::now();
-    let mut sent = 0u64;
-    loop {
-        let room = match limit {
-            BulkLimit::Time(time) if start.elapsed() >= time => 0,
-            BulkLimit::Time(_) => BLOCK_BYTES,
-            BulkLimit::BytesPerStream(bytes) => {
-                usize::try_from(bytes - sent).unwrap_or(BLOCK_BYTES)
-            }
-        };
-        let at = position(sent);
-        let chunk = &block[at..block.len().min(at.saturating_add(room))];
-        if chunk.is_empty() {
-            break;
-        }
-        sent += watch.retry(|| socket.write(chunk))? as u64;
-    }
-    socket.shutdown(Shutdown::Write)?;
-    Ok(sent)
-}
-
-/// Receives until the sender is done; compares every byte with the block that
-/// is expected, if one is. Returns how many came, and whether they were right.
-fn receive(
-    mut socket: &TcpStream,
-    expected: Option<&[u8]>,
-    watch: &Watch,
-) -> io::Result<(u64, bool)> {
-    let mut buffer = vec![0; BLOCK_BYTES];
-    let (mut bytes, mut intact) = (0, true);
-    loop {
-        let length = watch.retry(|| socket.read(&mut buffer))?;
-        if length == 0 {
-            return Ok((bytes, intact));
-        }
-        if let Some(block) = expected {
-            intact &= matches(block, bytes, &buffer[..length]);
-        }
-        bytes += length as u64;
-        watch.bytes.fetch_add(length as u64, Ordering::Relaxed);
-    }
-}
-
-/// Whether `data` is what a stream carries at `offset`; at most one block long.
-fn matches(block: &[u8], offset: u64, data: &[u8]) -> bool {
-    let at = position(offset);
-    let (head, tail) = data.split_at(data.len().min(block.len() - at));
-    head == &block[at..at + head.len()] && tail == &block[..tail.len()]
-}
-
-fn position(offset: u64) -> usize {
-    (offset % BLOCK_BYTES as u64) as usize
-}
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// What a receiver makes of some bytes.
+    fn receive(data: &[u8]) -> io::Result<u64> {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut sender = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (receiver, _) = listener.accept().unwrap();
+        let transfer = Transfer {
+            time_max: Duration::MAX,
+            bytes_max: u64::MAX,
+            verify: true,
+        };
+        thread::scope(|scope| {
+            scope.spawn(move || sender.write_all(data).unwrap());
+            transfer.receive(&receiver, &pattern(BLOCK_BYTES), &Watch::default())
+        })
+    }
+
     #[test]
     fn any_changed_byte_is_seen() {
         let block = pattern(BLOCK_BYTES);
-        let offset = 3 * BLOCK_BYTES as u64 + 100_000;
-        let mut data: Vec<u8> = block[100_000..].to_vec();
-        data.extend_from_slice(&block[..100_000]);
-        assert!(matches(&block, offset, &data));
-        assert!(matches(&block, offset, &[]));
-        assert!(!matches(&block, offset + 1, &data), "shifted");
-        for at in [
-            0,
-            BLOCK_BYTES - 100_001,
-            BLOCK_BYTES - 100_000,
-            BLOCK_BYTES - 1,
-        ] {
+        let mut data = [&block[..], &block, &block[..100]].concat();
+        assert_eq!(receive(&data).unwrap(), data.len() as u64);
+        assert_eq!(receive(&[]).unwrap(), 0);
+        let shifted = receive(&data[1..]).unwrap_err();
+        assert_eq!(shifted.kind(), io::ErrorKind::InvalidData);
+        for at in [0, BLOCK_BYTES - 1, BLOCK_BYTES, data.len() - 1] {
             data[at] ^= 1;
-            assert!(!matches(&block, offset, &data), "changed at {at}");
+            assert!(receive(&data).is_err(), "changed at {at}");
             data[at] ^= 1;
         }
     }

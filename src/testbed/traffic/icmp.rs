@@ -28,32 +28,7 @@ const ECHO_REPLY_V6: u8 = 129;
 /// When no answer comes within `timeout`, when it comes back changed, when
 /// there is no route, or when the payload is larger than [`PING_BYTES_MAX`].
 pub fn ping(from: &Namespace, to: IpAddr, bytes: usize, timeout: Duration) -> Result<Duration> {
-    ping_up_to(1, from, to, bytes, timeout)
-}
-
-/// As [`ping`], but asks up to `attempts` times for an answer: on a busy host
-/// one fragment lost from the backlog takes a whole large ping with it, which
-/// is no fault of the network under test.
-///
-/// # Errors
-/// As [`ping`], when no attempt was answered.
-pub fn ping_up_to(
-    attempts: usize,
-    from: &Namespace,
-    to: IpAddr,
-    bytes: usize,
-    timeout: Duration,
-) -> Result<Duration> {
-    let mut result = Pinger::open(from, to)?.ping(bytes, timeout);
-    for _ in 1..attempts {
-        match &result {
-            Err(error) if error.cause().is_some_and(is_timeout) => {
-                result = Pinger::open(from, to)?.ping(bytes, timeout);
-            }
-            _ => break,
-        }
-    }
-    result
+    Pinger::open(from, to)?.ping(bytes, timeout)
 }
 
 /// Sends echo requests to one address, one after another.
@@ -98,23 +73,11 @@ impl Pinger {
     /// As [`ping`].
     pub fn ping(&mut self, bytes: usize, timeout: Duration) -> Result<Duration> {
         let to = self.to;
-        match self.exchange(bytes, timeout) {
-            Ok(Some(time)) => Ok(time),
-            Ok(None) => Err(Error::new(format!(
-                "the answer of {to} to a ping of {bytes} bytes came back changed"
-            ))),
-            Err(cause) if is_timeout(&cause) => {
-                let milliseconds = timeout.as_millis();
-                let what =
-                    format!("{to} did not answer a ping of {bytes} bytes within {milliseconds} ms");
-                Err(Error::os(what, io::ErrorKind::TimedOut.into()))
-            }
-            Err(cause) => Err(Error::os(format!("cannot ping {to}"), cause)),
-        }
+        self.exchange(bytes, timeout)
+            .map_err(|cause| Error::os(format!("cannot ping {to} with {bytes} bytes"), cause))
     }
 
-    /// `None` when the answer's payload differs from the request's.
-    fn exchange(&mut self, bytes: usize, timeout: Duration) -> io::Result<Option<Duration>> {
+    fn exchange(&mut self, bytes: usize, timeout: Duration) -> io::Result<Duration> {
         let (request_type, reply_type) = match self.to {
             IpAddr::V4(_) => (ECHO_REQUEST_V4, ECHO_REPLY_V4),
             IpAddr::V6(_) => (ECHO_REQUEST_V6, ECHO_REPLY_V6),
@@ -138,14 +101,18 @@ impl Pinger {
             // Less than a microsecond would become zero, which means forever.
             let left = left.max(Duration::from_millis(1));
             self.socket.set_read_timeout(Some(left))?;
-            let length = self.socket.read(&mut answer)?;
+            let length = match self.socket.read(&mut answer) {
+                Err(error) if is_timeout(&error) => continue,
+                length => length?,
+            };
             let answer = &answer[..length];
-            let is_ours =
-                length >= HEADER_BYTES && answer[0] == reply_type && answer[SEQUENCE] == sequence;
-            if is_ours {
-                let intact = answer[HEADER_BYTES..] == request[HEADER_BYTES..];
-                return Ok(intact.then(|| sent.elapsed()));
+            if length < HEADER_BYTES || answer[0] != reply_type || answer[SEQUENCE] != sequence {
+                continue;
             }
+            if answer[HEADER_BYTES..] != request[HEADER_BYTES..] {
+                return Err(io::Error::other("the answer came back changed"));
+            }
+            return Ok(sent.elapsed());
         }
     }
 }

@@ -10,13 +10,13 @@
 mod bulk;
 mod icmp;
 
-pub use bulk::{Bulk, BulkLimit, BulkReport, connect, tcp_bulk};
-pub use icmp::{PING_BYTES_MAX, Pinger, ping, ping_up_to};
+pub use bulk::{Transfer, TransferReport, connect};
+pub use icmp::{PING_BYTES_MAX, Pinger, ping};
 
 use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::Namespace;
@@ -38,14 +38,12 @@ pub struct Between<'a> {
     pub address: IpAddr,
 }
 
-/// What running traffic and the one who waits for it share.
+/// Keeps an eye on running traffic.
 #[derive(Debug, Default)]
 pub struct Watch {
     /// Set it, and all traffic ends with an error within a moment. A signal
     /// handler may hold it.
     pub stop: Arc<AtomicBool>,
-    /// Bytes of payload received so far.
-    pub bytes: AtomicU64,
 }
 
 impl Watch {
@@ -55,7 +53,7 @@ impl Watch {
     /// That one, of a kind that nobody tries again.
     pub fn check(&self) -> io::Result<()> {
         match self.stop.load(Ordering::Relaxed) {
-            true => Err(io::Error::other("stopped")),
+            true => Err(io::Error::other("interrupted")),
             false => Ok(()),
         }
     }
@@ -88,16 +86,11 @@ pub fn pattern(bytes: usize) -> Vec<u8> {
     // xorshift64 (Marsaglia, 2003): no byte-sized structure that a shifted or
     // swapped segment could hide in.
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut words = std::iter::repeat_with(|| {
+    let next = std::iter::repeat_with(|| {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
-        state.to_le_bytes()
+        state as u8
     });
-    let mut out = Vec::with_capacity(bytes + 8);
-    while out.len() < bytes {
-        out.extend(words.next().unwrap_or_default());
-    }
-    out.truncate(bytes);
-    out
+    next.take(bytes).collect()
 }

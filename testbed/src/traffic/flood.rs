@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use fastvpn::error::Result;
+use fastvpn::testbed::result_of;
 use fastvpn::testbed::traffic::{is_timeout, pattern};
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -16,7 +17,7 @@ use nix::sys::socket::{
 };
 use socket2::SockRef;
 
-use super::{Between, Watch, failed, join, udp_pair};
+use super::{Between, Watch, failed, udp_pair};
 
 /// Each datagram begins with its number.
 const NUMBER_BYTES: usize = 8;
@@ -56,7 +57,7 @@ pub struct FloodReport {
     pub elapsed: Duration,
 }
 
-/// Floods the server with UDP datagrams; [`Watch::bytes`] counts what arrives.
+/// Floods the server with UDP datagrams.
 ///
 /// # Errors
 /// When a socket fails or [`Watch::stop`] is set. Loss is no error but a report.
@@ -69,11 +70,11 @@ pub fn udp_flood(between: Between<'_>, flood: Flood, watch: &Watch) -> Result<Fl
         }
         let done = AtomicBool::new(false);
         thread::scope(|scope| {
-            let receiver = scope.spawn(|| drain(&sink, flood.bytes, &done, watch));
+            let receiver = scope.spawn(|| drain(&sink, flood.bytes, &done));
             let sent = send(&source, flood, watch);
             thread::sleep(QUIET);
             done.store(true, Ordering::Relaxed);
-            let received = join(receiver);
+            let received = result_of(receiver);
             let (offered, elapsed) = sent?;
             received.map(|report| FloodReport {
                 offered,
@@ -133,12 +134,7 @@ fn due(rate_pps: u64, elapsed: Duration, offered: u64) -> usize {
     usize::try_from(target.saturating_sub(offered)).map_or(BATCH, |due| due.min(BATCH))
 }
 
-fn drain(
-    socket: &UdpSocket,
-    bytes: usize,
-    done: &AtomicBool,
-    watch: &Watch,
-) -> io::Result<FloodReport> {
+fn drain(socket: &UdpSocket, bytes: usize, done: &AtomicBool) -> io::Result<FloodReport> {
     let expected = pattern(bytes);
     // One byte more than is sent, so that a datagram that has grown is seen.
     let mut datagrams = vec![vec![0u8; bytes + 1]; BATCH];
@@ -147,8 +143,8 @@ fn drain(
     let mut report = FloodReport::default();
     let mut next = 0u64;
     loop {
-        // Before the look at the socket: what is in it by then is still counted,
-        // however late this thread gets to run.
+        // Read before the socket: what is in it by then is still counted, however late
+        // this thread gets to run.
         let is_done = done.load(Ordering::Relaxed);
         let count = match receive_batch(socket, &mut headers, &mut datagrams, &mut lengths) {
             Ok(count) => count,
@@ -156,8 +152,6 @@ fn drain(
             Err(error) if is_timeout(&error) => continue,
             Err(error) => return Err(error),
         };
-        let batch_bytes: usize = lengths[..count].iter().sum();
-        watch.bytes.fetch_add(batch_bytes as u64, Ordering::Relaxed);
         for (datagram, length) in datagrams.iter().zip(&lengths[..count]) {
             report.delivered += 1;
             let datagram = &datagram[..*length];

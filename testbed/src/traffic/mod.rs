@@ -1,27 +1,50 @@
 //! Traffic that only tests and benches need:
 //!
+//! - [`bulk`]: TCP as fast as it goes, either way.
 //! - [`ping_pong`]: round-trip times of small requests over TCP and UDP.
 //! - [`flood`]: UDP packets as fast as they go, or at a given rate.
+//! - [`ping_up_to`]: pings where some may be lost.
 //! - [`retransmissions`]: what a TCP connection had to send again.
 
+pub mod bulk;
 pub mod flood;
 pub mod ping_pong;
 
-pub use fastvpn::testbed::traffic::{
-    Between, Bulk, BulkLimit, BulkReport, PING_BYTES_MAX, Watch, ping, ping_up_to, tcp_bulk,
-};
+pub use bulk::{Bulk, BulkLimit, tcp_bulk};
+pub use fastvpn::testbed::traffic::{Between, PING_BYTES_MAX, TransferReport, Watch, ping};
 pub use flood::{Flood, FloodReport, udp_flood};
 pub use ping_pong::{Latency, PingPong, tcp_ping_pong, udp_ping_pong};
 
 use std::fs;
 use std::io;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::thread::ScopedJoinHandle;
+use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
 use fastvpn::testbed::Namespace;
-use fastvpn::testbed::traffic::POLL_INTERVAL;
+use fastvpn::testbed::traffic::{POLL_INTERVAL, is_timeout};
+
+/// As [`ping`], but asks up to `attempts` times for an answer: on a busy host
+/// one fragment lost from the backlog takes a whole large ping with it, which
+/// is no fault of the network under test.
+///
+/// # Errors
+/// As [`ping`], when no attempt was answered.
+pub fn ping_up_to(
+    attempts: usize,
+    from: &Namespace,
+    to: IpAddr,
+    bytes: usize,
+    timeout: Duration,
+) -> Result<Duration> {
+    match ping(from, to, bytes, timeout) {
+        Err(error) if attempts > 1 && error.cause().is_some_and(is_timeout) => {
+            ping_up_to(attempts - 1, from, to, bytes, timeout)
+        }
+        result => result,
+    }
+}
 
 /// Opens a UDP socket that gives up a blocked call after [`POLL_INTERVAL`].
 fn open(namespace: &Namespace, address: impl Into<SocketAddr>) -> io::Result<UdpSocket> {
@@ -48,7 +71,7 @@ fn udp_pair(between: Between<'_>) -> io::Result<(UdpSocket, UdpSocket)> {
 /// sent more than once.
 ///
 /// # Errors
-/// When `socket` is none of TCP.
+/// When `socket` is not a TCP socket.
 pub fn retransmissions(socket: BorrowedFd<'_>) -> io::Result<u64> {
     // SAFETY: tcp_info is plain integers, for which all zeros is a value. An
     // older kernel fills in less of it than we know.
@@ -94,13 +117,6 @@ pub fn snmp_counter(namespace: &Namespace, protocol: &str, name: &str) -> Result
 
 fn failed(what: &str, between: Between<'_>, cause: io::Error) -> Error {
     Error::os(format!("{what} to {} failed", between.address), cause)
-}
-
-/// A thread's result; its panic goes on here.
-fn join<T>(thread: ScopedJoinHandle<'_, T>) -> T {
-    thread
-        .join()
-        .unwrap_or_else(|payload| std::panic::resume_unwind(payload))
 }
 
 #[cfg(test)]

@@ -8,9 +8,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use fastvpn::error::Result;
+use fastvpn::testbed::result_of;
 use fastvpn::testbed::traffic::{POLL_INTERVAL, connect, is_timeout, pattern};
 
-use super::{Between, Watch, failed, join, udp_pair};
+use super::{Between, Watch, failed, udp_pair};
 
 /// Largest request, so that it is one packet.
 pub const REQUEST_BYTES_MAX: usize = 1400;
@@ -64,7 +65,7 @@ pub fn tcp_ping_pong(between: Between<'_>, test: PingPong, watch: &Watch) -> Res
             let samples = ask_tcp(&client, test, watch);
             // The echo ends when it reads the end of the stream.
             client.shutdown(Shutdown::Both)?;
-            let echoed = join(echo);
+            let echoed = result_of(echo);
             let samples = samples?;
             echoed.map(|()| summarize(samples, 0))
         })
@@ -86,7 +87,7 @@ pub fn udp_ping_pong(between: Between<'_>, test: PingPong, watch: &Watch) -> Res
             let echo = scope.spawn(|| echo_udp(&server, &done));
             let result = ask_udp(&client, test, watch);
             done.store(true, Ordering::Relaxed);
-            let echoed = join(echo);
+            let echoed = result_of(echo);
             let (samples, lost) = result?;
             echoed.map(|()| summarize(samples, lost))
         })

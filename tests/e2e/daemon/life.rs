@@ -256,7 +256,7 @@ fn the_demo_is_interrupted() -> Result<()> {
             return fail("no pipe");
         };
         let mut story = BufReader::new(stderr);
-        wait_for_line(&mut story, "tunnel answers")?;
+        wait_for_line(&mut story, "ping 10.244.55.123")?;
         let ends = children(child.pid())?;
         check(ends.len() == 2, || {
             format!("the demo has children {ends:?}")
