@@ -80,7 +80,7 @@ fn show_all(found: &[Running], json: bool, out: &mut impl Write) -> Result<()> {
     let lines = found.iter();
     let text = match json {
         true => lines
-            .map(|tunnel| printable_json(&tunnel.line).into_owned() + "\n")
+            .map(|tunnel| printable_json(&tunnel.line) + "\n")
             .collect(),
         false => render::tunnels(lines.map(|tunnel| &tunnel.status)),
     };
@@ -115,7 +115,7 @@ pub fn show_answer(
 ) -> Result<()> {
     let verdict: Verdict = parse(line, path)?;
     if command.target().json {
-        show(out, &(printable_json(line).into_owned() + "\n"))?;
+        show(out, &(printable_json(line) + "\n"))?;
     }
     verdict.check()?;
     if let ClientCommand::Stop(_) = command {

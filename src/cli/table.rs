@@ -28,8 +28,7 @@ impl<const N: usize> Table<N> {
 
     /// Adds a row.
     pub(super) fn push(&mut self, row: [String; N]) {
-        self.rows
-            .push(row.map(|cell| printable(&cell).into_owned()));
+        self.rows.push(row.map(|cell| printable(&cell)));
     }
 
     /// All lines, each with its end.

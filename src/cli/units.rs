@@ -4,7 +4,7 @@ use crate::control::summary::scaled;
 
 /// A count, as in `1.5 M`.
 pub(super) fn count(count: u64) -> String {
-    scaled(count, &["", "k", "M", "G", "T"])
+    scaled(count, ["", "k", "M", "G", "T"])
 }
 
 /// A count of something, as in `1.5 M packets`.

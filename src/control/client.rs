@@ -12,7 +12,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::codec::{Lines, is_end};
 use super::credentials::Asker;
-use super::protocol::{ANSWER_BYTES_MAX, Peers, REQUEST_BYTES_MAX, Request, Status};
+use super::protocol::{ANSWER_BYTES_MAX, Peers, Request, Status};
 use super::text::printable;
 use crate::error::{Error, Result};
 
@@ -48,88 +48,60 @@ impl Connection {
     /// # Errors
     /// When there is no answer, or none of a bounded length in a bounded time.
     pub(crate) fn ask(&mut self, request: &Request) -> Result<String> {
-        let deadline = Instant::now() + self.patience;
-        let sent = self.lines.send(encode(request)?, deadline);
-        let answer = match sent {
-            // A server that does not want the request may have said why before it
-            // closed.
-            Err(error) if !is_end(&error) => Err(error),
-            _ => self.lines.receive(deadline),
-        };
-        let answer = answer.and_then(|line| line.ok_or(io::ErrorKind::UnexpectedEof.into()));
-        let line = answer.map_err(|error| self.failed(error))?;
-        String::from_utf8(line).map_err(|_| {
-            Error::new(format!(
-                "what listens at {} answered with bytes that are no UTF-8",
+        self.exchange(request).map_err(|error| {
+            let what = format!(
+                "no whole answer from the fastvpn at {}",
                 self.path.display()
-            ))
+            );
+            Error::os(what, error).hint("it may be busy or ending; its log may say more")
         })
     }
 
-    fn failed(&self, error: io::Error) -> Error {
-        let shown = self.path.display();
-        match error.kind() {
-            io::ErrorKind::TimedOut => Error::new(format!(
-                "the fastvpn at {shown} gives no answer within {} seconds",
-                self.patience.as_secs()
-            )),
-            io::ErrorKind::FileTooLarge => Error::new(format!(
-                "what listens at {shown} answered with more than {ANSWER_BYTES_MAX} bytes"
-            )),
-            _ if is_end(&error) => Error::new(format!(
-                "the fastvpn at {shown} closed the connection without a whole answer"
-            ))
-            .hint("it may be ending; its log may say more"),
-            _ => Error::os(format!("cannot talk to the fastvpn at {shown}"), error),
+    fn exchange(&mut self, request: &Request) -> io::Result<String> {
+        let deadline = Instant::now() + self.patience;
+        match self.lines.send(serde_json::to_vec(request)?, deadline) {
+            // A server that does not want the request may have said why before it
+            // closed.
+            Err(error) if !is_end(&error) => return Err(error),
+            _ => {}
         }
+        let line = self.lines.receive(deadline)?;
+        String::from_utf8(line.ok_or(io::ErrorKind::UnexpectedEof)?).map_err(io::Error::other)
     }
 
     /// Waits until the process at the other end has closed this connection: the last
-    /// thing that an ending tunnel sees to.
+    /// thing that an ending tunnel does.
     ///
     /// # Errors
     /// When that takes longer than `patience`.
     pub(crate) fn wait_for_end(mut self, patience: Duration) -> Result<()> {
-        let deadline = Instant::now() + patience;
-        loop {
-            match self.lines.receive(deadline) {
-                Ok(Some(_)) => {}
-                Err(error) if error.kind() == io::ErrorKind::TimedOut => {
-                    return Err(Error::new(format!(
-                        "the fastvpn at {} was told to stop, but has not ended within {} seconds",
-                        self.path.display(),
-                        patience.as_secs()
-                    ))
-                    .hint("its log may say why"));
-                }
-                // Reset is an end, too.
-                Ok(None) | Err(_) => return Ok(()),
+        match self.lines.receive(Instant::now() + patience) {
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+                let what = format!("the fastvpn at {} has not ended", self.path.display());
+                Err(Error::os(what, error).hint("its log may say why"))
             }
+            // Reset is an end, too.
+            _ => Ok(()),
         }
     }
 }
 
 /// Why nobody at `path` can be asked.
 pub(crate) fn refused(path: &Path, error: io::Error) -> Error {
-    let what = format!("no fastvpn answers at {}", path.display());
-    match error.kind() {
+    let hint = match error.kind() {
         io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
-            Error::os(what, error).hint("is it running? --tun names another")
+            "is it running? --tun names another"
         }
-        io::ErrorKind::PermissionDenied => {
-            let what = format!("cannot ask the fastvpn at {}", path.display());
-            Error::os(what, error).hint("run as root, or as the user it runs as")
-        }
-        // The backlog is full: connect(2) waited for as long as SO_SNDTIMEO says.
-        io::ErrorKind::WouldBlock => {
-            Error::new(format!("{what}: it takes no connections")).hint("try again later")
-        }
-        _ => Error::os(what, error).hint("--control names another path"),
-    }
+        io::ErrorKind::PermissionDenied => "run as root, or as the user it runs as",
+        // The backlog is full.
+        io::ErrorKind::WouldBlock => "it takes no connections: try again later",
+        _ => "--control names another path",
+    };
+    Error::os(format!("no fastvpn answers at {}", path.display()), error).hint(hint)
 }
 
 /// Connects, and bounds how long that may take.
-fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream> {
+pub(super) fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     // unix(7) waits as long as SO_SNDTIMEO says while the backlog is full.
     socket.set_write_timeout(Some(patience))?;
@@ -177,8 +149,7 @@ fn answer<T: DeserializeOwned>(request: &Request, path: &Path, patience: Duratio
     parse(&line, path)
 }
 
-/// What all answers have. Other fields are for whoever knows them: a newer
-/// tunnel may say more.
+/// What all answers have. Other fields are ignored: a newer tunnel may have more.
 #[derive(Deserialize)]
 pub(crate) struct Verdict {
     pub(crate) ok: bool,
@@ -195,18 +166,6 @@ impl Verdict {
             false => Err(Error::new(printable(reason))),
         }
     }
-}
-
-fn encode(request: &Request) -> Result<Vec<u8>> {
-    let line = serde_json::to_vec(request)
-        .map_err(|error| Error::os("cannot write the request", error.into()))?;
-    if line.len() > REQUEST_BYTES_MAX {
-        return Err(Error::new(format!(
-            "the request is longer than the {REQUEST_BYTES_MAX} bytes that a tunnel reads"
-        ))
-        .hint("ask for less at a time, or use the configuration file"));
-    }
-    Ok(line)
 }
 
 /// Reads an answer, or a part of it.

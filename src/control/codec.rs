@@ -2,10 +2,10 @@
 //! the control socket, its clients and both sides of a handoff speak. Descriptors may
 //! come with a line (`SCM_RIGHTS`, unix(7)).
 //!
-//! Nothing here blocks for longer than the caller's deadline. With one that has
-//! passed, [`Lines::receive`] and [`Lines::flush`] do what can be done at once.
+//! Nothing here blocks for longer than the caller's deadline. Once that has passed,
+//! [`Lines::receive`] and [`Lines::send`] do what can be done at once.
 
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, BufRead, BufReader, IoSlice, IoSliceMut, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -26,15 +26,17 @@ const SEND_FLAGS: MsgFlags = MsgFlags::MSG_DONTWAIT.union(MsgFlags::MSG_NOSIGNAL
 /// One end of such a connection.
 #[derive(Debug)]
 pub struct Lines {
-    stream: UnixStream,
+    incoming: BufReader<Incoming>,
     line_bytes_max: usize,
-    /// What has come and is not part of a line that was returned.
-    received: Vec<u8>,
-    /// How much of it has no line feed.
-    searched: usize,
-    /// What is to be sent, and how much of it has been.
-    sending: Vec<u8>,
-    sent: usize,
+    /// What has come of a line that is not complete.
+    partial: Vec<u8>,
+}
+
+/// What comes in, until a deadline.
+#[derive(Debug)]
+struct Incoming {
+    stream: UnixStream,
+    deadline: Instant,
     /// What has come with the bytes, if that is wanted: else the kernel closes it.
     descriptors: Option<Vec<OwnedFd>>,
 }
@@ -43,36 +45,34 @@ impl Lines {
     /// Lines on `stream`. Those that are received have at most `line_bytes_max`
     /// bytes.
     pub fn new(stream: UnixStream, line_bytes_max: usize) -> Self {
-        Self {
+        let incoming = Incoming {
             stream,
-            line_bytes_max,
-            received: Vec::new(),
-            searched: 0,
-            sending: Vec::new(),
-            sent: 0,
+            deadline: Instant::now(),
             descriptors: None,
+        };
+        Self {
+            incoming: BufReader::with_capacity(CHUNK_BYTES, incoming),
+            line_bytes_max,
+            partial: Vec::new(),
         }
     }
 
     /// The same, with descriptors.
     pub fn with_descriptors(stream: UnixStream, line_bytes_max: usize) -> Self {
-        Self {
-            descriptors: Some(Vec::new()),
-            ..Self::new(stream, line_bytes_max)
-        }
+        let mut lines = Self::new(stream, line_bytes_max);
+        lines.incoming.get_mut().descriptors = Some(Vec::new());
+        lines
     }
 
     /// The stream, for its options and its end.
     pub fn stream(&self) -> &UnixStream {
-        &self.stream
+        &self.incoming.get_ref().stream
     }
 
     /// The descriptors that came with the lines so far, in their order.
     pub fn take_descriptors(&mut self) -> Vec<OwnedFd> {
-        self.descriptors
-            .as_mut()
-            .map(std::mem::take)
-            .unwrap_or_default()
+        let descriptors = &mut self.incoming.get_mut().descriptors;
+        descriptors.as_mut().map(std::mem::take).unwrap_or_default()
     }
 
     /// The next line, without its line feed; `None` at the end of the stream.
@@ -81,110 +81,63 @@ impl Lines {
     /// `TimedOut` if none is complete in time: what has come of it is kept.
     /// `FileTooLarge` if it is too long.
     pub fn receive(&mut self, deadline: Instant) -> io::Result<Option<Vec<u8>>> {
-        loop {
-            if let Some(line) = self.take_line()? {
-                return Ok(Some(line));
-            }
-            let filled = self.received.len();
-            self.received.resize(filled + CHUNK_BYTES, 0);
-            let read = in_time(&self.stream, PollFlags::POLLIN, deadline, || {
-                let into = &mut self.received[filled..];
-                receive_some(&self.stream, into, self.descriptors.as_mut())
-            });
-            self.received
-                .truncate(filled + *read.as_ref().unwrap_or(&0));
-            if read? == 0 {
-                return Ok(None);
-            }
+        self.incoming.get_mut().deadline = deadline;
+        let room = (self.line_bytes_max + 1).saturating_sub(self.partial.len());
+        let mut incoming = self.incoming.by_ref().take(room as u64);
+        incoming.read_until(b'\n', &mut self.partial)?;
+        if self.partial.pop_if(|last| *last == b'\n').is_some() {
+            return Ok(Some(std::mem::take(&mut self.partial)));
         }
+        if self.partial.len() > self.line_bytes_max {
+            let text = format!("a line has more than {} bytes", self.line_bytes_max);
+            return Err(io::Error::new(io::ErrorKind::FileTooLarge, text));
+        }
+        Ok(None)
     }
 
-    /// Whether [`Self::receive`] has a line without reading.
-    pub fn has_line(&self) -> bool {
-        self.received[self.searched..].contains(&b'\n')
-    }
-
-    /// Sends a line, and whatever of the one before it has not been sent.
+    /// Sends a line.
     ///
     /// # Errors
-    /// `TimedOut` if the other end does not read all of it in time; the rest is for
-    /// [`Self::flush`].
+    /// `TimedOut` if the other end does not read all of it in time. Nothing can be sent
+    /// after that.
     pub fn send(&mut self, mut line: Vec<u8>, deadline: Instant) -> io::Result<()> {
         line.push(b'\n');
-        match self.is_flushed() {
-            true => self.sending = line,
-            false => self.sending.append(&mut line),
+        let mut sent = 0;
+        while sent < line.len() {
+            sent += in_time(self.stream(), PollFlags::POLLOUT, deadline, || {
+                send(self.stream().as_raw_fd(), &line[sent..], SEND_FLAGS)
+            })?;
         }
-        self.flush(deadline)
+        Ok(())
     }
 
     /// Sends a line of JSON with descriptors: these come with spaces before it.
     ///
     /// # Errors
-    /// When the other end does not take all of it in time.
+    /// As [`Self::send`].
     pub fn send_with_descriptors(
         &mut self,
         line: Vec<u8>,
         descriptors: &[BorrowedFd<'_>],
         deadline: Instant,
     ) -> io::Result<()> {
-        self.flush(deadline)?;
         for some in descriptors.chunks(DESCRIPTORS_MAX) {
             let raw: Vec<RawFd> = some.iter().map(|fd| fd.as_raw_fd()).collect();
             let (space, rights) = ([IoSlice::new(b" ")], [ControlMessage::ScmRights(&raw)]);
-            in_time(&self.stream, PollFlags::POLLOUT, deadline, || {
-                sendmsg::<()>(self.stream.as_raw_fd(), &space, &rights, SEND_FLAGS, None)
+            let socket = self.stream().as_raw_fd();
+            in_time(self.stream(), PollFlags::POLLOUT, deadline, || {
+                sendmsg::<()>(socket, &space, &rights, SEND_FLAGS, None)
             })?;
         }
         self.send(line, deadline)
     }
+}
 
-    /// Sends what is left to send.
-    ///
-    /// # Errors
-    /// As [`Self::send`].
-    pub fn flush(&mut self, deadline: Instant) -> io::Result<()> {
-        while !self.is_flushed() {
-            self.sent += in_time(&self.stream, PollFlags::POLLOUT, deadline, || {
-                send(
-                    self.stream.as_raw_fd(),
-                    &self.sending[self.sent..],
-                    SEND_FLAGS,
-                )
-            })?;
-        }
-        // Long answers are rare: their memory is not kept for the next one.
-        self.sending = Vec::new();
-        self.sent = 0;
-        Ok(())
-    }
-
-    /// Bytes that are held until the last of them has been sent.
-    pub fn sending_bytes(&self) -> usize {
-        self.sending.len()
-    }
-
-    /// Whether nothing is left to send.
-    pub fn is_flushed(&self) -> bool {
-        self.sent == self.sending.len()
-    }
-
-    fn take_line(&mut self) -> io::Result<Option<Vec<u8>>> {
-        let unsearched = &self.received[self.searched..];
-        let end = unsearched.iter().position(|byte| *byte == b'\n');
-        let end = end.map(|end| self.searched + end);
-        if end.unwrap_or(self.received.len()) > self.line_bytes_max {
-            return Err(io::ErrorKind::FileTooLarge.into());
-        }
-        let Some(end) = end else {
-            self.searched = self.received.len();
-            return Ok(None);
-        };
-        let rest = self.received.split_off(end + 1);
-        let mut line = std::mem::replace(&mut self.received, rest);
-        line.truncate(end);
-        self.searched = 0;
-        Ok(Some(line))
+impl Read for Incoming {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        in_time(&self.stream, PollFlags::POLLIN, self.deadline, || {
+            receive_some(&self.stream, into, self.descriptors.as_mut())
+        })
     }
 }
 
@@ -203,8 +156,11 @@ fn in_time<T>(
                 if left.is_zero() {
                     return Err(io::ErrorKind::TimedOut.into());
                 }
+                // In whole milliseconds, and not before the time is up.
+                let up = left.saturating_add(Duration::from_millis(1));
+                let timeout = PollTimeout::try_from(up).unwrap_or(PollTimeout::MAX);
                 // If it fails, so does the next call, or the time is up.
-                let _ = poll(&mut [PollFd::new(stream.as_fd(), events)], timeout(left));
+                let _ = poll(&mut [PollFd::new(stream.as_fd(), events)], timeout);
             }
             result => return Ok(result?),
         }
@@ -241,12 +197,6 @@ pub fn is_end(error: &io::Error) -> bool {
         error.kind(),
         io::ErrorKind::UnexpectedEof | io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
     )
-}
-
-/// For poll(2), in milliseconds: not before the time is up.
-pub fn timeout(left: Duration) -> PollTimeout {
-    let up = left.saturating_add(Duration::from_millis(1));
-    PollTimeout::try_from(up).unwrap_or(PollTimeout::MAX)
 }
 
 #[cfg(test)]
@@ -348,7 +298,7 @@ mod tests {
         }
     }
 
-    /// It may be read by the byte, or not at all; what is late goes out later.
+    /// It may be read by the byte, or not at all.
     #[test]
     fn sending_has_its_time() {
         let long = vec![b'x'; 2 << 20];
@@ -365,18 +315,31 @@ mod tests {
             });
             let error = lines.send(long.clone(), soon()).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::TimedOut);
-            assert!(!lines.is_flushed());
             let mut other = reader.join().unwrap();
             let rest = std::thread::spawn(move || {
                 let mut rest = Vec::new();
                 other.read_to_end(&mut rest).unwrap();
                 rest
             });
-            lines.flush(Instant::now() + PATIENCE).unwrap();
-            assert!(lines.is_flushed());
             drop(lines);
             let rest = rest.join().unwrap();
-            assert!(rest.len() > long.len() / 2 && rest.ends_with(b"x\n"));
+            assert!(rest.len() < long.len() && rest.ends_with(b"x"));
         }
+    }
+
+    #[test]
+    fn a_long_line_arrives_whole() {
+        let long: Vec<u8> = (0..2 << 20).map(|at: u32| b'a' + (at % 23) as u8).collect();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (mut ours, mut theirs) = (Lines::new(ours, 0), Lines::new(theirs, long.len()));
+        let sent = long.clone();
+        let sender = std::thread::spawn(move || ours.send(sent, Instant::now() + PATIENCE));
+        // In many pieces, and some of them late.
+        let mut received: io::Result<_> = Err(io::ErrorKind::TimedOut.into());
+        while matches!(&received, Err(error) if error.kind() == io::ErrorKind::TimedOut) {
+            received = theirs.receive(Instant::now());
+        }
+        assert!(received.unwrap() == Some(long));
+        sender.join().unwrap().unwrap();
     }
 }

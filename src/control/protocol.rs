@@ -1,4 +1,5 @@
-//! What is said on the control socket: one JSON object a line, each way. `docs/control.md` describes it for those who write programs.
+//! What is said on the control socket: one JSON object a line, each way.
+//! `docs/control.md` describes it for those who write programs.
 //!
 //! Clients skip what they do not know of an answer, so answers may grow. A client
 //! of a later version may still meet an earlier tunnel: give fields that are new a
@@ -15,8 +16,8 @@ use crate::error::shortened;
 /// Longest request in bytes: some 200 000 prefixes.
 pub const REQUEST_BYTES_MAX: usize = 4 << 20;
 
-/// Longest answer that is read: several times what a tunnel with the most
-/// prefixes it can have says.
+/// Longest answer that is read: several times that of a tunnel with as many prefixes as
+/// there can be.
 pub const ANSWER_BYTES_MAX: usize = 256 << 20;
 
 /// What an operator may ask for.
@@ -39,7 +40,7 @@ pub enum Request {
         /// The inner address.
         address: IpAddr,
     },
-    /// Puts prefixes behind a peer: [`Changed`].
+    /// Gives prefixes to a peer: [`Changed`].
     RouteAdd {
         /// The peer, `HOST[:PORT]`.
         peer: String,
@@ -49,7 +50,7 @@ pub enum Request {
         #[serde(default)]
         replace: bool,
     },
-    /// Removes prefixes from whichever peers have them: [`Changed`].
+    /// Removes prefixes from the peers that have them: [`Changed`].
     RouteDel {
         /// The prefixes.
         prefixes: Vec<IpNet>,
@@ -103,7 +104,7 @@ pub struct Status {
     pub version: String,
     /// Process id.
     pub pid: u32,
-    /// Seconds since the process started to carry packets.
+    /// Seconds since the process began to carry packets.
     pub uptime_seconds: u64,
     /// Name of the TUN device.
     pub tun: String,
@@ -116,8 +117,8 @@ pub struct Status {
     pub mtu_bytes: u32,
     /// Address and port of the UDP sockets.
     pub listen: String,
-    /// Ports of the workers' own, which each sends from toward peers that it is
-    /// known to reach from there.
+    /// The workers' own ports. Each sends from its own to peers that it is known to
+    /// reach from there.
     #[serde(default)]
     pub own_ports: Vec<u16>,
     /// I/O engine, in words.
@@ -167,8 +168,7 @@ pub struct PeerStatus {
     /// How many workers send to it from their own ports.
     #[serde(default)]
     pub own_ports_proven: usize,
-    /// Whether nothing is sent there, as the way would lead through the tunnel
-    /// itself.
+    /// Whether nothing is sent there, as the route leads through the tunnel itself.
     #[serde(default)]
     pub is_suspended: bool,
     /// `config` or `runtime`.
@@ -201,7 +201,7 @@ pub struct Routes {
     pub routes: Vec<RouteEntry>,
 }
 
-/// A prefix and the peer behind which it is.
+/// A prefix and its peer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RouteEntry {
     /// The prefix.
@@ -219,8 +219,7 @@ pub struct RouteEntry {
 pub struct Found {
     /// The address.
     pub address: IpAddr,
-    /// The longest prefix that matches; none if no prefix does, and the peer is
-    /// the one without.
+    /// The longest prefix that matches; none if the peer takes the rest.
     pub prefix: Option<IpNet>,
     /// `HOST:PORT` of the peer as it was given.
     pub peer: String,
@@ -231,7 +230,7 @@ pub struct Found {
 /// What a change came to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Changed {
-    /// Prefixes that are new behind their peer.
+    /// Prefixes that are new to their peer.
     pub prefixes_added: usize,
     /// Prefixes that are gone.
     pub prefixes_removed: usize,
@@ -253,7 +252,7 @@ pub struct Reloaded {
     pub needs_restart: Vec<String>,
 }
 
-/// An answer to a request that could be done.
+/// An answer to a request that was done.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
 pub enum Answer {
@@ -271,8 +270,7 @@ pub enum Answer {
     Reloaded(Reloaded),
 }
 
-/// A line of the control socket: an answer with `"ok":true`, or the reason why there is
-/// none, with `"ok":false`.
+/// A line of the control socket: an answer with `"ok":true`, or an error with `"ok":false`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Line {
     ok: bool,
@@ -298,7 +296,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_clients_write_is_what_the_tunnel_reads() {
+    fn the_tunnel_reads_what_clients_write() {
         let peer = String::from("10.0.0.1");
         let prefixes = vec!["10.1.0.0/16".parse().unwrap()];
         for request in [
@@ -340,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn says_what_is_wrong() {
+    fn the_error_names_what_is_wrong() {
         for (line, parts) in [
             (r#"["status"]"#, &["object"][..]),
             (r#"{"command":"stop","a\nb":1}"#, &["a b"]),

@@ -1,24 +1,24 @@
 //! The control socket's server: requests in, answers out, one JSON object a line
 //! ([`super::protocol`]).
 //!
-//! One thread serves all connections. It never waits for a client: it reads and
-//! writes what can be read and written at once, and closes a connection that takes
-//! longer than [`CLIENT_TIME_MAX`] over a request or an answer. It hands requests
-//! to the control thread one at a time and waits for the answer, so that there is
-//! never more than one being done. While clients leave too much unread, all requests
-//! wait.
+//! One thread accepts connections, and each has a thread of its own, so that a client
+//! keeps only itself waiting. It is closed when it takes longer than [`CLIENT_TIME_MAX`]
+//! over a request or an answer. Requests are parsed and done one at a time, by the
+//! control thread. While clients leave too much unread, all requests wait.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::codec::{self, Lines};
+use super::codec::Lines;
 use super::credentials::Asker;
 use super::protocol::{Answer, Line, REQUEST_BYTES_MAX, Request};
 use super::socket_name::{self, SocketName};
@@ -34,6 +34,13 @@ const CLIENT_TIME_MAX: Duration = Duration::from_secs(30);
 /// request is served.
 const UNREAD_BYTES_MAX: usize = 64 << 20;
 
+/// How often a connection checks whether the server is ending.
+const END_CHECK_INTERVAL: Duration = Duration::from_millis(50);
+
+/// How long a client waits for its next turn, so that one that sends many requests at
+/// once lets others in.
+const TURN_PAUSE: Duration = Duration::from_millis(1);
+
 /// How long answers that are under way are waited for at the end.
 const CLOSE_TIME_MAX: Duration = Duration::from_secs(1);
 
@@ -45,30 +52,21 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub enum Call {
     /// A request to answer.
     Request(Request, Reply),
-    /// A process that wants to take over; the connection is the control thread's from
-    /// here on.
-    Takeover {
-        /// The connection, without any answer yet.
-        connection: Lines,
-        /// The version that the process speaks.
-        protocol: u32,
-    },
+    /// A process wants to take over. Its connection, without any answer yet, which is the
+    /// control thread's from here on, and the version of what it speaks.
+    Takeover(Lines, u32),
 }
 
 /// Where the answer to a request goes. Dropped, it says that there is none.
 #[derive(Debug)]
 pub struct Reply {
     answer: Sender<Result<Answer>>,
-    asker: Asker,
+    /// Who gets the answer.
+    pub asker: Asker,
 }
 
 impl Reply {
-    /// Who gets the answer.
-    pub fn asker(&self) -> Asker {
-        self.asker
-    }
-
-    /// Answers. A client that has gone does not hear it.
+    /// Answers, unless the client has gone.
     pub fn send(self, result: Result<Answer>) {
         let _ = self.answer.try_send(result);
     }
@@ -77,11 +75,13 @@ impl Reply {
 /// See the module's documentation. Dropped, it closes and removes its socket.
 pub struct Server {
     name: SocketName,
-    listener: UnixListener,
-    calls: Receiver<Call>,
-    /// Closed, it tells the thread to end.
+    /// The listening socket, which a new process may take over.
+    pub listener: UnixListener,
+    /// What clients want.
+    pub calls: Receiver<Call>,
+    /// Closed, it tells the accepting thread to end.
     stop: Option<UnixStream>,
-    thread: Option<JoinHandle<()>>,
+    thread: JoinHandle<()>,
 }
 
 impl Server {
@@ -109,30 +109,17 @@ impl Server {
         let for_thread = listener.try_clone().map_err(failed)?;
         let (stop, stopped) = UnixStream::pair().map_err(failed)?;
         let (sender, calls) = bounded(1);
-        // Before the last step, so that a failure ends it as any end does.
-        let mut server = Self {
+        let thread = std::thread::Builder::new()
+            .name("control".into())
+            .spawn(move || accept_all(&for_thread, &stopped, sender))
+            .map_err(failed)?;
+        Ok(Self {
             name,
             listener,
             calls,
             stop: Some(stop),
-            thread: None,
-        };
-        let thread = std::thread::Builder::new()
-            .name("control".into())
-            .spawn(move || serve_all(&for_thread, &stopped, &sender))
-            .map_err(failed)?;
-        server.thread = Some(thread);
-        Ok(server)
-    }
-
-    /// What clients want.
-    pub fn calls(&self) -> &Receiver<Call> {
-        &self.calls
-    }
-
-    /// The listening socket, for a new process.
-    pub fn listener(&self) -> BorrowedFd<'_> {
-        self.listener.as_fd()
+            thread,
+        })
     }
 
     /// Closes all connections, after answers that are under way. `unlink`: the
@@ -150,191 +137,156 @@ impl Drop for Server {
         // the end of its connection finds no name then.
         self.name.remove();
         drop(self.stop.take());
-        let Some(thread) = self.thread.take() else {
-            return;
-        };
-        while !thread.is_finished() {
+        while !self.thread.is_finished() {
             // What nobody will do any more is dropped, which answers it.
             drop(self.calls.recv_timeout(Duration::from_millis(1)));
         }
-        let _ = thread.join();
     }
 }
 
-/// The thread, until `stop` is closed at its other end.
-fn serve_all(listener: &UnixListener, stop: &UnixStream, calls: &Sender<Call>) {
-    let mut connections: Vec<Connection> = Vec::new();
-    while !wait(listener, stop, &connections) {
-        if let Err(error) = accept(listener, &mut connections) {
-            tracing::debug!("cannot take a connection to the control socket: {error}");
-            std::thread::sleep(ACCEPT_PAUSE);
+/// Accepts connections until `stop` is closed at its other end, and then waits for them
+/// to end.
+fn accept_all(listener: &UnixListener, stop: &UnixStream, calls: Sender<Call>) {
+    let clients = Arc::new(Clients {
+        calls,
+        unread_bytes: Mutex::new(0),
+        fewer_unread: Condvar::new(),
+        is_ending: AtomicBool::new(false),
+    });
+    loop {
+        let fds = [stop.as_fd(), listener.as_fd()];
+        let mut ready = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        let _ = poll(&mut ready, PollTimeout::NONE);
+        if ready[0].any().unwrap_or(false) {
+            break;
         }
-        let now = Instant::now();
-        let mut unread_bytes = unread_bytes(&connections);
-        connections = connections
-            .into_iter()
-            .filter_map(|mut connection| {
-                if connection.waits(unread_bytes) {
-                    // For others, which is not its fault.
-                    connection.deadline = now + CLIENT_TIME_MAX;
-                    return Some(connection);
-                }
-                unread_bytes -= connection.lines.sending_bytes();
-                let connection = connection.serve(now, calls)?;
-                unread_bytes += connection.lines.sending_bytes();
-                Some(connection)
-            })
-            .collect();
-        // While one was served, the others could not be.
-        let busy = now.elapsed();
-        for connection in &mut connections {
-            connection.deadline += busy;
+        match accept(listener, &clients) {
+            // It has gone, or went to the process at the other end of a handoff.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => {
+                tracing::debug!("cannot take a connection to the control socket: {error}");
+                std::thread::sleep(ACCEPT_PAUSE);
+            }
+            Ok(()) => {}
         }
     }
+    clients.is_ending.store(true, Ordering::Relaxed);
     let deadline = Instant::now() + CLOSE_TIME_MAX;
-    for connection in &mut connections {
-        let _ = connection.lines.flush(deadline);
+    while clients.count() > 0 && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 
-/// Waits until something can be done; tells whether that is to end.
-fn wait(listener: &UnixListener, stop: &UnixStream, connections: &[Connection]) -> bool {
-    let mut ready = vec![
-        PollFd::new(stop.as_fd(), PollFlags::POLLIN),
-        PollFd::new(listener.as_fd(), PollFlags::POLLIN),
-    ];
-    let unread_bytes = unread_bytes(connections);
-    let served = || connections.iter().filter(|one| !one.waits(unread_bytes));
-    let mut time_max = PollTimeout::NONE;
-    if let Some(next) = served().map(Connection::due).min() {
-        time_max = codec::timeout(next.saturating_duration_since(Instant::now()));
-    }
-    for Connection { lines, .. } in served() {
-        let events = match lines.is_flushed() {
-            true => PollFlags::POLLIN,
-            false => PollFlags::POLLOUT,
-        };
-        ready.push(PollFd::new(lines.stream().as_fd(), events));
-    }
-    let _ = poll(&mut ready, time_max);
-    ready[0].any().unwrap_or(false)
-}
-
-fn unread_bytes(connections: &[Connection]) -> usize {
-    let each = connections.iter().map(|one| one.lines.sending_bytes());
-    each.sum()
-}
-
-/// Takes a connection that waits to be taken.
-fn accept(listener: &UnixListener, connections: &mut Vec<Connection>) -> io::Result<()> {
-    let stream = match listener.accept() {
-        Ok((stream, _)) => stream,
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-        Err(error) => return Err(error),
-    };
+/// Accepts a connection and starts its thread.
+fn accept(listener: &UnixListener, clients: &Arc<Clients>) -> io::Result<()> {
+    let (stream, _) = listener.accept()?;
     let asker = Asker::of(&stream)?;
-    let deadline = Instant::now() + CLIENT_TIME_MAX;
-    let connection = Connection {
-        lines: Lines::new(stream, REQUEST_BYTES_MAX),
-        asker,
-        deadline,
-    };
-    // The socket's mode says so already; unless someone has changed it.
+    let lines = Lines::new(stream, REQUEST_BYTES_MAX);
+    // The socket's mode says so already, unless someone has changed it.
     if !asker.is_trusted() {
-        connection.refuse("only root and the tunnel's own user may ask");
-    } else if connections.len() >= CONNECTIONS_MAX {
-        connection.refuse("too many connections");
+        refuse(lines, "only root and the tunnel's own user may ask");
+    } else if clients.count() >= CONNECTIONS_MAX {
+        refuse(lines, "too many connections");
     } else {
-        connections.push(connection);
+        let clients = Arc::clone(clients);
+        let serve = move || clients.serve(lines, asker).unwrap_or_default();
+        std::thread::Builder::new()
+            .name("client".into())
+            .spawn(serve)?;
     }
     Ok(())
 }
 
-struct Connection {
-    lines: Lines,
-    asker: Asker,
-    /// When the client must have sent a whole request, or have read the answer.
-    deadline: Instant,
+/// Says why before a connection is closed. A line fits a fresh connection's buffer.
+fn refuse(mut lines: Lines, reason: &str) {
+    let _ = lines.send(encode(Err(Error::new(reason))), Instant::now());
 }
 
-impl Connection {
-    /// Whether its requests wait until others have read their answers.
-    fn waits(&self, unread_bytes: usize) -> bool {
-        unread_bytes > UNREAD_BYTES_MAX && self.lines.is_flushed()
+fn encode(answer: Result<Answer>) -> Vec<u8> {
+    // It fails for keys that are not strings, which no answer has.
+    serde_json::to_vec(&Line::from(answer)).unwrap_or_default()
+}
+
+/// What the connections' threads share. Each holds it once.
+struct Clients {
+    calls: Sender<Call>,
+    /// Bytes of all answers that are being sent. Locked while a request is done.
+    unread_bytes: Mutex<usize>,
+    fewer_unread: Condvar,
+    is_ending: AtomicBool,
+}
+
+impl Clients {
+    fn count(self: &Arc<Self>) -> usize {
+        Arc::strong_count(self) - 1
     }
 
-    /// When to serve it even if nothing can be read or written.
-    fn due(&self) -> Instant {
-        match self.lines.is_flushed() && self.lines.has_line() {
-            true => Instant::now(),
-            false => self.deadline,
+    /// Serves a client until it is over, for whatever reason.
+    fn serve(&self, mut lines: Lines, asker: Asker) -> Option<()> {
+        loop {
+            let line = match self.receive(&mut lines) {
+                Err(error) if error.kind() == io::ErrorKind::FileTooLarge => {
+                    let reason = format!(
+                        "a request has at most {REQUEST_BYTES_MAX} bytes; ask for less at a \
+                         time, or use the configuration file"
+                    );
+                    refuse(lines, &reason);
+                    return None;
+                }
+                line => line.ok()??,
+            };
+            // Its turn is when no other request is being done, and clients have read enough.
+            let mut unread_bytes = self
+                .fewer_unread
+                .wait_while(self.lock(), |bytes| *bytes > UNREAD_BYTES_MAX)
+                .unwrap_or_else(PoisonError::into_inner);
+            // Only now: what a request is read into may be many times as long.
+            let request = Request::read(&line)
+                .map_err(|error| Error::new(format!("cannot read the request: {error}")));
+            if let Ok(Request::Takeover { protocol }) = request {
+                let _ = self.calls.send(Call::Takeover(lines, protocol));
+                return None;
+            }
+            let answer = encode(self.answer(request, asker));
+            let answer_bytes = answer.len();
+            *unread_bytes += answer_bytes;
+            drop(unread_bytes);
+            let sent = lines.send(answer, Instant::now() + CLIENT_TIME_MAX);
+            *self.lock() -= answer_bytes;
+            self.fewer_unread.notify_all();
+            sent.ok()?;
+            std::thread::sleep(TURN_PAUSE);
         }
     }
 
-    /// Sends what is left to send, or does one request. `None`: it is over.
-    fn serve(mut self, now: Instant, calls: &Sender<Call>) -> Option<Self> {
-        let result = match self.lines.is_flushed() {
-            true => self.lines.receive(now),
-            false => {
-                let flushed = self.lines.flush(now);
-                if flushed.is_ok() {
-                    self.deadline = now + CLIENT_TIME_MAX;
-                }
-                return self.unless_late(flushed, now);
+    /// The next request's line; `None` at the end, be it the client's or the server's.
+    fn receive(&self, lines: &mut Lines) -> io::Result<Option<Vec<u8>>> {
+        let deadline = Instant::now() + CLIENT_TIME_MAX;
+        loop {
+            match lines.receive(Instant::now() + END_CHECK_INTERVAL) {
+                Err(error) if error.kind() == io::ErrorKind::TimedOut => {}
+                result => return result,
             }
-        };
-        let line = match result {
-            Ok(line) => line?,
-            Err(error) if error.kind() == io::ErrorKind::FileTooLarge => {
-                self.refuse(&format!("a request has at most {REQUEST_BYTES_MAX} bytes"));
-                return None;
+            if Instant::now() > deadline || self.is_ending.load(Ordering::Relaxed) {
+                return Ok(None);
             }
-            Err(error) => return self.unless_late(Err(error), now),
-        };
-        let answer = match Request::read(&line) {
-            Ok(Request::Takeover { protocol }) => {
-                let connection = self.lines;
-                let _ = calls.send(Call::Takeover {
-                    connection,
-                    protocol,
-                });
-                return None;
-            }
-            Ok(request) => ask(request, self.asker, calls),
-            Err(error) => Err(Error::new(format!("cannot read the request: {error}"))),
-        };
-        self.answer(answer)
+        }
     }
 
-    /// The connection, unless it has failed or its time was up.
-    fn unless_late(self, result: io::Result<()>, now: Instant) -> Option<Self> {
-        let goes_on = match result {
-            Ok(()) => true,
-            Err(error) => error.kind() == io::ErrorKind::TimedOut && now < self.deadline,
-        };
-        goes_on.then_some(self)
+    fn lock(&self) -> MutexGuard<'_, usize> {
+        let lock = self.unread_bytes.lock();
+        lock.unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn answer(mut self, answer: Result<Answer>) -> Option<Self> {
-        let line = serde_json::to_vec(&Line::from(answer)).ok()?;
-        let now = Instant::now();
-        self.deadline = now + CLIENT_TIME_MAX;
-        let sent = self.lines.send(line, now);
-        self.unless_late(sent, now)
+    /// Has the control thread answer.
+    fn answer(&self, request: Result<Request>, asker: Asker) -> Result<Answer> {
+        let request = request?;
+        let (answer, answered) = bounded(1);
+        let reply = Reply { answer, asker };
+        let _ = self.calls.send(Call::Request(request, reply));
+        let none = |_| Err(Error::new("the tunnel gives no answer").hint("it may be ending"));
+        answered.recv().unwrap_or_else(none)
     }
-
-    /// Says why before it is closed. A line fits a fresh connection's buffer.
-    fn refuse(self, reason: &str) {
-        drop(self.answer(Err(Error::new(reason))));
-    }
-}
-
-/// Has the control thread answer.
-fn ask(request: Request, asker: Asker, calls: &Sender<Call>) -> Result<Answer> {
-    let (answer, answered) = bounded(1);
-    let _ = calls.send(Call::Request(request, Reply { answer, asker }));
-    let none = |_| Err(Error::new("the tunnel gives no answer").hint("it may be ending"));
-    answered.recv().unwrap_or_else(none)
 }
 
 #[cfg(test)]

@@ -26,7 +26,7 @@ pub fn lines(queues: &[Snapshot], tun_queue_drops: u64) -> Vec<String> {
     lines.push(format!("dropped: {}", drops.join(", ")));
     if total.icmp_sent + total.icmp_suppressed > 0 {
         lines.push(format!(
-            "told senders by ICMP: {} times, {} left out",
+            "ICMP errors: {} sent, {} held back",
             total.icmp_sent, total.icmp_suppressed
         ));
     }
@@ -36,7 +36,7 @@ pub fn lines(queues: &[Snapshot], tun_queue_drops: u64) -> Vec<String> {
 fn traffic(counters: &Snapshot) -> String {
     format!(
         "sent {} packets ({}) in {} sends, received {} packets ({}) in {} receives, \
-         {} vnet_packets from and {} to the TUN",
+         {} vnet packets from and {} to the TUN",
         counters.packets_sent,
         bytes(counters.bytes_sent),
         counters.udp_sends,
@@ -50,28 +50,22 @@ fn traffic(counters: &Snapshot) -> String {
 
 /// Bytes as a person reads them.
 pub fn bytes(count: u64) -> String {
-    scaled(count, &["B", "kB", "MB", "GB", "TB"])
+    scaled(count, ["B", "kB", "MB", "GB", "TB"])
 }
 
 /// A number with a unit as a person reads it. `units`: each a thousand of the
-/// one before; the last one has no end, and an empty one is not shown.
-pub fn scaled(count: u64, units: &[&str]) -> String {
-    let mut value = count as f64;
-    let mut unit = 0;
-    let mut limit = 1000.0;
-    while value >= limit && unit + 1 < units.len() {
-        value /= 1000.0;
-        unit += 1;
-        // From there on one decimal rounds up to 1000.
-        limit = 999.95;
+/// one before.
+pub fn scaled(count: u64, units: [&str; 5]) -> String {
+    if count < 1000 {
+        return format!("{count} {}", units[0]).trim_end().into();
     }
-    let name = units.get(unit).copied().unwrap_or_default();
-    let text = if unit == 0 {
-        format!("{count} {name}")
-    } else {
-        format!("{value:.1} {name}")
-    };
-    text.trim_end().into()
+    let (mut value, mut unit) = (count as f64 / 1e3, 1);
+    // From there on one decimal rounds up to 1000.
+    while value >= 999.95 && unit + 1 < units.len() {
+        value /= 1e3;
+        unit += 1;
+    }
+    format!("{value:.1} {}", units[unit])
 }
 
 #[cfg(test)]
@@ -79,7 +73,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn says_what_moved_and_what_was_lost() {
+    fn sums_up_traffic_and_drops() {
         let one = Snapshot {
             packets_sent: 5,
             bytes_sent: 1_500_000,

@@ -1,8 +1,5 @@
 //! Text from elsewhere, made safe for a terminal.
 
-use std::borrow::Cow;
-use std::fmt::Write;
-
 /// Whether a terminal may act on it, or show what follows out of order: control
 /// characters, separators of lines and paragraphs, and directional formatting
 /// (Unicode Standard Annex #9, section 2).
@@ -16,36 +13,29 @@ fn is_unsafe(c: char) -> bool {
 
 /// Text on one line, with escapes as in `\u{1b}` for what a terminal would not
 /// show as it is.
-pub(crate) fn printable(text: &str) -> Cow<'_, str> {
-    replace(text, |c, safe| safe.extend(c.escape_default()))
+pub(crate) fn printable(text: &str) -> String {
+    replace(text, |c| c.escape_default().to_string())
 }
 
 /// A JSON text on one line that says the same, with escapes as in `\u009b` for
 /// what a terminal would not show as it is.
-pub(crate) fn printable_json(text: &str) -> Cow<'_, str> {
-    replace(text, |c, safe| match u32::from(c) {
+pub(crate) fn printable_json(text: &str) -> String {
+    replace(text, |c| match u32::from(c) {
         // RFC 8259 has them between tokens only, where a space does as well.
-        0..0x20 => safe.push(' '),
-        // Writing to a string cannot fail.
-        code => {
-            let _ = write!(safe, "\\u{code:04x}");
-        }
+        0..0x20 => " ".into(),
+        code => format!("\\u{code:04x}"),
     })
 }
 
-fn replace(text: &str, escape: impl Fn(char, &mut String)) -> Cow<'_, str> {
-    if !text.contains(is_unsafe) {
-        return Cow::Borrowed(text);
-    }
-    let mut safe = String::with_capacity(text.len() + 16);
+fn replace(text: &str, escape: impl Fn(char) -> String) -> String {
+    let mut safe = String::with_capacity(text.len());
     for c in text.chars() {
-        if is_unsafe(c) {
-            escape(c, &mut safe);
-        } else {
-            safe.push(c);
+        match is_unsafe(c) {
+            true => safe += &escape(c),
+            false => safe.push(c),
         }
     }
-    Cow::Owned(safe)
+    safe
 }
 
 #[cfg(test)]
@@ -67,7 +57,7 @@ mod tests {
     }
 
     #[test]
-    fn json_says_the_same_without_controls() {
+    fn escaped_json_means_the_same() {
         let text = "{\"a\":\t\"\u{9b}31m\u{7f}\u{2028}é\\u001b\"}\r";
         let safe = printable_json(text);
         assert!(!safe.contains(is_unsafe), "{safe}");

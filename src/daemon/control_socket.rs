@@ -1,6 +1,6 @@
 //! The control socket of this process.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use crossbeam_channel::{Receiver, never};
 
@@ -42,7 +42,7 @@ impl ControlSocket {
     /// What clients want.
     pub fn calls(&self) -> Receiver<Call> {
         let server = self.server.as_ref();
-        server.map_or_else(never, |server| server.calls().clone())
+        server.map_or_else(never, |server| server.calls.clone())
     }
 
     /// Its listening socket once more, if there is one.
@@ -51,7 +51,7 @@ impl ControlSocket {
     /// When there are no more descriptors.
     pub fn listener(&self) -> Result<Option<OwnedFd>> {
         let server = self.server.as_ref();
-        let listener = server.map(|server| server.listener().try_clone_to_owned());
+        let listener = server.map(|server| server.listener.as_fd().try_clone_to_owned());
         listener
             .transpose()
             .map_err(|error| Error::os("cannot duplicate the control socket", error))

@@ -120,10 +120,7 @@ impl Daemon {
 
     fn take_call(&mut self, call: Call) -> Option<End> {
         match call {
-            Call::Takeover {
-                connection,
-                protocol,
-            } => match self.handoff {
+            Call::Takeover(connection, protocol) => match self.handoff {
                 Some(_) => Handoff::refuse_second(connection),
                 None => {
                     let (tunnel, control) = (&self.tunnel, &self.control);
@@ -131,14 +128,14 @@ impl Daemon {
                 }
             },
             Call::Request(Request::Stop {}, reply) => {
-                tracing::info!("stopped by {}", reply.asker());
+                tracing::info!("stopped by {}", reply.asker);
                 reply.send(Ok(Answer::Changed(Changed::default())));
                 return Some(End::Stopped);
             }
             Call::Request(request, reply) => {
                 let answer = match self.handoff.is_some() && requests::is_change(&request) {
                     true => Err(Error::new("another process is taking over").hint("try again")),
-                    false => requests::answer(&mut self.tunnel, request, reply.asker()),
+                    false => requests::answer(&mut self.tunnel, request, reply.asker),
                 };
                 reply.send(answer);
             }

@@ -16,7 +16,7 @@
 //! TUN device, with its addresses and routes, goes when its last queue is
 //! closed, and the ports with their sockets. So nothing is left behind,
 //! however the process ends; but for the control socket's name, which the
-//! next process finds dead and replaces.
+//! next process to start removes.
 
 mod announce;
 mod control_socket;

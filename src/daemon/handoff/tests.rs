@@ -203,7 +203,7 @@ fn an_old_process_that_dies_early_was_never_there() {
         assert!(inherited.unwrap().is_none(), "{part:?}");
     }
     let server = Server::start(&path).unwrap();
-    let (calls, count) = (server.calls().clone(), parts.len());
+    let (calls, count) = (server.calls.clone(), parts.len());
     let old = std::thread::spawn(move || {
         for call in calls.iter().take(count) {
             let Call::Request(_, reply) = call else {

@@ -1,17 +1,20 @@
-//! The control socket: all commands, callers at the same time, and clients
-//! that mean no good.
+//! The control socket: all commands, callers at the same time, and hostile clients.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
 use ipnet::IpNet;
+use nix::fcntl::AT_FDCWD;
 use nix::sys::signal::Signal;
+use nix::sys::stat::{UtimensatFlags, fstat, utimensat};
+use nix::sys::time::TimeSpec;
 use serde_json::Value;
 use testbed::{Namespace, rss_bytes};
 
@@ -303,7 +306,7 @@ fn the_sockets_file() -> Result<()> {
     let flags = format!("--peer 10.211.55.123 --control {socket}");
     let mut end = fastvpn(&hosts.a, &flags)?;
     operator.wait()?;
-    let metadata = tried("look at the socket", std::fs::metadata(operator.socket()))?;
+    let metadata = tried("examine the socket", std::fs::metadata(operator.socket()))?;
     let mode = metadata.permissions().mode() & 0o777;
     check(mode == 0o600, || format!("mode {mode:o}"))?;
 
@@ -330,7 +333,7 @@ fn the_sockets_file() -> Result<()> {
     stop(end)?;
     check(!operator.socket().exists(), || "the socket is left".into())?;
 
-    // A file of somebody is no socket.
+    // Somebody's file.
     operator.write("control.sock", "precious")?;
     let ended = fastvpn(&hosts.a, &flags)?.wait()?;
     check(
@@ -373,6 +376,45 @@ fn the_sockets_default_path() -> Result<()> {
         format!("{elsewhere:?}")
     })?;
     ends.into_iter().try_for_each(|end| stop(end).map(drop))
+}
+
+/// A tunnel that was killed in a network namespace that is gone has no next process of its
+/// own. The next one in another namespace removes its socket, and leaves those of running
+/// tunnels alone.
+#[testbed::trial(needs_root)]
+fn dead_sockets_of_other_namespaces_are_removed() -> Result<()> {
+    let (doomed, hosts) = (hosts(1500)?, hosts(1500)?);
+    let start = |namespace: &Namespace| -> Result<_> {
+        let end = fastvpn(namespace, "--peer 10.211.55.99")?;
+        let inode = tried(
+            "find a namespace's number",
+            fstat(namespace.fd()).map_err(Into::into),
+        )?
+        .st_ino;
+        let path = PathBuf::from(format!("/run/fastvpn/fastvpn0-{inode}.sock"));
+        wait_until("the control socket answers", || {
+            Ok(UnixStream::connect(&path).is_ok())
+        })?;
+        Ok((end, path))
+    };
+    let (mut killed, dead) = start(&doomed.a)?;
+    let (first, living) = start(&hosts.a)?;
+    killed.child().signal(Signal::SIGKILL);
+    killed.wait()?;
+    drop(doomed);
+    check(dead.exists(), || "who removed it?".into())?;
+    // As if it had been killed long ago: others are perhaps of processes that start.
+    let (epoch, flags) = (TimeSpec::new(0, 0), UtimensatFlags::NoFollowSymlink);
+    for path in [&dead, &living] {
+        let changed = utimensat(AT_FDCWD, path, &epoch, &epoch, flags);
+        tried("make a socket old", changed.map_err(Into::into))?;
+    }
+    let (second, _) = start(&hosts.b)?;
+    check(!dead.exists(), || "the dead socket is left".into())?;
+    let answer = tried("connect", UnixStream::connect(&living));
+    check(answer.is_ok(), || format!("{answer:?}"))?;
+    stop(first)?;
+    stop(second).map(drop)
 }
 
 /// Whatever the order, each prefix has one peer, and the kernel's routes are
@@ -461,7 +503,7 @@ fn two_operators_at_once() -> Result<()> {
     stop(end).map(drop)
 }
 
-/// Things that no operator says.
+/// Things that no operator sends.
 fn nonsense() -> Vec<Vec<u8>> {
     let mut lines: Vec<Vec<u8>> = [
         "",
@@ -501,8 +543,7 @@ fn nonsense() -> Vec<Vec<u8>> {
     lines
 }
 
-/// What they do stays between them and the socket: traffic flows, memory is
-/// bounded, and operators are answered.
+/// Traffic flows, memory is bounded, and operators are answered.
 #[testbed::trial]
 fn hostile_clients() -> Result<()> {
     const CLIENTS: usize = 100;
@@ -527,7 +568,7 @@ fn hostile_clients() -> Result<()> {
     // One after the other, each hung up on or hanging up.
     for bytes in nonsense() {
         let mut client = operator.connect()?;
-        // Whoever sends too much may be cut off.
+        // One that sends too much may be cut off.
         let _ = client.write_all(&bytes);
         let _ = client.shutdown(Shutdown::Write);
         let mut answer = Vec::new();
@@ -561,7 +602,7 @@ fn hostile_clients() -> Result<()> {
         drop(clients);
         operator.wait()?;
     }
-    // Those who ask a lot and read nothing.
+    // Clients that ask a lot and read nothing.
     let questions = b"{\"command\":\"route-list\"}\n".repeat(20_000);
     let clients = crowd(&questions);
     for _ in 0..20 {
