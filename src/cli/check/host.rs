@@ -51,17 +51,19 @@ fn net_admin() -> Item {
     }
 }
 
+/// As a start does: one ring to choose the engine, and then one for each worker.
 fn io_uring(queues: u16) -> Item {
     const NAME: &str = "io_uring";
-    match uring::probe(queues) {
+    let (tried, cost) = match uring::probe(1) {
+        Ok(()) => (
+            uring::probe(queues),
+            "not every worker gets a ring: fastvpn may not start without --io epoll",
+        ),
+        none => (none, "epoll instead: more system calls, slower"),
+    };
+    match tried {
         Ok(()) => Item::ok(NAME, format!("usable by {queues} workers")),
-        Err(error) => {
-            let cost = match uring::probe(1) {
-                Ok(()) => "not every worker gets a ring: fastvpn may not start without --io epoll",
-                Err(_) => "epoll instead: more system calls, slower",
-            };
-            Item::failed(NAME, &error, cost, "Linux 6.1 or later")
-        }
+        Err(error) => Item::failed(NAME, &error, cost, "Linux 6.1 or later"),
     }
 }
 
