@@ -34,7 +34,7 @@ impl RouteTable {
         wanted: &BTreeSet<IpNet>,
     ) -> Result<Self> {
         let routes = netlink.main_routes(&|route| {
-            route.is_general && (wanted.contains(&route.destination) || route.is_ours(device))
+            route.is_general && (route.is_ours(device) || wanted.contains(&route.destination))
         })?;
         Ok(Self::new(&routes, device))
     }
