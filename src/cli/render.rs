@@ -279,29 +279,14 @@ pub(super) fn found(found: &Found) -> String {
 
 /// What a change came to, in one line.
 pub(super) fn changed(changed: &Changed) -> String {
-    or_nothing(vec![counts(changed)]) + "\n"
+    // As of a reload that changes no settings.
+    Reloaded::default().words(counts(changed)) + "\n"
 }
 
 /// What a reload came to, in one line.
 pub(super) fn reloaded(reloaded: &Reloaded) -> String {
-    let mut parts = vec![counts(&reloaded.changed)];
-    if !reloaded.settings_changed.is_empty() {
-        parts.push(format!("changed: {}", reloaded.settings_changed.join(", ")));
-    }
-    let mut text = or_nothing(parts);
-    if !reloaded.needs_restart.is_empty() {
-        let settings = reloaded.needs_restart.join(", ");
-        text += &format!("; only after a restart: {settings}");
-    }
-    format!("reloaded: {}\n", printable(&text))
-}
-
-fn or_nothing(mut parts: Vec<String>) -> String {
-    parts.retain(|part| !part.is_empty());
-    match parts.is_empty() {
-        true => "nothing has changed".into(),
-        false => parts.join("; "),
-    }
+    let words = reloaded.words(counts(&reloaded.changed));
+    format!("reloaded: {}\n", printable(&words))
 }
 
 /// Empty if nothing has changed.

@@ -264,7 +264,7 @@ fn reloads_name_options_that_wait_for_a_restart() {
     };
     assert_eq!(
         reloaded(&some),
-        "reloaded: 1 peer added; changed: hop, mtu; only after a restart: queues\n"
+        "reloaded: 1 peer added; changed: hop, mtu; at the next start: queues\n"
     );
     assert_eq!(
         reloaded(&Reloaded::default()),
@@ -276,7 +276,7 @@ fn reloads_name_options_that_wait_for_a_restart() {
     };
     assert_eq!(
         reloaded(&later),
-        "reloaded: nothing has changed; only after a restart: io\n"
+        "reloaded: nothing has changed; at the next start: io\n"
     );
 }
 

@@ -252,6 +252,27 @@ pub struct Reloaded {
     pub needs_restart: Vec<String>,
 }
 
+impl Reloaded {
+    /// In words, after those about the `changes` of peers and prefixes.
+    pub(crate) fn words(&self, changes: String) -> String {
+        let mut words = vec![changes];
+        if !self.settings_changed.is_empty() {
+            words.push(format!("changed: {}", self.settings_changed.join(", ")));
+        }
+        words.retain(|part| !part.is_empty());
+        if words.is_empty() {
+            words.push("nothing has changed".into());
+        }
+        if !self.needs_restart.is_empty() {
+            words.push(format!(
+                "at the next start: {}",
+                self.needs_restart.join(", ")
+            ));
+        }
+        words.join("; ")
+    }
+}
+
 /// An answer to a request that was done.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(untagged)]

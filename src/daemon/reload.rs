@@ -67,7 +67,7 @@ fn try_to_reload(tunnel: &mut Tunnel) -> Result<(Reloaded, String)> {
     if is_mtu_new {
         announce::warn_of_fragments(tunnel);
     }
-    let words = in_words(&report, changes.words());
+    let words = report.words(changes.words());
     Ok((report, words))
 }
 
@@ -78,23 +78,5 @@ pub fn to_changed(changes: &Changes) -> Changed {
         prefixes_removed: changes.prefixes_removed,
         peers_added: changes.peers_added,
         peers_removed: changes.peers_removed,
-    }
-}
-
-/// What a reload came to, for the log.
-fn in_words(report: &Reloaded, changes: String) -> String {
-    let mut words = changes;
-    for (what, keys) in [
-        ("changed", &report.settings_changed),
-        ("at the next start", &report.needs_restart),
-    ] {
-        if !keys.is_empty() {
-            let separator = if words.is_empty() { "" } else { "; " };
-            words += &format!("{separator}{what}: {}", keys.join(", "));
-        }
-    }
-    match words.is_empty() {
-        true => "nothing has changed".into(),
-        false => words,
     }
 }
