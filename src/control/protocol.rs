@@ -168,7 +168,7 @@ pub struct PeerStatus {
     /// How many workers send to it from their own ports.
     #[serde(default)]
     pub own_ports_proven: usize,
-    /// Whether nothing is sent there, as the route leads through the tunnel itself.
+    /// Whether nothing is sent there, as the path leads through the tunnel itself.
     #[serde(default)]
     pub is_suspended: bool,
     /// `config` or `runtime`.

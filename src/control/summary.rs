@@ -24,12 +24,6 @@ pub fn lines(queues: &[Snapshot], tun_queue_drops: u64) -> Vec<String> {
         drops.push("none".into());
     }
     lines.push(format!("dropped: {}", drops.join(", ")));
-    if total.icmp_sent + total.icmp_suppressed > 0 {
-        lines.push(format!(
-            "ICMP errors: {} sent, {} held back",
-            total.icmp_sent, total.icmp_suppressed
-        ));
-    }
     lines
 }
 
