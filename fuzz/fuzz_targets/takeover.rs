@@ -5,7 +5,6 @@
 use std::io::Write;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
 
 use fastvpn::daemon::handoff::{Manifest, receive, serve};
 use libfuzzer_sys::fuzz_target;
@@ -13,11 +12,9 @@ use libfuzzer_sys::fuzz_target;
 fuzz_target!(|data: &[u8]| {
     // The new process gets no descriptors, so nothing can come of it.
     assert!(receive(other_side(data)).is_err());
-    // The old one is told that the new one is ready, and that it starts.
-    if let Ok(mut new) = serve(other_side(data), &manifest(), &[], || {})
-        && new.let_go(Duration::ZERO).is_ok()
-    {
-        assert!(data.iter().filter(|byte| **byte == b'\n').count() >= 2);
+    // The old one is told that the new one is ready.
+    if serve(other_side(data), &manifest(), &[]).is_ok() {
+        assert!(data.contains(&b'\n'));
     }
     if let Ok(manifest) = serde_json::from_slice::<Manifest>(data) {
         let written = serde_json::to_vec(&manifest).unwrap();

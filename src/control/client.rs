@@ -12,7 +12,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::codec::{Lines, is_end};
 use super::credentials::Asker;
-use super::protocol::{ANSWER_BYTES_MAX, Peers, Request, Status};
+use super::protocol::{ANSWER_BYTES_MAX, Request, Status};
 use super::text::printable;
 use crate::error::{Error, Result};
 
@@ -126,25 +126,13 @@ pub(crate) fn connect_trusted(path: &Path, patience: Duration) -> io::Result<Uni
     Err(io::Error::new(io::ErrorKind::PermissionDenied, text))
 }
 
-/// The peers of the tunnel behind the control socket at `path`.
-///
-/// # Errors
-/// When no tunnel answers, when it refuses, and when neither root nor this user listens there.
-pub(crate) fn peers(path: &Path, patience: Duration) -> Result<Peers> {
-    answer(&Request::Peers {}, path, patience)
-}
-
 /// The tunnel behind the control socket at `path`, in numbers.
 ///
 /// # Errors
-/// As [`peers`].
+/// When no tunnel answers, when it refuses, and when neither root nor this user listens there.
 pub(crate) fn status(path: &Path, patience: Duration) -> Result<Status> {
-    answer(&Request::Status {}, path, patience)
-}
-
-fn answer<T: DeserializeOwned>(request: &Request, path: &Path, patience: Duration) -> Result<T> {
     let stream = connect_trusted(path, patience).map_err(|error| refused(path, error))?;
-    let line = Connection::over(stream, path, patience).ask(request)?;
+    let line = Connection::over(stream, path, patience).ask(&Request::Status {})?;
     parse::<Verdict>(&line, path)?.check()?;
     parse(&line, path)
 }

@@ -14,7 +14,7 @@ pub fn announce(tunnel: &Tunnel) {
     let (version, process) = (env!("CARGO_PKG_VERSION"), std::process::id());
     tracing::info!("fastvpn {version}, process {process}, {file}");
     let listen = tunnel.settings.listen;
-    let own_ports = tunnel.workers.own_ports().into_iter().flatten();
+    let own_ports = tunnel.workers.own_ports().into_iter();
     let ports: String = own_ports.map(|port| format!(", {port}")).collect();
     tracing::info!(
         "UDP: listening on {listen}, sending from port {}{ports}",
@@ -30,7 +30,7 @@ pub fn announce(tunnel: &Tunnel) {
         "{tun}: {}, MTU {}, queues: {}",
         addresses.join(" "),
         link.mtu_bytes,
-        tunnel.workers.count()
+        tunnel.workers.descriptors.len()
     );
     let (overlay, is_derived) = (&tunnel.peers.overlay, tunnel.config.addresses.is_empty());
     let peer = overlay.peers().find_map(|(_, peer)| peer.endpoint);
@@ -64,7 +64,7 @@ pub fn warn_of_fragments(tunnel: &Tunnel) {
 /// The offloads in use, in words.
 pub fn offloads(workers: &Workers) -> String {
     let on_off = |on| if on { "on" } else { "off" };
-    let (tun, udp) = (workers.tun_offloads(), workers.udp_offloads());
+    let (tun, udp) = (workers.setup.tun, workers.udp_offloads);
     format!(
         "TSO {}, USO {}, UDP_SEGMENT {}, UDP_GRO {}",
         on_off(tun.tcp),
@@ -77,7 +77,7 @@ pub fn offloads(workers: &Workers) -> String {
 /// Names the kernel features that were wanted and are not there.
 fn warn_of_missing_features(tunnel: &Tunnel) {
     let (config, workers) = (&tunnel.config, &tunnel.workers);
-    let (tun, udp) = (workers.tun_offloads(), workers.udp_offloads());
+    let (tun, udp) = (workers.setup.tun, workers.udp_offloads);
     if config.uses(Feature::Uso) && !tun.udp {
         tracing::warn!("no USO here (Linux 6.2): UDP crosses the TUN device packet by packet");
     }

@@ -9,10 +9,8 @@ use crate::host::netlink::Netlink;
 /// The device's settings as the kernel has them, whoever has set them.
 pub struct DeviceState {
     index: u32,
-    txqueuelen: u32,
-    mtu_bytes: u32,
-    /// In the kernel's order, but for those that the kernel gives it by itself.
-    addresses: Vec<IpNet>,
+    /// Addresses in the kernel's order, but for those that it gives by itself.
+    link: LinkConfig,
 }
 
 impl DeviceState {
@@ -35,12 +33,12 @@ impl DeviceState {
         };
         let all = netlink.addresses()?.into_iter();
         let own = all.filter_map(|(owner, net)| (owner == index).then_some(net));
-        Ok(Self {
-            index,
-            txqueuelen: link.txqueuelen,
-            mtu_bytes: link.mtu,
+        let link = LinkConfig {
             addresses: own.filter(is_given).collect(),
-        })
+            mtu_bytes: link.mtu,
+            txqueuelen: link.txqueuelen,
+        };
+        Ok(Self { index, link })
     }
 
     /// Changes what differs between `old` and `new`, and no more: the rest may have
@@ -49,31 +47,36 @@ impl DeviceState {
     /// # Errors
     /// Names the setting that the kernel refused: [`Self::restore`] undoes the others.
     pub fn change(&self, netlink: &mut Netlink, old: &LinkConfig, new: &LinkConfig) -> Result<()> {
+        let mut wanted = self.link.clone();
         if new.txqueuelen != old.txqueuelen {
-            netlink.set_txqueuelen(self.index, new.txqueuelen)?;
+            wanted.txqueuelen = new.txqueuelen;
         }
-        let is_ours = |net: &&IpNet| old.addresses.contains(net) || new.addresses.contains(net);
-        let ours: Vec<IpNet> = self.addresses.iter().filter(is_ours).copied().collect();
-        let addresses = (new.addresses != old.addresses).then_some((&ours[..], &new.addresses[..]));
-        let mtu_bytes = (new.mtu_bytes != old.mtu_bytes).then_some(new.mtu_bytes);
-        self.set(netlink, mtu_bytes, addresses)
+        if new.mtu_bytes != old.mtu_bytes {
+            wanted.mtu_bytes = new.mtu_bytes;
+        }
+        if new.addresses != old.addresses {
+            let is_ours = |net: &IpNet| old.addresses.contains(net) || new.addresses.contains(net);
+            wanted.addresses.retain(|net| !is_ours(net));
+            wanted.addresses.extend(&new.addresses);
+        }
+        self.set(netlink, &wanted)
     }
 
     /// With an MTU too small for IPv6 the device forgets all of it: such addresses go
-    /// before, and come after. `addresses`: the old and the new ones.
-    fn set(
-        &self,
-        netlink: &mut Netlink,
-        mtu_bytes: Option<u32>,
-        addresses: Option<(&[IpNet], &[IpNet])>,
-    ) -> Result<()> {
-        let is_smaller = mtu_bytes.is_some_and(|mtu_bytes| mtu_bytes < self.mtu_bytes);
-        for is_mtu_now in [!is_smaller, is_smaller] {
-            if is_mtu_now {
-                mtu_bytes.map_or(Ok(()), |bytes| netlink.set_mtu(self.index, bytes))?;
-            } else if let Some((old, new)) = addresses {
-                link::set_addresses(netlink, self.index, old, new)?;
-            }
+    /// before, and come after.
+    fn set(&self, netlink: &mut Netlink, wanted: &LinkConfig) -> Result<()> {
+        let (index, present) = (self.index, &self.link);
+        if wanted.txqueuelen != present.txqueuelen {
+            netlink.set_txqueuelen(index, wanted.txqueuelen)?;
+        }
+        if wanted.mtu_bytes > present.mtu_bytes {
+            netlink.set_mtu(index, wanted.mtu_bytes)?;
+        }
+        if wanted.addresses != present.addresses {
+            link::set_addresses(netlink, index, &present.addresses, &wanted.addresses)?;
+        }
+        if wanted.mtu_bytes < present.mtu_bytes {
+            netlink.set_mtu(index, wanted.mtu_bytes)?;
         }
         Ok(())
     }
@@ -86,22 +89,13 @@ impl DeviceState {
     }
 
     fn try_restore(&self, netlink: &mut Netlink) -> Result<()> {
-        let present = Self::read(netlink, Some(self.index))?;
-        if present.txqueuelen != self.txqueuelen {
-            netlink.set_txqueuelen(self.index, self.txqueuelen)?;
-        }
-        let mtu_bytes = (present.mtu_bytes != self.mtu_bytes).then_some(self.mtu_bytes);
-        let addresses = (&present.addresses[..], &self.addresses[..]);
-        present.set(netlink, mtu_bytes, Some(addresses))?;
+        Self::read(netlink, Some(self.index))?.set(netlink, &self.link)?;
         // The first IPv4 address is the one that the host sends from.
-        let v4 = |nets: &[IpNet]| -> Vec<IpNet> {
-            let all = nets.iter().copied();
+        let v4 = |state: &Self| -> Vec<IpNet> {
+            let all = state.link.addresses.iter().copied();
             all.filter(|net| net.addr().is_ipv4()).collect()
         };
-        let (before, now) = (
-            v4(&self.addresses),
-            v4(&Self::read(netlink, Some(self.index))?.addresses),
-        );
+        let (before, now) = (v4(self), v4(&Self::read(netlink, Some(self.index))?));
         if now != before {
             link::set_addresses(netlink, self.index, &now, &[])?;
             link::set_addresses(netlink, self.index, &[], &before)?;

@@ -4,14 +4,13 @@
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, never, select, tick};
-use signal_hook::consts::{SIGHUP, SIGTERM};
+use signal_hook::consts::SIGHUP;
 
-use super::control_socket::ControlSocket;
-use super::handoff::{Handoff, NewProcess};
+use super::handoff::{self, Handoff, NewProcess};
 use super::tunnel::Tunnel;
 use super::{reload, requests};
 use crate::control::protocol::{Answer, Changed, Request};
-use crate::control::server::Call;
+use crate::control::server::{Call, Server};
 use crate::error::{Error, Result};
 
 /// How often peers are polled: who answers, what the paths take.
@@ -33,15 +32,15 @@ pub enum End {
 pub struct Daemon {
     /// The tunnel.
     pub tunnel: Tunnel,
-    /// Where it is asked about it.
-    pub control: ControlSocket,
+    /// The control socket, if there is one.
+    control: Option<Server>,
     /// While a new process gets ready to take over.
     handoff: Option<Handoff>,
 }
 
 impl Daemon {
     /// Nobody takes over yet.
-    pub fn new(tunnel: Tunnel, control: ControlSocket) -> Self {
+    pub fn new(tunnel: Tunnel, control: Option<Server>) -> Self {
         Self {
             tunnel,
             control,
@@ -58,22 +57,24 @@ impl Daemon {
         let limits_reset = tick(LIMITS_RESET_INTERVAL);
         let names = self.tunnel.peers.answers();
         loop {
-            // Some are others after each event.
-            let failures = self.tunnel.workers.failures();
-            let calls = self.control.calls();
+            // An event may replace some of these.
+            let failures = self.tunnel.workers.failures.clone();
+            let control = self.control.as_ref();
+            let calls = control.map_or_else(never, |server| server.calls.clone());
             let handoff = self.handoff.as_ref();
-            let ready = handoff.map_or_else(never, |handoff| handoff.ready().clone());
+            let ready = handoff.map_or_else(never, |handoff| handoff.ready.clone());
             let probes = self.tunnel.peers.probes();
             let mut end = None;
             select! {
                 recv(signals) -> signal => end = self.take_signal(signal.ok()),
                 recv(failures) -> failure => {
-                    return Err(failure.unwrap_or_else(|_| Error::new("all workers have ended")));
+                    let failure = failure.ok().flatten();
+                    return Err(failure.unwrap_or_else(|| Error::new("all workers have ended")));
                 }
                 recv(calls) -> call => end = call.ok().and_then(|call| self.take_call(call)),
                 recv(ready) -> ready => {
                     let ready = ready.unwrap_or_else(|_| Err(Error::new("its thread has ended")));
-                    end = self.finish_handoff(ready, signals)?;
+                    end = self.finish_handoff(ready)?;
                 }
                 recv(names) -> answer => if let Ok(answer) = answer {
                     self.tunnel.take_name(answer);
@@ -98,45 +99,44 @@ impl Daemon {
                 None
             }
             (Some(SIGHUP), None) => {
-                self.reload_by_signal();
+                self.reload();
                 None
             }
             (signal, _) => {
-                let name = if signal == Some(SIGTERM) {
-                    "SIGTERM"
-                } else {
-                    "SIGINT"
-                };
-                tracing::debug!("{name}: stopping");
+                tracing::debug!("stopping by signal {}", signal.unwrap_or_default());
                 Some(End::Stopped)
             }
         }
     }
 
-    /// Reloads; what came of it is in the log.
-    pub fn reload_by_signal(&mut self) {
+    /// What comes of it is in the log.
+    fn reload(&mut self) {
         let _ = reload::reload(&mut self.tunnel, "SIGHUP");
     }
 
     fn take_call(&mut self, call: Call) -> Option<End> {
         match call {
-            Call::Takeover(connection, protocol) => match self.handoff {
-                Some(_) => Handoff::refuse_second(connection),
-                None => {
-                    let (tunnel, control) = (&self.tunnel, &self.control);
-                    self.handoff = Handoff::begin(tunnel, control, connection, protocol);
-                }
-            },
+            Call::Takeover(connection, _) if self.handoff.is_some() => {
+                Handoff::refuse_second(connection);
+            }
+            Call::Takeover(connection, protocol) => {
+                let control = self.control.as_ref();
+                self.handoff = Handoff::begin(&self.tunnel, control, connection, protocol);
+            }
             Call::Request(Request::Stop {}, reply) => {
                 tracing::info!("stopped by {}", reply.asker);
                 reply.send(Ok(Answer::Changed(Changed::default())));
                 return Some(End::Stopped);
             }
+            // The new process would not know of a change.
+            Call::Request(request, reply)
+                if self.handoff.is_some() && !requests::is_question(&request) =>
+            {
+                let error = Error::new("another process is taking over").hint("try again");
+                reply.send(Err(error));
+            }
             Call::Request(request, reply) => {
-                let answer = match self.handoff.is_some() && requests::is_change(&request) {
-                    true => Err(Error::new("another process is taking over").hint("try again")),
-                    false => requests::answer(&mut self.tunnel, request, reply.asker),
-                };
+                let answer = requests::answer(&mut self.tunnel, request, reply.asker);
                 reply.send(answer);
             }
         }
@@ -144,20 +144,20 @@ impl Daemon {
     }
 
     /// The process that takes over is `ready`, or has failed.
-    fn finish_handoff(
-        &mut self,
-        ready: Result<NewProcess>,
-        signals: &Receiver<i32>,
-    ) -> Result<Option<End>> {
-        let Some(handoff) = self.handoff.take() else {
-            return Ok(None);
+    fn finish_handoff(&mut self, ready: Result<NewProcess>) -> Result<Option<End>> {
+        let handoff = self.handoff.take();
+        let is_over = match ready {
+            Ok(new) => handoff::hand_over(new, &mut self.tunnel, &mut self.control)?,
+            Err(error) => {
+                tracing::error!("not handed over: {error}");
+                false
+            }
         };
-        let is_reload_due = handoff.is_reload_due;
-        if handoff.finish(&mut self.tunnel, &mut self.control, ready, signals)? {
+        if is_over {
             return Ok(Some(End::HandedOver));
         }
-        if is_reload_due {
-            self.reload_by_signal();
+        if handoff.is_some_and(|handoff| handoff.is_reload_due) {
+            self.reload();
         }
         Ok(None)
     }
@@ -167,6 +167,6 @@ impl Daemon {
         self.handoff = None;
         self.tunnel.take_down();
         // Last: a client that asked for the end waits for the socket to close.
-        self.control.close(true);
+        self.control = None;
     }
 }

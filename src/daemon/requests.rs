@@ -2,6 +2,7 @@
 //! and the tunnel.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::time::Instant;
 
 use ipnet::IpNet;
@@ -10,30 +11,22 @@ use super::reload::{reload, to_changed};
 use super::settings::check_ipv6_mtu;
 use super::tunnel::Tunnel;
 use super::{announce, reach};
-use crate::config::{PeerName, PeerSpec, check_prefix, parse_peer_name};
+use crate::config::{PeerName, check_prefix, parse_peer_name};
 use crate::control::credentials::Asker;
 use crate::control::protocol::{
     Answer, Found, PeerStatus, Peers, Request, RouteEntry, Routes, Status,
 };
 use crate::counters::{PeerCounters, Snapshot};
 use crate::error::{Error, Result, shortened};
-use crate::routing::overlay::{Changes, Origin, Overlay};
+use crate::packet::batch::NextHop;
+use crate::routing::overlay::{Changes, Origin, Overlay, Peer};
 
-/// Whether a new process that has been told already what there is would miss it.
-pub fn is_change(request: &Request) -> bool {
-    match request {
-        Request::RouteAdd { .. }
-        | Request::RouteDel { .. }
-        | Request::PeerAdd { .. }
-        | Request::PeerDel { .. }
-        | Request::Reload {} => true,
-        Request::Status {}
-        | Request::Peers {}
-        | Request::RouteList {}
-        | Request::RouteGet { .. }
-        | Request::Stop {}
-        | Request::Takeover { .. } => false,
-    }
+/// Whether a request changes nothing.
+pub fn is_question(request: &Request) -> bool {
+    matches!(
+        request,
+        Request::Status {} | Request::Peers {} | Request::RouteList {} | Request::RouteGet { .. }
+    )
 }
 
 /// Answers a request.
@@ -41,33 +34,11 @@ pub fn is_change(request: &Request) -> bool {
 /// # Errors
 /// When it cannot be done, says why: nothing has changed then.
 pub fn answer(tunnel: &mut Tunnel, request: Request, asker: Asker) -> Result<Answer> {
-    Ok(match request {
-        Request::Status {} => {
-            tunnel.workers.count_socket_drops();
-            // Before anybody has told of a change.
-            tunnel.refresh_device();
-            Answer::Status(Box::new(status(tunnel)))
-        }
-        Request::Peers {} => Answer::Peers(peers(tunnel)),
-        Request::RouteList {} => Answer::Routes(routes(&tunnel.peers.overlay)),
-        Request::RouteGet { address } if tunnel.peers.overlay.is_outside(address) => {
-            return Err(Error::new(format!(
-                "packets to {address} do not go through the tunnel: it is this host's own \
-                 address, or a peer's outside the tunnel"
-            )));
-        }
-        Request::RouteGet { address } => {
-            let (prefix, peer) =
-                tunnel.peers.overlay.route_to(address).ok_or_else(|| {
-                    Error::new(format!("no peer has a prefix that {address} is in"))
-                })?;
-            Answer::Found(Found {
-                address,
-                prefix,
-                peer: peer.name.to_string(),
-                endpoint: peer.endpoint_learned(),
-            })
-        }
+    match request {
+        Request::Status {} => Ok(Answer::Status(Box::new(status(tunnel)))),
+        Request::Peers {} => Ok(Answer::Peers(peers(tunnel))),
+        Request::RouteList {} => Ok(Answer::Routes(routes(&tunnel.peers.overlay))),
+        Request::RouteGet { address } => route_to(&tunnel.peers.overlay, address),
         Request::RouteAdd {
             peer,
             prefixes,
@@ -77,36 +48,51 @@ pub fn answer(tunnel: &mut Tunnel, request: Request, asker: Asker) -> Result<Ans
             check_new_prefixes(tunnel, &prefixes)?;
             changed(tunnel, asker, |overlay| {
                 overlay.add_prefixes(&peer, &prefixes, Origin::Runtime, replace)
-            })?
+            })
         }
         Request::RouteDel { prefixes } => {
             prefixes.iter().try_for_each(check_prefix)?;
-            changed(tunnel, asker, |overlay| overlay.remove_prefixes(&prefixes))?
+            changed(tunnel, asker, |overlay| overlay.remove_prefixes(&prefixes))
         }
         Request::PeerAdd { peer, prefixes } => {
-            let spec = PeerSpec {
-                name: parse_name(&peer)?,
-                prefixes,
-            };
-            if let Some(endpoint) = spec.name.literal() {
+            let name = parse_name(&peer)?;
+            if let Some(endpoint) = name.literal() {
                 reach::check_endpoint(tunnel.settings.listen, &tunnel.peers.overlay, endpoint)?;
             }
-            check_new_prefixes(tunnel, &spec.prefixes)?;
+            check_new_prefixes(tunnel, &prefixes)?;
             changed(tunnel, asker, |overlay| {
-                let is_default = spec.prefixes.is_empty();
-                overlay.add_peer(&spec.name, is_default, &spec.prefixes, Origin::Runtime)
-            })?
+                overlay.add_peer(&name, prefixes.is_empty(), &prefixes, Origin::Runtime)
+            })
         }
         Request::PeerDel { peer } => {
             let peer = parse_name(&peer)?;
-            changed(tunnel, asker, |overlay| overlay.remove_peers(&[peer]))?
+            changed(tunnel, asker, |overlay| overlay.remove_peers(&[peer]))
         }
-        Request::Reload {} => Answer::Reloaded(reload(tunnel, &asker.to_string())?),
-        // Both end the run, and are seen to before.
+        Request::Reload {} => reload(tunnel, &asker.to_string()).map(Answer::Reloaded),
+        // The event loop handles these.
         Request::Stop {} | Request::Takeover { .. } => {
-            return Err(Error::new("this cannot be asked for here"));
+            Err(Error::new("this cannot be asked for here"))
         }
-    })
+    }
+}
+
+fn route_to(overlay: &Overlay, address: IpAddr) -> Result<Answer> {
+    if overlay.is_outside(address) {
+        return Err(Error::new(format!(
+            "packets to {address} do not go through the tunnel: it is this host's own \
+             address, or a peer's outside the tunnel"
+        )));
+    }
+    let Some((prefix, peer)) = overlay.route_to(address) else {
+        let what = format!("no peer has a prefix that {address} is in");
+        return Err(Error::new(what));
+    };
+    Ok(Answer::Found(Found {
+        address,
+        prefix,
+        peer: peer.name.to_string(),
+        endpoint: peer.endpoint_learned(),
+    }))
 }
 
 /// A peer's name as operators write it.
@@ -147,91 +133,93 @@ fn check_new_prefixes(tunnel: &Tunnel, prefixes: &[IpNet]) -> Result<()> {
 }
 
 fn status(tunnel: &mut Tunnel) -> Status {
+    tunnel.workers.count_socket_drops();
+    // The kernel may not have reported a change yet.
+    tunnel.refresh_device();
     let (stats, link) = (tunnel.host.link_stats(), tunnel.host.link());
     let snapshots = tunnel.workers.snapshots();
     let total = snapshots
         .iter()
         .fold(Snapshot::default(), |sum, worker| sum.plus(worker));
     let named = |(name, value): (&str, u64)| (name.to_string(), value);
-    let is_drop = |name: &str| name.starts_with("drop_");
-    let settings = &tunnel.settings;
+    let counters = total.iter().filter(|(name, _)| !name.starts_with("drop_"));
+    let workers = snapshots.iter();
+    let (config, settings, overlay) = (&tunnel.config, &tunnel.settings, &tunnel.peers.overlay);
+    let device = &tunnel.host.device;
+    let file = config.config_file.as_ref();
     Status {
         version: env!("CARGO_PKG_VERSION").into(),
         pid: std::process::id(),
         uptime_seconds: tunnel.started.elapsed().as_secs(),
-        tun: tunnel.host.device.name.clone(),
-        tun_index: tunnel.host.device.index,
+        tun: device.name.clone(),
+        tun_index: device.index,
         addresses: settings.link.addresses.clone(),
         mtu_bytes: link.map_or(settings.link.mtu_bytes, |link| link.mtu),
         listen: settings.listen.to_string(),
-        own_ports: tunnel.workers.own_ports().into_iter().flatten().collect(),
-        engine: tunnel.workers.engine().to_string(),
+        own_ports: tunnel.workers.own_ports(),
+        engine: tunnel.workers.engine().into(),
         offloads: announce::offloads(&tunnel.workers),
-        hop: tunnel.config.hop,
-        keeps_routes: !tunnel.config.no_routes,
-        config_file: tunnel
-            .config
-            .config_file
-            .as_ref()
-            .map(|path| path.display().to_string()),
+        hop: config.hop,
+        keeps_routes: !config.no_routes,
+        config_file: file.map(|path| path.display().to_string()),
         reload_error: tunnel.reload_error.clone(),
-        peers: tunnel.peers.overlay.peers().count(),
-        prefixes: tunnel.peers.overlay.prefixes().count(),
-        counters: total
-            .iter()
-            .filter(|(name, _)| !is_drop(name))
-            .map(named)
-            .collect(),
+        peers: overlay.peers().count(),
+        prefixes: overlay.prefixes().count(),
+        counters: counters.map(named).collect(),
         drops: total.drops().map(named).collect(),
         tun_queue_drops: stats.map_or(0, |stats| stats.tx_dropped),
-        workers: snapshots
-            .iter()
-            .map(|worker| worker.iter().map(named).collect::<BTreeMap<_, _>>())
+        workers: workers
+            .map(|worker| worker.iter().map(named).collect())
             .collect(),
     }
 }
 
 fn peers(tunnel: &Tunnel) -> Peers {
-    let (now, prefix_counts) = (Instant::now(), tunnel.peers.overlay.prefix_counts());
-    let status = tunnel.peers.overlay.peers_by_name().map(|peer| {
-        let sum = |count: fn(&PeerCounters) -> u64| peer.traffic.iter().map(count).sum::<u64>();
-        let packets_received = sum(|worker| worker.packets_received.get());
-        let hop = tunnel.peers.overlay.find(&peer.name).map(|(hop, _)| hop);
-        let last_seen = hop.and_then(|hop| tunnel.peers.last_seen(hop));
-        // Before the first poll that sees it.
-        let last_seen = last_seen.or((packets_received > 0).then_some(now));
-        let mut drops = BTreeMap::new();
-        for (name, count) in peer.traffic.iter().flat_map(PeerCounters::drops) {
-            if count > 0 {
-                *drops.entry(name.to_string()).or_insert(0) += count;
-            }
-        }
-        PeerStatus {
-            peer: peer.name.to_string(),
-            endpoint: peer.endpoint_learned(),
-            seen_port: peer.learned_port.or_else(|| tunnel.peers.seen_port(hop?)),
-            own_ports_proven: peer
-                .traffic
-                .iter()
-                .filter(|worker| worker.is_own_port_proven())
-                .count(),
-            is_suspended: peer.is_suspended,
-            origin: peer.origin.as_str().into(),
-            is_default: tunnel.peers.overlay.is_default(peer),
-            prefixes: hop
-                .and_then(|hop| prefix_counts.get(&hop).copied())
-                .unwrap_or(0),
-            path_mtu_bytes: peer.path_mtu_bytes,
-            packets_sent: sum(|worker| worker.packets_sent.get()),
-            bytes_sent: sum(|worker| worker.bytes_sent.get()),
-            packets_received,
-            bytes_received: sum(|worker| worker.bytes_received.get()),
-            last_seen_seconds: last_seen.map(|at| (now - at).as_secs()),
-            drops,
-        }
+    let (all, counts) = (
+        tunnel.peers.overlay.peers_by_name(),
+        tunnel.peers.overlay.prefix_counts(),
+    );
+    let status = all.map(|peer| {
+        let (hop, _) = tunnel.peers.overlay.find(&peer.name)?;
+        Some(peer_status(tunnel, hop, peer, counts.get(&hop).copied()))
     });
     Peers {
-        peers: status.collect(),
+        peers: status.flatten().collect(),
+    }
+}
+
+fn peer_status(tunnel: &Tunnel, hop: NextHop, peer: &Peer, prefixes: Option<usize>) -> PeerStatus {
+    let peers = &tunnel.peers;
+    let sum = |count: fn(&PeerCounters) -> u64| peer.traffic.iter().map(count).sum::<u64>();
+    let packets_received = sum(|worker| worker.packets_received.get());
+    let now = Instant::now();
+    // Before the first poll that sees it.
+    let last_seen = peers.last_seen(hop);
+    let last_seen = last_seen.or((packets_received > 0).then_some(now));
+    let mut drops = BTreeMap::new();
+    for (name, count) in peer.traffic.iter().flat_map(PeerCounters::drops) {
+        if count > 0 {
+            *drops.entry(name.to_string()).or_insert(0) += count;
+        }
+    }
+    let proven = peer.traffic.iter();
+    let proven = proven.filter(|worker| worker.is_own_port_proven());
+    PeerStatus {
+        peer: peer.name.to_string(),
+        endpoint: peer.endpoint_learned(),
+        seen_port: peer.learned_port.or_else(|| peers.seen_port(hop)),
+        own_ports_proven: proven.count(),
+        is_suspended: peer.is_suspended,
+        origin: peer.origin.as_str().into(),
+        is_default: tunnel.peers.overlay.is_default(peer),
+        prefixes: prefixes.unwrap_or(0),
+        path_mtu_bytes: peer.path_mtu_bytes,
+        packets_sent: sum(|worker| worker.packets_sent.get()),
+        bytes_sent: sum(|worker| worker.bytes_sent.get()),
+        packets_received,
+        bytes_received: sum(|worker| worker.bytes_received.get()),
+        last_seen_seconds: last_seen.map(|at| (now - at).as_secs()),
+        drops,
     }
 }
 

@@ -1,15 +1,15 @@
 //! Peers' addresses by their names: at the start of a tunnel, and from the answers
 //! that come while it runs.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use super::reach;
-use crate::config::{Config, DEFAULT_PORT, PeerName, PeerSpec};
+use crate::config::PeerName;
 use crate::error::{Error, Result};
 use crate::routing::dns::{self, Lookup, Names};
-use crate::routing::overlay::{Origin, Overlay, Peer};
+use crate::routing::overlay::{Overlay, Peer};
 
 /// How long names have at the start. What does not resolve until then is
 /// waited for while the tunnel runs.
@@ -17,31 +17,6 @@ const NAMES_WAIT_MAX: Duration = Duration::from_secs(5);
 
 /// Addresses of peers by name, `HOST:PORT`, that an old process knows.
 pub type Known = HashMap<String, SocketAddr>;
-
-/// The configured peers, with the addresses of those that are known or whose
-/// names resolve now, and why the others do not. `own`: this host's addresses.
-///
-/// # Errors
-/// When the configuration contradicts itself.
-pub fn resolve(
-    config: &Config,
-    names: &mut Names,
-    known: &Known,
-    own: BTreeSet<IpAddr>,
-) -> Result<(Overlay, Vec<Error>)> {
-    let mut overlay = Overlay::default();
-    for PeerSpec { name, prefixes } in &config.peers {
-        overlay.add_peer(name, prefixes.is_empty(), prefixes, Origin::Config)?;
-    }
-    overlay.set_own_addresses(own);
-    // Where there are names, sockets are for both IP versions unless it is said
-    // otherwise.
-    let any = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), DEFAULT_PORT);
-    let listen = config.listen.unwrap_or(any);
-    set_known(&mut overlay, known, listen);
-    let failed = resolve_now(&mut overlay, names, listen);
-    Ok((overlay, failed))
-}
 
 /// Gives peers that have no address yet theirs, as far as names resolve within
 /// a few seconds; tells why the others do not. Names that did not resolve a
@@ -142,7 +117,11 @@ pub fn set_known(overlay: &mut Overlay, known: &Known, listen: SocketAddr) {
 
 #[cfg(test)]
 mod tests {
+    use std::net::{IpAddr, Ipv6Addr};
+
     use super::*;
+    use crate::config::DEFAULT_PORT;
+    use crate::routing::overlay::Origin;
 
     const ANY: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), DEFAULT_PORT);
 

@@ -23,8 +23,9 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// The settings of a tunnel that starts. `endpoints`: of the peers whose names
-    /// resolve now. Tells also why some of these cannot be reached.
+    /// The settings of a tunnel that starts. `endpoints`: of the configured peers whose
+    /// names resolve now. `prefixes`: those of all peers. Tells also why some of the
+    /// peers cannot be reached.
     ///
     /// # Errors
     /// When a peer is this host, when none can be reached
@@ -33,13 +34,13 @@ impl Settings {
     pub fn at_start(
         config: &Config,
         endpoints: &[SocketAddr],
+        prefixes: impl Iterator<Item = IpNet>,
         netlink: &mut Netlink,
     ) -> Result<(Self, Vec<Error>)> {
         let listen = listen_address(config, endpoints);
         let (paths, unreachable) = paths(listen, endpoints, netlink)?;
-        let prefixes = config.peers.iter().flat_map(|peer| &peer.prefixes);
         let given = (&config.addresses[..], config.mtu_bytes);
-        let link = link_config(config, given, listen, &paths, prefixes.copied())?;
+        let link = link_config(config, given, listen, &paths, prefixes)?;
         Ok((Self { listen, link }, unreachable))
     }
 

@@ -12,7 +12,8 @@ fn at_start(flags: &str) -> Result<(Settings, Vec<Error>)> {
     let config = config(flags)?;
     let peers = config.peers.iter();
     let resolved: Vec<SocketAddr> = peers.filter_map(|peer| peer.name.literal()).collect();
-    Settings::at_start(&config, &resolved, &mut Netlink::open()?)
+    let prefixes = config.peers.iter().flat_map(|peer| peer.prefixes.clone());
+    Settings::at_start(&config, &resolved, prefixes, &mut Netlink::open()?)
 }
 
 fn settings(flags: &str) -> Result<Settings> {

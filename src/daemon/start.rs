@@ -1,20 +1,21 @@
 //! The start of a tunnel: names resolved, port and device claimed, and everything
-//! set up; or taken over ([`super::handoff`]).
+//! set up. A takeover ([`super::handoff`]) begins in the same way.
 
-use std::collections::HashSet;
-use std::net::SocketAddr;
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use super::announce;
-use super::control_socket::ControlSocket;
 use super::host::own_addresses;
-use super::plan::{Plan, SetAside, check_derived, kernel_routes};
-use super::resolve::{self, Known};
+use super::manifest::Manifest;
+use super::plan::{Plan, check_derived, kernel_routes};
+use super::resolve;
 use super::settings::{Settings, endpoints};
 use super::tunnel::Tunnel;
 use super::workers::Claimed;
-use crate::config::{Config, Feature};
-use crate::control::client;
+use crate::config::{Config, DEFAULT_PORT, Feature, PeerSpec};
+use crate::control::server::Server;
 use crate::error::{Error, Result};
 use crate::host::netlink::Netlink;
 use crate::host::path;
@@ -23,166 +24,139 @@ use crate::io::tun;
 use crate::io::udp::{self, UdpOffloads};
 use crate::packet::coalesce::TunOffloads;
 use crate::routing::dns::Names;
-use crate::routing::overlay::Overlay;
+use crate::routing::overlay::{Origin, Overlay};
 
 /// How long, and how often, a killed old process's port and device are waited
-/// for. Longer than the kernel takes; short enough for who has mistyped.
+/// for. Longer than the kernel takes, and short enough after a typing error.
 const PREDECESSOR_WAIT_MAX: Duration = Duration::from_secs(1);
 /// The same for one that died while it handed over, on a machine that may be busy.
 const TAKEOVER_WAIT_MAX: Duration = Duration::from_secs(5);
 const PREDECESSOR_WAIT_STEP: Duration = Duration::from_millis(10);
 
-/// Addresses of peers to whom an old process sends nothing, because the way there
-/// leads through the tunnel itself.
-pub type Suspended = HashSet<SocketAddr>;
-
-/// What the tunnel that is to be taken over knows of its peers. If it does not
-/// say, their names are resolved as at any start.
-pub fn ask_predecessor(config: &Config) -> (Known, Suspended) {
-    let peers = match client::peers(&config.control_path(), PREDECESSOR_WAIT_MAX) {
-        Ok(peers) => peers.peers,
-        Err(error) => {
-            tracing::debug!("{error}");
-            return Default::default();
-        }
-    };
-    let suspended = peers.iter().filter(|peer| peer.is_suspended);
-    let suspended = suspended.filter_map(|peer| peer.endpoint).collect();
-    let known = peers
-        .into_iter()
-        .filter_map(|peer| Some((peer.peer, peer.endpoint?)));
-    (known.collect(), suspended)
-}
+/// Peers that cannot be used yet, and are named one by one. More are counted.
+const UNUSABLE_NAMED_MAX: usize = 16;
 
 /// What any start begins with: what is wanted, and what follows from it here
 /// and now.
-pub struct Prepared {
-    /// What the tunnel is to be.
-    pub plan: Plan,
+pub struct Prepared<C> {
+    plan: Plan,
     /// In the tunnel's network namespace.
-    pub netlink: Netlink,
-    /// Asks for the peers' names.
-    pub names: Names,
-    /// Index of the device that there is already, if it is in this namespace.
-    pub device: Option<u32>,
-    /// To whom the tunnel that is to be taken over sends nothing.
-    pub suspended: Suspended,
-    known: Known,
+    netlink: Netlink,
+    names: Names,
+    claimed: C,
     /// Peers that cannot be used yet, and why.
     unusable: Vec<Error>,
 }
 
-impl Prepared {
-    /// Gives peers that were added since their addresses.
-    pub fn resolve_now(&mut self) {
-        let (listen, overlay) = (self.plan.settings.listen, &mut self.plan.overlay);
-        resolve::set_known(overlay, &self.known, listen);
-        resolve::resolve_now(overlay, &mut self.names, listen);
-    }
-
-    /// Makes sure that the routes will be the tunnel's and that no peer is reached by
-    /// them, as far as can be told before they are there. Logs who cannot be used
+impl Prepared<Claimed> {
+    /// Makes everything but what others see of a tunnel. Logs which peers cannot be used
     /// yet.
     ///
     /// # Errors
-    /// Names the route or the peer.
-    pub fn check_routes(&mut self) -> Result<()> {
-        self.find_unusable()?;
-        for error in self.unusable.drain(..) {
+    /// As [`Tunnel::new`].
+    pub fn into_tunnel(self) -> Result<Tunnel> {
+        let more = self.unusable.len().saturating_sub(UNUSABLE_NAMED_MAX);
+        for error in self.unusable.iter().take(UNUSABLE_NAMED_MAX) {
             tracing::warn!("{error}; trying again");
         }
-        Ok(())
-    }
-
-    fn find_unusable(&mut self) -> Result<()> {
-        let (netlink, device) = (&mut self.netlink, self.device);
-        let wanted = kernel_routes(&self.plan.config, &self.plan.overlay);
-        routes::check_free(netlink, device, &wanted)?;
-        let aside = self.plan.check_ways(netlink, &self.suspended)?;
-        self.set_aside(aside);
-        Ok(())
-    }
-
-    fn set_aside(&mut self, aside: SetAside) {
-        for (name, error) in aside {
-            self.names.note_answer(&name, false, Instant::now());
-            self.unusable.push(error);
+        if more > 0 {
+            tracing::warn!("{more} more peers cannot be used yet; trying again");
         }
-    }
-
-    /// Forgets to whom the way led through a device that goes with a process that
-    /// is not there any more.
-    pub fn suspend_nobody(&mut self) {
-        let overlay = &mut self.plan.overlay;
-        let hops: Vec<_> = overlay.peers().map(|(hop, _)| hop).collect();
-        for hop in hops {
-            overlay.set_suspended(hop, false);
-        }
+        Tunnel::new(self.plan, self.names, self.netlink, self.claimed)
     }
 }
 
-/// Looks the peers up and settles what the configuration leaves open.
+/// Resolves the peers' names, settles what the configuration leaves open, claims port and
+/// device, and checks all of it against this host. `old`: the tunnel that is to be taken
+/// over, with its device, what was added to it, and what it knows of its peers.
 ///
 /// # Errors
-/// When the configuration cannot be had on this host.
-pub fn prepare(config: Config) -> Result<Prepared> {
+/// When the configuration does not work on this host.
+pub fn prepare<C>(
+    config: Config,
+    old: Option<&Manifest>,
+    claim: impl FnOnce(&Config, &Settings, &mut Netlink) -> Result<C>,
+) -> Result<Prepared<C>> {
     let mut netlink = Netlink::open()?;
-    let listen = config.listen.map(|listen| listen.ip());
-    let mut names = Names::new(move |name| path::resolve(&name.host, name.port, listen));
-    let (known, suspended) = match config.takeover {
-        true => ask_predecessor(&config),
-        false => Default::default(),
-    };
-    let device = present_device(&config, &mut netlink)?;
+    let local = config.listen.map(|listen| listen.ip());
+    let mut names = Names::new(move |name| path::resolve(&name.host, name.port, local));
     let own = own_addresses(&mut netlink, &config.addresses)?;
-    let (mut overlay, mut unresolved) = resolve::resolve(&config, &mut names, &known, own)?;
-    // The way through the tunnel says nothing of the paths outside.
-    let inside = match config.takeover {
-        true => suspend_inside(&mut overlay, &mut netlink, device),
-        false => Vec::new(),
+    let (mut overlay, listen) = overlay(&config, own, old)?;
+    let mut unusable = resolve::resolve_now(&mut overlay, &mut names, listen);
+    let device = match old {
+        Some(old) => old.tun_index,
+        None => netlink.link_index(&config.tun)?,
     };
+    if old.is_some() {
+        // The path through the tunnel says nothing of those outside.
+        unusable.extend(suspend_inside(&mut overlay, &mut netlink, device));
+    }
     let endpoints = endpoints(&config, &overlay);
-    let (settings, mut unusable) =
-        Settings::at_start(&config, &endpoints, &mut netlink).map_err(|error| {
-            // Why nothing is known of the peers says more than that there is
-            // nothing to derive an address from.
-            let is_for_lack_of_peers = endpoints.is_empty() && config.addresses.is_empty();
-            let inside = inside.first().copied().map(way_is_inside);
-            match unresolved.drain(..).next().or(inside) {
-                Some(reason) if is_for_lack_of_peers => reason,
-                _ => error,
-            }
-        })?;
-    unusable.extend(unresolved);
+    let prefixes = overlay.prefixes().map(|(prefix, ..)| prefix);
+    let settings = Settings::at_start(&config, &endpoints, prefixes, &mut netlink);
+    let (settings, unreachable) = settings.map_err(|error| {
+        // Why nothing is known of the peers says more than that there is nothing to
+        // derive an address from.
+        let is_for_lack_of_peers = endpoints.is_empty() && config.addresses.is_empty();
+        match unusable.drain(..).next() {
+            Some(reason) if is_for_lack_of_peers => reason,
+            _ => error,
+        }
+    })?;
+    unusable.extend(unreachable);
     let mut plan = Plan {
         config,
         settings,
         overlay,
     };
-    let aside = plan.check_addresses(&mut netlink, device, &[])?;
-    let mut prepared = Prepared {
+    let mut aside = plan.check_addresses(&mut netlink, device, &[])?;
+    let claimed = claim(&plan.config, &plan.settings, &mut netlink)?;
+    // A device in another namespace has no routes here.
+    if old.is_none() || device.is_some() {
+        let wanted = kernel_routes(&plan.config, &plan.overlay);
+        routes::check_free(&mut netlink, device, &wanted)?;
+        let peers = old.iter().flat_map(|old| &old.peers);
+        let suspended = peers.filter(|peer| peer.is_suspended);
+        let suspended = suspended.filter_map(|peer| peer.endpoint).collect();
+        aside.extend(plan.check_ways(&mut netlink, &suspended)?);
+    }
+    for (name, error) in aside {
+        names.note_answer(&name, false, Instant::now());
+        unusable.push(error);
+    }
+    Ok(Prepared {
         plan,
         netlink,
         names,
-        device,
-        suspended,
-        known,
+        claimed,
         unusable,
-    };
-    prepared.set_aside(aside);
-    Ok(prepared)
+    })
 }
 
-/// Index of the device of this name, or of that which is to be taken over, whatever
-/// it is called by now.
-fn present_device(config: &Config, netlink: &mut Netlink) -> Result<Option<u32>> {
-    if config.takeover {
-        match client::status(&config.control_path(), PREDECESSOR_WAIT_MAX) {
-            Ok(status) => return Ok(status.tun_index),
-            Err(error) => tracing::debug!("{error}"),
-        }
+/// The configured peers, and those that were added to the `old` tunnel, with the
+/// addresses that it knows; and the address to listen on, as far as it is known before
+/// names are resolved.
+fn overlay(
+    config: &Config,
+    own: BTreeSet<IpAddr>,
+    old: Option<&Manifest>,
+) -> Result<(Overlay, SocketAddr)> {
+    // Where there are names, sockets are for both IP versions unless it is said
+    // otherwise.
+    let any = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), DEFAULT_PORT);
+    let listen = config.listen.unwrap_or(any);
+    let mut overlay = Overlay::default();
+    for PeerSpec { name, prefixes } in &config.peers {
+        overlay.add_peer(name, prefixes.is_empty(), prefixes, Origin::Config)?;
     }
-    netlink.link_index(&config.tun)
+    overlay.set_own_addresses(own);
+    if let Some(old) = old {
+        old.add_to(&mut overlay);
+        let known = old.peers.iter();
+        let known = known.filter_map(|peer| Some((peer.peer.clone(), peer.endpoint?)));
+        resolve::set_known(&mut overlay, &known.collect(), listen);
+    }
+    Ok((overlay, listen))
 }
 
 /// Whether a tunnel could start with this configuration, or a running one take it
@@ -191,47 +165,31 @@ fn present_device(config: &Config, netlink: &mut Netlink) -> Result<Option<u32>>
 ///
 /// # Errors
 /// What would keep it from that.
-pub fn rehearse(mut config: Config) -> Result<Vec<Error>> {
-    config.takeover = false;
-    let mut prepared = prepare(config)?;
-    let (netlink, own) = (&mut prepared.netlink, prepared.device);
-    let plan = &prepared.plan;
-    check_derived(netlink, &plan.config, &plan.settings.link.addresses, own)?;
-    prepared.find_unusable()?;
-    Ok(prepared.unusable)
+pub fn rehearse(config: Config) -> Result<Vec<Error>> {
+    let prepared = prepare(config, None, |config, settings, netlink| {
+        let running = netlink.link_index(&config.tun)?;
+        check_derived(netlink, config, &settings.link.addresses, running)
+    });
+    Ok(prepared?.unusable)
 }
 
-fn way_is_inside(peer: SocketAddr) -> Error {
-    Error::new(format!(
-        "there is nothing to derive a tunnel address from: the way to peer {peer} leads through \
-         the tunnel itself"
-    ))
-    .hint("give this host's tunnel address with --address")
-}
-
-/// Suspends the peers to whom the way leads through the device `own`, and no
-/// others: for a new process, before its workers send anything. Returns the peers'
-/// addresses.
-pub fn suspend_inside(
-    overlay: &mut Overlay,
-    netlink: &mut Netlink,
-    own: Option<u32>,
-) -> Vec<SocketAddr> {
-    if own.is_none() {
-        return Vec::new();
-    }
-    let peers: Vec<_> = overlay
-        .peers()
-        .filter_map(|(hop, peer)| Some((hop, peer.endpoint?)))
-        .collect();
+/// Suspends the peers to whom the path leads through the device `own`, before a new
+/// process's workers send anything; tells which.
+fn suspend_inside(overlay: &mut Overlay, netlink: &mut Netlink, own: Option<u32>) -> Vec<Error> {
     let mut inside = Vec::new();
-    for (hop, endpoint) in peers {
+    if own.is_none() {
+        return inside;
+    }
+    let peers = overlay.peers();
+    let peers = peers.filter_map(|(hop, peer)| Some((hop, peer.endpoint?)));
+    for (hop, endpoint) in peers.collect::<Vec<_>>() {
         match netlink.interface_to(endpoint) {
-            Ok(way) => {
-                let is_inside = way == own;
-                overlay.set_suspended(hop, is_inside);
-                inside.extend(is_inside.then_some(endpoint));
+            Ok(interface) if interface == own => {
+                overlay.set_suspended(hop, true);
+                let what = format!("the path to peer {endpoint} leads through the tunnel itself");
+                inside.push(Error::new(what));
             }
+            Ok(_) => {}
             Err(error) => tracing::debug!("{error}"),
         }
     }
@@ -241,51 +199,50 @@ pub fn suspend_inside(
 /// Starts a tunnel where there is none.
 ///
 /// # Errors
-/// When it cannot be had; then nothing is left behind.
-pub fn start(mut prepared: Prepared) -> Result<(Tunnel, ControlSocket)> {
-    let (config, settings) = (&prepared.plan.config, &prepared.plan.settings);
-    let claimed = claim(config, settings, &mut prepared.netlink)?;
-    prepared.check_routes()?;
-    let Prepared {
-        plan,
-        names,
-        netlink,
-        ..
-    } = prepared;
-    let mut tunnel = Tunnel::new(plan, names, netlink, claimed)?;
-    let mut control = ControlSocket::default();
-    match open(&mut tunnel, &mut control) {
-        Ok(()) => Ok((tunnel, control)),
-        Err(error) => {
-            tunnel.take_down();
-            control.close(true);
-            Err(error)
-        }
-    }
-}
-
-/// What the host sees of a tunnel.
-fn open(tunnel: &mut Tunnel, control: &mut ControlSocket) -> Result<()> {
+/// When something is missing or in the way; then nothing is left behind.
+pub fn start(config: Config) -> Result<(Tunnel, Option<Server>)> {
+    let mut tunnel = prepare(config, None, claim)?.into_tunnel()?;
     // First, so that whoever finds the tunnel working finds it, too. Requests wait.
-    control.open(&tunnel.config, None)?;
+    let control = serve_control(&tunnel.config, None)?;
     // Packets that come the moment the link is up find their worker.
     tunnel.workers.go();
     tunnel.bring_up(&[])?;
     tunnel.host.start_routes(&tunnel.settings.link.addresses)?;
     tunnel.host.set_routes(tunnel.kernel_routes())?;
     tunnel.poll();
-    announce::announce(tunnel);
-    Ok(())
+    announce::announce(&tunnel);
+    Ok((tunnel, control))
+}
+
+/// Opens the control socket, or goes on with another process's `listener`.
+///
+/// # Errors
+/// When it was asked for and cannot be opened.
+pub fn serve_control(config: &Config, listener: Option<OwnedFd>) -> Result<Option<Server>> {
+    let path = &config.control_path();
+    let server = match listener {
+        Some(listener) => Server::from_listener(listener, path),
+        None => Server::start(path),
+    };
+    match server {
+        Ok(server) => {
+            tracing::debug!("control socket: {}", path.display());
+            Ok(Some(server))
+        }
+        // Nobody asked for it, as where /run cannot be written to.
+        Err(error) if config.control.is_none() => {
+            tracing::warn!("no control socket: {error}");
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// Claims the port and the device, and waits a moment for those of a process
 /// that was just killed: io_uring lets go of them on a kernel workqueue
 /// (`io_ring_exit_work` in `io_uring/io_uring.c`), some milliseconds after the
 /// process.
-///
-/// # Errors
-/// When another has them, or they are not available.
-pub fn claim(config: &Config, settings: &Settings, netlink: &mut Netlink) -> Result<Claimed> {
+fn claim(config: &Config, settings: &Settings, netlink: &mut Netlink) -> Result<Claimed> {
     let wait_max = match config.takeover {
         true => TAKEOVER_WAIT_MAX,
         false => PREDECESSOR_WAIT_MAX,

@@ -79,7 +79,7 @@ impl Tunnel {
 
     /// Has the sockets drop what comes through the tunnel itself.
     fn filter_datagrams(&self) -> Result<()> {
-        let mut workers = self.workers.descriptors().iter();
+        let mut workers = self.workers.descriptors.iter();
         workers
             .try_for_each(|worker| udp::drop_from(worker.receive(), self.host.device.index))
             .map_err(|error| Error::os("cannot filter what comes through the tunnel itself", error))
@@ -153,7 +153,7 @@ impl Tunnel {
         let host = &mut self.host;
         let own = own_addresses(&mut host.netlink, &self.settings.link.addresses)?;
         next.set_own_addresses(own);
-        let old_table = Arc::clone(self.workers.table());
+        let old_table = Arc::clone(&self.workers.setup.table);
         // Workers first, so that what the kernel sends into the tunnel by a
         // new route has somewhere to go.
         let table = table(&next, host, &self.config, &self.settings);
@@ -195,7 +195,7 @@ impl Tunnel {
 
     /// Takes in a probe from another host.
     pub fn take_probe(&mut self, probe: ReceivedProbe) {
-        self.peers.take_probe(probe, self.workers.descriptors());
+        self.peers.take_probe(probe, &self.workers.descriptors);
         self.publish_changes();
     }
 
@@ -206,14 +206,14 @@ impl Tunnel {
             self.refresh_host();
         }
         let listen = self.settings.listen.ip();
-        let workers = self.workers.descriptors();
+        let workers = &self.workers.descriptors;
         self.peers.poll(listen, &mut self.host, workers);
         self.publish_changes();
         if is_host_changed && let Err(error) = self.follow_route_mtus() {
             tracing::debug!("{error}");
         }
         self.workers.count_socket_drops();
-        let counters = self.workers.counters();
+        let counters = &self.workers.counters;
         self.drop_log
             .poll(counters, &self.peers.overlay, Instant::now());
         if self.host.lacks_routes() {
@@ -241,11 +241,10 @@ impl Tunnel {
 
     /// Notes what others have made of the device.
     pub fn refresh_device(&mut self) {
-        let descriptors = Arc::clone(self.workers.descriptors());
-        let Some(worker) = descriptors.first() else {
+        let Some(worker) = self.workers.descriptors.first() else {
             return;
         };
-        match self.host.find_device(worker.queue()) {
+        match self.host.find_device(worker.queue.as_fd()) {
             Ok(false) => {}
             Ok(true) => {
                 // Something else may have the old index by now, such as the underlay.
@@ -289,23 +288,6 @@ impl Tunnel {
                  peers take"
             );
         }
-        Ok(())
-    }
-
-    /// Ends this process's part in a tunnel that another process carries on, but for
-    /// the workers.
-    pub fn leave(&mut self) {
-        self.workers.count_socket_drops();
-        self.host.stop_routes();
-    }
-
-    /// Takes the tunnel back after it was left and the workers were stopped.
-    ///
-    /// # Errors
-    /// When it cannot carry packets any more.
-    pub fn resume(&mut self) -> Result<()> {
-        self.workers.start_again()?;
-        self.start_routes();
         Ok(())
     }
 

@@ -28,7 +28,9 @@ fn start() -> Tunnel {
     add(&mut overlay, &config.peers[0]);
     let mut netlink = Netlink::open().unwrap();
     let endpoints = [FAR.parse().unwrap()];
-    let (settings, _) = Settings::at_start(&config, &endpoints, &mut netlink).unwrap();
+    let prefixes = config.peers.iter().flat_map(|peer| peer.prefixes.clone());
+    let settings = Settings::at_start(&config, &endpoints, prefixes, &mut netlink);
+    let (settings, _) = settings.unwrap();
     let (no_tun, no_udp) = (
         TunOffloads {
             tcp: false,
@@ -84,7 +86,7 @@ fn a_change_that_fails_changes_nothing() {
         let netlink = &mut tunnel.host.netlink;
         netlink.add_route(taken, None, Some(underlay)).unwrap();
         let (table, routes) = (
-            Arc::clone(tunnel.workers.table()),
+            Arc::clone(&tunnel.workers.setup.table),
             tunnel.host.routes_kept.clone(),
         );
         for prefixes in ["10.8.0.0/16,10.9.0.0/16", "10.1.0.3/32"] {
@@ -92,7 +94,7 @@ fn a_change_that_fails_changes_nothing() {
             let mut next = tunnel.peers.overlay.clone();
             add(&mut next, &peer);
             assert!(tunnel.commit_overlay(next).is_err(), "{prefixes}");
-            assert!(Arc::ptr_eq(&table, tunnel.workers.table()));
+            assert!(Arc::ptr_eq(&table, &tunnel.workers.setup.table));
             assert_eq!(tunnel.host.routes_kept, routes);
             assert_eq!(tunnel.peers.overlay.peers().count(), 1);
         }

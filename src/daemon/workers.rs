@@ -1,28 +1,35 @@
 //! The workers: their threads, the table that they forward by, what they count,
-//! and further descriptors of what they have.
+//! and their descriptors. A worker is a thread that makes an I/O engine, and runs the
+//! loop that moves packets.
 
-mod descriptors;
-mod engine_kind;
-mod threads;
-
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use socket2::SockRef;
 
-pub use self::descriptors::WorkerFds;
-use self::engine_kind::EngineKind;
-use self::threads::{Setup, Threads};
-use crate::config::{BusyPoll, Config};
+use crate::config::{BusyPoll, Config, Io};
 use crate::counters::{Counters, Snapshot};
-use crate::dataplane::WorkerCommand;
 use crate::dataplane::idle::Spin;
-use crate::dataplane::inbound::ReceivedProbe;
+use crate::dataplane::inbound::{Inbound, ReceivedProbe};
 use crate::dataplane::table::Table;
+use crate::dataplane::{self, WorkerCommand};
 use crate::error::{Error, Result};
-use crate::io::tun::Tun;
-use crate::io::udp::{self, WorkerSockets};
+use crate::io::engine::Engine;
+use crate::io::epoll::Epoll;
+use crate::io::tun::{Queue, Tun};
+use crate::io::udp::{self, Port, UdpOffloads, WorkerSockets};
+use crate::io::uring::{self, Uring};
 use crate::packet::batch::Limits;
-use crate::packet::coalesce;
+use crate::packet::coalesce::TunOffloads;
+use crate::packet::probe::Probe;
+
+/// How long workers may take to take a new table.
+const PUBLISH_WAIT_MAX: Duration = Duration::from_secs(5);
 
 /// What there is once in a namespace: the device and the sockets on the port.
 pub struct Claimed {
@@ -31,23 +38,106 @@ pub struct Claimed {
     /// The workers' sockets.
     pub sockets: Vec<WorkerSockets>,
     /// Offloads of the sockets.
-    pub udp: udp::UdpOffloads,
+    pub udp: UdpOffloads,
+}
+
+/// A worker's TUN queue and sockets. The control thread has them, too: to start the
+/// worker again, to hand it over to another process, and to send probes.
+#[derive(Clone)]
+pub struct WorkerFds {
+    /// Its TUN queue.
+    pub queue: Arc<Queue>,
+    /// Its sockets.
+    pub sockets: Arc<WorkerSockets>,
+    /// Its own port, if it has one.
+    pub own_port: Option<u16>,
+}
+
+impl WorkerFds {
+    fn new(queue: Queue, sockets: WorkerSockets) -> Self {
+        let port = |send: &socket2::Socket| Some(send.local_addr().ok()?.as_socket()?.port());
+        Self {
+            queue: Arc::new(queue),
+            own_port: sockets.send.as_ref().and_then(port),
+            sockets: Arc::new(sockets),
+        }
+    }
+
+    /// Its socket to receive from.
+    pub fn receive(&self) -> BorrowedFd<'_> {
+        self.sockets.receive.as_fd()
+    }
+
+    /// Those of a worker with a port of its own on the loopback interface, and
+    /// without a device.
+    #[cfg(test)]
+    pub fn on_loopback() -> Self {
+        let socket =
+            || std::os::fd::OwnedFd::from(std::net::UdpSocket::bind("127.0.0.1:0").unwrap());
+        let sockets = WorkerSockets {
+            receive: socket().into(),
+            send: Some(socket().into()),
+        };
+        Self::new(Queue::from(socket()), sockets)
+    }
+
+    /// Sends a probe. Whether it arrives is for the answer to tell.
+    pub fn send_probe(&self, from: Port, probe: Probe, to: SocketAddr) {
+        let socket = SockRef::from(self.sockets.sender(from));
+        let (packet, flags) = (probe.to_packet(0), libc::MSG_DONTWAIT);
+        if let Err(error) = socket.send_to_with_flags(&packet, &to.into(), flags) {
+            tracing::debug!("no probe to {to}: {error}");
+        }
+    }
+}
+
+/// What all workers have in common.
+#[derive(Clone)]
+pub struct Setup {
+    /// GSO packets that the TUN device takes.
+    pub tun: TunOffloads,
+    /// How long batches may be.
+    pub limits: Limits,
+    /// Whether they run on io_uring; else on epoll.
+    pub is_uring: bool,
+    /// How long to look for arrivals without sleeping.
+    pub spin: Spin,
+    /// Cores to pin workers to, in turn.
+    pub cores: Vec<usize>,
+    /// The table in force.
+    pub table: Arc<Table>,
+    /// Takes the probes that come.
+    pub probes: Sender<ReceivedProbe>,
+}
+
+/// A worker's thread.
+struct WorkerThread {
+    thread: JoinHandle<()>,
+    commands: Sender<WorkerCommand>,
+    /// Wakes the thread, to read a command.
+    wake: Arc<EventFd>,
 }
 
 /// See the module's documentation.
 pub struct Workers {
-    /// `None` once they have been stopped.
-    threads: Option<Threads>,
     /// What they are started with, and the table in force.
-    setup: Setup,
-    /// By worker. They outlast the threads.
-    counters: Vec<Arc<Counters>>,
-    descriptors: Arc<Vec<WorkerFds>>,
-    /// What the kernel has counted at each worker's socket.
-    socket_drops: Vec<u32>,
-    udp_offloads: udp::UdpOffloads,
+    pub setup: Setup,
+    /// By worker, as are the counters. Both outlast the threads.
+    pub descriptors: Vec<WorkerFds>,
+    /// What the workers have counted.
+    pub counters: Vec<Arc<Counters>>,
+    /// Where a worker that fails says why.
+    pub failures: Receiver<Option<Error>>,
+    /// Offloads of the sockets.
+    pub udp_offloads: UdpOffloads,
     /// Whether a flow's queue depends on the flow alone.
     pub is_steered: bool,
+    /// None while the workers are stopped.
+    threads: Vec<WorkerThread>,
+    /// Keeps workers that are ready from starting, until it is dropped.
+    gate: Option<Sender<()>>,
+    /// What the kernel has counted at each worker's socket.
+    socket_drops: Vec<u32>,
 }
 
 impl Workers {
@@ -55,7 +145,7 @@ impl Workers {
     /// probes that they receive.
     ///
     /// # Errors
-    /// When one of them is not ready to start.
+    /// When one of them cannot be started.
     pub fn new(
         config: &Config,
         claimed: Claimed,
@@ -67,21 +157,18 @@ impl Workers {
             sockets,
             udp,
         } = claimed;
-        let pairs = device.queues.iter().zip(&sockets);
-        let descriptors: Vec<_> = pairs
-            .map(|(queue, sockets)| WorkerFds::of(queue, sockets))
-            .collect::<Result<_>>()?;
-        let segments_max = match udp.segment {
-            true => Limits::FULL.segments_max,
-            false => 1,
-        };
+        let all = device.queues.into_iter().zip(sockets);
+        let descriptors: Vec<_> = all
+            .map(|(queue, sockets)| WorkerFds::new(queue, sockets))
+            .collect();
+        let mut limits = Limits::FULL;
+        if !udp.segment {
+            limits.segments_max = 1;
+        }
         let setup = Setup {
             tun: device.offloads,
-            limits: Limits {
-                segments_max,
-                ..Limits::FULL
-            },
-            engine: EngineKind::choose(config.io),
+            limits,
+            is_uring: is_uring(config.io),
             spin: match config.busy_poll {
                 BusyPoll::Off => Spin::Off,
                 BusyPoll::Auto => Spin::Auto,
@@ -91,105 +178,118 @@ impl Workers {
             table,
             probes,
         };
-        // Another process that had these sockets has told of the drops so far.
+        // Another process that had these sockets has reported the drops so far.
         let drops = |worker: &WorkerFds| udp::drops(worker.receive()).unwrap_or(0);
-        let socket_drops = descriptors.iter().map(drops).collect();
-        let counters: Vec<Arc<Counters>> = descriptors.iter().map(|_| Arc::default()).collect();
-        let threads = Threads::start(device.queues, sockets, counters.clone(), &setup)?;
-        Ok(Self {
-            threads: Some(threads),
+        let mut workers = Self {
             setup,
-            counters,
-            descriptors: Arc::new(descriptors),
-            socket_drops,
+            socket_drops: descriptors.iter().map(drops).collect(),
+            counters: descriptors.iter().map(|_| Arc::default()).collect(),
+            descriptors,
+            threads: Vec::new(),
+            gate: None,
+            failures: crossbeam_channel::never(),
             udp_offloads: udp,
             is_steered: device.steered,
-        })
+        };
+        workers.start()?;
+        Ok(workers)
+    }
+
+    /// Starts the threads, and waits until all are ready. They carry packets from
+    /// [`Self::go`] on.
+    ///
+    /// # Errors
+    /// The first error of any worker.
+    pub fn start(&mut self) -> Result<()> {
+        let (report, reports) = unbounded();
+        let (gate, open) = bounded(0);
+        (self.gate, self.failures) = (Some(gate), reports);
+        for (index, descriptors) in self.descriptors.iter().enumerate() {
+            let (sender, commands) = unbounded();
+            let wake = Arc::new(event_counter()?);
+            let worker = Worker {
+                index,
+                descriptors: descriptors.clone(),
+                counters: Arc::clone(&self.counters[index]),
+                setup: self.setup.clone(),
+                wake: Arc::clone(&wake),
+                commands,
+                gate: open.clone(),
+                report: report.clone(),
+            };
+            self.threads.push(WorkerThread {
+                thread: worker.spawn()?,
+                commands: sender,
+                wake,
+            });
+        }
+        drop(report);
+        for _ in &self.threads {
+            match self.failures.recv() {
+                Ok(None) => {}
+                Ok(Some(error)) => return Err(error),
+                Err(_) => return Err(Error::new("a worker thread ended before it was ready")),
+            }
+        }
+        Ok(())
     }
 
     /// Lets the workers start.
     pub fn go(&mut self) {
-        if let Some(threads) = &mut self.threads {
-            threads.go();
-        }
+        self.gate = None;
     }
 
     /// Ends the workers: they send what they hold.
     pub fn stop(&mut self) {
-        self.threads = None;
+        // Before the gate opens: those that have not started find it first.
+        self.tell(|| WorkerCommand::Stop);
+        self.gate = None;
+        for worker in self.threads.drain(..) {
+            if worker.thread.join().is_err() {
+                tracing::error!("a worker thread panicked");
+            }
+        }
     }
 
     /// Ends the workers for good: the device goes with their last descriptor.
     pub fn close(&mut self) {
         self.stop();
-        self.descriptors = Arc::default();
+        self.descriptors = Vec::new();
     }
 
-    /// Whether they have been stopped.
-    pub fn are_stopped(&self) -> bool {
-        self.threads.is_none()
+    /// Tells all workers that have not ended.
+    fn tell(&self, command: impl Fn() -> WorkerCommand) {
+        for worker in &self.threads {
+            let _ = worker.commands.send(command());
+            // The counter cannot overflow: a worker empties it each time.
+            let _ = worker.wake.write(1);
+        }
     }
 
-    /// Starts workers that have been stopped.
-    ///
-    /// # Errors
-    /// When one of them is not ready to start.
-    pub fn start_again(&mut self) -> Result<()> {
-        let parts = self.descriptors.iter().map(WorkerFds::for_worker);
-        let (queues, sockets) = parts.collect::<Result<Vec<_>>>()?.into_iter().unzip();
-        let counters = self.counters.clone();
-        self.threads = Some(Threads::start(queues, sockets, counters, &self.setup)?);
-        self.go();
-        Ok(())
+    /// The I/O engine's name.
+    pub fn engine(&self) -> &'static str {
+        match self.setup.is_uring {
+            true => "io_uring",
+            false => "epoll",
+        }
     }
 
-    /// Where a worker that fails says so.
-    pub fn failures(&self) -> Receiver<Error> {
-        let threads = self.threads.as_ref();
-        threads.map_or_else(crossbeam_channel::never, |threads| {
-            threads.failures().clone()
-        })
+    /// The workers' own ports.
+    pub fn own_ports(&self) -> Vec<u16> {
+        let ports = self.descriptors.iter().map(|worker| worker.own_port);
+        ports.flatten().collect()
     }
 
-    /// How many there are.
-    pub fn count(&self) -> usize {
-        self.counters.len()
-    }
-
-    /// What they run on.
-    pub fn engine(&self) -> EngineKind {
-        self.setup.engine
-    }
-
-    /// GSO packets that the TUN device takes.
-    pub fn tun_offloads(&self) -> coalesce::TunOffloads {
-        self.setup.tun
-    }
-
-    /// Offloads of the sockets.
-    pub fn udp_offloads(&self) -> udp::UdpOffloads {
-        self.udp_offloads
-    }
-
-    /// Descriptors, by worker.
-    pub fn descriptors(&self) -> &Arc<Vec<WorkerFds>> {
-        &self.descriptors
-    }
-
-    /// Each worker's own port, if it has one.
-    pub fn own_ports(&self) -> Vec<Option<u16>> {
-        self.descriptors.iter().map(WorkerFds::own_port).collect()
-    }
-
-    /// The table in force.
-    pub fn table(&self) -> &Arc<Table> {
-        &self.setup.table
-    }
-
-    /// Gives all workers a new table, and waits until they forward by it.
+    /// Gives all workers a new table, and waits until each of them forwards by it:
+    /// nothing that is sent into the tunnel after this goes by an older one.
     pub fn publish(&mut self, table: Arc<Table>) {
-        if let Some(threads) = &self.threads {
-            threads.publish(&table);
+        let (sender, in_force) = bounded(0);
+        self.tell(|| WorkerCommand::Table(Arc::clone(&table), sender.clone()));
+        drop(sender);
+        // Nothing is ever sent: it ends when the last worker has let go, or has
+        // ended itself.
+        if in_force.recv_timeout(PUBLISH_WAIT_MAX) == Err(RecvTimeoutError::Timeout) {
+            tracing::error!("a worker does not take the new table: is it stuck?");
         }
         // The old one is freed here: the workers have let go of it.
         self.setup.table = table;
@@ -197,22 +297,13 @@ impl Workers {
 
     /// Has GSO batches of full size tried again on all paths.
     pub fn reset_limits(&self) {
-        if let Some(threads) = &self.threads {
-            threads.tell(|| WorkerCommand::ResetLimits);
-        }
-    }
-
-    /// The counters, by worker.
-    pub fn counters(&self) -> &[Arc<Counters>] {
-        &self.counters
+        self.tell(|| WorkerCommand::ResetLimits);
     }
 
     /// What each worker has counted.
     pub fn snapshots(&self) -> Vec<Snapshot> {
-        self.counters
-            .iter()
-            .map(|worker| worker.snapshot())
-            .collect()
+        let counters = self.counters.iter();
+        counters.map(|worker| worker.snapshot()).collect()
     }
 
     /// Adds to the counters what the kernel has dropped at the sockets since the
@@ -228,3 +319,101 @@ impl Workers {
         }
     }
 }
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// What a worker's thread takes with it.
+struct Worker {
+    index: usize,
+    descriptors: WorkerFds,
+    counters: Arc<Counters>,
+    setup: Setup,
+    wake: Arc<EventFd>,
+    commands: Receiver<WorkerCommand>,
+    /// Opens by being closed: nothing is ever sent.
+    gate: Receiver<()>,
+    /// Takes `None` when the worker is ready, and the error that ends it.
+    report: Sender<Option<Error>>,
+}
+
+impl Worker {
+    fn spawn(self) -> Result<JoinHandle<()>> {
+        let thread = std::thread::Builder::new().name(format!("fastvpn-{}", self.index));
+        thread.spawn(move || self.work()).map_err(|error| {
+            Error::os("cannot start a worker thread", error)
+                .hint("raise the limit on processes (ulimit -u), or ask for fewer --queues")
+        })
+    }
+
+    fn work(self) {
+        let cores = &self.setup.cores;
+        if let Some(&id) = cores.get(self.index % cores.len().max(1))
+            && !core_affinity::set_for_current(core_affinity::CoreId { id })
+        {
+            tracing::warn!("cannot pin worker {} to core {id}", self.index);
+        }
+        let WorkerFds { queue, sockets, .. } = self.descriptors.clone();
+        let (limits, wake) = (self.setup.limits, Arc::clone(&self.wake));
+        let (counters, report) = (Arc::clone(&self.counters), self.report.clone());
+        let result = match self.setup.is_uring {
+            true => Uring::new(queue, sockets, wake, limits, counters)
+                .and_then(|engine| self.run(engine)),
+            false => Epoll::new(queue, sockets, wake, limits, counters)
+                .and_then(|engine| self.run(engine)),
+        };
+        if let Err(error) = result {
+            let _ = report.send(Some(error));
+        }
+    }
+
+    /// The engine is ready: runs the loop, once the gate is open.
+    fn run(self, mut engine: impl Engine) -> Result<()> {
+        let _ = self.report.send(None);
+        let _ = self.gate.recv();
+        // The table is the loop's, which frees it when it gets another one.
+        let Setup {
+            tun,
+            spin,
+            table,
+            probes,
+            ..
+        } = self.setup;
+        dataplane::run(
+            self.index,
+            &mut engine,
+            &self.commands,
+            table,
+            Inbound::new(tun, self.index, probes),
+            spin,
+            &self.counters,
+        )
+    }
+}
+
+/// Whether the workers use io_uring. Left to choose, they do where the kernel has
+/// it and allows it; where not, one warning says why.
+fn is_uring(io: Io) -> bool {
+    let warn =
+        |error: &Error| tracing::warn!("io_uring is not available here, using epoll: {error}");
+    match io {
+        Io::Uring => true,
+        Io::Epoll => false,
+        Io::Auto => uring::probe(1).inspect_err(warn).is_ok(),
+    }
+}
+
+fn event_counter() -> Result<EventFd> {
+    let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+    EventFd::from_value_and_flags(0, flags).map_err(|errno| {
+        Error::os("cannot create an event counter", errno.into())
+            .hint("raise the limit on open files (ulimit -n), or ask for fewer --queues")
+    })
+}
+
+#[cfg(test)]
+#[path = "workers_tests.rs"]
+mod tests;

@@ -48,53 +48,6 @@ pub fn bring_up(
     netlink.set_up(index)
 }
 
-/// Those of the `new` addresses that a new process can give the device while its
-/// old process still carries the tunnel: that takes none away. The others come with
-/// [`bring_up`].
-///
-/// # Errors
-/// When the kernel refuses.
-pub(crate) fn addresses_to_add(
-    netlink: &mut Netlink,
-    index: u32,
-    new: &[IpNet],
-) -> Result<Vec<IpNet>> {
-    let present = netlink.addresses()?;
-    let link = netlink.link_by_index(index)?;
-    let takes_v6 = link.is_some_and(|link| link.mtu >= IPV6_MTU_BYTES_MIN);
-    let can_be_added = |address: &&IpNet| match address {
-        IpNet::V4(_) => !present.contains(&(index, **address)),
-        // An IPv6 address is there once, whatever the length of its prefix
-        // (`ipv6_add_addr` in net/ipv6/addrconf.c).
-        IpNet::V6(_) => {
-            let is_it =
-                |(owner, net): &(u32, IpNet)| *owner == index && net.addr() == address.addr();
-            takes_v6 && !present.iter().any(is_it)
-        }
-    };
-    Ok(new.iter().filter(can_be_added).copied().collect())
-}
-
-/// Gives the device these addresses, which it does not have.
-///
-/// # Errors
-/// Names the address that the kernel refused. The device is then as it was.
-pub(crate) fn add_addresses(netlink: &mut Netlink, index: u32, addresses: &[IpNet]) -> Result<()> {
-    let mut added = addresses.iter();
-    let result = added.try_for_each(|&address| netlink.add_address(index, address));
-    if result.is_err() {
-        remove_addresses(netlink, index, addresses);
-    }
-    result
-}
-
-/// Takes back what [`add_addresses`] gave, as far as it is still there.
-pub(crate) fn remove_addresses(netlink: &mut Netlink, index: u32, added: &[IpNet]) {
-    if let Err(error) = remove_present(netlink, index, added) {
-        tracing::warn!("{error}");
-    }
-}
-
 /// Replaces the `old` addresses of a device, as far as it still has them, by the
 /// `new` ones.
 ///

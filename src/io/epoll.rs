@@ -66,8 +66,8 @@ impl Epoll {
     /// # Errors
     /// When there is no descriptor left.
     pub fn new(
-        queue: Queue,
-        sockets: WorkerSockets,
+        queue: Arc<Queue>,
+        sockets: Arc<WorkerSockets>,
         wake: Arc<EventFd>,
         limits: Limits,
         counters: Arc<Counters>,

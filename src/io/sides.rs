@@ -44,8 +44,8 @@ pub const FAILURE_PAUSE: Duration = Duration::from_millis(1);
 
 /// See the module's documentation.
 pub struct Sides {
-    pub queue: Queue,
-    pub sockets: WorkerSockets,
+    pub queue: Arc<Queue>,
+    pub sockets: Arc<WorkerSockets>,
     pub counters: Arc<Counters>,
     pub wake: Arc<EventFd>,
     wake_pending: bool,
@@ -74,8 +74,8 @@ pub struct Sides {
 
 impl Sides {
     pub fn new(
-        queue: Queue,
-        sockets: WorkerSockets,
+        queue: Arc<Queue>,
+        sockets: Arc<WorkerSockets>,
         wake: Arc<EventFd>,
         limits: Limits,
         counters: Arc<Counters>,

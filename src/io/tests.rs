@@ -78,7 +78,7 @@ fn uring_parts(parts: Parts) -> Uring {
         wake,
         counters,
     } = parts;
-    Uring::new(queue, sockets, wake, Limits::FULL, counters).unwrap()
+    Uring::new(queue.into(), sockets.into(), wake, Limits::FULL, counters).unwrap()
 }
 
 fn epoll_parts(parts: Parts) -> Epoll {
@@ -88,7 +88,7 @@ fn epoll_parts(parts: Parts) -> Epoll {
         wake,
         counters,
     } = parts;
-    Epoll::new(queue, sockets, wake, Limits::FULL, counters).unwrap()
+    Epoll::new(queue.into(), sockets.into(), wake, Limits::FULL, counters).unwrap()
 }
 
 /// An engine and what is at the other ends of its descriptors.

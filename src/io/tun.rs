@@ -195,6 +195,10 @@ fn create_error(name: &str, error: io::Error) -> Error {
         Some(libc::EACCES) => {
             Error::os("cannot open /dev/net/tun", error).hint("run as root or grant CAP_NET_ADMIN")
         }
+        Some(libc::ENOTTY) => {
+            Error::new("/dev/net/tun is not the TUN device, which is character device 10:200")
+                .hint("remove what is there, and make it with `mknod /dev/net/tun c 10 200`")
+        }
         Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
             Error::os("cannot open /dev/net/tun", error)
                 .hint("load the kernel module tun, or pass the device into the container")

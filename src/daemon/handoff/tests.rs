@@ -1,29 +1,25 @@
 //! Both sides, over a socket pair.
 
+use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, UdpSocket};
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
-use std::path::Path;
-use std::sync::Arc;
-use std::time::Duration;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 use socket2::{Domain, SockAddr, Socket, Type};
 
-use super::manifest::{Manifest, RuntimePeer};
-use super::new::{Inherited, OldProcess, ask_within, receive_or_outlive};
-use super::old::{Handoff, NewProcess, keep, serve};
+use super::new::{Inherited, OldProcess, ask, has_other_file};
 use super::*;
+use crate::config::Config;
 use crate::control::codec::Lines;
-use crate::control::protocol::Answer;
-use crate::control::server::{Call, Server};
-use crate::error::{Error, Result};
-
-/// Where nobody serves a control socket.
-const NOBODY: &str = "/nowhere/test.sock";
+use crate::daemon::manifest::KnownPeer;
+use crate::error::Result;
 
 const LINE_BYTES_MAX: usize = 1 << 20;
+
+const PATIENCE: Duration = Duration::from_secs(30);
 
 fn manifest(workers: usize) -> Manifest {
     Manifest {
@@ -31,16 +27,17 @@ fn manifest(workers: usize) -> Manifest {
         pid: 4711,
         version: "0.1.0".into(),
         tun: "fastvpn0".into(),
+        tun_index: Some(7),
         own_ports: (0..workers).map(|worker| worker % 2 == 1).collect(),
         listen: "0.0.0.0:8285".parse().unwrap(),
         tun_offloads: [true, false],
         udp_offloads: [false, true],
-        tun_wanted: [true, true],
-        udp_wanted: [false, true],
         is_steered: true,
         addresses: vec!["10.244.0.1/16".parse().unwrap()],
-        runtime_peers: vec![RuntimePeer {
+        peers: vec![KnownPeer {
             peer: "10.0.0.9:8285".into(),
+            endpoint: "10.0.0.9:8286".parse().ok(),
+            is_suspended: false,
             is_added: true,
             is_default: false,
             prefixes: vec!["10.9.0.0/16".parse().unwrap()],
@@ -68,14 +65,10 @@ fn descriptors_change_hands() {
         assert_eq!(heard(&ours), request);
         let count = WORKERS / 2 * 5 + 1;
         let descriptors: Vec<_> = std::iter::repeat_n(socket.as_fd(), count).collect();
-        let mut new = serve(ours, &manifest(WORKERS), &descriptors, || {}).unwrap();
-        new.let_go(PATIENCE).unwrap();
-        new.end(true);
-        new.adds
+        let new = serve(ours, &manifest(WORKERS), &descriptors).unwrap();
+        new.let_go().unwrap();
     });
-    let mut inherited = receive_or_outlive(theirs, NOBODY.as_ref())
-        .unwrap()
-        .unwrap();
+    let mut inherited = receive(theirs).unwrap();
     assert_eq!(inherited.manifest, manifest(WORKERS));
     let claimed = inherited.claimed;
     assert!(claimed.device.offloads.tcp && !claimed.device.offloads.udp);
@@ -88,24 +81,15 @@ fn descriptors_change_hands() {
     for (index, sockets) in claimed.sockets.iter().enumerate() {
         assert_eq!(sockets.send.is_some(), index % 2 == 1);
     }
-    let adds = vec!["10.250.0.9/24".parse().unwrap()];
-    inherited.old.stop(&adds).unwrap();
-    inherited.old.taken().unwrap();
-    assert!(inherited.old.last_word());
-    assert_eq!(old.join().unwrap(), adds);
+    inherited.old.stop().unwrap();
+    old.join().unwrap();
 }
 
 /// Both sides, as they are when the manifest has been sent.
 fn both() -> (NewProcess, OldProcess) {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let new = NewProcess {
-        lines: Lines::new(ours, LINE_BYTES_MAX),
-        adds: Vec::new(),
-    };
-    let old = OldProcess {
-        lines: Lines::new(theirs, LINE_BYTES_MAX),
-    };
-    (new, old)
+    let lines = |stream| Lines::new(stream, LINE_BYTES_MAX);
+    (NewProcess(lines(ours)), OldProcess(lines(theirs)))
 }
 
 /// Whatever the old process has said before it dies: the new one, which has
@@ -119,73 +103,73 @@ fn an_old_process_that_dies_is_outlived() {
         (GO, true),
         ("{\"go\":", true),
         (KEPT, false),
-        (&[GO, KEPT].concat(), false),
         ("nonsense\n", false),
     ] {
-        let (new, mut old) = both();
-        let taking = std::thread::spawn(move || old.stop(&[]).and_then(|()| old.taken()));
-        let mut stream = new.lines.stream();
-        assert_eq!(heard(stream), json!({"adds": []}));
-        stream.shutdown(Shutdown::Read).unwrap();
-        stream.write_all(said.as_bytes()).unwrap();
-        drop(new);
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        let mut old = OldProcess(Lines::new(theirs, LINE_BYTES_MAX));
+        let taking = std::thread::spawn(move || old.stop());
+        assert_eq!(heard(&ours), json!({"ready": true}));
+        ours.write_all(said.as_bytes()).unwrap();
+        drop(ours);
         let result = taking.join().unwrap();
         assert_eq!(result.is_ok(), carries_on, "{said:?}: {result:?}");
     }
 }
 
-/// Either the old process hears that the new one starts, or the new one hears that
-/// it must not.
+/// Also one that has said so before the new process was ready.
 #[test]
-fn a_late_new_process_does_not_start() {
-    let (mut new, mut old) = both();
-    let (wake, woken) = std::sync::mpsc::channel::<()>();
-    let taking = std::thread::spawn(move || {
-        old.stop(&[]).unwrap();
-        woken.recv().unwrap_err();
-        old.taken()
-    });
-    heard(new.lines.stream());
-    let late = new.let_go(Duration::from_millis(20));
-    let error = late.unwrap_err().to_string();
-    assert!(error.contains("does not answer"), "{error}");
-    keep(&mut new.lines, &Error::new("it keeps the tunnel"));
+fn a_new_process_that_is_dropped_is_told_so() {
+    let (new, mut old) = both();
     drop(new);
-    drop(wake);
-    let kept = taking.join().unwrap().unwrap_err().to_string();
-    assert!(kept.contains("keeps the tunnel"), "{kept}");
-    // One that is gone is not waited for, one that has just said so counts.
-    let (mut new, old) = both();
-    drop(old);
-    assert!(new.let_go(PATIENCE).is_err());
-    let (mut new, mut old) = both();
-    old.taken().unwrap();
-    drop(old);
-    new.let_go(PATIENCE).unwrap();
+    let text = old.stop().unwrap_err().to_string();
+    assert!(text.contains("keeps the tunnel"), "{text}");
 }
 
-/// The connection of an old process that has just ended, or has died, says nothing.
+/// Whether it has died or does not listen any more.
 #[test]
-fn no_reload_is_due_without_a_word() {
-    for (said, is_due) in [("", false), ("false", false), ("true", true)] {
-        let (new, old) = both();
-        if !said.is_empty() {
-            let mut stream = new.lines.stream();
-            writeln!(stream, "{{\"reload_due\":{said}}}").unwrap();
-        }
-        drop(new);
-        assert_eq!(old.last_word(), is_due);
-    }
+fn a_new_process_that_has_gone_does_not_get_the_tunnel() {
+    let (new, old) = both();
+    drop(old);
+    let text = new.let_go().unwrap_err().to_string();
+    assert!(text.contains("closed the connection"), "{text}");
+    let (new, old) = both();
+    old.0.stream().shutdown(Shutdown::Read).unwrap();
+    assert!(new.let_go().is_err());
 }
 
-/// Has the old process send a part of its manifest and close the connection.
-fn break_off(part: &str, path: &Path) -> Result<Option<Inherited>> {
-    let (mut ours, theirs) = UnixStream::pair().unwrap();
+/// Its connection stays open for as long as it runs.
+#[test]
+fn the_end_of_the_old_process_is_waited_for() {
+    let (new, mut old) = both();
+    new.let_go().unwrap();
+    old.stop().unwrap();
+    assert!(old.0.receive(Instant::now()).is_err());
+    let (new, old) = both();
+    drop(new);
+    old.wait_for_end();
+}
+
+/// Has an old process send a part of its manifest and close the connection. It dies
+/// then, or does so each time that it is asked.
+fn break_off(part: &str, dies: bool) -> Result<Option<Inherited>> {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("test.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    listener.set_nonblocking(true).unwrap();
     std::thread::scope(|scope| {
-        let new = scope.spawn(|| receive_or_outlive(theirs, path));
-        heard(&ours);
-        ours.write_all(part.as_bytes()).unwrap();
-        drop(ours);
+        let new = scope.spawn(|| ask(&path, PATIENCE));
+        let mut listener = Some(listener);
+        while !new.is_finished() {
+            std::thread::sleep(Duration::from_millis(1));
+            let Some((mut stream, _)) = listener.as_ref().and_then(|one| one.accept().ok()) else {
+                continue;
+            };
+            heard(&stream);
+            stream.write_all(part.as_bytes()).unwrap();
+            if dies {
+                listener = None;
+            }
+        }
         new.join().unwrap()
     })
 }
@@ -194,42 +178,25 @@ fn break_off(part: &str, path: &Path) -> Result<Option<Inherited>> {
 /// starts as if there had been nobody. But one that lives has given the new one up.
 #[test]
 fn an_old_process_that_dies_early_was_never_there() {
-    let place = tempfile::tempdir().unwrap();
-    let path = place.path().join("test.sock");
     let line = serde_json::to_string(&manifest(2)).unwrap();
-    let parts = ["", " ", &line[..9], &line];
-    for part in parts {
-        let inherited = break_off(part, &path);
-        assert!(inherited.unwrap().is_none(), "{part:?}");
+    for part in ["", " ", &line[..9], &line] {
+        assert!(break_off(part, true).unwrap().is_none(), "{part:?}");
     }
-    let server = Server::start(&path).unwrap();
-    let (calls, count) = (server.calls.clone(), parts.len());
-    let old = std::thread::spawn(move || {
-        for call in calls.iter().take(count) {
-            let Call::Request(_, reply) = call else {
-                panic!("{call:?}");
-            };
-            reply.send(Ok(Answer::Status(Box::default())));
-        }
-    });
-    for part in parts {
-        let text = break_off(part, &path).err().unwrap().to_string();
-        assert!(text.contains("does not hand over"), "{text}");
-    }
-    old.join().unwrap();
+    let text = break_off(&line, false).err().unwrap().to_string();
+    assert!(text.contains("does not hand over"), "{text}");
 }
 
 /// Its refusal comes after the manifest, or not at all.
 #[test]
-fn an_old_process_that_gives_up_says_nothing_in_the_midst_of_the_manifest() {
+fn an_old_process_that_gives_up_says_nothing_in_the_middle_of_the_manifest() {
     for prefix_count in [1, 100_000] {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let mut manifest = manifest(2);
         // Longer than the socket's buffer, or not.
-        let prefix = manifest.runtime_peers[0].prefixes[0];
-        manifest.runtime_peers[0].prefixes = vec![prefix; prefix_count];
+        let prefix = manifest.peers[0].prefixes[0];
+        manifest.peers[0].prefixes = vec![prefix; prefix_count];
         let mut handoff = Handoff::new(Lines::new(ours, LINE_BYTES_MAX));
-        handoff.start(manifest, Arc::default(), None).unwrap();
+        handoff.start(manifest, Vec::new(), None).unwrap();
         let is_short = prefix_count == 1;
         match is_short {
             true => assert_eq!(heard(&theirs)["ok"], true),
@@ -258,25 +225,22 @@ fn a_second_new_process_is_told_to_come_again() {
 }
 
 #[test]
-fn who_fails_changes_nothing() {
+fn a_process_that_fails_changes_nothing() {
     // A new process that goes away when it has seen the manifest.
     let (ours, theirs) = UnixStream::pair().unwrap();
     drop(theirs);
-    assert!(serve(ours, &manifest(1), &[], || {}).is_err());
+    assert!(serve(ours, &manifest(1), &[]).is_err());
     // An old one that talks nonsense, refuses, or has no descriptors.
     let whole = serde_json::to_string(&manifest(1)).unwrap();
     let kept = "{\"ok\":false,\"error\":\"busy\"}";
     for (answer, says) in [
         ("nonsense", "expected"),
         (kept, "busy"),
-        (&whole, "does not hand over"),
+        (&whole, "invalid data"),
     ] {
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         writeln!(ours, "{answer}").unwrap();
-        let text = receive_or_outlive(theirs, NOBODY.as_ref())
-            .err()
-            .unwrap()
-            .to_string();
+        let text = receive(theirs).err().unwrap().to_string();
         assert!(text.contains(says), "{text}");
     }
 }
@@ -290,7 +254,27 @@ fn one_that_lets_nobody_in_does_not_answer() {
     socket.bind(&SockAddr::unix(&path).unwrap()).unwrap();
     socket.listen(0).unwrap();
     let _first = UnixStream::connect(&path).unwrap();
-    let text = ask_within(&path, Duration::from_millis(20)).err().unwrap();
+    let text = ask(&path, Duration::from_millis(20)).err().unwrap();
     let text = text.to_string();
     assert!(text.contains("it does not answer"), "{text}");
+}
+
+/// A reload without need would undo what operators have moved from peer to peer.
+#[test]
+fn a_configuration_file_is_read_again_only_if_it_has_changed() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("fastvpn.toml");
+    let write = |text: &str| std::fs::write(&path, text).unwrap();
+    let config = |words: &[&OsStr]| Config::from_words(words.iter().copied()).unwrap();
+    write("hop = true\nwithout = [\"uso\"]\n");
+    let mut with_file = config(&["--config".as_ref(), path.as_ref(), "--queues=2".as_ref()]);
+    // As with the offloads of a tunnel that was taken over.
+    with_file.without.clear();
+    assert!(!has_other_file(&with_file));
+    write("hop = false\nwithout = [\"uso\"]\n");
+    assert!(has_other_file(&with_file));
+    write("hop = \n");
+    assert!(has_other_file(&with_file));
+    let without_file = config(&["--peer=10.0.0.1".as_ref()]);
+    assert!(!has_other_file(&without_file));
 }

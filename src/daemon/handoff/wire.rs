@@ -1,9 +1,8 @@
-//! What the two processes say to each other: lines of JSON.
+//! The messages between the two processes: lines of JSON.
 
 use std::io;
 use std::time::Instant;
 
-use ipnet::IpNet;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -13,32 +12,18 @@ use crate::error::Error;
 /// The new process has everything ready.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ready {
-    /// The addresses that it is going to give the device, which does not have them.
-    pub adds: Vec<IpNet>,
+    /// Always true.
+    pub ready: bool,
 }
 
-/// The old process has stopped.
+/// The old process has stopped: the tunnel is the new one's.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Go {
     /// Always true.
     pub go: bool,
 }
 
-/// The new process carries the tunnel.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Taken {
-    /// Always true.
-    pub taken: bool,
-}
-
-/// The old process ends.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Ended {
-    /// Whether it was asked meanwhile to read the configuration file again.
-    pub reload_due: bool,
-}
-
-/// In place of all that the old process says: it keeps the tunnel.
+/// Instead of any other answer: the old process keeps the tunnel.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Kept {
     /// Always false, as in all refusals on the control socket.
@@ -47,16 +32,7 @@ pub struct Kept {
     pub error: String,
 }
 
-impl Kept {
-    pub(super) fn because(error: &Error) -> Self {
-        Self {
-            ok: false,
-            error: error.to_string(),
-        }
-    }
-}
-
-pub(super) fn say(
+pub(super) fn send(
     lines: &mut Lines,
     message: &impl Serialize,
     deadline: Instant,
@@ -64,11 +40,19 @@ pub(super) fn say(
     lines.send(serde_json::to_vec(message)?, deadline)
 }
 
+/// Tells the new process that this one keeps the tunnel.
+pub(super) fn keep(lines: &mut Lines, reason: &Error) {
+    let (ok, error) = (false, reason.to_string());
+    // It fits a fresh connection's buffer.
+    let _ = send(lines, &Kept { ok, error }, Instant::now());
+}
+
 /// The other side's next message.
 ///
 /// # Errors
-/// `UnexpectedEof` if it has ended without a word; what it says if it keeps the tunnel.
-pub(super) fn hear<T: DeserializeOwned>(lines: &mut Lines, deadline: Instant) -> io::Result<T> {
+/// `UnexpectedEof` if the other side has closed the connection; the reason if it keeps
+/// the tunnel.
+pub(super) fn receive<T: DeserializeOwned>(lines: &mut Lines, deadline: Instant) -> io::Result<T> {
     let line = lines.receive(deadline)?;
     let line = line.ok_or(io::ErrorKind::UnexpectedEof)?;
     serde_json::from_slice(&line).map_err(|error| match serde_json::from_slice(&line) {
@@ -77,13 +61,14 @@ pub(super) fn hear<T: DeserializeOwned>(lines: &mut Lines, deadline: Instant) ->
     })
 }
 
-/// What became of the other side.
-pub(super) fn in_words(error: io::Error) -> io::Error {
-    match error.kind() {
+/// `what` failed because of the other side.
+pub(super) fn failure(what: &str, error: io::Error) -> Error {
+    let error = match error.kind() {
         _ if is_end(&error) => io::Error::other("it has closed the connection"),
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
             io::Error::other("it does not answer")
         }
         _ => error,
-    }
+    };
+    Error::os(what, error)
 }

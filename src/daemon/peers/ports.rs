@@ -93,7 +93,7 @@ impl PeerPorts {
         };
         let workers = workers.iter().zip(peer.traffic.iter());
         for ((worker, traffic), proof) in workers.zip(&mut self.proofs) {
-            let Some(port) = worker.own_port() else {
+            let Some(port) = worker.own_port else {
                 continue;
             };
             let is_proven = traffic.is_own_port_proven();
@@ -153,7 +153,7 @@ impl PeerPorts {
         let Some(worker) = proofs.position(|proof| proof.is_answer(nonce)) else {
             return;
         };
-        let own_port = workers.get(worker).and_then(WorkerFds::own_port);
+        let own_port = workers.get(worker).and_then(|worker| worker.own_port);
         let is_proven = own_port == Some(seen_port);
         peer.traffic[worker].set_own_port_proven(is_proven);
         if !is_proven {

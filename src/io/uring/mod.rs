@@ -109,8 +109,8 @@ impl Uring {
     /// # Errors
     /// When io_uring is missing, too old or forbidden.
     pub fn new(
-        queue: Queue,
-        sockets: WorkerSockets,
+        queue: Arc<Queue>,
+        sockets: Arc<WorkerSockets>,
         wake: Arc<EventFd>,
         limits: Limits,
         counters: Arc<Counters>,

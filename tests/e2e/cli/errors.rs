@@ -378,6 +378,19 @@ fn without_privilege() -> Result<()> {
 }
 
 #[testbed::trial]
+fn a_tun_device_that_is_a_file() -> Result<()> {
+    let hosts = hosts(1500)?;
+    let misled = prepared(GOOD, || {
+        hide_devices()?;
+        // SAFETY: system calls with constant strings that outlive them.
+        let file = unsafe { libc::creat(c"/dev/net/tun".as_ptr(), 0o600) };
+        done(if file < 0 { -1 } else { 0 })
+    });
+    let parts = ["/dev/net/tun is not the TUN device", "mknod", "10 200"];
+    one_line(&hosts.a, misled, &parts)
+}
+
+#[testbed::trial]
 fn without_the_tun_device() -> Result<()> {
     let hosts = hosts(1500)?;
     let parts = ["/dev/net/tun", "no such file", "module tun"];

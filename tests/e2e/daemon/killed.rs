@@ -2,6 +2,7 @@
 //! other: a relay between them, which passes on bytes and descriptors, knows when.
 
 use std::io::{IoSlice, IoSliceMut, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
@@ -12,10 +13,10 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, s
 use socket2::SockRef;
 
 use crate::daemon::takeover::{Stage, appearance};
-use crate::host::routes::own_routes;
+use crate::host::routes::{net, own_routes};
 use crate::operator::connect;
 use crate::packets::TUNNEL_NAME;
-use crate::site::{inside, wait_for_each_other};
+use crate::site::{inside, peer, wait_for_each_other};
 use crate::support::{PATIENCE, Tunnel, check, fail, link, stop, tried, wait_until};
 use crate::tools::Stream;
 
@@ -28,18 +29,14 @@ enum Step {
     Manifest,
     Ready,
     Go,
-    Taken,
-    Ended,
 }
 
-const STEPS: [Step; 7] = [
+const STEPS: [Step; 5] = [
     Step::Request,
     Step::Descriptors,
     Step::Manifest,
     Step::Ready,
     Step::Go,
-    Step::Taken,
-    Step::Ended,
 ];
 
 /// Descriptors of two workers, and of the control socket.
@@ -47,7 +44,7 @@ const DESCRIPTORS_MAX: usize = 7;
 
 impl Step {
     fn is_old_ones(self) -> bool {
-        !matches!(self, Self::Request | Self::Ready | Self::Taken)
+        !matches!(self, Self::Request | Self::Ready)
     }
 }
 
@@ -120,32 +117,26 @@ struct Relay {
 
 impl Relay {
     /// Starts a process that is to take over, and gets between the two.
-    fn start(stage: &Stage) -> Result<(Tunnel, Self)> {
+    fn start(stage: &Stage, flags: &[&str]) -> Result<(Tunnel, Self)> {
         let (path, aside) = (stage.operator.socket(), stage.operator.path("aside.sock"));
         tried("put the socket aside", std::fs::rename(&path, &aside))?;
         let listener = tried("listen", UnixListener::bind(&path))?;
         let timeout = SockRef::from(&listener).set_read_timeout(Some(PATIENCE));
         tried("set a timeout", timeout)?;
-        let process = stage.start(&["--takeover"])?;
-        loop {
-            let (new, _) = tried("wait for the new process", listener.accept())?;
-            tried("set a timeout", new.set_read_timeout(Some(PATIENCE)))?;
-            let request = Message::receive(&new, Step::Request)?;
-            let old = connect(&aside)?;
-            if String::from_utf8_lossy(&request.bytes).contains("takeover") {
-                // Whoever comes now finds the real one, as without a relay.
-                drop(listener);
-                tried("put the socket back", std::fs::rename(&aside, &path))?;
-                return Ok((process, Self { old, new, request }));
-            }
-            // It asks for the peers first, and does not wait long for the answer.
-            request.send(&old)?;
-            let _ = Message::receive(&old, Step::Manifest)?.send(&new);
-        }
+        let process = stage.start(&[&["--takeover"], flags].concat())?;
+        let (new, _) = tried("wait for the new process", listener.accept())?;
+        tried("set a timeout", new.set_read_timeout(Some(PATIENCE)))?;
+        let request = Message::receive(&new, Step::Request)?;
+        let old = connect(&aside)?;
+        // Whoever comes now finds the real one, as without a relay.
+        drop(listener);
+        tried("put the socket back", std::fs::rename(&aside, &path))?;
+        Ok((process, Self { old, new, request }))
     }
 
-    /// Passes everything on until `last` is said: that too, or it is lost.
-    fn pass_until(mut self, last: Step, passes_last: bool) -> Result<Self> {
+    /// Passes everything on until `last` is said: that too, or it is lost. After that
+    /// the old process cannot say anything more if it `is_alone`.
+    fn pass_until(mut self, last: Step, passes_last: bool, is_alone: bool) -> Result<Self> {
         for step in STEPS {
             let (from, to) = match step.is_old_ones() {
                 true => (&self.old, &self.new),
@@ -161,6 +152,9 @@ impl Relay {
                 ),
                 _ => Message::receive(from, step)?,
             };
+            if step == last && is_alone && !step.is_old_ones() {
+                tried("close one side", self.old.shutdown(Shutdown::Read))?;
+            }
             if step != last || passes_last {
                 message.send(to)?;
             }
@@ -181,8 +175,8 @@ fn kill_one(
     passes_last: bool,
 ) -> Result<Tunnel> {
     let (device, ..) = appearance(&stage.near().host)?;
-    let (new, relay) = Relay::start(stage)?;
-    let relay = relay.pass_until(last, passes_last)?;
+    let (new, relay) = Relay::start(stage, &[])?;
+    let relay = relay.pass_until(last, passes_last, victim == Victim::New)?;
     let (mut killed, mut survivor) = match victim {
         Victim::Old => (old, new),
         Victim::New => (new, old),
@@ -219,12 +213,11 @@ fn kill_at_every_step(rounds: usize) -> Result<()> {
     for round in 0..rounds {
         for (number, last) in STEPS.into_iter().enumerate() {
             for victim in [Victim::Old, Victim::New] {
-                // Who has been heard to say that it has the tunnel has it alone.
-                let is_over = victim == Victim::New && last >= Step::Taken;
-                if is_over && last > Step::Taken {
+                // From there on the new process has the tunnel alone.
+                if victim == Victim::New && last == Step::Go {
                     continue;
                 }
-                let passes_last = (number + round) % 2 == 1 && !is_over;
+                let passes_last = (number + round) % 2 == 1;
                 let case = format!("{victim:?}, {last:?}, passed on: {passes_last}");
                 let mut goes_on = |near| -> Result<Tunnel> {
                     let near = kill_one(&stage, near, victim, last, passes_last)?;
@@ -267,6 +260,38 @@ fn either_side_killed_at_any_step() -> Result<()> {
 #[testbed::trial(each_engine, long)]
 fn either_side_killed_twelve_times_at_any_step() -> Result<()> {
     kill_at_every_step(12)
+}
+
+/// The signal comes when the old process has said its last word, and may have ended.
+#[testbed::trial]
+fn a_reload_that_only_the_old_process_hears_of_is_not_lost() -> Result<()> {
+    let stage = Stage::new()?;
+    let write = |route: &str| {
+        let text = format!("route = [\"{route}\"]\n");
+        stage.operator.write("fastvpn.toml", &text)
+    };
+    let file = write("10.1.0.0/16")?;
+    let flags = ["--config", &file];
+    let far = stage.far().start(&[peer(1)], &["--queues", "2"])?;
+    let mut near = stage.start(&flags)?;
+    stage.operator.wait()?;
+    for (route, is_passed) in [("10.2.0.0/16", false), ("10.3.0.0/16", true)] {
+        let (new, relay) = Relay::start(&stage, &flags)?;
+        let relay = relay.pass_until(Step::Go, is_passed, false)?;
+        write(route)?;
+        near.child().signal(Signal::SIGHUP);
+        near.wait()?;
+        // The new process sees the end of the old one.
+        drop(relay);
+        near = new;
+        let route = net(route)?;
+        wait_until("the file is read again", || {
+            Ok(own_routes(&stage.near().host)?.contains(&route))
+        })?;
+        near.wait_for_line("by the takeover")?;
+    }
+    stop(near)?;
+    stop(far).map(drop)
 }
 
 /// Again and again, while both directions carry as much as they can.

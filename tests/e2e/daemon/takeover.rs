@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};
+use std::net::Shutdown;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -271,9 +272,8 @@ fn taken_over_without_a_loss() -> Result<()> {
     stop(far).map(drop)
 }
 
-/// Whoever fails to take over leaves the tunnel with him who has it.
 #[testbed::trial(each_engine)]
-fn successors_that_fail() -> Result<()> {
+fn a_new_process_that_fails_leaves_the_old_one_running() -> Result<()> {
     let stage = Stage::new()?;
     let (near, far) = stage.play()?;
     let (pid, before) = (stage.pid()?, appearance(&stage.near().host)?);
@@ -323,7 +323,7 @@ fn successors_that_fail() -> Result<()> {
     })?;
     as_before("another version")?;
     // One that dies before anything is settled, and when it has said that it is ready.
-    for steps in [&b""[..], b"{\"adds\":[]}\n"] {
+    for steps in [&b""[..], b"{\"ready\":true}\n"] {
         let mut client = stage.operator.connect()?;
         tried(
             "ask",
@@ -333,11 +333,9 @@ fn successors_that_fail() -> Result<()> {
         let mut manifest = String::new();
         tried("read the manifest", reader.read_line(&mut manifest))?;
         check(manifest.contains("\"ok\":true"), || manifest.clone())?;
+        // What the old process says then finds nobody.
+        tried("close one side", client.shutdown(Shutdown::Read))?;
         tried("answer", client.write_all(steps))?;
-        if !steps.is_empty() {
-            // The old process has stopped.
-            tried("read", reader.read_line(&mut manifest).map(drop))?;
-        }
         drop((client, reader));
         as_before("a new process that died")?;
     }
@@ -349,7 +347,7 @@ fn successors_that_fail() -> Result<()> {
 /// One that asks and then says nothing is given up; what operators want to change
 /// is refused so long, and traffic flows.
 #[testbed::trial]
-fn a_silent_successor() -> Result<()> {
+fn a_silent_new_process_is_given_up() -> Result<()> {
     let stage = Stage::new()?;
     let (near, far) = stage.play()?;
     let (a, b) = (stage.near(), stage.far());
@@ -388,7 +386,7 @@ fn a_silent_successor() -> Result<()> {
 
 /// What the new flags say counts from then on; what stays is not disturbed.
 #[testbed::trial(each_engine)]
-fn a_successor_with_other_flags() -> Result<()> {
+fn a_new_process_may_have_other_flags() -> Result<()> {
     let stage = Stage::new()?;
     let (near, far) = stage.play()?;
     let (a, b) = (stage.near(), stage.far());
@@ -428,7 +426,7 @@ fn a_successor_with_other_flags() -> Result<()> {
 /// However far it has come: either the old process still has the tunnel, or it
 /// had it, and it is gone with it. Nothing in between.
 #[testbed::trial(each_engine)]
-fn successors_that_are_killed() -> Result<()> {
+fn a_killed_new_process_has_the_tunnel_or_not() -> Result<()> {
     let stage = Stage::new()?;
     let (mut near, far) = stage.play()?;
     let stream = Stream::start(
@@ -473,7 +471,7 @@ fn successors_that_are_killed() -> Result<()> {
 
 /// Whatever they do to each other, in the end there is one, and traffic flows.
 #[testbed::trial(each_engine)]
-fn two_successors_at_once() -> Result<()> {
+fn of_two_new_processes_one_is_left() -> Result<()> {
     let stage = Stage::new()?;
     let (near, far) = stage.play()?;
     let (a, b) = (stage.near(), stage.far());
@@ -602,9 +600,9 @@ fn operators_in_a_takeover() -> Result<()> {
     stop(far).map(drop)
 }
 
-/// The old process's device stays as it is, whatever the kernel took first.
+/// All else is as it asked for.
 #[testbed::trial]
-fn a_successor_that_is_refused_an_address() -> Result<()> {
+fn a_new_process_that_is_refused_an_address_says_so() -> Result<()> {
     let hosts = hosts(1500)?;
     let operator = Operator::new()?;
     let socket = operator.socket_text();
@@ -622,22 +620,19 @@ fn a_successor_that_is_refused_an_address() -> Result<()> {
     wait_for(&hosts.a, TUNNEL[1].into())?;
     operator.wait()?;
     hosts.a.sysctl("net/ipv6/conf/fastvpn0/disable_ipv6", "1")?;
-    let before = (appearance(&hosts.a)?, device(&hosts.a)?);
-    for _ in 0..2 {
-        let more =
-            "--takeover --mtu 1300 --txqueuelen 9 --address 10.250.0.9/24 --address fd00:250::9/64";
-        let more: Vec<_> = more.split_whitespace().collect();
-        let ended = Tunnel::start(&hosts.a, &[&flags[..], &more].concat())?.wait()?;
-        let is_refused = ended.status.code() == Some(1) && ended.log.contains("fd00:250::9/64");
-        check(is_refused, || format!("{}:\n{}", ended.status, ended.log))?;
-        let after = (appearance(&hosts.a)?, device(&hosts.a)?);
-        check(after == before, || format!("{before:?}, then {after:?}"))?;
-        wait_for(&hosts.a, TUNNEL[1].into())?;
-        let pid = operator.ask("status")?["pid"].as_u64();
-        check(pid == Some(near.pid().into()), || {
-            format!("{pid:?} answers")
-        })?;
-    }
-    stop(near)?;
+    let more = "--takeover --mtu 1300 --address fd00:250::9/64";
+    let more: Vec<_> = more.split_whitespace().collect();
+    let new = Tunnel::start(&hosts.a, &[&flags[..], &more].concat())?;
+    near.wait()?;
+    operator.wait()?;
+    let pid = operator.ask("status")?["pid"].as_u64();
+    check(pid == Some(new.pid().into()), || format!("{pid:?} answers"))?;
+    wait_for(&hosts.a, TUNNEL[1].into())?;
+    let mtu_bytes = link(&hosts.a, TUNNEL_NAME)?.mtu;
+    check(mtu_bytes == 1300, || format!("MTU {mtu_bytes}"))?;
+    let ended = stop(new)?;
+    let parts = ["taken over, but not in full", "fd00:250::9/64"];
+    let is_told = |line: &str| parts.iter().all(|part| line.contains(part));
+    check(ended.log.lines().any(is_told), || ended.log.clone())?;
     stop(far).map(drop)
 }

@@ -1,5 +1,5 @@
-//! What is handed over, in words: what the old process says of itself, and what the
-//! new one makes of it.
+//! What a running tunnel tells a new process that takes it over, and what the new
+//! process makes of it.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -7,11 +7,11 @@ use std::net::SocketAddr;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use super::reach;
+use super::requests::parse_name;
+use super::settings::Settings;
+use super::tunnel::Tunnel;
 use crate::config::{Config, Feature};
-use crate::daemon::reach;
-use crate::daemon::requests::parse_name;
-use crate::daemon::settings::{Settings, check_ipv6_mtu};
-use crate::daemon::tunnel::Tunnel;
 use crate::error::{Error, Result};
 use crate::routing::overlay::{Origin, Overlay};
 
@@ -24,8 +24,10 @@ pub struct Manifest {
     pub pid: u32,
     /// Its version.
     pub version: String,
-    /// Name of the TUN device.
+    /// Name of the TUN device, as it was made.
     pub tun: String,
+    /// Its index; `None` while it is in another network namespace.
+    pub tun_index: Option<u32>,
     /// For each worker, whether it has a port of its own. Its descriptors are the TUN
     /// queue, the shared socket, and in that case its own. That of the control socket
     /// comes last, if there is one.
@@ -36,71 +38,67 @@ pub struct Manifest {
     pub tun_offloads: [bool; 2],
     /// Offloads of the UDP sockets: `UDP_SEGMENT`, `UDP_GRO`.
     pub udp_offloads: [bool; 2],
-    /// Which of the device's were asked of the kernel.
-    pub tun_wanted: [bool; 2],
-    /// Which of the sockets' were asked of the kernel.
-    pub udp_wanted: [bool; 2],
     /// Whether a flow's queue depends on the flow alone.
     pub is_steered: bool,
     /// The addresses that the old process gave the device.
     pub addresses: Vec<IpNet>,
-    /// What operators added while it ran.
-    pub runtime_peers: Vec<RuntimePeer>,
+    /// All peers.
+    pub peers: Vec<KnownPeer>,
 }
 
-/// A peer that operators added, or gave prefixes.
+/// A peer, and what operators added of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RuntimePeer {
+pub struct KnownPeer {
     /// `HOST:PORT`.
     pub peer: String,
-    /// Whether the peer itself was added, too.
+    /// Where its datagrams go; `None` while its name does not resolve.
+    pub endpoint: Option<SocketAddr>,
+    /// Nothing is sent there: the path leads through the tunnel itself.
+    pub is_suspended: bool,
+    /// Whether operators added the peer itself.
     pub is_added: bool,
     /// Whether it takes what no prefix matches.
     pub is_default: bool,
-    /// The prefixes that were added.
+    /// The prefixes that operators added.
     pub prefixes: Vec<IpNet>,
 }
 
 impl Manifest {
     /// What the old process hands over.
     pub fn of(tunnel: &Tunnel) -> Self {
-        let (overlay, uses) = (&tunnel.peers.overlay, |feature| tunnel.config.uses(feature));
-        let (tun, udp) = (tunnel.workers.tun_offloads(), tunnel.workers.udp_offloads());
-        let mut prefixes_of: BTreeMap<_, Vec<_>> = BTreeMap::new();
-        for (prefix, peer, origin) in overlay.prefixes() {
-            if [peer.origin, origin].contains(&Origin::Runtime) {
-                prefixes_of.entry(peer.name.key()).or_default().push(prefix);
-            }
+        let (overlay, workers) = (&tunnel.peers.overlay, &tunnel.workers);
+        let (tun, udp) = (workers.setup.tun, workers.udp_offloads);
+        let descriptors = workers.descriptors.iter();
+        let mut added: BTreeMap<_, Vec<_>> = BTreeMap::new();
+        for (prefix, peer, _) in overlay
+            .prefixes()
+            .filter(|(.., origin)| *origin == Origin::Runtime)
+        {
+            added.entry(peer.name.key()).or_default().push(prefix);
         }
-        let runtime_peers = overlay.peers_by_name().filter_map(|peer| {
-            let prefixes = prefixes_of.remove(&peer.name.key());
-            let is_added = peer.origin == Origin::Runtime;
-            (is_added || prefixes.is_some()).then(|| RuntimePeer {
-                peer: peer.name.to_string(),
-                is_added,
-                is_default: overlay.is_default(peer),
-                prefixes: prefixes.unwrap_or_default(),
-            })
+        let peers = overlay.peers_by_name().map(|peer| KnownPeer {
+            peer: peer.name.to_string(),
+            endpoint: peer.endpoint_learned(),
+            is_suspended: peer.is_suspended,
+            is_added: peer.origin == Origin::Runtime,
+            is_default: overlay.is_default(peer),
+            prefixes: added.remove(&peer.name.key()).unwrap_or_default(),
         });
         Self {
             ok: true,
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").into(),
             tun: tunnel.config.tun.clone(),
-            own_ports: tunnel
-                .workers
-                .own_ports()
-                .iter()
-                .map(Option::is_some)
+            tun_index: tunnel.host.device.index,
+            own_ports: descriptors
+                .map(|worker| worker.own_port.is_some())
                 .collect(),
             listen: tunnel.settings.listen,
             tun_offloads: [tun.tcp, tun.udp],
             udp_offloads: [udp.segment, udp.gro],
-            tun_wanted: [Feature::Tso, Feature::Uso].map(uses),
-            udp_wanted: [Feature::UdpSegment, Feature::UdpGro].map(uses),
-            is_steered: tunnel.workers.is_steered,
+            is_steered: workers.is_steered,
             addresses: tunnel.settings.link.addresses.clone(),
-            runtime_peers: runtime_peers.collect(),
+            peers: peers.collect(),
         }
     }
 
@@ -109,76 +107,66 @@ impl Manifest {
     /// # Errors
     /// Names the setting that does not.
     pub fn check(&self, config: &Config, settings: &Settings) -> Result<()> {
-        let differs = |what: &str, ours: &dyn std::fmt::Display, theirs: &dyn std::fmt::Display| {
-            Err(Error::new(format!(
-                "cannot take over: this process wants {what} {ours}, the running one has {theirs}"
-            ))
-            .hint("stop the running one and start this one without --takeover"))
-        };
-        if config.tun != self.tun {
-            return differs("the device", &config.tun, &self.tun);
+        let (ours, theirs) = (settings.listen.to_string(), self.listen.to_string());
+        for (what, ours, theirs) in [
+            ("the device", &config.tun, &self.tun),
+            ("to listen on", &ours, &theirs),
+        ] {
+            if ours != theirs {
+                return Err(Error::new(format!(
+                    "cannot take over: this process wants {what} {ours}, the running one has \
+                     {theirs}"
+                ))
+                .hint("stop the running one and start this one without --takeover"));
+            }
         }
-        if settings.listen != self.listen {
-            return differs("to listen on", &settings.listen, &self.listen);
-        }
-        if usize::from(config.queues) != self.own_ports.len() {
+        let queues = self.own_ports.len();
+        if usize::from(config.queues) != queues {
             tracing::warn!(
-                "--queues {} takes effect at the next start: the running process has {}",
-                config.queues,
-                self.own_ports.len()
+                "--queues {} takes effect at the next start: the running process has {queues}",
+                config.queues
             );
         }
         Ok(())
     }
 
-    /// Puts what the device and the sockets were asked for at their start in the
-    /// place of what this process would ask for: that cannot change any more. Says
-    /// so where it differs.
-    pub fn keep_wanted(&self, config: &mut Config) {
-        let ([tso, uso], [segment, gro]) = (self.tun_wanted, self.udp_wanted);
-        for (name, feature, theirs) in [
+    /// Notes the offloads that the device and the sockets have as wanted: that cannot
+    /// change any more.
+    pub fn keep_offloads(&self, config: &mut Config) {
+        let ([tso, uso], [segment, gro]) = (self.tun_offloads, self.udp_offloads);
+        for (name, feature, in_use) in [
             ("tso", Feature::Tso, tso),
             ("uso", Feature::Uso, uso),
             ("udp-segment", Feature::UdpSegment, segment),
             ("udp-gro", Feature::UdpGro, gro),
         ] {
-            if config.uses(feature) == theirs {
-                continue;
-            }
-            let (with, has) = match theirs {
-                true => ("--without", "it"),
-                false => ("leaving out --without", "none"),
-            };
-            tracing::warn!(
-                "{with} {name} takes effect at the next start: the running process has {has}"
-            );
-            match theirs {
-                true => config.without.retain(|without| *without != feature),
-                false => config.without.push(feature),
+            if in_use && !config.uses(feature) {
+                tracing::warn!(
+                    "--without {name} takes effect at the next start: the running process has it"
+                );
+                config.without.retain(|without| *without != feature);
             }
         }
     }
 
     /// Adds what operators added to the old process. Their word is the later one:
     /// prefixes that the configuration gives to other peers are taken from these.
-    ///
-    /// # Errors
-    /// When an MTU of `mtu_bytes` is too small for it.
-    pub fn add_to(&self, overlay: &mut Overlay, mtu_bytes: u32) -> Result<()> {
-        for peer in &self.runtime_peers {
-            if let Err(error) = add_peer(overlay, self.listen, peer) {
-                left_out(&error);
+    pub fn add_to(&self, overlay: &mut Overlay) {
+        for peer in &self.peers {
+            if (peer.is_added || !peer.prefixes.is_empty())
+                && let Err(error) = add_peer(overlay, self.listen, peer)
+            {
+                log_left_out(&error);
             }
         }
-        check_ipv6_mtu(mtu_bytes, overlay.prefixes().map(|(prefix, ..)| prefix))
     }
 }
 
-fn left_out(error: &Error) {
+fn log_left_out(error: &Error) {
     tracing::warn!("left out some of what was added at run time: {error}");
 }
 
-fn add_peer(overlay: &mut Overlay, listen: SocketAddr, peer: &RuntimePeer) -> Result<()> {
+fn add_peer(overlay: &mut Overlay, listen: SocketAddr, peer: &KnownPeer) -> Result<()> {
     let name = parse_name(&peer.peer)?;
     // One that is configured by now is what the configuration makes of it, with
     // these prefixes besides; as after a reload.
@@ -190,14 +178,13 @@ fn add_peer(overlay: &mut Overlay, listen: SocketAddr, peer: &RuntimePeer) -> Re
         match added {
             // Another one takes what no prefix matches now.
             Err(error) if peer.is_default => {
-                left_out(&error);
+                log_left_out(&error);
                 overlay.add_peer(&name, false, &[], Origin::Runtime)?;
             }
             result => result?,
         }
     }
-    let added = overlay.add_prefixes(&name, &peer.prefixes, Origin::Runtime, true);
-    added.map(drop)
+    overlay.add_prefixes(&name, &peer.prefixes, Origin::Runtime, true)
 }
 
 #[cfg(test)]
@@ -228,18 +215,19 @@ mod tests {
             pid: 4711,
             version: "0.1.0".into(),
             tun: String::new(),
+            tun_index: None,
             own_ports: vec![false],
             listen: "0.0.0.0:1".parse().unwrap(),
             tun_offloads: [true; 2],
             udp_offloads: [true; 2],
-            tun_wanted: [true; 2],
-            udp_wanted: [true; 2],
             is_steered: true,
             addresses: Vec::new(),
-            runtime_peers: peers
+            peers: peers
                 .iter()
-                .map(|(peer, is_added, is_default, prefixes)| RuntimePeer {
+                .map(|(peer, is_added, is_default, prefixes)| KnownPeer {
                     peer: (*peer).into(),
+                    endpoint: None,
+                    is_suspended: false,
                     is_added: *is_added,
                     is_default: *is_default,
                     prefixes: prefixes.iter().map(net).collect(),
@@ -263,8 +251,10 @@ mod tests {
             ("b:1", false, false, &["10.2.0.0/16"]),
             ("c:1", true, false, &["10.1.0.0/16", "10.9.0.0/16"]),
             ("gone:1", false, false, &["10.4.0.0/16"]),
+            // Configured by then, and not any more.
+            ("other:1", false, false, &[]),
         ];
-        manifest(peers).add_to(&mut overlay, 1500).unwrap();
+        manifest(peers).add_to(&mut overlay);
         assert_eq!(
             shown(&overlay),
             [
@@ -284,7 +274,7 @@ mod tests {
             ("b:1", true, true, &["10.8.0.0/16"]),
             ("c:1", true, true, &["10.9.0.0/16"]),
         ];
-        manifest(peers).add_to(&mut overlay, 1500).unwrap();
+        manifest(peers).add_to(&mut overlay);
         assert_eq!(
             shown(&overlay),
             [
@@ -301,18 +291,25 @@ mod tests {
             ["a"]
         );
     }
+
     #[test]
-    fn what_cannot_be_had_is_left_out_or_refused() {
-        let own = "127.0.0.1:1";
+    fn a_peer_that_is_this_host_is_left_out() {
         let peers: &[(&str, bool, bool, &[&str])] = &[
-            (own, true, false, &["10.8.0.0/16"]),
+            ("127.0.0.1:1", true, false, &["10.8.0.0/16"]),
             ("c:1", true, false, &["fd01::/64"]),
         ];
-        for mtu_bytes in [1279, 1280] {
-            let mut overlay = overlay(&[]);
-            let result = manifest(peers).add_to(&mut overlay, mtu_bytes);
-            assert_eq!(result.is_ok(), mtu_bytes == 1280, "{result:?}");
-            assert_eq!(shown(&overlay), ["fd01::/64 c:1 runtime"]);
-        }
+        let mut overlay = overlay(&[]);
+        manifest(peers).add_to(&mut overlay);
+        assert_eq!(shown(&overlay), ["fd01::/64 c:1 runtime"]);
+    }
+
+    #[test]
+    fn offloads_that_are_in_use_stay_wanted() {
+        let mut manifest = manifest(&[]);
+        manifest.tun_offloads = [true, false];
+        let mut config = Config::default();
+        config.without = vec![Feature::Tso, Feature::Uso, Feature::UdpGro];
+        manifest.keep_offloads(&mut config);
+        assert_eq!(config.without, [Feature::Uso]);
     }
 }
