@@ -13,6 +13,10 @@
 pub mod batch;
 pub mod checksum;
 pub mod coalesce;
+mod codel;
+pub mod ecn;
+pub mod flow;
+pub mod fq_codel;
 pub mod hop;
 pub mod icmp;
 pub mod ip;
