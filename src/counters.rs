@@ -27,6 +27,11 @@ impl Counter {
         self.add(n.wrapping_neg());
     }
 
+    /// Sets the value of what goes up and down. For the writer alone, as [`Self::add`].
+    pub fn set(&self, value: u64) {
+        self.0.store(value, Ordering::Relaxed);
+    }
+
     /// The value now.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
@@ -107,6 +112,10 @@ counters! {
     drop_send_full,
     /// Outbound: packets whose send the kernel refused for another reason.
     drop_send_error,
+    /// Outbound: packets that were dropped because their flow has waited for too long.
+    drop_queue_aqm,
+    /// Outbound: packets for which there was no room to wait.
+    drop_queue_full,
     /// Inbound: datagrams that the kernel dropped at the socket: its receive buffer
     /// was full, or they came out of the tunnel itself. (Written by the control
     /// thread; a GRO batch is one.)
@@ -121,6 +130,9 @@ counters! {
     drop_version,
     /// Inbound: datagrams whose IP length is not theirs.
     drop_length,
+    /// Inbound: packets marked on their way as having experienced congestion, which do
+    /// not take part in ECN, so that their ends would not learn of it (RFC 6040).
+    drop_ecn,
     /// Inbound: receives cut short by the kernel.
     drop_truncated,
     /// Inbound: vnet packets that the TUN queue had no room for.
@@ -129,6 +141,17 @@ counters! {
     drop_tun_error,
     /// Either way: packets for which no output buffer was free.
     drop_no_buffer,
+    /// Packets that waited for the socket to have room, and were sent.
+    queue_packets,
+    /// For how long they waited, together.
+    queue_sojourn_ns,
+    /// Bytes that wait now.
+    queue_backlog_bytes,
+    /// Bytes that the sockets may hold now before packets wait.
+    queue_limit_bytes,
+    /// Packets marked as having experienced congestion, since their flow has waited
+    /// for too long (RFC 3168).
+    queue_marked,
     /// ICMP errors written into the TUN queue about packets that were dropped.
     icmp_sent,
     /// ICMP errors that were due, but held back by the rate limit.
@@ -137,9 +160,6 @@ counters! {
     probes_received,
     /// Receives that failed for reasons that pass, such as news of earlier sends.
     receive_failed,
-    /// Times that a receive stopped for lack of a free buffer and was started
-    /// again. Nothing is lost by it.
-    rearmed,
 }
 
 /// What one worker has carried to and from one peer. Of a cache line of its
@@ -159,6 +179,10 @@ pub struct PeerCounters {
     pub drop_send_full: Counter,
     /// As in [`Counters`], of packets to this peer.
     pub drop_send_error: Counter,
+    /// As in [`Counters`], of packets to this peer.
+    pub drop_queue_aqm: Counter,
+    /// As in [`Counters`], of packets to this peer.
+    pub drop_queue_full: Counter,
     /// As in [`Counters`], of packets from this peer's address. Of several peers
     /// at one address, one counts for all.
     pub drop_source_not_allowed: Counter,
@@ -169,17 +193,22 @@ pub struct PeerCounters {
 
 impl PeerCounters {
     /// Names and values of the drop counters, as those of a [`Snapshot`].
-    pub fn drops(&self) -> [(&'static str, u64); 3] {
+    pub fn drops(&self) -> [(&'static str, u64); 5] {
         [
             ("send_full", self.drop_send_full.get()),
             ("send_error", self.drop_send_error.get()),
+            ("queue_aqm", self.drop_queue_aqm.get()),
+            ("queue_full", self.drop_queue_full.get()),
             ("source_not_allowed", self.drop_source_not_allowed.get()),
         ]
     }
 
     /// Packets that were to be sent, whatever became of them.
     pub fn packets_tried(&self) -> u64 {
-        let failed = self.drop_send_full.get() + self.drop_send_error.get();
+        let failed = self.drop_send_full.get()
+            + self.drop_send_error.get()
+            + self.drop_queue_aqm.get()
+            + self.drop_queue_full.get();
         self.packets_sent.get() + failed
     }
 

@@ -1,9 +1,9 @@
 //! Bytes as what recvmsg(2) returns beside the payload, a sender's address and
 //! control messages: as they are, and as well-formed messages made of them, of
-//! which the first segment size counts.
+//! which the last segment size counts.
 #![no_main]
 
-use fastvpn::io::{parse_name, parse_segment_bytes};
+use fastvpn::io::{Control, parse_name};
 use libfuzzer_sys::fuzz_target;
 
 const SOL_UDP: i32 = 17;
@@ -11,7 +11,7 @@ const UDP_GRO: i32 = 104;
 
 fuzz_target!(|data: &[u8]| {
     let _ = parse_name(data);
-    let _ = parse_segment_bytes(data);
+    let _ = Control::parse(data);
     check_names(data);
     check_messages(data);
 });
@@ -39,7 +39,7 @@ fn check_messages(mut data: &[u8]) {
             true => (SOL_UDP, UDP_GRO),
             false => (i32::from(*kind), UDP_GRO + 1),
         };
-        if let (true, None, Some(size)) = (is_size, expected, payload.first_chunk()) {
+        if let (true, Some(size)) = (is_size, payload.first_chunk()) {
             expected = Some(i32::from_ne_bytes(*size));
         }
         control.extend((16 + payload.len()).to_ne_bytes());
@@ -49,5 +49,5 @@ fn check_messages(mut data: &[u8]) {
         control.resize(control.len().next_multiple_of(8), 0);
     }
     let expected = expected.and_then(|size| usize::try_from(size).ok());
-    assert_eq!(parse_segment_bytes(&control), expected);
+    assert_eq!(Control::parse(&control).segment_bytes, expected);
 }

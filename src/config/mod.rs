@@ -22,6 +22,6 @@ pub use options::Config;
 pub(crate) use options::{QUEUES, TUN_NAME_DEFAULT};
 pub(crate) use peers::{PEERS_MAX, check_prefix};
 pub(crate) use types::{
-    BusyPoll, DEFAULT_PORT, Feature, Io, PeerName, PeerSpec, parse_peer, parse_peer_name,
-    parse_prefix, parse_tun_name,
+    Aqm, BusyPoll, DEFAULT_PORT, Dscp, Feature, Io, PeerName, PeerSpec, QueueLimit, parse_peer,
+    parse_peer_name, parse_prefix, parse_tun_name,
 };

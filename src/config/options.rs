@@ -12,8 +12,8 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::types::{
-    self, BusyPoll, CoreList, Feature, Io, PeerSpec, parse_busy_poll, parse_cores, parse_listen,
-    parse_peer, parse_prefix,
+    self, Aqm, BusyPoll, CoreList, Dscp, Feature, Io, PeerSpec, QueueLimit, parse_busy_poll,
+    parse_cores, parse_listen, parse_peer, parse_prefix, parse_queue_limit,
 };
 use crate::log::LogFormat;
 
@@ -84,7 +84,7 @@ pub struct Config {
     #[serde(deserialize_with = "types::cores")]
     pub cores: CoreList,
 
-    /// Poll for arrivals this many microseconds before sleeping: off, auto, or 1 to 1000000 [default: off]
+    /// Poll for arrivals this many microseconds before sleeping: off, auto, or 1 to 1000000 [default: auto]
     #[arg(long, value_name = "US", value_parser = parse_busy_poll)]
     #[serde(deserialize_with = "types::busy_poll")]
     pub busy_poll: BusyPoll,
@@ -93,6 +93,21 @@ pub struct Config {
     #[arg(long, value_name = "N")]
     #[serde(default = "default_txqueuelen")]
     pub txqueuelen: u32,
+
+    /// Bytes that a UDP socket holds before packets wait outside it: auto, or 2304 to 8388608
+    /// [default: auto]
+    #[arg(long, value_name = "BYTES", value_parser = parse_queue_limit)]
+    #[serde(deserialize_with = "types::queue_limit")]
+    pub queue_limit: QueueLimit,
+
+    /// How packets wait there [default: fq_codel]
+    #[arg(long, value_enum, value_name = "HOW")]
+    pub aqm: Aqm,
+
+    /// DSCP of the datagrams [default: 0]
+    #[arg(long, value_enum, value_name = "DSCP")]
+    #[serde(deserialize_with = "types::dscp")]
+    pub dscp: Dscp,
 
     /// How the workers do their I/O [default: auto]
     #[arg(long, value_enum, value_name = "ENGINE")]

@@ -50,12 +50,45 @@ pub enum Feature {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub enum BusyPoll {
     /// Not at all.
-    #[default]
     Off,
-    /// As long as has lately been worth it.
+    /// As long as has lately been worth it, while there is little traffic.
+    #[default]
     Auto,
     /// This long after the last arrival.
     For(Duration),
+}
+
+/// How many bytes a socket holds before packets wait outside it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub enum QueueLimit {
+    /// As few as keep the link busy.
+    #[default]
+    Auto,
+    /// This many.
+    Bytes(usize),
+}
+
+/// How packets wait for a socket to have room.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Aqm {
+    /// By flows that take turns, none of which may wait for long (RFC 8290)
+    #[default]
+    #[value(name = "fq_codel")]
+    FqCodel,
+    /// All in one queue
+    Off,
+}
+
+/// The DSCP of datagrams.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize)]
+pub enum Dscp {
+    /// 0: what is inside is nobody's business
+    #[default]
+    #[value(name = "0")]
+    Zero,
+    /// That of the packet inside
+    Inherit,
 }
 
 /// Core numbers, in the order of the workers that get them; empty for no pinning.
@@ -238,6 +271,20 @@ pub(super) fn parse_busy_poll(text: &str) -> ParseResult<BusyPoll> {
     }
 }
 
+pub(super) fn parse_queue_limit(text: &str) -> ParseResult<QueueLimit> {
+    // A packet of an Ethernet's MTU, as the kernel counts it; a whole receive buffer.
+    const BYTES: std::ops::RangeInclusive<usize> = 2304..=8 << 20;
+    match (text, text.parse()) {
+        ("auto", _) => Ok(QueueLimit::Auto),
+        (_, Ok(bytes)) if BYTES.contains(&bytes) => Ok(QueueLimit::Bytes(bytes)),
+        _ => Err(format!(
+            "expected auto, or {} to {} bytes",
+            BYTES.start(),
+            BYTES.end()
+        )),
+    }
+}
+
 /// Reads a key of the configuration file as the flag's text is read.
 fn from_text<'de, D, T>(key: D, read: fn(&str) -> ParseResult<T>) -> Result<T, D::Error>
 where
@@ -260,6 +307,14 @@ pub(super) fn cores<'de, D: Deserializer<'de>>(key: D) -> Result<CoreList, D::Er
 
 pub(super) fn busy_poll<'de, D: Deserializer<'de>>(key: D) -> Result<BusyPoll, D::Error> {
     from_text(key, parse_busy_poll)
+}
+
+pub(super) fn queue_limit<'de, D: Deserializer<'de>>(key: D) -> Result<QueueLimit, D::Error> {
+    from_text(key, parse_queue_limit)
+}
+
+pub(super) fn dscp<'de, D: Deserializer<'de>>(key: D) -> Result<Dscp, D::Error> {
+    from_text(key, |text| Dscp::from_str(text, false))
 }
 
 fn peer_name<'de, D: Deserializer<'de>>(key: D) -> Result<PeerName, D::Error> {

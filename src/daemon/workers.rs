@@ -12,12 +12,13 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use socket2::SockRef;
 
-use crate::config::{BusyPoll, Config, Io};
+use crate::config::{Aqm, BusyPoll, Config, Dscp, Io, QueueLimit};
 use crate::counters::{Counters, Snapshot};
 use crate::dataplane::idle::Spin;
 use crate::dataplane::inbound::{Inbound, ReceivedProbe};
+use crate::dataplane::outbound::Outbound;
 use crate::dataplane::table::Table;
-use crate::dataplane::{self, WorkerCommand};
+use crate::dataplane::{self, Queueing, WorkerCommand};
 use crate::error::{Error, Result};
 use crate::io::engine::Engine;
 use crate::io::epoll::Epoll;
@@ -26,6 +27,7 @@ use crate::io::udp::{self, Port, UdpOffloads, WorkerSockets};
 use crate::io::uring::{self, Uring};
 use crate::packet::batch::Limits;
 use crate::packet::coalesce::TunOffloads;
+use crate::packet::fq_codel;
 use crate::packet::probe::Probe;
 
 /// How long workers may take to take a new table.
@@ -102,12 +104,29 @@ pub struct Setup {
     pub is_uring: bool,
     /// How long to look for arrivals without sleeping.
     pub spin: Spin,
+    /// How packets wait for a socket.
+    pub queueing: Queueing,
     /// Cores to pin workers to, in turn.
     pub cores: Vec<usize>,
     /// The table in force.
     pub table: Arc<Table>,
     /// Takes the probes that come.
     pub probes: Sender<ReceivedProbe>,
+}
+
+/// How packets wait, in the data plane's own terms.
+fn queueing(config: &Config) -> Queueing {
+    Queueing {
+        limit: match config.queue_limit {
+            QueueLimit::Auto => None,
+            QueueLimit::Bytes(bytes) => Some(bytes),
+        },
+        aqm: match config.aqm {
+            Aqm::FqCodel => fq_codel::Aqm::FqCodel,
+            Aqm::Off => fq_codel::Aqm::Off,
+        },
+        inherits_dscp: config.dscp == Dscp::Inherit,
+    }
 }
 
 /// A worker's thread.
@@ -174,6 +193,7 @@ impl Workers {
                 BusyPoll::Auto => Spin::Auto,
                 BusyPoll::For(duration) => Spin::For(duration),
             },
+            queueing: queueing(config),
             cores: config.cores.0.clone(),
             table,
             probes,
@@ -378,15 +398,17 @@ impl Worker {
         let Setup {
             tun,
             spin,
+            queueing,
             table,
             probes,
             ..
         } = self.setup;
+        let outbound = Outbound::new(self.index, queueing, &mut engine);
         dataplane::run(
-            self.index,
             &mut engine,
             &self.commands,
             table,
+            outbound,
             Inbound::new(tun, self.index, probes),
             spin,
             &self.counters,

@@ -11,7 +11,7 @@ use crate::io::engine::Engine;
 pub enum Spin {
     /// Not at all.
     Off,
-    /// As long as has lately been worth it, up to 100 µs.
+    /// As long as has lately been worth it, up to 100 µs, while there is little traffic.
     Auto,
     /// This long after the last arrival.
     For(Duration),
@@ -23,12 +23,19 @@ const AUTO_MAX: Duration = Duration::from_micros(100);
 /// Shortest one, and what a spin starts with.
 const AUTO_MIN: Duration = Duration::from_micros(10);
 
+/// Bytes taken in by a turn, and half of those before it, from which on
+/// [`Spin::Auto`] does not spin: a core that has more to do than to wait for an answer has
+/// better uses. A request of some hundred bytes and its acknowledgment are less.
+const BUSY_BYTES: usize = 1 << 10;
+
 /// The state behind those choices.
 #[derive(Debug)]
 pub struct Idle {
     spin: Spin,
     /// How long [`Spin::Auto`] spins now.
     auto: Duration,
+    /// Bytes of the last turns, each counting half as much as the next.
+    recent_bytes: usize,
 }
 
 impl Idle {
@@ -37,16 +44,20 @@ impl Idle {
         Self {
             spin,
             auto: Duration::ZERO,
+            recent_bytes: 0,
         }
     }
 
-    /// Sleeps until there is something, unless there is already.
+    /// Sleeps until there is something, unless there is already. `turn_bytes`: what was
+    /// taken in since the last time.
     ///
     /// # Errors
     /// As [`Engine::wait`].
-    pub fn wait(&mut self, engine: &mut impl Engine) -> Result<()> {
+    pub fn wait(&mut self, turn_bytes: usize, engine: &mut impl Engine) -> Result<()> {
+        self.recent_bytes = self.recent_bytes / 2 + turn_bytes;
         let spin = match self.spin {
             Spin::Off => return engine.wait(),
+            Spin::Auto if self.recent_bytes > BUSY_BYTES => return engine.wait(),
             Spin::Auto => self.auto,
             Spin::For(duration) => duration,
         };
@@ -90,6 +101,7 @@ fn adapted(auto: Duration, waited: Duration) -> Duration {
 mod tests {
     use super::*;
     use crate::io::engine::{Destination, Event, Received};
+    use crate::io::udp::Port;
     use crate::packet::batch::{Batch, Limits};
     use crate::packet::vnet_packet::{VnetPacket, VnetSink};
 
@@ -128,6 +140,18 @@ mod tests {
             None
         }
         fn send(&mut self, _: Batch, _: Destination) {}
+        fn put_back(&mut self, _: Batch) {}
+        fn unsent_bytes(&mut self, _: Port) -> usize {
+            0
+        }
+        fn set_send_buffer(&mut self, _: Port, _: usize) {}
+        fn wait_for_room(&mut self, _: Port) {}
+        fn is_waiting_for_room(&self, _: Port) -> bool {
+            false
+        }
+        fn port(&self, wanted: Port) -> Port {
+            wanted
+        }
         fn limits(&self, _: std::net::SocketAddr) -> Limits {
             Limits::FULL
         }
@@ -148,7 +172,7 @@ mod tests {
     #[test]
     fn sleeps_at_once_when_off() {
         let mut engine = fake(1);
-        Idle::new(Spin::Off).wait(&mut engine).unwrap();
+        Idle::new(Spin::Off).wait(0, &mut engine).unwrap();
         assert_eq!((engine.polls, engine.waits), (0, 1));
     }
 
@@ -156,7 +180,7 @@ mod tests {
     fn what_comes_while_spinning_spares_the_sleep() {
         let mut engine = fake(50);
         let hour = Duration::from_secs(3600);
-        Idle::new(Spin::For(hour)).wait(&mut engine).unwrap();
+        Idle::new(Spin::For(hour)).wait(0, &mut engine).unwrap();
         assert_eq!((engine.polls, engine.waits), (50, 0));
     }
 
@@ -165,7 +189,7 @@ mod tests {
         let mut engine = fake(usize::MAX);
         let duration = Duration::from_millis(3);
         let start = Instant::now();
-        Idle::new(Spin::For(duration)).wait(&mut engine).unwrap();
+        Idle::new(Spin::For(duration)).wait(0, &mut engine).unwrap();
         assert!(start.elapsed() >= duration);
         assert_eq!(engine.waits, 1);
     }
@@ -182,9 +206,16 @@ mod tests {
             auto = adapted(auto, us(5_000));
             assert_eq!(auto, Duration::from_nanos(expected));
         }
+        // Bulk traffic: asleep at once, and for some turns after it.
+        let mut engine = fake(usize::MAX);
+        let mut idle = Idle::new(Spin::Auto);
+        for bytes in [64 << 10, 100, 100] {
+            idle.wait(bytes, &mut engine).unwrap();
+        }
+        assert_eq!((engine.polls, engine.waits), (0, 3));
         // Silence: looked at once, then asleep.
         let mut engine = fake(usize::MAX);
-        Idle::new(Spin::Auto).wait(&mut engine).unwrap();
+        Idle::new(Spin::Auto).wait(0, &mut engine).unwrap();
         assert_eq!((engine.polls, engine.waits), (1, 1));
     }
 }

@@ -17,8 +17,9 @@ use crossbeam_channel::Sender;
 
 use super::table::{PeerSnapshot, Table};
 use crate::counters::Counters;
-use crate::io::engine::Engine;
+use crate::io::engine::{Engine, ReceiveMeta};
 use crate::packet::coalesce::{Coalescer, TunOffloads};
+use crate::packet::ecn;
 use crate::packet::ip::{self, Malformed, Version};
 use crate::packet::probe::{Kind, Probe};
 use crate::wire::plain;
@@ -46,20 +47,19 @@ impl Inbound {
         }
     }
 
-    /// Takes in the datagrams of one receive: `payload` holds them back to
-    /// back, each of `segment_bytes` but the last. They are opened in place.
+    /// Takes in the datagrams of one receive: `payload` holds them back to back. They are
+    /// opened in place.
     #[inline]
     pub fn push(
         &mut self,
         payload: &mut [u8],
-        segment_bytes: usize,
-        sender: SocketAddr,
+        meta: ReceiveMeta,
         table: &Table,
         counters: &Counters,
         engine: &mut impl Engine,
     ) {
         counters.udp_receives.add(1);
-        let segment_bytes = segment_bytes.max(1);
+        let (sender, segment_bytes) = (meta.sender, meta.segment_bytes.max(1));
         if !table.senders().has(sender.ip()) {
             let datagrams = payload.len().div_ceil(segment_bytes).max(1);
             counters.drop_sender_unknown.add(datagrams as u64);
@@ -74,6 +74,11 @@ impl Inbound {
         for datagram in payload.chunks_mut(segment_bytes) {
             match plain::open(datagram) {
                 Ok((version, packet)) => {
+                    if !ecn::decapsulate(version, packet, meta.ecn) {
+                        counters.drop_ecn.add(1);
+                        continue;
+                    }
+                    let packet = &*packet;
                     if allowed.admits(version, packet, table, counters) {
                         allowed.count(packet.len());
                         self.coalescer.push(version, packet, engine);

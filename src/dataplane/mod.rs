@@ -6,10 +6,12 @@
 //! locks or logs per packet.
 
 pub(crate) mod idle;
+pub(crate) mod in_flight;
 pub(crate) mod inbound;
-mod outbound;
+pub(crate) mod outbound;
 mod rate;
 mod report;
+mod send_queue;
 pub mod table;
 
 use std::convert::Infallible;
@@ -24,6 +26,7 @@ use self::table::Table;
 use crate::counters::Counters;
 use crate::error::Result;
 use crate::io::engine::{Engine, Event};
+use crate::packet::fq_codel::Aqm;
 
 /// What the control thread tells a worker. An [`Event::Wake`] follows.
 #[derive(Debug)]
@@ -37,6 +40,19 @@ pub(crate) enum WorkerCommand {
     ResetLimits,
 }
 
+/// How packets wait for a socket to have room, and what their datagrams look like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Queueing {
+    /// How many bytes the socket holds before packets wait outside it; `None`: as few as
+    /// keep the link busy.
+    pub(crate) limit: Option<usize>,
+    /// In what order they leave, and which of them are dropped.
+    pub(crate) aqm: Aqm,
+    /// Whether the datagrams have the DSCP of the packet inside (RFC 2983's uniform model)
+    /// in place of 0.
+    pub(crate) inherits_dscp: bool,
+}
+
 /// Most events taken in before the output they gave is started.
 const TURN_EVENTS_MAX: usize = 64;
 
@@ -44,26 +60,34 @@ const TURN_EVENTS_MAX: usize = 64;
 /// that nothing waits behind an endless stream.
 const CARRIED_EVENTS_MAX: usize = 64;
 
-/// Runs the worker with this index until it is told to stop.
+/// Most vnet packets read before what waits is sent on: all that have come, as a rule,
+/// so that the flows that have little to send are known.
+const READ_AHEAD_MAX: usize = 256;
+
+/// Runs a worker until it is told to stop.
 ///
 /// # Errors
 /// When the engine fails for good, such as when the device was deleted.
 pub(crate) fn run(
-    index: usize,
     engine: &mut impl Engine,
     commands: &Receiver<WorkerCommand>,
     mut table: Arc<Table>,
+    mut outbound: Outbound,
     mut inbound: Inbound,
     spin: Spin,
     counters: &Counters,
 ) -> Result<()> {
-    let mut outbound = Outbound::new(index);
     let mut idle = Idle::new(spin);
-    let mut carried = 0;
+    let (mut carried, mut read_ahead, mut turn_bytes) = (0, 0, 0);
     // What was said before the worker started comes before all that has arrived.
-    let mut is_stopping = obey(commands, &mut table, &mut outbound, engine);
+    let mut is_stopping = obey(commands, &mut table, &mut outbound, counters, engine);
     loop {
+        if outbound.is_fifo() {
+            // Nothing more is read than there is room for.
+            outbound.pump(&table, counters, engine);
+        }
         // Take in and forward.
+        let mut vnet_packets = 0;
         for _ in 0..TURN_EVENTS_MAX {
             let Some(event) = engine.next_event() else {
                 break;
@@ -71,41 +95,50 @@ pub(crate) fn run(
             carried += 1;
             match event {
                 Event::VnetPacket(mut received) => {
+                    vnet_packets += 1;
+                    turn_bytes += received.bytes().len();
                     outbound.push(received.bytes_mut(), &table, counters, engine);
                     engine.recycle(received);
                 }
-                Event::Datagrams {
-                    mut received,
-                    sender,
-                    segment_bytes,
-                } => {
-                    let payload = received.bytes_mut();
-                    inbound.push(payload, segment_bytes, sender, &table, counters, engine);
+                Event::Datagrams { mut received, meta } => {
+                    turn_bytes += received.bytes().len();
+                    inbound.push(received.bytes_mut(), meta, &table, counters, engine);
                     engine.recycle(received);
                 }
                 Event::SendFailed(failure) => outbound.failed(&failure, &table, counters),
                 Event::Wake => {
-                    is_stopping |= obey(commands, &mut table, &mut outbound, engine);
+                    is_stopping |= obey(commands, &mut table, &mut outbound, counters, engine);
                 }
             }
+        }
+        if outbound.is_backlogged() {
+            // All that the TUN queue has comes first, as far as may be: of what waits,
+            // it may be what goes next.
+            read_ahead += vnet_packets;
+            if vnet_packets > 0 && read_ahead < READ_AHEAD_MAX && engine.has_event() {
+                continue;
+            }
+            read_ahead = 0;
+            outbound.flush(&table, counters, engine);
+            outbound.pump(&table, counters, engine);
         }
         // Submit what is complete. While more arrives, what is open may still
         // grow: a vnet packet rarely fills its last batch.
         if carried < CARRIED_EVENTS_MAX {
-            outbound.send_closed(engine);
+            outbound.send_closed(&table, counters, engine);
             engine.submit()?;
             if engine.has_event() {
                 continue;
             }
         }
         // Submit the rest.
-        outbound.flush(engine);
+        outbound.flush(&table, counters, engine);
         inbound.flush(engine);
         engine.submit()?;
         carried = 0;
         // Sleep.
         if !is_stopping {
-            idle.wait(engine)?;
+            idle.wait(std::mem::take(&mut turn_bytes), engine)?;
         } else if !engine.has_event() {
             return Ok(());
         }
@@ -117,6 +150,7 @@ fn obey(
     commands: &Receiver<WorkerCommand>,
     table: &mut Arc<Table>,
     outbound: &mut Outbound,
+    counters: &Counters,
     engine: &mut impl Engine,
 ) -> bool {
     let mut is_stopping = false;
@@ -126,12 +160,13 @@ fn obey(
             // what has not.
             WorkerCommand::Stop => {
                 is_stopping = true;
+                outbound.release(table, counters, engine);
                 engine.quiesce();
             }
             WorkerCommand::Table(new, in_force) => {
                 // What was looked up in the old one leaves before what is looked
                 // up in the new one.
-                outbound.flush(engine);
+                outbound.flush(table, counters, engine);
                 *table = new;
                 drop(in_force);
             }

@@ -10,7 +10,8 @@
 //!    vnet packets of a turn, which is what makes small packets fast.
 //! 4. [`Outbound::send_closed`] at the end of a turn, for batches that cannot grow
 //!    any more, and [`Outbound::flush`] when nothing more arrives.
-//! 5. `send`: the batch goes to the engine.
+//! 5. [`SendQueue::send`]: the batch goes to the engine. What its socket has no room
+//!    for waits, and goes with [`Outbound::pump`].
 //!
 //! A packet that cannot be carried ends at `refuse`, where its sender is told, as
 //! any router would; what the kernel would not send comes back to
@@ -19,25 +20,37 @@
 use std::net::SocketAddr;
 use std::time::Instant;
 
+use super::Queueing;
 use super::report::Reporter;
+use super::send_queue::{Account, SendQueue};
 use super::table::{PeerSnapshot, Table};
 use crate::counters::Counters;
 use crate::io::engine::{Destination, Engine, OPEN_BATCHES_MAX, SendFailure};
-use crate::io::udp::Port;
+use crate::io::udp::{PORTS, Port};
 use crate::packet::batch::{BATCH_BYTES_MAX, Batch, NextHop};
+use crate::packet::ecn;
+use crate::packet::fq_codel::Aqm;
 use crate::packet::hop::{self, Hop};
 use crate::packet::icmp::Problem;
 use crate::packet::ip;
 use crate::packet::segment::Segments;
 use crate::wire::plain;
 
+/// Bits of the ECN field in a TOS.
+const ECN_MASK: u8 = 3;
+
 /// The batches being filled, at most one per next hop, oldest first.
 #[derive(Debug)]
 pub struct Outbound {
     open: Vec<(Batch, Destination)>,
+    /// By port.
+    queues: [SendQueue; PORTS],
     reporter: Reporter,
     /// Index of the worker.
     worker: usize,
+    /// What the outer TOS has of the inner one.
+    tos_mask: u8,
+    is_fifo: bool,
 }
 
 /// Where a vnet packet's packets go.
@@ -60,11 +73,18 @@ enum Refusal {
 impl Outbound {
     /// No batch yet, and room for all that can be open. `worker`: the worker's
     /// index.
-    pub fn new(worker: usize) -> Self {
+    pub fn new(worker: usize, queueing: Queueing, engine: &mut impl Engine) -> Self {
+        let queue = |port| SendQueue::new(port, queueing, engine);
         Self {
             open: Vec::with_capacity(OPEN_BATCHES_MAX),
+            queues: [Port::Listen, Port::Own].map(queue),
             reporter: Reporter::new(),
             worker,
+            tos_mask: match queueing.inherits_dscp {
+                true => 0xff,
+                false => ECN_MASK,
+            },
+            is_fifo: queueing.aqm == Aqm::Off,
         }
     }
 
@@ -92,7 +112,7 @@ impl Outbound {
             next_hop(&segments, table)
         };
         match to {
-            Ok(to) => self.append(&segments, to, counters, engine),
+            Ok(to) => self.append(&segments, to, table, counters, engine),
             Err(refusal) => self.refuse(refusal, &segments, table, counters, engine),
         }
     }
@@ -103,15 +123,26 @@ impl Outbound {
         &mut self,
         segments: &Segments<'_>,
         to: To<'_>,
+        table: &Table,
         counters: &Counters,
         engine: &mut impl Engine,
     ) {
         let count = segments.count();
+        let account = Account::new(self.worker, table, counters);
         let found = self.open.iter().position(|(batch, destination)| {
             // The endpoint of a next hop changes with the table.
             batch.next_hop() == to.next_hop && destination.endpoint == to.endpoint
         });
-        let Some(mut index) = found.or_else(|| self.start_batch(to, engine)) else {
+        // The outer header gets what the inner one has (RFC 6040, section 4.1).
+        let tos = ecn::tos(segments.version(), segments.packet()) & self.tos_mask;
+        let mut found = found;
+        if let Some(index) = found
+            && self.open[index].0.tos() != tos
+        {
+            self.send(index, &account, engine);
+            found = None;
+        }
+        let Some(mut index) = found.or_else(|| self.start_batch(to, tos, &account, engine)) else {
             counters.drop_no_buffer.add(count as u64);
             return;
         };
@@ -122,8 +153,8 @@ impl Outbound {
             let mut datagram = self.open[index].0.reserve(datagram_bytes);
             if datagram.is_none() {
                 // Full, or of another size: on with the next batch.
-                send(self.open.remove(index), engine);
-                match self.start_batch(to, engine) {
+                self.send(index, &account, engine);
+                match self.start_batch(to, tos, &account, engine) {
                     Some(fresh) => index = fresh,
                     None => {
                         counters.drop_no_buffer.add((count - packet) as u64);
@@ -145,9 +176,15 @@ impl Outbound {
     }
 
     /// Opens a batch toward a peer, and returns its index.
-    fn start_batch(&mut self, to: To<'_>, engine: &mut impl Engine) -> Option<usize> {
+    fn start_batch(
+        &mut self,
+        to: To<'_>,
+        tos: u8,
+        account: &Account<'_>,
+        engine: &mut impl Engine,
+    ) -> Option<usize> {
         if self.open.len() == OPEN_BATCHES_MAX {
-            send(self.open.remove(0), engine);
+            self.send(0, account, engine);
         }
         let mut batch = engine.take_batch()?;
         let mut limits = engine.limits(to.endpoint);
@@ -155,13 +192,14 @@ impl Outbound {
         let datagram_bytes_max = plain::datagram_bytes(to.peer.mtu_bytes);
         limits.segment_bytes_max = limits.segment_bytes_max.min(datagram_bytes_max);
         batch.start(to.next_hop, limits);
+        batch.set_tos(tos);
         let from = match to.peer.traffic.get(self.worker) {
             Some(traffic) if traffic.is_own_port_proven() => Port::Own,
             _ => Port::Listen,
         };
         let destination = Destination {
             endpoint: to.endpoint,
-            from,
+            from: engine.port(from),
         };
         self.open.push((batch, destination));
         Some(self.open.len() - 1)
@@ -169,17 +207,62 @@ impl Outbound {
 
     /// Sends the batches that cannot grow any more.
     #[inline]
-    pub fn send_closed(&mut self, engine: &mut impl Engine) {
+    pub fn send_closed(&mut self, table: &Table, counters: &Counters, engine: &mut impl Engine) {
+        let account = Account::new(self.worker, table, counters);
         while let Some(index) = self.open.iter().position(|(batch, _)| batch.is_closed()) {
-            send(self.open.remove(index), engine);
+            self.send(index, &account, engine);
         }
     }
 
     /// Sends all open batches: no more vnet packets are at hand.
     #[inline]
-    pub fn flush(&mut self, engine: &mut impl Engine) {
-        for open in self.open.drain(..) {
-            send(open, engine);
+    pub fn flush(&mut self, table: &Table, counters: &Counters, engine: &mut impl Engine) {
+        let account = Account::new(self.worker, table, counters);
+        while !self.open.is_empty() {
+            self.send(0, &account, engine);
+        }
+    }
+
+    /// Hands an open batch on. All packets leave by here, complete and in their order.
+    #[inline]
+    fn send(&mut self, index: usize, account: &Account<'_>, engine: &mut impl Engine) {
+        let (batch, to) = self.open.remove(index);
+        self.queues[to.from as usize].send(batch, to, account, engine);
+    }
+
+    /// Whether packets wait in one queue, so that no more are to be read than there is
+    /// room for.
+    #[inline]
+    pub fn is_fifo(&self) -> bool {
+        self.is_fifo
+    }
+
+    /// Whether packets wait for a socket to have room.
+    #[inline]
+    pub fn is_backlogged(&self) -> bool {
+        self.queues.iter().any(|queue| !queue.is_empty())
+    }
+
+    /// Sends what has waited, as far as there is room now.
+    #[inline]
+    pub fn pump(&mut self, table: &Table, counters: &Counters, engine: &mut impl Engine) {
+        let account = Account::new(self.worker, table, counters);
+        for (queue, from) in self.queues.iter_mut().zip([Port::Listen, Port::Own]) {
+            queue.pump(from, &account, engine);
+        }
+        let backlog_bytes = self.queues.iter().map(SendQueue::backlog_bytes).sum();
+        counters.queue_backlog_bytes.set(backlog_bytes);
+        let limit_bytes = self.queues.iter().map(SendQueue::limit_bytes).sum();
+        counters.queue_limit_bytes.set(limit_bytes);
+    }
+
+    /// Sends all there is, whether there is room or not, now and from now on: the
+    /// worker stops.
+    pub fn release(&mut self, table: &Table, counters: &Counters, engine: &mut impl Engine) {
+        self.flush(table, counters, engine);
+        let account = Account::new(self.worker, table, counters);
+        for (queue, from) in self.queues.iter_mut().zip([Port::Listen, Port::Own]) {
+            queue.release(from, &account, engine);
         }
     }
 
@@ -257,11 +340,4 @@ fn next_hop<'a>(segments: &Segments<'_>, table: &'a Table) -> Result<To<'a>, Ref
         endpoint,
         peer,
     })
-}
-
-/// Hands a batch to the engine. All packets leave by here, complete and in their
-/// order: the place for a mode that seals them to do so.
-#[inline]
-fn send((batch, to): (Batch, Destination), engine: &mut impl Engine) {
-    engine.send(batch, to);
 }

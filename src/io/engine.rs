@@ -16,12 +16,12 @@
 //! Both engines do the same; `io/sides.rs` has the code and `io/tests.rs` the
 //! tests of both.
 //!
-//! - *The socket's send buffer is full.* Packets that do not fit are dropped,
-//!   counted ([`drop_send_full`]) and told ([`Event::SendFailed`]). No vnet packet is
-//!   read until the socket has room: what the host sends meanwhile waits in the
-//!   TUN queue and is dropped there, by the kernel, where its senders feel it. A
-//!   vnet packet that was read ahead goes on and takes its chance. Datagrams are
-//!   received and written to the TUN queue all the while.
+//! - *The socket's send buffer is full.* The caller asks what it holds
+//!   ([`Engine::unsent_bytes`]), stops sending, and has the engine wait for room
+//!   ([`Engine::wait_for_room`]). Until there is, no vnet packet is read: what the
+//!   host sends meanwhile waits in the TUN queue. Datagrams are received and written
+//!   to the TUN queue all the while. Packets that are sent all the same and do not
+//!   fit are dropped, counted ([`drop_send_full`]) and told ([`Event::SendFailed`]).
 //! - *The TUN queue has no room for a vnet packet.* The vnet packet is dropped and counted
 //!   ([`drop_tun_full`]). Nothing waits for the queue: the kernel would have
 //!   dropped the packets at this place, too.
@@ -34,36 +34,38 @@
 //! [`drop_no_buffer`]: crate::counters::Counters::drop_no_buffer
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use crate::error::Result;
 use crate::io::udp::Port;
 use crate::packet::batch::{Batch, Limits, NextHop};
+use crate::packet::ecn::Ecn;
 use crate::packet::vnet_packet::VnetSink;
 
 /// Next hops whose batches can be open at a time. The oldest makes room.
 pub const OPEN_BATCHES_MAX: usize = 32;
 
+/// Longest wait for a socket to have room: who waits looks again whether it is worth it.
+pub const ROOM_WAIT: Duration = Duration::from_millis(10);
+
 /// A filled receive buffer. Give it back with [`Engine::recycle`].
 #[derive(Debug)]
 pub struct Received {
     pub(super) buffer: Box<[u8]>,
-    pub(super) start: usize,
-    pub(super) end: usize,
-    /// Its number in the ring of provided buffers, if it is one of these.
-    pub(super) ring_id: Option<u16>,
+    pub(super) bytes: usize,
 }
 
 impl Received {
     /// The bytes received.
     #[inline]
     pub fn bytes(&self) -> &[u8] {
-        &self.buffer[self.start..self.end]
+        &self.buffer[..self.bytes]
     }
 
     /// The bytes received, for changing them in place.
     #[inline]
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut self.buffer[self.start..self.end]
+        &mut self.buffer[..self.bytes]
     }
 }
 
@@ -77,15 +79,24 @@ pub enum Event {
     Datagrams {
         /// The datagrams' payload.
         received: Received,
-        /// Where they came from.
-        sender: SocketAddr,
-        /// Bytes of every datagram but the last.
-        segment_bytes: usize,
+        /// What is known of them.
+        meta: ReceiveMeta,
     },
     /// Packets that were given to [`Engine::send`] have not been sent.
     SendFailed(SendFailure),
     /// The control thread has a command.
     Wake,
+}
+
+/// What is known of the datagrams of one receive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReceiveMeta {
+    /// Where they came from.
+    pub sender: SocketAddr,
+    /// Bytes of every datagram but the last.
+    pub segment_bytes: usize,
+    /// The ECN field of their own header.
+    pub ecn: Ecn,
 }
 
 /// Packets that the kernel did not take, and that the engine has counted.
@@ -135,11 +146,31 @@ pub trait Engine: VnetSink {
     /// dropped, and the caller counts it.
     fn take_batch(&mut self) -> Option<Batch>;
 
+    /// Takes back a batch that is not to be sent.
+    fn put_back(&mut self, batch: Batch);
+
     /// How long batches toward a destination may be.
     fn limits(&self, destination: SocketAddr) -> Limits;
 
     /// Sends a batch, now or with [`Self::submit`].
     fn send(&mut self, batch: Batch, to: Destination);
+
+    /// Starts all output that was given, and returns how many bytes the socket of a
+    /// port holds, by the kernel's count.
+    fn unsent_bytes(&mut self, from: Port) -> usize;
+
+    /// Sets how many bytes the socket of a port may hold and yet have room.
+    fn set_send_buffer(&mut self, from: Port, bytes: usize);
+
+    /// Reads no vnet packet until the socket of a port has room, or
+    /// [`ROOM_WAIT`] has passed. [`Self::wait`] ends then.
+    fn wait_for_room(&mut self, from: Port);
+
+    /// Whether that is so.
+    fn is_waiting_for_room(&self, from: Port) -> bool;
+
+    /// The port that is used when `wanted` is.
+    fn port(&self, wanted: Port) -> Port;
 
     /// Starts all output that was given, and takes in what has come of it.
     ///

@@ -27,11 +27,11 @@ use nix::sys::eventfd::EventFd;
 
 use crate::counters::Counters;
 use crate::error::{Error, Result};
-use crate::io::engine::{Destination, Engine, Event, Received};
-use crate::io::message::{self, PAYLOAD_START, SendMessage};
+use crate::io::engine::{Destination, Engine, Event, ROOM_WAIT, Received};
+use crate::io::message::{self, SendMessage};
 use crate::io::sides::{FAILURE_PAUSE, Sides};
 use crate::io::tun::Queue;
-use crate::io::udp::WorkerSockets;
+use crate::io::udp::{Port, WorkerSockets};
 use crate::packet::batch::{Batch, Limits};
 use crate::packet::vnet_packet::{VnetPacket, VnetSink};
 
@@ -52,9 +52,6 @@ const WATCHED: usize = 3;
 pub struct Epoll {
     epoll: epoll::Epoll,
     sides: Sides,
-    /// There may be datagrams: the kernel has said so, and the socket has not
-    /// been found empty since.
-    udp_ready: bool,
     /// Taken in since the kernel was last asked for news.
     unasked_bytes: usize,
     message: SendMessage,
@@ -79,8 +76,6 @@ impl Epoll {
         Ok(Self {
             epoll,
             sides: Sides::new(queue, sockets, wake, limits, counters),
-            // It is tried before it is waited for.
-            udp_ready: true,
             unasked_bytes: 0,
             message: SendMessage::new(),
         })
@@ -95,24 +90,9 @@ impl Epoll {
         })
     }
 
-    fn ask_epoll(&mut self, mut timeout: PollTimeout) -> nix::Result<()> {
-        if let Some(port) = self.sides.blocked {
-            // Not among what epoll watches: the kernel would wake the worker for
-            // each datagram that has left.
-            let socket = self.sides.sockets.sender(port);
-            let mut both = [
-                PollFd::new(self.epoll.0.as_fd(), PollFlags::POLLIN),
-                PollFd::new(socket.as_fd(), PollFlags::POLLOUT),
-            ];
-            match poll(&mut both, timeout) {
-                Err(Errno::EINTR) => return Ok(()),
-                result => result?,
-            };
-            // Whatever is amiss with it, sending will tell.
-            if both[1].any() == Some(true) {
-                self.sides.blocked = None;
-            }
-            timeout = PollTimeout::ZERO;
+    fn ask_epoll(&mut self, timeout: PollTimeout) -> nix::Result<()> {
+        if self.sides.full_ports().next().is_some() {
+            return self.ask_for_room(timeout);
         }
         let mut events = [EpollEvent::empty(); WATCHED];
         let count = match self.epoll.wait(&mut events, timeout) {
@@ -123,10 +103,49 @@ impl Epoll {
         for event in &events[..count] {
             match event.data() {
                 TUN => self.sides.tun_ready = true,
-                UDP => self.udp_ready = true,
+                UDP => self.sides.udp_ready = true,
                 _ => self.sides.woken(),
             }
         }
+        Ok(())
+    }
+
+    /// As [`Self::ask_epoll`] while sockets are full. Not through epoll: it would wake
+    /// the worker for each datagram that has left, and for each vnet packet that has
+    /// come and is not to be read yet.
+    fn ask_for_room(&mut self, timeout: PollTimeout) -> nix::Result<()> {
+        let sides = &self.sides;
+        let sender = |port: Port| {
+            let events = match sides.waits_for_room[port as usize] {
+                true => PollFlags::POLLOUT,
+                false => PollFlags::empty(),
+            };
+            PollFd::new(sides.sockets.sender(port).as_fd(), events)
+        };
+        let mut polled = [
+            PollFd::new(sides.wake.as_fd(), PollFlags::POLLIN),
+            PollFd::new(sides.sockets.receive.as_fd(), PollFlags::POLLIN),
+            sender(Port::Listen),
+            sender(Port::Own),
+        ];
+        let is_patient = timeout == PollTimeout::NONE;
+        let timeout = match is_patient {
+            true => PollTimeout::try_from(ROOM_WAIT).unwrap_or(PollTimeout::ZERO),
+            false => timeout,
+        };
+        let ready = match poll(&mut polled, timeout) {
+            Err(Errno::EINTR) => return Ok(()),
+            result => result?,
+        };
+        // Whatever is amiss with one of them, reading or sending will tell.
+        let [wake, receive, listen, own] = polled.map(|polled| polled.any() == Some(true));
+        if wake {
+            self.sides.woken();
+        }
+        self.sides.udp_ready |= receive;
+        let is_over = is_patient && ready == 0;
+        self.sides.waits_for_room[Port::Listen as usize] &= !(listen || is_over);
+        self.sides.waits_for_room[Port::Own as usize] &= !(own || is_over);
         Ok(())
     }
 }
@@ -141,29 +160,6 @@ fn watch(queue: &Queue, sockets: &WorkerSockets, wake: &EventFd) -> nix::Result<
     Ok(epoll)
 }
 
-/// Receives a batch, if there is one.
-#[inline]
-fn receive(sides: &mut Sides, udp_ready: &mut bool) -> Option<Event> {
-    if !*udp_ready || sides.is_quiet {
-        return None;
-    }
-    let mut buffer = sides.take_buffer()?;
-    match message::receive(sides.sockets.receive.as_fd(), &mut buffer) {
-        Ok(Some(message)) => {
-            return Some(Event::Datagrams {
-                received: sides.filled(buffer, PAYLOAD_START, message.end),
-                sender: message.sender,
-                segment_bytes: message.segment_bytes.unwrap_or(message.end - PAYLOAD_START),
-            });
-        }
-        Ok(None) => sides.counters.drop_truncated.add(1),
-        Err(Errno::EAGAIN) => *udp_ready = false,
-        Err(errno) => sides.receive_failed(errno as i32),
-    }
-    sides.recycle(buffer);
-    None
-}
-
 impl Engine for Epoll {
     #[inline]
     fn next_event(&mut self) -> Option<Event> {
@@ -172,9 +168,7 @@ impl Engine for Epoll {
         {
             self.sides.fail(error);
         }
-        let event = self
-            .sides
-            .next_event(|sides| receive(sides, &mut self.udp_ready));
+        let event = self.sides.next_event();
         if let Some(Event::VnetPacket(received) | Event::Datagrams { received, .. }) = &event {
             self.unasked_bytes += received.bytes().len().max(EVENT_BYTES_MIN);
         }
@@ -183,13 +177,12 @@ impl Engine for Epoll {
 
     #[inline]
     fn has_event(&mut self) -> bool {
-        self.sides
-            .has_event(|sides| receive(sides, &mut self.udp_ready))
+        self.sides.has_event()
     }
 
     #[inline]
     fn recycle(&mut self, received: Received) {
-        self.sides.recycle(received.buffer);
+        self.sides.recycle(received);
     }
 
     #[inline]
@@ -200,6 +193,32 @@ impl Engine for Epoll {
     #[inline]
     fn limits(&self, destination: SocketAddr) -> Limits {
         self.sides.limits(destination)
+    }
+
+    #[inline]
+    fn put_back(&mut self, batch: Batch) {
+        self.sides.put_back(batch);
+    }
+
+    fn unsent_bytes(&mut self, from: Port) -> usize {
+        self.sides.unsent_bytes(from)
+    }
+
+    fn set_send_buffer(&mut self, from: Port, bytes: usize) {
+        self.sides.set_send_buffer(from, bytes);
+    }
+
+    fn wait_for_room(&mut self, from: Port) {
+        self.sides.wait_for_room(from);
+    }
+
+    fn is_waiting_for_room(&self, from: Port) -> bool {
+        self.sides.waits_for_room[from as usize]
+    }
+
+    #[inline]
+    fn port(&self, wanted: Port) -> Port {
+        self.sides.sockets.port(wanted)
     }
 
     /// Sends at once.
@@ -237,7 +256,7 @@ impl Engine for Epoll {
             let pause = PollTimeout::try_from(FAILURE_PAUSE).unwrap_or(PollTimeout::ZERO);
             return self.ask(pause);
         }
-        if self.udp_ready || self.sides.may_read_vnet_packet() {
+        if self.sides.may_receive() || self.sides.may_read_vnet_packet() {
             // A read has failed, and the next one may do better. But other news must
             // not wait for that.
             return self.ask(PollTimeout::ZERO);

@@ -9,35 +9,22 @@ use nix::errno::Errno;
 use socket2::SockAddr;
 
 use crate::packet::batch::Batch;
+use crate::packet::ecn::Ecn;
+use crate::packet::ip;
 
-/// Bytes reserved for the sender's address in a receive buffer: the longest
-/// kind (`sockaddr_in6`, 28 bytes), padded so that the payload is aligned.
-pub const NAME_BYTES: usize = 32;
+/// Bytes of the longest sender's address: `sockaddr_in6`.
+const NAME_BYTES: usize = 28;
 
-/// Bytes reserved for control messages: `CMSG_SPACE(sizeof(int))` for
-/// `UDP_GRO`'s segment size (`udp(7)`).
-pub const CONTROL_BYTES: usize = 24;
+/// Bytes of a control message with an int: `CMSG_SPACE(sizeof(int))`.
+const CMSG_BYTES: usize = 24;
+
+/// Bytes reserved for control messages: `UDP_GRO`'s segment size (`udp(7)`), and the
+/// TOS or traffic class (`ip(7)`, `ipv6(7)`).
+const CONTROL_BYTES: usize = 2 * CMSG_BYTES;
 
 /// Bytes of a control message's header: `sizeof(struct cmsghdr)`.
 const CMSG_HEADER_BYTES: usize = 16;
 const _: () = assert!(size_of::<libc::cmsghdr>() == CMSG_HEADER_BYTES);
-
-/// Bytes of `struct io_uring_recvmsg_out`, which a multishot receive puts in
-/// front of name, control messages and payload.
-pub const RECEIVE_HEADER_BYTES: usize = 16;
-
-/// Offset of the payload in a receive buffer.
-pub const PAYLOAD_START: usize = RECEIVE_HEADER_BYTES + NAME_BYTES + CONTROL_BYTES;
-
-/// A message header that says only how much room names and control messages
-/// get: what a multishot receive takes.
-pub fn receive_template() -> Box<libc::msghdr> {
-    // SAFETY: all-zero is a valid `msghdr`: null pointers, zero lengths.
-    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
-    header.msg_namelen = NAME_BYTES as libc::socklen_t;
-    header.msg_controllen = CONTROL_BYTES;
-    Box::new(header)
-}
 
 /// The sender's address out of a `sockaddr`'s bytes.
 pub fn parse_name(name: &[u8]) -> Option<SocketAddr> {
@@ -57,41 +44,66 @@ pub fn parse_name(name: &[u8]) -> Option<SocketAddr> {
     Some(SocketAddr::new(address, port))
 }
 
-/// The segment size that `UDP_GRO` reports, if the control messages hold it.
-pub fn parse_segment_bytes(mut control: &[u8]) -> Option<usize> {
-    while control.len() >= CMSG_HEADER_BYTES {
-        let len = usize::from_ne_bytes(control[..8].try_into().ok()?);
-        let level = i32::from_ne_bytes(control[8..12].try_into().ok()?);
-        let kind = i32::from_ne_bytes(control[12..16].try_into().ok()?);
-        let data = control.get(CMSG_HEADER_BYTES..len)?;
-        if level == libc::SOL_UDP && kind == libc::UDP_GRO {
-            let value = i32::from_ne_bytes(*data.first_chunk::<4>()?);
-            return usize::try_from(value).ok();
+/// What the control messages of a receive say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Control {
+    /// `UDP_GRO`'s segment size, if there was more than one datagram.
+    pub segment_bytes: Option<usize>,
+    /// The ECN field of the datagrams' own header.
+    pub ecn: Ecn,
+}
+
+impl Control {
+    /// Reads control messages as far as they are whole.
+    pub fn parse(mut bytes: &[u8]) -> Self {
+        let mut control = Self::default();
+        while let Some((level, kind, data, rest)) = parse_cmsg(bytes) {
+            match (level, kind, data) {
+                (libc::SOL_UDP, libc::UDP_GRO, &[a, b, c, d, ..]) => {
+                    let value = i32::from_ne_bytes([a, b, c, d]);
+                    control.segment_bytes = usize::try_from(value).ok();
+                }
+                (libc::IPPROTO_IP, libc::IP_TOS, &[tos, ..]) => control.ecn = Ecn::from_tos(tos),
+                (libc::IPPROTO_IPV6, libc::IPV6_TCLASS, &[a, b, c, d, ..]) => {
+                    control.ecn = Ecn::from_tos(i32::from_ne_bytes([a, b, c, d]) as u8);
+                }
+                _ => {}
+            }
+            bytes = rest;
         }
-        control = control.get(len.next_multiple_of(8)..)?;
+        control
     }
-    None
+}
+
+/// Level, type and data of the first control message, and what comes after it.
+fn parse_cmsg(bytes: &[u8]) -> Option<(i32, i32, &[u8], &[u8])> {
+    let len = usize::from_ne_bytes(bytes.get(..8)?.try_into().ok()?);
+    let level = i32::from_ne_bytes(bytes.get(8..12)?.try_into().ok()?);
+    let kind = i32::from_ne_bytes(bytes.get(12..16)?.try_into().ok()?);
+    let data = bytes.get(CMSG_HEADER_BYTES..len)?;
+    let rest = bytes.get(len.next_multiple_of(8)..).unwrap_or(&[]);
+    Some((level, kind, data, rest))
 }
 
 /// What one receive brought.
 pub struct ReceivedMessage {
     /// Where it came from.
     pub sender: SocketAddr,
-    /// `UDP_GRO`'s segment size, if there was more than one datagram.
-    pub segment_bytes: Option<usize>,
-    /// End of the payload, which starts at [`PAYLOAD_START`].
-    pub end: usize,
+    /// What the kernel says of it.
+    pub control: Control,
+    /// Bytes of the payload.
+    pub bytes: usize,
 }
 
-/// `recvmsg(2)` into `buffer` from [`PAYLOAD_START`] on, without waiting.
-/// `Ok(None)`: the message was cut short, or its sender's address is unknown.
+/// `recvmsg(2)` into `buffer`, without waiting. `Ok(None)`: the message was cut short,
+/// or its sender's address is unknown.
 pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> nix::Result<Option<ReceivedMessage>> {
-    let mut name = [0u8; NAME_BYTES];
+    // As aligned as the kernel wants it.
+    let mut name = [0u32; NAME_BYTES / 4];
     let mut control = [0u64; CONTROL_BYTES / 8];
-    let room = &mut buffer[PAYLOAD_START..];
     let mut payload = libc::iovec {
-        iov_base: room.as_mut_ptr().cast(),
-        iov_len: room.len(),
+        iov_base: buffer.as_mut_ptr().cast(),
+        iov_len: buffer.len(),
     };
     // SAFETY: all-zero is a valid `msghdr`: null pointers, zero lengths.
     let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
@@ -108,17 +120,27 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> nix::Result<Option<
     if header.msg_flags & libc::MSG_TRUNC != 0 {
         return Ok(None);
     }
-    let mut control_bytes = [0; CONTROL_BYTES];
-    for (bytes, word) in control_bytes.chunks_exact_mut(8).zip(control) {
-        bytes.copy_from_slice(&word.to_ne_bytes());
-    }
-    let control_bytes = &control_bytes[..CONTROL_BYTES.min(header.msg_controllen)];
+    let control = bytes_of(&control, |word| word.to_ne_bytes());
+    let control: [u8; CONTROL_BYTES] = control;
+    let name: [u8; NAME_BYTES] = bytes_of(&name, |word| word.to_ne_bytes());
     let name = &name[..NAME_BYTES.min(header.msg_namelen as usize)];
     Ok(parse_name(name).map(|sender| ReceivedMessage {
         sender,
-        segment_bytes: parse_segment_bytes(control_bytes),
-        end: PAYLOAD_START + bytes,
+        control: Control::parse(&control[..CONTROL_BYTES.min(header.msg_controllen)]),
+        bytes,
     }))
+}
+
+/// The bytes of words in memory.
+fn bytes_of<const WORDS: usize, const WORD_BYTES: usize, const BYTES: usize, W: Copy>(
+    words: &[W; WORDS],
+    bytes: impl Fn(W) -> [u8; WORD_BYTES],
+) -> [u8; BYTES] {
+    let mut all = [0; BYTES];
+    for (place, &word) in all.chunks_exact_mut(WORD_BYTES).zip(words) {
+        place.copy_from_slice(&bytes(word));
+    }
+    all
 }
 
 /// The memory of one send. It points into itself and is used where it is.
@@ -126,16 +148,17 @@ pub struct SendMessage {
     header: libc::msghdr,
     payload: libc::iovec,
     name: SockAddr,
-    segment: SegmentBytes,
+    /// `UDP_SEGMENT` (`udp(7)`), a `u16`, and TOS or traffic class, an `int`.
+    control: [ControlMessage; 2],
 }
 
-/// The control message `UDP_SEGMENT` (`udp(7)`).
+/// A control message, with room for an `int`.
 #[repr(C)]
-struct SegmentBytes {
+struct ControlMessage {
     header: libc::cmsghdr,
-    bytes: u16,
+    value: i32,
 }
-const _: () = assert!(size_of::<SegmentBytes>() == CONTROL_BYTES);
+const _: () = assert!(size_of::<ControlMessage>() == CMSG_BYTES);
 
 // SAFETY: the pointers in it point into itself or to a batch that the same
 // engine holds; nothing is shared between threads.
@@ -147,20 +170,13 @@ impl SendMessage {
         let nowhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
         // SAFETY: all-zero is valid for each of the three: null pointers, zero
         // lengths.
-        let (header, payload, mut control) =
-            unsafe { std::mem::zeroed::<(libc::msghdr, libc::iovec, libc::cmsghdr)>() };
-        // Without the padding at the end: CMSG_LEN(2).
-        control.cmsg_len = CMSG_HEADER_BYTES + size_of::<u16>();
-        control.cmsg_level = libc::SOL_UDP;
-        control.cmsg_type = libc::UDP_SEGMENT;
+        let (header, payload, control) =
+            unsafe { std::mem::zeroed::<(libc::msghdr, libc::iovec, [ControlMessage; 2])>() };
         Self {
             header,
             payload,
             name: SockAddr::from(nowhere),
-            segment: SegmentBytes {
-                header: control,
-                bytes: 0,
-            },
+            control,
         }
     }
 
@@ -177,17 +193,38 @@ impl SendMessage {
         self.header.msg_namelen = self.name.len();
         self.header.msg_iov = &raw mut self.payload;
         self.header.msg_iovlen = 1;
+        // Even one segment is refused when it is longer than the MTU; without the
+        // control message the kernel fragments it.
+        let mut count = 0;
         if batch.count() > 1 {
-            self.segment.bytes = batch.segment_bytes() as u16;
-            self.header.msg_control = (&raw mut self.segment).cast();
-            self.header.msg_controllen = CONTROL_BYTES;
-        } else {
-            // Even one segment is refused when it is longer than the MTU;
-            // without the control message the kernel fragments it.
-            self.header.msg_control = std::ptr::null_mut();
-            self.header.msg_controllen = 0;
+            let bytes = batch.segment_bytes() as u16;
+            self.control[0].set(libc::SOL_UDP, libc::UDP_SEGMENT, &bytes.to_ne_bytes());
+            count = 1;
         }
+        if batch.tos() != 0 {
+            let (level, kind) = match ip::canonical(destination) {
+                SocketAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_TOS),
+                SocketAddr::V6(_) => (libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
+            };
+            self.control[count].set(level, kind, &i32::from(batch.tos()).to_ne_bytes());
+            count += 1;
+        }
+        self.header.msg_control = (&raw mut self.control).cast();
+        self.header.msg_controllen = count * CMSG_BYTES;
         &raw const self.header
+    }
+}
+
+impl ControlMessage {
+    /// The message with this value, of four bytes at the most.
+    fn set(&mut self, level: i32, kind: i32, value: &[u8]) {
+        let mut bytes = [0; 4];
+        bytes[..value.len()].copy_from_slice(value);
+        self.header.cmsg_level = level;
+        self.header.cmsg_type = kind;
+        // Without the padding at the end: CMSG_LEN.
+        self.header.cmsg_len = CMSG_HEADER_BYTES + value.len();
+        self.value = i32::from_ne_bytes(bytes);
     }
 }
 
@@ -233,23 +270,38 @@ mod tests {
     }
 
     #[test]
-    fn reads_segment_sizes() {
-        let message = |level: i32, kind: i32, value: i32| {
-            let mut bytes = 20usize.to_ne_bytes().to_vec();
+    fn reads_control_messages() {
+        let message = |level: i32, kind: i32, value: &[u8]| {
+            let mut bytes = (CMSG_HEADER_BYTES + value.len()).to_ne_bytes().to_vec();
             bytes.extend(level.to_ne_bytes());
             bytes.extend(kind.to_ne_bytes());
-            bytes.extend(value.to_ne_bytes());
-            bytes.resize(24, 0);
+            bytes.extend(value);
+            bytes.resize(CMSG_BYTES, 0);
             bytes
         };
-        let gro = message(libc::SOL_UDP, libc::UDP_GRO, 1472);
-        assert_eq!(parse_segment_bytes(&gro), Some(1472));
-        let mut two = message(libc::SOL_SOCKET, 1, 7);
-        two.extend(&gro);
-        assert_eq!(parse_segment_bytes(&two), Some(1472));
-        assert_eq!(parse_segment_bytes(&[]), None);
-        assert_eq!(parse_segment_bytes(&[0; 16]), None);
-        assert_eq!(parse_segment_bytes(&[0xff; 24]), None);
-        assert_eq!(parse_segment_bytes(&gro[..18]), None);
+        let gro = message(libc::SOL_UDP, libc::UDP_GRO, &1472_i32.to_ne_bytes());
+        let batch = Control {
+            segment_bytes: Some(1472),
+            ecn: Ecn::NotEct,
+        };
+        assert_eq!(Control::parse(&gro), batch);
+        let other = message(libc::SOL_SOCKET, 1, &7_i32.to_ne_bytes());
+        assert_eq!(Control::parse(&[other, gro.clone()].concat()), batch);
+        let tos = message(libc::IPPROTO_IP, libc::IP_TOS, &[0xbb]);
+        let class = message(libc::IPPROTO_IPV6, libc::IPV6_TCLASS, &3_i32.to_ne_bytes());
+        for marked in [tos, class] {
+            let both = Control {
+                ecn: Ecn::Ce,
+                ..batch
+            };
+            assert_eq!(
+                Control::parse(&[gro.clone(), marked.clone()].concat()),
+                both
+            );
+            assert_eq!(Control::parse(&[marked, gro.clone()].concat()), both);
+        }
+        for bytes in [&[][..], &[0; 16], &[0xff; 24], &gro[..18]] {
+            assert_eq!(Control::parse(bytes), Control::default());
+        }
     }
 }

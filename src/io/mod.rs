@@ -13,7 +13,7 @@ pub(crate) mod udp;
 pub mod uring;
 
 #[doc(hidden)]
-pub use message::{parse_name, parse_segment_bytes};
+pub use message::{Control, parse_name};
 
 /// A random number that nobody can guess.
 pub(crate) fn random() -> std::io::Result<u64> {

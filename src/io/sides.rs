@@ -3,16 +3,18 @@
 //! sends mean.
 
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
 
-use super::engine::{Destination, Event, OPEN_BATCHES_MAX, Received};
-use super::message::PAYLOAD_START;
+use super::engine::{Destination, Event, OPEN_BATCHES_MAX, ReceiveMeta, Received};
+use super::message;
 use super::path_limits::PathLimits;
 use super::tun::Queue;
-use super::udp::{Port, WorkerSockets};
+use super::udp::{self, PORTS, Port, WorkerSockets};
 use crate::counters::Counters;
 use crate::error::{Error, Result};
 use crate::packet::batch::{Batch, Limits};
@@ -28,7 +30,6 @@ const READ_BUFFERS: usize = 4;
 /// into the same cache sets.
 pub const BUFFER_BYTES: usize = (64 << 10) + 192;
 const _: () = assert!(BUFFER_BYTES >= virtio::HEADER_BYTES + 65536);
-const _: () = assert!(BUFFER_BYTES >= PAYLOAD_START + 65535);
 
 /// Batches: those that can be open at a time, and a turn under way.
 pub const BATCHES: u16 = OPEN_BATCHES_MAX as u16 + 8;
@@ -52,15 +53,16 @@ pub struct Sides {
     /// There may be a vnet packet: the kernel has said so, and the queue has not been
     /// found empty since.
     pub tun_ready: bool,
+    /// There may be datagrams, as with [`Self::tun_ready`].
+    pub udp_ready: bool,
     /// Whose turn it is when both sides have something.
     tun_is_next: bool,
     /// What was read ahead.
     next: Option<Event>,
     /// Nothing is read any more.
     pub is_quiet: bool,
-    /// The socket on this port has a full send buffer: no vnet packet is read until it
-    /// has room.
-    pub blocked: Option<Port>,
+    /// By port: its socket is full, and no vnet packet is read until it has room.
+    pub waits_for_room: [bool; PORTS],
     paths: PathLimits,
     /// Last in, first out, like the other two: the buffer used last is warmest.
     free_buffers: Vec<Box<[u8]>>,
@@ -87,12 +89,13 @@ impl Sides {
             counters,
             wake,
             wake_pending: false,
-            // It is tried before it is waited for.
+            // They are tried before they are waited for.
             tun_ready: true,
+            udp_ready: true,
             tun_is_next: true,
             next: None,
             is_quiet: false,
-            blocked: None,
+            waits_for_room: [false; PORTS],
             paths: PathLimits::new(limits),
             free_buffers: (0..READ_BUFFERS).map(buffer).collect(),
             free_batches: (0..BATCHES).rev().map(Batch::new).collect(),
@@ -103,12 +106,9 @@ impl Sides {
     }
 
     /// The next event. Arrivals come from the side whose turn it is, or else from
-    /// the other; `receive` takes datagrams from the socket.
+    /// the other.
     #[inline]
-    pub fn next_event(
-        &mut self,
-        receive: impl FnOnce(&mut Self) -> Option<Event>,
-    ) -> Option<Event> {
+    pub fn next_event(&mut self) -> Option<Event> {
         if let Some(event) = self.next.take() {
             return Some(event);
         }
@@ -119,9 +119,9 @@ impl Sides {
             return Some(Event::SendFailed(failure));
         }
         let arrival = if self.tun_is_next {
-            self.read_vnet_packet().or_else(|| receive(self))
+            self.read_vnet_packet().or_else(|| self.receive())
         } else {
-            receive(self).or_else(|| self.read_vnet_packet())
+            self.receive().or_else(|| self.read_vnet_packet())
         };
         self.tun_is_next = !matches!(arrival, Some(Event::VnetPacket(_)));
         arrival
@@ -129,9 +129,9 @@ impl Sides {
 
     /// Whether there is a [`Self::next_event`]: it is read ahead.
     #[inline]
-    pub fn has_event(&mut self, receive: impl FnOnce(&mut Self) -> Option<Event>) -> bool {
+    pub fn has_event(&mut self) -> bool {
         if self.next.is_none() {
-            self.next = self.next_event(receive);
+            self.next = self.next_event();
         }
         self.next.is_some()
     }
@@ -139,7 +139,10 @@ impl Sides {
     /// Whether the TUN queue is to be read.
     #[inline]
     pub fn may_read_vnet_packet(&self) -> bool {
-        self.tun_ready && self.blocked.is_none() && !self.is_quiet && !self.free_buffers.is_empty()
+        self.tun_ready
+            && self.waits_for_room == [false; PORTS]
+            && !self.is_quiet
+            && !self.free_buffers.is_empty()
     }
 
     #[inline]
@@ -149,7 +152,7 @@ impl Sides {
         }
         let mut buffer = self.free_buffers.pop()?;
         let errno = match nix::unistd::read(&self.queue, &mut buffer) {
-            Ok(end) => return Some(Event::VnetPacket(self.filled(buffer, 0, end))),
+            Ok(bytes) => return Some(Event::VnetPacket(self.filled(buffer, bytes))),
             Err(errno) => errno as i32,
         };
         self.free_buffers.push(buffer);
@@ -166,33 +169,54 @@ impl Sides {
         None
     }
 
-    /// A buffer to receive into, for an engine that does so by system calls.
+    /// Whether datagrams are to be received.
     #[inline]
-    pub fn take_buffer(&mut self) -> Option<Box<[u8]>> {
-        self.free_buffers.pop()
+    pub fn may_receive(&self) -> bool {
+        self.udp_ready && !self.is_quiet && !self.free_buffers.is_empty()
     }
 
-    /// A buffer that a read has filled from `start` to `end`.
+    /// The datagrams of one receive.
     #[inline]
-    pub fn filled(&mut self, buffer: Box<[u8]>, start: usize, end: usize) -> Received {
-        self.failures = 0;
-        Received {
-            buffer,
-            start,
-            end,
-            ring_id: None,
+    fn receive(&mut self) -> Option<Event> {
+        if !self.may_receive() {
+            return None;
         }
+        let mut buffer = self.free_buffers.pop()?;
+        match message::receive(self.sockets.receive.as_fd(), &mut buffer) {
+            Ok(Some(message)) => {
+                return Some(Event::Datagrams {
+                    received: self.filled(buffer, message.bytes),
+                    meta: ReceiveMeta {
+                        sender: message.sender,
+                        segment_bytes: message.control.segment_bytes.unwrap_or(message.bytes),
+                        ecn: message.control.ecn,
+                    },
+                });
+            }
+            Ok(None) => self.counters.drop_truncated.add(1),
+            Err(Errno::EAGAIN) => self.udp_ready = false,
+            Err(errno) => self.receive_failed(errno as i32),
+        }
+        self.free_buffers.push(buffer);
+        None
     }
 
-    /// Takes such a buffer back.
+    /// A buffer that a read has filled with so many bytes.
     #[inline]
-    pub fn recycle(&mut self, buffer: Box<[u8]>) {
-        self.free_buffers.push(buffer);
+    fn filled(&mut self, buffer: Box<[u8]>, bytes: usize) -> Received {
+        self.failures = 0;
+        Received { buffer, bytes }
+    }
+
+    /// Takes a buffer back.
+    #[inline]
+    pub fn recycle(&mut self, received: Received) {
+        self.free_buffers.push(received.buffer);
     }
 
     /// A receive from the UDP socket has failed.
     #[cold]
-    pub fn receive_failed(&mut self, errno: i32) {
+    fn receive_failed(&mut self, errno: i32) {
         match errno {
             libc::EBADF | libc::ENOTSOCK | libc::EFAULT | libc::EINVAL | libc::EOPNOTSUPP => self
                 .fail(
@@ -272,7 +296,7 @@ impl Sides {
                     self.paths
                         .refused(&batch, to.endpoint, errno, socket, &self.counters);
                 if has_no_room {
-                    self.blocked = Some(to.from);
+                    self.wait_for_room(to.from);
                 }
             }
         }
@@ -302,6 +326,37 @@ impl Sides {
     #[inline]
     pub fn limits(&self, destination: SocketAddr) -> Limits {
         self.paths.get(destination)
+    }
+
+    /// Takes back a batch that is not to be sent.
+    #[inline]
+    pub fn put_back(&mut self, batch: Batch) {
+        self.free_batches.push(batch);
+    }
+
+    /// Bytes that the socket of a port holds.
+    pub fn unsent_bytes(&self, from: Port) -> usize {
+        udp::unsent_bytes(self.sockets.sender(from).as_fd())
+    }
+
+    /// Sets how many bytes the socket of a port may hold and yet have room.
+    pub fn set_send_buffer(&self, from: Port, bytes: usize) {
+        // What cannot be is as it was: the limit of `net.core.wmem_max`.
+        let _ = udp::set_send_buffer(self.sockets.sender(from), bytes);
+    }
+
+    /// Reads no vnet packet until the socket of a port has room.
+    pub fn wait_for_room(&mut self, from: Port) {
+        self.waits_for_room[from as usize] = true;
+        // It is tried then, and not waited for meanwhile.
+        self.tun_ready = true;
+    }
+
+    /// The ports whose sockets are waited for.
+    pub fn full_ports(&self) -> impl Iterator<Item = Port> + use<> {
+        let waits = self.waits_for_room;
+        let ports = [Port::Listen, Port::Own];
+        ports.into_iter().filter(move |&port| waits[port as usize])
     }
 
     /// Forgets what refused sends taught.

@@ -15,7 +15,7 @@ use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use socket2::{Domain, SockAddr, Socket, Type};
 
-use super::engine::{Destination, Engine, Event, Received};
+use super::engine::{Destination, Engine, Event, ReceiveMeta, Received};
 use super::epoll::Epoll;
 use super::sides::{BATCHES, VNET_PACKETS};
 use super::tun::Queue;
@@ -23,6 +23,7 @@ use super::udp::{Port, WorkerSockets};
 use super::uring::{self, Uring};
 use crate::counters::Counters;
 use crate::packet::batch::{Batch, Limits};
+use crate::packet::ecn::Ecn;
 use crate::packet::vnet_packet::VnetSink;
 use crate::testbed::{self, UNDERLAY_NAME};
 
@@ -300,16 +301,15 @@ fn batches_go_out_and_come_in_whole<E: Engine>(make: impl Fn(Parts) -> E) {
         // The same to itself: the loopback interface does not cut it up.
         let batch = bench.batch(sizes);
         bench.engine.send(batch, from_listen(bench.address));
-        let Event::Datagrams {
-            received,
-            sender,
-            segment_bytes,
-        } = bench.wait()
-        else {
+        let Event::Datagrams { received, meta } = bench.wait() else {
             panic!("no datagrams");
         };
-        assert_eq!(sender, bench.address);
-        assert_eq!(segment_bytes, sizes[0]);
+        let expected = ReceiveMeta {
+            sender: bench.address,
+            segment_bytes: sizes[0],
+            ecn: Ecn::NotEct,
+        };
+        assert_eq!(meta, expected);
         assert_eq!(received.bytes().len(), sizes.iter().sum::<usize>());
         bench.engine.recycle(received);
     }

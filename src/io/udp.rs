@@ -13,7 +13,7 @@ use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
 pub mod reuseport;
 pub(crate) mod sockopt;
 
-pub use self::sockopt::drops;
+pub use self::sockopt::{drops, unsent_bytes};
 
 use crate::error::{Error, Result};
 
@@ -39,6 +39,9 @@ pub enum Port {
     Own,
 }
 
+/// How many there are.
+pub const PORTS: usize = 2;
+
 /// The sockets of one worker.
 #[derive(Debug)]
 pub struct WorkerSockets {
@@ -49,6 +52,15 @@ pub struct WorkerSockets {
 }
 
 impl WorkerSockets {
+    /// The port that is used when `wanted` is.
+    #[inline]
+    pub fn port(&self, wanted: Port) -> Port {
+        match self.send {
+            Some(_) => wanted,
+            None => Port::Listen,
+        }
+    }
+
     /// The socket that sends from a port.
     #[inline]
     pub fn sender(&self, from: Port) -> &Socket {
@@ -90,6 +102,7 @@ pub fn open(
     for index in 0..workers {
         let receive = bind(listen, true).map_err(failed)?;
         enlarge_buffers(&receive).map_err(failed)?;
+        receive_ecn(&receive).map_err(failed)?;
         if offloads.gro {
             offloads.gro = setsockopt(&receive, nix_sockopt::UdpGroSegment, &true).is_ok();
         }
@@ -158,6 +171,16 @@ fn bind(address: SocketAddr, reuse_port: bool) -> io::Result<Socket> {
     Ok(socket)
 }
 
+/// Has a socket tell the ECN field of what it receives.
+fn receive_ecn(socket: &Socket) -> io::Result<()> {
+    // On a dual-stack socket either is about its own family alone.
+    socket.set_recv_tos_v4(true)?;
+    if socket.domain()? == Domain::IPV6 {
+        socket.set_recv_tclass_v6(true)?;
+    }
+    Ok(())
+}
+
 /// A socket with a source port of worker `index`'s own. `None` when all such
 /// ports are taken: the worker then always sends from the shared port, and the
 /// far side receives it on its worker 0.
@@ -198,8 +221,17 @@ fn enlarge_buffers(socket: &Socket) -> io::Result<()> {
     if setsockopt(socket, nix_sockopt::RcvBufForce, &SOCKET_BUFFER_BYTES).is_err() {
         socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES)?;
     }
-    if setsockopt(socket, nix_sockopt::SndBufForce, &SOCKET_BUFFER_BYTES).is_err() {
-        socket.set_send_buffer_size(SOCKET_BUFFER_BYTES)?;
+    set_send_buffer(socket, SOCKET_BUFFER_BYTES)
+}
+
+/// Sets how much a socket holds at the most: there is room while it holds less than
+/// `bytes`, and it takes twice that, so that a batch that was begun goes in whole.
+///
+/// # Errors
+/// When the kernel does not take the option.
+pub fn set_send_buffer(socket: &Socket, bytes: usize) -> io::Result<()> {
+    if setsockopt(socket, nix_sockopt::SndBufForce, &bytes).is_err() {
+        socket.set_send_buffer_size(bytes)?;
     }
     Ok(())
 }

@@ -47,6 +47,7 @@ pub struct Batch {
     segment_bytes: usize,
     next_hop: NextHop,
     limits: Limits,
+    tos: u8,
     closed: bool,
     id: u16,
 }
@@ -61,6 +62,7 @@ impl Batch {
             segment_bytes: 0,
             next_hop: 0,
             limits: Limits::FULL,
+            tos: 0,
             closed: false,
             id,
         }
@@ -74,6 +76,19 @@ impl Batch {
         self.closed = false;
         self.next_hop = next_hop;
         self.limits = limits;
+        self.tos = 0;
+    }
+
+    /// Sets TOS or traffic class of the datagrams' own header, which is 0 else.
+    #[inline]
+    pub fn set_tos(&mut self, tos: u8) {
+        self.tos = tos;
+    }
+
+    /// TOS or traffic class of the datagrams' own header.
+    #[inline]
+    pub fn tos(&self) -> u8 {
+        self.tos
     }
 
     /// Room for a datagram of `datagram_bytes` at the end, or `None` if it
@@ -137,6 +152,12 @@ impl Batch {
     #[inline]
     pub fn next_hop(&self) -> NextHop {
         self.next_hop
+    }
+
+    /// How long it may be.
+    #[inline]
+    pub fn limits(&self) -> Limits {
+        self.limits
     }
 
     /// The owner's name for this buffer.

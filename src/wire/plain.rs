@@ -31,12 +31,19 @@ pub fn packet_room(datagram: &mut [u8]) -> &mut [u8] {
     &mut datagram[HEADROOM_BYTES..end]
 }
 
-/// The packet in a datagram.
+/// The packet in a datagram of ours.
+#[inline]
+pub fn packet(datagram: &[u8]) -> &[u8] {
+    let end = datagram.len() - TAILROOM_BYTES;
+    &datagram[HEADROOM_BYTES..end]
+}
+
+/// The packet in a datagram that was received.
 ///
 /// # Errors
 /// When it is not one whole IP packet.
 #[inline]
-pub fn open(datagram: &mut [u8]) -> Result<(Version, &[u8]), Malformed> {
+pub fn open(datagram: &mut [u8]) -> Result<(Version, &mut [u8]), Malformed> {
     let version = ip::verify(datagram)?;
     Ok((version, datagram))
 }
@@ -96,7 +103,7 @@ mod tests {
         packet[3] = 28;
         let mut datagram = vec![0; datagram_bytes(packet.len())];
         packet_room(&mut datagram).copy_from_slice(&packet);
-        assert_eq!(open(&mut datagram), Ok((Version::V4, &packet[..])));
+        assert_eq!(open(&mut datagram), Ok((Version::V4, &mut packet[..])));
         datagram.pop();
         assert_eq!(open(&mut datagram), Err(Malformed::Length));
     }

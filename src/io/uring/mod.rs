@@ -1,44 +1,38 @@
 //! The io_uring engine.
 //!
-//! One ring per worker. A multishot receive on the UDP socket stays armed and
-//! brings batches into provided buffers. Sends and writes are one request each,
-//! submitted together; they complete while they are submitted, since neither
-//! may wait. Buffers are owned: a batch or vnet packet that the kernel works on is in
-//! the engine's tables and comes back to the free list with its completion.
+//! One ring per worker. Sends and writes are one request each, submitted together;
+//! they complete while they are submitted, since neither may wait. Buffers are owned: a
+//! batch or vnet packet that the kernel works on is in the engine's tables and comes
+//! back to the free list with its completion.
 //!
-//! The TUN queue is read by system calls until it is empty, and then polled
-//! through the ring. A multishot read (`IORING_OP_READ_MULTISHOT`, Linux 6.7)
-//! would spare the calls, but a TUN device gives one vnet packet a read either way,
-//! and what the multishot costs per vnet packet (a poll, a buffer picked, a
-//! completion posted) is more than the call; what is worse, it reads up to a
-//! mebibyte ahead, out of the second-level cache, before the worker sees the
-//! first vnet packet. Medians of six, in turn, of its throughput to that of calls:
-//! 0.93 on one TCP stream, 0.92 to 0.97 on four, 0.99 to 1.04 on 64-byte UDP.
+//! The TUN queue and the socket are read by system calls until they are empty, and then
+//! polled through the ring. Multishot requests with buffers provided would spare the
+//! calls, but either gives one GSO packet a read, and what a multishot costs for it (a
+//! poll, a buffer picked, a completion posted) is more than the call; what is worse, it
+//! reads up to a mebibyte ahead, out of the second-level cache, before the worker sees
+//! the first of it. docs/performance.md has the figures.
 //!
 //! Needs Linux 6.1 (`IORING_SETUP_DEFER_TASKRUN`).
 
-mod buffers;
 mod token;
 
-use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
-use io_uring::types::{self, CancelBuilder, Fd, RecvMsgOut};
+use io_uring::types::{self, CancelBuilder, Fd};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use nix::sys::eventfd::EventFd;
 
-use self::buffers::BufferRing;
 use self::token::Token;
 use crate::counters::Counters;
 use crate::error::{Error, Result};
-use crate::io::engine::{Destination, Engine, Event, Received};
-use crate::io::message::{self, PAYLOAD_START, SendMessage};
-use crate::io::sides::{BATCHES, BUFFER_BYTES, FAILURE_PAUSE, Sides, VNET_PACKETS};
+use crate::io::engine::{Destination, Engine, Event, ROOM_WAIT, Received};
+use crate::io::message::SendMessage;
+use crate::io::sides::{BATCHES, FAILURE_PAUSE, Sides, VNET_PACKETS};
 use crate::io::tun::Queue;
-use crate::io::udp::WorkerSockets;
+use crate::io::udp::{PORTS, Port, WorkerSockets};
 use crate::packet::batch::{Batch, Limits};
 use crate::packet::vnet_packet::{VnetPacket, VnetSink};
 
@@ -51,12 +45,7 @@ const COMPLETIONS_MAX: usize = 256;
 
 /// Output bytes given to the kernel at once at the latest: what is staged
 /// should still be in the second-level cache when the kernel copies it.
-const STAGED_BYTES_MAX: usize = 512 << 10;
-
-/// Receive buffers. Few of them are with the kernel at a time when they are
-/// filled to the brim; see [`buffers`].
-const RECEIVE_BUFFERS: u16 = 32;
-const RECEIVE_GROUP: u16 = 0;
+const STAGED_BYTES_MAX: usize = 256 << 10;
 
 /// How often, and how long each time, to wait for cancelled requests.
 const DRAIN_TRIES_MAX: usize = 100;
@@ -66,12 +55,6 @@ const DRAIN_WAIT_NS: u32 = 1_000_000;
 pub struct Uring {
     ring: IoUring,
     sides: Sides,
-    buffers: BufferRing,
-    /// What the multishot receive is given; the kernel reads it once, at the
-    /// start of each request.
-    template: Box<libc::msghdr>,
-    /// Batches that have come and wait for the worker.
-    datagrams: VecDeque<Event>,
     armed: Armed,
     /// By batch id: the batches that the kernel has.
     sends: Vec<Option<(Batch, Destination)>>,
@@ -94,12 +77,12 @@ pub struct Uring {
 struct Armed {
     wake: bool,
     tun: bool,
-    receive: bool,
-    send_room: bool,
+    udp: bool,
+    /// By port.
+    send_room: [bool; PORTS],
 }
 
-// SAFETY: the pointers in the template are null, and those in the messages point
-// into the engine itself; nothing is shared between threads.
+// SAFETY: the pointers in the messages point into the engine itself; nothing is shared between threads.
 unsafe impl Send for Uring {}
 
 impl Uring {
@@ -115,13 +98,9 @@ impl Uring {
         limits: Limits,
         counters: Arc<Counters>,
     ) -> Result<Self> {
-        let (ring, buffers) = build()?;
         Ok(Self {
-            ring,
+            ring: build()?,
             sides: Sides::new(queue, sockets, wake, limits, counters),
-            buffers,
-            template: message::receive_template(),
-            datagrams: VecDeque::with_capacity(usize::from(RECEIVE_BUFFERS)),
             armed: Armed::default(),
             sends: (0..BATCHES).map(|_| None).collect(),
             messages: (0..BATCHES).map(|_| SendMessage::new()).collect(),
@@ -216,60 +195,24 @@ impl Uring {
                     }
                 }
             }
-            Some(Token::Receive) => self.received(completion),
             Some(Token::TunPoll) => {
                 self.armed.tun = false;
                 self.sides.tun_ready = true;
+            }
+            Some(Token::UdpPoll) => {
+                self.armed.udp = false;
+                self.sides.udp_ready = true;
             }
             Some(Token::Wake) => {
                 self.armed.wake = false;
                 self.sides.woken();
             }
-            Some(Token::SendRoom) => {
-                self.armed.send_room = false;
-                self.sides.blocked = None;
+            Some(Token::SendRoom(port)) => {
+                self.armed.send_room[port as usize] = false;
+                self.sides.waits_for_room[port as usize] = false;
             }
             None => {}
         }
-    }
-
-    /// The multishot receive has brought a batch, or has failed.
-    #[inline]
-    fn received(&mut self, completion: &cqueue::Entry) {
-        self.armed.receive = cqueue::more(completion.flags());
-        let Ok(filled) = usize::try_from(completion.result()) else {
-            match -completion.result() {
-                // It goes on when there are buffers again.
-                libc::ENOBUFS => self.sides.counters.rearmed.add(1),
-                errno => self.sides.receive_failed(errno),
-            }
-            return;
-        };
-        let Some(id) = cqueue::buffer_select(completion.flags()) else {
-            return;
-        };
-        let Some(buffer) = self.buffers.take(id, filled) else {
-            return;
-        };
-        let end = buffer.len().min(filled);
-        let parsed = RecvMsgOut::parse(&buffer[..end], &self.template)
-            .ok()
-            .filter(|out| !out.is_payload_truncated())
-            .and_then(|out| {
-                let sender = message::parse_name(out.name_data())?;
-                Some((sender, message::parse_segment_bytes(out.control_data())))
-            });
-        let Some((sender, segment_bytes)) = parsed else {
-            self.sides.counters.drop_truncated.add(1);
-            return self.buffers.give_back(id, buffer);
-        };
-        let mut received = self.sides.filled(buffer, PAYLOAD_START, end);
-        received.ring_id = Some(id);
-        self.datagrams.push_back(Event::Datagrams {
-            received,
-            sender,
-            segment_bytes: segment_bytes.unwrap_or(end - PAYLOAD_START),
-        });
     }
 
     /// Queues the requests for news that are not under way but should be.
@@ -287,20 +230,16 @@ impl Uring {
             let queue = Fd(self.sides.queue.as_fd().as_raw_fd());
             self.push_poll(queue, libc::POLLIN, Token::TunPoll)?;
         }
-        if let Some(port) = self.sides.blocked
-            && !self.armed.send_room
-        {
-            self.armed.send_room = true;
-            let socket = Fd(self.sides.sockets.sender(port).as_raw_fd());
-            self.push_poll(socket, libc::POLLOUT, Token::SendRoom)?;
+        for port in self.sides.full_ports() {
+            if !std::mem::replace(&mut self.armed.send_room[port as usize], true) {
+                let socket = Fd(self.sides.sockets.sender(port).as_raw_fd());
+                self.push_poll(socket, libc::POLLOUT, Token::SendRoom(port))?;
+            }
         }
-        self.buffers.provide();
-        if !self.armed.receive && self.buffers.available() > 0 {
-            self.armed.receive = true;
+        if !self.armed.udp && !self.sides.udp_ready {
+            self.armed.udp = true;
             let socket = Fd(self.sides.sockets.receive.as_raw_fd());
-            let group = self.buffers.group();
-            let request = opcode::RecvMsgMulti::new(socket, &raw const *self.template, group);
-            self.push(&request.build().user_data(Token::Receive.to_user_data()))?;
+            self.push_poll(socket, libc::POLLIN, Token::UdpPoll)?;
         }
         Ok(())
     }
@@ -326,10 +265,10 @@ impl Uring {
             let Armed {
                 wake,
                 tun,
-                receive,
+                udp,
                 send_room,
             } = self.armed;
-            if self.in_flight == 0 && !(wake || tun || receive || send_room) {
+            if self.in_flight == 0 && !(wake || tun || udp) && send_room == [false; PORTS] {
                 break;
             }
             // Cancelled requests complete in task work, which only runs here.
@@ -343,20 +282,17 @@ impl Uring {
 impl Engine for Uring {
     #[inline]
     fn next_event(&mut self) -> Option<Event> {
-        self.sides.next_event(|_| self.datagrams.pop_front())
+        self.sides.next_event()
     }
 
     #[inline]
     fn has_event(&mut self) -> bool {
-        self.sides.has_event(|_| self.datagrams.pop_front())
+        self.sides.has_event()
     }
 
     #[inline]
     fn recycle(&mut self, received: Received) {
-        match received.ring_id {
-            Some(id) => self.buffers.give_back(id, received.buffer),
-            None => self.sides.recycle(received.buffer),
-        }
+        self.sides.recycle(received);
     }
 
     #[inline]
@@ -367,6 +303,37 @@ impl Engine for Uring {
     #[inline]
     fn limits(&self, destination: SocketAddr) -> Limits {
         self.sides.limits(destination)
+    }
+
+    #[inline]
+    fn put_back(&mut self, batch: Batch) {
+        self.sides.put_back(batch);
+    }
+
+    fn unsent_bytes(&mut self, from: Port) -> usize {
+        if self.in_flight > 0
+            && let Err(error) = self.enter(0)
+        {
+            self.sides.fail(error);
+        }
+        self.sides.unsent_bytes(from)
+    }
+
+    fn set_send_buffer(&mut self, from: Port, bytes: usize) {
+        self.sides.set_send_buffer(from, bytes);
+    }
+
+    fn wait_for_room(&mut self, from: Port) {
+        self.sides.wait_for_room(from);
+    }
+
+    fn is_waiting_for_room(&self, from: Port) -> bool {
+        self.sides.waits_for_room[from as usize]
+    }
+
+    #[inline]
+    fn port(&self, wanted: Port) -> Port {
+        self.sides.sockets.port(wanted)
     }
 
     /// Stages the batch's send.
@@ -415,11 +382,20 @@ impl Engine for Uring {
             std::thread::sleep(FAILURE_PAUSE);
             return self.enter(0);
         }
-        if self.sides.may_read_vnet_packet() {
+        if self.sides.may_read_vnet_packet() || self.sides.may_receive() {
             // A read has failed, and the next one may do better.
             return Ok(());
         }
-        self.enter(1)
+        if self.sides.full_ports().next().is_none() {
+            return self.enter(1);
+        }
+        let timespec = types::Timespec::from(ROOM_WAIT);
+        let args = types::SubmitArgs::new().timespec(&timespec);
+        let waited = self.ring.submitter().submit_with_args(1, &args);
+        if waited.is_err_and(|error| error.raw_os_error() == Some(libc::ETIME)) {
+            self.sides.waits_for_room = [false; PORTS];
+        }
+        self.enter(0)
     }
 
     fn quiesce(&mut self) {
@@ -464,7 +440,6 @@ impl Drop for Uring {
     /// and the next process would find name and port still in use.
     fn drop(&mut self) {
         self.cancel_all();
-        let _ = self.buffers.unregister(&self.ring.submitter());
     }
 }
 
@@ -474,31 +449,17 @@ impl Drop for Uring {
 /// As [`Uring::new`].
 pub fn probe(rings: u16) -> Result<()> {
     let tried: Vec<_> = (0..rings).map(|_| build()).collect();
-    for (ring, buffers) in tried.iter().flatten() {
-        let _ = buffers.unregister(&ring.submitter());
-    }
     tried.into_iter().try_for_each(|built| built.map(drop))
 }
 
-fn build() -> Result<(IoUring, BufferRing)> {
-    let ring = IoUring::builder()
+fn build() -> Result<IoUring> {
+    IoUring::builder()
         .setup_single_issuer()
         .setup_defer_taskrun()
         .setup_taskrun_flag()
         .setup_submit_all()
         .build(SUBMISSION_ENTRIES)
-        .map_err(setup_error)?;
-    let buffers = BufferRing::register(
-        &ring.submitter(),
-        RECEIVE_GROUP,
-        RECEIVE_BUFFERS,
-        BUFFER_BYTES,
-    );
-    let buffers = buffers.map_err(|error| {
-        Error::os("cannot register io_uring buffers", error)
-            .hint("raise the limit on locked memory (ulimit -l), or ask for fewer --queues")
-    })?;
-    Ok((ring, buffers))
+        .map_err(setup_error)
 }
 
 fn setup_error(error: io::Error) -> Error {

@@ -1,20 +1,22 @@
 //! What a completion belongs to, packed into its 64 bits of user data.
 
+use crate::io::udp::Port;
+
 /// A request of the data path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Token {
     /// Poll of the TUN queue.
     TunPoll,
-    /// Multishot receive from the UDP socket.
-    Receive,
+    /// Poll of the UDP socket.
+    UdpPoll,
     /// Send of the batch with this id.
     Send(u16),
     /// Write of the vnet packet with this id.
     Write(u16),
     /// Poll of the control thread's event counter.
     Wake,
-    /// Poll for room in the UDP socket's send buffer.
-    SendRoom,
+    /// Poll for room in the send buffer of the socket of this port.
+    SendRoom(Port),
 }
 
 impl Token {
@@ -22,11 +24,12 @@ impl Token {
     pub fn to_user_data(self) -> u64 {
         match self {
             Self::TunPoll => 0,
-            Self::Receive => 1,
+            Self::UdpPoll => 1,
             Self::Send(id) => 2 | u64::from(id) << 16,
             Self::Write(id) => 3 | u64::from(id) << 16,
             Self::Wake => 4,
-            Self::SendRoom => 5,
+            Self::SendRoom(Port::Listen) => 5,
+            Self::SendRoom(Port::Own) => 6,
         }
     }
 
@@ -35,11 +38,12 @@ impl Token {
         let id = (data >> 16) as u16;
         match data & 0xffff {
             0 => Some(Self::TunPoll),
-            1 => Some(Self::Receive),
+            1 => Some(Self::UdpPoll),
             2 => Some(Self::Send(id)),
             3 => Some(Self::Write(id)),
             4 => Some(Self::Wake),
-            5 => Some(Self::SendRoom),
+            5 => Some(Self::SendRoom(Port::Listen)),
+            6 => Some(Self::SendRoom(Port::Own)),
             _ => None,
         }
     }
@@ -53,12 +57,13 @@ mod tests {
     fn survives_the_kernel() {
         for token in [
             Token::TunPoll,
-            Token::Receive,
+            Token::UdpPoll,
             Token::Send(0),
             Token::Send(65535),
             Token::Write(17),
             Token::Wake,
-            Token::SendRoom,
+            Token::SendRoom(Port::Listen),
+            Token::SendRoom(Port::Own),
         ] {
             assert_eq!(Token::from_user_data(token.to_user_data()), Some(token));
         }

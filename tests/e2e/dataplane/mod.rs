@@ -6,4 +6,5 @@ pub mod full_socket;
 pub mod gso_packets;
 pub mod queues;
 pub mod raw;
+pub mod slow_link;
 pub mod traffic;

@@ -107,7 +107,11 @@ fn containers_talk(containers: &[Namespace; 2]) -> Result<()> {
         bulk(client, server, address.into(), 20)?;
         let watch = Watch::default();
         let time = Duration::from_millis(200);
-        let test = PingPong { bytes: 1400, time };
+        let test = PingPong {
+            bytes: 1400,
+            time,
+            patience: time,
+        };
         tcp_ping_pong(between, test, &watch)?;
         let latency = udp_ping_pong(between, test, &watch)?;
         check(latency.exchanges > 0, || format!("{latency:?}"))?;

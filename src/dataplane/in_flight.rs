@@ -1,0 +1,285 @@
+//! How many bytes a socket may hold: as few as keep the link busy. What waits in a
+//! socket waits in the order in which it came, and delays whatever comes next; what
+//! waits before it takes turns ([`crate::packet::fq_codel`]).
+//!
+//! That is two batches: one that is on the link, and one that follows while the worker
+//! makes the next one. A batch is what the link takes in less than half a millisecond.
+//! The kernel's byte queue limits and TCP small queues are built alike. The rate is known
+//! from the times in which the socket was full and nothing was sent: what has gone out of
+//! it meanwhile, by the kernel's count, over how long that took. A socket that has run
+//! empty before the worker came back gets a longer limit.
+//!
+//! What does not drain at all is not a link that is slow, but datagrams to a neighbour
+//! whose link-layer address the kernel is still asking for. They are held by the
+//! kernel for seconds, and must not stop what goes elsewhere: after a while they do
+//! not count any more.
+
+/// The limit before anything is known: a tenth of a millisecond at 10 Gbit/s. A link
+/// that never holds so much is never measured.
+const LIMIT_BYTES_START: usize = 128 << 10;
+
+/// Longest batch, as the kernel takes it.
+const BATCH_BYTES_MAX: usize = 64 << 10;
+
+/// Batches are no shorter than this for the sake of the time they take on the link
+/// ([`BATCH_TIME_MAX_NS`] aside): eight packets of an Ethernet's MTU.
+const BATCH_BYTES_MIN: usize = 8 * 1472;
+
+/// Time that a batch takes on the link.
+const BATCH_TIME_NS: u64 = 400_000;
+/// … and at the most.
+const BATCH_TIME_MAX_NS: u64 = 1_000_000;
+
+/// Added to a batch, this is the limit: there is room for another batch as long as no
+/// more than one is left. A packet, and what the kernel counts for its descriptor.
+const LIMIT_BYTES_EXTRA: usize = 2 << 10;
+
+/// Most that a limit is multiplied by while the socket runs empty.
+const STRETCH_MAX: usize = 16;
+
+/// Time over which the rate is measured.
+const WINDOW_NS: u64 = 4_000_000;
+
+/// For how long a full socket may drain nothing before what it holds counts as stuck:
+/// so many times what it should take to drain it all, and so long at the least; so
+/// long while no rate is known.
+const PATIENCE_LIMITS: u64 = 4;
+const PATIENCE_NS_MIN: u64 = 25_000_000;
+const PATIENCE_NS_START: u64 = 250_000_000;
+
+/// For how long bytes count as stuck before it is found out again whether they are.
+const STUCK_NS: u64 = 200_000_000;
+
+/// Most bytes that may count as stuck: what the kernel keeps for some forty neighbours
+/// (`unres_qlen_bytes`, arp(7)).
+const STUCK_BYTES_MAX: usize = 8 << 20;
+
+/// What the kernel counts for a send beside its bytes, at the most (`truesize` of a
+/// `struct sk_buff`, `linux/skbuff.h`).
+const SEND_OVERHEAD_BYTES: usize = 1024;
+
+/// The state of one socket. Times are in nanoseconds since the same start; bytes are
+/// the kernel's count (`SIOCOUTQ`), which is a little more than what was sent.
+#[derive(Debug)]
+pub struct InFlight {
+    is_auto: bool,
+    limit_bytes: usize,
+    batch_bytes: usize,
+    /// What the socket holds and does not drain; beside the limit.
+    stuck_bytes: usize,
+    /// When half of them are to count again.
+    stuck_until_ns: u64,
+    patience_ns: u64,
+    /// At least what the socket holds.
+    held_bytes_max: usize,
+    /// When the socket was found full, and what it held.
+    full: Option<(u64, usize)>,
+    /// Drained since the window began, and in how much time.
+    drained_bytes: u64,
+    drained_ns: u64,
+    has_run_empty: bool,
+    stretch: usize,
+}
+
+impl InFlight {
+    /// The socket holds nothing. `limit_bytes`: the limit, unless it is to follow the rate.
+    pub fn new(limit_bytes: Option<usize>) -> Self {
+        let is_auto = limit_bytes.is_none();
+        let limit_bytes = limit_bytes.unwrap_or(LIMIT_BYTES_START);
+        Self {
+            is_auto,
+            limit_bytes,
+            batch_bytes: (limit_bytes / 2).clamp(1, BATCH_BYTES_MAX),
+            stuck_bytes: 0,
+            stuck_until_ns: 0,
+            patience_ns: PATIENCE_NS_START,
+            held_bytes_max: 0,
+            full: None,
+            drained_bytes: 0,
+            drained_ns: 0,
+            has_run_empty: false,
+            stretch: 1,
+        }
+    }
+
+    /// Bytes that the socket may hold before it counts as full.
+    #[inline]
+    pub fn limit_bytes(&self) -> usize {
+        self.limit_bytes.saturating_add(self.stuck_bytes)
+    }
+
+    /// Longest batch that may be sent, unless it is a single packet.
+    #[inline]
+    pub fn batch_bytes(&self) -> usize {
+        self.batch_bytes
+    }
+
+    /// Whether there is room for sure. If not, [`Self::refresh`] tells.
+    #[inline]
+    pub fn has_room(&self) -> bool {
+        self.held_bytes_max < self.limit_bytes()
+    }
+
+    /// The kernel has counted what the socket holds. Whether there is room.
+    pub fn refresh(&mut self, held_bytes: usize) -> bool {
+        self.held_bytes_max = held_bytes;
+        self.stuck_bytes = self.stuck_bytes.min(held_bytes);
+        self.has_room()
+    }
+
+    /// A batch of so many bytes is sent.
+    #[inline]
+    pub fn sent(&mut self, batch_bytes: usize) {
+        self.held_bytes_max += batch_bytes + SEND_OVERHEAD_BYTES;
+    }
+
+    /// There is no room, and nothing is sent until there is.
+    pub fn found_full(&mut self, now_ns: u64) {
+        self.full.get_or_insert((now_ns, self.held_bytes_max));
+    }
+
+    /// The socket was full, and holds so much now. Whether the limit has changed.
+    pub fn drained(&mut self, held_bytes: usize, now_ns: u64) -> bool {
+        let Some((since_ns, before_bytes)) = self.full.take() else {
+            return false;
+        };
+        self.refresh(held_bytes);
+        let (bytes, ns) = (
+            before_bytes.saturating_sub(held_bytes),
+            now_ns.saturating_sub(since_ns),
+        );
+        if bytes == 0 {
+            let is_stuck = ns >= self.patience_ns && held_bytes <= STUCK_BYTES_MAX;
+            match is_stuck {
+                true => {
+                    self.stuck_bytes = held_bytes;
+                    self.stuck_until_ns = now_ns + STUCK_NS;
+                }
+                false => self.full = Some((since_ns, before_bytes)),
+            }
+            return is_stuck;
+        }
+        if self.stuck_bytes > 0 && now_ns >= self.stuck_until_ns {
+            self.stuck_bytes /= 2;
+            self.stuck_until_ns = now_ns + STUCK_NS;
+        }
+        self.drained_bytes += bytes as u64;
+        self.drained_ns += ns;
+        self.has_run_empty |= held_bytes == 0;
+        self.is_auto && self.drained_ns >= WINDOW_NS && self.adapt()
+    }
+
+    /// Ends a window. Whether the limit has changed by more than a little.
+    fn adapt(&mut self) -> bool {
+        let (bytes, ns) = (self.drained_bytes, self.drained_ns);
+        let bytes_in =
+            |time_ns: u64| (u128::from(bytes) * u128::from(time_ns) / u128::from(ns)) as usize;
+        self.stretch = match self.has_run_empty {
+            true => (self.stretch * 2).min(STRETCH_MAX),
+            false => (self.stretch / 2).max(1),
+        };
+        self.batch_bytes = BATCH_BYTES_MIN
+            .min(bytes_in(BATCH_TIME_MAX_NS))
+            .max(bytes_in(BATCH_TIME_NS))
+            .clamp(1, BATCH_BYTES_MAX);
+        let limit_bytes = self.batch_bytes * self.stretch + LIMIT_BYTES_EXTRA;
+        (self.drained_bytes, self.drained_ns, self.has_run_empty) = (0, 0, false);
+        let drain_ns = u128::from(ns) * limit_bytes as u128 / u128::from(bytes);
+        self.patience_ns = (PATIENCE_LIMITS * drain_ns as u64).max(PATIENCE_NS_MIN);
+        let is_changed = limit_bytes.abs_diff(self.limit_bytes) > self.limit_bytes / 8;
+        if is_changed {
+            self.limit_bytes = limit_bytes;
+        }
+        is_changed
+    }
+
+    /// No limit any more: all that waits shall go.
+    pub fn lift(&mut self) {
+        self.is_auto = false;
+        self.limit_bytes = usize::MAX;
+        self.batch_bytes = BATCH_BYTES_MAX;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A link of so many bytes per millisecond, behind a socket that is always full
+    /// and a worker that comes back after `late_ns` more.
+    fn settle(in_flight: &mut InFlight, bytes_per_ms: u64, late_ns: u64) -> usize {
+        let mut now_ns = 0;
+        let mut held: usize = 0;
+        for _ in 0..400 {
+            in_flight.refresh(held);
+            while in_flight.has_room() {
+                in_flight.sent(in_flight.batch_bytes());
+                held += in_flight.batch_bytes();
+            }
+            in_flight.refresh(held);
+            in_flight.found_full(now_ns);
+            let over = held.saturating_sub(in_flight.limit_bytes()) + 1;
+            let ns = over as u64 * 1_000_000 / bytes_per_ms + late_ns;
+            now_ns += ns;
+            held = held.saturating_sub((ns * bytes_per_ms / 1_000_000) as usize);
+            in_flight.drained(held, now_ns);
+        }
+        in_flight.limit_bytes()
+    }
+
+    #[test]
+    fn the_limit_follows_the_rate_of_the_link() {
+        let mut in_flight = InFlight::new(None);
+        for (bytes_per_ms, least_us, most_us) in [
+            // 100 Mbit/s, 1 Gbit/s, 10 Gbit/s, 10 Mbit/s.
+            (12_500, 900, 1_300),
+            (125_000, 350, 500),
+            (1_250_000, 20, 120),
+            (1_250, 2_000, 3_500),
+        ] {
+            let limit_bytes = settle(&mut in_flight, bytes_per_ms, 10_000);
+            let us = limit_bytes as u64 * 1_000 / bytes_per_ms;
+            assert!((least_us..most_us).contains(&us), "{bytes_per_ms}: {us} µs");
+        }
+    }
+
+    #[test]
+    fn a_worker_that_comes_late_gets_more() {
+        let on_time = settle(&mut InFlight::new(None), 125_000, 10_000);
+        let late = settle(&mut InFlight::new(None), 125_000, 1_000_000);
+        assert!(late > on_time * 3 / 2, "{late} after {on_time}");
+        assert!(late <= on_time * STRETCH_MAX + LIMIT_BYTES_EXTRA);
+    }
+
+    #[test]
+    fn what_never_drains_stops_nothing_else() {
+        let mut in_flight = InFlight::new(None);
+        let limit_bytes = settle(&mut in_flight, 12_500, 10_000);
+        assert!(!in_flight.refresh(40_000));
+        in_flight.found_full(0);
+        for ms in 1..25 {
+            assert!(!in_flight.drained(40_000, ms * 1_000_000));
+            assert!(!in_flight.has_room());
+            in_flight.found_full(ms * 1_000_000);
+        }
+        assert!(in_flight.drained(40_000, 25_000_000));
+        assert!(in_flight.has_room());
+        assert_eq!(in_flight.limit_bytes(), 40_000 + limit_bytes);
+        // Some of it has gone after all, and then the rest.
+        in_flight.refresh(30_000);
+        assert_eq!(in_flight.limit_bytes(), 30_000 + limit_bytes);
+        in_flight.refresh(0);
+        assert_eq!(in_flight.limit_bytes(), limit_bytes);
+    }
+
+    #[test]
+    fn a_limit_that_is_given_stays() {
+        let mut in_flight = InFlight::new(Some(10_000));
+        assert_eq!(settle(&mut in_flight, 125_000, 0), 10_000);
+        assert_eq!(in_flight.batch_bytes(), 5_000);
+        in_flight.refresh(1 << 20);
+        assert!(!in_flight.has_room());
+        in_flight.lift();
+        assert!(in_flight.has_room());
+    }
+}

@@ -1,0 +1,488 @@
+//! Between batches and their socket: what the socket has no room for waits here,
+//! where flows take turns, and not in the socket, where it would delay them all.
+//!
+//! While nothing waits, a batch goes straight on to the engine, and all it costs is
+//! a comparison: the kernel is asked how much the socket holds only when as much has
+//! been sent as it may hold. When it is full, the engine waits for room and leaves
+//! the TUN queue alone; when there is room, all that the TUN queue has is read first,
+//! so that who has little to send goes first, and then the socket is filled again.
+//!
+//! Each socket has a queue of its own, so that one that is full does not stop what
+//! goes out of another for longer than it takes to drain a limit's worth.
+
+use std::time::Instant;
+
+use super::Queueing;
+use super::in_flight::InFlight;
+use super::table::Table;
+use crate::counters::Counters;
+use crate::io::engine::{Destination, Engine};
+use crate::io::udp::{Port, SOCKET_BUFFER_BYTES};
+use crate::packet::batch::{Batch, NextHop};
+use crate::packet::fq_codel::{self, FqCodel, Reason};
+use crate::packet::ip;
+use crate::wire::plain;
+
+/// What waits for one socket.
+#[derive(Debug)]
+pub struct SendQueue {
+    waiting: FqCodel<Queued>,
+    in_flight: InFlight,
+    /// The socket was full when it was last asked.
+    is_full: bool,
+    /// What times are counted from.
+    start: Instant,
+}
+
+/// What is known of a packet that waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Queued {
+    next_hop: NextHop,
+    to: Destination,
+    segment_bytes_max: usize,
+    tos: u8,
+}
+
+impl SendQueue {
+    /// Nothing waits. `from`: the port whose socket it is, and whose send buffer is
+    /// set.
+    pub fn new(from: Port, queueing: Queueing, engine: &mut impl Engine) -> Self {
+        let in_flight = InFlight::new(queueing.limit);
+        engine.set_send_buffer(from, in_flight.limit_bytes());
+        Self {
+            waiting: FqCodel::new(queueing.aqm),
+            in_flight,
+            is_full: false,
+            start: Instant::now(),
+        }
+    }
+
+    /// Sends a batch, or queues its packets behind others or for lack of room.
+    #[inline]
+    pub fn send(
+        &mut self,
+        batch: Batch,
+        to: Destination,
+        account: &Account<'_>,
+        engine: &mut impl Engine,
+    ) {
+        let bytes = batch.bytes().len();
+        let fits = bytes <= self.in_flight.batch_bytes() || batch.count() == 1;
+        if self.waiting.is_empty() && fits && self.has_room(to.from, engine) {
+            self.in_flight.sent(bytes);
+            engine.send(batch, to);
+        } else {
+            self.queue(batch, to, account, engine);
+        }
+    }
+
+    /// Whether the socket may be given more.
+    #[inline]
+    fn has_room(&mut self, from: Port, engine: &mut impl Engine) -> bool {
+        self.in_flight.has_room() || self.in_flight.refresh(engine.unsent_bytes(from))
+    }
+
+    /// Queues a batch's packets, each in its flow.
+    fn queue(
+        &mut self,
+        batch: Batch,
+        to: Destination,
+        account: &Account<'_>,
+        engine: &mut impl Engine,
+    ) {
+        let now_ns = self.now_ns();
+        let queued = Queued {
+            next_hop: batch.next_hop(),
+            to,
+            segment_bytes_max: batch.limits().segment_bytes_max,
+            tos: batch.tos(),
+        };
+        for datagram in batch.datagrams() {
+            let packet = plain::packet(datagram);
+            // It was checked when it came.
+            if let Ok(version) = ip::verify(packet) {
+                self.waiting.push(version, packet, queued, now_ns, account);
+            }
+        }
+        engine.put_back(batch);
+    }
+
+    /// Fills the socket from what waits, as far as there is room.
+    pub fn pump(&mut self, from: Port, account: &Account<'_>, engine: &mut impl Engine) {
+        if self.waiting.is_empty() || engine.is_waiting_for_room(from) {
+            return;
+        }
+        let now_ns = self.now_ns();
+        if std::mem::take(&mut self.is_full)
+            && self.in_flight.drained(engine.unsent_bytes(from), now_ns)
+        {
+            engine.set_send_buffer(from, self.in_flight.limit_bytes());
+            // Half a batch each, so that flows are mixed and yet come in runs.
+            self.waiting.set_quantum(self.in_flight.batch_bytes() / 2);
+        }
+        while self.has_room(from, engine) {
+            let Some((batch, to)) = self.next_batch(now_ns, account, engine) else {
+                return;
+            };
+            self.in_flight.sent(batch.bytes().len());
+            engine.send(batch, to);
+        }
+        self.in_flight.found_full(now_ns);
+        self.is_full = true;
+        engine.wait_for_room(from);
+    }
+
+    /// A batch of the packets whose turn it is.
+    fn next_batch(
+        &mut self,
+        now_ns: u64,
+        account: &Account<'_>,
+        engine: &mut impl Engine,
+    ) -> Option<(Batch, Destination)> {
+        let (first, _) = self.waiting.peek(now_ns, account)?;
+        let mut batch = engine.take_batch()?;
+        let mut limits = engine.limits(first.to.endpoint);
+        limits.segment_bytes_max = limits.segment_bytes_max.min(first.segment_bytes_max);
+        batch.start(first.next_hop, limits);
+        batch.set_tos(first.tos);
+        while let Some((queued, packet_bytes)) = self.waiting.peek(now_ns, account) {
+            let datagram_bytes = plain::datagram_bytes(packet_bytes);
+            let is_long = batch.bytes().len() + datagram_bytes > self.in_flight.batch_bytes();
+            if queued != first || (is_long && batch.count() > 0) {
+                break;
+            }
+            let Some(datagram) = batch.reserve(datagram_bytes) else {
+                break;
+            };
+            let sojourn_ns = self.waiting.take(plain::packet_room(datagram), now_ns);
+            account.left(sojourn_ns);
+        }
+        Some((batch, first.to))
+    }
+
+    /// Whether packets wait.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    /// Bytes of the packets that wait.
+    pub fn backlog_bytes(&self) -> u64 {
+        self.waiting.total_bytes()
+    }
+
+    /// Bytes that the socket may hold now.
+    pub fn limit_bytes(&self) -> u64 {
+        self.in_flight.limit_bytes() as u64
+    }
+
+    /// Sends all that waits, whether there is room or not: the worker stops.
+    pub fn release(&mut self, from: Port, account: &Account<'_>, engine: &mut impl Engine) {
+        self.in_flight.lift();
+        engine.set_send_buffer(from, SOCKET_BUFFER_BYTES);
+        let now_ns = self.now_ns();
+        while let Some((batch, to)) = self.next_batch(now_ns, account, engine) {
+            engine.send(batch, to);
+        }
+    }
+
+    fn now_ns(&self) -> u64 {
+        self.start.elapsed().as_nanos() as u64
+    }
+}
+
+/// Where it is counted what becomes of packets that wait.
+pub struct Account<'a> {
+    /// Index of the worker.
+    worker: usize,
+    /// Their peers.
+    table: &'a Table,
+    /// The worker's counters.
+    counters: &'a Counters,
+}
+
+impl<'a> Account<'a> {
+    /// With the counters of this worker.
+    #[inline]
+    pub fn new(worker: usize, table: &'a Table, counters: &'a Counters) -> Self {
+        Self {
+            worker,
+            table,
+            counters,
+        }
+    }
+
+    /// A packet that has waited so long leaves.
+    fn left(&self, sojourn_ns: u64) {
+        self.counters.queue_packets.add(1);
+        self.counters.queue_sojourn_ns.add(sojourn_ns);
+    }
+}
+
+impl fq_codel::Observer<Queued> for Account<'_> {
+    fn dropped(&self, queued: &Queued, packet_bytes: usize, reason: Reason) {
+        let counter = match reason {
+            Reason::Aqm => &self.counters.drop_queue_aqm,
+            Reason::Overlimit => &self.counters.drop_queue_full,
+        };
+        counter.add(1);
+        // The table may have changed since.
+        let peer = self.table.at(queued.next_hop);
+        let peer = peer.filter(|peer| peer.endpoint == Some(queued.to.endpoint));
+        if let Some(traffic) = peer.and_then(|peer| peer.traffic.get(self.worker)) {
+            traffic.packets_sent.sub(1);
+            traffic.bytes_sent.sub(packet_bytes as u64);
+            match reason {
+                Reason::Aqm => traffic.drop_queue_aqm.add(1),
+                Reason::Overlimit => traffic.drop_queue_full.add(1),
+            }
+        }
+    }
+
+    fn marked(&self) {
+        self.counters.queue_marked.add(1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::counters::PeerCounters;
+    use crate::dataplane::table::PeerSnapshot;
+    use crate::error::Result;
+    use crate::io::engine::{Event, Received};
+    use crate::packet::batch::Limits;
+    use crate::packet::fq_codel::Aqm;
+    use crate::packet::icmp::TunnelAddresses;
+    use crate::packet::lpm::Prefixes;
+    use crate::packet::vnet_packet::{VnetPacket, VnetSink};
+
+    const PACKET_BYTES: usize = 1400;
+
+    /// Sends into a socket that drains when it is told to.
+    #[derive(Default)]
+    struct Fake {
+        /// The packets' flow and number, by batch.
+        sent: Vec<Vec<(u8, u8)>>,
+        unsent_bytes: usize,
+        asked: usize,
+        is_waiting: bool,
+        send_buffer_bytes: usize,
+    }
+
+    impl Engine for Fake {
+        fn send(&mut self, batch: Batch, _: Destination) {
+            self.unsent_bytes += batch.bytes().len();
+            let packets = batch.datagrams().map(|packet| (packet[15], packet[20]));
+            self.sent.push(packets.collect());
+        }
+        fn take_batch(&mut self) -> Option<Batch> {
+            Some(Batch::new(0))
+        }
+        fn put_back(&mut self, _: Batch) {}
+        fn unsent_bytes(&mut self, _: Port) -> usize {
+            self.asked += 1;
+            self.unsent_bytes
+        }
+        fn set_send_buffer(&mut self, _: Port, bytes: usize) {
+            self.send_buffer_bytes = bytes;
+        }
+        fn wait_for_room(&mut self, _: Port) {
+            self.is_waiting = true;
+        }
+        fn is_waiting_for_room(&self, _: Port) -> bool {
+            self.is_waiting
+        }
+        fn port(&self, wanted: Port) -> Port {
+            wanted
+        }
+        fn limits(&self, _: SocketAddr) -> Limits {
+            Limits::FULL
+        }
+        fn next_event(&mut self) -> Option<Event> {
+            None
+        }
+        fn has_event(&mut self) -> bool {
+            false
+        }
+        fn recycle(&mut self, _: Received) {}
+        fn submit(&mut self) -> Result<()> {
+            Ok(())
+        }
+        fn poll(&mut self) -> Result<bool> {
+            Ok(false)
+        }
+        fn wait(&mut self) -> Result<()> {
+            Ok(())
+        }
+        fn quiesce(&mut self) {}
+        fn reset_limits(&mut self) {}
+    }
+
+    impl VnetSink for Fake {
+        fn take_vnet_packet(&mut self) -> Option<VnetPacket> {
+            None
+        }
+        fn write(&mut self, _: VnetPacket) {}
+    }
+
+    fn endpoint() -> SocketAddr {
+        ([10, 0, 0, 2], 8285).into()
+    }
+
+    struct Bench {
+        engine: Fake,
+        queue: SendQueue,
+        table: Table,
+        counters: Counters,
+        traffic: Arc<[PeerCounters]>,
+    }
+
+    fn bench(limit: Option<usize>, aqm: Aqm) -> Bench {
+        let traffic: Arc<[PeerCounters]> = Arc::new([PeerCounters::default()]);
+        let peer = PeerSnapshot {
+            endpoint: Some(endpoint()),
+            mtu_bytes: 1472,
+            is_fragmented: true,
+            traffic: Arc::clone(&traffic),
+        };
+        let none = Arc::new(Prefixes::new([]));
+        let queueing = Queueing {
+            limit,
+            aqm,
+            inherits_dscp: false,
+        };
+        let mut engine = Fake::default();
+        Bench {
+            queue: SendQueue::new(Port::Listen, queueing, &mut engine),
+            engine,
+            table: Table::new(vec![peer], none, TunnelAddresses::default(), false),
+            counters: Counters::default(),
+            traffic,
+        }
+    }
+
+    impl Bench {
+        /// Sends packets of a flow, with these numbers, in one batch.
+        fn send(&mut self, flow: u8, numbers: std::ops::Range<u8>) {
+            let mut batch = Batch::new(0);
+            batch.start(0, Limits::FULL);
+            for number in numbers {
+                let packet = batch.reserve(PACKET_BYTES).unwrap();
+                packet.fill(0);
+                packet[0] = 0x45;
+                packet[2..4].copy_from_slice(&(PACKET_BYTES as u16).to_be_bytes());
+                packet[15] = flow;
+                packet[20] = number;
+            }
+            let to = Destination {
+                endpoint: endpoint(),
+                from: Port::Listen,
+            };
+            self.traffic[0].packets_sent.add(batch.count() as u64);
+            let account = Account::new(0, &self.table, &self.counters);
+            self.queue.send(batch, to, &account, &mut self.engine);
+        }
+
+        fn pump(&mut self) {
+            let account = Account::new(0, &self.table, &self.counters);
+            self.queue.pump(Port::Listen, &account, &mut self.engine);
+        }
+
+        /// The socket has sent all it held.
+        fn drain(&mut self) {
+            self.engine.unsent_bytes = 0;
+            self.engine.is_waiting = false;
+        }
+    }
+
+    #[test]
+    fn while_there_is_room_batches_go_on_as_they_are() {
+        let mut bench = bench(None, Aqm::FqCodel);
+        for _ in 0..3 {
+            bench.send(1, 0..20);
+        }
+        assert_eq!(bench.engine.sent.len(), 3);
+        assert_eq!(bench.engine.asked, 0, "the kernel is not asked for each");
+        bench.pump();
+        assert!(bench.queue.is_empty() && !bench.engine.is_waiting);
+        // Sent without an end, into a socket that drains.
+        for _ in 0..100 {
+            bench.drain();
+            bench.send(1, 0..20);
+        }
+        assert_eq!(bench.engine.sent.len(), 103);
+        let once_in = 103 / bench.engine.asked;
+        assert!(once_in >= 4, "asked once in {once_in} batches");
+    }
+
+    #[test]
+    fn what_finds_no_room_waits_by_flow_and_in_order() {
+        let mut bench = bench(Some(30_000), Aqm::FqCodel);
+        assert_eq!(bench.engine.send_buffer_bytes, 30_000);
+        for first in (0..40).step_by(10) {
+            bench.send(1, first..first + 10);
+        }
+        bench.pump();
+        assert!(bench.engine.is_waiting);
+        // 14 000 bytes each: the third finds the socket with 28 000 and is the last.
+        assert_eq!(bench.engine.sent.len(), 3);
+        bench.pump();
+        assert_eq!(bench.engine.sent.len(), 3, "there is no room yet");
+        bench.send(2, 0..1);
+        bench.drain();
+        bench.pump();
+        // The flow with one packet does not wait for all of the other, which goes on where
+        // it was.
+        let sent = bench.engine.sent.concat();
+        assert!(sent[30..33].contains(&(2, 0)), "{sent:?}");
+        let others: Vec<u8> = sent
+            .iter()
+            .filter(|(flow, _)| *flow == 1)
+            .map(|(_, number)| *number)
+            .collect();
+        assert_eq!(others, (0..40).collect::<Vec<_>>());
+        assert!(bench.queue.is_empty());
+        let snapshot = bench.counters.snapshot();
+        assert_eq!(snapshot.queue_packets, 11);
+        assert_eq!(snapshot.drops().next(), None);
+    }
+
+    #[test]
+    fn a_batch_that_is_too_long_for_the_link_is_sent_in_parts() {
+        let mut bench = bench(Some(10_000), Aqm::FqCodel);
+        bench.send(1, 0..30);
+        bench.pump();
+        while !bench.queue.is_empty() {
+            bench.drain();
+            bench.pump();
+        }
+        assert!(bench.engine.sent.iter().all(|batch| batch.len() <= 3));
+        assert_eq!(bench.engine.sent.concat().len(), 30);
+    }
+
+    #[test]
+    fn what_is_dropped_was_not_sent_to_its_peer() {
+        let mut bench = bench(Some(30_000), Aqm::Off);
+        bench.engine.unsent_bytes = 1 << 20;
+        let mut pushed = 0;
+        while bench.counters.drop_queue_full.get() == 0 {
+            bench.send(1, 0..40);
+            pushed += 40;
+        }
+        let dropped = bench.counters.drop_queue_full.get();
+        assert_eq!(bench.traffic[0].drop_queue_full.get(), dropped);
+        bench.drain();
+        let account = Account::new(0, &bench.table, &bench.counters);
+        bench
+            .queue
+            .release(Port::Listen, &account, &mut bench.engine);
+        let sent = bench.engine.sent.concat().len() as u64;
+        assert_eq!(sent, pushed - dropped);
+        assert_eq!(bench.traffic[0].packets_sent.get(), sent);
+        assert_eq!(bench.engine.send_buffer_bytes, SOCKET_BUFFER_BYTES);
+    }
+}
