@@ -25,5 +25,7 @@ mod table;
 mod targets;
 #[path = "../benches/tunnel/traffic.rs"]
 mod traffic;
+#[path = "../benches/tunnel/underlay.rs"]
+mod underlay;
 #[path = "../benches/tunnel/variant.rs"]
 mod variant;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Parser;
 
+use crate::underlay::Underlay;
 use crate::variant::{self, Variant};
 
 /// Compare fastvpn with other ways to link two hosts, in one interleaved run.
@@ -24,6 +25,10 @@ pub struct Cli {
     /// What to compare, as in vxlan,uring; variants come on top [default: all that is there]
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub targets: Vec<String>,
+
+    /// What the cable between the hosts is like
+    #[arg(long, value_enum, default_value_t = Underlay::Wire)]
+    pub underlay: Underlay,
 
     /// fastvpn with other flags, or another program; repeatable, as in q4="--queues 4"
     #[arg(long, value_name = "NAME[@PROGRAM]=FLAGS", value_parser = variant::parse)]

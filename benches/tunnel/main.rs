@@ -3,6 +3,7 @@
 //!
 //! - [`targets`]: the links that are compared.
 //! - [`traffic`]: the kinds of traffic and their figures.
+//! - [`underlay`]: the cable between the hosts.
 //! - [`measure`]: one sample. [`syscalls`]: system calls, in a pass of their own.
 //! - [`quiet`]: whether anybody else disturbed it.
 //! - [`run`]: targets in turn, round after round.
@@ -24,6 +25,7 @@ mod syscalls;
 mod table;
 mod targets;
 mod traffic;
+mod underlay;
 mod variant;
 
 use std::fs;
@@ -86,6 +88,7 @@ fn bench(cli: &Cli) -> Result<()> {
     let plan = Plan {
         targets,
         traffic,
+        underlay: cli.underlay,
         rounds: cli.rounds.into(),
         method: Method {
             time: Duration::from_secs_f64(cli.seconds),
@@ -214,6 +217,7 @@ fn settings(outcome: &Outcome, cli: &Cli) -> Vec<(String, String)> {
         _ => outcome.disturbed.join("; "),
     };
     let mut settings = vec![
+        ("underlay", cli.underlay.describe().into()),
         ("rounds", cli.rounds.to_string()),
         ("seconds per sample", cli.seconds.to_string()),
         ("verification", verify.into()),

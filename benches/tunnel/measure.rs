@@ -1,6 +1,6 @@
 //! One sample: some traffic over a link, and what it cost the link's processes.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -11,17 +11,33 @@ use testbed::traffic::{
     Between, Bulk, BulkLimit, Flood, FloodReport, Latency, PingPong, TransferReport, Watch,
     snmp_counter, tcp_bulk, tcp_ping_pong, udp_flood, udp_ping_pong,
 };
-use testbed::{Child, Pair, cpu_ns, rss_bytes, rss_peak_bytes};
+use testbed::{Child, Namespace, Pair, UNDERLAY_NAME, cpu_ns, ip, rss_bytes, rss_peak_bytes};
 
-use crate::targets::Link;
 use crate::targets::overlay::{CHANGE_INTERVAL, Changes};
+use crate::targets::{Link, STRANGER, UNDERLAY, UNDERLAY_PREFIX};
 use crate::traffic::{Direction, Kind};
+use crate::underlay::Slow;
 
 /// Bytes of a ping-pong's request and of its answer.
 const PING_BYTES: usize = 64;
 
 /// How long a loading stream runs before and after what it loads.
 const LOAD_MARGIN: Duration = Duration::from_millis(300);
+
+/// How long an answer is waited for.
+const PATIENCE: Duration = Duration::from_millis(100);
+/// … where queues stand.
+const PATIENCE_QUEUED: Duration = Duration::from_secs(2);
+
+/// How long streams run on a slow cable before what they load.
+const SLOW_MARGIN: Duration = Duration::from_millis(1500);
+
+/// The paced datagrams: 1000 in a second, 1 Mbit/s.
+const PACED_BYTES: usize = 125;
+const PACED_PPS: u64 = 1000;
+
+/// A port of host `b` that nobody receives on.
+const CLOSED_PORT: u16 = 9;
 
 /// How often a signal is looked for while nothing is to be done.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
@@ -48,6 +64,8 @@ pub struct Stage<'a> {
     pub pair: &'a Pair,
     /// What joins them.
     pub link: &'a Link,
+    /// The port that it receives on, if it is known.
+    pub port: Option<u16>,
     /// How samples are taken.
     pub method: &'a Method,
 }
@@ -102,6 +120,12 @@ impl Stage<'_> {
             Kind::Tcp { streams, direction } => self.tcp(streams, direction),
             Kind::Udp { bytes } => self.udp(bytes),
             Kind::Ping { udp, loaded } => self.ping(udp, loaded),
+            Kind::Queue {
+                mbit_per_s,
+                streams,
+            } => self.queue(mbit_per_s, streams),
+            Kind::Paced { mbit_per_s } => self.paced(mbit_per_s),
+            Kind::Flooded { known } => self.flooded(known),
             Kind::Idle => self.idle(),
             Kind::Memory => self.memory(),
             Kind::SystemCalls => Ok(Vec::new()),
@@ -243,6 +267,7 @@ impl Stage<'_> {
         let test = PingPong {
             bytes: PING_BYTES,
             time: self.method.time,
+            patience: PATIENCE,
         };
         let exchange = || match udp {
             false => tcp_ping_pong(self.between(), test, &self.watch()),
@@ -275,6 +300,98 @@ impl Stage<'_> {
             sample.push(("lost", latency.lost as f64));
         }
         Ok(sample)
+    }
+
+    /// Loads a slow cable, and does something else meanwhile.
+    fn beside_streams<T>(
+        &self,
+        mbit_per_s: u32,
+        streams: usize,
+        work: impl FnOnce() -> Result<T>,
+    ) -> Result<(T, BulkReport, Cost)> {
+        let _slow = Slow::new(self.pair, mbit_per_s)?;
+        let load_time = self.method.time + SLOW_MARGIN + LOAD_MARGIN;
+        let ((result, load), cost) = self.with_cost(|| {
+            Ok(beside(
+                || self.bulk(streams, load_time, false),
+                || {
+                    thread::sleep(SLOW_MARGIN);
+                    work()
+                },
+            ))
+        })?;
+        Ok((result?, load?, cost))
+    }
+
+    fn queue(&self, mbit_per_s: u32, streams: usize) -> Result<Sample> {
+        let test = PingPong {
+            bytes: PING_BYTES,
+            time: self.method.time,
+            patience: PATIENCE_QUEUED,
+        };
+        let ping = || udp_ping_pong(self.between(), test, &self.watch());
+        let (latency, load, cost) = self.beside_streams(mbit_per_s, streams, ping)?;
+        let mut sample = vec![
+            ("p50_ms", latency.p50_ns as f64 / 1e6),
+            ("p99_ms", latency.p99_ns as f64 / 1e6),
+            ("lost", latency.lost as f64),
+            ("gbit_per_s", load.gigabits_per_second()),
+        ];
+        let keys = [
+            "cpu_s_per_gb",
+            "cpu_s_per_gb_sender",
+            "cpu_s_per_gb_receiver",
+        ];
+        sample.extend(cost.per(load.bytes as f64, keys, false).first());
+        Ok(sample)
+    }
+
+    fn paced(&self, mbit_per_s: u32) -> Result<Sample> {
+        let flood = Flood {
+            bytes: PACED_BYTES,
+            time: self.method.time,
+            rate_pps: Some(PACED_PPS),
+        };
+        let pace = || udp_flood(self.between(), flood, &self.watch());
+        let (report, ..) = self.beside_streams(mbit_per_s, 8, pace)?;
+        if report.corrupt > 0 {
+            return Err(damaged("a UDP datagram", self.link.address));
+        }
+        let delivered = report.delivered as f64 / report.offered as f64;
+        Ok(vec![
+            ("loss_percent", (1.0 - delivered) * 100.0),
+            ("jitter_p99_ms", report.jitter_p99_ns as f64 / 1e6),
+        ])
+    }
+
+    /// Throughput beside a flood, and the ratio to that beside one to a closed port; nothing
+    /// where the port is not known.
+    fn flooded(&self, known: bool) -> Result<Sample> {
+        let Some(port) = self.port else {
+            return Ok(Vec::new());
+        };
+        let from = match known {
+            true => UNDERLAY[0],
+            false => STRANGER,
+        };
+        let beside_flood_to = |port: u16| -> Result<f64> {
+            let done = AtomicBool::new(false);
+            let (report, flood) = beside(
+                || blast(&self.pair.a, from, port, &done),
+                || {
+                    thread::sleep(LOAD_MARGIN);
+                    let report = self.bulk(1, self.method.time, false);
+                    done.store(true, Ordering::Relaxed);
+                    report
+                },
+            );
+            flood?;
+            Ok(report?.gigabits_per_second())
+        };
+        let net = format!("{STRANGER}/{UNDERLAY_PREFIX} dev {UNDERLAY_NAME}");
+        ip(&self.pair.a, &format!("address replace {net}"))?;
+        let (closed, open) = (beside_flood_to(CLOSED_PORT)?, beside_flood_to(port)?);
+        Ok(vec![("ratio", open / closed), ("gbit_per_s", open)])
     }
 
     fn idle(&self) -> Result<Sample> {
@@ -312,6 +429,19 @@ impl Stage<'_> {
             ]
         }))
     }
+}
+
+/// Sends datagrams to host `b` from this address, as fast as one thread can, until it is
+/// done.
+fn blast(host: &Namespace, from: Ipv4Addr, port: u16, done: &AtomicBool) -> Result<()> {
+    let cannot = |cause| Error::os(format!("cannot flood port {port} from {from}"), cause);
+    let socket = host.run(|| UdpSocket::bind((from, 0))).map_err(cannot)?;
+    socket.connect((UNDERLAY[1], port)).map_err(cannot)?;
+    while !done.load(Ordering::Relaxed) {
+        // A refusal is what a closed port is for.
+        let _ = socket.send(&[0; PING_BYTES]);
+    }
+    Ok(())
 }
 
 /// Runs `other` on a thread of its own beside `main`; gives main's result first.

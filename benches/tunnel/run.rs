@@ -14,6 +14,7 @@ use crate::results::{self, Cell};
 use crate::syscalls;
 use crate::targets::{Link, Target, UNDERLAY, UNDERLAY_MTU_BYTES, UNDERLAY_PREFIX};
 use crate::traffic::{Kind, Traffic};
+use crate::underlay::Underlay;
 
 /// How often a sample that others disturbed is taken again.
 const REPETITIONS_MAX: usize = 2;
@@ -24,6 +25,8 @@ pub struct Plan {
     pub targets: Vec<Box<dyn Target>>,
     /// The traffic, in this order.
     pub traffic: Vec<Traffic>,
+    /// The cable.
+    pub underlay: Underlay,
     /// How often.
     pub rounds: usize,
     /// How samples are taken.
@@ -137,6 +140,7 @@ impl Run<'_> {
                 let stage = Stage {
                     pair: &pair,
                     link: &link,
+                    port: target.port(),
                     method: &self.plan.method,
                 };
                 match syscalls::sample(&stage) {
@@ -155,6 +159,7 @@ impl Run<'_> {
         self.check_signal()?;
         let net = |host: usize| IpNet::new_assert(UNDERLAY[host].into(), UNDERLAY_PREFIX);
         let pair = testbed::pair(&[(net(0), net(1))], UNDERLAY_MTU_BYTES)?;
+        self.plan.underlay.apply(&pair)?;
         match target.start(&pair) {
             Ok(link) => Ok(Some((pair, link))),
             Err(error) => {
@@ -175,7 +180,12 @@ impl Run<'_> {
         let name = format!("{name}, {}", traffic.key);
         self.progress.detail(&name);
         let method = &self.plan.method;
-        let stage = Stage { pair, link, method };
+        let stage = Stage {
+            pair,
+            link,
+            port: target.port(),
+            method,
+        };
         let mut best: Option<(f64, Sample)> = None;
         for repetition in 0..=REPETITIONS_MAX {
             self.check_signal()?;

@@ -37,6 +37,25 @@ pub enum Kind {
         /// Beside one TCP stream as fast as it goes.
         loaded: bool,
     },
+    /// Requests of 64 bytes over UDP, one at a time, beside TCP as fast as it goes, on a
+    /// slow cable.
+    Queue {
+        /// Megabits per second of the cable.
+        mbit_per_s: u32,
+        /// TCP connections.
+        streams: usize,
+    },
+    /// UDP at 1 Mbit/s beside eight TCP connections as fast as they go, on a slow cable.
+    Paced {
+        /// Megabits per second of the cable.
+        mbit_per_s: u32,
+    },
+    /// One TCP connection as fast as it goes, while host `b` is flooded with datagrams that
+    /// are no packets: to the link's port, and to a closed one.
+    Flooded {
+        /// From an address that the link knows.
+        known: bool,
+    },
     /// Nothing.
     Idle,
     /// What the processes have taken, after all the rest.
@@ -122,6 +141,26 @@ const UDP_PING: &[Figure] = &[
     figure("p999_us", "p99.9", "µs", Lower),
     figure("lost", "unanswered", "requests", Lower),
 ];
+const QUEUE: &[Figure] = &[
+    figure("p50_ms", "p50", "ms", Lower),
+    figure("p99_ms", "p99", "ms", Lower),
+    figure("lost", "unanswered", "requests", Lower),
+    THROUGHPUT,
+    CPU,
+];
+const PACED: &[Figure] = &[
+    figure("loss_percent", "loss", "%", Lower),
+    figure("jitter_p99_ms", "jitter, p99", "ms", Lower),
+];
+const FLOODED: &[Figure] = &[
+    figure(
+        "ratio",
+        "throughput to that with a closed port flooded",
+        "",
+        Higher,
+    ),
+    THROUGHPUT,
+];
 const IDLE: &[Figure] = &[figure("cpu_percent", "CPU", "% of a core", Lower)];
 const MEMORY: &[Figure] = &[
     figure("rss_mib", "resident", "MiB", Lower),
@@ -150,6 +189,18 @@ const fn udp(key: &'static str, title: &'static str, bytes: usize) -> Traffic {
         title,
         kind: Kind::Udp { bytes },
         figures: UDP,
+    }
+}
+
+const fn queue(key: &'static str, title: &'static str, mbit_per_s: u32, streams: usize) -> Traffic {
+    Traffic {
+        key,
+        title,
+        kind: Kind::Queue {
+            mbit_per_s,
+            streams,
+        },
+        figures: QUEUE,
     }
 }
 
@@ -220,6 +271,54 @@ pub const ALL: &[Traffic] = &[
         title: "Idle, both ends",
         kind: Kind::Idle,
         figures: IDLE,
+    },
+    queue(
+        "queue-10m-8",
+        "UDP ping-pong beside 8 TCP streams, 10 Mbit/s",
+        10,
+        8,
+    ),
+    queue(
+        "queue-100m-1",
+        "UDP ping-pong beside 1 TCP stream, 100 Mbit/s",
+        100,
+        1,
+    ),
+    queue(
+        "queue-100m-8",
+        "UDP ping-pong beside 8 TCP streams, 100 Mbit/s",
+        100,
+        8,
+    ),
+    queue(
+        "queue-1g-1",
+        "UDP ping-pong beside 1 TCP stream, 1 Gbit/s",
+        1000,
+        1,
+    ),
+    queue(
+        "queue-1g-8",
+        "UDP ping-pong beside 8 TCP streams, 1 Gbit/s",
+        1000,
+        8,
+    ),
+    Traffic {
+        key: "paced-100m",
+        title: "UDP at 1 Mbit/s beside 8 TCP streams, 100 Mbit/s",
+        kind: Kind::Paced { mbit_per_s: 100 },
+        figures: PACED,
+    },
+    Traffic {
+        key: "flood-stranger",
+        title: "TCP, 1 stream, beside a stranger's flood",
+        kind: Kind::Flooded { known: false },
+        figures: FLOODED,
+    },
+    Traffic {
+        key: "flood-peer",
+        title: "TCP, 1 stream, beside a peer's flood of what is no packet",
+        kind: Kind::Flooded { known: true },
+        figures: FLOODED,
     },
     Traffic {
         key: "memory",

@@ -114,6 +114,11 @@ impl Target for Fastvpn {
         self.missing.clone()
     }
 
+    fn port(&self) -> Option<u16> {
+        // The default of --listen.
+        Some(8285)
+    }
+
     fn start(&self, pair: &Pair) -> Result<Link> {
         // Tunnel addresses and MTU are those that fastvpn gives itself.
         let commands = [UNDERLAY[1], UNDERLAY[0]].map(|peer| {

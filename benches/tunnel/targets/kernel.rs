@@ -71,6 +71,10 @@ impl Target for Vxlan {
         create().err().map(|error| error.to_string())
     }
 
+    fn port(&self) -> Option<u16> {
+        Some(VXLAN_PORT)
+    }
+
     fn start(&self, pair: &Pair) -> Result<Link> {
         create(&pair.a, 0)?;
         create(&pair.b, 1)?;

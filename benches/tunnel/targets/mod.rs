@@ -26,6 +26,9 @@ pub const UNDERLAY: [Ipv4Addr; 2] = [
     Ipv4Addr::new(10, 211, 55, 123),
 ];
 
+/// Another address of host `a`, that no link knows.
+pub const STRANGER: Ipv4Addr = Ipv4Addr::new(10, 211, 55, 200);
+
 /// Length of the underlay's prefix.
 pub const UNDERLAY_PREFIX: u8 = 24;
 
@@ -66,6 +69,10 @@ pub trait Target {
     /// Why it cannot be measured on this machine, such as that its program is
     /// not installed; `None` when it can.
     fn missing(&self) -> Option<String>;
+    /// The UDP port that it receives on, if it is known.
+    fn port(&self) -> Option<u16> {
+        None
+    }
     /// Sets the link up and waits until it carries packets both ways.
     ///
     /// # Errors

@@ -53,6 +53,9 @@ pub struct FloodReport {
     pub reordered: u64,
     /// Of these, how many were changed.
     pub corrupt: u64,
+    /// How far the times between two arrivals were from those between two sends, all
+    /// but one in a hundred at the most, in nanoseconds; 0 unless a rate was given.
+    pub jitter_p99_ns: u64,
     /// How long sending took.
     pub elapsed: Duration,
 }
@@ -70,7 +73,7 @@ pub fn udp_flood(between: Between<'_>, flood: Flood, watch: &Watch) -> Result<Fl
         }
         let done = AtomicBool::new(false);
         thread::scope(|scope| {
-            let receiver = scope.spawn(|| drain(&sink, flood.bytes, &done));
+            let receiver = scope.spawn(|| drain(&sink, flood, &done));
             let sent = send(&source, flood, watch);
             thread::sleep(QUIET);
             done.store(true, Ordering::Relaxed);
@@ -134,8 +137,10 @@ fn due(rate_pps: u64, elapsed: Duration, offered: u64) -> usize {
     usize::try_from(target.saturating_sub(offered)).map_or(BATCH, |due| due.min(BATCH))
 }
 
-fn drain(socket: &UdpSocket, bytes: usize, done: &AtomicBool) -> io::Result<FloodReport> {
+fn drain(socket: &UdpSocket, flood: Flood, done: &AtomicBool) -> io::Result<FloodReport> {
+    let bytes = flood.bytes;
     let expected = pattern(bytes);
+    let mut jitter = Jitter::new(flood);
     // One byte more than is sent, so that a datagram that has grown is seen.
     let mut datagrams = vec![vec![0u8; bytes + 1]; BATCH];
     let mut lengths = [0; BATCH];
@@ -162,11 +167,48 @@ fn drain(socket: &UdpSocket, bytes: usize, done: &AtomicBool) -> io::Result<Floo
             let number = datagram[..NUMBER_BYTES]
                 .try_into()
                 .map_or(0, u64::from_le_bytes);
+            jitter.arrived(number);
             report.reordered += u64::from(number < next);
             next = next.max(number + 1);
         }
     }
+    report.jitter_p99_ns = jitter.p99_ns();
     Ok(report)
+}
+
+/// Times between arrivals, of datagrams that are sent at a steady rate.
+struct Jitter {
+    interval_ns: Option<u64>,
+    last: Option<(u64, Instant)>,
+    deviations_ns: Vec<u64>,
+}
+
+impl Jitter {
+    fn new(flood: Flood) -> Self {
+        Self {
+            interval_ns: flood.rate_pps.map(|rate| 1_000_000_000 / rate.max(1)),
+            last: None,
+            deviations_ns: Vec::new(),
+        }
+    }
+
+    fn arrived(&mut self, number: u64) {
+        let Some(interval_ns) = self.interval_ns else {
+            return;
+        };
+        let now = Instant::now();
+        if let Some((last, time)) = self.last.replace((number, now)) {
+            let due_ns = number.saturating_sub(last) * interval_ns;
+            let ns = now.duration_since(time).as_nanos() as u64;
+            self.deviations_ns.push(ns.abs_diff(due_ns));
+        }
+    }
+
+    fn p99_ns(mut self) -> u64 {
+        self.deviations_ns.sort_unstable();
+        let at = self.deviations_ns.len() * 99 / 100;
+        self.deviations_ns.get(at).copied().unwrap_or(0)
+    }
 }
 
 fn receive_batch(

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use fastvpn::error::Result;
 use fastvpn::testbed::result_of;
-use fastvpn::testbed::traffic::{POLL_INTERVAL, connect, is_timeout, pattern};
+use fastvpn::testbed::traffic::{connect, is_timeout, pattern};
 
 use super::{Between, Watch, failed, udp_pair};
 
@@ -32,6 +32,8 @@ pub struct PingPong {
     pub bytes: usize,
     /// How long to go on.
     pub time: Duration,
+    /// How long to wait for an answer over UDP: a tenth of a second at the least.
+    pub patience: Duration,
 }
 
 /// Round-trip times, in nanoseconds.
@@ -74,7 +76,7 @@ pub fn tcp_ping_pong(between: Between<'_>, test: PingPong, watch: &Watch) -> Res
 }
 
 /// Measures round trips of UDP datagrams; a request without an answer within
-/// a tenth of a second counts as lost.
+/// [`PingPong::patience`] counts as lost.
 ///
 /// # Errors
 /// When a socket fails, [`Watch::stop`] is set, or an answer is none to any
@@ -154,7 +156,7 @@ fn ask_udp(socket: &UdpSocket, test: PingPong, watch: &Watch) -> io::Result<(Vec
                         return Err(changed());
                     }
                     // A late answer to a request that was given up is passed over.
-                    if sent.elapsed() < POLL_INTERVAL {
+                    if sent.elapsed() < test.patience {
                         continue;
                     }
                     lost += 1;
@@ -162,6 +164,9 @@ fn ask_udp(socket: &UdpSocket, test: PingPong, watch: &Watch) -> io::Result<(Vec
                 Ok(_) => samples.push(nanoseconds(sent.elapsed())),
                 Err(error) if is_timeout(&error) => {
                     watch.check()?;
+                    if sent.elapsed() < test.patience {
+                        continue;
+                    }
                     lost += 1;
                 }
                 Err(error) => return Err(error),

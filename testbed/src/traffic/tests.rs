@@ -131,7 +131,11 @@ fn pings_of_all_sizes_come_back() {
 fn ping_pong_measures() {
     both_families(|between, watch| {
         for bytes in [8, 64] {
-            let test = PingPong { bytes, time: SHORT };
+            let test = PingPong {
+                bytes,
+                time: SHORT,
+                patience: SHORT,
+            };
             for latency in [
                 tcp_ping_pong(between, test, watch).unwrap(),
                 udp_ping_pong(between, test, watch).unwrap(),
