@@ -308,7 +308,7 @@ impl Stage<'_> {
         mbit_per_s: u32,
         streams: usize,
         work: impl FnOnce() -> Result<T>,
-    ) -> Result<(T, BulkReport, Cost)> {
+    ) -> Result<(T, TransferReport, Cost)> {
         let _slow = Slow::new(self.pair, mbit_per_s)?;
         let load_time = self.method.time + SLOW_MARGIN + LOAD_MARGIN;
         let ((result, load), cost) = self.with_cost(|| {
