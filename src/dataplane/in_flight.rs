@@ -169,7 +169,7 @@ impl InFlight {
         self.is_auto && self.drained_ns >= WINDOW_NS && self.adapt()
     }
 
-    /// Ends a window. Whether the limit has changed by more than a little.
+    /// Ends a window. Whether the limit has changed by more than a quarter.
     fn adapt(&mut self) -> bool {
         let (bytes, ns) = (self.drained_bytes, self.drained_ns);
         let bytes_in =
@@ -186,7 +186,7 @@ impl InFlight {
         (self.drained_bytes, self.drained_ns, self.has_run_empty) = (0, 0, false);
         let drain_ns = u128::from(ns) * limit_bytes as u128 / u128::from(bytes);
         self.patience_ns = (PATIENCE_LIMITS * drain_ns as u64).max(PATIENCE_NS_MIN);
-        let is_changed = limit_bytes.abs_diff(self.limit_bytes) > self.limit_bytes / 8;
+        let is_changed = limit_bytes.abs_diff(self.limit_bytes) > self.limit_bytes / 4;
         if is_changed {
             self.limit_bytes = limit_bytes;
         }
