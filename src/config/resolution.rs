@@ -44,8 +44,15 @@ impl Config {
             (config.verbose, config.quiet) = of_file;
         }
         config.flags = flags.clone();
-        config.check()?;
-        Ok(config)
+        match (config.check(), &config.config_file) {
+            (Ok(()), _) => Ok(config),
+            // Flags or the file may be at fault: what is wrong is named with its value.
+            (Err(error), Some(file)) => {
+                let what = format!("with {}, {}", file.display(), error.fault());
+                Err(error.about(what))
+            }
+            (Err(error), None) => Err(error),
+        }
     }
 
     /// As [`Self::from_flags`], of a command line without the program's name.

@@ -105,7 +105,7 @@ pub struct Setup {
     /// How long to look for arrivals without sleeping.
     pub spin: Spin,
     /// How packets wait for a socket.
-    pub queueing: Queueing,
+    pub(crate) queueing: Queueing,
     /// Cores to pin workers to, in turn.
     pub cores: Vec<usize>,
     /// The table in force.

@@ -101,7 +101,7 @@ fn refuses(namespace: &Namespace, path: &str, parts: &[&str]) -> Result<()> {
     nothing_left(namespace, &before)
 }
 
-/// Files that are wrong, and where: line, column.
+/// Files that are wrong, and where: line, column, as far as TOML knows.
 fn mistakes() -> Vec<(String, String, &'static str)> {
     let good = file(1, &[2]);
     let mut mistakes = Vec::new();
@@ -111,24 +111,24 @@ fn mistakes() -> Vec<(String, String, &'static str)> {
     add(format!("mtv = 1300\n{good}"), ":1:1: ", "mtv");
     add(format!("\n\n  colour = 'red'\n{good}"), ":3:3: ", "colour");
     add(format!("mtu = \"many\"\n{good}"), ":1:7: ", "many");
-    add(format!("mtu = 1\n{good}"), ":1:7: ", "");
+    add(format!("mtu = 1\n{good}"), "", "mtu 1 ");
     add(format!("mtu = \n{good}"), ":1:", "");
     add(format!("{good}weight = 3\n"), ":6:1: ", "weight");
     add(format!("{good}[other]\n"), ":6:", "other");
     add(
         good.replace("172.18.2.0/24", "172.18.2.1/24"),
-        ":5:",
+        "",
         "172.18.2.1/24",
     );
     add(good.replace("172.18.2.0/24", "green"), ":5:", "green");
     add(
         format!("{good}{}", peer_table("10.211.55.3", "172.18.2.0/24")),
-        ":9:",
+        "",
         "172.18.2.0/24",
     );
     add(
         format!("{good}{}", peer_table("10.211.55.2", "172.30.0.0/16")),
-        ":8:",
+        "",
         "10.211.55.2",
     );
     add(good.replace("endpoint = ", "endpoint: "), ":4:", "");
