@@ -33,10 +33,9 @@ pub fn resolve_now(overlay: &mut Overlay, names: &mut Names, listen: SocketAddr)
         .collect();
     let mut failed = HashMap::new();
     let deadline = now + NAMES_WAIT_MAX;
+    names.tick(now);
     while !waiting.is_empty() {
-        let now = Instant::now();
-        names.tick(now);
-        let wait = deadline.saturating_duration_since(now);
+        let wait = deadline.saturating_duration_since(Instant::now());
         let Ok(answer) = names.answers().recv_timeout(wait) else {
             break;
         };
@@ -73,6 +72,8 @@ pub fn take_answer(
     mut check: impl FnMut(&Overlay, SocketAddr) -> Result<()>,
 ) -> Option<(PeerName, Result<Moved>)> {
     let Lookup { name, result } = answer;
+    // There is room for another one.
+    names.tick(Instant::now());
     let (hop, peer) = overlay.find(&name)?;
     let old = peer.endpoint;
     let result = result.and_then(|addresses| {
@@ -251,6 +252,24 @@ mod tests {
         assert!(resolve_now(&mut overlay, &mut names, ANY).is_empty());
         assert_eq!(asked.try_iter().collect::<Vec<_>>(), [name("new")]);
         assert!(endpoint(&overlay, "new").is_some());
+    }
+
+    /// Not only once a second.
+    #[test]
+    fn after_an_answer_the_next_name_is_asked_for() {
+        let (mut names, asked, _answers) = Names::without_threads();
+        let mut overlay = overlay(&["answered", "due"]);
+        names.watch([name("answered")].iter(), Instant::now());
+        names.tick(Instant::now());
+        assert_eq!(asked.try_recv(), Ok(name("answered")));
+        let both = [name("answered"), name("due")];
+        names.watch(both.iter(), Instant::now());
+        let answer = answer("answered", Some("10.1.0.1:8285"));
+        take_answer(&mut overlay, &mut names, answer, false, |_, _| Ok(()))
+            .unwrap()
+            .1
+            .unwrap();
+        assert_eq!(asked.try_iter().collect::<Vec<_>>(), [name("due")]);
     }
 
     #[test]

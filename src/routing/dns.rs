@@ -17,8 +17,8 @@ use crossbeam_channel::{Receiver, unbounded};
 use crate::config::PeerName;
 use crate::error::{Error, Result};
 
-/// Names that are asked for at the same time, each by a thread. The others wait for
-/// the next tick.
+/// Names that are asked for at the same time, each by a thread. The others wait until
+/// one of these has its answer.
 const ASKED_MAX: usize = 8;
 
 /// Pauses between questions about a name: they grow while these change nothing.
@@ -86,8 +86,11 @@ pub(crate) fn cannot_use(name: &PeerName, reason: &Error) -> Error {
 
 /// The names that are to be resolved again.
 pub struct Names {
-    /// Has a name resolved elsewhere; `false` if that cannot be done now.
-    ask: Box<dyn Fn(PeerName) -> bool + Send>,
+    /// Has a name resolved elsewhere, by who keeps the token until it is done.
+    ask: Box<dyn Fn(PeerName, Arc<()>) + Send>,
+    /// Each lookup under way has a clone, also one about a name that is not watched any
+    /// more: a silent name server holds it up all the same.
+    token: Arc<()>,
     answers: Receiver<Lookup>,
     watched: HashMap<PeerName, Watched>,
 }
@@ -117,17 +120,27 @@ impl Names {
     ) -> Self {
         let resolve = Arc::new(resolve);
         let (answer, answers) = unbounded();
-        let ask = move |name: PeerName| {
-            let (resolve, answer) = (Arc::clone(&resolve), answer.clone());
+        let ask = move |name: PeerName, token| {
+            let (resolve, sender, asked) = (Arc::clone(&resolve), answer.clone(), name.clone());
             let work = move || {
-                let result = resolve(&name);
-                let _ = answer.send(Lookup { name, result });
+                let result = resolve(&asked);
+                // First, so that whoever has the answer finds room for another name.
+                drop(token);
+                let _ = sender.send(Lookup {
+                    name: asked,
+                    result,
+                });
             };
             let thread = std::thread::Builder::new().name("names".into());
-            thread.spawn(work).is_ok()
+            if let Err(cause) = thread.spawn(work) {
+                let what = format!("cannot start a thread to resolve peer {}", name.host);
+                let result = Err(Error::os(what, cause));
+                let _ = answer.send(Lookup { name, result });
+            }
         };
         Self {
             ask: Box::new(ask),
+            token: Arc::new(()),
             answers,
             watched: HashMap::new(),
         }
@@ -162,19 +175,24 @@ impl Names {
         self.tick(now);
     }
 
-    /// Asks for the names whose time has come.
+    /// Asks for the names whose time has come, as far as there is room: first for those
+    /// that have been due for the longest time.
     pub(crate) fn tick(&mut self, now: Instant) {
+        // One is our own.
+        let room = (ASKED_MAX + 1).saturating_sub(Arc::strong_count(&self.token));
+        if room == 0 {
+            return;
+        }
         let is_due = |watched: &Watched| watched.next_at.is_some_and(|at| at <= now);
-        let asked = self.watched.values().filter(|watched| watched.is_asked);
-        let room = ASKED_MAX.saturating_sub(asked.count());
         let due = self.watched.iter_mut();
         let due = due.filter(|(_, watched)| is_due(watched) && !watched.is_asked);
-        for (name, watched) in due.take(room) {
-            if (self.ask)(name.clone()) {
-                watched.is_asked = true;
-                watched.asked_at = now;
-                watched.next_at = None;
-            }
+        let mut due: Vec<_> = due.collect();
+        due.sort_unstable_by_key(|(_, watched)| watched.next_at);
+        for (name, watched) in due.into_iter().take(room) {
+            (self.ask)(name.clone(), Arc::clone(&self.token));
+            watched.is_asked = true;
+            watched.asked_at = now;
+            watched.next_at = None;
         }
     }
 
@@ -228,7 +246,10 @@ impl Names {
         let (question, asked) = unbounded();
         let (answer, answers) = unbounded();
         let names = Self {
-            ask: Box::new(move |name| question.send(name).is_ok()),
+            ask: Box::new(move |name, _| {
+                let _ = question.send(name);
+            }),
+            token: Arc::new(()),
             answers,
             watched: HashMap::new(),
         };
@@ -238,6 +259,8 @@ impl Names {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
 
     fn name(host: &str) -> PeerName {
@@ -357,6 +380,59 @@ mod tests {
         names.note_answer(&name("b"), true, now);
         names.ask_all(now);
         assert_eq!(asked.try_recv(), Ok(name("b")));
+    }
+
+    /// Names that are resolved when the caller says so: what is being asked for, and
+    /// where to send for each answer.
+    fn held_names() -> (Names, Receiver<PeerName>, Sender<()>) {
+        let (question, asked) = unbounded();
+        let (release, released) = unbounded();
+        let resolve = move |name: &PeerName| {
+            question.send(name.clone()).unwrap();
+            let _ = released.recv();
+            Err(Error::new("no"))
+        };
+        (Names::new(resolve), asked, release)
+    }
+
+    #[test]
+    fn names_that_fail_keep_no_other_from_being_asked_for() {
+        let (mut names, asked, release) = held_names();
+        let all: Vec<_> = (0..30).map(|number| name(&number.to_string())).collect();
+        let mut now = Instant::now();
+        names.watch(all.iter(), now);
+        names.tick(now);
+        let mut seen = HashSet::new();
+        for _ in 0..100 {
+            // So long that those that have failed are due again.
+            now += PAUSE_MAX;
+            seen.insert(asked.recv().unwrap());
+            release.send(()).unwrap();
+            let answer = names.answers().recv().unwrap();
+            names.note_answer(&answer.name, false, now);
+            names.tick(now);
+        }
+        assert_eq!(seen.len(), all.len());
+    }
+
+    #[test]
+    fn names_that_come_and_go_leave_few_threads() {
+        let (mut names, asked, release) = held_names();
+        let now = Instant::now();
+        for number in 0..20 {
+            names.watch([name(&number.to_string())].iter(), now);
+            names.tick(now);
+        }
+        for _ in 0..ASKED_MAX {
+            asked.recv().unwrap();
+        }
+        assert_eq!(Arc::strong_count(&names.token), ASKED_MAX + 1);
+        assert!(names.is_expected(&name("19"), now));
+        // One who has an answer makes room.
+        release.send(()).unwrap();
+        names.answers().recv().unwrap();
+        names.tick(now);
+        assert_eq!(asked.recv(), Ok(name("19")));
     }
 
     #[test]
