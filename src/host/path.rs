@@ -11,6 +11,9 @@ use crate::host::netlink::Netlink;
 /// Path MTU that is counted on while no path is known: Ethernet's.
 pub(crate) const MTU_BYTES_DEFAULT: u32 = 1500;
 
+/// Most addresses of a peer that are looked at.
+const ADDRESSES_MAX: usize = 16;
+
 /// What this host's routes say about a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Path {
@@ -21,10 +24,10 @@ pub struct Path {
     pub(crate) mtu_bytes: u32,
 }
 
-/// Addresses of `host`, a literal or a DNS name, with `port`: one at least, the best
-/// first. `listen`'s family is better if it is a particular address, else IPv4 is;
-/// apart from that the resolver's order stands. An address that cannot be reached from
-/// `listen` now is there only if none can.
+/// Addresses of `host`, a literal or a DNS name, with `port`: one at least, at most
+/// [`ADDRESSES_MAX`], the best first. `listen`'s family is better if it is a particular
+/// address, else IPv4 is; apart from that the resolver's order stands. An address that
+/// cannot be reached from `listen` now is there only if none can.
 ///
 /// # Errors
 /// When the name does not resolve, or only to what is not the address of a host:
@@ -70,7 +73,14 @@ fn usable(
     if addresses.iter().any(&is_reached) {
         addresses.retain(is_reached);
     }
-    addresses.sort_by_key(|address| address.is_ipv6() != wanted_v6);
+    let is_other_family = |address: &SocketAddr| address.is_ipv6() != wanted_v6;
+    addresses.sort_by_key(is_other_family);
+    // The same ones whatever the name server begins with: the address in use must not
+    // come and go.
+    let mut kept = addresses.clone();
+    kept.sort_by_key(|address| (is_other_family(address), *address));
+    kept.truncate(ADDRESSES_MAX);
+    addresses.retain(|address| kept.contains(address));
     addresses
 }
 
@@ -189,6 +199,21 @@ mod tests {
         // One that cannot be reached is left out, unless none can.
         assert_eq!(usable(&resolved, SocketAddr::is_ipv6, false), [resolved[0]]);
         assert_eq!(usable(&resolved, |_| false, false), v4_first);
+    }
+
+    #[test]
+    fn of_many_addresses_the_same_ones_are_kept_in_any_order() {
+        let address = |last: u8| SocketAddr::from(([10, 0, 0, last], 1));
+        let mut resolved: Vec<_> = (1..=40).map(address).collect();
+        for _ in 0..resolved.len() {
+            resolved.rotate_left(1);
+            let mut kept = usable(&resolved, |_| true, false);
+            let is_kept = |one: &&SocketAddr| kept.contains(one);
+            let in_their_order: Vec<_> = resolved.iter().filter(is_kept).copied().collect();
+            assert_eq!(kept, in_their_order);
+            kept.sort();
+            assert_eq!(kept, (1..=16).map(address).collect::<Vec<_>>());
+        }
     }
 
     #[test]
