@@ -25,6 +25,7 @@ mod tests;
 use std::collections::BTreeSet;
 use std::io::{PipeReader, PipeWriter};
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -49,6 +50,8 @@ const COOLDOWN_FACTOR: u32 = 4;
 /// then stays: it goes with the device, or another reconciler keeps it.
 pub struct RouteReconciler {
     reconciler: Arc<Mutex<Reconciler>>,
+    /// See [`Reconciler::has_device`].
+    has_device: Arc<AtomicBool>,
     /// The thread, which ends when the pipe is closed.
     thread: Option<(PipeWriter, JoinHandle<()>)>,
 }
@@ -96,6 +99,7 @@ impl RouteReconciler {
         })?;
         let mut reconciler = Reconciler::new(netlink, device, addresses, kept, changes);
         reconciler.compare(false);
+        let has_device = Arc::clone(&reconciler.has_device);
         let reconciler = Arc::new(Mutex::new(reconciler));
         let no_thread = |cause| Error::os("cannot start the route reconciler's thread", cause);
         let (stopped, stop) = std::io::pipe().map_err(no_thread)?;
@@ -106,14 +110,16 @@ impl RouteReconciler {
             .map_err(no_thread)?;
         Ok(Self {
             reconciler,
+            has_device,
             thread: Some((stop, thread)),
         })
     }
 
     /// Whether the device has been there all the time since the start. If not,
-    /// nothing is kept any more, even if it is there again.
+    /// nothing is kept any more, even if it is there again. Does not wait for a
+    /// comparison that is under way.
     pub(crate) fn has_device(&self) -> bool {
-        lock(&self.reconciler).device.is_some()
+        self.has_device.load(Ordering::Acquire)
     }
 
     /// Makes `wanted` the prefixes that have routes: adds those that are missing, and

@@ -1,6 +1,8 @@
 //! What the kernel has, compared with what is wanted, and fixed where it differs.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
@@ -39,7 +41,9 @@ pub struct Reconciler {
     netlink: Netlink,
     /// Index of the device that our routes go through; `None` once it has left the
     /// namespace, when another one may get its index.
-    pub device: Option<u32>,
+    device: Option<u32>,
+    /// Whether there is a `device`, for who cannot wait for a comparison.
+    pub has_device: Arc<AtomicBool>,
     addresses: Vec<IpNet>,
     wanted: BTreeSet<IpNet>,
     /// When the next comparison is due.
@@ -47,7 +51,8 @@ pub struct Reconciler {
     /// Fixes and failures since the last quiet period, and when the last one was.
     logged: u32,
     logged_at: Instant,
-    /// What could not be fixed the last time: it is logged when it changes.
+    /// What could not be fixed the last time, as far as it was logged: it is when it
+    /// changes.
     complaint: Option<String>,
     changes: Sender<()>,
 }
@@ -65,6 +70,7 @@ impl Reconciler {
         Self {
             netlink,
             device,
+            has_device: Arc::new(AtomicBool::new(device.is_some())),
             addresses,
             wanted: kept,
             due: now,
@@ -88,7 +94,7 @@ impl Reconciler {
                 }
                 Event::Link(index) => self.device == Some(index),
                 Event::LinkDeleted(index) => {
-                    self.device = self.device.filter(|device| *device != index);
+                    self.keep_device(|device| device != index);
                     false
                 }
                 Event::Lost => true,
@@ -174,8 +180,14 @@ impl Reconciler {
             return Ok(None);
         };
         let link = self.netlink.link_by_index(index)?;
-        self.device = link.as_ref().map(|link| link.index);
+        self.keep_device(|_| link.is_some());
         Ok(link)
+    }
+
+    fn keep_device(&mut self, is_there: impl FnOnce(u32) -> bool) {
+        self.device = self.device.filter(|&device| is_there(device));
+        let has_device = self.device.is_some();
+        self.has_device.store(has_device, Ordering::Release);
     }
 
     /// Gives the device back the addresses that it has lost. One of IPv6 that it
@@ -256,16 +268,21 @@ impl Reconciler {
     }
 
     /// Says what cannot be fixed, once.
-    fn complain(&mut self, refused: Option<Error>) {
+    pub(super) fn complain(&mut self, refused: Option<Error>) {
         let complaint = refused.map(|error| error.to_string());
         if let Some(text) = complaint.as_ref().filter(|_| self.complaint != complaint) {
-            self.log(text);
+            let logged_at = self.logged_at;
+            if !self.log(text) {
+                // It comes again and again, and is logged once all others are quiet.
+                self.logged_at = logged_at;
+                return;
+            }
         }
         self.complaint = complaint;
     }
 
-    /// Logs a line unless there are too many.
-    fn log(&mut self, line: &str) {
+    /// Logs a line unless there are too many; tells whether it did.
+    fn log(&mut self, line: &str) -> bool {
         if self.logged_at.elapsed() >= QUIET_PERIOD {
             self.logged = 0;
         }
@@ -280,6 +297,15 @@ impl Reconciler {
             ),
             _ => {}
         }
+        self.logged <= LOGGED_MAX
+    }
+}
+
+#[cfg(test)]
+impl Reconciler {
+    /// As if nothing had been logged for a while.
+    pub(super) fn be_quiet(&mut self) {
+        self.logged_at -= QUIET_PERIOD;
     }
 }
 

@@ -9,6 +9,7 @@ use ipnet::{IpNet, Ipv4Net};
 
 use super::reconciler::{LOGGED_MAX, Reconciler};
 use super::{RouteReconciler, run};
+use crate::error::Error;
 use crate::host::netlink::test_support::Meddling;
 use crate::host::netlink::{Netlink, Route, RouteChange, Watch};
 use crate::io::tun::{self, Tun};
@@ -524,6 +525,46 @@ fn a_fault_that_comes_and_goes_does_not_flood_the_log() {
     });
     let warnings = log.matches("nothing can override that").count();
     assert!((1..10).contains(&warnings), "{log}");
+}
+
+/// What cannot be fixed is not forgotten while too much else is logged.
+#[test]
+fn a_fault_that_was_not_logged_is_logged_later() {
+    let host = Host::new();
+    let (mut reconciler, _) = host.parts(|_, _| {});
+    let complain =
+        |reconciler: &mut Reconciler, what: &str| reconciler.complain(Some(Error::new(what)));
+    let log = log_of(|| {
+        for number in 0..LOGGED_MAX {
+            complain(&mut reconciler, &format!("other {number}"));
+        }
+        complain(&mut reconciler, "lasting");
+    });
+    assert!(!log.contains("lasting"), "{log}");
+    let log = log_of(|| {
+        reconciler.be_quiet();
+        for _ in 0..3 {
+            complain(&mut reconciler, "lasting");
+        }
+    });
+    assert_eq!(log.matches("lasting").count(), 1, "{log}");
+}
+
+/// Listing a million routes takes a while.
+#[test]
+fn whether_the_device_is_there_is_told_during_a_comparison() {
+    let host = Host::new();
+    let reconciler = host.reconciler();
+    {
+        let _comparing = super::lock(&reconciler.reconciler);
+        assert!(reconciler.has_device());
+    }
+    drop(host._devices);
+    let deadline = Instant::now() + PATIENCE;
+    while reconciler.has_device() {
+        assert!(Instant::now() < deadline);
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }
 
 /// The kernel's answers are lost in the middle of a change.
