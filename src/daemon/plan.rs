@@ -78,13 +78,14 @@ impl Plan {
     pub fn check_ways(
         &mut self,
         netlink: &mut Netlink,
+        device: Option<u32>,
         suspended: &HashSet<SocketAddr>,
     ) -> Result<SetAside> {
         let routes = kernel_routes(&self.config, &self.overlay);
         let addresses = self.settings.link.addresses.clone();
         self.set_aside(|_, _, peer| match suspended.contains(&peer) {
             true => Ok(()),
-            false => link::check_will_be_outside(netlink, peer, &addresses, &routes),
+            false => link::check_will_be_outside(netlink, device, peer, &addresses, &routes),
         })
     }
 

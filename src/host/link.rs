@@ -8,7 +8,7 @@ use ipnet::{IpNet, Ipv4Net};
 
 use crate::error::{Error, Result};
 use crate::host::netlink::Netlink;
-use crate::host::netlink::route::MAIN_TABLE;
+use crate::host::netlink::route::{DEFAULT_TABLE, MAIN_TABLE, Way};
 use crate::packet::lpm;
 
 /// Smallest MTU that IPv6 works with (RFC 8200, section 5).
@@ -75,27 +75,25 @@ fn replace_addresses(
     new: &[IpNet],
 ) -> Result<()> {
     // First, so that the device is never without one: its routes would go.
-    add_missing(netlink, index, new)?;
+    new.iter().try_for_each(|&address| {
+        // In IPv6 perhaps with another prefix length.
+        but_for(libc::EEXIST, netlink.add_address(index, address))
+    })?;
     let is_gone = |address: &&IpNet| !new.contains(address);
     let gone: Vec<IpNet> = old.iter().filter(is_gone).copied().collect();
     remove_present(netlink, index, &gone)?;
     // In one subnet the first address is the primary one; unless
     // promote_secondaries says otherwise (ip-sysctl), the others go with it. And one
-    // of IPv6 with another prefix length was in the way.
-    add_missing(netlink, index, new)
+    // of IPv6 with another prefix length was in the way: if it still is, it is not ours.
+    let present = netlink.addresses()?;
+    let mut missing = new.iter().filter(|net| !present.contains(&(index, **net)));
+    missing.try_for_each(|&address| netlink.add_address(index, address))
 }
 
 fn remove_present(netlink: &mut Netlink, index: u32, addresses: &[IpNet]) -> Result<()> {
     addresses.iter().try_for_each(|&address| {
         // Somebody has taken it away, or it went with another one.
         but_for(libc::EADDRNOTAVAIL, netlink.del_address(index, address))
-    })
-}
-
-fn add_missing(netlink: &mut Netlink, index: u32, addresses: &[IpNet]) -> Result<()> {
-    addresses.iter().try_for_each(|&address| {
-        // In IPv6 perhaps with another prefix length.
-        but_for(libc::EEXIST, netlink.add_address(index, address))
     })
 }
 
@@ -172,12 +170,13 @@ fn inside(peer: IpAddr) -> Error {
 
 /// As [`check_outside`], before the device has these addresses and `routes`, as far as
 /// can be told: whether one of them covers the peer better than the route that leads
-/// there now.
+/// there now. One that drops all packets keeps them out of the tunnel, too.
 ///
 /// # Errors
 /// Names the peer if it would be reached through the tunnel.
 pub(crate) fn check_will_be_outside(
     netlink: &mut Netlink,
+    own: Option<u32>,
     peer: SocketAddr,
     addresses: &[IpNet],
     routes: &BTreeSet<IpNet>,
@@ -191,12 +190,19 @@ pub(crate) fn check_will_be_outside(
     if subnet_length.is_none() && route_length.is_none() {
         return Ok(());
     }
-    let is_inside = netlink.route_to(peer)?.is_none_or(|route| {
-        let length = Some(route.destination.prefix_len());
-        // A rule that comes before the main table leads elsewhere. Of two as long, the
-        // kernel's for an address comes last, and ours first.
-        route.table == MAIN_TABLE && (route_length >= length || subnet_length > length)
-    });
+    let is_inside = match netlink.route_to(peer)? {
+        Way::None => true,
+        Way::Dropped => false,
+        // A rule that comes before the main table leads elsewhere.
+        Way::Route(route) if ![MAIN_TABLE, DEFAULT_TABLE].contains(&route.table) => false,
+        Way::Route(route) => {
+            let length = Some(route.destination.prefix_len());
+            // Of two as long, the kernel's for an address comes last, and ours first. In a
+            // takeover the route may be that for the address itself.
+            let is_own = own.is_some() && route.oif == own;
+            route_length >= length || subnet_length > length || is_own && subnet_length == length
+        }
+    };
     match is_inside {
         true => Err(inside(address)),
         false => Ok(()),
@@ -232,7 +238,7 @@ pub(crate) fn derive_address(underlay: IpAddr) -> Result<Ipv4Net> {
 pub(crate) fn check_free(netlink: &mut Netlink, derived: Ipv4Net, own: Option<u32>) -> Result<()> {
     let network = IpNet::from(derived.trunc());
     let addresses = netlink.addresses()?.into_iter();
-    let routes = netlink.main_routes(&|_| true)?.into_iter();
+    let routes = netlink.all_routes()?.into_iter();
     let mut taken = addresses
         .map(|(index, net)| ("address", net, Some(index)))
         .chain(routes.map(|route| ("route", route.destination, route.oif)));
@@ -255,6 +261,81 @@ pub(crate) fn check_free(netlink: &mut Netlink, derived: Ipv4Net, own: Option<u3
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host::netlink::RouteKind;
+    use crate::testbed::{self, Namespace};
+
+    fn net(text: &str) -> IpNet {
+        text.parse().unwrap()
+    }
+
+    /// A host with an interface to the outside, and one that stands for the tunnel's.
+    fn host() -> (Namespace, Netlink, [u32; 2]) {
+        let namespace = Namespace::new().unwrap();
+        let mut netlink = namespace.netlink().unwrap();
+        testbed::join(&namespace, &namespace, "one", "two").unwrap();
+        let links = ["one", "two"].map(|name| netlink.link_index(name).unwrap().unwrap());
+        for link in links {
+            netlink.set_up(link).unwrap();
+        }
+        (namespace, netlink, links)
+    }
+
+    #[test]
+    fn a_peer_must_not_be_in_the_tunnels_subnet_nor_without_a_route() {
+        let (_namespace, mut netlink, [outside, own]) = host();
+        let addresses = [net("10.9.0.1/16"), net("fd09::1/64")];
+        let routes = BTreeSet::from([net("10.0.0.0/8")]);
+        let is_outside = |netlink: &mut Netlink, own, peer: &str| {
+            let peer = SocketAddr::new(peer.parse().unwrap(), 1);
+            check_will_be_outside(netlink, own, peer, &addresses, &routes).is_ok()
+        };
+        assert!(!is_outside(&mut netlink, None, "10.1.0.1"));
+        netlink
+            .add_route(net("10.1.0.0/16"), None, Some(outside))
+            .unwrap();
+        assert!(is_outside(&mut netlink, None, "10.1.0.1"));
+        let kind = RouteKind::BlackHole;
+        netlink.block(net("10.2.0.0/16"), kind, MAIN_TABLE).unwrap();
+        assert!(is_outside(&mut netlink, None, "10.2.0.1"));
+        // At a start, and when the device is taken over with its addresses.
+        for peer in ["10.9.0.7", "fd09::7"] {
+            assert!(!is_outside(&mut netlink, None, peer), "{peer}");
+        }
+        for address in addresses {
+            netlink.add_address(own, address).unwrap();
+        }
+        for peer in ["10.9.0.7", "fd09::7"] {
+            assert!(!is_outside(&mut netlink, Some(own), peer), "{peer}");
+        }
+    }
+
+    #[test]
+    fn an_address_with_another_prefix_length_is_in_the_way() {
+        let (_namespace, mut netlink, [_, own]) = host();
+        let [old, new] = [net("fd09::1/64"), net("fd09::1/48")];
+        netlink.add_address(own, old).unwrap();
+        let refused = set_addresses(&mut netlink, own, &[], &[new]).unwrap_err();
+        assert_eq!(refused.errno(), Some(libc::EEXIST));
+        set_addresses(&mut netlink, own, &[old], &[new]).unwrap();
+        let addresses = netlink.addresses().unwrap();
+        assert!(addresses.contains(&(own, new)) && !addresses.contains(&(own, old)));
+    }
+
+    #[test]
+    fn a_derived_address_hides_no_route_of_any_table() {
+        let (_namespace, mut netlink, [_, own]) = host();
+        let derived = derive_address("10.211.55.122".parse().unwrap()).unwrap();
+        netlink.add_address(own, derived.into()).unwrap();
+        let is_free = |netlink: &mut Netlink| check_free(netlink, derived, Some(own));
+        is_free(&mut netlink).unwrap();
+        let prefix = net("10.244.7.0/24");
+        // It decides nothing.
+        netlink.block(prefix, RouteKind::Throw, 100).unwrap();
+        is_free(&mut netlink).unwrap();
+        netlink.block(prefix, RouteKind::Unreachable, 101).unwrap();
+        let refused = is_free(&mut netlink).unwrap_err().to_string();
+        assert!(refused.contains("the route 10.244.7.0/24"), "{refused}");
+    }
 
     #[test]
     fn addresses_are_derived_from_the_last_two_bytes() {

@@ -25,6 +25,9 @@ pub const PROTOCOL: u8 = 82;
 /// The main routing table (`RT_TABLE_MAIN`, linux/rtnetlink.h).
 pub(crate) const MAIN_TABLE: u32 = RouteHeader::RT_TABLE_MAIN as u32;
 
+/// The table that comes after the main one (`RT_TABLE_DEFAULT`).
+pub(crate) const DEFAULT_TABLE: u32 = 253;
+
 /// Metric of our IPv6 routes, the lowest there is (zero means 1024, and the
 /// kernel's own have 256, linux/ipv6_route.h). IPv4 routes have metric 0.
 pub(crate) const IPV6_METRIC: u32 = 1;
@@ -33,15 +36,30 @@ pub(crate) const IPV6_METRIC: u32 = 1;
 /// by which the host reaches its own addresses.
 const LOOPBACK_INDEX: u32 = 1;
 
-/// What the kernel says where there is no route, or one of the types unreachable,
-/// blackhole and prohibit (`fib_props` in net/ipv4/fib_semantics.c;
-/// `ip6_rt_type_to_error()` in net/ipv6/route.c).
-const UNREACHABLE: [i32; 4] = [
-    libc::ENETUNREACH,
-    libc::EHOSTUNREACH,
-    libc::EINVAL,
-    libc::EACCES,
-];
+/// What the kernel says of routes of the types unreachable, blackhole and prohibit
+/// (`fib_props` in net/ipv4/fib_semantics.c; `ip6_rt_type_to_error()` in
+/// net/ipv6/route.c).
+const DROPPED: [i32; 3] = [libc::EHOSTUNREACH, libc::EINVAL, libc::EACCES];
+
+/// How the host would reach an address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way<R = Route> {
+    /// By this route.
+    Route(R),
+    /// There is a route, which drops all packets.
+    Dropped,
+    /// There is no route.
+    None,
+}
+
+impl<R> Way<R> {
+    fn route(self) -> Option<R> {
+        match self {
+            Self::Route(route) => Some(route),
+            Self::Dropped | Self::None => None,
+        }
+    }
+}
 
 /// A route as the kernel lists it: what decides whether it is ours, whether it
 /// wins, and where it leads.
@@ -201,17 +219,40 @@ impl Netlink {
     /// # Errors
     /// When the kernel refuses.
     pub fn main_routes(&mut self, matters: &dyn Fn(&Route) -> bool) -> Result<Vec<Route>> {
+        // Kernels before 4.20 do not filter by table.
+        self.list_routes(RouteHeader::RT_TABLE_MAIN, &|route| {
+            route.table == MAIN_TABLE && matters(route)
+        })
+    }
+
+    /// The routes of all tables that are for all packets and decide whether other hosts
+    /// are reached: not the kernel's own for this host's addresses.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub(crate) fn all_routes(&mut self) -> Result<Vec<Route>> {
+        self.list_routes(RouteHeader::RT_TABLE_UNSPEC, &|route| {
+            let is_for_others = matches!(
+                route.kind,
+                RouteKind::Unicast
+                    | RouteKind::BlackHole
+                    | RouteKind::Unreachable
+                    | RouteKind::Prohibit
+            );
+            route.is_general && is_for_others
+        })
+    }
+
+    fn list_routes(&mut self, table: u8, matters: &dyn Fn(&Route) -> bool) -> Result<Vec<Route>> {
         let mut routes = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut message = RouteMessage::default();
             message.header.address_family = family;
-            message.header.table = RouteHeader::RT_TABLE_MAIN;
+            message.header.table = table;
             let listed = self.dump(
                 RouteNetlinkMessage::GetRoute(message),
                 &|object| match object {
-                    // Kernels before 4.20 do not filter by table.
-                    RouteNetlinkMessage::NewRoute(route) => Route::read(&route)
-                        .filter(|route| route.table == MAIN_TABLE && matters(route)),
+                    RouteNetlinkMessage::NewRoute(route) => Route::read(&route).filter(matters),
                     _ => None,
                 },
             );
@@ -234,17 +275,21 @@ impl Netlink {
     /// When the kernel refuses for another reason.
     pub fn interface_to(&mut self, endpoint: SocketAddr) -> Result<Option<u32>> {
         let route = self.look_up(endpoint, RouteFlags::empty())?;
-        Ok(route.and_then(|route| Some(next_hops(&route).first()?.0)))
+        Ok(route
+            .route()
+            .and_then(|route| Some(next_hops(&route).first()?.0)))
     }
 
-    /// The route by which the host would reach `endpoint` now, as `ip route get
-    /// fibmatch` tells; `None` as with [`Self::interface_to`].
+    /// How the host would reach `endpoint` now, as `ip route get fibmatch` tells.
     ///
     /// # Errors
     /// As [`Self::interface_to`].
-    pub(crate) fn route_to(&mut self, endpoint: SocketAddr) -> Result<Option<Route>> {
-        let route = self.look_up(endpoint, fib_match(endpoint))?;
-        Ok(route.and_then(|route| Route::read(&route)))
+    pub(crate) fn route_to(&mut self, endpoint: SocketAddr) -> Result<Way> {
+        Ok(match self.look_up(endpoint, fib_match(endpoint))? {
+            Way::Route(route) => Route::read(&route).map_or(Way::None, Way::Route),
+            Way::Dropped => Way::Dropped,
+            Way::None => Way::None,
+        })
     }
 
     /// The MTU of the route to `endpoint`: that which an administrator gave it,
@@ -254,7 +299,7 @@ impl Netlink {
     /// # Errors
     /// When the kernel refuses for another reason.
     pub(crate) fn route_mtu(&mut self, endpoint: SocketAddr) -> Result<Option<RouteMtu>> {
-        let Some(route) = self.look_up(endpoint, fib_match(endpoint))? else {
+        let Some(route) = self.look_up(endpoint, fib_match(endpoint))?.route() else {
             return Ok(None);
         };
         let hops = match route.header.kind {
@@ -281,7 +326,7 @@ impl Netlink {
     }
 
     /// Asks the kernel how it would reach `endpoint`.
-    fn look_up(&mut self, endpoint: SocketAddr, flags: RouteFlags) -> Result<Option<RouteMessage>> {
+    fn look_up(&mut self, endpoint: SocketAddr, flags: RouteFlags) -> Result<Way<RouteMessage>> {
         let mut message = prefix_message(IpNet::from(endpoint.ip()));
         message.header.table = RouteHeader::RT_TABLE_UNSPEC;
         message.header.flags = flags;
@@ -293,9 +338,10 @@ impl Netlink {
             message.attributes.push(zone);
         }
         match self.get(RouteNetlinkMessage::GetRoute(message)) {
-            Ok(Some(RouteNetlinkMessage::NewRoute(route))) => Ok(Some(route)),
-            Ok(_) => Ok(None),
-            Err(error) if UNREACHABLE.map(Some).contains(&error.errno()) => Ok(None),
+            Ok(Some(RouteNetlinkMessage::NewRoute(route))) => Ok(Way::Route(route)),
+            Ok(_) => Ok(Way::None),
+            Err(error) if error.errno() == Some(libc::ENETUNREACH) => Ok(Way::None),
+            Err(error) if DROPPED.map(Some).contains(&error.errno()) => Ok(Way::Dropped),
             Err(error) => {
                 let address = endpoint.ip();
                 Err(error.about(format!("cannot look up the route to {address}")))
@@ -365,21 +411,10 @@ pub(super) fn prefix_message(prefix: IpNet) -> RouteMessage {
 
 #[cfg(test)]
 mod tests {
-    use netlink_packet_core::{NLM_F_EXCL, NLM_F_REPLACE};
+    use netlink_packet_core::NLM_F_REPLACE;
 
     use super::*;
     use crate::testbed::{self, Namespace};
-
-    /// Adds a route that leads nowhere.
-    fn block(netlink: &mut Netlink, prefix: &str, kind: RouteType) {
-        let mut message = prefix_message(prefix.parse().unwrap());
-        message.header.protocol = RouteProtocol::Static;
-        message.header.kind = kind;
-        let flags = NLM_F_CREATE | NLM_F_EXCL;
-        netlink
-            .execute(RouteNetlinkMessage::NewRoute(message), flags)
-            .unwrap();
-    }
 
     #[test]
     fn a_route_that_drops_packets_leads_nowhere() {
@@ -392,12 +427,12 @@ mod tests {
         for (prefix, address) in [("10.1.0.0/16", "10.1.2.3"), ("fd01::/64", "fd01::7")] {
             let endpoint = endpoint(address);
             assert_eq!(netlink.interface_to(endpoint).unwrap(), None);
-            assert_eq!(netlink.route_to(endpoint).unwrap(), None);
+            assert_eq!(netlink.route_to(endpoint).unwrap(), Way::None);
             netlink
                 .add_route(prefix.parse().unwrap(), None, Some(one))
                 .unwrap();
             assert_eq!(netlink.interface_to(endpoint).unwrap(), Some(one));
-            let route = netlink.route_to(endpoint).unwrap().unwrap();
+            let route = netlink.route_to(endpoint).unwrap().route().unwrap();
             assert_eq!(route.destination.to_string(), prefix);
             assert_eq!((route.oif, route.table), (Some(one), 254));
         }
@@ -408,12 +443,17 @@ mod tests {
             RouteType::Throw,
         ] {
             for (prefix, address) in [("10.1.2.3/32", "10.1.2.3"), ("fd01::7/128", "fd01::7")] {
-                block(&mut netlink, prefix, kind);
+                netlink
+                    .block(prefix.parse().unwrap(), kind, MAIN_TABLE)
+                    .unwrap();
                 let endpoint = endpoint(address);
                 let oif = netlink.interface_to(endpoint).unwrap();
                 assert_eq!(oif, None, "{kind:?} {prefix}");
-                let route = netlink.route_to(endpoint).unwrap();
-                assert_eq!(route, None, "{kind:?} {prefix}");
+                let way = netlink.route_to(endpoint).unwrap();
+                // What the type throw finds elsewhere, here nothing, is no drop.
+                if kind != RouteType::Throw {
+                    assert_eq!(way, Way::Dropped, "{kind:?} {prefix}");
+                }
                 netlink
                     .del_route(prefix.parse().unwrap(), None, None)
                     .unwrap();

@@ -61,6 +61,16 @@ impl Netlink {
         self.new_route(Meddling::Add, route_message(prefix, via, oif))
     }
 
+    /// Adds a route of a `kind` that leads nowhere.
+    pub(crate) fn block(&mut self, prefix: IpNet, kind: RouteType, table: u32) -> Result<()> {
+        let mut message = route_message(prefix, None, None);
+        message.header.protocol = RouteProtocol::Static;
+        message.header.kind = kind;
+        message.attributes.push(RouteAttribute::Table(table));
+        let flags = NLM_F_CREATE | NLM_F_EXCL;
+        self.execute(RouteNetlinkMessage::NewRoute(message), flags)
+    }
+
     fn new_route(&mut self, meddling: Meddling, mut message: RouteMessage) -> Result<()> {
         message.header.protocol = RouteProtocol::Boot;
         message.header.kind = RouteType::Unicast;
