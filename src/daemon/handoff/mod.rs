@@ -7,18 +7,22 @@
 //!    with all descriptors. The new one starts its workers on them, which wait; the old
 //!    one carries packets meanwhile.
 //! 2. The new process sends [`wire::Ready`]. The old process's workers send what they
-//!    hold and stop; it answers [`wire::Go`], and ends. Packets wait in the TUN queues
-//!    and socket buffers until the new process has that answer.
-//! 3. The connection closes when the old process has ended. A SIGHUP may have reached it
+//!    hold and stop, and it answers [`wire::Go`]. Packets wait in the TUN queues and socket
+//!    buffers.
+//! 3. The new process sends [`wire::Taken`], and its workers go on. The old one ends.
+//! 4. The connection closes when the old process has ended. A SIGHUP may have reached it
 //!    until then, so the new one reads its configuration file again.
 //!
 //! Either side may die at any of these steps, and the other carries on. Instead of each
 //! answer the old process may send [`wire::Kept`]: it keeps the tunnel. Once it has sent
-//! the whole manifest it never closes the connection without [`wire::Go`] or
-//! [`wire::Kept`], so the new process knows that it has died if neither comes.
+//! the whole manifest it never closes the connection without [`wire::Taken`] or
+//! [`wire::Kept`], so the new process knows that it has died if the connection ends
+//! otherwise. [`wire::Taken`] either arrives or fails to be sent: an old process that does
+//! not wait for it any longer closes its side of the connection first. So one of the two
+//! carries packets, and never both.
 //!
-//! - The new process dies before [`wire::Go`] is sent, or takes too long: the old one
-//!   runs on, or starts its workers again.
+//! - The new process dies before it sends [`wire::Taken`], or takes too long: the old one
+//!   runs on, or starts its workers again, and then says [`wire::Kept`].
 //! - The old process dies before the whole manifest has been sent: the new one closes
 //!   what it has, the device goes, and it starts as if no process had been running.
 //! - The old process dies later: the new one has the device and the sockets, and

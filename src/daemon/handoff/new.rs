@@ -2,7 +2,6 @@
 //! takes it.
 
 use std::io;
-use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -12,7 +11,7 @@ use ipnet::IpNet;
 use socket2::Socket;
 
 use super::PROTOCOL;
-use super::wire::{self, Go, Ready, failure};
+use super::wire::{self, Go, Ready, Taken, failure};
 use crate::config::Config;
 use crate::control::client;
 use crate::control::codec::{Lines, is_end};
@@ -64,32 +63,28 @@ pub struct Inherited {
 pub(super) struct OldProcess(pub Lines);
 
 impl OldProcess {
-    /// Tells the old process that everything is ready, and waits until it has stopped
-    /// or died.
+    /// Tells the old process that everything is ready, waits until it has stopped or
+    /// died, and tells it that the tunnel is this process's now.
     ///
     /// # Errors
-    /// When it does not stop; it then runs on.
+    /// When it does not stop, or does not wait any longer; it then runs on.
     pub fn stop(&mut self) -> Result<()> {
         let lines = &mut self.0;
         let deadline = Instant::now() + STOP_TIME_MAX;
-        let answer = match wire::send(lines, &Ready { ready: true }, deadline) {
-            Err(error) if !is_end(&error) => Err(error),
-            // It may have sent the reason before it closed the connection.
-            _ => wire::receive(lines, deadline),
-        };
-        let error = match answer {
-            Ok(Go { .. }) => return Ok(()),
+        // If it cannot be sent, the old process has died, or it has sent the reason before
+        // it closed the connection.
+        let _ = wire::send(lines, &Ready { ready: true }, deadline);
+        let mut answer = wire::receive_or_close(lines, deadline);
+        if answer.is_ok() && wire::send(lines, &Taken { taken: true }, deadline).is_err() {
+            answer = wire::receive_or_close(lines, deadline);
+        }
+        match answer {
+            Ok(Go { .. }) => Ok(()),
             Err(error) if is_end(&error) => {
                 tracing::warn!("the old process has died; taking over what it had");
-                return Ok(());
+                Ok(())
             }
-            Err(error) => error,
-        };
-        // After this it cannot send an answer any more. One that it has sent counts.
-        let _ = lines.stream().shutdown(Shutdown::Read);
-        match wire::receive(lines, Instant::now()) {
-            Ok(Go { .. }) => Ok(()),
-            Err(_) => {
+            Err(error) => {
                 let what = "the running process did not stop for the new one";
                 Err(failure(what, error))
             }

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
 
 use super::PROTOCOL;
-use super::wire::{self, Go, Ready, failure, keep};
+use super::wire::{self, Go, Ready, Taken, failure, keep};
 use crate::control::codec::Lines;
 use crate::control::credentials::Asker;
 use crate::control::server::Server;
@@ -28,6 +28,10 @@ use crate::error::{Error, Result};
 /// take it 5 s, and many prefixes some more.
 const READY_TIME_MAX: Duration = Duration::from_secs(20);
 
+/// How long this process, whose workers have stopped, waits for the new one to take the
+/// tunnel. Nobody carries packets meanwhile.
+const TAKE_TIME_MAX: Duration = Duration::from_secs(5);
+
 /// Longest line that a new process says.
 const READY_BYTES_MAX: usize = 4 << 10;
 
@@ -39,16 +43,23 @@ const SENT_WAIT_MAX: Duration = Duration::from_millis(100);
 pub struct NewProcess(pub(super) Lines);
 
 impl NewProcess {
-    /// This process has stopped, and lets the new one start.
+    /// This process has stopped: lets the new one start, and waits until it does.
     ///
     /// # Errors
-    /// When the new one has gone: this process has to carry on.
-    pub(super) fn let_go(mut self) -> Result<()> {
-        wire::send(&mut self.0, &Go { go: true }, Instant::now())
-            .map_err(|error| failure(GONE, error))?;
-        // The connection stays open until this process has ended.
+    /// When it does not, and never will: this process has to carry on.
+    pub(super) fn let_go(&mut self) -> Result<()> {
+        let lines = &mut self.0;
+        let deadline = Instant::now() + TAKE_TIME_MAX;
+        wire::send(lines, &Go { go: true }, deadline)
+            .and_then(|()| wire::receive_or_close(lines, deadline))
+            .map(|Taken { .. }| ())
+            .map_err(|error| failure(GONE, error))
+    }
+
+    /// Leaves the connection open until this process has ended, which tells the new one
+    /// that it has.
+    pub(super) fn leave(self) {
         std::mem::forget(self);
-        Ok(())
     }
 }
 
@@ -203,7 +214,7 @@ pub fn serve(
 /// # Errors
 /// When the tunnel cannot run on.
 pub fn hand_over(
-    new: NewProcess,
+    mut new: NewProcess,
     tunnel: &mut Tunnel,
     control: &mut Option<Server>,
 ) -> Result<bool> {
@@ -215,11 +226,15 @@ pub fn hand_over(
         if let Some(server) = control.take() {
             server.close(false);
         }
+        new.leave();
         return Ok(true);
     };
     tracing::error!("not handed over, carrying on: {error}");
     tunnel.workers.start()?;
     tunnel.workers.go();
+    // It hears only now that the tunnel is kept: if this process had died before, it
+    // would carry on.
+    drop(new);
     // The next poll has the routes kept again.
     Ok(false)
 }

@@ -65,8 +65,9 @@ fn descriptors_change_hands() {
         assert_eq!(heard(&ours), request);
         let count = WORKERS / 2 * 5 + 1;
         let descriptors: Vec<_> = std::iter::repeat_n(socket.as_fd(), count).collect();
-        let new = serve(ours, &manifest(WORKERS), &descriptors).unwrap();
+        let mut new = serve(ours, &manifest(WORKERS), &descriptors).unwrap();
         new.let_go().unwrap();
+        new.leave();
     });
     let mut inherited = receive(theirs).unwrap();
     assert_eq!(inherited.manifest, manifest(WORKERS));
@@ -128,21 +129,62 @@ fn a_new_process_that_is_dropped_is_told_so() {
 /// Whether it has died or does not listen any more.
 #[test]
 fn a_new_process_that_has_gone_does_not_get_the_tunnel() {
-    let (new, old) = both();
+    let (mut new, old) = both();
     drop(old);
     let text = new.let_go().unwrap_err().to_string();
     assert!(text.contains("closed the connection"), "{text}");
-    let (new, old) = both();
+    let (mut new, old) = both();
     old.0.stream().shutdown(Shutdown::Read).unwrap();
     assert!(new.let_go().is_err());
+}
+
+/// It has been told to go on, and dies before it says that it does.
+#[test]
+fn a_new_process_that_dies_before_it_goes_on_is_outlived() {
+    for said in ["", "{\"taken\":", "nonsense\n"] {
+        let (mut new, old) = both();
+        let leaving = std::thread::spawn(move || new.let_go());
+        let mut stream = old.0.stream();
+        assert_eq!(heard(stream), json!({"go": true}));
+        stream.write_all(said.as_bytes()).unwrap();
+        drop(old);
+        assert!(leaving.join().unwrap().is_err(), "{said:?}");
+    }
+    // One that says so has the tunnel, also if it dies then.
+    let (mut new, old) = both();
+    let taken = b"{\"taken\":true}\n";
+    old.0.stream().write_all(taken).unwrap();
+    old.0.stream().shutdown(Shutdown::Write).unwrap();
+    new.let_go().unwrap();
+}
+
+/// As after a pause for which the old process has not waited. It carries on, or it has
+/// died over it.
+#[test]
+fn a_new_process_that_comes_too_late_does_not_get_the_tunnel() {
+    for dies in [false, true] {
+        let (mut new, mut old) = both();
+        wire::send(&mut new.0, &wire::Go { go: true }, Instant::now()).unwrap();
+        new.0.stream().shutdown(Shutdown::Read).unwrap();
+        let taking = std::thread::spawn(move || old.stop());
+        match dies {
+            true => new.0.stream().shutdown(Shutdown::Both).unwrap(),
+            false => drop(new),
+        }
+        let result = taking.join().unwrap();
+        assert_eq!(result.is_ok(), dies, "{result:?}");
+    }
 }
 
 /// Its connection stays open for as long as it runs.
 #[test]
 fn the_end_of_the_old_process_is_waited_for() {
-    let (new, mut old) = both();
+    let (mut new, mut old) = both();
+    let taking = std::thread::spawn(move || old.stop().map(|()| old));
+    assert_eq!(heard(new.0.stream()), json!({"ready": true}));
     new.let_go().unwrap();
-    old.stop().unwrap();
+    new.leave();
+    let mut old = taking.join().unwrap().unwrap();
     assert!(old.0.receive(Instant::now()).is_err());
     let (new, old) = both();
     drop(new);

@@ -1,6 +1,7 @@
 //! The messages between the two processes: lines of JSON.
 
 use std::io;
+use std::net::Shutdown;
 use std::time::Instant;
 
 use serde::de::DeserializeOwned;
@@ -16,11 +17,18 @@ pub struct Ready {
     pub ready: bool,
 }
 
-/// The old process has stopped: the tunnel is the new one's.
+/// The old process has stopped: the new one may have the tunnel.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Go {
     /// Always true.
     pub go: bool,
+}
+
+/// The new process carries the tunnel from now on.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Taken {
+    /// Always true.
+    pub taken: bool,
 }
 
 /// Instead of any other answer: the old process keeps the tunnel.
@@ -58,6 +66,22 @@ pub(super) fn receive<T: DeserializeOwned>(lines: &mut Lines, deadline: Instant)
     serde_json::from_slice(&line).map_err(|error| match serde_json::from_slice(&line) {
         Ok(Kept { error, .. }) => io::Error::other(error),
         Err(_) => io::Error::new(io::ErrorKind::InvalidData, error),
+    })
+}
+
+/// The other side's next message. If this fails, the other side cannot send it any more:
+/// it fails there, too.
+///
+/// # Errors
+/// As [`receive`].
+pub(super) fn receive_or_close<T: DeserializeOwned>(
+    lines: &mut Lines,
+    deadline: Instant,
+) -> io::Result<T> {
+    receive(lines, deadline).or_else(|error| {
+        let _ = lines.stream().shutdown(Shutdown::Read);
+        // What it sent before counts.
+        receive(lines, Instant::now()).map_err(|_| error)
     })
 }
 

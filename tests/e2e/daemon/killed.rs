@@ -29,14 +29,16 @@ enum Step {
     Manifest,
     Ready,
     Go,
+    Taken,
 }
 
-const STEPS: [Step; 5] = [
+const STEPS: [Step; 6] = [
     Step::Request,
     Step::Descriptors,
     Step::Manifest,
     Step::Ready,
     Step::Go,
+    Step::Taken,
 ];
 
 /// Descriptors of two workers, and of the control socket.
@@ -44,7 +46,7 @@ const DESCRIPTORS_MAX: usize = 7;
 
 impl Step {
     fn is_old_ones(self) -> bool {
-        !matches!(self, Self::Request | Self::Ready)
+        !matches!(self, Self::Request | Self::Ready | Self::Taken)
     }
 }
 
@@ -214,7 +216,7 @@ fn kill_at_every_step(rounds: usize) -> Result<()> {
         for (number, last) in STEPS.into_iter().enumerate() {
             for victim in [Victim::Old, Victim::New] {
                 // From there on the new process has the tunnel alone.
-                if victim == Victim::New && last == Step::Go {
+                if victim == Victim::New && last == Step::Taken {
                     continue;
                 }
                 let passes_last = (number + round) % 2 == 1;
@@ -262,7 +264,8 @@ fn either_side_killed_twelve_times_at_any_step() -> Result<()> {
     kill_at_every_step(12)
 }
 
-/// The signal comes when the old process has said its last word, and may have ended.
+/// The signal comes when the old process waits for the new one's last word, and when it
+/// has heard it, and may have ended.
 #[testbed::trial]
 fn a_reload_that_only_the_old_process_hears_of_is_not_lost() -> Result<()> {
     let stage = Stage::new()?;
@@ -275,11 +278,14 @@ fn a_reload_that_only_the_old_process_hears_of_is_not_lost() -> Result<()> {
     let far = stage.far().start(&[peer(1)], &["--queues", "2"])?;
     let mut near = stage.start(&flags)?;
     stage.operator.wait()?;
-    for (route, is_passed) in [("10.2.0.0/16", false), ("10.3.0.0/16", true)] {
+    for (route, last) in [("10.2.0.0/16", Step::Go), ("10.3.0.0/16", Step::Taken)] {
         let (new, relay) = Relay::start(&stage, &flags)?;
-        let relay = relay.pass_until(Step::Go, is_passed, false)?;
+        let relay = relay.pass_until(last, true, false)?;
         write(route)?;
         near.child().signal(Signal::SIGHUP);
+        if last == Step::Go {
+            Message::receive(&relay.new, Step::Taken)?.send(&relay.old)?;
+        }
         near.wait()?;
         // The new process sees the end of the old one.
         drop(relay);
