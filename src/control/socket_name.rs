@@ -2,14 +2,15 @@
 //! nothing is left of it at the end. The names of processes that were killed are removed
 //! when the next one starts.
 
-use std::fs::{self, DirBuilder};
+use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::stat::{Mode, fchmod};
 use socket2::{Domain, SockAddr, Socket, Type};
 
@@ -24,6 +25,12 @@ const CONNECT_TIME_MAX: Duration = Duration::from_millis(1);
 /// How long a process that starts may take from bind(2) to listen(2). Until then its
 /// socket looks dead.
 const START_TIME_MAX: Duration = Duration::from_secs(10);
+
+/// How long others that start in the same directory are waited for. Each needs a few
+/// system calls. Anybody who may read the directory can hold the lock for ever: without
+/// it, two that start at once may remove each other's name.
+const LOCK_TIME_MAX: Duration = Duration::from_secs(1);
+const LOCK_PAUSE: Duration = Duration::from_millis(2);
 
 /// The socket is its owner's alone.
 const MODE: Mode = Mode::S_IRUSR.union(Mode::S_IWUSR);
@@ -76,9 +83,17 @@ impl Drop for SocketName {
 /// made.
 pub fn listen(path: &Path, backlog: i32) -> Result<(UnixListener, SocketName)> {
     let default_directory = Path::new(CONTROL_DIRECTORY);
-    if path.parent() == Some(default_directory) {
-        // If it fails, so does bind(2).
-        let _ = DirBuilder::new().mode(0o755).create(default_directory);
+    let is_default = path.parent() == Some(default_directory);
+    if is_default {
+        // Also /run, which small containers do not have. If it fails, so does bind(2).
+        let mut builder = DirBuilder::new();
+        let _ = builder
+            .recursive(true)
+            .mode(0o755)
+            .create(default_directory);
+    }
+    let _lock = lock(path);
+    if is_default {
         remove_all_dead(default_directory);
     }
     remove_dead(path, Duration::ZERO);
@@ -96,6 +111,26 @@ pub fn listen(path: &Path, backlog: i32) -> Result<(UnixListener, SocketName)> {
         )
         .hint(hint)
     })
+}
+
+/// A lock on the directory of `path` (flock(2)), so that nobody takes a socket between
+/// bind(2) and listen(2) for a dead one.
+fn lock(path: &Path) -> Option<Flock<File>> {
+    let parent = path.parent()?;
+    let parent = match parent.as_os_str().is_empty() {
+        true => Path::new("."),
+        false => parent,
+    };
+    let deadline = Instant::now() + LOCK_TIME_MAX;
+    let mut directory = File::open(parent).ok()?;
+    loop {
+        match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Some(lock),
+            Err((again, _)) if Instant::now() < deadline => directory = again,
+            Err(_) => return None,
+        }
+        std::thread::sleep(LOCK_PAUSE);
+    }
 }
 
 fn bind(path: &Path, backlog: i32) -> io::Result<(UnixListener, SocketName)> {
