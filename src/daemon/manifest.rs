@@ -38,6 +38,8 @@ pub struct Manifest {
     pub tun_offloads: [bool; 2],
     /// Offloads of the UDP sockets: `UDP_SEGMENT`, `UDP_GRO`.
     pub udp_offloads: [bool; 2],
+    /// Features that the old process was told not to use.
+    pub without: Vec<Feature>,
     /// Whether a flow's queue depends on the flow alone.
     pub is_steered: bool,
     /// The addresses that the old process gave the device.
@@ -96,6 +98,7 @@ impl Manifest {
             listen: tunnel.settings.listen,
             tun_offloads: [tun.tcp, tun.udp],
             udp_offloads: [udp.segment, udp.gro],
+            without: tunnel.config.without.clone(),
             is_steered: workers.is_steered,
             addresses: tunnel.settings.link.addresses.clone(),
             peers: peers.collect(),
@@ -130,8 +133,8 @@ impl Manifest {
         Ok(())
     }
 
-    /// Notes the offloads that the device and the sockets have as wanted: that cannot
-    /// change any more.
+    /// Notes the offloads that the device and the sockets have as wanted, and those that
+    /// they were to be without as not wanted: that cannot change any more.
     pub fn keep_offloads(&self, config: &mut Config) {
         let ([tso, uso], [segment, gro]) = (self.tun_offloads, self.udp_offloads);
         for (name, feature, in_use) in [
@@ -145,6 +148,12 @@ impl Manifest {
                     "--without {name} takes effect at the next start: the running process has it"
                 );
                 config.without.retain(|without| *without != feature);
+            } else if config.uses(feature) && self.without.contains(&feature) {
+                tracing::warn!(
+                    "leaving out --without {name} takes effect at the next start: the running \
+                     process does without"
+                );
+                config.without.push(feature);
             }
         }
     }
@@ -220,6 +229,7 @@ mod tests {
             listen: "0.0.0.0:1".parse().unwrap(),
             tun_offloads: [true; 2],
             udp_offloads: [true; 2],
+            without: Vec::new(),
             is_steered: true,
             addresses: Vec::new(),
             peers: peers
@@ -311,5 +321,21 @@ mod tests {
         config.without = vec![Feature::Tso, Feature::Uso, Feature::UdpGro];
         manifest.keep_offloads(&mut config);
         assert_eq!(config.without, [Feature::Uso]);
+    }
+
+    /// The kernel is not to blame for them, and a reload names the difference.
+    #[test]
+    fn offloads_that_the_old_process_was_to_be_without_stay_unwanted() {
+        let mut manifest = manifest(&[]);
+        manifest.udp_offloads = [false; 2];
+        manifest.without = vec![Feature::UdpGro];
+        let mut config = Config::default();
+        let file = config.clone();
+        manifest.keep_offloads(&mut config);
+        assert_eq!(config.without, [Feature::UdpGro]);
+        assert_eq!(config.needs_restart(&file), ["without"]);
+        // The next new process that leaves it out finds no difference.
+        manifest.keep_offloads(&mut config);
+        assert_eq!(config.without, [Feature::UdpGro]);
     }
 }

@@ -32,6 +32,7 @@ fn manifest(workers: usize) -> Manifest {
         listen: "0.0.0.0:8285".parse().unwrap(),
         tun_offloads: [true, false],
         udp_offloads: [false, true],
+        without: Vec::new(),
         is_steered: true,
         addresses: vec!["10.244.0.1/16".parse().unwrap()],
         peers: vec![KnownPeer {
