@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Receiver;
 
 use self::last_seen::LastSeen;
-use self::path::{PeerPath, Route};
+use self::path::{PATH_PROBES_MAX, PeerPath, Route};
 use self::ports::PeerPorts;
 use self::probes::PROBES_MAX;
 pub use self::probes::probe_channel;
@@ -23,6 +23,7 @@ use super::workers::WorkerFds;
 use super::{reach, resolve};
 use crate::counters::PeerCounters;
 use crate::dataplane::inbound::ReceivedProbe;
+use crate::error::{Error, Result};
 use crate::log::rate_limited::RateLimitedLog;
 use crate::packet::batch::NextHop;
 use crate::routing::dns::{Lookup, Names, SILENCE_MIN};
@@ -75,6 +76,8 @@ pub struct Peers {
     received_probes: Receiver<ReceivedProbe>,
     /// Probes that may still be read before the next poll.
     probe_budget: usize,
+    /// Paths that are being probed.
+    path_probes: usize,
     /// Whose turn it is.
     cursor: usize,
     log: RateLimitedLog,
@@ -90,6 +93,7 @@ impl Peers {
             states: HashMap::new(),
             received_probes: probes,
             probe_budget: PROBES_MAX,
+            path_probes: 0,
             cursor: 0,
             log: RateLimitedLog::new("changes of peers", LOG_WINDOW),
         };
@@ -125,19 +129,37 @@ impl Peers {
 
     /// A peer's name has an address, or still none.
     pub fn take_answer(&mut self, answer: Lookup, listen: SocketAddr, host: &mut Host) {
-        let (overlay, names) = (&mut self.overlay, &mut self.names);
-        let hop = overlay.find(&answer.name).map(|(hop, _)| hop);
-        let silent_since = hop.and_then(|hop| self.states.get(&hop)?.last_seen.silent_since);
-        let is_silent = silent_since.is_some_and(|since| since.elapsed() >= SILENCE_MIN);
-        let check = |overlay: &Overlay, endpoint| {
+        self.take_checked(answer, Instant::now(), |overlay, endpoint| {
             reach::check_endpoint(listen, overlay, endpoint)?;
             host.check_outside(endpoint)
-        };
+        });
+    }
+
+    fn take_checked(
+        &mut self,
+        answer: Lookup,
+        now: Instant,
+        check: impl FnMut(&Overlay, SocketAddr) -> Result<()>,
+    ) {
+        let (overlay, names) = (&mut self.overlay, &mut self.names);
+        let hop = overlay.find(&answer.name).map(|(hop, _)| hop);
+        let mut state = hop.and_then(|hop| self.states.get_mut(&hop));
+        let silent_since = state
+            .as_ref()
+            .and_then(|state| state.last_seen.silent_since);
+        let is_silent = silent_since.is_some_and(|since| now - since >= SILENCE_MIN);
         let taken = resolve::take_answer(overlay, names, answer, is_silent, check);
         match taken {
-            Some((_, Err(error))) => tracing::warn!("{error}; trying again"),
+            Some((_, Err(error))) => self.log_unusable(&error, now),
             Some((name, Ok((old, new)))) if old != Some(new) => {
                 self.has_changed = true;
+                if let Some(state) = &mut state {
+                    // It has had no time to answer from there.
+                    state.last_seen.silent_since = None;
+                }
+                if !self.log.admits(now) {
+                    return;
+                }
                 match old {
                     Some(old) => tracing::info!("peer {name} has moved from {old} to {new}"),
                     None => tracing::info!("peer {name} is {new}"),
@@ -147,12 +169,20 @@ impl Peers {
         }
     }
 
+    /// Logs why a peer cannot be used yet.
+    pub fn log_unusable(&mut self, error: &Error, now: Instant) {
+        if self.log.admits(now) {
+            tracing::warn!("{error}; trying again");
+        }
+    }
+
     /// What is to be done every second: notes who answers, asks for the names of those
     /// who do not, and checks ports and paths.
     pub fn poll(&mut self, listen: IpAddr, host: &mut Host, workers: &[WorkerFds]) {
         let now = Instant::now();
         self.probe_budget = PROBES_MAX;
         self.poll_traffic(now);
+        self.poll_path_probes(now);
         self.take_turns(|peers, hop| {
             let checked = peers.check_path(hop, listen, host, now);
             checked + peers.ask_about_ports(hop, workers, now)
@@ -186,6 +216,10 @@ impl Peers {
     /// Does `work` for one peer after the other, until it comes to [`WORK_MAX`] in all.
     fn take_turns(&mut self, mut work: impl FnMut(&mut Self, NextHop) -> usize) {
         let hops: Vec<_> = self.overlay.peers().map(|(hop, _)| hop).collect();
+        if self.cursor >= hops.len() {
+            // Each round begins with others, which are the first to be probed.
+            self.cursor += PATH_PROBES_MAX;
+        }
         let start = self.cursor.checked_rem(hops.len()).unwrap_or(0);
         self.cursor = start;
         let mut done = 0;
@@ -217,6 +251,7 @@ mod tests {
 
     use super::*;
     use crate::config::PeerName;
+    use crate::log::captured;
     use crate::routing::overlay::Origin;
 
     fn name() -> PeerName {
@@ -328,5 +363,54 @@ mod tests {
             all.extend(turn);
         }
         assert_eq!(all.len(), 3000);
+        // Another round begins elsewhere.
+        let mut first = None;
+        peers.take_turns(|_, hop| {
+            first.get_or_insert(hop);
+            1
+        });
+        assert_eq!(first, Some(6 * 512 - 3000 + 64));
+    }
+
+    /// Each address has as long to answer as the one before.
+    #[test]
+    fn a_silent_peer_is_moved_on_after_ten_seconds_at_each_address() {
+        let start = Instant::now();
+        let (mut peers, ..) = peers(start);
+        let mut moved = Vec::new();
+        for second in 0..=22 {
+            let now = start + Duration::from_secs(second);
+            only(&peers).traffic[0].packets_sent.add(1);
+            peers.poll_traffic(now);
+            let all = ["10.0.0.2:8285", "10.0.0.3:8285", "10.0.0.4:8285"];
+            let answer = Lookup {
+                name: name(),
+                result: Ok(all.iter().map(|one| one.parse().unwrap()).collect()),
+            };
+            let before = only(&peers).endpoint;
+            peers.take_checked(answer, now, |_, _| Ok(()));
+            if only(&peers).endpoint != before {
+                moved.push(second);
+            }
+        }
+        assert_eq!(moved, [10, 21]);
+    }
+
+    #[test]
+    fn what_becomes_of_names_has_few_lines() {
+        let now = Instant::now();
+        let (mut peers, ..) = peers(now);
+        let lines = captured(|| {
+            for number in 0..20u8 {
+                let endpoint = SocketAddr::from(([10, 0, 1, number], 8285));
+                for result in [Ok(vec![endpoint]), Err(Error::new("cannot resolve it"))] {
+                    let name = name();
+                    peers.take_checked(Lookup { name, result }, now, |_, _| Ok(()));
+                }
+            }
+            drop(peers);
+        });
+        assert_eq!(lines.len(), 6, "{lines:?}");
+        assert!(lines[5].contains("35 more changes of peers"), "{lines:?}");
     }
 }

@@ -24,6 +24,9 @@ const PROBE_INTERVAL_V4: Duration = Duration::from_secs(600);
 /// Bytes sent to a peer since the last probe that make it a busy one.
 const BUSY_BYTES: u64 = 64 << 10;
 
+/// Most paths that are being probed at a time: each takes a descriptor.
+pub(super) const PATH_PROBES_MAX: usize = 64;
+
 /// Probes that nobody has objected to, until a path counts as wider than it did:
 /// one of them, or the objection, may have been lost.
 const SILENT_PROBES_TO_GROW: u32 = 3;
@@ -102,38 +105,80 @@ impl Peers {
         let Some((peer, state)) = self.overlay.peer(hop).zip(self.states.get_mut(&hop)) else {
             return 0;
         };
-        let is_probed = state.path.as_ref().is_some_and(PeerPath::is_probed);
         let is_used = std::mem::take(&mut state.is_path_used);
-        let is_due = is_used || is_probed || peer.path_mtu_bytes.is_none();
+        let is_due = is_used || peer.path_mtu_bytes.is_none();
         let Some(endpoint) = peer.endpoint.filter(|_| is_due) else {
             return 0;
         };
         self.check_route(hop, host, now);
-        let Some((peer, state)) = self.overlay.in_use(hop).zip(self.states.get_mut(&hop)) else {
+        let Some((_, state)) = self.overlay.in_use(hop).zip(self.states.get_mut(&hop)) else {
             return 1;
         };
         let Ok(Some(route)) = host.netlink.route_mtu(endpoint) else {
             return 1;
         };
-        let known = state.path.take();
-        let known = known.filter(|path| (path.endpoint, path.route) == (endpoint, route));
-        let path = known.unwrap_or_else(|| PeerPath::new(endpoint, route));
-        let path = state.path.insert(path);
-        path.poll();
+        let path = state
+            .path
+            .get_or_insert_with(|| PeerPath::new(endpoint, route));
+        path.set_route(endpoint, route);
+        if is_used {
+            self.start_probe(hop, listen, now);
+        }
+        self.use_path(hop, now);
+        1
+    }
+
+    /// Probes the path to a peer if it is time to, and there are not too many probes.
+    fn start_probe(&mut self, hop: NextHop, listen: IpAddr, now: Instant) {
+        let Some((peer, state)) = self.overlay.peer(hop).zip(self.states.get_mut(&hop)) else {
+            return;
+        };
         let sent = peer.traffic.iter().map(|worker| worker.bytes_sent.get());
         let sent_bytes = sent.sum();
-        if is_used && path.is_due(sent_bytes, now) {
+        if self.path_probes < PATH_PROBES_MAX
+            && let Some(path) = &mut state.path
+            && path.is_due(sent_bytes, now)
+        {
             path.start_probe(sent_bytes, listen, now);
+            self.path_probes += usize::from(path.is_probed());
         }
-        let (before, mtu_bytes) = (peer.path_mtu_bytes, path.mtu_bytes);
-        let is_narrow = mtu_bytes < route.mtu_bytes;
+    }
+
+    /// Takes in what has become of all probes, whosever turn it is, so that their
+    /// descriptors are free again soon.
+    pub(super) fn poll_path_probes(&mut self, now: Instant) {
+        self.path_probes = 0;
+        let mut polled = Vec::new();
+        for (&hop, state) in &mut self.states {
+            if let Some(path) = state.path.as_mut().filter(|path| path.is_probed()) {
+                path.poll();
+                self.path_probes += usize::from(path.is_probed());
+                polled.push(hop);
+            }
+        }
+        for hop in polled {
+            self.use_path(hop, now);
+        }
+    }
+
+    /// Puts in force what is known of the path to a peer, if it is still there.
+    fn use_path(&mut self, hop: NextHop, now: Instant) {
+        let known = self.states.get(&hop).and_then(|state| state.path.as_ref());
+        let Some((peer, path)) = self.overlay.in_use(hop).zip(known) else {
+            return;
+        };
+        let (endpoint, mtu_bytes) = (path.endpoint, path.mtu_bytes());
+        if peer.endpoint != Some(endpoint) {
+            return;
+        }
+        let before = peer.path_mtu_bytes;
+        let is_narrow = mtu_bytes < path.route.mtu_bytes;
         self.has_changed |= self.overlay.set_path_mtu(hop, mtu_bytes, is_narrow);
         if let Some(before) = before.filter(|before| *before != mtu_bytes)
             && self.log.admits(now)
         {
             tracing::info!("the path to {endpoint} takes {mtu_bytes} bytes, no longer {before}");
         }
-        1
     }
 }
 
@@ -143,8 +188,8 @@ pub struct PeerPath {
     endpoint: SocketAddr,
     /// What this host's route says.
     route: RouteMtu,
-    /// What it takes, as far as is known: what the route says, or less.
-    mtu_bytes: u32,
+    /// What a router on it takes, if that is less than the route said.
+    narrow_bytes: Option<u32>,
     /// When it was probed last, and how many bytes had been sent by then; `None`: it
     /// is to be probed at once.
     probed: Option<(Instant, u64)>,
@@ -181,10 +226,28 @@ impl PeerPath {
         Self {
             endpoint,
             route,
-            mtu_bytes: route.mtu_bytes,
+            narrow_bytes: None,
             probed: None,
             probe: None,
         }
+    }
+
+    /// Notes what the route says now. Another route to the same place may share the
+    /// narrow part.
+    fn set_route(&mut self, endpoint: SocketAddr, route: RouteMtu) {
+        if self.endpoint != endpoint {
+            *self = Self::new(endpoint, route);
+        } else if self.route != route {
+            (self.route, self.probed, self.probe) = (route, None, None);
+        }
+    }
+
+    /// What it takes, as far as is known.
+    fn mtu_bytes(&self) -> u32 {
+        let narrow = self.narrow_bytes.filter(|_| !self.route.is_direct);
+        narrow.map_or(self.route.mtu_bytes, |narrow| {
+            narrow.min(self.route.mtu_bytes)
+        })
     }
 
     fn is_probed(&self) -> bool {
@@ -226,16 +289,18 @@ impl PeerPath {
             SocketAddr::V4(_) => MTU_BYTES_MIN_V4,
             SocketAddr::V6(_) => MTU_BYTES_MIN_V6,
         };
+        let mtu_bytes = self.mtu_bytes();
         let objection = probe.socket.too_long_for();
         let objection = objection.map(|bytes| bytes.max(min_bytes));
         if let Some(bytes) = objection.filter(|bytes| *bytes < probe.packet_bytes) {
             // There may be others further on that take less.
             (probe.packet_bytes, probe.silent) = (bytes, 0);
-            self.mtu_bytes = self.mtu_bytes.min(bytes);
+            self.narrow_bytes = Some(mtu_bytes.min(bytes));
         } else {
             probe.silent += 1;
-            if probe.packet_bytes <= self.mtu_bytes || probe.silent >= SILENT_PROBES_TO_GROW {
-                self.mtu_bytes = probe.packet_bytes;
+            if probe.packet_bytes <= mtu_bytes || probe.silent >= SILENT_PROBES_TO_GROW {
+                let is_narrow = probe.packet_bytes < self.route.mtu_bytes;
+                self.narrow_bytes = is_narrow.then_some(probe.packet_bytes);
                 return;
             }
         }
@@ -247,6 +312,10 @@ impl PeerPath {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::parse_peer;
+    use crate::daemon::peers::probe_channel;
+    use crate::routing::dns::Names;
+    use crate::routing::overlay::{Origin, Overlay};
 
     fn route(mtu_bytes: u32) -> RouteMtu {
         RouteMtu {
@@ -273,5 +342,62 @@ mod tests {
             path.route.is_direct = true;
             assert!(!path.is_due(1000, start + rest));
         }
+    }
+
+    #[test]
+    fn another_route_is_probed_at_once_and_never_exceeded() {
+        let endpoint = "10.0.0.1:1".parse().unwrap();
+        let mut path = PeerPath::new(endpoint, route(1500));
+        let mut set = |route: RouteMtu, endpoint: SocketAddr| {
+            path.set_route(endpoint, route);
+            let was_probed = path.probed.replace((Instant::now(), 0)).is_some();
+            let mtu_before = path.mtu_bytes();
+            path.narrow_bytes = Some(1400);
+            (was_probed, mtu_before, path.mtu_bytes())
+        };
+        assert_eq!(set(route(1500), endpoint), (false, 1500, 1400));
+        assert_eq!(set(route(1500), endpoint), (true, 1400, 1400));
+        assert_eq!(set(route(1300), endpoint), (false, 1300, 1300));
+        assert_eq!(set(route(1500), endpoint), (false, 1400, 1400));
+        // There is nothing narrow on a link.
+        let direct = RouteMtu {
+            is_direct: true,
+            ..route(1500)
+        };
+        assert_eq!(set(direct, endpoint), (false, 1500, 1500));
+        // Nothing is known of the path to another place.
+        let elsewhere = "10.0.0.2:1".parse().unwrap();
+        assert_eq!(set(route(1500), elsewhere), (false, 1500, 1400));
+    }
+
+    #[test]
+    fn few_paths_are_probed_at_a_time_and_all_in_their_turn() {
+        let (start, count) = (Instant::now(), 150);
+        let mut overlay = Overlay::default();
+        for number in 0..count {
+            let host = std::net::Ipv4Addr::from([127, 1, 0, number]);
+            let name = parse_peer(&host.to_string()).unwrap().name;
+            overlay.add_peer(&name, false, &[], Origin::Config).unwrap();
+        }
+        let (names, ..) = Names::without_threads();
+        let mut peers = Peers::new(overlay, names, probe_channel().1);
+        for (number, hop) in (0..count).zip(0..) {
+            let endpoint = SocketAddr::from(([127, 1, 0, number], 8285));
+            peers.overlay.set_endpoint(hop, Some(endpoint));
+            let path = PeerPath::new(endpoint, route(1500));
+            peers.states.get_mut(&hop).unwrap().path = Some(path);
+        }
+        for outstanding in [64, 64, 22, 0] {
+            peers.poll_path_probes(start);
+            assert_eq!(peers.path_probes, 0);
+            peers.take_turns(|peers, hop| {
+                peers.start_probe(hop, [0, 0, 0, 0].into(), start);
+                1
+            });
+            let paths = peers.states.values().flat_map(|state| &state.path);
+            let probed = paths.filter(|path| path.is_probed()).count();
+            assert_eq!((probed, peers.path_probes), (outstanding, outstanding));
+        }
+        assert_eq!(peers.overlay.peer(0).unwrap().path_mtu_bytes, Some(1500));
     }
 }
