@@ -1,8 +1,11 @@
 //! What of a configuration that was read again a running tunnel can take over.
 
+use clap::ValueEnum;
 use serde_json::{Map, Value};
 
+use super::control_path::default_control_path;
 use super::options::Config;
+use super::types::Feature;
 
 impl Config {
     /// This one, with all of `new` that can change while the tunnel runs.
@@ -30,12 +33,24 @@ impl Config {
             .collect()
     }
 
-    /// All options but the peers, by their keys.
+    /// All options but the peers, by their keys; what means the same is the same.
     fn keys(&self) -> Map<String, Value> {
-        match serde_json::to_value(self) {
+        let default = default_control_path(&self.tun);
+        let control = self.control.as_ref().filter(|path| **path != default);
+        let features = Feature::value_variants().iter();
+        let effective = Self {
+            // JSON is UTF-8, which a path need not be: quoted and escaped it is.
+            control: control.map(|path| format!("{path:?}").into()),
+            without: features
+                .filter(|&&feature| !self.uses(feature))
+                .copied()
+                .collect(),
+            ..self.clone()
+        };
+        match serde_json::to_value(&effective) {
             Ok(Value::Object(keys)) => keys,
-            // There is nothing in it that cannot be written.
-            _ => Map::new(),
+            // Nothing is left that cannot be written. If there were, no change must be missed.
+            _ => Map::from_iter([("options".into(), format!("{effective:?}").into())]),
         }
     }
 }

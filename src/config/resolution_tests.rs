@@ -132,6 +132,26 @@ fn a_file_that_has_lost_its_peers_is_refused() {
 }
 
 #[test]
+fn what_means_the_same_needs_no_restart() {
+    let of = |text: &str| config_with(&format!("peer = []\n{text}"), "").unwrap();
+    let default = default_control_path("fastvpn0");
+    let written = of(&format!("control = {default:?}"));
+    assert!(of("").needs_restart(&written).is_empty());
+    let [some, other] = ["'uso', 'udp-gro'", "'udp-gro', 'uso', 'uso'"];
+    let [some, other] = [some, other].map(|list| of(&format!("without = [{list}]")));
+    assert!(some.needs_restart(&other).is_empty());
+    assert_eq!(some.needs_restart(&of("")), ["without"]);
+    // A path need not be UTF-8.
+    use std::os::unix::ffi::OsStringExt;
+    let path = |last: u8| Some(std::ffi::OsString::from_vec(vec![b'/', last]).into());
+    let [mut old, mut new] = [of(""), of("queues = 77\nhop = true")];
+    (old.control, new.control) = (path(0xfe), path(0xff));
+    assert_eq!(old.needs_restart(&new), ["control", "queues"]);
+    new.control = old.control.clone();
+    assert_eq!(old.needs_restart(&new), ["queues"]);
+}
+
+#[test]
 fn options_out_of_bounds_and_contradictions_are_refused() {
     let core = core_affinity::get_core_ids().unwrap()[0].id;
     for (text, flags, parts) in [

@@ -44,7 +44,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use self::event_loop::{Daemon, End};
-pub(crate) use self::settings::default_mtu_bytes;
+pub(crate) use self::settings::{default_mtu_bytes, listen_address};
 pub use self::start::rehearse;
 use self::tunnel::Tunnel;
 use crate::config::Config;

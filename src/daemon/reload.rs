@@ -1,8 +1,11 @@
 //! A reload: what is different in the configuration file is applied as a whole,
 //! or not at all.
 
+use std::time::Instant;
+
 use super::announce;
 use super::plan::Plan;
+use super::settings::listen_address;
 use super::tunnel::Tunnel;
 use crate::control::protocol::{Changed, Reloaded};
 use crate::error::{Error, Result};
@@ -48,10 +51,14 @@ fn try_to_reload(tunnel: &mut Tunnel) -> Result<(Reloaded, String)> {
         ("route", new.routes != old.routes),
     ];
     let differing = settings_changed.iter().filter(|(_, differs)| *differs);
+    // One that is written and in force already is no other.
+    let is_listen_new = listen_address(&new, &[]) != in_force.listen;
+    let mut needs_restart = old.needs_restart(&new);
+    needs_restart.retain(|key| key != "listen" || is_listen_new);
     let report = Reloaded {
         changed: to_changed(&changes),
         settings_changed: differing.map(|(key, _)| key.to_string()).collect(),
-        needs_restart: old.needs_restart(&new),
+        needs_restart,
     };
     let mut plan = Plan {
         config: old.with_changes_of(new),
@@ -60,7 +67,7 @@ fn try_to_reload(tunnel: &mut Tunnel) -> Result<(Reloaded, String)> {
     };
     let device = tunnel.host.device.index;
     for (_, error) in plan.check_addresses(netlink, device, &old_link.addresses)? {
-        tracing::warn!("{error}; trying again");
+        tunnel.peers.log_unusable(&error, Instant::now());
     }
     tunnel.commit(plan)?;
     tunnel.peers.resolve_again();

@@ -120,7 +120,7 @@ fn link_config(
 /// What was given, and no other: peers of the other family may come later,
 /// or are not wanted. Else IPv4 alone if no peer has another address, or may
 /// have one some day, or else dual-stack.
-fn listen_address(config: &Config, endpoints: &[SocketAddr]) -> SocketAddr {
+pub(crate) fn listen_address(config: &Config, endpoints: &[SocketAddr]) -> SocketAddr {
     if let Some(listen) = config.listen {
         return listen;
     }

@@ -2,13 +2,13 @@
 //! name, and the configuration that asks for them.
 
 use std::io::ErrorKind;
-use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::UdpSocket;
 use std::time::Duration;
 
 use nix::net::if_::if_nametoindex;
 
 use super::item::Item;
-use crate::config::{Config, DEFAULT_PORT};
+use crate::config::Config;
 use crate::control::client;
 use crate::daemon;
 use crate::error::{Result, cause_text};
@@ -36,8 +36,7 @@ pub(super) fn running(config: &Config) -> Option<Running> {
 
 pub(super) fn port(config: &Config, running: Option<&Running>) -> Item {
     const NAME: &str = "UDP port";
-    let any = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), DEFAULT_PORT);
-    let listen = config.listen.unwrap_or(any);
+    let listen = daemon::listen_address(config, &[]);
     let port = listen.port();
     let Err(error) = UdpSocket::bind(listen) else {
         return Item::ok(NAME, format!("{port} is free"));

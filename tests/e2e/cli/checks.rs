@@ -2,7 +2,7 @@
 //! lack something, and that it leaves them as they were.
 
 use std::io::{self, Read};
-use std::net::UdpSocket;
+use std::net::{Ipv6Addr, UdpSocket};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
@@ -13,6 +13,7 @@ use testbed::{Namespace, StaticRoutes, UNDERLAY_NAME};
 use tun_rs::DeviceBuilder;
 
 use crate::cli::errors::{drop_capabilities, forbid_io_uring, hide_devices};
+use crate::host::surroundings::set_up;
 use crate::host::underlay::{Routed, routed, set_mtu};
 use crate::operator::Operator;
 use crate::support::{
@@ -352,7 +353,12 @@ fn check_of_what_is_taken() -> Result<()> {
     let parts = ["in use", "ip link delete fastvpn0"];
     let stale = items(&hosts.a, "", 0, nothing)?;
     expect(&stale, "UDP port", "ok", &[])?;
-    expect(&stale, "TUN name", "degraded", &parts)
+    expect(&stale, "TUN name", "degraded", &parts)?;
+    // A start listens on IPv6, too, unless all peers are IPv4 addresses.
+    set_up(&hosts.a, "lo", true)?;
+    let _taken = udp(&hosts.a, Ipv6Addr::LOCALHOST, 8285)?;
+    let both = items(&hosts.a, "", 0, nothing)?;
+    expect(&both, "UDP port", "degraded", &["8285", "in use"])
 }
 
 /// A check knows the running tunnel's port, device, and derived address.
