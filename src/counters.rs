@@ -100,7 +100,7 @@ counters! {
     /// Outbound: packets to which no peer's prefix matches.
     drop_no_route,
     /// Outbound: packets to a peer whose name has not resolved, or to
-    /// whom the way leads through the tunnel itself.
+    /// whom the path leads through the tunnel itself.
     drop_peer_unresolved,
     /// Outbound: packets whose hops were spent (`--hop`).
     drop_ttl,

@@ -75,7 +75,7 @@ impl Plan {
     ///
     /// # Errors
     /// Names the peer. Named peers are set aside instead.
-    pub fn check_ways(
+    pub fn check_paths(
         &mut self,
         netlink: &mut Netlink,
         device: Option<u32>,

@@ -118,7 +118,7 @@ pub fn prepare<C>(
         let peers = old.iter().flat_map(|old| &old.peers);
         let suspended = peers.filter(|peer| peer.is_suspended);
         let suspended = suspended.filter_map(|peer| peer.endpoint).collect();
-        aside.extend(plan.check_ways(&mut netlink, device, &suspended)?);
+        aside.extend(plan.check_paths(&mut netlink, device, &suspended)?);
     }
     for (name, error) in aside {
         names.note_answer(&name, false, Instant::now());
