@@ -185,7 +185,7 @@ fn settings_are_reloaded() -> Result<()> {
     check(state == before, || format!("{state:?}"))?;
 
     // Named, and nothing else: the tunnel stays what it is.
-    let restart = "queues = 3\nlisten = \"0.0.0.0:9000\"\nbusy-poll = \"auto\"\nverbose = 1\n\
+    let restart = "queues = 3\nlisten = \"0.0.0.0:9000\"\nbusy-poll = \"off\"\nverbose = 1\n\
                    log-format = \"json\"\ncores = \"0\"\nwithout = [\"uso\"]";
     let named = json!([
         "busy-poll",
