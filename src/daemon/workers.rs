@@ -2,9 +2,10 @@
 //! and their descriptors. A worker is a thread that makes an I/O engine, and runs the
 //! loop that moves packets.
 
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -32,6 +33,12 @@ use crate::packet::probe::Probe;
 
 /// How long workers may take to take a new table.
 const PUBLISH_WAIT_MAX: Duration = Duration::from_secs(5);
+
+/// How many commands may wait for a worker before one more of each kind. For one that is
+/// stuck that is a reset, a table and a stop: it finds the newest table whenever it looks.
+const RESET_AFTER_MAX: usize = 0;
+const TABLE_AFTER_MAX: usize = 1;
+const STOP_AFTER_MAX: usize = usize::MAX;
 
 /// What there is once in a namespace: the device and the sockets on the port.
 pub struct Claimed {
@@ -151,6 +158,8 @@ pub struct Workers {
     pub udp_offloads: UdpOffloads,
     /// Whether a flow's queue depends on the flow alone.
     pub is_steered: bool,
+    /// Where workers that are told so find the newest table.
+    published: Arc<Mutex<Arc<Table>>>,
     /// None while the workers are stopped.
     threads: Vec<WorkerThread>,
     /// Keeps workers that are ready from starting, until it is dropped.
@@ -201,6 +210,7 @@ impl Workers {
         // Another process that had these sockets has reported the drops so far.
         let drops = |worker: &WorkerFds| udp::drops(worker.receive()).unwrap_or(0);
         let mut workers = Self {
+            published: Arc::new(Mutex::new(Arc::clone(&setup.table))),
             setup,
             socket_drops: descriptors.iter().map(drops).collect(),
             counters: descriptors.iter().map(|_| Arc::default()).collect(),
@@ -262,7 +272,7 @@ impl Workers {
     /// Ends the workers: they send what they hold.
     pub fn stop(&mut self) {
         // Before the gate opens: those that have not started find it first.
-        self.tell(|| WorkerCommand::Stop);
+        self.tell(STOP_AFTER_MAX, || WorkerCommand::Stop);
         self.gate = None;
         for worker in self.threads.drain(..) {
             if worker.thread.join().is_err() {
@@ -277,9 +287,14 @@ impl Workers {
         self.descriptors = Vec::new();
     }
 
-    /// Tells all workers that have not ended.
-    fn tell(&self, command: impl Fn() -> WorkerCommand) {
-        for worker in &self.threads {
+    /// Tells all workers that have not ended, and for which no more than `waiting_max`
+    /// commands wait: those say as much already.
+    fn tell(&self, waiting_max: usize, command: impl Fn() -> WorkerCommand) {
+        for (index, worker) in self.threads.iter().enumerate() {
+            if worker.commands.len() > waiting_max {
+                tracing::error!("worker {index} takes no commands: is it stuck?");
+                continue;
+            }
             let _ = worker.commands.send(command());
             // The counter cannot overflow: a worker empties it each time.
             let _ = worker.wake.write(1);
@@ -303,9 +318,7 @@ impl Workers {
     /// Gives all workers a new table, and waits until each of them forwards by it:
     /// nothing that is sent into the tunnel after this goes by an older one.
     pub fn publish(&mut self, table: Arc<Table>) {
-        let (sender, in_force) = bounded(0);
-        self.tell(|| WorkerCommand::Table(Arc::clone(&table), sender.clone()));
-        drop(sender);
+        let in_force = self.offer(Arc::clone(&table));
         // Nothing is ever sent: it ends when the last worker has let go, or has
         // ended itself.
         if in_force.recv_timeout(PUBLISH_WAIT_MAX) == Err(RecvTimeoutError::Timeout) {
@@ -315,9 +328,23 @@ impl Workers {
         self.setup.table = table;
     }
 
+    /// Tells all workers to take a table. What is returned ends when they have.
+    fn offer(&self, table: Arc<Table>) -> Receiver<Infallible> {
+        let (sender, in_force) = bounded(0);
+        *self
+            .published
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = table;
+        let published = &self.published;
+        self.tell(TABLE_AFTER_MAX, || {
+            WorkerCommand::Table(Arc::clone(published), sender.clone())
+        });
+        in_force
+    }
+
     /// Has GSO batches of full size tried again on all paths.
     pub fn reset_limits(&self) {
-        self.tell(|| WorkerCommand::ResetLimits);
+        self.tell(RESET_AFTER_MAX, || WorkerCommand::ResetLimits);
     }
 
     /// What each worker has counted.

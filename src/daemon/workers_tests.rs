@@ -133,6 +133,39 @@ fn no_worker_keeps_the_table_before_a_published_one() {
     });
 }
 
+/// One that is stuck keeps no table but the newest, which it takes at last.
+#[test]
+fn commands_do_not_pile_up() {
+    Scene::for_each_engine(|mut scene| {
+        let workers = &mut scene.workers;
+        let first = Arc::downgrade(&workers.setup.table);
+        let offered: Vec<_> = (0..10)
+            .map(|_| {
+                let table = table();
+                let weak = Arc::downgrade(&table);
+                workers.reset_limits();
+                (workers.offer(table), weak)
+            })
+            .collect();
+        assert_eq!(workers.threads[0].commands.len(), 2);
+        workers.setup.table = table();
+        let kept = offered.iter().filter(|(_, weak)| weak.strong_count() > 0);
+        assert_eq!(kept.count(), 1);
+        workers.go();
+        let (in_force, older) = &offered[0];
+        assert!(in_force.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Disconnected));
+        assert!(older.upgrade().is_none());
+        let deadline = Instant::now() + PATIENCE;
+        while first.upgrade().is_some() {
+            assert!(Instant::now() < deadline);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let newest = &offered[9].1;
+        // What is published, and the worker's.
+        assert_eq!(newest.strong_count(), 2);
+    });
+}
+
 /// Its queue is as unreadable as that of a device that was deleted.
 #[test]
 fn a_worker_that_fails_says_why() {

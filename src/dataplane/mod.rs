@@ -15,7 +15,7 @@ mod send_queue;
 pub mod table;
 
 use std::convert::Infallible;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crossbeam_channel::{Receiver, Sender};
 
@@ -33,9 +33,9 @@ use crate::packet::fq_codel::Aqm;
 pub(crate) enum WorkerCommand {
     /// End the loop.
     Stop,
-    /// Forward by this table from now on, and let go of the sender once that is
+    /// Forward by the table that is there by now, and let go of the sender once that is
     /// so: who waits for it is told by the channel's end.
-    Table(Arc<Table>, Sender<Infallible>),
+    Table(Arc<Mutex<Arc<Table>>>, Sender<Infallible>),
     /// Try batches of full size again on all paths.
     ResetLimits,
 }
@@ -167,7 +167,7 @@ fn obey(
                 // What was looked up in the old one leaves before what is looked
                 // up in the new one.
                 outbound.flush(table, counters, engine);
-                *table = new;
+                *table = Arc::clone(&new.lock().unwrap_or_else(PoisonError::into_inner));
                 drop(in_force);
             }
             WorkerCommand::ResetLimits => engine.reset_limits(),
