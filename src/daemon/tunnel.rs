@@ -57,7 +57,7 @@ impl Tunnel {
             mut overlay,
         } = plan;
         overlay.count_for(claimed.device.queues.len());
-        udp::ignore_path_mtus(&claimed.sockets)?;
+        udp::set_options(&claimed.sockets)?;
         let host = Host::new(netlink, claimed.device.queues[0].as_fd(), &config.tun)?;
         let table = table(&overlay, &host, &config, &settings);
         let (probes, received) = peers::probe_channel();

@@ -144,7 +144,9 @@ mod tests {
         fn unsent_bytes(&mut self, _: Port) -> usize {
             0
         }
-        fn set_send_buffer(&mut self, _: Port, _: usize) {}
+        fn set_send_buffer(&mut self, _: Port, bytes: usize) -> usize {
+            bytes
+        }
         fn wait_for_room(&mut self, _: Port) {}
         fn is_waiting_for_room(&self, _: Port) -> bool {
             false

@@ -54,9 +54,9 @@ const STUCK_NS: u64 = 200_000_000;
 /// (`unres_qlen_bytes`, arp(7)).
 const STUCK_BYTES_MAX: usize = 8 << 20;
 
-/// What the kernel counts for a send beside its bytes, at the most (`truesize` of a
-/// `struct sk_buff`, `linux/skbuff.h`).
-const SEND_OVERHEAD_BYTES: usize = 1024;
+/// What the kernel counts for a datagram beside its bytes, at the most, once it has cut up a
+/// batch (`truesize` of a `struct sk_buff`, `linux/skbuff.h`).
+const DATAGRAM_OVERHEAD_BYTES: usize = 832;
 
 /// The state of one socket. Times are in nanoseconds since the same start; bytes are
 /// the kernel's count (`SIOCOUTQ`), which is a little more than what was sent.
@@ -64,6 +64,8 @@ const SEND_OVERHEAD_BYTES: usize = 1024;
 pub struct InFlight {
     is_auto: bool,
     limit_bytes: usize,
+    /// More than that the kernel does not let it hold.
+    limit_bytes_max: usize,
     batch_bytes: usize,
     /// What the socket holds and does not drain; beside the limit.
     stuck_bytes: usize,
@@ -89,6 +91,7 @@ impl InFlight {
         Self {
             is_auto,
             limit_bytes,
+            limit_bytes_max: usize::MAX,
             batch_bytes: (limit_bytes / 2).clamp(1, BATCH_BYTES_MAX),
             stuck_bytes: 0,
             stuck_until_ns: 0,
@@ -105,7 +108,13 @@ impl InFlight {
     /// Bytes that the socket may hold before it counts as full.
     #[inline]
     pub fn limit_bytes(&self) -> usize {
-        self.limit_bytes.saturating_add(self.stuck_bytes)
+        let limit_bytes = self.limit_bytes.saturating_add(self.stuck_bytes);
+        limit_bytes.min(self.limit_bytes_max)
+    }
+
+    /// The kernel does not let the socket hold more than this.
+    pub fn cap(&mut self, bytes: usize) {
+        self.limit_bytes_max = bytes;
     }
 
     /// Longest batch that may be sent, unless it is a single packet.
@@ -127,10 +136,12 @@ impl InFlight {
         self.has_room()
     }
 
-    /// A batch of so many bytes is sent.
+    /// A batch of so many bytes and datagrams is sent.
     #[inline]
-    pub fn sent(&mut self, batch_bytes: usize) {
-        self.held_bytes_max += batch_bytes + SEND_OVERHEAD_BYTES;
+    pub fn sent(&mut self, batch_bytes: usize, datagrams: usize) {
+        self.held_bytes_max += batch_bytes + datagrams * DATAGRAM_OVERHEAD_BYTES;
+        // What drains from now on cannot be told from what comes.
+        self.full = None;
     }
 
     /// There is no room, and nothing is sent until there is.
@@ -196,7 +207,7 @@ impl InFlight {
     /// No limit any more: all that waits shall go.
     pub fn lift(&mut self) {
         self.is_auto = false;
-        self.limit_bytes = usize::MAX;
+        (self.limit_bytes, self.limit_bytes_max) = (usize::MAX, usize::MAX);
         self.batch_bytes = BATCH_BYTES_MAX;
     }
 }
@@ -213,7 +224,7 @@ mod tests {
         for _ in 0..400 {
             in_flight.refresh(held);
             while in_flight.has_room() {
-                in_flight.sent(in_flight.batch_bytes());
+                in_flight.sent(in_flight.batch_bytes(), 1);
                 held += in_flight.batch_bytes();
             }
             in_flight.refresh(held);

@@ -133,6 +133,10 @@ pub(crate) fn run(
         }
         // Submit the rest.
         outbound.flush(&table, counters, engine);
+        if outbound.is_backlogged() {
+            // What has just found no room: the engine has to wait for some.
+            outbound.pump(&table, counters, engine);
+        }
         inbound.flush(engine);
         engine.submit()?;
         carried = 0;
@@ -174,4 +178,78 @@ fn obey(
         }
     }
     is_stopping
+}
+
+#[cfg(test)]
+mod test_support;
+
+#[cfg(test)]
+mod tests {
+    use super::test_support::Fake;
+    use super::*;
+    use crate::dataplane::table::PeerSnapshot;
+    use crate::io::engine::Received;
+    use crate::packet::batch::NextHop;
+    use crate::packet::coalesce::TunOffloads;
+    use crate::packet::icmp::TunnelAddresses;
+    use crate::packet::lpm::Prefixes;
+    use crate::packet::virtio;
+
+    /// What is queued in the last turn before the worker sleeps has been given to the
+    /// socket, or the engine waits for room.
+    #[test]
+    fn nothing_waits_for_the_next_arrival() {
+        let mut packet = vec![0; virtio::HEADER_BYTES + 1400];
+        let ip = &mut packet[virtio::HEADER_BYTES..];
+        ip[0] = 0x45;
+        ip[2..4].copy_from_slice(&1400_u16.to_be_bytes());
+        let peer = PeerSnapshot {
+            endpoint: "10.0.0.2:8285".parse().ok(),
+            mtu_bytes: 1472,
+            is_fragmented: true,
+            traffic: Arc::new([]),
+        };
+        let all: (ipnet::IpNet, NextHop) = ("0.0.0.0/0".parse().unwrap(), 0);
+        let prefixes = Arc::new(Prefixes::new([all]));
+        let table = Table::new(vec![peer], prefixes, TunnelAddresses::default(), false);
+        let (sender, commands) = crossbeam_channel::unbounded();
+        let mut engine = Fake::default();
+        // Together they are longer than a batch may be.
+        for _ in 0..4 {
+            let received = Received::from_bytes(packet.clone());
+            engine.events.push_back(Event::VnetPacket(received));
+        }
+        engine.on_wait = Some(Box::new(move |events| {
+            if sender.send(WorkerCommand::ResetLimits).is_ok() {
+                let _ = sender.send(WorkerCommand::Stop);
+                events.push_back(Event::Wake);
+            }
+        }));
+        let queueing = Queueing {
+            limit: Some(5000),
+            aqm: Aqm::FqCodel,
+            inherits_dscp: false,
+        };
+        let outbound = Outbound::new(0, queueing, &mut engine);
+        let offloads = TunOffloads {
+            tcp: false,
+            udp: false,
+        };
+        let inbound = Inbound::new(offloads, 0, crossbeam_channel::bounded(1).0);
+        let counters = Counters::default();
+        let table = Arc::new(table);
+        let spin = Spin::Off;
+        run(
+            &mut engine,
+            &commands,
+            table,
+            outbound,
+            inbound,
+            spin,
+            &counters,
+        )
+        .unwrap();
+        assert!(engine.is_waiting, "it has slept without waiting for room");
+        assert_eq!(engine.sent.concat().len(), 4, "the rest went at the end");
+    }
 }

@@ -252,8 +252,10 @@ impl Outbound {
         }
         let backlog_bytes = self.queues.iter().map(SendQueue::backlog_bytes).sum();
         counters.queue_backlog_bytes.set(backlog_bytes);
-        let limit_bytes = self.queues.iter().map(SendQueue::limit_bytes).sum();
-        counters.queue_limit_bytes.set(limit_bytes);
+        let limits = self.queues.iter().map(SendQueue::limit_bytes);
+        counters
+            .queue_limit_bytes
+            .set(limits.fold(0, u64::saturating_add));
     }
 
     /// Sends all there is, whether there is room or not, now and from now on: the

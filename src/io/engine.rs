@@ -56,6 +56,15 @@ pub struct Received {
 }
 
 impl Received {
+    /// A buffer with these bytes.
+    #[cfg(test)]
+    pub fn from_bytes(bytes: Vec<u8>) -> Self {
+        Self {
+            bytes: bytes.len(),
+            buffer: bytes.into_boxed_slice(),
+        }
+    }
+
     /// The bytes received.
     #[inline]
     pub fn bytes(&self) -> &[u8] {
@@ -159,8 +168,9 @@ pub trait Engine: VnetSink {
     /// port holds, by the kernel's count.
     fn unsent_bytes(&mut self, from: Port) -> usize;
 
-    /// Sets how many bytes the socket of a port may hold and yet have room.
-    fn set_send_buffer(&mut self, from: Port, bytes: usize);
+    /// Sets how many bytes the socket of a port may hold and yet have room, and returns how
+    /// many that are: the kernel may not let it be so many.
+    fn set_send_buffer(&mut self, from: Port, bytes: usize) -> usize;
 
     /// Reads no vnet packet until the socket of a port has room, or
     /// [`ROOM_WAIT`] has passed. [`Self::wait`] ends then.
@@ -179,8 +189,8 @@ pub trait Engine: VnetSink {
     /// any call before.
     fn submit(&mut self) -> Result<()>;
 
-    /// Asks the kernel for news, and tells whether there is an event. Does not
-    /// sleep.
+    /// Asks the kernel for news, and tells whether there is an event, or room that was
+    /// waited for. Does not sleep.
     ///
     /// # Errors
     /// As [`Self::submit`].

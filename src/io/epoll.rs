@@ -19,6 +19,7 @@
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -27,7 +28,7 @@ use nix::sys::eventfd::EventFd;
 
 use crate::counters::Counters;
 use crate::error::{Error, Result};
-use crate::io::engine::{Destination, Engine, Event, ROOM_WAIT, Received};
+use crate::io::engine::{Destination, Engine, Event, Received};
 use crate::io::message::{self, SendMessage};
 use crate::io::sides::{FAILURE_PAUSE, Sides};
 use crate::io::tun::Queue;
@@ -90,9 +91,15 @@ impl Epoll {
         })
     }
 
-    fn ask_epoll(&mut self, timeout: PollTimeout) -> nix::Result<()> {
-        if self.sides.full_ports().next().is_some() {
-            return self.ask_for_room(timeout);
+    fn ask_epoll(&mut self, mut timeout: PollTimeout) -> nix::Result<()> {
+        if let Some(rest) = self.sides.room_wait() {
+            // In whole milliseconds, and not before it is over.
+            let rest = PollTimeout::try_from(rest + Duration::from_millis(1));
+            let rest = rest.unwrap_or(PollTimeout::ZERO);
+            return self.ask_for_room(if timeout.is_none() { rest } else { timeout });
+        }
+        if self.sides.has_room_news() {
+            timeout = PollTimeout::ZERO;
         }
         let mut events = [EpollEvent::empty(); WATCHED];
         let count = match self.epoll.wait(&mut events, timeout) {
@@ -116,7 +123,7 @@ impl Epoll {
     fn ask_for_room(&mut self, timeout: PollTimeout) -> nix::Result<()> {
         let sides = &self.sides;
         let sender = |port: Port| {
-            let events = match sides.waits_for_room[port as usize] {
+            let events = match sides.is_full(port) {
                 true => PollFlags::POLLOUT,
                 false => PollFlags::empty(),
             };
@@ -128,12 +135,7 @@ impl Epoll {
             sender(Port::Listen),
             sender(Port::Own),
         ];
-        let is_patient = timeout == PollTimeout::NONE;
-        let timeout = match is_patient {
-            true => PollTimeout::try_from(ROOM_WAIT).unwrap_or(PollTimeout::ZERO),
-            false => timeout,
-        };
-        let ready = match poll(&mut polled, timeout) {
+        match poll(&mut polled, timeout) {
             Err(Errno::EINTR) => return Ok(()),
             result => result?,
         };
@@ -143,9 +145,11 @@ impl Epoll {
             self.sides.woken();
         }
         self.sides.udp_ready |= receive;
-        let is_over = is_patient && ready == 0;
-        self.sides.waits_for_room[Port::Listen as usize] &= !(listen || is_over);
-        self.sides.waits_for_room[Port::Own as usize] &= !(own || is_over);
+        for (port, has_room) in [(Port::Listen, listen), (Port::Own, own)] {
+            if has_room {
+                self.sides.found_room(port);
+            }
+        }
         Ok(())
     }
 }
@@ -204,8 +208,8 @@ impl Engine for Epoll {
         self.sides.unsent_bytes(from)
     }
 
-    fn set_send_buffer(&mut self, from: Port, bytes: usize) {
-        self.sides.set_send_buffer(from, bytes);
+    fn set_send_buffer(&mut self, from: Port, bytes: usize) -> usize {
+        self.sides.set_send_buffer(from, bytes)
     }
 
     fn wait_for_room(&mut self, from: Port) {
@@ -213,7 +217,7 @@ impl Engine for Epoll {
     }
 
     fn is_waiting_for_room(&self, from: Port) -> bool {
-        self.sides.waits_for_room[from as usize]
+        self.sides.is_full(from)
     }
 
     #[inline]
@@ -240,15 +244,17 @@ impl Engine for Epoll {
     }
 
     fn poll(&mut self) -> Result<bool> {
+        self.sides.room_wait();
         if self.has_event() {
             return Ok(true);
         }
         self.ask(PollTimeout::ZERO)?;
-        Ok(self.has_event())
+        Ok(self.has_event() || self.sides.take_room_news())
     }
 
     fn wait(&mut self) -> Result<()> {
-        if self.has_event() {
+        self.sides.room_wait();
+        if self.has_event() || self.sides.take_room_news() {
             return Ok(());
         }
         if self.sides.is_failing() {

@@ -5,12 +5,12 @@
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
 
-use super::engine::{Destination, Event, OPEN_BATCHES_MAX, ReceiveMeta, Received};
+use super::engine::{Destination, Event, OPEN_BATCHES_MAX, ROOM_WAIT, ReceiveMeta, Received};
 use super::message;
 use super::path_limits::PathLimits;
 use super::tun::Queue;
@@ -61,8 +61,11 @@ pub struct Sides {
     next: Option<Event>,
     /// Nothing is read any more.
     pub is_quiet: bool,
-    /// By port: its socket is full, and no vnet packet is read until it has room.
-    pub waits_for_room: [bool; PORTS],
+    /// By port: since when its socket is full, and no vnet packet is read until it has
+    /// room.
+    full_since: [Option<Instant>; PORTS],
+    /// There has been room again since the worker was last told.
+    has_room_news: bool,
     paths: PathLimits,
     /// Last in, first out, like the other two: the buffer used last is warmest.
     free_buffers: Vec<Box<[u8]>>,
@@ -95,7 +98,8 @@ impl Sides {
             tun_is_next: true,
             next: None,
             is_quiet: false,
-            waits_for_room: [false; PORTS],
+            full_since: [None; PORTS],
+            has_room_news: false,
             paths: PathLimits::new(limits),
             free_buffers: (0..READ_BUFFERS).map(buffer).collect(),
             free_batches: (0..BATCHES).rev().map(Batch::new).collect(),
@@ -140,7 +144,7 @@ impl Sides {
     #[inline]
     pub fn may_read_vnet_packet(&self) -> bool {
         self.tun_ready
-            && self.waits_for_room == [false; PORTS]
+            && self.full_since == [None; PORTS]
             && !self.is_quiet
             && !self.free_buffers.is_empty()
     }
@@ -340,23 +344,67 @@ impl Sides {
     }
 
     /// Sets how many bytes the socket of a port may hold and yet have room.
-    pub fn set_send_buffer(&self, from: Port, bytes: usize) {
-        // What cannot be is as it was: the limit of `net.core.wmem_max`.
-        let _ = udp::set_send_buffer(self.sockets.sender(from), bytes);
+    pub fn set_send_buffer(&self, from: Port, bytes: usize) -> usize {
+        let socket = self.sockets.sender(from);
+        // What cannot be is as it was.
+        let _ = udp::set_send_buffer(socket, bytes);
+        // The kernel doubles it, and has a least value (socket(7)).
+        let actual = socket.send_buffer_size().map_or(bytes, |twice| twice / 2);
+        actual.min(bytes)
     }
 
     /// Reads no vnet packet until the socket of a port has room.
     pub fn wait_for_room(&mut self, from: Port) {
-        self.waits_for_room[from as usize] = true;
+        self.full_since[from as usize].get_or_insert_with(Instant::now);
         // It is tried then, and not waited for meanwhile.
         self.tun_ready = true;
     }
 
+    /// Whether the socket of a port is full.
+    #[inline]
+    pub fn is_full(&self, from: Port) -> bool {
+        self.full_since[from as usize].is_some()
+    }
+
+    /// The socket of a port has room, or was waited for long enough.
+    pub fn found_room(&mut self, from: Port) {
+        if self.full_since[from as usize].take().is_some() {
+            self.has_room_news = true;
+        }
+    }
+
+    /// Ends waits that have lasted for [`ROOM_WAIT`], and returns how long the others may
+    /// still last; `None` if there is none.
+    pub fn room_wait(&mut self) -> Option<Duration> {
+        let mut rest = None;
+        for port in self.full_ports() {
+            let since = self.full_since[port as usize]?;
+            match ROOM_WAIT.checked_sub(since.elapsed()) {
+                Some(left) => rest = Some(rest.map_or(left, |rest: Duration| rest.min(left))),
+                None => self.found_room(port),
+            }
+        }
+        rest
+    }
+
+    /// Whether [`Self::take_room_news`] would say so.
+    pub fn has_room_news(&self) -> bool {
+        self.has_room_news
+    }
+
+    /// Whether there has been room since this was last asked.
+    #[inline]
+    pub fn take_room_news(&mut self) -> bool {
+        std::mem::take(&mut self.has_room_news)
+    }
+
     /// The ports whose sockets are waited for.
     pub fn full_ports(&self) -> impl Iterator<Item = Port> + use<> {
-        let waits = self.waits_for_room;
+        let since = self.full_since;
         let ports = [Port::Listen, Port::Own];
-        ports.into_iter().filter(move |&port| waits[port as usize])
+        ports
+            .into_iter()
+            .filter(move |&port| since[port as usize].is_some())
     }
 
     /// Forgets what refused sends taught.

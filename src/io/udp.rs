@@ -102,7 +102,6 @@ pub fn open(
     for index in 0..workers {
         let receive = bind(listen, true).map_err(failed)?;
         enlarge_buffers(&receive).map_err(failed)?;
-        receive_ecn(&receive).map_err(failed)?;
         if offloads.gro {
             offloads.gro = setsockopt(&receive, nix_sockopt::UdpGroSegment, &true).is_ok();
         }
@@ -135,26 +134,32 @@ pub fn open(
     Ok((sockets, offloads))
 }
 
-/// Has all sockets of the workers send whatever the interface takes, as the kernel's
-/// own tunnels do: the kernel's memory of path MTUs, which anybody can write to by
-/// ICMP, is left aside, and IPv4 datagrams may be fragmented on their way.
+/// Sets what a process needs of all sockets of its workers, whether it has opened them or
+/// taken them over.
+///
+/// They send whatever the interface takes, as the kernel's own tunnels do: the kernel's
+/// memory of path MTUs, which anybody can write to by ICMP, is left aside, and IPv4
+/// datagrams may be fragmented on their way. And they tell the ECN field of what they
+/// receive.
 ///
 /// # Errors
 /// When the kernel does not know how.
-pub fn ignore_path_mtus(sockets: &[WorkerSockets]) -> Result<()> {
-    let ignore = |socket: &Socket| -> io::Result<()> {
-        // On a dual-stack socket either is about its own family alone.
+pub fn set_options(sockets: &[WorkerSockets]) -> Result<()> {
+    let set = |socket: &Socket| -> io::Result<()> {
+        // On a dual-stack socket either family has options of its own.
         set_ip_mtu_discover(socket, Ipv4PathMtuDiscovery::OMIT)?;
+        socket.set_recv_tos_v4(true)?;
         if socket.domain()? == Domain::IPV6 {
             set_ipv6_mtu_discover(socket, Ipv6PathMtuDiscovery::OMIT)?;
+            socket.set_recv_tclass_v6(true)?;
         }
         Ok(())
     };
     let all = sockets.iter();
     all.flat_map(|worker| [Some(&worker.receive), worker.send.as_ref()])
         .flatten()
-        .try_for_each(ignore)
-        .map_err(|error| Error::os("cannot set IP_MTU_DISCOVER on a UDP socket", error))
+        .try_for_each(set)
+        .map_err(|error| Error::os("cannot set options of a UDP socket", error))
 }
 
 fn bind(address: SocketAddr, reuse_port: bool) -> io::Result<Socket> {
@@ -169,16 +174,6 @@ fn bind(address: SocketAddr, reuse_port: bool) -> io::Result<Socket> {
     socket.set_reuse_port(reuse_port)?;
     socket.bind(&SockAddr::from(address))?;
     Ok(socket)
-}
-
-/// Has a socket tell the ECN field of what it receives.
-fn receive_ecn(socket: &Socket) -> io::Result<()> {
-    // On a dual-stack socket either is about its own family alone.
-    socket.set_recv_tos_v4(true)?;
-    if socket.domain()? == Domain::IPV6 {
-        socket.set_recv_tclass_v6(true)?;
-    }
-    Ok(())
 }
 
 /// A socket with a source port of worker `index`'s own. `None` when all such

@@ -28,7 +28,7 @@ use nix::sys::eventfd::EventFd;
 use self::token::Token;
 use crate::counters::Counters;
 use crate::error::{Error, Result};
-use crate::io::engine::{Destination, Engine, Event, ROOM_WAIT, Received};
+use crate::io::engine::{Destination, Engine, Event, Received};
 use crate::io::message::SendMessage;
 use crate::io::sides::{BATCHES, FAILURE_PAUSE, Sides, VNET_PACKETS};
 use crate::io::tun::Queue;
@@ -209,7 +209,7 @@ impl Uring {
             }
             Some(Token::SendRoom(port)) => {
                 self.armed.send_room[port as usize] = false;
-                self.sides.waits_for_room[port as usize] = false;
+                self.sides.found_room(port);
             }
             None => {}
         }
@@ -319,8 +319,8 @@ impl Engine for Uring {
         self.sides.unsent_bytes(from)
     }
 
-    fn set_send_buffer(&mut self, from: Port, bytes: usize) {
-        self.sides.set_send_buffer(from, bytes);
+    fn set_send_buffer(&mut self, from: Port, bytes: usize) -> usize {
+        self.sides.set_send_buffer(from, bytes)
     }
 
     fn wait_for_room(&mut self, from: Port) {
@@ -328,7 +328,7 @@ impl Engine for Uring {
     }
 
     fn is_waiting_for_room(&self, from: Port) -> bool {
-        self.sides.waits_for_room[from as usize]
+        self.sides.is_full(from)
     }
 
     #[inline]
@@ -368,12 +368,14 @@ impl Engine for Uring {
     }
 
     fn poll(&mut self) -> Result<bool> {
+        self.sides.room_wait();
         self.submit()?;
-        Ok(self.has_event())
+        Ok(self.has_event() || self.sides.take_room_news())
     }
 
     fn wait(&mut self) -> Result<()> {
-        if self.has_event() {
+        let room_wait = self.sides.room_wait();
+        if self.has_event() || self.sides.take_room_news() {
             return Ok(());
         }
         self.arm()?;
@@ -386,15 +388,13 @@ impl Engine for Uring {
             // A read has failed, and the next one may do better.
             return Ok(());
         }
-        if self.sides.full_ports().next().is_none() {
+        let Some(room_wait) = room_wait else {
             return self.enter(1);
-        }
-        let timespec = types::Timespec::from(ROOM_WAIT);
+        };
+        let timespec = types::Timespec::from(room_wait);
         let args = types::SubmitArgs::new().timespec(&timespec);
-        let waited = self.ring.submitter().submit_with_args(1, &args);
-        if waited.is_err_and(|error| error.raw_os_error() == Some(libc::ETIME)) {
-            self.sides.waits_for_room = [false; PORTS];
-        }
+        // Whatever ends it, the completions tell.
+        let _ = self.ring.submitter().submit_with_args(1, &args);
         self.enter(0)
     }
 

@@ -3,10 +3,12 @@
 
 use std::net::{IpAddr, UdpSocket};
 use std::thread;
+use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
 use socket2::SockRef;
 use testbed::UNDERLAY_NAME;
+use testbed::traffic::ping;
 
 use crate::datagrams::{Order, exchange};
 use crate::operator::Operator;
@@ -76,6 +78,8 @@ fn streams_and_datagrams(flags: &[&str]) -> Result<()> {
     check(operator.counter("queue_sojourn_ns")? > 0, || {
         "packets have waited for no time".into()
     })?;
+    // More than a batch, and nothing else that would wake the worker.
+    ping(from.0, to.1, 6000, Duration::from_secs(60))?;
     stop_both(tunnels)
 }
 

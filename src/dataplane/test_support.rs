@@ -1,0 +1,85 @@
+//! An engine that only notes what it is given.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+
+use crate::error::Result;
+use crate::io::engine::{Destination, Engine, Event, Received};
+use crate::io::udp::Port;
+use crate::packet::batch::{Batch, Limits};
+use crate::packet::vnet_packet::{VnetPacket, VnetSink};
+
+/// Sends into a socket that drains when it is told to.
+#[derive(Default)]
+pub struct Fake {
+    /// The packets' flow and number, by batch.
+    pub sent: Vec<Vec<(u8, u8)>>,
+    pub unsent_bytes: usize,
+    pub asked: usize,
+    pub is_waiting: bool,
+    pub send_buffer_bytes: usize,
+    /// What is to come.
+    pub events: VecDeque<Event>,
+    /// Called when the worker sleeps.
+    pub on_wait: Option<Box<dyn FnMut(&mut VecDeque<Event>)>>,
+}
+
+impl Engine for Fake {
+    fn send(&mut self, batch: Batch, _: Destination) {
+        self.unsent_bytes += batch.bytes().len();
+        let packets = batch.datagrams().map(|packet| (packet[15], packet[20]));
+        self.sent.push(packets.collect());
+    }
+    fn take_batch(&mut self) -> Option<Batch> {
+        Some(Batch::new(0))
+    }
+    fn put_back(&mut self, _: Batch) {}
+    fn unsent_bytes(&mut self, _: Port) -> usize {
+        self.asked += 1;
+        self.unsent_bytes
+    }
+    fn set_send_buffer(&mut self, _: Port, bytes: usize) -> usize {
+        self.send_buffer_bytes = bytes;
+        bytes
+    }
+    fn wait_for_room(&mut self, _: Port) {
+        self.is_waiting = true;
+    }
+    fn is_waiting_for_room(&self, _: Port) -> bool {
+        self.is_waiting
+    }
+    fn port(&self, wanted: Port) -> Port {
+        wanted
+    }
+    fn limits(&self, _: SocketAddr) -> Limits {
+        Limits::FULL
+    }
+    fn next_event(&mut self) -> Option<Event> {
+        self.events.pop_front()
+    }
+    fn has_event(&mut self) -> bool {
+        !self.events.is_empty()
+    }
+    fn recycle(&mut self, _: Received) {}
+    fn submit(&mut self) -> Result<()> {
+        Ok(())
+    }
+    fn poll(&mut self) -> Result<bool> {
+        Ok(false)
+    }
+    fn wait(&mut self) -> Result<()> {
+        if let Some(on_wait) = &mut self.on_wait {
+            on_wait(&mut self.events);
+        }
+        Ok(())
+    }
+    fn quiesce(&mut self) {}
+    fn reset_limits(&mut self) {}
+}
+
+impl VnetSink for Fake {
+    fn take_vnet_packet(&mut self) -> Option<VnetPacket> {
+        None
+    }
+    fn write(&mut self, _: VnetPacket) {}
+}
