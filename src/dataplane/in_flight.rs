@@ -284,6 +284,15 @@ mod tests {
     }
 
     #[test]
+    fn the_limit_is_no_longer_than_the_kernel_lets_it_be() {
+        let mut in_flight = InFlight::new(None);
+        in_flight.cap(20_000);
+        settle(&mut in_flight, 125_000, 10_000);
+        assert_eq!(in_flight.limit_bytes(), 20_000);
+        assert!(!in_flight.refresh(20_000));
+    }
+
+    #[test]
     fn a_limit_that_is_given_stays() {
         let mut in_flight = InFlight::new(Some(10_000));
         assert_eq!(settle(&mut in_flight, 125_000, 0), 10_000);

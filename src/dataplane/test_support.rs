@@ -9,6 +9,9 @@ use crate::io::udp::Port;
 use crate::packet::batch::{Batch, Limits};
 use crate::packet::vnet_packet::{VnetPacket, VnetSink};
 
+/// May add to what is to come.
+type OnWait = Box<dyn FnMut(&mut VecDeque<Event>)>;
+
 /// Sends into a socket that drains when it is told to.
 #[derive(Default)]
 pub struct Fake {
@@ -21,7 +24,7 @@ pub struct Fake {
     /// What is to come.
     pub events: VecDeque<Event>,
     /// Called when the worker sleeps.
-    pub on_wait: Option<Box<dyn FnMut(&mut VecDeque<Event>)>>,
+    pub on_wait: Option<OnWait>,
 }
 
 impl Engine for Fake {
