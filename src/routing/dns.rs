@@ -403,7 +403,11 @@ mod tests {
         names.watch(all.iter(), now);
         names.tick(now);
         let mut seen = HashSet::new();
-        for _ in 0..100 {
+        // A thread may be slow to start: its name is seen later, and the others more often.
+        for _ in 0..10_000 {
+            if seen.len() == all.len() {
+                break;
+            }
             // So long that those that have failed are due again.
             now += PAUSE_MAX;
             seen.insert(asked.recv().unwrap());
