@@ -17,5 +17,6 @@ if [ "${#missing[@]}" -gt 0 ]; then
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${missing[@]}" >/dev/null
 fi
 
+cargo test --locked --lib -- --ignored
 cargo test --locked --test e2e -- --ignored
 tests/kernels/run

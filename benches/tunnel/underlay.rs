@@ -1,12 +1,9 @@
 //! The cable between the two hosts: what it does with packets longer than its MTU,
 //! and how fast it is.
 
-use std::io::Read;
-use std::process::{Command, Stdio};
-
 use clap::ValueEnum;
-use fastvpn::error::{Error, Result};
-use testbed::{Namespace, Pair, UNDERLAY_NAME};
+use fastvpn::error::Result;
+use testbed::{Pair, UNDERLAY_NAME, tool};
 
 /// What the cable is like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -39,7 +36,7 @@ impl Underlay {
         let words = format!("-K {UNDERLAY_NAME} {off}");
         [&pair.a, &pair.b]
             .into_iter()
-            .try_for_each(|host| run(host, "ethtool", &words))
+            .try_for_each(|host| tool(host, "ethtool", &words))
     }
 }
 
@@ -57,13 +54,13 @@ impl<'a> Slow<'a> {
         let slow = Self { pair };
         for host in [&pair.a, &pair.b] {
             let device = format!("dev {UNDERLAY_NAME}");
-            run(
+            tool(
                 host,
                 "tc",
                 &format!("qdisc add {device} root handle 1: htb default 1"),
             )?;
             let class = format!("class add {device} parent 1: classid 1:1 htb");
-            run(host, "tc", &format!("{class} rate {mbit_per_s}mbit"))?;
+            tool(host, "tc", &format!("{class} rate {mbit_per_s}mbit"))?;
         }
         Ok(slow)
     }
@@ -73,25 +70,7 @@ impl Drop for Slow<'_> {
     fn drop(&mut self) {
         for host in [&self.pair.a, &self.pair.b] {
             // Where there is none, that is as it should be.
-            let _ = run(host, "tc", &format!("qdisc del dev {UNDERLAY_NAME} root"));
+            let _ = tool(host, "tc", &format!("qdisc del dev {UNDERLAY_NAME} root"));
         }
-    }
-}
-
-/// Runs a program in a namespace, with these words.
-fn run(host: &Namespace, program: &str, words: &str) -> Result<()> {
-    let mut command = Command::new(program);
-    command.args(words.split(' ')).stderr(Stdio::piped());
-    let mut child = host.spawn(command).map_err(|error| match error.errno() {
-        Some(libc::ENOENT) => error.hint("install the packages ethtool and iproute2"),
-        _ => error,
-    })?;
-    let mut said = String::new();
-    if let Some(mut stderr) = child.process().stderr.take() {
-        let _ = stderr.read_to_string(&mut said);
-    }
-    match child.process().wait() {
-        Ok(status) if status.success() => Ok(()),
-        _ => Err(Error::new(format!("{program} {words}: {}", said.trim()))),
     }
 }

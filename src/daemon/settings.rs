@@ -138,7 +138,7 @@ pub(crate) fn listen_address(config: &Config, endpoints: &[SocketAddr]) -> Socke
 /// The tunnel address of the host that reaches the first peer.
 fn derived_address(paths: &[(SocketAddr, Path)]) -> Result<Ipv4Net> {
     let Some((_, path)) = paths.first() else {
-        let what = "there is no peer to derive a tunnel address from";
+        let what = "cannot derive a tunnel address without a peer";
         return Err(
             Error::new(what).hint("name the other host with --peer, or give this host's --address")
         );

@@ -204,9 +204,10 @@ pub fn start(config: Config) -> Result<(Tunnel, Option<Server>)> {
     let mut tunnel = prepare(config, None, claim)?.into_tunnel()?;
     // First, so that whoever finds the tunnel working finds it, too. Requests wait.
     let control = serve_control(&tunnel.config, None)?;
-    // Packets that come the moment the link is up find their worker.
-    tunnel.workers.go();
+    // The device takes no packet before it is up. What comes meanwhile, from either side,
+    // waits in the queues.
     tunnel.bring_up(&[])?;
+    tunnel.workers.go();
     tunnel.host.start_routes(&tunnel.settings.link.addresses)?;
     tunnel.host.set_routes(tunnel.kernel_routes())?;
     tunnel.poll();

@@ -100,75 +100,14 @@ fn adapted(auto: Duration, waited: Duration) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::io::engine::{Destination, Event, Received};
-    use crate::io::udp::Port;
-    use crate::packet::batch::{Batch, Limits};
-    use crate::packet::vnet_packet::{VnetPacket, VnetSink};
+    use crate::dataplane::test_support::Fake;
 
     /// Has an event from the given poll on.
-    struct Fake {
-        polls: usize,
-        ready_from: usize,
-        waits: usize,
-    }
-
     fn fake(ready_from: usize) -> Fake {
         Fake {
-            polls: 0,
-            ready_from,
-            waits: 0,
+            ready_from: Some(ready_from),
+            ..Fake::default()
         }
-    }
-
-    impl Engine for Fake {
-        fn poll(&mut self) -> Result<bool> {
-            self.polls += 1;
-            Ok(self.polls >= self.ready_from)
-        }
-        fn wait(&mut self) -> Result<()> {
-            self.waits += 1;
-            Ok(())
-        }
-        fn next_event(&mut self) -> Option<Event> {
-            None
-        }
-        fn has_event(&mut self) -> bool {
-            false
-        }
-        fn recycle(&mut self, _: Received) {}
-        fn take_batch(&mut self) -> Option<Batch> {
-            None
-        }
-        fn send(&mut self, _: Batch, _: Destination) {}
-        fn put_back(&mut self, _: Batch) {}
-        fn unsent_bytes(&mut self, _: Port) -> usize {
-            0
-        }
-        fn set_send_buffer(&mut self, _: Port, bytes: usize) -> usize {
-            bytes
-        }
-        fn wait_for_room(&mut self, _: Port) {}
-        fn is_waiting_for_room(&self, _: Port) -> bool {
-            false
-        }
-        fn port(&self, wanted: Port) -> Port {
-            wanted
-        }
-        fn limits(&self, _: std::net::SocketAddr) -> Limits {
-            Limits::FULL
-        }
-        fn submit(&mut self) -> Result<()> {
-            Ok(())
-        }
-        fn quiesce(&mut self) {}
-        fn reset_limits(&mut self) {}
-    }
-
-    impl VnetSink for Fake {
-        fn take_vnet_packet(&mut self) -> Option<VnetPacket> {
-            None
-        }
-        fn write(&mut self, _: VnetPacket) {}
     }
 
     #[test]

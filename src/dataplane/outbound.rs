@@ -129,13 +129,12 @@ impl Outbound {
     ) {
         let count = segments.count();
         let account = Account::new(self.worker, table, counters);
-        let found = self.open.iter().position(|(batch, destination)| {
+        let mut found = self.open.iter().position(|(batch, destination)| {
             // The endpoint of a next hop changes with the table.
             batch.next_hop() == to.next_hop && destination.endpoint == to.endpoint
         });
         // The outer header gets what the inner one has (RFC 6040, section 4.1).
         let tos = ecn::tos(segments.version(), segments.packet()) & self.tos_mask;
-        let mut found = found;
         if let Some(index) = found
             && self.open[index].0.tos() != tos
         {

@@ -21,6 +21,11 @@ pub struct Fake {
     pub asked: usize,
     pub is_waiting: bool,
     pub send_buffer_bytes: usize,
+    /// How often it was polled, and how often the worker slept.
+    pub polls: usize,
+    pub waits: usize,
+    /// The poll from which on there is an event.
+    pub ready_from: Option<usize>,
     /// What is to come.
     pub events: VecDeque<Event>,
     /// Called when the worker sleeps.
@@ -68,9 +73,11 @@ impl Engine for Fake {
         Ok(())
     }
     fn poll(&mut self) -> Result<bool> {
-        Ok(false)
+        self.polls += 1;
+        Ok(self.ready_from.is_some_and(|first| self.polls >= first))
     }
     fn wait(&mut self) -> Result<()> {
+        self.waits += 1;
         if let Some(on_wait) = &mut self.on_wait {
             on_wait(&mut self.events);
         }

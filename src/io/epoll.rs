@@ -98,7 +98,7 @@ impl Epoll {
             let rest = rest.unwrap_or(PollTimeout::ZERO);
             return self.ask_for_room(if timeout.is_none() { rest } else { timeout });
         }
-        if self.sides.has_room_news() {
+        if self.sides.has_found_room() {
             timeout = PollTimeout::ZERO;
         }
         let mut events = [EpollEvent::empty(); WATCHED];
@@ -249,12 +249,12 @@ impl Engine for Epoll {
             return Ok(true);
         }
         self.ask(PollTimeout::ZERO)?;
-        Ok(self.has_event() || self.sides.take_room_news())
+        Ok(self.has_event() || self.sides.take_found_room())
     }
 
     fn wait(&mut self) -> Result<()> {
         self.sides.room_wait();
-        if self.has_event() || self.sides.take_room_news() {
+        if self.has_event() || self.sides.take_found_room() {
             return Ok(());
         }
         if self.sides.is_failing() {

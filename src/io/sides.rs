@@ -65,7 +65,7 @@ pub struct Sides {
     /// room.
     full_since: [Option<Instant>; PORTS],
     /// There has been room again since the worker was last told.
-    has_room_news: bool,
+    has_found_room: bool,
     paths: PathLimits,
     /// Last in, first out, like the other two: the buffer used last is warmest.
     free_buffers: Vec<Box<[u8]>>,
@@ -99,7 +99,7 @@ impl Sides {
             next: None,
             is_quiet: false,
             full_since: [None; PORTS],
-            has_room_news: false,
+            has_found_room: false,
             paths: PathLimits::new(limits),
             free_buffers: (0..READ_BUFFERS).map(buffer).collect(),
             free_batches: (0..BATCHES).rev().map(Batch::new).collect(),
@@ -369,7 +369,7 @@ impl Sides {
     /// The socket of a port has room, or was waited for long enough.
     pub fn found_room(&mut self, from: Port) {
         if self.full_since[from as usize].take().is_some() {
-            self.has_room_news = true;
+            self.has_found_room = true;
         }
     }
 
@@ -387,15 +387,15 @@ impl Sides {
         rest
     }
 
-    /// Whether [`Self::take_room_news`] would say so.
-    pub fn has_room_news(&self) -> bool {
-        self.has_room_news
+    /// Whether [`Self::take_found_room`] would say so.
+    pub fn has_found_room(&self) -> bool {
+        self.has_found_room
     }
 
     /// Whether there has been room since this was last asked.
     #[inline]
-    pub fn take_room_news(&mut self) -> bool {
-        std::mem::take(&mut self.has_room_news)
+    pub fn take_found_room(&mut self) -> bool {
+        std::mem::take(&mut self.has_found_room)
     }
 
     /// The ports whose sockets are waited for.

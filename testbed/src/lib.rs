@@ -141,13 +141,21 @@ pub fn container(
 /// # Errors
 /// When there is no such program, or it refuses; with what it says.
 pub fn ip(namespace: &Namespace, words: &str) -> Result<()> {
-    let mut command = Command::new("ip");
+    tool(namespace, "ip", words)
+}
+
+/// Runs such a program in the namespace, with these words: ip(8), tc(8), ethtool(8).
+///
+/// # Errors
+/// As [`ip`].
+pub fn tool(namespace: &Namespace, program: &str, words: &str) -> Result<()> {
+    let mut command = Command::new(program);
     command
         .args(words.split_whitespace())
         .stderr(Stdio::piped());
     let child = namespace.spawn(command);
     let mut child = child.map_err(|error| match error.errno() {
-        Some(libc::ENOENT) => error.hint("install the package iproute2"),
+        Some(libc::ENOENT) => error.hint("install the packages iproute2 and ethtool"),
         _ => error,
     })?;
     let mut said = String::new();
@@ -156,7 +164,7 @@ pub fn ip(namespace: &Namespace, words: &str) -> Result<()> {
     }
     match child.process().wait() {
         Ok(status) if status.success() => Ok(()),
-        _ => Err(Error::new(format!("ip {words}: {}", said.trim()))),
+        _ => Err(Error::new(format!("{program} {words}: {}", said.trim()))),
     }
 }
 

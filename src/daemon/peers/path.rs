@@ -144,8 +144,8 @@ impl Peers {
         }
     }
 
-    /// Takes in what has become of all probes, whosever turn it is, so that their
-    /// descriptors are free again soon.
+    /// Takes in what has become of all probes, not only of the peers in turn, so that
+    /// their descriptors are free again soon.
     pub(super) fn poll_path_probes(&mut self, now: Instant) {
         self.path_probes = 0;
         let mut polled = Vec::new();

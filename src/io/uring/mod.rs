@@ -82,7 +82,8 @@ struct Armed {
     send_room: [bool; PORTS],
 }
 
-// SAFETY: the pointers in the messages point into the engine itself; nothing is shared between threads.
+// SAFETY: the pointers in the messages point into the engine itself; nothing is shared
+// between threads.
 unsafe impl Send for Uring {}
 
 impl Uring {
@@ -370,12 +371,12 @@ impl Engine for Uring {
     fn poll(&mut self) -> Result<bool> {
         self.sides.room_wait();
         self.submit()?;
-        Ok(self.has_event() || self.sides.take_room_news())
+        Ok(self.has_event() || self.sides.take_found_room())
     }
 
     fn wait(&mut self) -> Result<()> {
         let room_wait = self.sides.room_wait();
-        if self.has_event() || self.sides.take_room_news() {
+        if self.has_event() || self.sides.take_found_room() {
             return Ok(());
         }
         self.arm()?;

@@ -55,13 +55,12 @@ const BUFFERS_BYTES: u64 = 2 * (9 << 20);
 /// has no route, nor what was under way to a peer that has been removed; what
 /// the hub's kernel says about routes that were deleted comes from addresses
 /// that are not the tunnel's; queues and receive buffers are full while a process
-/// is away; and what arrives as a process starts may come before its device is up.
-const REASONS: [&str; 5] = [
+/// is away.
+const REASONS: [&str; 4] = [
     "no-route",
     "tun-queue-full",
     "source-not-allowed",
     "at-socket",
-    "tun-error",
 ];
 
 const HUB: usize = 0;
