@@ -1,7 +1,8 @@
 //! What a datagram is: a wire mode turns packets into datagrams and back. It does
-//! no I/O. There is one mode, [`plain`].
+//! no I/O. The modes are [`plain`] and [`wireguard`].
 
 pub mod plain;
+pub mod wireguard;
 
 use std::net::IpAddr;
 
