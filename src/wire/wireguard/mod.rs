@@ -2,6 +2,14 @@
 //! how packets are sealed and opened. After J. A. Donenfeld, "WireGuard: Next Generation
 //! Kernel Network Tunnel", and <https://www.wireguard.com/protocol/>.
 
+pub mod handshake;
 pub mod keys;
 pub mod message;
+pub mod replay;
+pub mod session;
 pub mod sessions;
+
+/// What the replay window is made of; tests/replay_window.rs has loom's in its place.
+mod atomic {
+    pub(super) use std::sync::atomic::{AtomicU64, Ordering};
+}

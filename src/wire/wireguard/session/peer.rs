@@ -1,0 +1,128 @@
+//! What the handshake thread and the workers share of one peer.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use arc_swap::{ArcSwapOption, Guard};
+
+use super::Session;
+
+/// A session that was looked up, or none. Taking it out costs no more than a few loads, and
+/// no write to memory that threads share. A thread should have a few of them at most, and
+/// not for longer than it takes to handle one run of datagrams.
+pub type Found = Guard<Option<Arc<Session>>>;
+
+/// The sessions of one peer, and what was last seen of it. It belongs to the peer and
+/// outlives tables (see `dataplane/table.rs`).
+///
+/// All times are nanoseconds of `CLOCK_MONOTONIC`; 0 stands for never. They are as exact as
+/// the workers' clocks, which are read once per turn.
+#[derive(Debug, Default)]
+pub struct PeerSessions {
+    /// The one to send with.
+    pub current: ArcSwapOption<Session>,
+    /// As the responder: the one to send with once the initiator has used it.
+    pub next: ArcSwapOption<Session>,
+    /// Where its datagrams go: as configured, then wherever it last sent from.
+    pub endpoint: ArcSwapOption<SocketAddr>,
+    /// A worker has asked for a session, and the handshake thread has not seen it yet.
+    pub is_wanted: AtomicBool,
+    /// When anything was last sent to it in a session.
+    pub sent_ns: AtomicU64,
+    /// The same, of what was no keepalive.
+    pub data_sent_ns: AtomicU64,
+    /// When anything that is authentic last came from it in a session.
+    pub received_ns: AtomicU64,
+    /// The same, of what was no keepalive.
+    pub data_received_ns: AtomicU64,
+}
+
+impl PeerSessions {
+    /// The session to send with, if there is one that may.
+    #[inline]
+    pub fn usable(&self, now_ns: u64) -> Found {
+        let current = self.current.load();
+        if current
+            .as_ref()
+            .is_some_and(|current| current.may_send(now_ns))
+        {
+            current
+        } else {
+            Guard::from_inner(None)
+        }
+    }
+
+    /// Notes that a datagram was opened with `session`. The first one that comes in the next
+    /// session shows that the initiator has it, and makes it the current one. The old one
+    /// stays in the map until the handshake thread removes it.
+    ///
+    /// Returns true for the one call that did so: packets that wait may leave now.
+    #[inline]
+    pub fn confirm(&self, session: &Session) -> bool {
+        let next = self.next.load();
+        match next.as_ref() {
+            Some(next) if std::ptr::eq(&**next, session) => self.promote(next),
+            _ => false,
+        }
+    }
+
+    #[cold]
+    fn promote(&self, next: &Arc<Session>) -> bool {
+        let found = self.next.compare_and_swap(next, None);
+        if !found.as_ref().is_some_and(|found| Arc::ptr_eq(found, next)) {
+            return false;
+        }
+        // The handshake thread may have put a later one there meanwhile.
+        self.current.rcu(|current| match current {
+            Some(current) if current.established_ns() > next.established_ns() => {
+                Some(Arc::clone(current))
+            }
+            _ => Some(Arc::clone(next)),
+        });
+        true
+    }
+
+    /// Takes its sessions out. This is due when the peer is removed, as each session keeps
+    /// its peer alive. They stay in the map until they are removed there.
+    pub fn clear(&self) {
+        self.current.store(None);
+        self.next.store(None);
+    }
+
+    /// Notes where an authentic datagram came from: what is sent goes there from now on.
+    #[inline]
+    pub fn note_sender(&self, from: SocketAddr) {
+        let endpoint = self.endpoint.load();
+        if endpoint.as_ref().is_none_or(|endpoint| **endpoint != from) {
+            self.endpoint.store(Some(Arc::new(from)));
+        }
+    }
+
+    /// Notes that something was sent in a session; `has_data`: not only keepalives.
+    #[inline]
+    pub fn note_sent(&self, now_ns: u64, has_data: bool) {
+        note(&self.sent_ns, now_ns);
+        if has_data {
+            note(&self.data_sent_ns, now_ns);
+        }
+    }
+
+    /// Notes that something authentic was received in a session; `has_data`: not only
+    /// keepalives.
+    #[inline]
+    pub fn note_received(&self, now_ns: u64, has_data: bool) {
+        note(&self.received_ns, now_ns);
+        if has_data {
+            note(&self.data_received_ns, now_ns);
+        }
+    }
+}
+
+/// Moves a time on. Workers share it, so it is only written when that changes something.
+#[inline]
+fn note(time_ns: &AtomicU64, now_ns: u64) {
+    if time_ns.load(Ordering::Relaxed) < now_ns {
+        time_ns.store(now_ns, Ordering::Relaxed);
+    }
+}
