@@ -1,1 +1,285 @@
 //! Keys, as `wg(8)` writes them: 32 bytes in base64.
+//!
+//! Secret keys are wiped when they are dropped, compared in constant time, and never shown:
+//! their `Debug` hides them and they have no `Display`.
+
+use std::fmt;
+use std::str::FromStr;
+
+use base64::prelude::{BASE64_STANDARD, Engine};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use subtle::ConstantTimeEq;
+use x25519_dalek::StaticSecret;
+use zeroize::{Zeroize, Zeroizing};
+
+/// Bytes of every key.
+pub const KEY_BYTES: usize = 32;
+
+/// Characters of a key as text.
+const TEXT_CHARS: usize = 44;
+
+/// A text that is no key. It does not repeat the text, which may be a secret mistyped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InvalidKey;
+
+impl fmt::Display for InvalidKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("not a key: 44 characters of base64 were expected, as `wg genkey` prints them")
+    }
+}
+
+impl std::error::Error for InvalidKey {}
+
+/// A peer's static Curve25519 key, by which it is known.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PublicKey(pub [u8; KEY_BYTES]);
+
+impl PublicKey {
+    /// The key's bytes, as they go on the wire.
+    pub fn as_bytes(&self) -> &[u8; KEY_BYTES] {
+        &self.0
+    }
+}
+
+impl fmt::Display for PublicKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&to_text(&self.0))
+    }
+}
+
+impl fmt::Debug for PublicKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for PublicKey {
+    type Err = InvalidKey;
+
+    fn from_str(text: &str) -> Result<Self, InvalidKey> {
+        from_text(text).map(|bytes| Self(*bytes))
+    }
+}
+
+impl Serialize for PublicKey {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for PublicKey {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Text;
+
+        impl de::Visitor<'_> for Text {
+            type Value = PublicKey;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a public key of 44 characters of base64")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<PublicKey, E> {
+                text.parse().map_err(E::custom)
+            }
+        }
+        deserializer.deserialize_str(Text)
+    }
+}
+
+/// This host's static Curve25519 key, clamped as `wg genkey` does it (RFC 7748, section 5).
+#[derive(Clone)]
+pub struct PrivateKey {
+    secret: StaticSecret,
+    /// What `public` answers: it takes a scalar multiplication to compute.
+    pub(super) public: PublicKey,
+}
+
+impl PrivateKey {
+    /// A new key.
+    ///
+    /// # Panics
+    ///
+    /// If the kernel has no random bytes to give.
+    pub fn generate() -> Self {
+        Self::from_bytes(&Zeroizing::new(random_bytes()))
+    }
+
+    /// The key of these bytes, clamped. Any 32 bytes are a key.
+    pub fn from_bytes(bytes: &[u8; KEY_BYTES]) -> Self {
+        let mut clamped = *bytes;
+        clamped[0] &= 0b1111_1000;
+        clamped[31] = clamped[31] & 0b0111_1111 | 0b0100_0000;
+        let secret = StaticSecret::from(clamped);
+        clamped.zeroize();
+        let public = PublicKey(x25519_dalek::PublicKey::from(&secret).to_bytes());
+        Self { secret, public }
+    }
+
+    /// The key that peers know this host by.
+    pub fn public(&self) -> PublicKey {
+        self.public
+    }
+
+    /// The key's bytes. Whoever copies them wipes the copy.
+    pub fn as_bytes(&self) -> &[u8; KEY_BYTES] {
+        self.secret.as_bytes()
+    }
+
+    /// The key as text.
+    pub fn to_base64(&self) -> Zeroizing<String> {
+        to_text(self.as_bytes())
+    }
+
+    /// The secret that this key and another's public key make (X25519, RFC 7748).
+    ///
+    /// # Errors
+    ///
+    /// If the other is a point of low order: the secret would be all zeros then, whatever
+    /// this key is. (The paper leaves the check open; the kernel has it.)
+    pub(super) fn agree(
+        &self,
+        public: &[u8; KEY_BYTES],
+    ) -> Result<Zeroizing<[u8; KEY_BYTES]>, InvalidKey> {
+        let shared = self.secret.diffie_hellman(&(*public).into());
+        match shared.was_contributory() {
+            true => Ok(Zeroizing::new(shared.to_bytes())),
+            false => Err(InvalidKey),
+        }
+    }
+}
+
+impl FromStr for PrivateKey {
+    type Err = InvalidKey;
+
+    fn from_str(text: &str) -> Result<Self, InvalidKey> {
+        from_text(text).map(|bytes| Self::from_bytes(&bytes))
+    }
+}
+
+impl fmt::Debug for PrivateKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("PrivateKey(hidden)")
+    }
+}
+
+impl PartialEq for PrivateKey {
+    fn eq(&self, other: &Self) -> bool {
+        self.as_bytes().ct_eq(other.as_bytes()).into()
+    }
+}
+
+impl Eq for PrivateKey {}
+
+/// A secret that two peers share besides their keys, against those who record today and
+/// have a quantum computer some day. All zeros, the default, stand for none.
+#[derive(Clone, Default)]
+pub struct PresharedKey(Zeroizing<[u8; KEY_BYTES]>);
+
+impl PresharedKey {
+    /// A new key.
+    ///
+    /// # Panics
+    ///
+    /// If the kernel has no random bytes to give.
+    pub fn generate() -> Self {
+        Self(Zeroizing::new(random_bytes()))
+    }
+
+    /// The key of these bytes, as they are.
+    pub fn from_bytes(bytes: &[u8; KEY_BYTES]) -> Self {
+        Self(Zeroizing::new(*bytes))
+    }
+
+    /// Whether it is one, and not the zeros that stand for none.
+    pub fn is_set(&self) -> bool {
+        *self != Self::default()
+    }
+
+    /// The key's bytes. Whoever copies them wipes the copy.
+    pub fn as_bytes(&self) -> &[u8; KEY_BYTES] {
+        &self.0
+    }
+
+    /// The key as text.
+    pub fn to_base64(&self) -> Zeroizing<String> {
+        to_text(&self.0)
+    }
+}
+
+impl FromStr for PresharedKey {
+    type Err = InvalidKey;
+
+    fn from_str(text: &str) -> Result<Self, InvalidKey> {
+        from_text(text).map(Self)
+    }
+}
+
+impl fmt::Debug for PresharedKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("PresharedKey(hidden)")
+    }
+}
+
+impl PartialEq for PresharedKey {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.ct_eq(&*other.0).into()
+    }
+}
+
+impl Eq for PresharedKey {}
+
+/// What `fastvpn genkey` prints: a new private key.
+pub fn genkey() -> Zeroizing<String> {
+    PrivateKey::generate().to_base64()
+}
+
+/// What `fastvpn pubkey` prints: the public key of the private key that it has read, with or
+/// without white space around it.
+///
+/// # Errors
+///
+/// If the text is no key.
+pub fn pubkey(private_key: &str) -> Result<String, InvalidKey> {
+    let key: PrivateKey = private_key.trim().parse()?;
+    Ok(key.public().to_string())
+}
+
+/// What `fastvpn genpsk` prints: a new preshared key.
+pub fn genpsk() -> Zeroizing<String> {
+    PresharedKey::generate().to_base64()
+}
+
+/// Random bytes, for keys and nonces.
+///
+/// # Panics
+///
+/// If the kernel has none to give, which is so only where `getrandom(2)` is missing or
+/// forbidden: nothing here is safe then.
+pub(super) fn random_bytes<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    getrandom::fill(&mut bytes).expect("the kernel gives random bytes");
+    bytes
+}
+
+/// Base64, without a copy of the secret that is not wiped.
+fn to_text(bytes: &[u8; KEY_BYTES]) -> Zeroizing<String> {
+    let mut text = Zeroizing::new(String::with_capacity(TEXT_CHARS));
+    BASE64_STANDARD.encode_string(bytes, &mut text);
+    text
+}
+
+/// The bytes of a key's canonical text.
+fn from_text(text: &str) -> Result<Zeroizing<[u8; KEY_BYTES]>, InvalidKey> {
+    // The decoder wants room for whole groups of three bytes.
+    let mut bytes = Zeroizing::new([0; KEY_BYTES + 1]);
+    if text.len() != TEXT_CHARS {
+        return Err(InvalidKey);
+    }
+    let length = BASE64_STANDARD
+        .decode_slice(text, &mut *bytes)
+        .map_err(|_| InvalidKey)?;
+    match bytes.split_first_chunk() {
+        Some((key, _)) if length == KEY_BYTES => Ok(Zeroizing::new(*key)),
+        _ => Err(InvalidKey),
+    }
+}
