@@ -116,6 +116,9 @@ counters! {
     drop_queue_aqm,
     /// Outbound: packets for which there was no room to wait.
     drop_queue_full,
+    /// Outbound: packets to a peer without a session, when there was no room to wait for one,
+    /// or it ended while they waited (WireGuard).
+    drop_no_session,
     /// Inbound: datagrams that the kernel dropped at the socket: its receive buffer
     /// was full, or they came out of the tunnel itself. (Written by the control
     /// thread; a GRO batch is one.)
@@ -130,6 +133,14 @@ counters! {
     drop_version,
     /// Inbound: datagrams whose IP length is not theirs.
     drop_length,
+    /// Inbound: datagrams that are no message of WireGuard.
+    drop_not_wireguard,
+    /// Inbound: data messages of a session that is not, or no longer, there (WireGuard).
+    drop_session_unknown,
+    /// Inbound: data messages that do not come from the session's peer (WireGuard).
+    drop_forged,
+    /// Inbound: data messages that have come before, or are too late to tell (WireGuard).
+    drop_replayed,
     /// Inbound: packets marked on their way as having experienced congestion, which do
     /// not take part in ECN, so that their ends would not learn of it (RFC 6040).
     drop_ecn,
@@ -156,6 +167,8 @@ counters! {
     icmp_sent,
     /// ICMP errors that were due, but held back by the rate limit.
     icmp_suppressed,
+    /// Data messages without a packet, which keep a session alive (WireGuard).
+    keepalives_received,
     /// Probes from known senders ([`crate::packet::probe`]).
     probes_received,
     /// Receives that failed for reasons that pass, such as news of earlier sends.

@@ -22,17 +22,19 @@
 //! control -> config, counters, error
 //! routing -> dataplane, config, wire, packet, counters, error
 //! host -> wire, packet, error
-//! dataplane -> io, wire, packet, counters, error
-//! io -> packet, counters, error
+//! dataplane -> io, wire, packet, counters, clock, error
+//! io -> wire, packet, counters, error
 //! wire -> packet
 //! config -> packet, log, error
 //! packet ->
 //! counters ->
+//! clock ->
 //! log ->
 //! error ->
 //! ```
 
 pub mod cli;
+pub(crate) mod clock;
 pub mod config;
 pub mod control;
 pub mod counters;
@@ -45,4 +47,4 @@ pub mod log;
 pub mod packet;
 pub mod routing;
 pub mod testbed;
-pub(crate) mod wire;
+pub mod wire;

@@ -92,6 +92,7 @@ fn table_of(peers: usize) -> Table {
         mtu_bytes: MTU_BYTES,
         is_fragmented: true,
         traffic: Arc::new([PeerCounters::default()]),
+        ..PeerSnapshot::default()
     };
     // All goes to the first, as with a single peer.
     let anywhere = [(IpNet::V4(Default::default()), 0)];

@@ -11,7 +11,7 @@ use crate::host::link::{self, IPV4_MTU_BYTES_MIN, IPV6_MTU_BYTES_MIN, LinkConfig
 use crate::host::netlink::Netlink;
 use crate::host::path::{self, Path};
 use crate::routing::overlay::Overlay;
-use crate::wire;
+use crate::wire::Mode;
 
 /// What a tunnel runs with.
 #[derive(Clone, Debug)]
@@ -163,7 +163,7 @@ fn derived_address(paths: &[(SocketAddr, Path)]) -> Result<Ipv4Net> {
 fn tunnel_mtu_bytes(listen: SocketAddr, paths: &[(SocketAddr, Path)]) -> Result<u32> {
     let of_path = |(peer, path): &(SocketAddr, Path)| default_mtu_bytes(*path, peer.ip());
     let Some(smallest) = paths.iter().min_by_key(|path| of_path(path)) else {
-        return Ok(path::MTU_BYTES_DEFAULT - wire::overhead_bytes(listen.ip()));
+        return Ok(path::MTU_BYTES_DEFAULT - Mode::Plain.overhead_bytes(listen.ip()));
     };
     let mtu_bytes = of_path(smallest);
     if mtu_bytes < IPV4_MTU_BYTES_MIN {
@@ -227,7 +227,7 @@ fn paths(
 pub(crate) fn default_mtu_bytes(path: Path, peer: IpAddr) -> u32 {
     // A loopback path has 65536: no datagram is that long.
     let datagram_bytes_max = path.mtu_bytes.min(65535);
-    datagram_bytes_max.saturating_sub(wire::overhead_bytes(peer))
+    datagram_bytes_max.saturating_sub(Mode::Plain.overhead_bytes(peer))
 }
 
 #[cfg(test)]

@@ -25,6 +25,7 @@ use crate::io::udp::{self, UdpOffloads};
 use crate::packet::coalesce::TunOffloads;
 use crate::routing::dns::Names;
 use crate::routing::overlay::{Origin, Overlay};
+use crate::wire::Mode;
 
 /// How long, and how often, a killed old process's port and device are waited
 /// for. Longer than the kernel takes, and short enough after a typing error.
@@ -274,11 +275,7 @@ fn claim_now(config: &Config, settings: &Settings, netlink: &mut Netlink) -> Res
         tcp: config.uses(Feature::Tso),
         udp: config.uses(Feature::Uso),
     };
-    let (sockets, udp) = udp::open(settings.listen, config.queues, udp_wanted)?;
+    let sockets = udp::open(settings.listen, config.queues, udp_wanted, Mode::Plain)?;
     let device = tun::create(&config.tun, config.queues, tun_wanted)?;
-    Ok(Claimed {
-        sockets,
-        udp,
-        device,
-    })
+    Ok(Claimed { sockets, device })
 }

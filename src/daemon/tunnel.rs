@@ -57,11 +57,12 @@ impl Tunnel {
             mut overlay,
         } = plan;
         overlay.count_for(claimed.device.queues.len());
-        udp::set_options(&claimed.sockets)?;
+        let sockets = &claimed.sockets;
+        udp::set_options(&sockets.workers, sockets.handshake.as_ref())?;
         let host = Host::new(netlink, claimed.device.queues[0].as_fd(), &config.tun)?;
         let table = table(&overlay, &host, &config, &settings);
         let (probes, received) = peers::probe_channel();
-        let workers = Workers::new(&config, claimed, table, probes)?;
+        let workers = Workers::new(&config, claimed, table, probes, None)?;
         let peers = Peers::new(overlay, names, received);
         let tunnel = Self {
             config,

@@ -7,6 +7,7 @@ use crate::io::udp::UdpOffloads;
 use crate::packet::coalesce::TunOffloads;
 use crate::routing::overlay::Origin;
 use crate::testbed::{UNDERLAY_NAME, pair};
+use crate::wire::Mode;
 
 const FAR: &str = "10.1.0.2:8285";
 
@@ -41,11 +42,10 @@ fn start() -> Tunnel {
             gro: false,
         },
     );
-    let (sockets, udp) = udp::open(settings.listen, 1, no_udp).unwrap();
+    let sockets = udp::open(settings.listen, 1, no_udp, Mode::Plain).unwrap();
     let claimed = Claimed {
         device: tun::create(&config.tun, 1, no_tun).unwrap(),
         sockets,
-        udp,
     };
     let plan = Plan {
         config,

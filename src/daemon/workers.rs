@@ -5,7 +5,7 @@
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -18,6 +18,7 @@ use crate::counters::{Counters, Snapshot};
 use crate::dataplane::idle::Spin;
 use crate::dataplane::inbound::{Inbound, ReceivedProbe};
 use crate::dataplane::outbound::Outbound;
+use crate::dataplane::sessions::Sessions;
 use crate::dataplane::table::Table;
 use crate::dataplane::{self, Queueing, WorkerCommand};
 use crate::error::{Error, Result};
@@ -39,15 +40,14 @@ const PUBLISH_WAIT_MAX: Duration = Duration::from_secs(5);
 const RESET_AFTER_MAX: usize = 0;
 const TABLE_AFTER_MAX: usize = 1;
 const STOP_AFTER_MAX: usize = usize::MAX;
+const SESSIONS_AFTER_MAX: usize = 16;
 
 /// What there is once in a namespace: the device and the sockets on the port.
 pub struct Claimed {
     /// The device.
     pub device: Tun,
-    /// The workers' sockets.
-    pub sockets: Vec<WorkerSockets>,
-    /// Offloads of the sockets.
-    pub udp: UdpOffloads,
+    /// The sockets.
+    pub sockets: udp::Sockets,
 }
 
 /// A worker's TUN queue and sockets. The control thread has them, too: to start the
@@ -102,7 +102,7 @@ impl WorkerFds {
 
 /// What all workers have in common.
 #[derive(Clone)]
-pub struct Setup {
+pub(crate) struct Setup {
     /// GSO packets that the TUN device takes.
     pub tun: TunOffloads,
     /// How long batches may be.
@@ -119,6 +119,8 @@ pub struct Setup {
     pub table: Arc<Table>,
     /// Takes the probes that come.
     pub probes: Sender<ReceivedProbe>,
+    /// In WireGuard mode.
+    pub sessions: Option<Sessions>,
 }
 
 /// How packets wait, in the data plane's own terms.
@@ -136,18 +138,32 @@ fn queueing(config: &Config) -> Queueing {
     }
 }
 
-/// A worker's thread.
-struct WorkerThread {
-    thread: JoinHandle<()>,
+/// What tells a worker something.
+#[derive(Clone)]
+struct WorkerHandle {
     commands: Sender<WorkerCommand>,
     /// Wakes the thread, to read a command.
     wake: Arc<EventFd>,
 }
 
+impl WorkerHandle {
+    /// Tells the worker, unless more than `waiting_max` commands wait for it. Returns whether
+    /// it is told.
+    fn tell(&self, command: WorkerCommand, waiting_max: usize) -> bool {
+        if self.commands.len() > waiting_max {
+            return false;
+        }
+        let _ = self.commands.send(command);
+        // The counter cannot overflow: a worker empties it each time.
+        let _ = self.wake.write(1);
+        true
+    }
+}
+
 /// See the module's documentation.
 pub struct Workers {
     /// What they are started with, and the table in force.
-    pub setup: Setup,
+    pub(crate) setup: Setup,
     /// By worker, as are the counters. Both outlast the threads.
     pub descriptors: Vec<WorkerFds>,
     /// What the workers have counted.
@@ -161,7 +177,9 @@ pub struct Workers {
     /// Where workers that are told so find the newest table.
     published: Arc<Mutex<Arc<Table>>>,
     /// None while the workers are stopped.
-    threads: Vec<WorkerThread>,
+    threads: Vec<JoinHandle<()>>,
+    /// By worker, as long as its thread runs. The handshake thread has them, too.
+    handles: Arc<Mutex<Vec<WorkerHandle>>>,
     /// Keeps workers that are ready from starting, until it is dropped.
     gate: Option<Sender<()>>,
     /// What the kernel has counted at each worker's socket.
@@ -179,13 +197,11 @@ impl Workers {
         claimed: Claimed,
         table: Arc<Table>,
         probes: Sender<ReceivedProbe>,
+        sessions: Option<Sessions>,
     ) -> Result<Self> {
-        let Claimed {
-            device,
-            sockets,
-            udp,
-        } = claimed;
-        let all = device.queues.into_iter().zip(sockets);
+        let Claimed { device, sockets } = claimed;
+        let udp = sockets.offloads;
+        let all = device.queues.into_iter().zip(sockets.workers);
         let descriptors: Vec<_> = all
             .map(|(queue, sockets)| WorkerFds::new(queue, sockets))
             .collect();
@@ -206,6 +222,7 @@ impl Workers {
             cores: config.cores.0.clone(),
             table,
             probes,
+            sessions,
         };
         // Another process that had these sockets has reported the drops so far.
         let drops = |worker: &WorkerFds| udp::drops(worker.receive()).unwrap_or(0);
@@ -216,6 +233,7 @@ impl Workers {
             counters: descriptors.iter().map(|_| Arc::default()).collect(),
             descriptors,
             threads: Vec::new(),
+            handles: Arc::default(),
             gate: None,
             failures: crossbeam_channel::never(),
             udp_offloads: udp,
@@ -234,6 +252,7 @@ impl Workers {
         let (report, reports) = unbounded();
         let (gate, open) = bounded(0);
         (self.gate, self.failures) = (Some(gate), reports);
+        let mut handles = Vec::new();
         for (index, descriptors) in self.descriptors.iter().enumerate() {
             let (sender, commands) = unbounded();
             let wake = Arc::new(event_counter()?);
@@ -247,12 +266,13 @@ impl Workers {
                 gate: open.clone(),
                 report: report.clone(),
             };
-            self.threads.push(WorkerThread {
-                thread: worker.spawn()?,
+            self.threads.push(worker.spawn()?);
+            handles.push(WorkerHandle {
                 commands: sender,
                 wake,
             });
         }
+        *lock(&self.handles) = handles;
         drop(report);
         for _ in &self.threads {
             match self.failures.recv() {
@@ -274,8 +294,9 @@ impl Workers {
         // Before the gate opens: those that have not started find it first.
         self.tell(STOP_AFTER_MAX, || WorkerCommand::Stop);
         self.gate = None;
-        for worker in self.threads.drain(..) {
-            if worker.thread.join().is_err() {
+        lock(&self.handles).clear();
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
                 tracing::error!("a worker thread panicked");
             }
         }
@@ -290,14 +311,21 @@ impl Workers {
     /// Tells all workers that have not ended, and for which no more than `waiting_max`
     /// commands wait: those say as much already.
     fn tell(&self, waiting_max: usize, command: impl Fn() -> WorkerCommand) {
-        for (index, worker) in self.threads.iter().enumerate() {
-            if worker.commands.len() > waiting_max {
+        for (index, worker) in lock(&self.handles).iter().enumerate() {
+            if !worker.tell(command(), waiting_max) {
                 tracing::error!("worker {index} takes no commands: is it stuck?");
-                continue;
             }
-            let _ = worker.commands.send(command());
-            // The counter cannot overflow: a worker empties it each time.
-            let _ = worker.wake.write(1);
+        }
+    }
+
+    /// Has the workers try again what waits for a session: for the handshake thread.
+    pub fn session_waker(&self) -> impl Fn() + Send + use<> {
+        let handles = Arc::clone(&self.handles);
+        move || {
+            for worker in lock(&handles).iter() {
+                // Among so many commands that wait there is this one already.
+                worker.tell(WorkerCommand::Sessions, SESSIONS_AFTER_MAX);
+            }
         }
     }
 
@@ -331,10 +359,7 @@ impl Workers {
     /// Tells all workers to take a table. What is returned ends when they have.
     fn offer(&self, table: Arc<Table>) -> Receiver<Infallible> {
         let (sender, in_force) = bounded(0);
-        *self
-            .published
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = table;
+        *lock(&self.published) = table;
         let published = &self.published;
         self.tell(TABLE_AFTER_MAX, || {
             WorkerCommand::Table(Arc::clone(published), sender.clone())
@@ -428,15 +453,16 @@ impl Worker {
             queueing,
             table,
             probes,
+            sessions,
             ..
         } = self.setup;
-        let outbound = Outbound::new(self.index, queueing, &mut engine);
+        let outbound = Outbound::new(self.index, queueing, sessions.clone(), &mut engine);
         dataplane::run(
             &mut engine,
             &self.commands,
             table,
             outbound,
-            Inbound::new(tun, self.index, probes),
+            Inbound::new(tun, self.index, probes, sessions),
             spin,
             &self.counters,
         )
@@ -453,6 +479,10 @@ fn is_uring(io: Io) -> bool {
         Io::Epoll => false,
         Io::Auto => uring::probe(1).inspect_err(warn).is_ok(),
     }
+}
+
+fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn event_counter() -> Result<EventFd> {

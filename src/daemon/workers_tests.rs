@@ -28,16 +28,19 @@ fn worker(io: Io, queue: OwnedFd, receive: OwnedFd) -> Result<Workers> {
             },
             steered: true,
         },
-        sockets: vec![WorkerSockets {
-            receive: receive.into(),
-            send: None,
-        }],
-        udp: UdpOffloads {
-            segment: false,
-            gro: false,
+        sockets: udp::Sockets {
+            workers: vec![WorkerSockets {
+                receive: receive.into(),
+                send: None,
+            }],
+            handshake: None,
+            offloads: UdpOffloads {
+                segment: false,
+                gro: false,
+            },
         },
     };
-    Workers::new(&config, claimed, table(), bounded(1).0)
+    Workers::new(&config, claimed, table(), bounded(1).0, None)
 }
 
 fn socket() -> UdpSocket {
@@ -147,7 +150,7 @@ fn commands_do_not_pile_up() {
                 (workers.offer(table), weak)
             })
             .collect();
-        assert_eq!(workers.threads[0].commands.len(), 2);
+        assert_eq!(lock(&workers.handles)[0].commands.len(), 2);
         workers.setup.table = table();
         let kept = offered.iter().filter(|(_, weak)| weak.strong_count() > 0);
         assert_eq!(kept.count(), 1);

@@ -1,28 +1,35 @@
 //! UDP to TUN: a packet's way into the host. It meets, in this order,
 //!
-//! 1. [`Inbound::push`]: the datagrams of one receive, if a peer sends from their
-//!    address ([`plain::Senders`]).
-//! 2. [`plain::open`]: the datagram holds one whole IP packet.
+//! 1. [`Inbound::push`]: the datagrams of one receive. In plain mode a peer has to send from
+//!    their address ([`plain::Senders`]); in WireGuard mode each names its session, which
+//!    opens it in place ([`Session::open`]).
+//! 2. [`ip::verify`]: it holds one whole IP packet.
 //! 3. `Allowed::admits`: its source is one that this peer may send from; if not,
 //!    `refuse` looks whether it is a probe.
 //! 4. [`Coalescer::push`]: packets of one flow become one vnet packet, and a vnet packet that
 //!    cannot grow any more goes to the engine ([`VnetSink::write`]).
 //! 5. [`Inbound::flush`] when nothing more arrives: so do all others.
 //!
+//! [`plain::Senders`]: crate::wire::plain::Senders
 //! [`VnetSink::write`]: crate::packet::vnet_packet::VnetSink::write
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use crossbeam_channel::Sender;
 
+use super::sessions::Sessions;
 use super::table::{PeerSnapshot, Table};
+use crate::clock;
 use crate::counters::Counters;
 use crate::io::engine::{Engine, ReceiveMeta};
 use crate::packet::coalesce::{Coalescer, TunOffloads};
 use crate::packet::ecn;
 use crate::packet::ip::{self, Malformed, Version};
 use crate::packet::probe::{Kind, Probe};
-use crate::wire::plain;
+use crate::wire::wireguard::message;
+use crate::wire::wireguard::session::{OpenError, Session};
+use crate::wire::wireguard::sessions::PeerSessions;
 
 /// A probe, and where it came from: for the control thread.
 pub type ReceivedProbe = (SocketAddr, Probe);
@@ -34,64 +41,163 @@ pub struct Inbound {
     /// Index of the worker.
     worker: usize,
     probes: Sender<ReceivedProbe>,
+    /// In WireGuard mode.
+    sessions: Option<Sessions>,
 }
 
 impl Inbound {
     /// `offloads`: the GSO packets that the TUN device takes. `worker`: the
-    /// worker's index. `probes`: takes those that come.
-    pub fn new(offloads: TunOffloads, worker: usize, probes: Sender<ReceivedProbe>) -> Self {
+    /// worker's index. `probes`: takes those that come. `sessions`: those of WireGuard mode.
+    pub fn new(
+        offloads: TunOffloads,
+        worker: usize,
+        probes: Sender<ReceivedProbe>,
+        sessions: Option<Sessions>,
+    ) -> Self {
         Self {
             coalescer: Coalescer::new(offloads),
             worker,
             probes,
+            sessions,
         }
     }
 
     /// Takes in the datagrams of one receive: `payload` holds them back to back. They are
     /// opened in place.
     #[inline]
-    pub fn push(
+    pub fn push<'a>(
         &mut self,
-        payload: &mut [u8],
+        payload: &'a mut [u8],
         meta: ReceiveMeta,
-        table: &Table,
+        table: &'a Table,
         counters: &Counters,
         engine: &mut impl Engine,
     ) {
         counters.udp_receives.add(1);
         let (sender, segment_bytes) = (meta.sender, meta.segment_bytes.max(1));
-        if !table.senders().has(sender.ip()) {
-            let datagrams = payload.len().div_ceil(segment_bytes).max(1);
-            counters.drop_sender_unknown.add(datagrams as u64);
-            counters.first.sender_unknown.give(sender.ip());
-            return;
-        }
         if payload.is_empty() {
             counters.drop_short.add(1);
             return;
         }
-        let mut allowed = Allowed::none(self.worker, sender);
-        for datagram in payload.chunks_mut(segment_bytes) {
-            match plain::open(datagram) {
-                Ok((version, packet)) => {
-                    if !ecn::decapsulate(version, packet, meta.ecn) {
-                        counters.drop_ecn.add(1);
-                        continue;
-                    }
-                    let packet = &*packet;
-                    if allowed.admits(version, packet, table, counters) {
-                        allowed.count(packet.len());
-                        self.coalescer.push(version, packet, engine);
-                    } else {
-                        self.refuse(version, packet, sender, table, counters);
-                    }
-                }
-                Err(Malformed::Short) => counters.drop_short.add(1),
-                Err(Malformed::Version) => counters.drop_version.add(1),
-                Err(Malformed::Length) => counters.drop_length.add(1),
-            }
+        let datagrams = payload.chunks_mut(segment_bytes);
+        if self.sessions.is_some() {
+            self.push_sealed(datagrams, meta, table, counters, engine);
+            return;
+        }
+        if !table.senders().has(sender.ip()) {
+            counters.drop_sender_unknown.add(datagrams.len() as u64);
+            counters.first.sender_unknown.give(sender.ip());
+            return;
+        }
+        let mut allowed = Allowed::none(self.worker, From::Address(sender));
+        for packet in datagrams {
+            self.take(packet, meta, &mut allowed, table, counters, engine);
         }
         allowed.settle(counters);
+    }
+
+    /// Takes in the datagrams of one receive in WireGuard mode.
+    #[inline]
+    fn push_sealed<'a>(
+        &mut self,
+        datagrams: impl Iterator<Item = &'a mut [u8]>,
+        meta: ReceiveMeta,
+        table: &'a Table,
+        counters: &Counters,
+        engine: &mut impl Engine,
+    ) {
+        let now_ns = clock::now_ns();
+        let mut run: Option<Run<'a>> = None;
+        for datagram in datagrams {
+            let Some(index) = message::data_receiver(datagram) else {
+                self.take_message(datagram, meta.sender, counters);
+                continue;
+            };
+            if run
+                .as_ref()
+                .is_none_or(|run| run.session.local_index() != index)
+            {
+                if let Some(run) = run.take() {
+                    run.end(meta.sender, now_ns, self.sessions.as_ref(), counters);
+                }
+                run = self.start_run(index, now_ns);
+            }
+            let Some(run) = &mut run else {
+                counters.drop_session_unknown.add(1);
+                continue;
+            };
+            match run.session.open(datagram) {
+                Ok(padded) => {
+                    run.is_authentic = true;
+                    if padded.is_empty() {
+                        counters.keepalives_received.add(1);
+                        continue;
+                    }
+                    run.has_data = true;
+                    let packet_bytes = ip::total_bytes(padded).min(padded.len());
+                    let packet = &mut padded[..packet_bytes];
+                    self.take(packet, meta, &mut run.allowed, table, counters, engine);
+                }
+                Err(OpenError::Short) => counters.drop_short.add(1),
+                Err(OpenError::Forged) => counters.drop_forged.add(1),
+                Err(OpenError::Replayed) => counters.drop_replayed.add(1),
+            }
+        }
+        if let Some(run) = run {
+            run.end(meta.sender, now_ns, self.sessions.as_ref(), counters);
+        }
+    }
+
+    /// Finds the session that datagrams name.
+    #[inline]
+    fn start_run<'a>(&self, index: u32, now_ns: u64) -> Option<Run<'a>> {
+        let session = Arc::clone(self.sessions.as_ref()?.map.get(index).as_ref()?);
+        let from = From::Session(Arc::as_ptr(session.peer()));
+        session.may_receive(now_ns).then(|| Run {
+            allowed: Allowed::none(self.worker, from),
+            session,
+            is_authentic: false,
+            has_data: false,
+        })
+    }
+
+    /// Takes in a datagram that is no data message.
+    #[cold]
+    fn take_message(&self, datagram: &[u8], sender: SocketAddr, counters: &Counters) {
+        match &self.sessions {
+            Some(sessions) if message::is_handshake(datagram) => sessions.pass_on(sender, datagram),
+            _ => counters.drop_not_wireguard.add(1),
+        }
+    }
+
+    /// Takes in a packet of the peer that `allowed` is about.
+    #[inline]
+    fn take<'a>(
+        &mut self,
+        packet: &'a mut [u8],
+        meta: ReceiveMeta,
+        allowed: &mut Allowed<'a>,
+        table: &'a Table,
+        counters: &Counters,
+        engine: &mut impl Engine,
+    ) {
+        let version = match ip::verify(packet) {
+            Ok(version) => version,
+            Err(Malformed::Short) => return counters.drop_short.add(1),
+            Err(Malformed::Version) => return counters.drop_version.add(1),
+            Err(Malformed::Length) => return counters.drop_length.add(1),
+        };
+        if !ecn::decapsulate(version, packet, meta.ecn) {
+            counters.drop_ecn.add(1);
+            return;
+        }
+        let packet = &*packet;
+        if allowed.admits(version, packet, table, counters) {
+            allowed.count(packet.len());
+            self.coalescer.push(version, packet, engine);
+        } else {
+            self.refuse(version, packet, meta.sender, table, counters);
+        }
     }
 
     /// Writes all that is still held for merging: no more datagrams are at hand.
@@ -110,7 +216,9 @@ impl Inbound {
         table: &Table,
         counters: &Counters,
     ) {
-        if let Some(probe) = Probe::from_packet(packet) {
+        if self.sessions.is_none()
+            && let Some(probe) = Probe::from_packet(packet)
+        {
             counters.probes_received.add(1);
             if probe.kind != Kind::Size {
                 // One that finds no room is as good as lost on its way.
@@ -128,12 +236,69 @@ impl Inbound {
     }
 }
 
+/// Datagrams of one session that came together.
+struct Run<'a> {
+    session: Arc<Session>,
+    allowed: Allowed<'a>,
+    /// One of them could be opened.
+    is_authentic: bool,
+    /// One of those was no keepalive.
+    has_data: bool,
+}
+
+impl Run<'_> {
+    /// Takes note of what came, and from where.
+    #[inline]
+    fn end(
+        mut self,
+        sender: SocketAddr,
+        now_ns: u64,
+        sessions: Option<&Sessions>,
+        counters: &Counters,
+    ) {
+        self.allowed.settle(counters);
+        if !self.is_authentic {
+            return;
+        }
+        let peer = self.session.peer();
+        peer.note_received(now_ns, self.has_data);
+        peer.note_sender(sender);
+        if peer.confirm(&self.session)
+            && let Some(sessions) = sessions
+        {
+            sessions.confirmed(peer);
+        }
+    }
+}
+
+/// Who has sent packets.
+#[derive(Clone, Copy)]
+enum From {
+    /// Whatever peer has this address.
+    Address(SocketAddr),
+    /// The peer with these sessions; they are only compared.
+    Session(*const PeerSessions),
+}
+
+impl From {
+    #[inline]
+    fn is(self, peer: &PeerSnapshot) -> bool {
+        match self {
+            Self::Address(sender) => peer.endpoint.is_some_and(|to| to.ip() == sender.ip()),
+            Self::Session(sessions) => {
+                let its = peer.sessions.as_ref();
+                its.is_some_and(|its| std::ptr::eq(Arc::as_ptr(its), sessions))
+            }
+        }
+    }
+}
+
 /// The reverse path check: packets must come from the peer that packets to
 /// their source would go to (RFC 3704, section 2.2). Neighbours in a batch
 /// mostly have one source, so the last verdict is kept.
 struct Allowed<'a> {
     worker: usize,
-    sender: SocketAddr,
+    from: From,
     /// The packet that the verdict was about.
     last: Option<(Version, &'a [u8])>,
     /// The peer behind which its source is, if it is the sender.
@@ -145,10 +310,10 @@ struct Allowed<'a> {
 
 impl<'a> Allowed<'a> {
     #[inline]
-    fn none(worker: usize, sender: SocketAddr) -> Self {
+    fn none(worker: usize, from: From) -> Self {
         Self {
             worker,
-            sender,
+            from,
             last: None,
             peer: None,
             packets: 0,
@@ -171,11 +336,10 @@ impl<'a> Allowed<'a> {
         if !is_known {
             self.settle(counters);
             self.last = Some((version, packet));
-            let sender = self.sender.ip();
             self.peer = table
                 .peer(ip::source(version, packet))
                 .map(|(_, peer)| peer)
-                .filter(|peer| peer.endpoint.is_some_and(|to| to.ip() == sender));
+                .filter(|peer| self.from.is(peer));
         }
         self.peer.is_some()
     }
@@ -203,8 +367,10 @@ impl<'a> Allowed<'a> {
         {
             traffic.packets_received.add(packets);
             traffic.bytes_received.add(bytes);
-            let expected = peer.endpoint.map_or(0, |endpoint| endpoint.port());
-            traffic.note_port(self.sender.port(), expected);
+            if let From::Address(sender) = self.from {
+                let expected = peer.endpoint.map_or(0, |endpoint| endpoint.port());
+                traffic.note_port(sender.port(), expected);
+            }
         }
     }
 }

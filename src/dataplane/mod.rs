@@ -12,6 +12,7 @@ pub(crate) mod outbound;
 mod rate;
 mod report;
 mod send_queue;
+pub(crate) mod sessions;
 pub mod table;
 
 use std::convert::Infallible;
@@ -38,6 +39,8 @@ pub(crate) enum WorkerCommand {
     Table(Arc<Mutex<Arc<Table>>>, Sender<Infallible>),
     /// Try batches of full size again on all paths.
     ResetLimits,
+    /// There are sessions that were asked for.
+    Sessions,
 }
 
 /// How packets wait for a socket to have room, and what their datagrams look like.
@@ -171,10 +174,16 @@ fn obey(
                 // What was looked up in the old one leaves before what is looked
                 // up in the new one.
                 outbound.flush(table, counters, engine);
-                *table = Arc::clone(&new.lock().unwrap_or_else(PoisonError::into_inner));
+                let new = Arc::clone(&new.lock().unwrap_or_else(PoisonError::into_inner));
+                if !new.has_sessions_of(table) {
+                    // What waits would be sealed for another peer.
+                    outbound.drain(table, counters, engine);
+                }
+                *table = new;
                 drop(in_force);
             }
             WorkerCommand::ResetLimits => engine.reset_limits(),
+            WorkerCommand::Sessions => outbound.retry(table, counters, engine),
         }
     }
     is_stopping
@@ -182,6 +191,9 @@ fn obey(
 
 #[cfg(test)]
 mod test_support;
+
+#[cfg(test)]
+mod wireguard_tests;
 
 #[cfg(test)]
 mod tests {
@@ -207,7 +219,7 @@ mod tests {
             endpoint: "10.0.0.2:8285".parse().ok(),
             mtu_bytes: 1472,
             is_fragmented: true,
-            traffic: Arc::new([]),
+            ..PeerSnapshot::default()
         };
         let all: (ipnet::IpNet, NextHop) = ("0.0.0.0/0".parse().unwrap(), 0);
         let prefixes = Arc::new(Prefixes::new([all]));
@@ -230,12 +242,12 @@ mod tests {
             aqm: Aqm::FqCodel,
             inherits_dscp: false,
         };
-        let outbound = Outbound::new(0, queueing, &mut engine);
+        let outbound = Outbound::new(0, queueing, None, &mut engine);
         let offloads = TunOffloads {
             tcp: false,
             udp: false,
         };
-        let inbound = Inbound::new(offloads, 0, crossbeam_channel::bounded(1).0);
+        let inbound = Inbound::new(offloads, 0, crossbeam_channel::bounded(1).0, None);
         let counters = Counters::default();
         let table = Arc::new(table);
         let spin = Spin::Off;

@@ -8,6 +8,7 @@
 //! 3. `append`: each packet of the vnet packet is written where its next hop's batch has
 //!    room ([`Batch::reserve`], [`Segments::write`]). Batches stay open across the
 //!    vnet packets of a turn, which is what makes small packets fast.
+//!    Where a peer has no session to seal with, the vnet packet is held until it has one.
 //! 4. [`Outbound::send_closed`] at the end of a turn, for batches that cannot grow
 //!    any more, and [`Outbound::flush`] when nothing more arrives.
 //! 5. [`SendQueue::send`]: the batch goes to the engine. What its socket has no room
@@ -23,6 +24,7 @@ use std::time::Instant;
 use super::Queueing;
 use super::report::Reporter;
 use super::send_queue::{Account, SendQueue};
+use super::sessions::{Held, Sessions};
 use super::table::{PeerSnapshot, Table};
 use crate::counters::Counters;
 use crate::io::engine::{Destination, Engine, OPEN_BATCHES_MAX, SendFailure};
@@ -34,7 +36,7 @@ use crate::packet::hop::{self, Hop};
 use crate::packet::icmp::Problem;
 use crate::packet::ip;
 use crate::packet::segment::Segments;
-use crate::wire::plain;
+use crate::wire::Mode;
 
 /// Bits of the ECN field in a TOS.
 const ECN_MASK: u8 = 3;
@@ -51,6 +53,12 @@ pub struct Outbound {
     /// What the outer TOS has of the inner one.
     tos_mask: u8,
     is_fifo: bool,
+    mode: Mode,
+    /// In WireGuard mode.
+    sessions: Option<Sessions>,
+    /// What waits for a session, and what has waited so far, while it is tried again.
+    held: Held,
+    held_before: Held,
 }
 
 /// Where a vnet packet's packets go.
@@ -68,14 +76,24 @@ enum Refusal {
     Unresolved,
     TooBig { mtu_bytes: u32 },
     Oversize,
+    NoSession { next_hop: NextHop },
 }
 
 impl Outbound {
     /// No batch yet, and room for all that can be open. `worker`: the worker's
-    /// index.
-    pub fn new(worker: usize, queueing: Queueing, engine: &mut impl Engine) -> Self {
-        let queue = |port| SendQueue::new(port, queueing, engine);
+    /// index. `sessions`: those of WireGuard mode.
+    pub fn new(
+        worker: usize,
+        queueing: Queueing,
+        sessions: Option<Sessions>,
+        engine: &mut impl Engine,
+    ) -> Self {
+        let queue = |port| SendQueue::new(port, queueing, sessions.clone(), engine);
         Self {
+            mode: match sessions {
+                Some(_) => Mode::WireGuard,
+                None => Mode::Plain,
+            },
             open: Vec::with_capacity(OPEN_BATCHES_MAX),
             queues: [Port::Listen, Port::Own].map(queue),
             reporter: Reporter::new(),
@@ -85,6 +103,9 @@ impl Outbound {
                 false => ECN_MASK,
             },
             is_fifo: queueing.aqm == Aqm::Off,
+            held: Held::default(),
+            held_before: Held::default(),
+            sessions,
         }
     }
 
@@ -109,10 +130,13 @@ impl Outbound {
         let to = if is_expired {
             Err(Refusal::Expired)
         } else {
-            next_hop(&segments, table)
+            self.next_hop(&segments, table)
         };
         match to {
             Ok(to) => self.append(&segments, to, table, counters, engine),
+            Err(Refusal::NoSession { next_hop }) => {
+                self.hold(vnet_packet, next_hop, table, counters);
+            }
             Err(refusal) => self.refuse(refusal, &segments, table, counters, engine),
         }
     }
@@ -130,7 +154,7 @@ impl Outbound {
         let count = segments.count();
         let account = Account::new(self.worker, table, counters);
         let mut found = self.open.iter().position(|(batch, destination)| {
-            // The endpoint of a next hop changes with the table.
+            // The endpoint of a next hop changes with the table, and as it roams.
             batch.next_hop() == to.next_hop && destination.endpoint == to.endpoint
         });
         // The outer header gets what the inner one has (RFC 6040, section 4.1).
@@ -145,10 +169,11 @@ impl Outbound {
             counters.drop_no_buffer.add(count as u64);
             return;
         };
+        let (mode, datagram_bytes_max) = (self.mode, self.datagram_bytes_max(to.peer));
         let (mut packets, mut bytes) = (0, 0);
         for packet in 0..count {
             let packet_bytes = segments.packet_bytes(packet);
-            let datagram_bytes = plain::datagram_bytes(packet_bytes);
+            let datagram_bytes = mode.datagram_bytes(packet_bytes, datagram_bytes_max);
             let mut datagram = self.open[index].0.reserve(datagram_bytes);
             if datagram.is_none() {
                 // Full, or of another size: on with the next batch.
@@ -163,15 +188,21 @@ impl Outbound {
                 datagram = self.open[index].0.reserve(datagram_bytes);
             }
             if let Some(datagram) = datagram {
-                segments.write(packet, plain::packet_room(datagram));
+                segments.write(packet, mode.packet_room(datagram, packet_bytes));
                 packets += 1;
-                bytes += packet_bytes as u64;
+                bytes += datagram_bytes as u64;
             }
         }
         if let Some(traffic) = to.peer.traffic.get(self.worker) {
             traffic.packets_sent.add(packets);
             traffic.bytes_sent.add(bytes);
         }
+    }
+
+    /// Bytes of the longest datagram that reaches a peer in one piece.
+    #[inline]
+    fn datagram_bytes_max(&self, peer: &PeerSnapshot) -> usize {
+        self.mode.datagram_bytes(peer.mtu_bytes, 0)
     }
 
     /// Opens a batch toward a peer, and returns its index.
@@ -188,8 +219,9 @@ impl Outbound {
         let mut batch = engine.take_batch()?;
         let mut limits = engine.limits(to.endpoint);
         // What is longer than the path takes travels alone, in fragments.
-        let datagram_bytes_max = plain::datagram_bytes(to.peer.mtu_bytes);
-        limits.segment_bytes_max = limits.segment_bytes_max.min(datagram_bytes_max);
+        limits.segment_bytes_max = limits
+            .segment_bytes_max
+            .min(self.datagram_bytes_max(to.peer));
         batch.start(to.next_hop, limits);
         batch.set_tos(tos);
         let from = match to.peer.traffic.get(self.worker) {
@@ -267,6 +299,14 @@ impl Outbound {
         }
     }
 
+    /// Sends all that waits, whether there is room or not.
+    pub fn drain(&mut self, table: &Table, counters: &Counters, engine: &mut impl Engine) {
+        let account = Account::new(self.worker, table, counters);
+        for (queue, from) in self.queues.iter_mut().zip([Port::Listen, Port::Own]) {
+            queue.drain(from, &account, engine);
+        }
+    }
+
     /// Drops a vnet packet's packets, and tells their sender.
     #[cold]
     fn refuse(
@@ -285,6 +325,7 @@ impl Outbound {
                 (&counters.drop_too_big, Some(Problem::TooBig { mtu_bytes }))
             }
             Refusal::Oversize => (&counters.drop_oversize, None),
+            Refusal::NoSession { .. } => (&counters.drop_no_session, None),
         };
         drops.add(segments.count() as u64);
         if let Some(problem) = problem {
@@ -304,7 +345,7 @@ impl Outbound {
         // The table may have changed since.
         let peer = table
             .at(failure.next_hop)
-            .filter(|peer| peer.endpoint == Some(failure.destination));
+            .filter(|peer| peer.endpoint_in_use() == Some(failure.destination));
         if let Some(traffic) = peer.and_then(|peer| peer.traffic.get(self.worker)) {
             traffic.packets_sent.sub(failure.packets);
             traffic.bytes_sent.sub(failure.bytes);
@@ -315,30 +356,58 @@ impl Outbound {
             drops.add(failure.packets);
         }
     }
-}
 
-/// Where a vnet packet's packets go, by their destination and length.
-#[inline]
-fn next_hop<'a>(segments: &Segments<'_>, table: &'a Table) -> Result<To<'a>, Refusal> {
-    let (version, packet) = (segments.version(), segments.packet());
-    let destination = ip::destination(version, packet);
-    let (next_hop, peer) = table.peer(destination).ok_or(Refusal::NoRoute)?;
-    let endpoint = peer.endpoint.ok_or(Refusal::Unresolved)?;
-    // All but the last packet have the same length.
-    let packet_bytes = segments.packet_bytes(0);
-    let packet_bytes_max = peer.packet_bytes_max(version);
-    if packet_bytes > packet_bytes_max
-        && (!peer.is_fragmented || ip::is_unfragmentable(version, packet))
-    {
-        let mtu_bytes = packet_bytes_max as u32;
-        return Err(Refusal::TooBig { mtu_bytes });
+    /// Holds a vnet packet until its peer has a session.
+    #[cold]
+    fn hold(&mut self, vnet_packet: &[u8], next_hop: NextHop, table: &Table, counters: &Counters) {
+        let peer = table.at(next_hop).and_then(|peer| peer.sessions.as_ref());
+        if let (Some(sessions), Some(peer)) = (&self.sessions, peer) {
+            self.held.push(vnet_packet, counters);
+            sessions.request(peer);
+        }
     }
-    if plain::datagram_bytes(packet_bytes) > BATCH_BYTES_MAX {
-        return Err(Refusal::Oversize);
+
+    /// Takes in again what was held for lack of a session.
+    pub fn retry(&mut self, table: &Table, counters: &Counters, engine: &mut impl Engine) {
+        std::mem::swap(&mut self.held, &mut self.held_before);
+        let mut before = std::mem::take(&mut self.held_before);
+        for vnet_packet in before.vnet_packets() {
+            self.push(vnet_packet, table, counters, engine);
+        }
+        before.clear();
+        self.held_before = before;
     }
-    Ok(To {
-        next_hop,
-        endpoint,
-        peer,
-    })
+
+    /// Where a vnet packet's packets go, by their destination and length.
+    #[inline]
+    fn next_hop<'a>(&self, segments: &Segments<'_>, table: &'a Table) -> Result<To<'a>, Refusal> {
+        let (version, packet) = (segments.version(), segments.packet());
+        let destination = ip::destination(version, packet);
+        let (next_hop, peer) = table.peer(destination).ok_or(Refusal::NoRoute)?;
+        let endpoint = peer.endpoint_in_use().ok_or(Refusal::Unresolved)?;
+        // All but the last packet have the same length.
+        let packet_bytes = segments.packet_bytes(0);
+        let packet_bytes_max = peer.packet_bytes_max(version);
+        if packet_bytes > packet_bytes_max
+            && (!peer.is_fragmented || ip::is_unfragmentable(version, packet))
+        {
+            let mtu_bytes = packet_bytes_max as u32;
+            return Err(Refusal::TooBig { mtu_bytes });
+        }
+        if self.mode.datagram_bytes(packet_bytes, 0) > BATCH_BYTES_MAX {
+            return Err(Refusal::Oversize);
+        }
+        if peer
+            .sessions
+            .as_ref()
+            .is_some_and(|sessions| sessions.current.load().is_none())
+        {
+            return Err(Refusal::NoSession { next_hop });
+        }
+        Ok(To {
+            next_hop,
+            endpoint,
+            peer,
+        })
+    }
 }

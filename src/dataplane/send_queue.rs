@@ -14,6 +14,7 @@ use std::time::Instant;
 
 use super::Queueing;
 use super::in_flight::InFlight;
+use super::sessions::Sessions;
 use super::table::Table;
 use crate::counters::Counters;
 use crate::io::engine::{Destination, Engine};
@@ -21,7 +22,7 @@ use crate::io::udp::{Port, SOCKET_BUFFER_BYTES};
 use crate::packet::batch::{Batch, NextHop};
 use crate::packet::fq_codel::{self, FqCodel, Reason};
 use crate::packet::ip;
-use crate::wire::plain;
+use crate::wire::Mode;
 
 /// What waits for one socket.
 #[derive(Debug)]
@@ -34,6 +35,9 @@ pub struct SendQueue {
     send_buffer_bytes: Option<usize>,
     /// What times are counted from.
     start: Instant,
+    mode: Mode,
+    /// In WireGuard mode: those to seal with.
+    sessions: Option<Sessions>,
 }
 
 /// What is known of a packet that waits.
@@ -48,7 +52,13 @@ struct Queued {
 impl SendQueue {
     /// Nothing waits. `from`: the port whose socket it is. What another process or an
     /// earlier worker has left in it counts.
-    pub fn new(from: Port, queueing: Queueing, engine: &mut impl Engine) -> Self {
+    /// `sessions`: those of WireGuard mode.
+    pub fn new(
+        from: Port,
+        queueing: Queueing,
+        sessions: Option<Sessions>,
+        engine: &mut impl Engine,
+    ) -> Self {
         let mut in_flight = InFlight::new(queueing.limit);
         in_flight.refresh(engine.unsent_bytes(from));
         Self {
@@ -57,6 +67,11 @@ impl SendQueue {
             is_full: false,
             send_buffer_bytes: None,
             start: Instant::now(),
+            mode: match sessions {
+                Some(_) => Mode::WireGuard,
+                None => Mode::Plain,
+            },
+            sessions,
         }
     }
 
@@ -72,7 +87,7 @@ impl SendQueue {
         let bytes = batch.bytes().len();
         let fits = bytes <= self.in_flight.batch_bytes() || batch.count() == 1;
         if self.waiting.is_empty() && fits && self.has_room(to.from, engine) {
-            self.give(batch, to, engine);
+            self.give(batch, to, account, engine);
         } else {
             self.queue(batch, to, account, engine);
         }
@@ -80,7 +95,13 @@ impl SendQueue {
 
     /// Hands a batch to the engine.
     #[inline]
-    fn give(&mut self, batch: Batch, to: Destination, engine: &mut impl Engine) {
+    fn give(
+        &mut self,
+        batch: Batch,
+        to: Destination,
+        account: &Account<'_>,
+        engine: &mut impl Engine,
+    ) {
         let bytes = batch.bytes().len();
         if bytes > self.in_flight.limit_bytes() {
             // One long datagram, of which the kernel makes fragments: all of them have to
@@ -88,6 +109,28 @@ impl SendQueue {
             self.set_send_buffer(to.from, SOCKET_BUFFER_BYTES, engine);
         }
         self.in_flight.sent(bytes, batch.count());
+        self.seal_and_send(batch, to, account, engine);
+    }
+
+    /// Sends a batch, which is sealed first in WireGuard mode: what waits is not, so that no
+    /// counter grows old.
+    #[inline]
+    fn seal_and_send(
+        &self,
+        mut batch: Batch,
+        mut to: Destination,
+        account: &Account<'_>,
+        engine: &mut impl Engine,
+    ) {
+        if let Some(sessions) = &self.sessions {
+            let Some(endpoint) = sessions.seal(&mut batch, account.table) else {
+                account.lost(&batch);
+                engine.put_back(batch);
+                return;
+            };
+            // It may have moved while packets waited.
+            to.endpoint = endpoint;
+        }
         engine.send(batch, to);
     }
 
@@ -125,7 +168,7 @@ impl SendQueue {
             tos: batch.tos(),
         };
         for datagram in batch.datagrams() {
-            let packet = plain::packet(datagram);
+            let packet = self.mode.packet(datagram);
             // It was checked when it came.
             if let Ok(version) = ip::verify(packet) {
                 self.waiting.push(version, packet, queued, now_ns, account);
@@ -151,7 +194,7 @@ impl SendQueue {
             let Some((batch, to)) = self.next_batch(now_ns, account, engine) else {
                 return;
             };
-            self.give(batch, to, engine);
+            self.give(batch, to, account, engine);
         }
         self.in_flight.found_full(self.now_ns());
         self.is_full = true;
@@ -174,7 +217,9 @@ impl SendQueue {
         batch.start(first.next_hop, limits);
         batch.set_tos(first.tos);
         while let Some((queued, packet_bytes)) = self.waiting.peek(now_ns, account) {
-            let datagram_bytes = plain::datagram_bytes(packet_bytes);
+            let datagram_bytes = self
+                .mode
+                .datagram_bytes(packet_bytes, first.segment_bytes_max);
             let is_long = batch.bytes().len() + datagram_bytes > self.in_flight.batch_bytes();
             if queued != first || (is_long && batch.count() > 0) {
                 break;
@@ -182,7 +227,8 @@ impl SendQueue {
             let Some(datagram) = batch.reserve(datagram_bytes) else {
                 break;
             };
-            let sojourn_ns = self.waiting.take(plain::packet_room(datagram), now_ns);
+            let room = self.mode.packet_room(datagram, packet_bytes);
+            let sojourn_ns = self.waiting.take(room, now_ns);
             account.left(sojourn_ns);
         }
         Some((batch, first.to))
@@ -207,12 +253,17 @@ impl SendQueue {
     /// Sends all that waits, whether there is room or not: the worker stops.
     pub fn release(&mut self, from: Port, account: &Account<'_>, engine: &mut impl Engine) {
         self.in_flight.lift();
+        self.drain(from, account, engine);
+    }
+
+    /// Sends all that waits, whether there is room or not.
+    pub fn drain(&mut self, from: Port, account: &Account<'_>, engine: &mut impl Engine) {
         if self.send_buffer_bytes.is_some() {
             self.set_send_buffer(from, SOCKET_BUFFER_BYTES, engine);
         }
         let now_ns = self.now_ns();
         while let Some((batch, to)) = self.next_batch(now_ns, account, engine) {
-            engine.send(batch, to);
+            self.seal_and_send(batch, to, account, engine);
         }
     }
 
@@ -242,6 +293,18 @@ impl<'a> Account<'a> {
         }
     }
 
+    /// A batch cannot be sealed.
+    #[cold]
+    fn lost(&self, batch: &Batch) {
+        let packets = batch.count() as u64;
+        self.counters.drop_no_session.add(packets);
+        let peer = self.table.at(batch.next_hop());
+        if let Some(traffic) = peer.and_then(|peer| peer.traffic.get(self.worker)) {
+            traffic.packets_sent.sub(packets);
+            traffic.bytes_sent.sub(batch.bytes().len() as u64);
+        }
+    }
+
     /// A packet that has waited so long leaves.
     fn left(&self, sojourn_ns: u64) {
         self.counters.queue_packets.add(1);
@@ -258,10 +321,15 @@ impl fq_codel::Observer<Queued> for Account<'_> {
         counter.add(1);
         // The table may have changed since.
         let peer = self.table.at(queued.next_hop);
-        let peer = peer.filter(|peer| peer.endpoint == Some(queued.to.endpoint));
+        let peer = peer.filter(|peer| peer.endpoint_in_use() == Some(queued.to.endpoint));
         if let Some(traffic) = peer.and_then(|peer| peer.traffic.get(self.worker)) {
             traffic.packets_sent.sub(1);
-            traffic.bytes_sent.sub(packet_bytes as u64);
+            let mode = match peer.is_some_and(|peer| peer.sessions.is_some()) {
+                true => Mode::WireGuard,
+                false => Mode::Plain,
+            };
+            let datagram_bytes = mode.datagram_bytes(packet_bytes, queued.segment_bytes_max);
+            traffic.bytes_sent.sub(datagram_bytes as u64);
             match reason {
                 Reason::Aqm => traffic.drop_queue_aqm.add(1),
                 Reason::Overlimit => traffic.drop_queue_full.add(1),
@@ -309,6 +377,7 @@ mod tests {
             mtu_bytes: 1472,
             is_fragmented: true,
             traffic: Arc::clone(&traffic),
+            ..PeerSnapshot::default()
         };
         let none = Arc::new(Prefixes::new([]));
         let queueing = Queueing {
@@ -318,7 +387,7 @@ mod tests {
         };
         let mut engine = Fake::default();
         Bench {
-            queue: SendQueue::new(Port::Listen, queueing, &mut engine),
+            queue: SendQueue::new(Port::Listen, queueing, None, &mut engine),
             engine,
             table: Table::new(vec![peer], none, TunnelAddresses::default(), false),
             counters: Counters::default(),

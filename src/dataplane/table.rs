@@ -13,11 +13,9 @@
 //! does, no new table resets it, and the peer's going ends it when the last worker
 //! has let go of the last such table. Workers change it by atomics alone.
 //!
-//! Today that is what is counted, [`PeerSnapshot::traffic`]. The sessions of a wire mode
-//! that has them (keys, send counter, replay window, the endpoint as it roams) go
-//! the same way: an `Arc` in [`PeerSnapshot`], and beside [`Table::senders`], which says by
-//! its address whose a datagram is, the map that says it by a receiver index. A
-//! session that begins or ends is a new snapshot like any other change.
+//! That is what is counted, [`PeerSnapshot::traffic`], and in WireGuard mode
+//! [`PeerSnapshot::sessions`] with the endpoint as it roams. A session that begins or ends is
+//! no new snapshot: the handshake thread puts it where all workers find it at once.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -28,6 +26,7 @@ use crate::packet::icmp::TunnelAddresses;
 use crate::packet::ip::Version;
 use crate::packet::lpm::Prefixes;
 use crate::wire::plain::Senders;
+use crate::wire::wireguard::sessions::PeerSessions;
 
 /// Smallest MTU of any IPv6 link (RFC 8200, section 5): packets of this length
 /// are carried whatever the path, in fragments if need be.
@@ -37,8 +36,12 @@ const IPV6_MTU_BYTES_MIN: usize = 1280;
 #[derive(Clone, Debug, Default)]
 pub struct PeerSnapshot {
     /// Where its datagrams go; `None` while its name does not resolve, or while
-    /// they would come back into the tunnel.
+    /// they would come back into the tunnel. Not of a peer with [`Self::sessions`].
     pub endpoint: Option<SocketAddr>,
+    /// In WireGuard mode: its sessions, and the endpoint as it roams.
+    pub sessions: Option<Arc<PeerSessions>>,
+    /// The path to it leads through the tunnel itself.
+    pub is_suspended: bool,
     /// Longest inner packet that reaches it in one piece: the path MTU less
     /// the outer headers.
     pub mtu_bytes: usize,
@@ -49,6 +52,16 @@ pub struct PeerSnapshot {
 }
 
 impl PeerSnapshot {
+    /// Where its datagrams go now, if anywhere.
+    #[inline]
+    pub fn endpoint_in_use(&self) -> Option<SocketAddr> {
+        match &self.sessions {
+            Some(_) if self.is_suspended => None,
+            Some(sessions) => sessions.endpoint.load().as_deref().copied(),
+            None => self.endpoint,
+        }
+    }
+
     /// Longest packet of this IP version that is not reported as too big.
     #[inline]
     pub fn packet_bytes_max(&self, version: Version) -> usize {
@@ -107,6 +120,15 @@ impl Table {
         self.peers.get(usize::from(next_hop))
     }
 
+    /// Whether each peer of `old` that has sessions is still here, with the same next hop.
+    pub fn has_sessions_of(&self, old: &Self) -> bool {
+        let sessions = |peer: &PeerSnapshot| peer.sessions.as_ref().map(Arc::as_ptr);
+        old.peers.iter().zip(0..).all(|(peer, next_hop)| {
+            let now = self.at(next_hop).and_then(sessions);
+            sessions(peer).is_none_or(|before| Some(before) == now)
+        })
+    }
+
     /// Whom datagrams come from.
     #[inline]
     pub fn senders(&self) -> &Senders {
@@ -135,7 +157,7 @@ mod tests {
             endpoint: endpoint.parse().ok(),
             mtu_bytes: 1000,
             is_fragmented: true,
-            traffic: Arc::new([]),
+            ..PeerSnapshot::default()
         }
     }
 

@@ -17,6 +17,10 @@ type OnWait = Box<dyn FnMut(&mut VecDeque<Event>)>;
 pub struct Fake {
     /// The packets' flow and number, by batch.
     pub sent: Vec<Vec<(u8, u8)>>,
+    /// The datagrams themselves, and where they went.
+    pub datagrams: Vec<(SocketAddr, Vec<u8>)>,
+    /// What the TUN queue was given.
+    pub written: Vec<Vec<u8>>,
     pub unsent_bytes: usize,
     pub asked: usize,
     pub is_waiting: bool,
@@ -33,8 +37,10 @@ pub struct Fake {
 }
 
 impl Engine for Fake {
-    fn send(&mut self, batch: Batch, _: Destination) {
+    fn send(&mut self, batch: Batch, to: Destination) {
         self.unsent_bytes += batch.bytes().len();
+        let datagrams = batch.datagrams().map(|datagram| (to.endpoint, datagram.to_vec()));
+        self.datagrams.extend(datagrams);
         let packets = batch.datagrams().map(|packet| (packet[15], packet[20]));
         self.sent.push(packets.collect());
     }
@@ -89,7 +95,9 @@ impl Engine for Fake {
 
 impl VnetSink for Fake {
     fn take_vnet_packet(&mut self) -> Option<VnetPacket> {
-        None
+        Some(VnetPacket::new(0))
     }
-    fn write(&mut self, _: VnetPacket) {}
+    fn write(&mut self, vnet_packet: VnetPacket) {
+        self.written.push(vnet_packet.packet().to_vec());
+    }
 }

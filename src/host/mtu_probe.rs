@@ -16,7 +16,7 @@ use rustix::net::sockopt::{
 
 use super::path::bind_toward;
 use crate::packet::probe::{Kind, PROBE_BYTES_MIN, Probe};
-use crate::wire::overhead_bytes;
+use crate::wire::Mode;
 
 /// Error messages read at a time: more than one packet gives, fewer than a flood.
 const MESSAGES_MAX: usize = 64;
@@ -64,7 +64,7 @@ impl MtuProbe {
     /// # Errors
     /// When the kernel does not take it, as if its interface is narrower.
     pub(crate) fn send(&mut self, packet_bytes: u32) -> io::Result<()> {
-        let payload_bytes = packet_bytes.saturating_sub(overhead_bytes(self.peer.ip()));
+        let payload_bytes = packet_bytes.saturating_sub(Mode::Plain.overhead_bytes(self.peer.ip()));
         let probe = Probe {
             kind: Kind::Size,
             nonce: self.nonce,

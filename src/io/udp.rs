@@ -16,6 +16,7 @@ pub(crate) mod sockopt;
 pub use self::sockopt::{drops, unsent_bytes};
 
 use crate::error::{Error, Result};
+use crate::wire::Mode;
 
 /// Bytes asked for with `SO_RCVBUF` and `SO_SNDBUF`: some milliseconds of
 /// datagrams at full rate, so that a worker that waits for its core loses none.
@@ -71,16 +72,23 @@ impl WorkerSockets {
     }
 }
 
+/// All sockets of a tunnel.
+#[derive(Debug)]
+pub struct Sockets {
+    /// By worker.
+    pub workers: Vec<WorkerSockets>,
+    /// In WireGuard mode: member of the shared port's group that gets all but data messages.
+    pub handshake: Option<Socket>,
+    /// The offloads that the kernel has.
+    pub offloads: UdpOffloads,
+}
+
 /// Opens the sockets of `workers` workers on `listen`. `wanted` says which
-/// offloads to try; the second value tells which of them the kernel has.
+/// offloads to try.
 ///
 /// # Errors
 /// When the port is taken or the address is not this host's.
-pub fn open(
-    listen: SocketAddr,
-    workers: u16,
-    wanted: UdpOffloads,
-) -> Result<(Vec<WorkerSockets>, UdpOffloads)> {
+pub fn open(listen: SocketAddr, workers: u16, wanted: UdpOffloads, mode: Mode) -> Result<Sockets> {
     let failed = |error: io::Error| {
         let hint = match error.raw_os_error() {
             Some(libc::EADDRINUSE) => "stop what uses the port, or choose another with --listen",
@@ -105,10 +113,10 @@ pub fn open(
         if offloads.gro {
             offloads.gro = setsockopt(&receive, nix_sockopt::UdpGroSegment, &true).is_ok();
         }
-        let send = if index == 0 {
-            None
-        } else {
-            open_sender(listen, index)
+        // Peers in WireGuard mode take the port for where to send.
+        let send = match mode {
+            Mode::Plain if index > 0 => open_sender(listen, index),
+            _ => None,
         };
         if offloads.segment {
             // Zero is "no segmentation unless a send asks for it".
@@ -117,9 +125,13 @@ pub fn open(
         }
         sockets.push(WorkerSockets { receive, send });
     }
-    if workers > 1 {
+    let handshake = match mode {
+        Mode::Plain => None,
+        Mode::WireGuard => Some(open_handshake(listen, offloads).map_err(failed)?),
+    };
+    if workers > 1 || handshake.is_some() {
         // The kernel copies it.
-        let mut program = reuseport::program(listen, workers);
+        let mut program = reuseport::program(listen, workers, mode);
         let program = libc::sock_fprog {
             len: program.len() as u16,
             filter: program.as_mut_ptr(),
@@ -131,7 +143,21 @@ pub fn open(
         )
         .map_err(|errno| failed(errno.into()))?;
     }
-    Ok((sockets, offloads))
+    Ok(Sockets {
+        workers: sockets,
+        handshake,
+        offloads,
+    })
+}
+
+/// A socket for handshakes: the last one of the port's group. GRO is on for it as for the
+/// others, since the kernel looks at any one of them to see whether it may merge.
+fn open_handshake(listen: SocketAddr, offloads: UdpOffloads) -> io::Result<Socket> {
+    let socket = bind(listen, true)?;
+    if offloads.gro {
+        setsockopt(&socket, nix_sockopt::UdpGroSegment, &true)?;
+    }
+    Ok(socket)
 }
 
 /// Sets what a process needs of all sockets of its workers, whether it has opened them or
@@ -144,7 +170,7 @@ pub fn open(
 ///
 /// # Errors
 /// When the kernel does not know how.
-pub fn set_options(sockets: &[WorkerSockets]) -> Result<()> {
+pub fn set_options(sockets: &[WorkerSockets], handshake: Option<&Socket>) -> Result<()> {
     let set = |socket: &Socket| -> io::Result<()> {
         // On a dual-stack socket either family has options of its own.
         set_ip_mtu_discover(socket, Ipv4PathMtuDiscovery::OMIT)?;
@@ -157,6 +183,7 @@ pub fn set_options(sockets: &[WorkerSockets]) -> Result<()> {
     };
     let all = sockets.iter();
     all.flat_map(|worker| [Some(&worker.receive), worker.send.as_ref()])
+        .chain([handshake])
         .flatten()
         .try_for_each(set)
         .map_err(|error| Error::os("cannot set options of a UDP socket", error))
@@ -252,8 +279,8 @@ mod tests {
     #[test]
     fn a_port_in_use_is_refused_even_by_our_own() {
         let listen = free_port();
-        let (_first, _) = open(listen, 2, ALL).unwrap();
-        let text = open(listen, 2, ALL).unwrap_err().to_string();
+        let _first = open(listen, 2, ALL, Mode::Plain).unwrap();
+        let text = open(listen, 2, ALL, Mode::Plain).unwrap_err().to_string();
         assert!(text.contains(&listen.to_string()), "{text}");
         assert!(text.contains("address already in use"), "{text}");
         assert!(text.contains("--listen"), "{text}");
@@ -285,9 +312,14 @@ mod tests {
             udp: false,
         };
         let listen = SocketAddr::from(([0, 0, 0, 0], PORT));
-        let (device, (sockets, _)) = namespace.run(|| {
+        let (
+            device,
+            Sockets {
+                workers: sockets, ..
+            },
+        ) = namespace.run(|| {
             let device = crate::io::tun::create("tun0", 1, none).unwrap();
-            (device, open(listen, 1, ALL).unwrap())
+            (device, open(listen, 1, ALL, Mode::Plain).unwrap())
         });
         let index = netlink.link_index("tun0").unwrap();
         netlink
@@ -326,11 +358,41 @@ mod tests {
     }
 
     #[test]
+    fn the_message_type_picks_the_handshake_socket() {
+        let listen = free_port();
+        for workers in [1, 3] {
+            let sockets = open(listen, workers, ALL, Mode::WireGuard).unwrap();
+            let handshake = sockets.handshake.unwrap();
+            let mut used = std::collections::BTreeSet::new();
+            for _ in 0..32 {
+                let peer = UdpSocket::bind("127.0.0.1:0").unwrap();
+                for _ in 0..2 {
+                    for message in [[1, 0, 0, 0], [2, 0, 0, 0], [3, 0, 0, 0], [0x45, 0, 0, 0]] {
+                        peer.send_to(&message, listen).unwrap();
+                        let mut bytes = [std::mem::MaybeUninit::uninit(); 4];
+                        assert_eq!(handshake.recv(&mut bytes).ok(), Some(4));
+                    }
+                    peer.send_to(&[4, 0, 0, 0], listen).unwrap();
+                    let mut bytes = [std::mem::MaybeUninit::uninit(); 4];
+                    assert!(handshake.recv(&mut bytes).is_err());
+                    let got = sockets.workers.iter().enumerate();
+                    let mut got = got.filter(|(_, worker)| worker.receive.recv(&mut bytes).is_ok());
+                    let first = got.next().map(|(index, _)| index);
+                    used.insert((peer.local_addr().unwrap(), first.unwrap()));
+                }
+            }
+            let all: std::collections::BTreeSet<_> = used.iter().map(|(_, index)| index).collect();
+            assert_eq!(all.len(), usize::from(workers), "peers are spread");
+            assert_eq!(used.len(), 32, "a peer stays with its worker");
+        }
+    }
+
+    #[test]
     fn the_source_port_picks_the_worker() {
         let listen = free_port();
-        let (sockets, _) = open(listen, 3, ALL).unwrap();
+        let sockets = open(listen, 3, ALL, Mode::Plain).unwrap().workers;
         let peer_port = free_port();
-        let (peers, _) = open(peer_port, 4, ALL).unwrap();
+        let peers = open(peer_port, 4, ALL, Mode::Plain).unwrap().workers;
         // The receiver goes by its own port: pick senders by that.
         for (worker, peer) in peers.iter().enumerate() {
             let sender = peer.send.as_ref().unwrap_or(&peer.receive);

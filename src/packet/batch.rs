@@ -131,6 +131,12 @@ impl Batch {
         &self.bytes[..self.len]
     }
 
+    /// The datagrams, back to back, for changing them in place.
+    #[inline]
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes[..self.len]
+    }
+
     /// The datagrams one by one.
     pub fn datagrams(&self) -> impl Iterator<Item = &[u8]> {
         self.bytes().chunks(self.segment_bytes.max(1))

@@ -73,6 +73,19 @@ pub fn verify(bytes: &[u8]) -> Result<Version, Malformed> {
     }
 }
 
+/// Length of the IP packet that `bytes` begin with, as its header tells; 0 if they hold
+/// no header.
+#[inline]
+pub fn total_bytes(bytes: &[u8]) -> usize {
+    match bytes.first().map(|first| first >> 4) {
+        Some(4) if bytes.len() >= IPV4_HEADER_BYTES => be16(bytes, 2).into(),
+        Some(6) if bytes.len() >= IPV6_HEADER_BYTES => {
+            usize::from(be16(bytes, 4)) + IPV6_HEADER_BYTES
+        }
+        _ => 0,
+    }
+}
+
 /// Destination address of a packet that [`verify`] passed.
 #[inline]
 pub fn destination(version: Version, packet: &[u8]) -> IpAddr {

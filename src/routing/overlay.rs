@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::packet::batch::{BATCH_BYTES_MAX, NextHop};
 use crate::packet::icmp::TunnelAddresses;
 use crate::packet::lpm::{self, Prefixes};
-use crate::wire;
+use crate::wire::Mode;
 
 pub(crate) use changes::Changes;
 
@@ -493,6 +493,8 @@ impl Overlay {
     pub(crate) fn table(&self, addresses: TunnelAddresses, is_hop: bool) -> Table {
         let peers = self.peers.iter().map(|peer| match peer {
             Some(peer) => table::PeerSnapshot {
+                sessions: None,
+                is_suspended: peer.is_suspended,
                 endpoint: peer.endpoint_in_use(),
                 mtu_bytes: inner_mtu_bytes(peer),
                 // IPv6 routers do not (RFC 8200, section 5).
@@ -528,7 +530,7 @@ fn traffic(workers: usize) -> Arc<[PeerCounters]> {
 fn inner_mtu_bytes(peer: &Peer) -> usize {
     match (peer.endpoint, peer.path_mtu_bytes) {
         (Some(endpoint), Some(path_mtu_bytes)) => {
-            let overhead_bytes = wire::overhead_bytes(endpoint.ip());
+            let overhead_bytes = Mode::Plain.overhead_bytes(endpoint.ip());
             path_mtu_bytes.saturating_sub(overhead_bytes) as usize
         }
         // Nothing is known yet: nothing is refused.

@@ -1,42 +1,11 @@
 //! Plain mode: a datagram is one whole IP packet, with nothing ahead of it or
 //! behind it. Who sent it is known by its address alone, as with IPIP or GRE:
 //! nothing is protected.
-//!
-//! What another mode would do differently is here: how much room a packet needs
-//! around it ([`HEADROOM_BYTES`], [`TAILROOM_BYTES`]), whose datagrams are looked
-//! at ([`Senders`]), and what turns a datagram into a packet ([`open`]).
 
 use std::net::IpAddr;
 
 use crate::packet::batch::NextHop;
 use crate::packet::ip::{self, Malformed, Version};
-
-/// Bytes kept free ahead of each packet in its datagram, for a mode that puts a
-/// header there.
-pub const HEADROOM_BYTES: usize = 0;
-
-/// Bytes kept free behind each packet, for a mode that seals it in place.
-pub const TAILROOM_BYTES: usize = 0;
-
-/// Bytes of the datagram that carries a packet.
-#[inline]
-pub const fn datagram_bytes(packet_bytes: usize) -> usize {
-    HEADROOM_BYTES + packet_bytes + TAILROOM_BYTES
-}
-
-/// Where the packet goes in a datagram of [`datagram_bytes`].
-#[inline]
-pub fn packet_room(datagram: &mut [u8]) -> &mut [u8] {
-    let end = datagram.len() - TAILROOM_BYTES;
-    &mut datagram[HEADROOM_BYTES..end]
-}
-
-/// The packet in a datagram of ours.
-#[inline]
-pub fn packet(datagram: &[u8]) -> &[u8] {
-    let end = datagram.len() - TAILROOM_BYTES;
-    &datagram[HEADROOM_BYTES..end]
-}
 
 /// The packet in a datagram that was received.
 ///
@@ -94,17 +63,5 @@ mod tests {
             assert_eq!(senders.peer(address(text)), peer);
             assert_eq!(senders.has(address(text)), peer.is_some());
         }
-    }
-
-    #[test]
-    fn the_packet_comes_out_where_it_was_put() {
-        let mut packet = [0; 28];
-        packet[0] = 0x45;
-        packet[3] = 28;
-        let mut datagram = vec![0; datagram_bytes(packet.len())];
-        packet_room(&mut datagram).copy_from_slice(&packet);
-        assert_eq!(open(&mut datagram), Ok((Version::V4, &mut packet[..])));
-        datagram.pop();
-        assert_eq!(open(&mut datagram), Err(Malformed::Length));
     }
 }

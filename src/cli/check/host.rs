@@ -15,6 +15,7 @@ use crate::io::udp::{self, SOCKET_BUFFER_BYTES, UdpOffloads, WorkerSockets};
 use crate::io::uring;
 use crate::packet::coalesce::TunOffloads;
 use crate::testbed::effective_capabilities;
+use crate::wire::Mode;
 
 /// Its bit in `CapEff` (linux/capability.h).
 const CAP_MKNOD: u32 = 27;
@@ -188,7 +189,8 @@ fn sockets(workers: u16) -> Result<(Vec<WorkerSockets>, UdpOffloads)> {
     let free_port = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0));
     let address = free_port.and_then(|socket| socket.local_addr());
     let address = address.map_err(|error| Error::os("cannot open a UDP socket", error))?;
-    udp::open(address, workers, all)
+    let sockets = udp::open(address, workers, all, Mode::Plain)?;
+    Ok((sockets.workers, sockets.offloads))
 }
 
 fn socket_buffers(sockets: &WorkerSockets) -> Item {

@@ -25,7 +25,7 @@ use crate::daemon::tunnel::Tunnel;
 use crate::daemon::workers::Claimed;
 use crate::error::{Error, Result};
 use crate::io::tun::{Queue, Tun};
-use crate::io::udp::{UdpOffloads, WorkerSockets};
+use crate::io::udp::{self, UdpOffloads, WorkerSockets};
 use crate::packet::coalesce::TunOffloads;
 
 /// How long this process waits for the manifest.
@@ -167,8 +167,11 @@ pub fn receive(stream: UnixStream) -> io::Result<Inherited> {
                 offloads: TunOffloads { tcp, udp },
                 steered: manifest.is_steered,
             },
-            sockets,
-            udp: UdpOffloads { segment, gro },
+            sockets: udp::Sockets {
+                workers: sockets,
+                handshake: None,
+                offloads: UdpOffloads { segment, gro },
+            },
         },
         listener: descriptors.next(),
         old: OldProcess(lines),

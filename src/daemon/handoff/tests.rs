@@ -74,13 +74,13 @@ fn descriptors_change_hands() {
     assert_eq!(inherited.manifest, manifest(WORKERS));
     let claimed = inherited.claimed;
     assert!(claimed.device.offloads.tcp && !claimed.device.offloads.udp);
-    assert!(!claimed.udp.segment && claimed.udp.gro);
+    assert!(!claimed.sockets.offloads.segment && claimed.sockets.offloads.gro);
     assert_eq!(claimed.device.queues.len(), WORKERS);
-    assert_eq!(claimed.sockets.len(), WORKERS);
+    assert_eq!(claimed.sockets.workers.len(), WORKERS);
     assert!(inherited.listener.is_some());
     let local = |socket: &Socket| socket.local_addr().unwrap().as_socket().unwrap();
-    assert_eq!(local(&claimed.sockets[0].receive), address);
-    for (index, sockets) in claimed.sockets.iter().enumerate() {
+    assert_eq!(local(&claimed.sockets.workers[0].receive), address);
+    for (index, sockets) in claimed.sockets.workers.iter().enumerate() {
         assert_eq!(sockets.send.is_some(), index % 2 == 1);
     }
     inherited.old.stop().unwrap();

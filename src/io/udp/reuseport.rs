@@ -22,11 +22,19 @@
 //! ones of their flow, once: the two ports lead to different workers there. A
 //! process that takes over finds out anew.
 //!
+//! In WireGuard mode all send from the listen port, since peers send to where they last
+//! received from. There a worker is picked by a hash of the sender's address and port, so that
+//! peers are spread; and all that is no data message goes to the handshake socket, so that a
+//! flood of them fills no worker's queue.
+//!
 //! A peer that sends all from one port (a plain one, one behind a NAT, or one
 //! queue) is received by worker 0 alone, whose rate is far above what such a peer
 //! sends. The unit of order is the port then.
 
 use std::net::SocketAddr;
+
+use crate::wire::Mode;
+use crate::wire::wireguard::message;
 
 /// Most workers, and queues: the kernel's `MAX_TAP_QUEUES` (`linux/if_tun.h`).
 pub const WORKERS_MAX: u16 = 256;
@@ -71,36 +79,75 @@ const fn instruction(code: u32, jump_true: u8, jump_false: u8, k: u32) -> libc::
     }
 }
 
-/// The program for a group of `workers` sockets on `listen`'s port:
-/// `((source port - listen port) mod 256) mod workers`.
+/// Offsets of IP headers without options (RFC 791, RFC 8200).
+mod offset {
+    use super::NETWORK_HEADER;
+
+    pub const V4_SOURCE: u32 = NETWORK_HEADER.wrapping_add(12);
+    pub const V4_SOURCE_PORT: u32 = NETWORK_HEADER.wrapping_add(20);
+    /// Of its four words the last one tells hosts apart best, as a rule.
+    pub const V6_SOURCE_LAST: u32 = NETWORK_HEADER.wrapping_add(20);
+    pub const V6_SOURCE_PORT: u32 = NETWORK_HEADER.wrapping_add(40);
+}
+
+/// The program for a group of `workers` sockets on `listen`'s port.
+///
+/// In plain mode it picks `((source port - listen port) mod 256) mod workers`. In WireGuard
+/// mode it picks a worker by a hash of the sender, and the socket behind the workers' for
+/// all that is no data message.
 ///
 /// The IPv4 header is taken to have no options; with options some other
 /// worker is picked, still the same one for all datagrams alike.
-pub fn program(listen: SocketAddr, workers: u16) -> Vec<libc::sock_filter> {
-    use libc::{BPF_A, BPF_ABS, BPF_ALU, BPF_AND, BPF_B, BPF_H, BPF_IMM, BPF_JEQ, BPF_JMP, BPF_K};
+pub fn program(listen: SocketAddr, workers: u16, mode: Mode) -> Vec<libc::sock_filter> {
+    let workers = u32::from(workers.max(1));
+    match mode {
+        Mode::Plain => plain_program(listen, workers),
+        Mode::WireGuard => wireguard_program(workers),
+    }
+}
+
+fn plain_program(listen: SocketAddr, workers: u32) -> Vec<libc::sock_filter> {
+    use libc::{BPF_A, BPF_ABS, BPF_ALU, BPF_AND, BPF_B, BPF_H, BPF_JA, BPF_JEQ, BPF_JMP, BPF_K};
     use libc::{BPF_LD, BPF_MOD, BPF_RET, BPF_RSH, BPF_SUB};
-    let _ = BPF_IMM;
     vec![
         // Version of the outer IP header: a dual-stack socket sees both.
         instruction(BPF_LD | BPF_B | BPF_ABS, 0, 0, NETWORK_HEADER),
         instruction(BPF_ALU | BPF_RSH | BPF_K, 0, 0, 4),
         instruction(BPF_JMP | BPF_JEQ | BPF_K, 0, 2, 4),
-        instruction(
-            BPF_LD | BPF_H | BPF_ABS,
-            0,
-            0,
-            NETWORK_HEADER.wrapping_add(20),
-        ),
-        instruction(BPF_JMP | libc::BPF_JA, 0, 0, 1),
-        instruction(
-            BPF_LD | BPF_H | BPF_ABS,
-            0,
-            0,
-            NETWORK_HEADER.wrapping_add(40),
-        ),
+        instruction(BPF_LD | BPF_H | BPF_ABS, 0, 0, offset::V4_SOURCE_PORT),
+        instruction(BPF_JMP | BPF_JA, 0, 0, 1),
+        instruction(BPF_LD | BPF_H | BPF_ABS, 0, 0, offset::V6_SOURCE_PORT),
         instruction(BPF_ALU | BPF_SUB | BPF_K, 0, 0, u32::from(listen.port())),
         instruction(BPF_ALU | BPF_AND | BPF_K, 0, 0, u32::from(WORKERS_MAX - 1)),
-        instruction(BPF_ALU | BPF_MOD | BPF_K, 0, 0, u32::from(workers.max(1))),
+        instruction(BPF_ALU | BPF_MOD | BPF_K, 0, 0, workers),
+        instruction(BPF_RET | BPF_A, 0, 0, 0),
+    ]
+}
+
+fn wireguard_program(workers: u32) -> Vec<libc::sock_filter> {
+    use libc::{BPF_A, BPF_ABS, BPF_ADD, BPF_ALU, BPF_B, BPF_H, BPF_JA, BPF_JEQ, BPF_JMP, BPF_K};
+    use libc::{BPF_LD, BPF_MISC, BPF_MOD, BPF_MUL, BPF_RET, BPF_RSH, BPF_TAX, BPF_W, BPF_X};
+    /// Spreads what differs in few bits (Knuth's multiplicative hash).
+    const GOLDEN: u32 = 0x9e37_79b1;
+    vec![
+        // The message's type: the payload starts at 0. Without any the first worker is picked.
+        instruction(BPF_LD | BPF_B | BPF_ABS, 0, 0, 0),
+        instruction(BPF_JMP | BPF_JEQ | BPF_K, 1, 0, message::DATA.into()),
+        instruction(BPF_RET | BPF_K, 0, 0, workers),
+        instruction(BPF_LD | BPF_B | BPF_ABS, 0, 0, NETWORK_HEADER),
+        instruction(BPF_ALU | BPF_RSH | BPF_K, 0, 0, 4),
+        instruction(BPF_JMP | BPF_JEQ | BPF_K, 0, 4, 4),
+        instruction(BPF_LD | BPF_W | BPF_ABS, 0, 0, offset::V4_SOURCE),
+        instruction(BPF_MISC | BPF_TAX, 0, 0, 0),
+        instruction(BPF_LD | BPF_H | BPF_ABS, 0, 0, offset::V4_SOURCE_PORT),
+        instruction(BPF_JMP | BPF_JA, 0, 0, 3),
+        instruction(BPF_LD | BPF_W | BPF_ABS, 0, 0, offset::V6_SOURCE_LAST),
+        instruction(BPF_MISC | BPF_TAX, 0, 0, 0),
+        instruction(BPF_LD | BPF_H | BPF_ABS, 0, 0, offset::V6_SOURCE_PORT),
+        instruction(BPF_ALU | BPF_ADD | BPF_X, 0, 0, 0),
+        instruction(BPF_ALU | BPF_MUL | BPF_K, 0, 0, GOLDEN),
+        instruction(BPF_ALU | BPF_RSH | BPF_K, 0, 0, 16),
+        instruction(BPF_ALU | BPF_MOD | BPF_K, 0, 0, workers),
         instruction(BPF_RET | BPF_A, 0, 0, 0),
     ]
 }
