@@ -27,7 +27,7 @@ use crate::packet::coalesce::{Coalescer, TunOffloads};
 use crate::packet::ecn;
 use crate::packet::ip::{self, Malformed, Version};
 use crate::packet::probe::{Kind, Probe};
-use crate::wire::wireguard::message;
+use crate::wire::wireguard::message::{Data, Message};
 use crate::wire::wireguard::session::{OpenError, Session};
 use crate::wire::wireguard::sessions::PeerSessions;
 
@@ -109,7 +109,11 @@ impl Inbound {
         let now_ns = clock::now_ns();
         let mut run: Option<Run<'a>> = None;
         for datagram in datagrams {
-            let Some(index) = message::data_receiver(datagram) else {
+            let Some(Data {
+                receiver_index: index,
+                ..
+            }) = Data::read(datagram)
+            else {
                 self.take_message(datagram, meta.sender, counters);
                 continue;
             };
@@ -164,8 +168,8 @@ impl Inbound {
     /// Takes in a datagram that is no data message.
     #[cold]
     fn take_message(&self, datagram: &[u8], sender: SocketAddr, counters: &Counters) {
-        match &self.sessions {
-            Some(sessions) if message::is_handshake(datagram) => sessions.pass_on(sender, datagram),
+        match (Message::parse(datagram), &self.sessions) {
+            (Some(_), Some(sessions)) => sessions.pass_on(sender, datagram),
             _ => counters.drop_not_wireguard.add(1),
         }
     }

@@ -39,7 +39,9 @@ pub struct Fake {
 impl Engine for Fake {
     fn send(&mut self, batch: Batch, to: Destination) {
         self.unsent_bytes += batch.bytes().len();
-        let datagrams = batch.datagrams().map(|datagram| (to.endpoint, datagram.to_vec()));
+        let datagrams = batch
+            .datagrams()
+            .map(|datagram| (to.endpoint, datagram.to_vec()));
         self.datagrams.extend(datagrams);
         let packets = batch.datagrams().map(|packet| (packet[15], packet[20]));
         self.sent.push(packets.collect());

@@ -273,7 +273,9 @@ fn the_responder_waits_until_the_initiator_has_used_the_session() {
 fn what_waits_for_room_is_sealed_as_it_leaves() {
     let (mut near, mut far) = (host(NEAR, &[FAR], Some(1000)), host(FAR, &[NEAR], None));
     connect(&mut near, &mut far);
-    let packets: Vec<_> = (0..30).map(|number| packet(NEAR, FAR, number, 200)).collect();
+    let packets: Vec<_> = (0..30)
+        .map(|number| packet(NEAR, FAR, number, 200))
+        .collect();
     for packet in &packets {
         near.push(packet);
     }

@@ -28,6 +28,9 @@ pub const DATA_HEADER_BYTES: usize = 16;
 /// Behind it: Poly1305's tag.
 pub const TAG_BYTES: usize = 16;
 
+/// Packets are padded to a multiple of this, as far as their path takes it.
+pub const PADDING_BYTES: usize = 16;
+
 /// Bytes of each of the two MACs that an initiation and a response end with.
 pub const MAC_BYTES: usize = 16;
 

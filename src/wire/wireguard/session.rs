@@ -125,6 +125,7 @@ impl Session {
         };
         let reserved =
             self.next_counter
+                .0
                 .fetch_update(Ordering::Relaxed, Ordering::Relaxed, reserve);
         reserved.map_err(|_| SealError::Exhausted)
     }

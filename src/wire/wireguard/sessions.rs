@@ -4,6 +4,7 @@
 //! is why a response may leave as soon as its session is stored.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use arc_swap::{ArcSwapOption, Guard};
@@ -11,6 +12,17 @@ use arc_swap::{ArcSwapOption, Guard};
 use super::session::Session;
 
 pub use super::session::{Found, PeerSessions};
+
+/// What workers tell the handshake thread.
+#[derive(Debug)]
+pub enum WorkerRequest {
+    /// Packets wait for a session with this peer. If there is one by now, all workers are to
+    /// be told.
+    Session(Arc<PeerSessions>),
+    /// A message of a handshake has come to a worker, from this address: the kernel may merge
+    /// it with data messages.
+    Message(SocketAddr, Box<[u8]>),
+}
 
 /// Slots that are allocated together: 4 KiB.
 const CHUNK: usize = 512;
