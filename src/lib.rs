@@ -6,7 +6,8 @@
 //! datagram is. docs/architecture.md follows a packet through all of them, function by
 //! function.
 //!
-//! Nothing else is in a packet's way. [`daemon`] sets a tunnel up, runs it and takes it
+//! [`wireguard`] makes the keys of the sessions that packets are sealed in, on a thread of its
+//! own. Nothing else is in a packet's way. [`daemon`] sets a tunnel up, runs it and takes it
 //! down; [`routing`] knows the peers and their prefixes, [`host`] talks to the kernel about
 //! links, addresses and routes, and [`control`] answers those who ask a running tunnel.
 //! [`cli`] and [`config`] say what is wanted. [`testbed`] makes networks inside one
@@ -22,6 +23,7 @@
 //! control -> config, counters, error
 //! routing -> dataplane, config, wire, packet, counters, error
 //! host -> wire, packet, error
+//! wireguard -> io, wire, counters, clock, error
 //! dataplane -> io, wire, packet, counters, clock, error
 //! io -> wire, packet, counters, error
 //! wire -> packet
@@ -48,3 +50,4 @@ pub mod packet;
 pub mod routing;
 pub mod testbed;
 pub mod wire;
+pub(crate) mod wireguard;

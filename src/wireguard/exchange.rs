@@ -1,0 +1,515 @@
+//! What becomes of each message and of each timer that is due: the protocol of all peers,
+//! without a socket and without a clock. Messages and times go in, and what comes out goes to
+//! an [`Outside`].
+//!
+//! # Who sends first in a new session
+//!
+//! A responder may not send before the initiator has (section 5.4.6 of the paper). So the
+//! initiator sends at once: when packets wait with the workers, which have said so by
+//! [`PeerSessions::is_wanted`], the workers are woken and send those, and otherwise a
+//! keepalive is sent from here. Should the workers have given up what waited, a keepalive
+//! follows at the next tick: nothing has been sealed in the session by then.
+//!
+//! # Cost of a stranger's message
+//!
+//! The length, then one MAC over the message: that is all before it is known that the sender
+//! has this host's public key. An initiation then costs Diffie-Hellman operations, so under
+//! load ([`Load`]) its sender must have proven its address by a cookie, and may send so many
+//! initiations only ([`Limiter`]). A response is looked at only if it names a handshake under
+//! way by its index, which is random: that proves as much as a cookie does.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use super::counters::HandshakeCounters;
+use super::limiter::{Limiter, Load};
+use super::peers::{Peer, PeerConfig, Peers, as_seen_by_timers};
+use super::timers::Intervals;
+use crate::counters::Counter;
+use crate::wire::wireguard::cookie::MacChecker;
+use crate::wire::wireguard::handshake::{Incoming, Initiator};
+use crate::wire::wireguard::keys::{PrivateKey, PublicKey};
+use crate::wire::wireguard::message::{CookieReply, Initiation, Message, Response};
+use crate::wire::wireguard::session::{OVERHEAD_BYTES, Session};
+use crate::wire::wireguard::sessions::{PeerSessions, SessionMap};
+use crate::wire::wireguard::timestamp::Timestamp;
+
+/// How far apart initiations of one peer must be: the kernel takes fifty a second.
+const INITIATION_INTERVAL_NS: u64 = 20_000_000;
+
+/// The time.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Now {
+    /// Nanoseconds of `CLOCK_MONOTONIC`.
+    pub ns: u64,
+    /// What people call the time. It may go back.
+    pub wall: SystemTime,
+}
+
+/// What the protocol does to the world.
+pub(crate) trait Outside {
+    /// Sends a datagram from the port that this host receives on. It may be lost.
+    fn send(&mut self, to: SocketAddr, datagram: &[u8]);
+
+    /// Has all workers send what waits for a session.
+    fn wake_workers(&mut self);
+
+    /// Gives a data message to a worker, as if it had come to that.
+    fn pass_on(&mut self, from: SocketAddr, datagram: &mut [u8]);
+}
+
+/// When the latest handshake of each peer was completed.
+pub(crate) type Latest = Mutex<HashMap<PublicKey, SystemTime>>;
+
+/// See the module's documentation.
+pub(crate) struct Exchange {
+    peers: Peers,
+    state: State,
+}
+
+/// What all peers have in common.
+struct State {
+    intervals: Intervals,
+    identity: Option<Identity>,
+    map: Arc<SessionMap>,
+    /// Handshakes that this host has begun, by its index.
+    in_flight: HashMap<u32, InFlight>,
+    limiter: Limiter,
+    load: Load,
+    counters: Arc<HandshakeCounters>,
+    latest: Arc<Latest>,
+    /// Peers that are gone. A worker that was confirming a session of theirs may put it
+    /// back, so they are cleared once more.
+    gone: Vec<Arc<PeerSessions>>,
+    /// The latest wall clock time: timestamps do not go back, even if that does.
+    wall: SystemTime,
+    /// When the next tick is due.
+    next_ns: u64,
+}
+
+/// This host's key, and what comes of it.
+struct Identity {
+    key: PrivateKey,
+    checker: MacChecker,
+}
+
+impl Identity {
+    fn new(key: PrivateKey) -> Self {
+        Self {
+            checker: MacChecker::new(&key.public()),
+            key,
+        }
+    }
+}
+
+struct InFlight {
+    peer: PublicKey,
+    initiator: Initiator,
+}
+
+/// What became of a message: the counter of what was done, or of what was dropped.
+type Outcome<'a> = Result<&'a Counter, &'a Counter>;
+
+impl Exchange {
+    /// A host without peers.
+    pub(crate) fn new(
+        intervals: Intervals,
+        private_key: Option<PrivateKey>,
+        map: Arc<SessionMap>,
+        counters: Arc<HandshakeCounters>,
+        latest: Arc<Latest>,
+    ) -> Self {
+        Self {
+            peers: Peers::default(),
+            state: State {
+                intervals,
+                identity: private_key.map(Identity::new),
+                map,
+                in_flight: HashMap::new(),
+                limiter: Limiter::default(),
+                load: Load::default(),
+                counters,
+                latest,
+                gone: Vec::new(),
+                wall: SystemTime::UNIX_EPOCH,
+                next_ns: u64::MAX,
+            },
+        }
+    }
+
+    /// When the next tick is due, unless something happens before that. `None`: never.
+    pub(crate) fn next_ns(&self) -> Option<u64> {
+        Some(self.state.next_ns).filter(|ns| *ns < u64::MAX)
+    }
+
+    /// More messages wait than are handled at once.
+    pub(crate) fn note_backlog(&mut self, now: Now) {
+        self.state.load.note_backlog(now.ns);
+    }
+
+    /// Makes the peers those that are configured.
+    pub(crate) fn set_peers(&mut self, now: Now, configs: Vec<PeerConfig>, out: &mut impl Outside) {
+        let (state, mut gone) = (&mut self.state, Vec::new());
+        let changes = self.peers.configure(configs, state.intervals);
+        for index in changes.outdated {
+            state.abandon(index);
+        }
+        for mut peer in changes.gone {
+            state.cancel(&mut peer);
+            peer.clear(&state.map);
+            state.latest().remove(&peer.key);
+            gone.push(peer.shared);
+        }
+        self.tick(now, out);
+        if !gone.is_empty() {
+            self.state.next_ns = self
+                .state
+                .next_ns
+                .min(now.ns + self.state.intervals.tick_ns);
+            self.state.gone = gone;
+        }
+    }
+
+    /// Changes this host's key. All sessions and handshakes of the old one go, and peers
+    /// that had a session get a new one.
+    pub(crate) fn set_private_key(
+        &mut self,
+        now: Now,
+        private_key: Option<PrivateKey>,
+        out: &mut impl Outside,
+    ) {
+        let state = &mut self.state;
+        let is_same = match (&state.identity, &private_key) {
+            (Some(old), Some(new)) => old.key == *new,
+            (old, new) => old.is_none() && new.is_none(),
+        };
+        if is_same {
+            return;
+        }
+        state.identity = private_key.map(Identity::new);
+        for peer in self.peers.all() {
+            state.cancel(peer);
+            peer.timers.cancel();
+            if peer.clear(&state.map) {
+                peer.timers.want(now.ns);
+            }
+        }
+        self.tick(now, out);
+    }
+
+    /// A worker asks to look at a peer.
+    pub(crate) fn request(&mut self, now: Now, peer: &Arc<PeerSessions>, out: &mut impl Outside) {
+        if let Some(peer) = self.peers.of_shared(peer) {
+            self.state.attend(peer, now, out);
+        }
+    }
+
+    /// Does what is due.
+    pub(crate) fn tick(&mut self, now: Now, out: &mut impl Outside) {
+        self.state.next_ns = u64::MAX;
+        for peer in self.state.gone.drain(..) {
+            peer.clear();
+        }
+        for peer in self.peers.all() {
+            self.state.attend(peer, now, out);
+        }
+    }
+
+    /// A datagram has come to the handshake socket, or a worker has passed it on.
+    pub(crate) fn receive(
+        &mut self,
+        now: Now,
+        from: SocketAddr,
+        datagram: &mut [u8],
+        out: &mut impl Outside,
+    ) {
+        let counters = Arc::clone(&self.state.counters);
+        let outcome = match Message::parse(datagram) {
+            Some(Message::Initiation(message)) => {
+                self.receive_initiation(now, from, message, &counters, out)
+            }
+            Some(Message::Response(message)) => {
+                self.receive_response(now, from, message, &counters, out)
+            }
+            Some(Message::CookieReply(message)) => {
+                self.receive_cookie_reply(now, message, &counters)
+            }
+            Some(Message::Data(_)) => {
+                out.pass_on(from, datagram);
+                Ok(&counters.data_passed_on)
+            }
+            None => Err(&counters.drop_malformed),
+        };
+        let (Ok(counter) | Err(counter)) = outcome;
+        counter.add(1);
+    }
+
+    fn receive_initiation<'a>(
+        &mut self,
+        now: Now,
+        from: SocketAddr,
+        message: Initiation<'_>,
+        counters: &'a HandshakeCounters,
+        out: &mut impl Outside,
+    ) -> Outcome<'a> {
+        let state = &mut self.state;
+        let identity = state.identity.as_mut().ok_or(&counters.drop_no_key)?;
+        if !identity.checker.has_mac1(message) {
+            return Err(&counters.drop_mac1);
+        }
+        state.load.note(now.ns);
+        if state.load.is_high(now.ns) {
+            if !identity.checker.has_mac2(message, from, now.ns) {
+                out.send(from, &identity.checker.reply(message, from, now.ns));
+                return Ok(&counters.cookie_replies_sent);
+            }
+            if !state.limiter.admits(from, now.ns) {
+                return Err(&counters.drop_rate_limited);
+            }
+        }
+        let incoming = Incoming::read(&identity.key, message).map_err(|_| &counters.drop_forged)?;
+        let key = incoming.public_key();
+        let is_own = key == identity.key.public();
+        let peer = self.peers.get_mut(&key).filter(|_| !is_own);
+        let peer = peer.ok_or(&counters.drop_unknown_peer)?;
+        if let Some((timestamp, at_ns)) = peer.initiation_received {
+            if incoming.timestamp() <= timestamp {
+                return Err(&counters.drop_replayed);
+            }
+            if now.ns < at_ns + INITIATION_INTERVAL_NS {
+                return Err(&counters.drop_too_soon);
+            }
+        }
+        peer.initiation_received = Some((incoming.timestamp(), now.ns));
+        state.respond(peer, now, from, incoming, counters, out)
+    }
+
+    fn receive_response<'a>(
+        &mut self,
+        now: Now,
+        from: SocketAddr,
+        message: Response<'_>,
+        counters: &'a HandshakeCounters,
+        out: &mut impl Outside,
+    ) -> Outcome<'a> {
+        let state = &mut self.state;
+        let index = message.receiver_index();
+        let in_flight = state.in_flight.get_mut(&index);
+        let in_flight = in_flight.ok_or(&counters.drop_unknown_index)?;
+        let identity = state.identity.as_ref().ok_or(&counters.drop_no_key)?;
+        if !identity.checker.has_mac1(message) {
+            return Err(&counters.drop_mac1);
+        }
+        let keys = in_flight.initiator.finish(message);
+        let keys = keys.map_err(|_| &counters.drop_forged)?;
+        let peer = self.peers.get_mut(&in_flight.peer);
+        let peer = peer.ok_or(&counters.drop_unknown_peer)?;
+        state.in_flight.remove(&index);
+        peer.in_flight = None;
+        let shared = Arc::clone(&peer.shared);
+        let session = Arc::new(Session::new(keys, index, true, now.ns, shared));
+        peer.shared.note_sender(from);
+        peer.begin_as_initiator(session, &state.map);
+        state.complete(peer, now, out);
+        state.attend(peer, now, out);
+        Ok(&counters.responses_received)
+    }
+
+    fn receive_cookie_reply<'a>(
+        &mut self,
+        now: Now,
+        message: CookieReply<'_>,
+        counters: &'a HandshakeCounters,
+    ) -> Outcome<'a> {
+        let index = message.receiver_index();
+        let session = self.state.map.get(index);
+        let peer = match (self.state.in_flight.get(&index), session.as_ref()) {
+            (Some(in_flight), _) => self.peers.get_mut(&in_flight.peer),
+            // It answers a response.
+            (None, Some(session)) => self.peers.of_shared(session.peer()),
+            (None, None) => None,
+        };
+        let peer = peer.ok_or(&counters.drop_unknown_index)?;
+        let received = peer.macs.receive(message, now.ns);
+        received.map_err(|_| &counters.drop_forged)?;
+        Ok(&counters.cookie_replies_received)
+    }
+}
+
+impl Drop for Exchange {
+    /// Nobody would end its sessions in time: they go now.
+    fn drop(&mut self) {
+        for peer in self.peers.all() {
+            peer.clear(&self.state.map);
+        }
+    }
+}
+
+impl State {
+    /// Does what is due for a peer.
+    fn attend(&mut self, peer: &mut Peer, now: Now, out: &mut impl Outside) {
+        if peer.refresh(now.ns, self.intervals.reject_after_ns, &self.map) {
+            self.cancel(peer);
+            self.complete(peer, now, out);
+        }
+        let usable = peer.usable(now.ns);
+        if peer.shared.is_wanted.load(Ordering::Relaxed) {
+            match &usable {
+                Some(_) => drop(let_through(peer, out)),
+                None => peer.timers.want(now.ns),
+            }
+        }
+        let facts = usable.as_deref().map(as_seen_by_timers);
+        let due = peer.timers.poll(now.ns, peer.activity(), facts);
+        if due.is_over {
+            self.cancel(peer);
+            peer.is_awaited = false;
+            peer.shared.is_wanted.store(false, Ordering::Relaxed);
+            tracing::debug!("{} does not answer", peer.key);
+        }
+        if due.initiation {
+            self.initiate(peer, now, out);
+        }
+        let unused = peer.take_unused(now.ns);
+        if let Some(session) = unused.or(usable.filter(|_| due.keepalive)) {
+            self.send_keepalive(peer, &session, now, out);
+        }
+        let tick_ns = peer.has_sessions().then(|| now.ns + self.intervals.tick_ns);
+        for ns in [tick_ns, peer.timers.next_ns()].into_iter().flatten() {
+            self.next_ns = self.next_ns.min(ns);
+        }
+    }
+
+    /// Answers an initiation that is authentic and new.
+    fn respond<'a>(
+        &mut self,
+        peer: &mut Peer,
+        now: Now,
+        from: SocketAddr,
+        incoming: Incoming,
+        counters: &'a HandshakeCounters,
+        out: &mut impl Outside,
+    ) -> Outcome<'a> {
+        let index = self.map.reserve().ok_or(&counters.drop_no_index)?;
+        let Ok((mut response, keys)) = incoming.respond(&peer.preshared_key, index) else {
+            self.map.remove(index);
+            return Err(&counters.drop_forged);
+        };
+        let shared = Arc::clone(&peer.shared);
+        let session = Arc::new(Session::new(keys, index, false, now.ns, shared));
+        // Before the response leaves: what it brings may come to any worker.
+        peer.begin_as_responder(session, &self.map);
+        peer.shared.note_sender(from);
+        peer.macs.fill(&mut response, now.ns);
+        out.send(from, &response);
+        counters.responses_sent.add(1);
+        peer.timers.responded(now.ns, random());
+        self.attend(peer, now, out);
+        Ok(&counters.initiations_received)
+    }
+
+    /// Begins a handshake in place of the one under way, if there is one. Without a key or
+    /// an endpoint nothing is sent; there may be one by the next time.
+    fn initiate(&mut self, peer: &mut Peer, now: Now, out: &mut impl Outside) {
+        self.cancel(peer);
+        peer.timers.initiated(now.ns, random());
+        // Workers for which packets still come ask again, and have it go on for longer.
+        peer.is_awaited |= peer.shared.is_wanted.swap(false, Ordering::AcqRel);
+        let endpoint = peer.shared.endpoint.load();
+        let (Some(identity), Some(endpoint)) = (&self.identity, endpoint.as_deref()) else {
+            return;
+        };
+        if peer.key == identity.key.public() {
+            return;
+        }
+        let Some(index) = self.map.reserve() else {
+            self.counters.drop_no_index.add(1);
+            return;
+        };
+        self.wall = self.wall.max(now.wall);
+        let timestamp = Timestamp::next(self.wall, peer.timestamp_sent);
+        let (key, preshared_key) = (&identity.key, &peer.preshared_key);
+        let begun = Initiator::start(key, &peer.key, preshared_key, index, timestamp);
+        let Ok((initiator, mut message)) = begun else {
+            self.map.remove(index);
+            return;
+        };
+        peer.timestamp_sent = Some(timestamp);
+        peer.in_flight = Some(index);
+        let in_flight = InFlight {
+            peer: peer.key,
+            initiator,
+        };
+        self.in_flight.insert(index, in_flight);
+        peer.macs.fill(&mut message, now.ns);
+        out.send(*endpoint, &message);
+        self.counters.initiations_sent.add(1);
+    }
+
+    /// A session is in force that may be sent in.
+    fn complete(&mut self, peer: &mut Peer, now: Now, out: &mut impl Outside) {
+        peer.timers.completed(now.ns);
+        self.latest().insert(peer.key, now.wall);
+        if let_through(peer, out) {
+            peer.defer_first(now.ns + self.intervals.tick_ns);
+        }
+        tracing::debug!("a new session with {}", peer.key);
+    }
+
+    fn send_keepalive(
+        &mut self,
+        peer: &mut Peer,
+        session: &Session,
+        now: Now,
+        out: &mut impl Outside,
+    ) {
+        let mut datagram = [0; OVERHEAD_BYTES];
+        let endpoint = peer.shared.endpoint.load();
+        let Some(endpoint) = endpoint.as_deref() else {
+            return;
+        };
+        if session.seal(&mut datagram, OVERHEAD_BYTES).is_ok() {
+            peer.shared.note_sent(now.ns, false);
+            out.send(*endpoint, &datagram);
+            self.counters.keepalives_sent.add(1);
+        }
+    }
+
+    /// Forgets the handshake that this host has begun with a peer.
+    fn cancel(&mut self, peer: &mut Peer) {
+        if let Some(index) = peer.in_flight.take() {
+            self.abandon(index);
+        }
+    }
+
+    fn abandon(&mut self, index: u32) {
+        self.in_flight.remove(&index);
+        self.map.remove(index);
+    }
+
+    fn latest(&self) -> MutexGuard<'_, HashMap<PublicKey, SystemTime>> {
+        self.latest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Has packets that wait for a session sent. Returns whether there are any.
+fn let_through(peer: &mut Peer, out: &mut impl Outside) -> bool {
+    let is_wanted = peer.shared.is_wanted.swap(false, Ordering::AcqRel);
+    let is_awaited = std::mem::take(&mut peer.is_awaited) || is_wanted;
+    if is_awaited {
+        out.wake_workers();
+    }
+    is_awaited
+}
+
+/// For the jitter of the timers.
+fn random() -> u64 {
+    getrandom::u64().unwrap_or(0)
+}
+
+#[cfg(test)]
+#[path = "exchange_tests.rs"]
+mod tests;

@@ -1,0 +1,192 @@
+//! The thread around [`Exchange`]: sleeps until a message, a request, a command or a timer is
+//! due, and feeds it. Each turn does a bounded part of what waits, of each kind.
+
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use crossbeam_channel::{Receiver, Sender};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::eventfd::EventFd;
+use nix::sys::time::TimeSpec;
+use socket2::Socket;
+
+use super::counters::HandshakeCounters;
+use super::exchange::{Exchange, Now, Outside};
+use super::peers::PeerConfig;
+use crate::clock;
+use crate::io::message;
+use crate::wire::wireguard::keys::PrivateKey;
+use crate::wire::wireguard::sessions::WorkerRequest;
+
+/// Messages that are handled in one turn: if each is a handshake, some 30 ms of work.
+const MESSAGES_MAX: usize = 64;
+
+/// Requests that are handled in one turn.
+const REQUESTS_MAX: usize = 256;
+
+/// How many times as long as a turn took, the socket is left alone after it, when more waits
+/// and the host is under load. So a flood takes no more than a quarter of a core, which
+/// workers may need, and the kernel drops the rest of it at little cost.
+const REST_FACTOR: u32 = 3;
+
+/// Bytes of the longest datagram.
+const DATAGRAM_BYTES_MAX: usize = 1 << 16;
+
+/// What the thread is told to do.
+pub(super) enum Command {
+    Peers(Vec<PeerConfig>),
+    PrivateKey(Option<PrivateKey>),
+    Socket(Arc<Socket>),
+    Stop,
+}
+
+/// See the module's documentation.
+pub(super) struct Thread {
+    /// With what to drop once it is done.
+    pub commands: Receiver<(Command, Sender<()>)>,
+    pub requests: Receiver<WorkerRequest>,
+    pub wake: Arc<EventFd>,
+    pub exchange: Exchange,
+    pub port: Port,
+    /// When the socket is looked at again.
+    pub rest_until: Option<Instant>,
+}
+
+/// The outside of an [`Exchange`].
+pub(super) struct Port {
+    pub socket: Arc<Socket>,
+    pub wake_workers: Box<dyn Fn() + Send>,
+    pub pass_on: Box<dyn Fn(SocketAddr, &[u8]) + Send>,
+    pub counters: Arc<HandshakeCounters>,
+}
+
+impl Outside for Port {
+    fn send(&mut self, to: SocketAddr, datagram: &[u8]) {
+        let sent = self
+            .socket
+            .send_to_with_flags(datagram, &to.into(), libc::MSG_DONTWAIT);
+        if sent.is_err() {
+            self.counters.drop_send_error.add(1);
+        }
+    }
+
+    fn wake_workers(&mut self) {
+        (self.wake_workers)();
+    }
+
+    fn pass_on(&mut self, from: SocketAddr, datagram: &mut [u8]) {
+        (self.pass_on)(from, datagram);
+    }
+}
+
+impl Thread {
+    /// Runs until it is told to stop.
+    pub(super) fn run(mut self) {
+        let mut buffer = vec![0; DATAGRAM_BYTES_MAX];
+        loop {
+            while let Ok((command, _done)) = self.commands.try_recv() {
+                let (now, exchange, port) = (now(), &mut self.exchange, &mut self.port);
+                match command {
+                    Command::Peers(peers) => exchange.set_peers(now, peers, port),
+                    Command::PrivateKey(key) => exchange.set_private_key(now, key, port),
+                    Command::Socket(socket) => port.socket = socket,
+                    Command::Stop => return,
+                }
+            }
+            let has_requests = self.take_requests();
+            let began = Instant::now();
+            let has_messages = self.take_messages(&mut buffer);
+            let now = now();
+            if self.exchange.next_ns().is_some_and(|ns| ns <= now.ns) {
+                self.exchange.tick(now, &mut self.port);
+            }
+            if has_messages {
+                self.exchange.note_backlog(now);
+                self.rest_until = Some(Instant::now() + REST_FACTOR * began.elapsed());
+            }
+            if !has_requests {
+                self.sleep(now);
+            }
+        }
+    }
+
+    /// Handles requests. Returns whether there may be more.
+    fn take_requests(&mut self) -> bool {
+        for _ in 0..REQUESTS_MAX {
+            let Ok(request) = self.requests.try_recv() else {
+                return false;
+            };
+            let (exchange, port) = (&mut self.exchange, &mut self.port);
+            match request {
+                WorkerRequest::Session(peer) => exchange.request(now(), &peer, port),
+                WorkerRequest::Message(from, mut message) => {
+                    exchange.receive(now(), from, &mut message, port);
+                }
+            }
+        }
+        true
+    }
+
+    /// Handles messages. Returns whether there may be more.
+    fn take_messages(&mut self, buffer: &mut [u8]) -> bool {
+        if self.rest().is_some() {
+            return false;
+        }
+        self.rest_until = None;
+        for _ in 0..MESSAGES_MAX {
+            match message::receive(self.port.socket.as_fd(), buffer) {
+                Ok(Some(received)) => {
+                    let Some(datagram) = buffer.get_mut(..received.bytes) else {
+                        continue;
+                    };
+                    let (from, port) = (received.sender, &mut self.port);
+                    self.exchange.receive(now(), from, datagram, port);
+                }
+                Err(Errno::EAGAIN) => return false,
+                // Cut short, or news of an earlier send.
+                Ok(None) | Err(_) => {}
+            }
+        }
+        true
+    }
+
+    /// How much longer the socket is left alone.
+    fn rest(&self) -> Option<Duration> {
+        let rest = self.rest_until?.saturating_duration_since(Instant::now());
+        Some(rest).filter(|rest| !rest.is_zero())
+    }
+
+    /// Waits until something is to be done. The socket is left alone while it rests.
+    fn sleep(&self, now: Now) {
+        let rest = self.rest();
+        let due_ns = self.exchange.next_ns();
+        let due = due_ns.map(|ns| Duration::from_nanos(ns.saturating_sub(now.ns)));
+        let wait = [due, rest].into_iter().flatten().min();
+        let mut sources = [
+            PollFd::new(self.wake.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.port.socket.as_fd(), PollFlags::POLLIN),
+        ];
+        let watched = if rest.is_some() { 1 } else { 2 };
+        let ready = ppoll(&mut sources[..watched], wait.map(TimeSpec::from), None);
+        let is_woken = |source: &PollFd<'_>| source.any().unwrap_or(false);
+        if ready.is_ok() && is_woken(&sources[0]) {
+            // Whoever has written to it has put something into a channel before.
+            let _ = self.wake.read();
+        }
+    }
+}
+
+/// The time, by the clock that workers note times by.
+fn now() -> Now {
+    Now {
+        ns: clock::now_ns(),
+        wall: SystemTime::now(),
+    }
+}
+
+#[cfg(test)]
+#[path = "thread_tests.rs"]
+mod tests;
