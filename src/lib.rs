@@ -17,17 +17,17 @@
 //! this map.
 //!
 //! ```text
-//! cli -> daemon, control, config, host, io, packet, testbed, error
+//! cli -> daemon, control, config, host, io, wire, packet, testbed, error
 //! testbed -> host, error
 //! daemon -> control, routing, host, dataplane, config, io, wire, packet, counters, log, error
 //! control -> config, counters, error
 //! routing -> dataplane, config, wire, packet, counters, error
+//! config -> wire, packet, log, error
 //! host -> wire, packet, error
 //! wireguard -> io, wire, counters, clock, error
 //! dataplane -> io, wire, packet, counters, clock, error
 //! io -> wire, packet, counters, error
 //! wire -> packet
-//! config -> packet, log, error
 //! packet ->
 //! counters ->
 //! clock ->

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::FromArgMatches;
-use fastvpn::cli::{self, Cli, Command, check, commands};
+use fastvpn::cli::{self, Cli, Command, check, commands, keys};
 use fastvpn::config::Config;
 use fastvpn::{daemon, log};
 
@@ -17,6 +17,7 @@ fn main() -> ExitCode {
             Ok(false) => return ExitCode::FAILURE,
             result => result.map(drop),
         },
+        Some(Command::Key(command)) => keys::run(*command),
         Some(Command::Client(command)) => commands::run(command),
         None => Config::from_flags(&flags).and_then(|config| {
             log::init(config.verbose, config.quiet, config.log_format);

@@ -50,7 +50,7 @@ pub enum RouteCommand {
         #[arg(required = true, value_name = "PREFIX", value_parser = parse_prefix)]
         prefixes: Vec<IpNet>,
         /// The peer, named as when it was added
-        #[arg(long, value_name = "HOST[:PORT]", value_parser = parse_peer_name)]
+        #[arg(long, value_name = "HOST[:PORT]|KEY", value_parser = parse_peer_name)]
         peer: PeerName,
         /// Take the prefixes from the peers that have them now
         #[arg(long)]
@@ -79,13 +79,13 @@ pub enum PeerCommand {
     /// Add a peer
     Add {
         /// The peer and its prefixes
-        #[arg(value_name = "HOST[:PORT][=PREFIX,...]", value_parser = parse_peer)]
+        #[arg(value_name = "[KEY@]HOST[:PORT][=PREFIX,...]", value_parser = parse_peer)]
         peer: PeerSpec,
     },
     /// Remove a peer and its prefixes
     Del {
         /// The peer, named as when it was added
-        #[arg(value_name = "HOST[:PORT]", value_parser = parse_peer_name)]
+        #[arg(value_name = "HOST[:PORT]|KEY", value_parser = parse_peer_name)]
         peer: PeerName,
     },
 }
@@ -126,6 +126,11 @@ impl ClientCommand {
             },
             Self::Peer { command, .. } => match command {
                 PeerCommand::Add { peer } => Request::PeerAdd {
+                    endpoint: match peer.name {
+                        // Its name says it.
+                        PeerName::Host(_) => None,
+                        PeerName::Key(_) => peer.endpoint.map(|place| place.to_string()),
+                    },
                     peer: peer.name.to_string(),
                     prefixes: peer.prefixes,
                 },

@@ -3,6 +3,7 @@
 pub mod check;
 pub mod client;
 pub mod commands;
+pub mod keys;
 mod render;
 mod table;
 mod units;
@@ -11,7 +12,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::config::Config;
 
-/// A fast userspace network tunnel: IP packets in plain UDP datagrams.
+/// A fast userspace network tunnel: IP packets in UDP datagrams, plain or encrypted (WireGuard).
 ///
 /// Run it the same way on both hosts, each naming the other, as in
 /// `fastvpn --queues 4 --peer 10.211.55.123:8285`.
@@ -42,6 +43,9 @@ pub enum Command {
     /// Check what this host has for a tunnel, what is missing, and how to fix it (tuning/host.sh
     /// shows NICs, queues and cores)
     Check(crate::cli::check::CheckOptions),
+    /// Make keys.
+    #[command(flatten)]
+    Key(keys::KeyCommand),
     /// Ask a running tunnel, or tell it something.
     #[command(flatten)]
     Client(client::ClientCommand),

@@ -9,8 +9,15 @@ use crate::control::summary::bytes;
 use crate::control::text::printable;
 use crate::testbed::demo::Measured;
 
-/// What stands where an address would, if the name server knows none.
-const NOT_RESOLVED: &str = "not resolved";
+/// What stands where an address would, if none is known of a peer: its name may not
+/// resolve, or a peer with a key has not called yet.
+fn no_endpoint(peer: &str) -> &'static str {
+    // There is no `:` in keys.
+    match peer.contains(':') {
+        true => "not resolved",
+        false => "no endpoint yet",
+    }
+}
 
 /// Counters by name, as answers have them.
 type Counters = BTreeMap<String, u64>;
@@ -37,6 +44,7 @@ pub(super) fn status(status: &Status) -> String {
         ("addresses", addresses(status)),
         ("listening on", status.listen.clone()),
         ("sending from", sending_from(status)),
+        ("public key", status.public_key.clone().unwrap_or_default()),
         ("engine", status.engine.clone()),
         ("offloads", status.offloads.clone()),
         ("IP hop", if status.hop { "yes" } else { "no" }.into()),
@@ -182,6 +190,9 @@ pub(super) fn peers(peers: &Peers) -> String {
     if peers.peers.is_empty() {
         return "no peers\n".into();
     }
+    if peers.peers.iter().any(|peer| peer.wireguard.is_some()) {
+        return peers_with_keys(peers);
+    }
     let mut table = Table::new([
         "PEER",
         "ADDRESS",
@@ -197,15 +208,9 @@ pub(super) fn peers(peers: &Peers) -> String {
         "DROPPED",
     ]);
     for peer in &peers.peers {
-        let path_mtu = peer.path_mtu_bytes.map(|bytes| bytes.to_string());
         let sent_from = match peer.own_ports_proven {
             0 => "listen port",
             _ => "own ports",
-        };
-        let last_seen = match peer.last_seen_seconds {
-            None => "never".into(),
-            Some(0) => "now".into(),
-            Some(seconds) => duration(seconds) + " ago",
         };
         table.push([
             peer.peer.clone(),
@@ -213,21 +218,73 @@ pub(super) fn peers(peers: &Peers) -> String {
             sent_from.into(),
             peer.origin.clone(),
             prefixes(peer),
-            path_mtu.unwrap_or("-".into()),
+            path_mtu(peer),
             bytes(peer.bytes_sent),
             count(peer.packets_sent),
             bytes(peer.bytes_received),
             count(peer.packets_received),
-            last_seen,
+            ago(peer.last_seen_seconds),
             or_none(&named_counts(&peer.drops)),
         ]);
     }
     table.text()
 }
 
+/// A line for each peer of an encrypted tunnel.
+fn peers_with_keys(peers: &Peers) -> String {
+    let mut table = Table::new([
+        "PEER",
+        "ENDPOINT",
+        "ORIGIN",
+        ">PREFIXES",
+        ">PATH MTU",
+        ">SENT",
+        ">PACKETS",
+        ">RECEIVED",
+        ">PACKETS",
+        ">LATEST HANDSHAKE",
+        ">LAST SEEN",
+        ">KEEPALIVE",
+        "DROPPED",
+    ]);
+    for peer in &peers.peers {
+        let wireguard = peer.wireguard.clone().unwrap_or_default();
+        let keepalive = wireguard.persistent_keepalive_seconds;
+        table.push([
+            peer.peer.clone(),
+            address(peer),
+            peer.origin.clone(),
+            prefixes(peer),
+            path_mtu(peer),
+            bytes(peer.bytes_sent),
+            count(peer.packets_sent),
+            bytes(peer.bytes_received),
+            count(peer.packets_received),
+            ago(wireguard.latest_handshake_seconds),
+            ago(peer.last_seen_seconds),
+            keepalive.map_or("off".into(), |seconds| format!("{seconds} s")),
+            or_none(&named_counts(&peer.drops)),
+        ]);
+    }
+    table.text()
+}
+
+fn path_mtu(peer: &PeerStatus) -> String {
+    let known = peer.path_mtu_bytes.map(|bytes| bytes.to_string());
+    known.unwrap_or("-".into())
+}
+
+fn ago(seconds: Option<u64>) -> String {
+    match seconds {
+        None => "never".into(),
+        Some(0) => "now".into(),
+        Some(seconds) => duration(seconds) + " ago",
+    }
+}
+
 fn address(peer: &PeerStatus) -> String {
     match (peer.endpoint, peer.seen_port) {
-        (None, _) => NOT_RESOLVED.into(),
+        (None, _) => no_endpoint(&peer.peer).into(),
         (Some(endpoint), _) if peer.is_suspended => format!("{endpoint} (suspended)"),
         (Some(endpoint), Some(port)) if port != endpoint.port() => {
             format!("{endpoint} (seen at port {port})")
@@ -255,7 +312,7 @@ pub(super) fn routes(routes: &Routes) -> String {
     for route in &routes.routes {
         let peer = match route.endpoint {
             Some(_) => route.peer.clone(),
-            None => format!("{} ({NOT_RESOLVED})", route.peer),
+            None => format!("{} ({})", route.peer, no_endpoint(&route.peer)),
         };
         table.push([route.prefix.to_string(), peer, route.origin.clone()]);
     }
@@ -270,7 +327,7 @@ pub(super) fn found(found: &Found) -> String {
         None => "as no prefix matches".into(),
     };
     let at = match found.endpoint.map(|endpoint| endpoint.to_string()) {
-        None => format!(" ({NOT_RESOLVED})"),
+        None => format!(" ({})", no_endpoint(peer)),
         Some(endpoint) if endpoint == *peer => String::new(),
         Some(endpoint) => format!(" ({endpoint})"),
     };
@@ -294,6 +351,7 @@ fn counts(changed: &Changed) -> String {
     let parts = [
         (changed.peers_added, "peer", "added"),
         (changed.peers_removed, "peer", "removed"),
+        (changed.peers_changed, "peer", "changed"),
         (changed.prefixes_added, "prefix", "added"),
         (changed.prefixes_removed, "prefix", "removed"),
     ];

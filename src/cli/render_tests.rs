@@ -1,7 +1,7 @@
 //! What the tables and lines look like.
 
 use super::*;
-use crate::control::protocol::RouteEntry;
+use crate::control::protocol::{RouteEntry, WireGuardStatus};
 use crate::testbed::demo::Figures;
 
 fn counters(named: &[(&str, u64)]) -> BTreeMap<String, u64> {
@@ -23,6 +23,7 @@ fn a_status() -> Status {
         mtu_bytes: 1472,
         listen: "0.0.0.0:8285".into(),
         own_ports: vec![61118, 61119],
+        public_key: None,
         engine: "io_uring".into(),
         offloads: "TSO on, USO off, UDP_SEGMENT on, UDP_GRO on".into(),
         hop: false,
@@ -187,6 +188,45 @@ no\\u{1b}such.invalid:8285  not resolved                        listen port  con
 }
 
 #[test]
+fn a_line_per_peer_with_a_key() {
+    let all = Peers {
+        peers: vec![
+            PeerStatus {
+                peer: "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=".into(),
+                wireguard: Some(WireGuardStatus {
+                    has_preshared_key: true,
+                    persistent_keepalive_seconds: Some(25),
+                    latest_handshake_seconds: Some(75),
+                }),
+                endpoint: "192.0.2.2:51820".parse().ok(),
+                origin: "config".into(),
+                prefixes: 1,
+                path_mtu_bytes: Some(1500),
+                packets_sent: 12,
+                bytes_sent: 8400,
+                packets_received: 9,
+                bytes_received: 840,
+                last_seen_seconds: Some(2),
+                ..PeerStatus::default()
+            },
+            PeerStatus {
+                peer: "hSDwCYkwp1R0i33ctD73Wg2/Og0mOBr066SpjqqbTmo=".into(),
+                wireguard: Some(WireGuardStatus::default()),
+                origin: "runtime".into(),
+                prefixes: 2,
+                ..PeerStatus::default()
+            },
+        ],
+    };
+    let expected = "
+PEER                                          ENDPOINT         ORIGIN   PREFIXES  PATH MTU    SENT  PACKETS  RECEIVED  PACKETS  LATEST HANDSHAKE  LAST SEEN  KEEPALIVE  DROPPED
+xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=  192.0.2.2:51820  config          1      1500  8.4 kB       12     840 B        9    1 min 15 s ago    2 s ago       25 s  none
+hSDwCYkwp1R0i33ctD73Wg2/Og0mOBr066SpjqqbTmo=  no endpoint yet  runtime         2         -     0 B        0       0 B        0             never      never        off  none
+";
+    assert_eq!(peers(&all), expected.trim_start_matches('\n'));
+}
+
+#[test]
 fn a_line_per_prefix() {
     let entry = |prefix: &str, peer: &str, is_resolved: bool, origin: &str| RouteEntry {
         prefix: prefix.parse().unwrap(),
@@ -240,6 +280,7 @@ fn changes_are_counted() {
         prefixes_removed,
         peers_added,
         peers_removed,
+        peers_changed: 0,
     };
     for (change, line) in [
         (of(0, 0, 2, 0), "2 prefixes added\n"),

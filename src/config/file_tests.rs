@@ -40,7 +40,23 @@ fn faults_have_their_place() {
         ("address = \"10.9.0.1/24\"", "1:11", &["sequence"]),
         ("busy-poll = true", "1:13", &["microseconds"]),
         ("peer = [\"a\"]", "1:9", &[]),
-        ("[[peer]]\nprefixes = []", "1:1", &["endpoint"]),
+        (
+            "[[peer]]\nprefixes = []",
+            "1:1",
+            &["endpoint", "public-key"],
+        ),
+        (
+            "[[peer]]\nendpoint = \"a\"\npersistent-keepalive = 25",
+            "1:1",
+            &["persistent-keepalive", "public-key"],
+        ),
+        (
+            "[[peer]]\nendpoint = \"a\"\npreshared-key-file = \"/f\"",
+            "1:1",
+            &["preshared-key-file", "public-key"],
+        ),
+        ("[[peer]]\npublic-key = \"x\"", "2:14", &["44 characters"]),
+        ("[[peer]]\npersistent-keepalive = 65536", "2:24", &["65535"]),
         // Values.
         ("busy-poll = 1000001", "1:13", &["1000000"]),
         ("busy-poll = \"on\"", "1:13", &["auto"]),
@@ -85,6 +101,33 @@ fn faults_are_one_line_whatever_they_quote() {
     assert_eq!(
         fault(b"tun = \"a\"\nmtu = \xff"),
         "f.toml:2:7: this is not UTF-8"
+    );
+}
+
+#[test]
+fn peers_with_keys_are_read() {
+    const KEY: &str = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=";
+    let text = format!(
+        "private-key = \"/etc/own.key\"\n[[peer]]\npublic-key = \"{KEY}\"\n\
+         endpoint = \"vpn.example:51820\"\npersistent-keepalive = 25\n\
+         preshared-key-file = \"/etc/psk\"\nprefixes = [\"10.1.0.0/16\"]\n\
+         [[peer]]\npublic-key = \"{}=\"\npersistent-keepalive = \"off\"",
+        "A".repeat(43)
+    );
+    let config = parse(text).unwrap();
+    assert_eq!(config.private_key_file, Some("/etc/own.key".into()));
+    let [first, second] = &config.peers[..] else {
+        panic!("{:?}", config.peers);
+    };
+    assert_eq!(first.name.to_string(), KEY);
+    let endpoint = first.endpoint.as_ref().map(ToString::to_string);
+    assert_eq!(endpoint.as_deref(), Some("vpn.example:51820"));
+    assert_eq!(first.persistent_keepalive.unwrap().as_secs(), 25);
+    assert_eq!(first.preshared_key_file, Some("/etc/psk".into()));
+    assert_eq!(first.prefixes.len(), 1);
+    assert_eq!(
+        (&second.endpoint, second.persistent_keepalive),
+        (&None, None)
     );
 }
 
@@ -186,8 +229,10 @@ fn the_docs_have_every_option_and_the_defaults() {
         cores: full.cores.clone(),
         without: full.without.clone(),
         control: full.control.clone(),
+        private_key_file: full.private_key_file.clone(),
         ..parse("").unwrap()
     };
+    assert!(full.is_encrypted() && full.peers.iter().any(|peer| peer.name.key().is_some()));
     assert_eq!(full, without);
     assert_eq!(full.listen.unwrap().port(), DEFAULT_PORT);
 }
@@ -213,8 +258,12 @@ fn line() -> impl Strategy<Value = String> {
         "verbose",
         "quiet",
         "log-format",
+        "private-key",
         "peer",
         "endpoint",
+        "public-key",
+        "preshared-key-file",
+        "persistent-keepalive",
         "prefixes",
         "peer.endpoint",
         "\"\"",

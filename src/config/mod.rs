@@ -3,14 +3,18 @@
 //! - `types`: what can be said of a tunnel, as plain types, and their text.
 //! - `options`: each option, for flags and file alike.
 //! - `file`: reads the file.
+//! - `peer`: what can be said of a peer.
 //! - `peers`: what must hold among all peers.
+//! - `keys`: reads key files.
 //! - `resolution`: flags over file over defaults.
 //! - `reload`: what of a file that was read again a running tunnel can take over.
 //! - `control_path`: where the control socket is.
 
 mod control_path;
 mod file;
+mod keys;
 mod options;
+mod peer;
 mod peers;
 mod reload;
 mod resolution;
@@ -20,8 +24,10 @@ pub(crate) use control_path::{CONTROL_DIRECTORY, default_control_path, default_c
 pub use file::parse_bytes;
 pub use options::Config;
 pub(crate) use options::{QUEUES, TUN_NAME_DEFAULT};
-pub(crate) use peers::{PEERS_MAX, check_prefix};
+pub(crate) use peer::{
+    HostPort, PeerId, PeerName, PeerSpec, parse_host_port, parse_peer, parse_peer_name,
+};
+pub(crate) use peers::{PEERS_MAX, check_mode, check_prefix};
 pub(crate) use types::{
-    Aqm, BusyPoll, DEFAULT_PORT, Dscp, Feature, Io, PeerName, PeerSpec, QueueLimit, parse_peer,
-    parse_peer_name, parse_prefix, parse_tun_name,
+    Aqm, BusyPoll, DEFAULT_PORT, Dscp, Feature, Io, QueueLimit, parse_prefix, parse_tun_name,
 };

@@ -11,11 +11,14 @@ use clap::{ArgAction, ArgMatches, Args};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use super::peer::{PeerSpec, parse_peer};
 use super::types::{
-    self, Aqm, BusyPoll, CoreList, Dscp, Feature, Io, PeerSpec, QueueLimit, parse_busy_poll,
-    parse_cores, parse_listen, parse_peer, parse_prefix, parse_queue_limit,
+    self, Aqm, BusyPoll, CoreList, Dscp, Feature, Io, QueueLimit, parse_busy_poll, parse_cores,
+    parse_listen, parse_prefix, parse_queue_limit,
 };
 use crate::log::LogFormat;
+use crate::wire::Mode;
+use crate::wire::wireguard::keys::{PrivateKey, PublicKey};
 
 /// Name of the TUN device unless another is given.
 pub(crate) const TUN_NAME_DEFAULT: &str = "fastvpn0";
@@ -39,9 +42,16 @@ pub struct Config {
     #[serde(default = "default_queues")]
     pub queues: u16,
 
+    /// Encrypt and authenticate (WireGuard): a file with this host's private key, as genkey makes
+    /// it; each peer then has a public key
+    #[arg(long = "private-key", value_name = "FILE")]
+    #[serde(rename = "private-key")]
+    pub private_key_file: Option<PathBuf>,
+
     /// Another host, repeatable: IPv4 or IPv6 address or DNS name, port 8285 unless given, and its
-    /// prefixes; without any, it takes what no other peer's prefixes match
-    #[arg(long = "peer", value_name = "HOST[:PORT][=PREFIX,...]", value_parser = parse_peer)]
+    /// prefixes; without any, it takes what no other peer's prefixes match. With --private-key:
+    /// KEY[@HOST[:PORT]][=PREFIX,...], its public key first; without HOST it has to call
+    #[arg(long = "peer", value_name = "[KEY@]HOST[:PORT][=PREFIX,...]", value_parser = parse_peer)]
     #[serde(rename = "peer", skip_serializing)]
     pub peers: Vec<PeerSpec>,
 
@@ -137,6 +147,11 @@ pub struct Config {
     #[arg(long, value_enum)]
     pub log_format: LogFormat,
 
+    /// What the file with the private key says, once it has been read.
+    #[arg(skip)]
+    #[serde(skip)]
+    pub(crate) private_key: Option<PrivateKey>,
+
     /// The flags, which override the file again when it is read again.
     #[arg(skip)]
     #[serde(skip)]
@@ -147,6 +162,24 @@ impl Config {
     /// Whether a kernel feature is used where there is one.
     pub(crate) fn uses(&self, feature: Feature) -> bool {
         !self.without.contains(&feature)
+    }
+
+    /// This host's public key, if the tunnel is encrypted.
+    pub(crate) fn public_key(&self) -> Option<PublicKey> {
+        self.private_key.as_ref().map(PrivateKey::public)
+    }
+
+    /// How datagrams are made.
+    pub(crate) fn mode(&self) -> Mode {
+        match self.is_encrypted() {
+            true => Mode::WireGuard,
+            false => Mode::Plain,
+        }
+    }
+
+    /// Whether the tunnel is encrypted: it and all its peers have keys, or none has.
+    pub(crate) fn is_encrypted(&self) -> bool {
+        self.private_key_file.is_some()
     }
 }
 

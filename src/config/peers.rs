@@ -4,7 +4,8 @@ use std::collections::{HashMap, HashSet};
 
 use ipnet::IpNet;
 
-use super::types::{PeerName, PeerSpec, is_host};
+use super::peer::{HostPort, PeerName, PeerSpec};
+use super::types::is_host;
 use crate::error::{Error, Result};
 
 /// Most peers: workers number them in 16 bits, and need some numbers for
@@ -12,33 +13,35 @@ use crate::error::{Error, Result};
 pub(crate) const PEERS_MAX: usize = 65_000;
 
 /// Makes sure that no peer and no prefix is there twice, that one peer at most is
-/// without prefixes, and that each may be a host.
+/// without prefixes, that each may be a host, and that all have keys if the tunnel
+/// `is_encrypted`, and none has if not.
 ///
 /// # Errors
 /// Names the two peers, and the prefix.
-pub(super) fn check_peers(peers: &[PeerSpec]) -> Result<()> {
+pub(super) fn check_peers(peers: &[PeerSpec], is_encrypted: bool) -> Result<()> {
     let refuse = |what: String, hint: &str| Err(Error::new(what).hint(hint));
     if peers.len() > PEERS_MAX {
         let what = format!("{} peers are more than {PEERS_MAX}", peers.len());
         return refuse(what, "leave some out");
     }
-    let mut names = HashSet::with_capacity(peers.len());
+    let mut ids = HashSet::with_capacity(peers.len());
     let mut prefixes = HashMap::new();
     let mut without_prefixes: Option<&PeerName> = None;
-    for PeerSpec {
-        name,
-        prefixes: its,
-    } in peers
-    {
-        if name.literal().is_some_and(|peer| !is_host(peer.ip())) {
-            let what = format!("peer {name} is not the address of a host");
+    for peer in peers {
+        let name = &peer.name;
+        check_mode(name, is_encrypted)?;
+        let endpoint = peer.endpoint.as_ref().and_then(HostPort::literal);
+        if let Some(endpoint) = endpoint.filter(|endpoint| !is_host(endpoint.ip())) {
+            let of_key = name.key().map(|_| format!(": {endpoint}"));
+            let of_key = of_key.unwrap_or_default();
+            let what = format!("peer {name}{of_key} is not the address of a host");
             return refuse(what, "name the other host");
         }
-        if !names.insert(name.key()) {
+        if !ids.insert(name.id()) {
             let what = format!("peer {name} is there twice");
             return refuse(what, "name it once, with all its prefixes");
         }
-        if its.is_empty()
+        if peer.prefixes.is_empty()
             && let Some(first) = without_prefixes.replace(name)
         {
             let what = format!("peers {first} and {name} are both without prefixes");
@@ -47,7 +50,7 @@ pub(super) fn check_peers(peers: &[PeerSpec]) -> Result<()> {
                 "give one of them its prefixes, as in --peer HOST=PREFIX",
             );
         }
-        for prefix in its {
+        for prefix in &peer.prefixes {
             check_prefix(prefix)?;
             if let Some(first) = prefixes.insert(prefix, name) {
                 let what = format!("{prefix} is given to peer {first} and to peer {name}");
@@ -56,6 +59,27 @@ pub(super) fn check_peers(peers: &[PeerSpec]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Makes sure that a peer has a key in a tunnel that `is_encrypted`, and none in one that
+/// is not: nothing is ever sent in clear by mistake.
+///
+/// # Errors
+/// Names the peer.
+pub(crate) fn check_mode(name: &PeerName, is_encrypted: bool) -> Result<()> {
+    match (name.key(), is_encrypted) {
+        (Some(_), true) | (None, false) => Ok(()),
+        (Some(_), false) => {
+            let what = format!("peer {name} has a public key, but this host has no private key");
+            Err(Error::new(what).hint("give --private-key FILE (`fastvpn genkey` makes one)"))
+        }
+        (None, true) => {
+            let what = format!("peer {name} has no public key, but this host has a private key");
+            Err(Error::new(what).hint(
+                "put its public key before it, as in KEY@HOST: a tunnel is encrypted as a whole",
+            ))
+        }
+    }
 }
 
 /// Makes sure that a prefix has no bits beyond its length.
@@ -78,7 +102,9 @@ mod tests {
 
     fn fault(peers: &[&str]) -> Option<String> {
         let peers: Vec<_> = peers.iter().map(|text| parse_peer(text).unwrap()).collect();
-        check_peers(&peers).err().map(|error| error.to_string())
+        check_peers(&peers, false)
+            .err()
+            .map(|error| error.to_string())
     }
 
     fn fault_has(peers: &[&str], parts: &[&str]) {
@@ -126,13 +152,40 @@ mod tests {
         fault_has(&["a=10.1.2.3/16"], &["10.1.2.3/16", "10.1.0.0/16?"]);
     }
 
+    /// Whether it is plain peers in an encrypted tunnel, or the other way round.
+    #[test]
+    fn all_have_keys_or_none_has() {
+        let key = format!("{}=", "A".repeat(43));
+        let check = |texts: &[&str], is_encrypted| {
+            let read = |text: &&str| parse_peer(text).unwrap();
+            let peers: Vec<_> = texts.iter().map(read).collect();
+            let checked = check_peers(&peers, is_encrypted);
+            checked.map_err(|error| error.to_string())
+        };
+        assert_eq!(check(&[&key], true), Ok(()));
+        let refused = check(&[&key], false).unwrap_err();
+        for part in [&key, "no private key", "--private-key", "genkey"] {
+            assert!(refused.contains(part), "{refused}");
+        }
+        let refused = check(&["a=10.1.0.0/16", &key], true).unwrap_err();
+        for part in ["a:8285", "no public key", "KEY@HOST"] {
+            assert!(refused.contains(part), "{refused}");
+        }
+        let twice = [&format!("{key}@a=10.1.0.0/16")[..], &format!("{key}@b")];
+        assert!(check(&twice, true).unwrap_err().contains("twice"));
+        let nowhere = check(&[&format!("{key}@0.0.0.0")], true).unwrap_err();
+        for part in [&key, "0.0.0.0:8285 is not the address of a host"] {
+            assert!(nowhere.contains(part), "{nowhere}");
+        }
+    }
+
     #[test]
     fn their_number_is_bounded() {
         let peer = |number: usize| parse_peer(&format!("p{number}=10.0.0.{}/32", number % 256));
         let peers: Vec<_> = (0..=PEERS_MAX)
             .map(|number| peer(number).unwrap())
             .collect();
-        let text = check_peers(&peers).unwrap_err().to_string();
+        let text = check_peers(&peers, false).unwrap_err().to_string();
         assert!(text.contains("65001") && text.contains("65000"), "{text}");
     }
 }

@@ -1,5 +1,7 @@
 //! What of a configuration that was read again a running tunnel can take over.
 
+use std::path::PathBuf;
+
 use clap::ValueEnum;
 use serde_json::{Map, Value};
 
@@ -13,6 +15,8 @@ impl Config {
     pub(crate) fn with_changes_of(&self, new: Self) -> Self {
         Self {
             peers: new.peers,
+            private_key_file: new.private_key_file,
+            private_key: new.private_key,
             addresses: new.addresses,
             routes: new.routes,
             mtu_bytes: new.mtu_bytes,
@@ -37,10 +41,12 @@ impl Config {
     fn keys(&self) -> Map<String, Value> {
         let default = default_control_path(&self.tun);
         let control = self.control.as_ref().filter(|path| **path != default);
+        // JSON is UTF-8, which a path need not be: quoted and escaped it is.
+        let quoted = |path: &PathBuf| format!("{path:?}").into();
         let features = Feature::value_variants().iter();
         let effective = Self {
-            // JSON is UTF-8, which a path need not be: quoted and escaped it is.
-            control: control.map(|path| format!("{path:?}").into()),
+            control: control.map(quoted),
+            private_key_file: self.private_key_file.as_ref().map(quoted),
             without: features
                 .filter(|&&feature| !self.uses(feature))
                 .copied()

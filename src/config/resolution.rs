@@ -44,7 +44,10 @@ impl Config {
             (config.verbose, config.quiet) = of_file;
         }
         config.flags = flags.clone();
-        match (config.check(), &config.config_file) {
+        match (
+            config.check().and_then(|()| config.read_keys()),
+            &config.config_file,
+        ) {
             (Ok(()), _) => Ok(config),
             // Flags or the file may be at fault: what is wrong is named with its value.
             (Err(error), Some(file)) => {
@@ -114,7 +117,7 @@ impl Config {
                 .hint("leave one of them out"));
         }
         self.check_cores()?;
-        check_peers(&self.peers)
+        check_peers(&self.peers, self.is_encrypted())
     }
 
     fn check_cores(&self) -> Result<()> {

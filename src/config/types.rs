@@ -1,8 +1,6 @@
-//! What can be said of a tunnel: peers, addresses and choices, and how each is
-//! written.
+//! What can be said of a tunnel: addresses and choices, and how each is written.
 
-use std::fmt;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use clap::ValueEnum;
@@ -11,7 +9,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
-use crate::packet::ip::canonical;
+use super::peer::split_port;
 
 /// Default UDP port, that of flannel's udp backend.
 pub const DEFAULT_PORT: u16 = 8285;
@@ -95,117 +93,6 @@ pub enum Dscp {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct CoreList(pub Vec<usize>);
 
-/// What a peer is called: the host to resolve and the port, as they were given.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct PeerName {
-    /// Address or DNS name.
-    pub host: String,
-    /// UDP port.
-    pub port: u16,
-}
-
-impl PeerName {
-    /// The address, if the host is one; `None` for a DNS name, and for an IPv6
-    /// address with a zone, as in `fe80::1%eth0`, which the resolver reads.
-    pub(crate) fn literal(&self) -> Option<SocketAddr> {
-        let ip: IpAddr = self.host.parse().ok()?;
-        Some(canonical(SocketAddr::new(ip, self.port)))
-    }
-
-    /// Equal if two names mean the same peer: the case of a DNS name and the dot at
-    /// its end do not matter (RFC 4343, RFC 1034), nor how an address is written.
-    pub(crate) fn key(&self) -> (String, u16) {
-        let host = match self.literal() {
-            Some(address) => address.ip().to_string(),
-            None => {
-                let name = self.host.strip_suffix('.').unwrap_or(&self.host);
-                name.to_ascii_lowercase()
-            }
-        };
-        (host, self.port)
-    }
-}
-
-impl fmt::Display for PeerName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.host.contains(':') {
-            write!(f, "[{}]:{}", self.host, self.port)
-        } else {
-            write!(f, "{}:{}", self.host, self.port)
-        }
-    }
-}
-
-/// A peer and its prefixes.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct PeerSpec {
-    /// Where its datagrams go.
-    #[serde(rename = "endpoint", deserialize_with = "peer_name")]
-    pub name: PeerName,
-    /// Inner addresses that it has; none for whatever no peer's prefixes match.
-    #[serde(default, deserialize_with = "prefixes")]
-    pub prefixes: Vec<IpNet>,
-}
-
-/// Splits `host:port`, `[v6]:port`, or a host alone.
-fn split_port(text: &str) -> ParseResult<(&str, u16)> {
-    let (host, port) = match text.strip_prefix('[') {
-        Some(rest) => rest
-            .split_once(']')
-            .ok_or("the closing bracket is missing")?,
-        // More than one colon and no brackets: an IPv6 address.
-        None if text.matches(':').count() != 1 => (text, ""),
-        None => text.split_at(text.find(':').unwrap_or(text.len())),
-    };
-    if port.is_empty() {
-        return Ok((host, DEFAULT_PORT));
-    }
-    match port.strip_prefix(':').and_then(|port| port.parse().ok()) {
-        Some(port) if port > 0 => Ok((host, port)),
-        _ => Err(format!("{port:?} is not a UDP port: expected :1 to :65535")),
-    }
-}
-
-pub(crate) fn parse_peer_name(text: &str) -> ParseResult<PeerName> {
-    /// A DNS name (RFC 1035, section 2.3.4), or an IPv6 address with its zone.
-    const HOST_BYTES_MAX: usize = 255;
-    // First, so that no text of any length is quoted.
-    if text.len() > HOST_BYTES_MAX + "[]:65535".len() {
-        return Err(format!("a host has at most {HOST_BYTES_MAX} bytes"));
-    }
-    let (host, port) = split_port(text)?;
-    let is_bad = |c: char| c.is_whitespace() || c.is_control() || "/=,[]".contains(c);
-    if host.is_empty() || host.contains(is_bad) {
-        return Err("expected an address or a DNS name, and a port if it is not 8285".into());
-    }
-    let (address, zone) = host.split_once('%').unwrap_or((host, "none"));
-    let is_ipv6 = !zone.is_empty() && address.parse::<Ipv6Addr>().is_ok();
-    if host.contains([':', '%']) && !is_ipv6 {
-        return Err(format!("{host:?} is not an IPv6 address"));
-    }
-    Ok(PeerName {
-        host: host.to_string(),
-        port,
-    })
-}
-
-/// `HOST[:PORT][=PREFIX[,PREFIX…]]`.
-pub(crate) fn parse_peer(text: &str) -> ParseResult<PeerSpec> {
-    let (name, prefixes) = match text.split_once('=') {
-        None => (text, Vec::new()),
-        Some((name, list)) => {
-            let prefix = |text| parse_prefix(text).map_err(|why| format!("{text:?}: {why}"));
-            let prefixes: ParseResult<_> = list.split(',').map(prefix).collect();
-            (name, prefixes?)
-        }
-    };
-    Ok(PeerSpec {
-        name: parse_peer_name(name)?,
-        prefixes,
-    })
-}
-
 /// An address of this host, and the port unless it is the default one.
 pub(super) fn parse_listen(text: &str) -> ParseResult<SocketAddr> {
     let (host, port) = split_port(text)?;
@@ -286,7 +173,7 @@ pub(super) fn parse_queue_limit(text: &str) -> ParseResult<QueueLimit> {
 }
 
 /// Reads a key of the configuration file as the flag's text is read.
-fn from_text<'de, D, T>(key: D, read: fn(&str) -> ParseResult<T>) -> Result<T, D::Error>
+pub(super) fn from_text<'de, D, T>(key: D, read: fn(&str) -> ParseResult<T>) -> Result<T, D::Error>
 where
     D: Deserializer<'de>,
 {
@@ -317,10 +204,6 @@ pub(super) fn dscp<'de, D: Deserializer<'de>>(key: D) -> Result<Dscp, D::Error> 
     from_text(key, |text| Dscp::from_str(text, false))
 }
 
-fn peer_name<'de, D: Deserializer<'de>>(key: D) -> Result<PeerName, D::Error> {
-    from_text(key, parse_peer_name)
-}
-
 fn prefix<'de, D: Deserializer<'de>>(key: D) -> Result<IpNet, D::Error> {
     from_text(key, parse_prefix)
 }
@@ -335,97 +218,6 @@ pub(super) fn prefixes<'de, D: Deserializer<'de>>(key: D) -> Result<Vec<IpNet>, 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
-
-    #[test]
-    fn names_are_told_from_addresses() {
-        let name = |text: &str| parse_peer_name(text).unwrap();
-        for text in ["vpn.example.org", "fe80::1%eth0"] {
-            assert_eq!(name(text).literal(), None, "{text}");
-        }
-        assert_eq!(
-            name("::ffff:10.0.0.1").literal(),
-            "10.0.0.1:8285".parse().ok()
-        );
-        let key = |text: &str| name(text).key();
-        assert_eq!(key("fd00::0:1"), key("[fd00::1]:8285"));
-        assert_eq!(key("VPN.example."), key("vpn.example"));
-        assert_ne!(key("vpn.example:1"), key("vpn.example:2"));
-    }
-
-    #[test]
-    fn peers_are_read() {
-        for (text, name, prefixes) in [
-            (
-                "vpn.example.org:99=10.1.0.0/16,fd00:1::/64",
-                "vpn.example.org:99",
-                &["10.1.0.0/16", "fd00:1::/64"][..],
-            ),
-            ("10.0.0.2", "10.0.0.2:8285", &[]),
-            ("fd00::1=10.1.2.3", "[fd00::1]:8285", &["10.1.2.3/32"]),
-            ("[fe80::1%eth0]:9=::/0", "[fe80::1%eth0]:9", &["::/0"]),
-        ] {
-            let peer = parse_peer(text).unwrap();
-            assert_eq!(peer.name.to_string(), name);
-            let read: Vec<_> = peer.prefixes.iter().map(ToString::to_string).collect();
-            assert_eq!(read, prefixes);
-        }
-        for bad in [
-            "=10.1.0.0/16",
-            "a=",
-            "a=10.1.0.0/16,",
-            "a=b",
-            "a=10.1.0.0/33",
-            "a,b",
-            "[a]]",
-            "a%eth0",
-            "10.0.0.2%eth0",
-            "a:%eth0:b",
-            "[fe80::1%]",
-        ] {
-            assert!(parse_peer(bad).is_err(), "{bad:?}");
-        }
-        // What is too long is not quoted.
-        let long = "9".repeat(1 << 20);
-        for long in [long.clone(), format!("a:{long}"), format!("[a]{long}")] {
-            assert!(parse_peer_name(&long).unwrap_err().len() < 100);
-        }
-    }
-
-    #[test]
-    fn peer_names_are_read() {
-        let parse = |text: &str| parse_peer_name(text).map(|e| (e.host, e.port));
-        let ok = |host: &str, port| Ok((host.to_string(), port));
-        assert_eq!(parse("10.211.55.123:8285"), ok("10.211.55.123", 8285));
-        assert_eq!(parse("10.211.55.123"), ok("10.211.55.123", 8285));
-        assert_eq!(parse("vpn.example.org:99"), ok("vpn.example.org", 99));
-        assert_eq!(parse("fd00::1"), ok("fd00::1", 8285));
-        assert_eq!(parse("[fd00::1]:77"), ok("fd00::1", 77));
-        assert_eq!(parse("[fd00::1]"), ok("fd00::1", 8285));
-        for bad in [
-            "",
-            ":99",
-            "host:",
-            "host:0",
-            "host:70000",
-            "[fd00::1",
-            "[fd00::1]x",
-            "a b",
-            "1:2:x",
-        ] {
-            assert!(parse(bad).is_err(), "{bad:?}");
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn any_peer_is_read_or_refused(text in "[a-z0-9.:/\\[\\],%=\\-]{0,40}") {
-            if let Ok(peer) = parse_peer(&text) {
-                let name = peer.name.to_string();
-                prop_assert_eq!(parse_peer_name(&name), Ok(peer.name));
-            }
-        }
-    }
 
     #[test]
     fn listen_addresses_are_read() {

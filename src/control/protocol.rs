@@ -42,7 +42,7 @@ pub enum Request {
     },
     /// Gives prefixes to a peer: [`Changed`].
     RouteAdd {
-        /// The peer, `HOST[:PORT]`.
+        /// The peer: `HOST[:PORT]`, or its public key.
         peer: String,
         /// The prefixes.
         prefixes: Vec<IpNet>,
@@ -57,15 +57,18 @@ pub enum Request {
     },
     /// Adds a peer: [`Changed`].
     PeerAdd {
-        /// The peer, `HOST[:PORT]`.
+        /// The peer: `HOST[:PORT]`, or its public key.
         peer: String,
+        /// `HOST[:PORT]` of a peer with a key; none to wait until it calls.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        endpoint: Option<String>,
         /// Its prefixes; none for what no prefix matches.
         #[serde(default)]
         prefixes: Vec<IpNet>,
     },
     /// Removes a peer and its prefixes: [`Changed`].
     PeerDel {
-        /// The peer, `HOST[:PORT]`.
+        /// The peer: `HOST[:PORT]`, or its public key.
         peer: String,
     },
     /// Reads the configuration file again: [`Reloaded`].
@@ -121,6 +124,9 @@ pub struct Status {
     /// reach from there.
     #[serde(default)]
     pub own_ports: Vec<u16>,
+    /// This host's public key; none in plain mode.
+    #[serde(default)]
+    pub public_key: Option<String>,
     /// I/O engine, in words.
     pub engine: String,
     /// Offloads, in words.
@@ -157,8 +163,11 @@ pub struct Peers {
 /// A peer, in numbers.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PeerStatus {
-    /// `HOST:PORT` as it was given.
+    /// `HOST:PORT` as it was given, or a public key.
     pub peer: String,
+    /// What there is of a peer with a key besides; none of a plain one.
+    #[serde(default)]
+    pub wireguard: Option<WireGuardStatus>,
     /// Where datagrams go; none while its name does not resolve.
     pub endpoint: Option<SocketAddr>,
     /// A port that it lately sent from, if that is neither the one that it was
@@ -194,6 +203,17 @@ pub struct PeerStatus {
     pub drops: BTreeMap<String, u64>,
 }
 
+/// A peer with a key, which is its name.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WireGuardStatus {
+    /// Whether a preshared key protects it besides.
+    pub has_preshared_key: bool,
+    /// Seconds between packets that keep a NAT's mapping alive; none if there are none.
+    pub persistent_keepalive_seconds: Option<u64>,
+    /// Seconds since the latest handshake; none if there was none.
+    pub latest_handshake_seconds: Option<u64>,
+}
+
 /// All prefixes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Routes {
@@ -206,7 +226,7 @@ pub struct Routes {
 pub struct RouteEntry {
     /// The prefix.
     pub prefix: IpNet,
-    /// `HOST:PORT` of the peer as it was given.
+    /// The peer's `HOST:PORT` as it was given, or its public key.
     pub peer: String,
     /// The peer's address; none while its name does not resolve.
     pub endpoint: Option<SocketAddr>,
@@ -221,7 +241,7 @@ pub struct Found {
     pub address: IpAddr,
     /// The longest prefix that matches; none if the peer takes the rest.
     pub prefix: Option<IpNet>,
-    /// `HOST:PORT` of the peer as it was given.
+    /// The peer's `HOST:PORT` as it was given, or its public key.
     pub peer: String,
     /// The peer's address; none while its name does not resolve.
     pub endpoint: Option<SocketAddr>,
@@ -238,6 +258,9 @@ pub struct Changed {
     pub peers_added: usize,
     /// Peers that are gone.
     pub peers_removed: usize,
+    /// Peers of which other than prefixes has changed: endpoint, preshared key, keepalive.
+    #[serde(default)]
+    pub peers_changed: usize,
 }
 
 /// What a reload came to.
@@ -337,6 +360,12 @@ mod tests {
             },
             Request::PeerAdd {
                 peer: peer.clone(),
+                endpoint: None,
+                prefixes: prefixes.clone(),
+            },
+            Request::PeerAdd {
+                peer: peer.clone(),
+                endpoint: Some("vpn.example".into()),
                 prefixes,
             },
             Request::PeerDel { peer },

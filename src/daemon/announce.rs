@@ -20,10 +20,13 @@ pub fn announce(tunnel: &Tunnel) {
         "UDP: listening on {listen}, sending from port {}{ports}",
         listen.port()
     );
-    tracing::warn!(
-        "plain mode: packets are neither encrypted nor authenticated; use it on networks that \
-         you trust"
-    );
+    match tunnel.config.public_key() {
+        Some(key) => tracing::info!("encrypted (WireGuard), public key {key}"),
+        None => tracing::warn!(
+            "plain mode: packets are neither encrypted nor authenticated; use it on networks \
+             that you trust"
+        ),
+    }
     let (tun, link) = (&tunnel.host.device.name, &tunnel.settings.link);
     let addresses: Vec<String> = link.addresses.iter().map(ToString::to_string).collect();
     tracing::info!(

@@ -8,12 +8,14 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::reach;
-use super::requests::parse_name;
+use super::requests::{new_peer, parse_name};
+use super::resolve::Known;
 use super::settings::Settings;
 use super::tunnel::Tunnel;
-use crate::config::{Config, Feature};
+use crate::config::{Config, Feature, HostPort};
 use crate::error::{Error, Result};
-use crate::routing::overlay::{Origin, Overlay};
+use crate::routing::overlay::{Origin, Overlay, Peer};
+use crate::wire::wireguard::keys::PublicKey;
 
 /// See the module's documentation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,6 +36,9 @@ pub struct Manifest {
     pub own_ports: Vec<bool>,
     /// Address and port of the UDP sockets.
     pub listen: SocketAddr,
+    /// This host's public key, if the tunnel is encrypted. Other keys are not handed over:
+    /// the new process reads them where this one did.
+    pub public_key: Option<PublicKey>,
     /// GSO packets that the TUN device passes: TCP, UDP.
     pub tun_offloads: [bool; 2],
     /// Offloads of the UDP sockets: `UDP_SEGMENT`, `UDP_GRO`.
@@ -51,8 +56,10 @@ pub struct Manifest {
 /// A peer, and what operators added of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KnownPeer {
-    /// `HOST:PORT`.
+    /// `HOST:PORT`, or a public key.
     pub peer: String,
+    /// `HOST:PORT` that a peer with a key was given.
+    pub place: Option<String>,
     /// Where its datagrams go; `None` while its name does not resolve.
     pub endpoint: Option<SocketAddr>,
     /// Nothing is sent there: the path leads through the tunnel itself.
@@ -76,15 +83,16 @@ impl Manifest {
             .prefixes()
             .filter(|(.., origin)| *origin == Origin::Runtime)
         {
-            added.entry(peer.name.key()).or_default().push(prefix);
+            added.entry(peer.name.id()).or_default().push(prefix);
         }
         let peers = overlay.peers_by_name().map(|peer| KnownPeer {
             peer: peer.name.to_string(),
+            place: given(peer),
             endpoint: peer.endpoint_learned(),
             is_suspended: peer.is_suspended,
             is_added: peer.origin == Origin::Runtime,
             is_default: overlay.is_default(peer),
-            prefixes: added.remove(&peer.name.key()).unwrap_or_default(),
+            prefixes: added.remove(&peer.name.id()).unwrap_or_default(),
         });
         Self {
             ok: true,
@@ -96,6 +104,7 @@ impl Manifest {
                 .map(|worker| worker.own_port.is_some())
                 .collect(),
             listen: tunnel.settings.listen,
+            public_key: tunnel.config.public_key(),
             tun_offloads: [tun.tcp, tun.udp],
             udp_offloads: [udp.segment, udp.gro],
             without: tunnel.config.without.clone(),
@@ -122,6 +131,15 @@ impl Manifest {
                 ))
                 .hint("stop the running one and start this one without --takeover"));
             }
+        }
+        if self.public_key.is_some() != config.is_encrypted() {
+            let of = |is_encrypted| if is_encrypted { "encrypted" } else { "plain" };
+            let ours = of(config.is_encrypted());
+            let what = format!("cannot take over: this process is to be {ours}, the running one");
+            let what = format!("{what} is {}", of(self.public_key.is_some()));
+            return Err(
+                Error::new(what).hint("stop the running one and start this one without --takeover")
+            );
         }
         let queues = self.own_ports.len();
         if usize::from(config.queues) != queues {
@@ -158,6 +176,19 @@ impl Manifest {
         }
     }
 
+    /// Where the peers are, but for those with keys that `overlay` has elsewhere by now.
+    pub fn known(&self, overlay: &Overlay) -> Known {
+        let is_elsewhere = |peer: &&KnownPeer| {
+            let name = parse_name(&peer.peer).ok();
+            let found = name.and_then(|name| overlay.find(&name));
+            found.is_some_and(|(_, found)| found.secure.is_some() && given(found) != peer.place)
+        };
+        let peers = self.peers.iter().filter(|peer| !is_elsewhere(peer));
+        peers
+            .filter_map(|peer| Some((peer.peer.clone(), peer.endpoint?)))
+            .collect()
+    }
+
     /// Adds what operators added to the old process. Their word is the later one:
     /// prefixes that the configuration gives to other peers are taken from these.
     pub fn add_to(&self, overlay: &mut Overlay) {
@@ -171,48 +202,51 @@ impl Manifest {
     }
 }
 
+/// The endpoint that a peer with a key was given.
+fn given(peer: &Peer) -> Option<String> {
+    let place = peer.place.as_ref().filter(|_| peer.secure.is_some());
+    place.map(ToString::to_string)
+}
+
 fn log_left_out(error: &Error) {
     tracing::warn!("left out some of what was added at run time: {error}");
 }
 
 fn add_peer(overlay: &mut Overlay, listen: SocketAddr, peer: &KnownPeer) -> Result<()> {
-    let name = parse_name(&peer.peer)?;
+    let spec = new_peer(&peer.peer, peer.place.as_deref())?;
+    let name = &spec.name;
     // One that is configured by now is what the configuration makes of it, with
     // these prefixes besides; as after a reload.
-    if peer.is_added && overlay.find(&name).is_none() {
-        if let Some(endpoint) = name.literal() {
+    if peer.is_added && overlay.find(name).is_none() {
+        if let Some(endpoint) = spec.endpoint.as_ref().and_then(HostPort::literal) {
             reach::check_endpoint(listen, overlay, endpoint)?;
         }
-        let added = overlay.add_peer(&name, peer.is_default, &[], Origin::Runtime);
+        let added = overlay.add_peer(&spec, peer.is_default, Origin::Runtime);
         match added {
             // Another one takes what no prefix matches now.
             Err(error) if peer.is_default => {
                 log_left_out(&error);
-                overlay.add_peer(&name, false, &[], Origin::Runtime)?;
+                overlay.add_peer(&spec, false, Origin::Runtime)?;
             }
             result => result?,
         }
     }
-    overlay.add_prefixes(&name, &peer.prefixes, Origin::Runtime, true)
+    overlay.add_prefixes(name, &peer.prefixes, Origin::Runtime, true)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::config::parse_peer;
+    use crate::daemon::resolve;
+    use crate::host::link::LinkConfig;
 
     fn overlay(peers: &[&str]) -> Overlay {
         let mut overlay = Overlay::default();
         for peer in peers {
             let spec = parse_peer(peer).unwrap();
-            overlay
-                .add_peer(
-                    &spec.name,
-                    spec.prefixes.is_empty(),
-                    &spec.prefixes,
-                    Origin::Config,
-                )
-                .unwrap();
+            let is_default = spec.prefixes.is_empty();
+            overlay.add_peer(&spec, is_default, Origin::Config).unwrap();
         }
         overlay
     }
@@ -227,6 +261,7 @@ mod tests {
             tun_index: None,
             own_ports: vec![false],
             listen: "0.0.0.0:1".parse().unwrap(),
+            public_key: None,
             tun_offloads: [true; 2],
             udp_offloads: [true; 2],
             without: Vec::new(),
@@ -236,6 +271,7 @@ mod tests {
                 .iter()
                 .map(|(peer, is_added, is_default, prefixes)| KnownPeer {
                     peer: (*peer).into(),
+                    place: None,
                     endpoint: None,
                     is_suspended: false,
                     is_added: *is_added,
@@ -297,8 +333,10 @@ mod tests {
             .peers_by_name()
             .filter(|peer| overlay.is_default(peer));
         assert_eq!(
-            defaults.map(|peer| &peer.name.host).collect::<Vec<_>>(),
-            ["a"]
+            defaults
+                .map(|peer| peer.name.to_string())
+                .collect::<Vec<_>>(),
+            ["a:1"]
         );
     }
 
@@ -311,6 +349,62 @@ mod tests {
         let mut overlay = overlay(&[]);
         manifest(peers).add_to(&mut overlay);
         assert_eq!(shown(&overlay), ["fd01::/64 c:1 runtime"]);
+    }
+
+    /// Also where it roamed to, unless it was configured to be elsewhere meanwhile.
+    #[test]
+    fn a_peer_with_a_key_is_handed_over() {
+        const KEY: &str = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=";
+        let roamed: SocketAddr = "192.0.2.7:1024".parse().unwrap();
+        let mut manifest = manifest(&[(KEY, true, false, &["10.8.0.0/16"])]);
+        manifest.peers[0].place = Some("10.0.0.1:8285".into());
+        manifest.peers[0].endpoint = Some(roamed);
+        for (given, endpoint) in [
+            ("", Some(roamed)),
+            ("@10.0.0.1", Some(roamed)),
+            ("@10.0.0.2:1", "10.0.0.2:1".parse().ok()),
+            ("@far.example", None),
+        ] {
+            let configured = format!("{KEY}{given}=10.9.0.0/16");
+            let configured = (!given.is_empty()).then_some(&configured[..]);
+            let mut overlay = overlay(configured.as_slice());
+            manifest.add_to(&mut overlay);
+            let known = manifest.known(&overlay);
+            resolve::set_known(&mut overlay, &known, "0.0.0.0:1".parse().unwrap());
+            let peer = overlay.peers_by_name().next().unwrap();
+            assert_eq!(peer.name.to_string(), KEY);
+            assert_eq!(peer.endpoint, endpoint, "{given}");
+            assert_eq!(peer.has_roamed(), endpoint == Some(roamed));
+            assert!(
+                shown(&overlay)
+                    .iter()
+                    .any(|route| route.starts_with("10.8"))
+            );
+        }
+    }
+
+    #[test]
+    fn a_plain_tunnel_is_not_taken_over_by_an_encrypted_one() {
+        let mut manifest = manifest(&[]);
+        let settings = Settings {
+            listen: manifest.listen,
+            link: LinkConfig {
+                addresses: Vec::new(),
+                mtu_bytes: 1420,
+                txqueuelen: 1,
+            },
+        };
+        let mut config = Config::default();
+        let check = |manifest: &Manifest, config: &Config| {
+            let checked = manifest.check(config, &settings);
+            checked.map_err(|error| error.to_string())
+        };
+        assert_eq!(check(&manifest, &config), Ok(()));
+        config.private_key_file = Some("key".into());
+        let refused = check(&manifest, &config).unwrap_err();
+        assert!(refused.contains("to be encrypted, the running one is plain"));
+        manifest.public_key = format!("{}=", "A".repeat(43)).parse().ok();
+        assert_eq!(check(&manifest, &config), Ok(()));
     }
 
     #[test]

@@ -1,4 +1,6 @@
-//! How the allocator gives memory back.
+//! What becomes of memory: how the allocator gives it back, and who may see it.
+
+use nix::sys::prctl::set_dumpable;
 
 /// Has large blocks go back to the kernel whenever they are freed: answers to
 /// operators, tables, configuration files.
@@ -15,5 +17,14 @@ pub fn give_back_large_blocks() {
         if !is_set {
             tracing::debug!("mallopt(M_MMAP_THRESHOLD) was refused");
         }
+    }
+}
+
+/// Keeps keys out of core dumps, and from other processes of the same user (ptrace(2),
+/// `/proc/PID/mem`). It covers all memory, wherever keys are copied to, so no range needs
+/// `MADV_DONTDUMP` of its own; and it needs no right that could be missing.
+pub fn hide() {
+    if let Err(errno) = set_dumpable(false) {
+        tracing::warn!("cannot keep keys out of core dumps: {}", errno.desc());
     }
 }

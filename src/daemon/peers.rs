@@ -5,6 +5,7 @@ mod last_seen;
 mod path;
 mod ports;
 mod probes;
+mod roaming;
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -47,6 +48,8 @@ struct PeerState {
     is_path_used: bool,
     /// `None` until its path is checked.
     path: Option<PeerPath>,
+    /// Where it is, as this thread and its sessions agreed last.
+    agreed_endpoint: Option<SocketAddr>,
 }
 
 impl PeerState {
@@ -61,6 +64,7 @@ impl PeerState {
             },
             is_path_used: false,
             path: None,
+            agreed_endpoint: None,
         }
     }
 }
@@ -111,10 +115,9 @@ impl Peers {
             let state = same.unwrap_or_else(|| PeerState::new(peer, now));
             self.states.insert(hop, state);
         }
-        let names = self.overlay.peers().map(|(_, peer)| &peer.name);
-        self.names
-            .watch(names.filter(|name| name.literal().is_none()), now);
+        self.names.watch(self.overlay.dns_names(), now);
         self.names.tick(now);
+        self.follow_endpoints(now);
     }
 
     /// Asks for all peers' names anew.
@@ -142,30 +145,37 @@ impl Peers {
         check: impl FnMut(&Overlay, SocketAddr) -> Result<()>,
     ) {
         let (overlay, names) = (&mut self.overlay, &mut self.names);
-        let hop = overlay.find(&answer.name).map(|(hop, _)| hop);
-        let mut state = hop.and_then(|hop| self.states.get_mut(&hop));
-        let silent_since = state
-            .as_ref()
-            .and_then(|state| state.last_seen.silent_since);
-        let is_silent = silent_since.is_some_and(|since| now - since >= SILENCE_MIN);
-        let taken = resolve::take_answer(overlay, names, answer, is_silent, check);
-        match taken {
-            Some((_, Err(error))) => self.log_unusable(&error, now),
-            Some((name, Ok((old, new)))) if old != Some(new) => {
-                self.has_changed = true;
-                if let Some(state) = &mut state {
-                    // It has had no time to answer from there.
-                    state.last_seen.silent_since = None;
-                }
-                if !self.log.admits(now) {
-                    return;
-                }
-                match old {
-                    Some(old) => tracing::info!("peer {name} has moved from {old} to {new}"),
-                    None => tracing::info!("peer {name} is {new}"),
-                }
+        let states = &self.states;
+        let silence = |state: &PeerState| state.last_seen.silence(now);
+        let is_silent = |hop| {
+            states
+                .get(&hop)
+                .is_some_and(|it| silence(it) >= SILENCE_MIN)
+        };
+        for (hop, result) in resolve::take_answer(overlay, names, answer, is_silent, check) {
+            match result {
+                Err(error) => self.log_unusable(&error, now),
+                Ok((old, new)) if old != Some(new) => self.note_move(hop, old, new, now),
+                Ok(_) => {}
             }
-            _ => {}
+        }
+        self.follow_endpoints(now);
+    }
+
+    /// A peer's name leads elsewhere than before.
+    fn note_move(&mut self, hop: NextHop, old: Option<SocketAddr>, new: SocketAddr, now: Instant) {
+        self.has_changed = true;
+        if let Some(state) = self.states.get_mut(&hop) {
+            // It has had no time to answer from there.
+            state.last_seen.silent_since = None;
+        }
+        let Some(Peer { name, .. }) = self.overlay.peer(hop).filter(|_| self.log.admits(now))
+        else {
+            return;
+        };
+        match old {
+            Some(old) => tracing::info!("peer {name} has moved from {old} to {new}"),
+            None => tracing::info!("peer {name} is {new}"),
         }
     }
 
@@ -182,6 +192,7 @@ impl Peers {
         let now = Instant::now();
         self.probe_budget = PROBES_MAX;
         self.poll_traffic(now);
+        self.follow_endpoints(now);
         self.poll_path_probes(now);
         self.take_turns(|peers, hop| {
             let checked = peers.check_path(hop, listen, host, now);
@@ -199,13 +210,17 @@ impl Peers {
             };
             let traffic = state.last_seen.poll(peer, &mut self.log, now);
             state.is_path_used |= traffic.sent;
-            if traffic.received {
-                self.names.note_traffic(&peer.name);
-            } else if let Some(since) = state.last_seen.silent_since {
-                self.names.note_silence(&peer.name, now - since, now);
+            let silence = state.last_seen.silence(now);
+            match peer.dns_name() {
+                Some(name) if traffic.received => self.names.note_traffic(name),
+                Some(name) => self.names.note_silence(name, silence, now),
+                None => {}
             }
-            state.ports.follow(peer, now);
-            learned.extend(state.ports.poll(peer, traffic, now).map(|port| (hop, port)));
+            // A peer with a key is known by that, and roams.
+            if peer.secure.is_none() {
+                state.ports.follow(peer, now);
+                learned.extend(state.ports.poll(peer, traffic, now).map(|port| (hop, port)));
+            }
         }
         self.names.tick(now);
         for (hop, port) in learned {
@@ -250,29 +265,35 @@ mod tests {
     use crossbeam_channel::Sender;
 
     use super::*;
-    use crate::config::PeerName;
+    use crate::config::{HostPort, PeerName, PeerSpec};
     use crate::log::captured;
     use crate::routing::overlay::Origin;
 
-    fn name() -> PeerName {
-        PeerName {
-            host: "far".into(),
-            port: 8285,
-        }
+    fn name() -> HostPort {
+        place("far", 8285)
+    }
+
+    fn place(host: &str, port: u16) -> HostPort {
+        let host = host.into();
+        HostPort { host, port }
+    }
+
+    fn spec(place: HostPort) -> PeerSpec {
+        PeerSpec::new(PeerName::Host(place.clone()), Some(place))
     }
 
     fn overlay() -> Overlay {
         let mut overlay = Overlay::default();
         overlay.count_for(1);
         overlay
-            .add_peer(&name(), true, &[], Origin::Config)
+            .add_peer(&spec(name()), true, Origin::Config)
             .unwrap();
         overlay.set_endpoint(0, "10.0.0.2:8285".parse().ok());
         overlay
     }
 
     /// One peer, whose name resolves; what is asked for, and where answers go.
-    fn peers(now: Instant) -> (Peers, Receiver<PeerName>, Sender<Lookup>) {
+    fn peers(now: Instant) -> (Peers, Receiver<HostPort>, Sender<Lookup>) {
         let (mut names, asked, answers) = Names::without_threads();
         names.watch([name()].iter(), now);
         names.tick(now);
@@ -342,15 +363,10 @@ mod tests {
         let now = Instant::now();
         let (mut peers, ..) = peers(now);
         for number in 1..3000u32 {
-            let name = PeerName {
-                host: format!("peer{number}"),
-                port: 1,
-            };
-            let prefix = ipnet::IpNet::from(std::net::IpAddr::V4(number.into()));
-            peers
-                .overlay
-                .add_peer(&name, false, &[prefix], Origin::Runtime)
-                .unwrap();
+            let mut spec = spec(place(&format!("peer{number}"), 1));
+            spec.prefixes = vec![std::net::IpAddr::V4(number.into()).into()];
+            let added = peers.overlay.add_peer(&spec, false, Origin::Runtime);
+            added.unwrap();
         }
         let mut all = BTreeSet::new();
         for _ in 0..6 {

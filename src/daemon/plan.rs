@@ -8,16 +8,16 @@ use ipnet::IpNet;
 
 use super::reach;
 use super::settings::Settings;
-use crate::config::{Config, PeerName};
+use crate::config::{Config, HostPort, PeerName};
 use crate::error::{Error, Result};
 use crate::host::link;
 use crate::host::netlink::Netlink;
 use crate::routing::dns;
 use crate::routing::overlay::Overlay;
 
-/// Named peers whose addresses cannot be used, and why: their names are to be
-/// asked for again.
-pub type SetAside = Vec<(PeerName, Error)>;
+/// Names of peers whose addresses cannot be used, and why: they are to be asked for
+/// again.
+pub type SetAside = Vec<(HostPort, Error)>;
 
 /// See the module's documentation.
 pub struct Plan {
@@ -89,26 +89,28 @@ impl Plan {
         })
     }
 
-    /// Checks the addresses that peers are sent to. That of a name counts as none if
-    /// it fails.
+    /// Checks the addresses that peers are sent to. One that a peer was not given counts
+    /// as none if it fails.
     fn set_aside(
         &mut self,
         mut check: impl FnMut(&Overlay, &PeerName, SocketAddr) -> Result<()>,
     ) -> Result<SetAside> {
         let peers = self.overlay.peers();
-        let resolved = peers
-            .filter_map(|(hop, peer)| Some((hop, peer.name.clone(), peer.endpoint_learned()?)));
+        let resolved = peers.filter_map(|(hop, peer)| Some((hop, peer.endpoint_learned()?)));
         let mut aside = Vec::new();
-        for (hop, name, endpoint) in resolved.collect::<Vec<_>>() {
-            let Err(error) = check(&self.overlay, &name, endpoint) else {
+        for (hop, endpoint) in resolved.collect::<Vec<_>>() {
+            let Some(peer) = self.overlay.peer(hop) else {
                 continue;
             };
-            if name.literal().is_some() {
+            let Err(error) = check(&self.overlay, &peer.name, endpoint) else {
+                continue;
+            };
+            if peer.was_given(endpoint) {
                 return Err(error);
             }
+            let error = dns::cannot_use(&peer.name, &error);
+            aside.extend(peer.dns_name().cloned().map(|name| (name, error)));
             self.overlay.set_endpoint(hop, None);
-            let error = dns::cannot_use(&name, &error);
-            aside.push((name, error));
         }
         Ok(aside)
     }

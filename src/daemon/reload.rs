@@ -34,6 +34,10 @@ fn try_to_reload(tunnel: &mut Tunnel) -> Result<(Reloaded, String)> {
             .hint("start fastvpn with --config FILE, or use `fastvpn peer` and `route`"));
     }
     let new = old.reread()?;
+    if new.is_encrypted() != old.is_encrypted() {
+        let what = "a tunnel that runs cannot become encrypted, or cease to be";
+        return Err(Error::new(what).hint("start it again"));
+    }
     let mut overlay = tunnel.peers.overlay.clone();
     let changes = overlay.configure(&new.peers)?;
     // What the file leaves open follows from its own peers, also from those
@@ -49,6 +53,7 @@ fn try_to_reload(tunnel: &mut Tunnel) -> Result<(Reloaded, String)> {
         ("hop", new.hop != old.hop),
         ("no-routes", new.no_routes != old.no_routes),
         ("route", new.routes != old.routes),
+        ("private-key", new.private_key != old.private_key),
     ];
     let differing = settings_changed.iter().filter(|(_, differs)| *differs);
     // One that is written and in force already is no other.
@@ -85,5 +90,6 @@ pub fn to_changed(changes: &Changes) -> Changed {
         prefixes_removed: changes.prefixes_removed,
         peers_added: changes.peers_added,
         peers_removed: changes.peers_removed,
+        peers_changed: changes.peers_changed,
     }
 }

@@ -11,15 +11,17 @@ use super::reload::{reload, to_changed};
 use super::settings::check_ipv6_mtu;
 use super::tunnel::Tunnel;
 use super::{announce, reach};
-use crate::config::{PeerName, check_prefix, parse_peer_name};
+use crate::config::{
+    HostPort, PeerName, PeerSpec, check_mode, check_prefix, parse_host_port, parse_peer_name,
+};
 use crate::control::credentials::Asker;
 use crate::control::protocol::{
-    Answer, Found, PeerStatus, Peers, Request, RouteEntry, Routes, Status,
+    Answer, Found, PeerStatus, Peers, Request, RouteEntry, Routes, Status, WireGuardStatus,
 };
 use crate::counters::{PeerCounters, Snapshot};
 use crate::error::{Error, Result, shortened};
 use crate::packet::batch::NextHop;
-use crate::routing::overlay::{Changes, Origin, Overlay, Peer};
+use crate::routing::overlay::{Changes, Origin, Overlay, Peer, Secure};
 
 /// Whether a request changes nothing.
 pub fn is_question(request: &Request) -> bool {
@@ -54,14 +56,20 @@ pub fn answer(tunnel: &mut Tunnel, request: Request, asker: Asker) -> Result<Ans
             prefixes.iter().try_for_each(check_prefix)?;
             changed(tunnel, asker, |overlay| overlay.remove_prefixes(&prefixes))
         }
-        Request::PeerAdd { peer, prefixes } => {
-            let name = parse_name(&peer)?;
-            if let Some(endpoint) = name.literal() {
+        Request::PeerAdd {
+            peer,
+            endpoint,
+            prefixes,
+        } => {
+            let mut spec = new_peer(&peer, endpoint.as_deref())?;
+            check_mode(&spec.name, tunnel.config.is_encrypted())?;
+            if let Some(endpoint) = spec.endpoint.as_ref().and_then(HostPort::literal) {
                 reach::check_endpoint(tunnel.settings.listen, &tunnel.peers.overlay, endpoint)?;
             }
             check_new_prefixes(tunnel, &prefixes)?;
+            spec.prefixes = prefixes;
             changed(tunnel, asker, |overlay| {
-                overlay.add_peer(&name, prefixes.is_empty(), &prefixes, Origin::Runtime)
+                overlay.add_peer(&spec, spec.prefixes.is_empty(), Origin::Runtime)
             })
         }
         Request::PeerDel { peer } => {
@@ -100,11 +108,35 @@ fn route_to(overlay: &Overlay, address: IpAddr) -> Result<Answer> {
 /// # Errors
 /// When it is none.
 pub fn parse_name(text: &str) -> Result<PeerName> {
-    parse_peer_name(text).map_err(|error| {
-        // Escapes are longer than what they stand for.
-        let quoted = format!("{:?}", shortened(text));
-        Error::new(format!("{} is not a peer: {error}", shortened(&quoted)))
-    })
+    parse_peer_name(text).map_err(|error| not_this(text, "a peer", &error))
+}
+
+/// A peer that is to be added: a plain one by where it is, one with a key by that, with
+/// the endpoint if it has one.
+///
+/// # Errors
+/// When one of the texts is not what it should be.
+pub fn new_peer(peer: &str, endpoint: Option<&str>) -> Result<PeerSpec> {
+    let name = parse_name(peer)?;
+    let given = endpoint.map(|text| match parse_host_port(text) {
+        Ok(place) => Ok(place),
+        Err(error) => Err(not_this(text, "an endpoint", &error)),
+    });
+    let endpoint = match (&name, given.transpose()?) {
+        (PeerName::Host(place), None) => Some(place.clone()),
+        (PeerName::Key(_), given) => given,
+        (PeerName::Host(_), Some(_)) => {
+            let what = format!("peer {name} has no key, and is its endpoint by itself");
+            return Err(Error::new(what));
+        }
+    };
+    Ok(PeerSpec::new(name, endpoint))
+}
+
+fn not_this(text: &str, what: &str, error: &str) -> Error {
+    // Escapes are longer than what they stand for.
+    let quoted = format!("{:?}", shortened(text));
+    Error::new(format!("{} is not {what}: {error}", shortened(&quoted)))
 }
 
 /// Makes a change to the overlay, all of it or nothing.
@@ -157,6 +189,7 @@ fn status(tunnel: &mut Tunnel) -> Status {
         mtu_bytes: link.map_or(settings.link.mtu_bytes, |link| link.mtu),
         listen: settings.listen.to_string(),
         own_ports: tunnel.workers.own_ports(),
+        public_key: config.public_key().map(|key| key.to_string()),
         engine: tunnel.workers.engine().into(),
         offloads: announce::offloads(&tunnel.workers),
         hop: config.hop,
@@ -206,6 +239,7 @@ fn peer_status(tunnel: &Tunnel, hop: NextHop, peer: &Peer, prefixes: Option<usiz
     let proven = proven.filter(|worker| worker.is_own_port_proven());
     PeerStatus {
         peer: peer.name.to_string(),
+        wireguard: peer.secure.as_ref().map(wireguard_status),
         endpoint: peer.endpoint_learned(),
         seen_port: peer.learned_port.or_else(|| peers.seen_port(hop)),
         own_ports_proven: proven.count(),
@@ -220,6 +254,15 @@ fn peer_status(tunnel: &Tunnel, hop: NextHop, peer: &Peer, prefixes: Option<usiz
         bytes_received: sum(|worker| worker.bytes_received.get()),
         last_seen_seconds: last_seen.map(|at| (now - at).as_secs()),
         drops,
+    }
+}
+
+fn wireguard_status(secure: &Secure) -> WireGuardStatus {
+    let keepalive = secure.persistent_keepalive;
+    WireGuardStatus {
+        has_preshared_key: secure.preshared_key.is_set(),
+        persistent_keepalive_seconds: keepalive.map(|every| every.as_secs()),
+        latest_handshake_seconds: None,
     }
 }
 

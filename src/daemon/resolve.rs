@@ -6,8 +6,9 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use super::reach;
-use crate::config::PeerName;
+use crate::config::{HostPort, PeerName};
 use crate::error::{Error, Result};
+use crate::packet::batch::NextHop;
 use crate::routing::dns::{self, Lookup, Names};
 use crate::routing::overlay::{Overlay, Peer};
 
@@ -15,7 +16,7 @@ use crate::routing::overlay::{Overlay, Peer};
 /// waited for while the tunnel runs.
 const NAMES_WAIT_MAX: Duration = Duration::from_secs(5);
 
-/// Addresses of peers by name, `HOST:PORT`, that an old process knows.
+/// Addresses of peers by name, as an old process knows them.
 pub type Known = HashMap<String, SocketAddr>;
 
 /// Gives peers that have no address yet theirs, as far as names resolve within
@@ -24,12 +25,11 @@ pub type Known = HashMap<String, SocketAddr>;
 /// sockets on `listen`, is as good as none.
 pub fn resolve_now(overlay: &mut Overlay, names: &mut Names, listen: SocketAddr) -> Vec<Error> {
     let now = Instant::now();
-    let all = overlay.peers().map(|(_, peer)| &peer.name);
-    names.watch(all.filter(|name| name.literal().is_none()), now);
-    let mut waiting: HashSet<PeerName> = overlay
-        .peers_by_name()
-        .filter(|peer| peer.endpoint.is_none() && names.is_expected(&peer.name, now))
-        .map(|peer| peer.name.clone())
+    names.watch(overlay.dns_names(), now);
+    let mut waiting: HashSet<HostPort> = unresolved(overlay)
+        .filter_map(Peer::dns_name)
+        .filter(|name| names.is_expected(name, now))
+        .cloned()
         .collect();
     let mut failed = HashMap::new();
     let deadline = now + NAMES_WAIT_MAX;
@@ -43,74 +43,103 @@ pub fn resolve_now(overlay: &mut Overlay, names: &mut Names, listen: SocketAddr)
         // of those that are still to come.
         waiting.remove(&answer.name);
         let check = |overlay: &Overlay, peer| reach::check_endpoint(listen, overlay, peer);
-        if let Some((name, Err(error))) = take_answer(overlay, names, answer, false, check) {
-            failed.insert(name, error);
+        for (hop, result) in take_answer(overlay, names, answer, |_| false, check) {
+            if let Err(error) = result {
+                failed.insert(hop, error);
+            }
         }
     }
-    let unresolved = overlay
+    let mut reasons = Vec::new();
+    for peer in unresolved(overlay) {
+        let hop = overlay.find(&peer.name).map(|(hop, _)| hop);
+        reasons.extend(match peer.dns_name() {
+            Some(name) if waiting.contains(name) => Some(no_answer_yet(name)),
+            _ => hop.and_then(|hop| failed.remove(&hop)),
+        });
+    }
+    reasons
+}
+
+/// The peers without an address, in the order of their names.
+fn unresolved(overlay: &Overlay) -> impl Iterator<Item = &Peer> {
+    overlay
         .peers_by_name()
-        .filter(|peer| peer.endpoint.is_none());
-    let reasons = unresolved.filter_map(|Peer { name, .. }| match waiting.contains(name) {
-        true => Some(no_answer_yet(name)),
-        false => failed.remove(name),
-    });
-    reasons.collect()
+        .filter(|peer| peer.endpoint.is_none())
 }
 
 /// A peer's address before and after an answer.
 type Moved = (Option<SocketAddr>, SocketAddr);
 
-/// Gives a peer the best of the addresses in an answer that `check` lets pass; another
-/// one than it has, if it `is_silent` there.
-/// Addresses that cannot be the peer's are as good as none: the name is asked for
-/// again until it has another. `None`: nobody wants to know any more.
+/// Gives peers the best of the addresses in an answer about their name that `check` lets
+/// pass; another one than it has, if it `is_silent` there. One that has called from
+/// elsewhere stays there until then.
+/// Addresses that cannot be a peer's are as good as none: the name is asked for
+/// again until it has another. Nothing comes of it if nobody wants to know any more.
 pub fn take_answer(
     overlay: &mut Overlay,
     names: &mut Names,
     answer: Lookup,
-    is_silent: bool,
+    is_silent: impl Fn(NextHop) -> bool,
     mut check: impl FnMut(&Overlay, SocketAddr) -> Result<()>,
-) -> Option<(PeerName, Result<Moved>)> {
+) -> Vec<(NextHop, Result<Moved>)> {
     let Lookup { name, result } = answer;
     // There is room for another one.
     names.tick(Instant::now());
-    let (hop, peer) = overlay.find(&name)?;
-    let old = peer.endpoint;
-    let result = result.and_then(|addresses| {
-        let addresses = dns::in_order(addresses, old, is_silent);
-        dns::first_usable(&name, addresses, |endpoint| check(overlay, endpoint))
-    });
-    if !names.note_answer(&name, result.is_ok(), Instant::now()) {
-        return None;
+    let mut taken = Vec::new();
+    for hop in overlay.placed_at(&name) {
+        let Some(peer) = overlay.peer(hop) else {
+            continue;
+        };
+        let (old, is_silent) = (peer.endpoint, is_silent(hop));
+        let found = match (&result, old) {
+            (_, Some(old)) if peer.has_roamed() && !is_silent => Ok(old),
+            (Ok(addresses), _) => {
+                let addresses = dns::in_order(addresses.clone(), old, is_silent);
+                dns::first_usable(&peer.name, addresses, |endpoint| check(overlay, endpoint))
+            }
+            (Err(error), _) => Err(Error::new(error.to_string())),
+        };
+        taken.push((hop, found.map(|new| (old, new))));
     }
-    if let Ok(endpoint) = &result {
-        overlay.set_endpoint(hop, Some(*endpoint));
+    let is_good = taken.iter().all(|(_, result)| result.is_ok());
+    if !names.note_answer(&name, is_good, Instant::now()) {
+        return Vec::new();
     }
-    Some((name, result.map(|new| (old, new))))
+    for (hop, result) in &taken {
+        if let Ok((_, endpoint)) = result {
+            overlay.set_endpoint(*hop, Some(*endpoint));
+        }
+    }
+    taken
 }
 
-fn no_answer_yet(name: &PeerName) -> Error {
+fn no_answer_yet(name: &HostPort) -> Error {
     Error::new(format!("cannot resolve peer {}: no answer yet", name.host))
         .hint("check the name, or give the address")
 }
 
-/// Gives peers the addresses that are known already. Their names are asked for
+/// Gives peers the addresses that are known already: those with keys also in place of what
+/// they were given, as that is where they were last seen. Their names are asked for
 /// all the same, but nobody waits for the answers.
 pub fn set_known(overlay: &mut Overlay, known: &Known, listen: SocketAddr) {
     let found: Vec<_> = overlay
         .peers()
-        .filter(|(_, peer)| peer.endpoint.is_none())
+        .filter(|(_, peer)| peer.endpoint.is_none() || peer.secure.is_some())
         .filter_map(|(hop, peer)| {
             let endpoint = *known.get(&peer.name.to_string())?;
-            Some((hop, peer.name.port, endpoint))
+            Some((hop, peer.name.clone(), endpoint))
         })
         .filter(|(.., endpoint)| !overlay.leads_back(listen, *endpoint))
         .collect();
-    for (hop, port, endpoint) in found {
+    for (hop, name, endpoint) in found {
+        let PeerName::Host(place) = name else {
+            overlay.set_roamed(hop, endpoint);
+            continue;
+        };
         let mut configured = endpoint;
-        configured.set_port(port);
+        configured.set_port(place.port);
         overlay.set_endpoint(hop, Some(configured));
-        if port != endpoint.port() {
+        if configured != endpoint {
             overlay.set_learned_port(hop, Some(endpoint.port()));
         }
     }
@@ -121,16 +150,20 @@ mod tests {
     use std::net::{IpAddr, Ipv6Addr};
 
     use super::*;
-    use crate::config::DEFAULT_PORT;
+    use crate::config::{DEFAULT_PORT, PeerSpec};
     use crate::routing::overlay::Origin;
 
     const ANY: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), DEFAULT_PORT);
 
-    fn name(host: &str) -> PeerName {
-        PeerName {
+    fn name(host: &str) -> HostPort {
+        HostPort {
             host: host.to_string(),
             port: 8285,
         }
+    }
+
+    fn spec(host: &str) -> PeerSpec {
+        PeerSpec::new(PeerName::Host(name(host)), Some(name(host)))
     }
 
     /// An overlay with peers of these names.
@@ -138,15 +171,19 @@ mod tests {
         let mut overlay = Overlay::default();
         for (host, number) in hosts.iter().zip(0..) {
             let prefix = ipnet::IpNet::from(std::net::IpAddr::from([10, 0, 0, number]));
-            overlay
-                .add_peer(&name(host), false, &[prefix], Origin::Config)
-                .unwrap();
+            let mut spec = spec(host);
+            spec.prefixes = vec![prefix];
+            overlay.add_peer(&spec, false, Origin::Config).unwrap();
         }
         overlay
     }
 
     fn endpoint(overlay: &Overlay, host: &str) -> Option<SocketAddr> {
-        overlay.find(&name(host)).unwrap().1.endpoint
+        overlay
+            .find(&PeerName::Host(name(host)))
+            .unwrap()
+            .1
+            .endpoint
     }
 
     fn answer(host: &str, address: Option<&str>) -> Lookup {
@@ -246,7 +283,7 @@ mod tests {
         assert_eq!(asked.try_iter().count(), 0);
         // One that is new is.
         overlay
-            .add_peer(&name("new"), true, &[], Origin::Runtime)
+            .add_peer(&spec("new"), true, Origin::Runtime)
             .unwrap();
         answers.send(answer("new", Some("10.1.0.3:8285"))).unwrap();
         assert!(resolve_now(&mut overlay, &mut names, ANY).is_empty());
@@ -265,10 +302,8 @@ mod tests {
         let both = [name("answered"), name("due")];
         names.watch(both.iter(), Instant::now());
         let answer = answer("answered", Some("10.1.0.1:8285"));
-        take_answer(&mut overlay, &mut names, answer, false, |_, _| Ok(()))
-            .unwrap()
-            .1
-            .unwrap();
+        let taken = take_answer(&mut overlay, &mut names, answer, |_| false, |_, _| Ok(()));
+        assert!(taken[0].1.is_ok());
         assert_eq!(asked.try_iter().collect::<Vec<_>>(), [name("due")]);
     }
 

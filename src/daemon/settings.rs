@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 
 use ipnet::{IpNet, Ipv4Net};
 
-use crate::config::{Config, DEFAULT_PORT, PeerSpec};
+use crate::config::{Config, DEFAULT_PORT, HostPort, PeerSpec};
 use crate::error::{Error, Result};
 use crate::host::link::{self, IPV4_MTU_BYTES_MIN, IPV6_MTU_BYTES_MIN, LinkConfig};
 use crate::host::netlink::Netlink;
@@ -106,7 +106,7 @@ fn link_config(
     };
     let mtu_bytes = match mtu_bytes {
         Some(given) => given,
-        None => tunnel_mtu_bytes(listen, paths)?,
+        None => tunnel_mtu_bytes(config.mode(), listen, paths)?,
     };
     let inside = addresses.iter().chain(&config.routes).copied();
     check_ipv6_mtu(mtu_bytes, inside.chain(prefixes))?;
@@ -124,7 +124,10 @@ pub(crate) fn listen_address(config: &Config, endpoints: &[SocketAddr]) -> Socke
     if let Some(listen) = config.listen {
         return listen;
     }
-    let is_v4 = |peer: &PeerSpec| peer.name.literal().is_some_and(|peer| peer.is_ipv4());
+    let is_v4 = |peer: &PeerSpec| {
+        let literal = peer.endpoint.as_ref().and_then(HostPort::literal);
+        literal.is_some_and(|endpoint| endpoint.is_ipv4())
+    };
     let may_be_v6 = config.peers.is_empty() || !config.peers.iter().all(is_v4);
     // A host without IPv6 still has its IPv4 peers.
     let is_dual_stack = endpoints.iter().any(SocketAddr::is_ipv6)
@@ -160,10 +163,10 @@ fn derived_address(paths: &[(SocketAddr, Path)]) -> Result<Ipv4Net> {
 }
 
 /// As large as the smallest path lets the TUN device's MTU be.
-fn tunnel_mtu_bytes(listen: SocketAddr, paths: &[(SocketAddr, Path)]) -> Result<u32> {
-    let of_path = |(peer, path): &(SocketAddr, Path)| default_mtu_bytes(*path, peer.ip());
+fn tunnel_mtu_bytes(mode: Mode, listen: SocketAddr, paths: &[(SocketAddr, Path)]) -> Result<u32> {
+    let of_path = |(peer, path): &(SocketAddr, Path)| default_mtu_bytes(mode, *path, peer.ip());
     let Some(smallest) = paths.iter().min_by_key(|path| of_path(path)) else {
-        return Ok(path::MTU_BYTES_DEFAULT - Mode::Plain.overhead_bytes(listen.ip()));
+        return Ok(path::MTU_BYTES_DEFAULT - overhead_bytes(mode, listen.ip()));
     };
     let mtu_bytes = of_path(smallest);
     if mtu_bytes < IPV4_MTU_BYTES_MIN {
@@ -223,11 +226,20 @@ fn paths(
     }
 }
 
+/// Bytes that datagrams to `peer` take besides the packet inside. A peer with a key may
+/// roam from IPv4 to IPv6, so that IPv6's are left in any case, as by wg-quick(8).
+fn overhead_bytes(mode: Mode, peer: IpAddr) -> u32 {
+    match mode {
+        Mode::Plain => mode.overhead_bytes(peer),
+        Mode::WireGuard => mode.overhead_bytes(Ipv6Addr::UNSPECIFIED.into()),
+    }
+}
+
 /// The TUN device's MTU on this path to `peer`.
-pub(crate) fn default_mtu_bytes(path: Path, peer: IpAddr) -> u32 {
+pub(crate) fn default_mtu_bytes(mode: Mode, path: Path, peer: IpAddr) -> u32 {
     // A loopback path has 65536: no datagram is that long.
     let datagram_bytes_max = path.mtu_bytes.min(65535);
-    datagram_bytes_max.saturating_sub(Mode::Plain.overhead_bytes(peer))
+    datagram_bytes_max.saturating_sub(overhead_bytes(mode, peer))
 }
 
 #[cfg(test)]

@@ -11,7 +11,9 @@ fn config(flags: &str) -> Result<Config> {
 fn at_start(flags: &str) -> Result<(Settings, Vec<Error>)> {
     let config = config(flags)?;
     let peers = config.peers.iter();
-    let resolved: Vec<SocketAddr> = peers.filter_map(|peer| peer.name.literal()).collect();
+    let resolved: Vec<SocketAddr> = peers
+        .filter_map(|peer| peer.endpoint.as_ref()?.literal())
+        .collect();
     let prefixes = config.peers.iter().flat_map(|peer| peer.prefixes.clone());
     Settings::at_start(&config, &resolved, prefixes, &mut Netlink::open()?)
 }

@@ -14,7 +14,7 @@ use super::resolve;
 use super::settings::{Settings, endpoints};
 use super::tunnel::Tunnel;
 use super::workers::Claimed;
-use crate::config::{Config, DEFAULT_PORT, Feature, PeerSpec};
+use crate::config::{Config, DEFAULT_PORT, Feature};
 use crate::control::server::Server;
 use crate::error::{Error, Result};
 use crate::host::netlink::Netlink;
@@ -25,7 +25,6 @@ use crate::io::udp::{self, UdpOffloads};
 use crate::packet::coalesce::TunOffloads;
 use crate::routing::dns::Names;
 use crate::routing::overlay::{Origin, Overlay};
-use crate::wire::Mode;
 
 /// How long, and how often, a killed old process's port and device are waited
 /// for. Longer than the kernel takes, and short enough after a typing error.
@@ -147,15 +146,14 @@ fn overlay(
     let any = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), DEFAULT_PORT);
     let listen = config.listen.unwrap_or(any);
     let mut overlay = Overlay::default();
-    for PeerSpec { name, prefixes } in &config.peers {
-        overlay.add_peer(name, prefixes.is_empty(), prefixes, Origin::Config)?;
+    for spec in &config.peers {
+        overlay.add_peer(spec, spec.prefixes.is_empty(), Origin::Config)?;
     }
     overlay.set_own_addresses(own);
     if let Some(old) = old {
         old.add_to(&mut overlay);
-        let known = old.peers.iter();
-        let known = known.filter_map(|peer| Some((peer.peer.clone(), peer.endpoint?)));
-        resolve::set_known(&mut overlay, &known.collect(), listen);
+        let known = old.known(&overlay);
+        resolve::set_known(&mut overlay, &known, listen);
     }
     Ok((overlay, listen))
 }
@@ -275,7 +273,7 @@ fn claim_now(config: &Config, settings: &Settings, netlink: &mut Netlink) -> Res
         tcp: config.uses(Feature::Tso),
         udp: config.uses(Feature::Uso),
     };
-    let sockets = udp::open(settings.listen, config.queues, udp_wanted, Mode::Plain)?;
+    let sockets = udp::open(settings.listen, config.queues, udp_wanted, config.mode())?;
     let device = tun::create(&config.tun, config.queues, tun_wanted)?;
     Ok(Claimed { sockets, device })
 }

@@ -15,10 +15,8 @@ fn net(text: &str) -> IpNet {
     text.parse().unwrap()
 }
 
-fn add(overlay: &mut Overlay, PeerSpec { name, prefixes }: &PeerSpec) {
-    overlay
-        .add_peer(name, false, prefixes, Origin::Runtime)
-        .unwrap();
+fn add(overlay: &mut Overlay, spec: &PeerSpec) {
+    overlay.add_peer(spec, false, Origin::Runtime).unwrap();
 }
 
 /// A tunnel in this thread's namespace, as it is after a start.

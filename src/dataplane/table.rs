@@ -94,9 +94,10 @@ impl Table {
         addresses: TunnelAddresses,
         is_hop: bool,
     ) -> Self {
-        let endpoints = peers.iter().zip(0..);
-        let senders =
-            endpoints.filter_map(|(peer, next_hop)| Some((peer.endpoint?.ip(), next_hop)));
+        // Of one with a key nothing is taken that does not prove it.
+        let plain = peers.iter().zip(0..);
+        let plain = plain.filter(|(peer, _)| peer.sessions.is_none());
+        let senders = plain.filter_map(|(peer, next_hop)| Some((peer.endpoint?.ip(), next_hop)));
         Self {
             senders: Senders::new(senders),
             peers,

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Sender;
 use crossbeam_channel::{Receiver, unbounded};
 
-use crate::config::PeerName;
+use crate::config::{HostPort, PeerName};
 use crate::error::{Error, Result};
 
 /// Names that are asked for at the same time, each by a thread. The others wait until
@@ -33,7 +33,7 @@ pub(crate) const SILENCE_MIN: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct Lookup {
     /// The peer's name.
-    pub(crate) name: PeerName,
+    pub(crate) name: HostPort,
     /// Its addresses, the best first, or why there are none.
     pub(crate) result: Result<Vec<SocketAddr>>,
 }
@@ -87,12 +87,12 @@ pub(crate) fn cannot_use(name: &PeerName, reason: &Error) -> Error {
 /// The names that are to be resolved again.
 pub struct Names {
     /// Has a name resolved elsewhere, by who keeps the token until it is done.
-    ask: Box<dyn Fn(PeerName, Arc<()>) + Send>,
+    ask: Box<dyn Fn(HostPort, Arc<()>) + Send>,
     /// Each lookup under way has a clone, also one about a name that is not watched any
     /// more: a silent name server holds it up all the same.
     token: Arc<()>,
     answers: Receiver<Lookup>,
-    watched: HashMap<PeerName, Watched>,
+    watched: HashMap<HostPort, Watched>,
 }
 
 /// A name's state.
@@ -116,11 +116,11 @@ impl Watched {
 impl Names {
     /// Names that `resolve` resolves: it may take its time.
     pub(crate) fn new(
-        resolve: impl Fn(&PeerName) -> Result<Vec<SocketAddr>> + Send + Sync + 'static,
+        resolve: impl Fn(&HostPort) -> Result<Vec<SocketAddr>> + Send + Sync + 'static,
     ) -> Self {
         let resolve = Arc::new(resolve);
         let (answer, answers) = unbounded();
-        let ask = move |name: PeerName, token| {
+        let ask = move |name: HostPort, token| {
             let (resolve, sender, asked) = (Arc::clone(&resolve), answer.clone(), name.clone());
             let work = move || {
                 let result = resolve(&asked);
@@ -153,7 +153,7 @@ impl Names {
 
     /// Resolves these names and no others from now on. New ones are asked for at the
     /// next [`Self::tick`].
-    pub(crate) fn watch<'a>(&mut self, names: impl Iterator<Item = &'a PeerName>, now: Instant) {
+    pub(crate) fn watch<'a>(&mut self, names: impl Iterator<Item = &'a HostPort>, now: Instant) {
         let mut old = std::mem::take(&mut self.watched);
         for name in names {
             let watched = old.remove(name).unwrap_or(Watched {
@@ -198,7 +198,7 @@ impl Names {
 
     /// Whether an answer about this name will come: it has been asked for, or
     /// will be at a [`Self::tick`] now.
-    pub(crate) fn is_expected(&self, name: &PeerName, now: Instant) -> bool {
+    pub(crate) fn is_expected(&self, name: &HostPort, now: Instant) -> bool {
         self.watched.get(name).is_some_and(|watched| {
             watched.is_asked || watched.next_at.is_some_and(|next_at| next_at <= now)
         })
@@ -206,7 +206,7 @@ impl Names {
 
     /// The peer of this name has been silent for `silence`, although we send
     /// to it.
-    pub(crate) fn note_silence(&mut self, name: &PeerName, silence: Duration, now: Instant) {
+    pub(crate) fn note_silence(&mut self, name: &HostPort, silence: Duration, now: Instant) {
         if let Some(watched) = self.watched.get_mut(name)
             && silence >= SILENCE_MIN
             && !watched.is_asked
@@ -218,7 +218,7 @@ impl Names {
     }
 
     /// Packets come from the peer of this name.
-    pub(crate) fn note_traffic(&mut self, name: &PeerName) {
+    pub(crate) fn note_traffic(&mut self, name: &HostPort) {
         if let Some(watched) = self.watched.get_mut(name) {
             watched.pause = PAUSE_MIN;
         }
@@ -226,7 +226,7 @@ impl Names {
 
     /// Takes note of an answer. The name is asked for again later if there was
     /// no address that is good. `false`: the name is not watched any more.
-    pub(crate) fn note_answer(&mut self, name: &PeerName, is_good: bool, now: Instant) -> bool {
+    pub(crate) fn note_answer(&mut self, name: &HostPort, is_good: bool, now: Instant) -> bool {
         let Some(watched) = self.watched.get_mut(name) else {
             return false;
         };
@@ -242,7 +242,7 @@ impl Names {
 impl Names {
     /// Names whose threads are the caller: what is asked for, and where the
     /// answers go.
-    pub(crate) fn without_threads() -> (Self, Receiver<PeerName>, Sender<Lookup>) {
+    pub(crate) fn without_threads() -> (Self, Receiver<HostPort>, Sender<Lookup>) {
         let (question, asked) = unbounded();
         let (answer, answers) = unbounded();
         let names = Self {
@@ -263,8 +263,8 @@ mod tests {
 
     use super::*;
 
-    fn name(host: &str) -> PeerName {
-        PeerName {
+    fn name(host: &str) -> HostPort {
+        HostPort {
             host: host.to_string(),
             port: 8285,
         }
@@ -356,12 +356,14 @@ mod tests {
     fn addresses_that_cannot_be_the_peers_are_passed_over() {
         let all: Vec<SocketAddr> = (1..=3u8).map(|last| ([10, 0, 0, last], 1).into()).collect();
         let refuse = |address: SocketAddr| Err(Error::new(format!("not {address}")));
-        let found = first_usable(&name("a"), all.clone(), |address| match address == all[1] {
-            true => Ok(()),
-            false => refuse(address),
+        let found = first_usable(&PeerName::Host(name("a")), all.clone(), |address| {
+            match address == all[1] {
+                true => Ok(()),
+                false => refuse(address),
+            }
         });
         assert_eq!(found.unwrap(), all[1]);
-        let none = first_usable(&name("a"), all, refuse)
+        let none = first_usable(&PeerName::Host(name("a")), all, refuse)
             .unwrap_err()
             .to_string();
         assert_eq!(none, "cannot use peer a:8285: not 10.0.0.1:1");
@@ -384,10 +386,10 @@ mod tests {
 
     /// Names that are resolved when the caller says so: what is being asked for, and
     /// where to send for each answer.
-    fn held_names() -> (Names, Receiver<PeerName>, Sender<()>) {
+    fn held_names() -> (Names, Receiver<HostPort>, Sender<()>) {
         let (question, asked) = unbounded();
         let (release, released) = unbounded();
-        let resolve = move |name: &PeerName| {
+        let resolve = move |name: &HostPort| {
             question.send(name.clone()).unwrap();
             let _ = released.recv();
             Err(Error::new("no"))
@@ -442,7 +444,7 @@ mod tests {
     #[test]
     fn threads_answer() {
         let known = SocketAddr::from(([10, 0, 0, 1], 1));
-        let resolve = move |asked: &PeerName| match *asked == name("known") {
+        let resolve = move |asked: &HostPort| match *asked == name("known") {
             true => Ok(vec![known]),
             false => Err(Error::new("unknown")),
         };

@@ -5,6 +5,7 @@
 //! thrown away: so what is in force is always consistent.
 
 mod changes;
+mod peer;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -12,76 +13,18 @@ use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-use crate::config::{PEERS_MAX, PeerName, PeerSpec};
-use crate::counters::PeerCounters;
+use crate::config::{HostPort, PEERS_MAX, PeerId, PeerName, PeerSpec};
 use crate::dataplane::table::{self, Table};
 use crate::error::{Error, Result};
-use crate::packet::batch::{BATCH_BYTES_MAX, NextHop};
+use crate::packet::batch::NextHop;
 use crate::packet::icmp::TunnelAddresses;
 use crate::packet::lpm::{self, Prefixes};
-use crate::wire::Mode;
 
 pub(crate) use changes::Changes;
+pub(crate) use peer::{Origin, Peer, Secure};
 
 /// Most prefixes over all peers: bounds the memory that requests can take.
 pub(crate) const PREFIXES_MAX: usize = 1_000_000;
-
-/// Where a peer or a prefix comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Origin {
-    /// A flag or the configuration file. A reload brings it back or takes it
-    /// away.
-    Config,
-    /// The control socket. A reload leaves it.
-    Runtime,
-}
-
-impl Origin {
-    /// As operators read it.
-    pub(crate) fn as_str(self) -> &'static str {
-        match self {
-            Self::Config => "config",
-            Self::Runtime => "runtime",
-        }
-    }
-}
-
-/// A peer.
-#[derive(Clone, Debug)]
-pub struct Peer {
-    /// Host and port as they were given.
-    pub(crate) name: PeerName,
-    /// Where it comes from.
-    pub(crate) origin: Origin,
-    /// Its address, with the port that it was given; `None` while its name does
-    /// not resolve.
-    pub(crate) endpoint: Option<SocketAddr>,
-    /// The port that it has been seen to send from instead.
-    pub(crate) learned_port: Option<u16>,
-    /// Its route leads through the tunnel itself, so nothing is sent.
-    pub(crate) is_suspended: bool,
-    /// MTU of the path to it in bytes, if it is known.
-    pub(crate) path_mtu_bytes: Option<u32>,
-    /// A router on the path takes less than this host's interface.
-    pub(crate) is_path_narrow: bool,
-    /// What the workers count for it.
-    pub(crate) traffic: Arc<[PeerCounters]>,
-}
-
-impl Peer {
-    /// Its address, with the port that was learned, if one was.
-    pub(crate) fn endpoint_learned(&self) -> Option<SocketAddr> {
-        let mut endpoint = self.endpoint?;
-        let port = self.learned_port.unwrap_or(endpoint.port());
-        endpoint.set_port(port);
-        Some(endpoint)
-    }
-
-    /// Where its datagrams go now, if anywhere.
-    pub(crate) fn endpoint_in_use(&self) -> Option<SocketAddr> {
-        self.endpoint_learned().filter(|_| !self.is_suspended)
-    }
-}
 
 /// Whose a prefix is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,8 +46,8 @@ pub struct Overlay {
     free: BTreeSet<NextHop>,
     /// The one peer that was given no prefixes: it takes what no prefix matches.
     default: Option<NextHop>,
-    /// By [`PeerName::key`].
-    names: BTreeMap<(String, u16), NextHop>,
+    /// By [`PeerName::id`].
+    names: BTreeMap<PeerId, NextHop>,
     prefixes: BTreeMap<IpNet, Owner>,
     /// This host's addresses.
     pub(crate) own: BTreeSet<IpAddr>,
@@ -117,7 +60,7 @@ impl Overlay {
     pub(crate) fn count_for(&mut self, workers: usize) {
         self.workers = workers;
         for peer in self.peers.iter_mut().flatten() {
-            peer.traffic = traffic(workers);
+            peer.count_for(workers);
         }
     }
 
@@ -170,8 +113,25 @@ impl Overlay {
 
     /// The peer of this name.
     pub(crate) fn find(&self, name: &PeerName) -> Option<(NextHop, &Peer)> {
-        let hop = *self.names.get(&name.key())?;
+        let hop = *self.names.get(&name.id())?;
         Some((hop, self.peer(hop)?))
+    }
+
+    /// The peers that are found by this host and port: one plain peer, or any with keys.
+    pub(crate) fn placed_at(&self, place: &HostPort) -> Vec<NextHop> {
+        match self.find(&PeerName::Host(place.clone())) {
+            Some((hop, _)) => vec![hop],
+            None => {
+                let there = |peer: &Peer| peer.place.as_ref() == Some(place);
+                let peers = self.peers().filter(|(_, peer)| there(peer));
+                peers.map(|(hop, _)| hop).collect()
+            }
+        }
+    }
+
+    /// The names that are to be resolved.
+    pub(crate) fn dns_names(&self) -> impl Iterator<Item = &HostPort> {
+        self.peers().filter_map(|(_, peer)| peer.dns_name())
     }
 
     /// The peer with this next hop, if something can be sent to it now.
@@ -187,7 +147,7 @@ impl Overlay {
     }
 
     fn hop_of(&self, name: &PeerName) -> Result<NextHop> {
-        self.names.get(&name.key()).copied().ok_or_else(|| {
+        self.names.get(&name.id()).copied().ok_or_else(|| {
             Error::new(format!("there is no peer {name}")).hint("`fastvpn peers` lists them")
         })
     }
@@ -228,12 +188,12 @@ impl Overlay {
     /// it and another have none, or when there are too many.
     pub(crate) fn add_peer(
         &mut self,
-        name: &PeerName,
+        spec: &PeerSpec,
         is_default: bool,
-        prefixes: &[IpNet],
         origin: Origin,
     ) -> Result<()> {
-        if self.names.contains_key(&name.key()) {
+        let name = &spec.name;
+        if self.names.contains_key(&name.id()) {
             return Err(Error::new(format!("there is a peer {name} already"))
                 .hint("`fastvpn route add` gives it more prefixes"));
         }
@@ -245,34 +205,25 @@ impl Overlay {
         if is_default {
             self.check_default(name)?;
         }
-        let peer = Peer {
-            name: name.clone(),
-            origin,
-            endpoint: name.literal(),
-            learned_port: None,
-            is_suspended: false,
-            path_mtu_bytes: None,
-            is_path_narrow: false,
-            traffic: traffic(self.workers),
-        };
+        let peer = Peer::new(spec, origin, self.workers);
         let hop = self.free.pop_first().unwrap_or_else(|| {
             self.peers.push(None);
             // There are at most PEERS_MAX.
             (self.peers.len() - 1) as NextHop
         });
         self.peers[usize::from(hop)] = Some(peer);
-        self.names.insert(name.key(), hop);
+        self.names.insert(name.id(), hop);
         if is_default {
             self.default = Some(hop);
         }
-        self.add_prefixes(name, prefixes, origin, false)
+        self.add_prefixes(name, &spec.prefixes, origin, false)
     }
 
     /// Makes sure that no other peer takes what no prefix matches.
     fn check_default(&self, name: &PeerName) -> Result<()> {
         match self
             .default_peer()
-            .filter(|other| other.name.key() != name.key())
+            .filter(|other| other.name.id() != name.id())
         {
             None => Ok(()),
             Some(other) => Err(Error::new(format!(
@@ -291,7 +242,7 @@ impl Overlay {
         for name in names {
             let hop = self.hop_of(name)?;
             self.default = self.default.filter(|default| *default != hop);
-            self.names.remove(&name.key());
+            self.names.remove(&name.id());
             self.peers[usize::from(hop)] = None;
             self.free.insert(hop);
         }
@@ -370,10 +321,10 @@ impl Overlay {
 
     /// [`Self::configure`], but half done after an error.
     fn apply(&mut self, specs: &[PeerSpec]) -> Result<()> {
-        let wanted: BTreeSet<_> = specs.iter().map(|spec| spec.name.key()).collect();
+        let wanted: BTreeSet<_> = specs.iter().map(|spec| spec.name.id()).collect();
         let gone: Vec<PeerName> = self
             .peers_by_name()
-            .filter(|peer| peer.origin == Origin::Config && !wanted.contains(&peer.name.key()))
+            .filter(|peer| peer.origin == Origin::Config && !wanted.contains(&peer.name.id()))
             .map(|peer| peer.name.clone())
             .collect();
         // With the prefixes that were added to them at run time.
@@ -381,13 +332,13 @@ impl Overlay {
         self.prefixes
             .retain(|_, owner| owner.origin == Origin::Runtime);
         let default = self.default_peer();
-        if default.is_some_and(|peer| wanted.contains(&peer.name.key())) {
+        if default.is_some_and(|peer| wanted.contains(&peer.name.id())) {
             self.default = None;
         }
         for spec in specs {
             let (name, is_default) = (&spec.name, spec.prefixes.is_empty());
             let Ok(hop) = self.hop_of(name) else {
-                self.add_peer(name, is_default, &spec.prefixes, Origin::Config)?;
+                self.add_peer(spec, is_default, Origin::Config)?;
                 continue;
             };
             if is_default {
@@ -396,10 +347,30 @@ impl Overlay {
             }
             if let Some(peer) = self.peer_mut(hop) {
                 peer.origin = Origin::Config;
+                if let Some(secure) = &mut peer.secure {
+                    secure.preshared_key = spec.preshared_key.clone();
+                    secure.persistent_keepalive = spec.persistent_keepalive;
+                }
             }
+            self.set_place(hop, spec.endpoint.clone());
             self.add_prefixes(name, &spec.prefixes, Origin::Config, false)?;
         }
         Ok(())
+    }
+
+    /// Notes where a peer with a key is to be found from now on, if that is another place
+    /// than before. It stays where it is until a name has been resolved, or it has called.
+    fn set_place(&mut self, hop: NextHop, place: Option<HostPort>) {
+        let Some(peer) = self.peer_mut(hop).filter(|peer| peer.secure.is_some()) else {
+            return;
+        };
+        if peer.place == place {
+            return;
+        }
+        peer.place = place;
+        if let Some(endpoint) = peer.place.as_ref().and_then(HostPort::literal) {
+            self.set_endpoint(hop, Some(endpoint));
+        }
     }
 
     /// Notes where a peer is. Returns whether anything has changed, as the next ones
@@ -411,8 +382,20 @@ impl Overlay {
                 peer.learned_port = None;
                 peer.is_suspended = false;
                 peer.path_mtu_bytes = None;
+                if let Some(secure) = &mut peer.secure {
+                    secure.has_roamed = false;
+                }
             }
         })
+    }
+
+    /// Notes that a peer with a key has sent from elsewhere.
+    pub(crate) fn set_roamed(&mut self, hop: NextHop, endpoint: SocketAddr) -> bool {
+        let is_new = self.set_endpoint(hop, Some(endpoint));
+        if let Some(secure) = self.peer_mut(hop).and_then(|peer| peer.secure.as_mut()) {
+            secure.has_roamed |= is_new;
+        }
+        is_new
     }
 
     /// Notes the port that a peer sends from in place of the one that it was given.
@@ -460,15 +443,20 @@ impl Overlay {
     }
 
     /// Addresses that are never a peer's inside the tunnel, whatever its prefixes:
-    /// this host's own, those that the peers have outside, and the unspecified ones.
+    /// this host's own, those that plain peers have outside, and the unspecified ones.
     ///
     /// A packet from one of them would pass, outside the tunnel, for a datagram of
-    /// that peer. And one to a peer's has to go there outside: what comes into the
+    /// that peer. And one to a plain peer's has to go there outside: what comes into the
     /// tunnel for it may be our own datagram, which must not be wrapped again.
+    ///
+    /// A peer with a key is known by that alone, may be anywhere, and may share its
+    /// address with others, whom packets inside the tunnel are for. If the path to it leads
+    /// through the tunnel, it is suspended.
     fn outside(&self) -> impl Iterator<Item = IpAddr> {
         let own = self.own.iter().copied();
         let endpoints = self
             .peers()
+            .filter(|(_, peer)| peer.secure.is_none())
             .filter_map(|(_, peer)| Some(peer.endpoint?.ip()));
         let unspecified = [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
         own.chain(endpoints).chain(unspecified)
@@ -484,7 +472,7 @@ impl Overlay {
     pub(crate) fn smallest_path(&self) -> Option<(usize, SocketAddr)> {
         let known = self.peers().filter_map(|(_, peer)| {
             peer.path_mtu_bytes?;
-            Some((inner_mtu_bytes(peer), peer.endpoint?))
+            Some((peer.inner_mtu_bytes(), peer.endpoint?))
         });
         known.min()
     }
@@ -493,13 +481,14 @@ impl Overlay {
     pub(crate) fn table(&self, addresses: TunnelAddresses, is_hop: bool) -> Table {
         let peers = self.peers.iter().map(|peer| match peer {
             Some(peer) => table::PeerSnapshot {
-                sessions: None,
-                is_suspended: peer.is_suspended,
-                endpoint: peer.endpoint_in_use(),
-                mtu_bytes: inner_mtu_bytes(peer),
+                // Sessions know it better.
+                endpoint: peer.endpoint_in_use().filter(|_| peer.secure.is_none()),
+                mtu_bytes: peer.inner_mtu_bytes(),
                 // IPv6 routers do not (RFC 8200, section 5).
                 is_fragmented: !peer.is_path_narrow || peer.endpoint.is_some_and(|to| to.is_ipv4()),
                 traffic: Arc::clone(&peer.traffic),
+                is_suspended: peer.is_suspended,
+                sessions: peer.secure.as_ref().map(|it| Arc::clone(&it.sessions)),
             },
             // A place that is free: no prefix leads there.
             None => table::PeerSnapshot::default(),
@@ -519,22 +508,6 @@ impl Overlay {
             .map(|outside| (IpNet::from(outside), NO_PEER));
         let prefixes = Arc::new(Prefixes::new(anywhere.chain(given).chain(outside)));
         Table::new(peers.collect(), prefixes, addresses, is_hop)
-    }
-}
-
-fn traffic(workers: usize) -> Arc<[PeerCounters]> {
-    (0..workers).map(|_| PeerCounters::default()).collect()
-}
-
-/// Longest inner packet that reaches a peer in one piece.
-fn inner_mtu_bytes(peer: &Peer) -> usize {
-    match (peer.endpoint, peer.path_mtu_bytes) {
-        (Some(endpoint), Some(path_mtu_bytes)) => {
-            let overhead_bytes = Mode::Plain.overhead_bytes(endpoint.ip());
-            path_mtu_bytes.saturating_sub(overhead_bytes) as usize
-        }
-        // Nothing is known yet: nothing is refused.
-        _ => BATCH_BYTES_MAX,
     }
 }
 

@@ -19,15 +19,15 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use self::item::Item;
-use crate::config::{Config, PeerName, QUEUES, parse_peer_name};
+use crate::config::{Config, HostPort, QUEUES, parse_host_port};
 use crate::error::Result;
 
 /// Options of `fastvpn check`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct CheckOptions {
     /// Also check the path to this host: address or DNS name, port 8285 unless given
-    #[arg(long, value_name = "HOST[:PORT]", value_parser = parse_peer_name)]
-    pub peer: Option<PeerName>,
+    #[arg(long, value_name = "HOST[:PORT]", value_parser = parse_host_port)]
+    pub peer: Option<HostPort>,
     /// Also check this configuration file, as a start or a reload would read it
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -92,7 +92,7 @@ mod tests {
             items.iter().map(|item| item.name).collect()
         };
         let without_peer = names(&options);
-        options.peer = parse_peer_name("127.0.0.1:9").ok();
+        options.peer = parse_host_port("127.0.0.1:9").ok();
         let mut with_peer = names(&options);
         let mut unique = with_peer.clone();
         unique.sort_unstable();

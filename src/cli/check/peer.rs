@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
 use super::item::Item;
-use crate::config::{DEFAULT_PORT, PeerName};
+use crate::config::{DEFAULT_PORT, HostPort};
 use crate::daemon::default_mtu_bytes;
 use crate::error::Result;
 use crate::host::link::{self, IPV4_MTU_BYTES_MIN, IPV6_MTU_BYTES_MIN};
@@ -15,6 +15,7 @@ use crate::host::path::{self, Path};
 use crate::io::random;
 use crate::packet::ip::canonical;
 use crate::packet::probe::{Kind, Probe};
+use crate::wire::Mode;
 
 /// The names of the items.
 pub(super) const PEER: &str = "peer";
@@ -40,7 +41,7 @@ enum Answer {
 /// Resolves the name, which may take as long as the resolver does, asks the
 /// kernel for the path, and the peer whether it answers.
 /// `own`: the device of the tunnel that runs already.
-pub(super) fn items(peer: &PeerName, own: Option<u32>) -> Vec<Item> {
+pub(super) fn items(peer: &HostPort, own: Option<u32>) -> Vec<Item> {
     match find(peer) {
         Ok((address, path)) => vec![
             answered(address, path.local, &ask(address, path.local)),
@@ -55,7 +56,7 @@ pub(super) fn items(peer: &PeerName, own: Option<u32>) -> Vec<Item> {
     }
 }
 
-fn find(peer: &PeerName) -> Result<(SocketAddr, Path)> {
+fn find(peer: &HostPort) -> Result<(SocketAddr, Path)> {
     let any = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), DEFAULT_PORT);
     let address = path::resolve(&peer.host, peer.port, None)?[0];
     let path = path::discover(&mut Netlink::open()?, any.ip(), address)?;
@@ -103,7 +104,7 @@ fn answered(peer: SocketAddr, local: IpAddr, answer: &io::Result<Answer>) -> Ite
 }
 
 fn path_mtu(path: Path, peer: IpAddr) -> Item {
-    let tunnel = default_mtu_bytes(path, peer);
+    let tunnel = default_mtu_bytes(Mode::Plain, path, peer);
     let found = format!("{}: the TUN device gets MTU {tunnel}", path.mtu_bytes);
     let remedy = "raise the MTU of the links on the path";
     if tunnel < IPV4_MTU_BYTES_MIN {

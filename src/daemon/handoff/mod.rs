@@ -45,4 +45,4 @@ pub use old::{NewProcess, serve};
 
 /// Version of all this. Processes of different versions do not take over from
 /// each other.
-pub const PROTOCOL: u32 = 6;
+pub const PROTOCOL: u32 = 7;

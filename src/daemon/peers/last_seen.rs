@@ -1,5 +1,6 @@
 //! When a peer was last seen, and since when it is silent although we send to it.
 
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use crate::config::PeerName;
@@ -10,15 +11,22 @@ use crate::routing::overlay::Peer;
 /// How long a peer that we keep sending to may be silent before the log says so.
 const SILENT_AFTER: Duration = Duration::from_secs(10);
 
+/// How long a peer with a key may take to answer: it sends a keepalive 10 s after what it
+/// received (section 6.5 of the WireGuard paper), if it has nothing else to send.
+const ANSWER_TIME_MAX: Duration = Duration::from_secs(11);
+
 /// What was last seen of one peer.
 #[derive(Default)]
 pub struct LastSeen {
     received: u64,
     /// Also what could not be sent.
     sent: u64,
+    /// When something authentic came from a peer with a key, as its sessions note it.
+    received_ns: u64,
     /// When packets came from it.
     pub at: Option<Instant>,
-    /// Since when we send to it without seeing anything.
+    /// Since when we send to it without seeing anything. May lie ahead: until then there
+    /// is time to answer.
     pub silent_since: Option<Instant>,
     /// The log says that it is silent.
     is_logged: bool,
@@ -40,11 +48,13 @@ impl LastSeen {
         let workers = || peer.traffic.iter();
         let received = workers().map(|worker| worker.packets_received.get()).sum();
         let sent = workers().map(PeerCounters::packets_tried).sum();
+        let sessions = peer.secure.as_ref().map(|secure| &secure.sessions);
+        let received_ns = sessions.map_or(0, |sessions| sessions.received_ns.load(Relaxed));
         let traffic = Traffic {
-            received: received != self.received,
+            received: received != self.received || received_ns != self.received_ns,
             sent: sent != self.sent,
         };
-        (self.received, self.sent) = (received, sent);
+        (self.received, self.sent, self.received_ns) = (received, sent, received_ns);
         let name = &peer.name;
         if traffic.received {
             (self.at, self.silent_since) = (Some(now), None);
@@ -52,13 +62,20 @@ impl LastSeen {
                 tracing::info!("peer {name} answers again");
             }
         } else if traffic.sent {
-            let since = *self.silent_since.get_or_insert(now);
-            if now - since >= SILENT_AFTER && !self.is_logged {
+            let may_wait = sessions.map_or(Duration::ZERO, |_| ANSWER_TIME_MAX);
+            self.silent_since.get_or_insert(now + may_wait);
+            if self.silence(now) >= SILENT_AFTER && !self.is_logged {
                 self.is_logged = true;
                 self.log_silence(name, log, now);
             }
         }
         traffic
+    }
+
+    /// For how long it has been silent although we send to it.
+    pub fn silence(&self, now: Instant) -> Duration {
+        let since = self.silent_since.unwrap_or(now);
+        now.saturating_duration_since(since)
     }
 
     fn log_silence(&self, name: &PeerName, log: &mut RateLimitedLog, now: Instant) {
@@ -83,9 +100,35 @@ mod tests {
     fn overlay() -> Overlay {
         let mut overlay = Overlay::default();
         overlay.count_for(1);
-        let name = parse_peer("10.0.0.2").unwrap().name;
-        overlay.add_peer(&name, true, &[], Origin::Config).unwrap();
+        let spec = parse_peer("10.0.0.2").unwrap();
+        overlay.add_peer(&spec, true, Origin::Config).unwrap();
         overlay
+    }
+
+    /// One that has a key answers what it receives, but not at once.
+    #[test]
+    fn a_peer_with_a_key_may_wait_before_it_answers() {
+        let mut overlay = Overlay::default();
+        overlay.count_for(1);
+        let spec = parse_peer(&format!("{}=@10.0.0.2", "A".repeat(43))).unwrap();
+        overlay.add_peer(&spec, true, Origin::Config).unwrap();
+        let peer = overlay.peer(0).unwrap();
+        let sessions = &peer.secure.as_ref().unwrap().sessions;
+        let mut log = RateLimitedLog::new("events", SILENT_AFTER);
+        let (mut seen, start) = (LastSeen::default(), Instant::now());
+        let mut silent = Vec::new();
+        for second in 0..40 {
+            peer.traffic[0].packets_sent.add(1);
+            // Keepalives, which no worker counts as packets.
+            if matches!(second, 10 | 20) {
+                sessions.received_ns.store(second, Relaxed);
+            }
+            let now = start + Duration::from_secs(second);
+            seen.poll(peer, &mut log, now);
+            silent.extend((seen.silence(now) > Duration::ZERO).then_some(second));
+        }
+        assert_eq!(silent, Vec::from_iter(33..40));
+        assert_eq!(seen.at, Some(start + Duration::from_secs(20)));
     }
 
     #[test]

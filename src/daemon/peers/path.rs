@@ -376,8 +376,8 @@ mod tests {
         let mut overlay = Overlay::default();
         for number in 0..count {
             let host = std::net::Ipv4Addr::from([127, 1, 0, number]);
-            let name = parse_peer(&host.to_string()).unwrap().name;
-            overlay.add_peer(&name, false, &[], Origin::Config).unwrap();
+            let spec = parse_peer(&host.to_string()).unwrap();
+            overlay.add_peer(&spec, false, Origin::Config).unwrap();
         }
         let (names, ..) = Names::without_threads();
         let mut peers = Peers::new(overlay, names, probe_channel().1);

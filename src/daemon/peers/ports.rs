@@ -171,18 +171,15 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::config::PeerName;
+    use crate::config::parse_peer;
     use crate::routing::overlay::{Origin, Overlay};
 
     #[test]
     fn a_port_that_is_blocked_is_not_sent_from_any_more() {
         let (mut overlay, now) = (Overlay::default(), Instant::now());
         overlay.count_for(1);
-        let name = PeerName {
-            host: "127.0.0.1".into(),
-            port: 9,
-        };
-        overlay.add_peer(&name, true, &[], Origin::Config).unwrap();
+        let spec = parse_peer("127.0.0.1:9").unwrap();
+        overlay.add_peer(&spec, true, Origin::Config).unwrap();
         let peer = overlay.peer(0).unwrap();
         peer.traffic[0].set_own_port_proven(true);
         let workers = [WorkerFds::on_loopback()];

@@ -40,7 +40,7 @@ impl Peers {
     /// had sent it, and the nonce tells who was meant.
     pub fn take_probe(&mut self, (from, probe): ReceivedProbe, workers: &[WorkerFds]) {
         let at_address = self.overlay.peers().filter(|(_, peer)| {
-            let endpoint = peer.endpoint_in_use();
+            let endpoint = peer.endpoint_in_use().filter(|_| peer.secure.is_none());
             endpoint.is_some_and(|endpoint| endpoint.ip() == from.ip())
         });
         let hops: Vec<_> = at_address.map(|(hop, _)| hop).take(SHARERS_MAX).collect();
@@ -85,7 +85,8 @@ impl Peers {
         workers: &[WorkerFds],
         now: Instant,
     ) -> usize {
-        let known = self.overlay.peer(hop).zip(self.states.get_mut(&hop));
+        let plain = self.overlay.peer(hop).filter(|peer| peer.secure.is_none());
+        let known = plain.zip(self.states.get_mut(&hop));
         known.map_or(0, |(peer, state)| state.ports.ask(peer, workers, now))
     }
 
@@ -127,7 +128,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::config::PeerName;
+    use crate::config::parse_peer;
     use crate::routing::dns::Names;
     use crate::routing::overlay::{Origin, Overlay};
 
@@ -143,11 +144,8 @@ mod tests {
             let socket = UdpSocket::bind(SocketAddr::from(([127, 1, 0, number], 0))).unwrap();
             socket.set_nonblocking(true).unwrap();
             let endpoint = socket.local_addr().unwrap();
-            let name = PeerName {
-                host: endpoint.ip().to_string(),
-                port: endpoint.port(),
-            };
-            overlay.add_peer(&name, false, &[], Origin::Config).unwrap();
+            let spec = parse_peer(&endpoint.to_string()).unwrap();
+            overlay.add_peer(&spec, false, Origin::Config).unwrap();
             overlay.set_endpoint(hop, Some(endpoint));
             far.push(socket);
         }

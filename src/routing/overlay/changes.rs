@@ -15,6 +15,8 @@ pub struct Changes {
     pub(crate) peers_added: usize,
     /// Peers that are there no more.
     pub(crate) peers_removed: usize,
+    /// Peers of which other than prefixes has changed.
+    pub(crate) peers_changed: usize,
     /// Prefixes that were not there, or were another peer's.
     pub(crate) prefixes_added: usize,
     /// Prefixes that are there no more.
@@ -43,6 +45,16 @@ impl Changes {
         for name in peers_missing_in(new, old) {
             changes.peers_removed += 1;
             changes.name(|| format!("peer {name} removed"));
+        }
+        for (hop, peer) in new.peers() {
+            // One that is new at this place is named already.
+            let before = old
+                .peer(hop)
+                .filter(|before| before.name.id() == peer.name.id());
+            if before.is_some_and(|before| !before.is_configured_as(peer)) {
+                changes.peers_changed += 1;
+                changes.name(|| format!("peer {} changed", peer.name));
+            }
         }
         let mut compare = |what: &dyn Display, before: Option<&Peer>, after: Option<&Peer>| {
             // A peer keeps its counters as long as it is there.

@@ -1,5 +1,9 @@
+use std::time::Duration;
+
 use super::*;
 use crate::config::parse_peer;
+use crate::counters::PeerCounters;
+use crate::packet::batch::BATCH_BYTES_MAX;
 
 fn spec(text: &str) -> PeerSpec {
     parse_peer(text).unwrap()
@@ -28,15 +32,15 @@ fn overlay(texts: &[&str]) -> Overlay {
 }
 
 fn add(overlay: &mut Overlay, text: &str, origin: Origin) -> Result<()> {
-    let PeerSpec { name, prefixes } = spec(text);
-    overlay.add_peer(&name, prefixes.is_empty(), &prefixes, origin)
+    let spec = spec(text);
+    overlay.add_peer(&spec, spec.prefixes.is_empty(), origin)
 }
 
 /// Every peer at the address that it is named by.
 fn resolve(overlay: &mut Overlay) {
     let all: Vec<_> = overlay
         .peers()
-        .filter_map(|(hop, peer)| Some((hop, peer.name.literal()?)))
+        .filter_map(|(hop, peer)| Some((hop, peer.place.as_ref()?.literal()?)))
         .collect();
     for (hop, endpoint) in all {
         overlay.set_endpoint(hop, Some(endpoint));
@@ -48,7 +52,7 @@ fn check(overlay: &Overlay) {
     let table = overlay.table(TunnelAddresses::default(), false);
     let mut counts = BTreeMap::new();
     for (prefix, peer, _) in overlay.prefixes() {
-        *counts.entry(peer.name.key()).or_insert(0) += 1;
+        *counts.entry(peer.name.id()).or_insert(0) += 1;
         let (found, by) = overlay.route_to(prefix.network()).unwrap();
         let longest = overlay
             .prefixes()
@@ -292,12 +296,15 @@ fn places_are_used_again_and_counters_are_not() {
 #[test]
 fn as_many_peers_as_there_may_be_come_and_go() {
     let peers = |count: usize| -> Vec<PeerSpec> {
-        let spec = |number: u32| PeerSpec {
-            name: PeerName {
+        let spec = |number: u32| {
+            let place = HostPort {
                 host: format!("p{number}.example"),
                 port: 1,
-            },
-            prefixes: vec![IpAddr::from((number + 1).to_be_bytes()).into()],
+            };
+            PeerSpec {
+                prefixes: vec![IpAddr::from((number + 1).to_be_bytes()).into()],
+                ..PeerSpec::new(PeerName::Host(place.clone()), Some(place))
+            }
         };
         (1..=count as u32).map(spec).collect()
     };
@@ -516,4 +523,104 @@ fn differences_are_named_and_many_are_counted() {
         .unwrap();
     let words = words(&more);
     assert!(words.ends_with(" and 12 more changes"), "{words}");
+}
+
+const KEY: &str = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=";
+
+fn secure(overlay: &Overlay) -> &Secure {
+    overlay.find(&name(KEY)).unwrap().1.secure.as_ref().unwrap()
+}
+
+/// Whatever is configured anew, the peer, its sessions and where it has roamed to stay.
+#[test]
+fn a_peer_with_a_key_is_known_by_it() {
+    let mut one = spec(&format!("{KEY}@10.0.0.1=10.1.0.0/16"));
+    let mut overlay = Overlay::default();
+    overlay.configure(std::slice::from_ref(&one)).unwrap();
+    let (hop, sessions) = (0, Arc::clone(&secure(&overlay).sessions));
+    let endpoint = |overlay: &Overlay| overlay.peer(hop).unwrap().endpoint;
+    assert_eq!(endpoint(&overlay), "10.0.0.1:8285".parse().ok());
+    let roamed: SocketAddr = "192.0.2.7:1024".parse().unwrap();
+    assert!(overlay.set_roamed(hop, roamed));
+    assert!(overlay.peer(hop).unwrap().has_roamed());
+    // The same again, a preshared key, a keepalive, no endpoint any more.
+    for (change, is_changed) in [(0, false), (1, true), (2, true), (3, true)] {
+        match change {
+            1 => one.preshared_key = KEY.parse().unwrap(),
+            2 => one.persistent_keepalive = Some(Duration::from_secs(25)),
+            3 => one.endpoint = None,
+            _ => {}
+        }
+        let changes = overlay.configure(std::slice::from_ref(&one)).unwrap();
+        assert_eq!(counts(&changes), [0; 4]);
+        assert_eq!(changes.peers_changed, usize::from(is_changed));
+        let words = changes.words();
+        assert_eq!(words.contains("changed"), is_changed, "{words}");
+        assert_eq!(endpoint(&overlay), Some(roamed));
+        assert!(Arc::ptr_eq(&secure(&overlay).sessions, &sessions));
+    }
+    assert_eq!(
+        secure(&overlay).persistent_keepalive,
+        one.persistent_keepalive
+    );
+    assert!(secure(&overlay).preshared_key == one.preshared_key);
+    // An address that is given now is where it is sent to; a name has to resolve first.
+    one.endpoint = spec("10.0.0.9:7").endpoint;
+    overlay.configure(std::slice::from_ref(&one)).unwrap();
+    assert_eq!(endpoint(&overlay), "10.0.0.9:7".parse().ok());
+    assert!(!overlay.peer(hop).unwrap().has_roamed());
+    one.endpoint = spec("far.example").endpoint;
+    overlay.configure(std::slice::from_ref(&one)).unwrap();
+    assert_eq!(endpoint(&overlay), "10.0.0.9:7".parse().ok());
+    let names: Vec<_> = overlay.dns_names().map(ToString::to_string).collect();
+    assert_eq!(names, ["far.example:8285"]);
+    assert_eq!(
+        overlay.placed_at(overlay.dns_names().next().unwrap()),
+        [hop]
+    );
+    // Another peer in its place has sessions of its own.
+    overlay.remove_peers(&[name(KEY)]).unwrap();
+    overlay.configure(std::slice::from_ref(&one)).unwrap();
+    assert!(!Arc::ptr_eq(&secure(&overlay).sessions, &sessions));
+}
+
+/// Nothing that is not proved is taken from a peer with a key, and packets inside the tunnel
+/// may be for the address that it has outside.
+#[test]
+fn the_address_of_a_peer_with_a_key_says_nothing() {
+    let overlay = overlay(&[&format!("{KEY}@10.0.0.1"), "10.0.0.2=10.2.0.0/16"]);
+    let table = overlay.table(TunnelAddresses::default(), false);
+    let address = |text: &str| text.parse::<IpAddr>().unwrap();
+    assert!(!table.senders().has(address("10.0.0.1")));
+    assert!(table.senders().has(address("10.0.0.2")));
+    assert!(!overlay.is_outside(address("10.0.0.1")));
+    assert!(overlay.is_outside(address("10.0.0.2")));
+    let (_, peer) = table.peer(address("10.0.0.1")).unwrap();
+    let sessions = peer.sessions.as_ref().unwrap();
+    assert!(Arc::ptr_eq(sessions, &secure(&overlay).sessions));
+    assert!(
+        table
+            .peer(address("10.2.0.1"))
+            .unwrap()
+            .1
+            .sessions
+            .is_none()
+    );
+}
+
+#[test]
+fn a_sealed_packet_leaves_less_room() {
+    let mut overlay = overlay(&[&format!("{KEY}@10.0.0.1")]);
+    let mtu = |overlay: &Overlay| {
+        let table = overlay.table(TunnelAddresses::default(), false);
+        table.at(0).unwrap().mtu_bytes
+    };
+    overlay.set_path_mtu(0, 1500, false);
+    assert_eq!(mtu(&overlay), 1440);
+    overlay.set_roamed(0, "[fd00::1]:1".parse().unwrap());
+    overlay.set_path_mtu(0, 1500, false);
+    assert_eq!(mtu(&overlay), 1420);
+    overlay.set_suspended(0, true);
+    let table = overlay.table(TunnelAddresses::default(), false);
+    assert!(table.at(0).unwrap().is_suspended);
 }
