@@ -92,7 +92,7 @@ impl Server {
     /// cannot be made.
     pub fn start(path: &Path) -> Result<Self> {
         let (listener, name) = socket_name::listen(path, CONNECTIONS_MAX as i32)?;
-        Self::serve(listener, name)
+        Self::serve(listener, name, UNREAD_BYTES_MAX)
     }
 
     /// Goes on with an old process's listening socket, whose name is `path`.
@@ -100,18 +100,26 @@ impl Server {
     /// # Errors
     /// When there are no more threads or descriptors.
     pub fn from_listener(listener: OwnedFd, path: &Path) -> Result<Self> {
-        Self::serve(UnixListener::from(listener), SocketName::of_bound(path))
+        let name = SocketName::of_bound(path);
+        Self::serve(UnixListener::from(listener), name, UNREAD_BYTES_MAX)
     }
 
-    fn serve(listener: UnixListener, name: SocketName) -> Result<Self> {
+    fn serve(listener: UnixListener, name: SocketName, unread_bytes_max: usize) -> Result<Self> {
         let failed = |error| Error::os("cannot serve the control socket", error);
         listener.set_nonblocking(true).map_err(failed)?;
         let for_thread = listener.try_clone().map_err(failed)?;
         let (stop, stopped) = UnixStream::pair().map_err(failed)?;
         let (sender, calls) = bounded(1);
+        let clients = Arc::new(Clients {
+            calls: sender,
+            unread_bytes_max,
+            unread_bytes: Mutex::new(0),
+            fewer_unread: Condvar::new(),
+            is_ending: AtomicBool::new(false),
+        });
         let thread = std::thread::Builder::new()
             .name("control".into())
-            .spawn(move || accept_all(&for_thread, &stopped, sender))
+            .spawn(move || accept_all(&for_thread, &stopped, &clients))
             .map_err(failed)?;
         Ok(Self {
             name,
@@ -146,13 +154,7 @@ impl Drop for Server {
 
 /// Accepts connections until `stop` is closed at its other end, and then waits for them
 /// to end.
-fn accept_all(listener: &UnixListener, stop: &UnixStream, calls: Sender<Call>) {
-    let clients = Arc::new(Clients {
-        calls,
-        unread_bytes: Mutex::new(0),
-        fewer_unread: Condvar::new(),
-        is_ending: AtomicBool::new(false),
-    });
+fn accept_all(listener: &UnixListener, stop: &UnixStream, clients: &Arc<Clients>) {
     loop {
         let fds = [stop.as_fd(), listener.as_fd()];
         let mut ready = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
@@ -160,7 +162,7 @@ fn accept_all(listener: &UnixListener, stop: &UnixStream, calls: Sender<Call>) {
         if ready[0].any().unwrap_or(false) {
             break;
         }
-        match accept(listener, &clients) {
+        match accept(listener, clients) {
             // It has gone, or went to the process at the other end of a handoff.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => {
@@ -210,6 +212,8 @@ fn encode(answer: Result<Answer>) -> Vec<u8> {
 /// What the connections' threads share. Each holds it once.
 struct Clients {
     calls: Sender<Call>,
+    /// Of [`Self::unread_bytes`], before all requests wait.
+    unread_bytes_max: usize,
     /// Bytes of all answers that are being sent. Locked while a request is done.
     unread_bytes: Mutex<usize>,
     fewer_unread: Condvar,
@@ -238,7 +242,7 @@ impl Clients {
             // Its turn is when no other request is being done, and clients have read enough.
             let mut unread_bytes = self
                 .fewer_unread
-                .wait_while(self.lock(), |bytes| *bytes > UNREAD_BYTES_MAX)
+                .wait_while(self.lock(), |bytes| *bytes > self.unread_bytes_max)
                 .unwrap_or_else(PoisonError::into_inner);
             // Only now: what a request is read into may be many times as long.
             let request = Request::read(&line)

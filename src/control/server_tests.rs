@@ -30,8 +30,16 @@ struct Served {
 
 impl Served {
     fn new(answer: impl Fn(Request) -> Result<Answer> + Send + 'static) -> Self {
+        Self::with_unread_bytes_max(UNREAD_BYTES_MAX, answer)
+    }
+
+    fn with_unread_bytes_max(
+        unread_bytes_max: usize,
+        answer: impl Fn(Request) -> Result<Answer> + Send + 'static,
+    ) -> Self {
         let (directory, path) = place();
-        let server = Server::start(&path).unwrap();
+        let (listener, name) = socket_name::listen(&path, CONNECTIONS_MAX as i32).unwrap();
+        let server = Server::serve(listener, name, unread_bytes_max).unwrap();
         let (end, ended) = mpsc::channel();
         let control = std::thread::spawn(move || {
             while ended.try_recv() == Err(mpsc::TryRecvError::Empty) {
@@ -232,14 +240,7 @@ fn a_client_that_does_not_read_keeps_only_itself_waiting() {
 /// when somebody has read them, or has gone.
 #[test]
 fn long_answers_are_bounded_together() {
-    const THIRD_BYTES: usize = UNREAD_BYTES_MAX / 3 + 1;
-    let served = Served::new(|request| match request {
-        Request::Peers {} => Ok(Answer::Status(Box::new(Status {
-            offloads: "x".repeat(THIRD_BYTES),
-            ..Status::default()
-        }))),
-        other => answer(other),
-    });
+    let served = Served::with_unread_bytes_max(3 * LONG_BYTES, answer);
     let mut lazy: Vec<_> = (0..3).map(|_| served.client()).collect();
     let mut other = served.client();
     for client in &mut lazy {

@@ -15,7 +15,7 @@ use testbed::{Child, Namespace, Pair};
 use super::{Link, TUNNEL};
 
 /// How long a link may take to carry its first packet.
-const UP_MAX: Duration = Duration::from_secs(15);
+const UP_MAX: Duration = Duration::from_secs(60);
 
 /// How long one ping is waited for, and how long between two looks.
 const PING_TIMEOUT: Duration = Duration::from_millis(100);
