@@ -51,7 +51,7 @@ pub(crate) struct Setup {
     pub private_key: Option<PrivateKey>,
     /// [`Intervals::of_this_build`], but for tests.
     pub intervals: Intervals,
-    /// On the port that is listened on, non-blocking and without GRO.
+    /// On the port that is listened on, non-blocking.
     pub socket: Arc<Socket>,
     /// Where workers look sessions up. It needs room for four indices per peer.
     pub map: Arc<SessionMap>,

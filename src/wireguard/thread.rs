@@ -139,11 +139,12 @@ impl Thread {
         for _ in 0..MESSAGES_MAX {
             match message::receive(self.port.socket.as_fd(), buffer) {
                 Ok(Some(received)) => {
-                    let Some(datagram) = buffer.get_mut(..received.bytes) else {
-                        continue;
-                    };
-                    let (from, port) = (received.sender, &mut self.port);
-                    self.exchange.receive(now(), from, datagram, port);
+                    let bytes = received.bytes.min(buffer.len());
+                    let segment_bytes = received.control.segment_bytes.unwrap_or(bytes).max(1);
+                    for datagram in buffer[..bytes].chunks_mut(segment_bytes) {
+                        let (from, port) = (received.sender, &mut self.port);
+                        self.exchange.receive(now(), from, datagram, port);
+                    }
                 }
                 Err(Errno::EAGAIN) => return false,
                 // Cut short, or news of an earlier send.
