@@ -3,6 +3,8 @@
 // The bench uses what these tests do not.
 #![allow(dead_code)]
 
+#[path = "../benches/tunnel/blast.rs"]
+mod blast;
 #[path = "../benches/tunnel/cli.rs"]
 mod cli;
 #[path = "../benches/tunnel/facts.rs"]

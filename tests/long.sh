@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 
 declare -A packages=(
     [nft]=nftables [ip]=iproute2 [ping]=iputils-ping [curl]=curl [socat]=socat [python3]=python3
+    [wireguard-go]=wireguard-go
 )
 missing=()
 for tool in "${!packages[@]}"; do
@@ -16,6 +17,8 @@ if [ "${#missing[@]}" -gt 0 ]; then
     apt-get update -qq
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${missing[@]}" >/dev/null
 fi
+
+tests/programs.sh
 
 cargo test --locked --lib -- --ignored
 cargo test --locked --test e2e -- --ignored

@@ -30,7 +30,8 @@ pub struct Cli {
     #[arg(long, value_enum, default_value_t = Underlay::Wire)]
     pub underlay: Underlay,
 
-    /// fastvpn with other flags, or another program; repeatable, as in q4="--queues 4"
+    /// fastvpn with other flags, or another program; repeatable, as in q4="--queues 4"; with
+    /// keys if NAME ends in -encrypted
     #[arg(long, value_name = "NAME[@PROGRAM]=FLAGS", value_parser = variant::parse)]
     pub variant: Vec<Variant>,
 

@@ -4,7 +4,7 @@
 //! - [`targets`]: the links that are compared.
 //! - [`traffic`]: the kinds of traffic and their figures.
 //! - [`underlay`]: the cable between the hosts.
-//! - [`measure`]: one sample. [`syscalls`]: system calls, in a pass of their own.
+//! - [`measure`]: one sample. [`blast`]: floods. [`syscalls`]: system calls, in a pass of their own.
 //! - [`quiet`]: whether anybody else disturbed it.
 //! - [`run`]: targets in turn, round after round.
 //! - [`results`]: what came out; [`table`] shows it.
@@ -13,6 +13,7 @@
 // tests of the modules; tests/bench_parts.rs does.
 #![cfg_attr(test, allow(dead_code, unused_imports))]
 
+mod blast;
 mod cli;
 mod facts;
 mod measure;

@@ -1,6 +1,6 @@
 //! One sample: some traffic over a link, and what it cost the link's processes.
 
-use std::net::{IpAddr, Ipv4Addr, UdpSocket};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -11,11 +11,12 @@ use testbed::traffic::{
     Between, Bulk, BulkLimit, Flood, FloodReport, Latency, PingPong, TransferReport, Watch,
     snmp_counter, tcp_bulk, tcp_ping_pong, udp_flood, udp_ping_pong,
 };
-use testbed::{Child, Namespace, Pair, UNDERLAY_NAME, cpu_ns, ip, rss_bytes, rss_peak_bytes};
+use testbed::{Child, Pair, UNDERLAY_NAME, cpu_ns, ip, rss_bytes, rss_peak_bytes};
 
+use crate::blast::{Blast, strangers};
 use crate::targets::overlay::{CHANGE_INTERVAL, Changes};
-use crate::targets::{Link, STRANGER, UNDERLAY, UNDERLAY_PREFIX};
-use crate::traffic::{Direction, Kind};
+use crate::targets::{Link, UNDERLAY_PREFIX};
+use crate::traffic::{Direction, Flooder, Kind};
 use crate::underlay::Slow;
 
 /// Bytes of a ping-pong's request and of its answer.
@@ -125,7 +126,7 @@ impl Stage<'_> {
                 streams,
             } => self.queue(mbit_per_s, streams),
             Kind::Paced { mbit_per_s } => self.paced(mbit_per_s),
-            Kind::Flooded { known } => self.flooded(known),
+            Kind::Flooded { by } => self.flooded(by),
             Kind::Idle => self.idle(),
             Kind::Memory => self.memory(),
             Kind::SystemCalls => Ok(Vec::new()),
@@ -365,19 +366,16 @@ impl Stage<'_> {
     }
 
     /// Throughput beside a flood, and the ratio to that beside one to a closed port; nothing
-    /// where the port is not known.
-    fn flooded(&self, known: bool) -> Result<Sample> {
-        let Some(port) = self.port else {
+    /// where the port is not known, or the key that the flood is for.
+    fn flooded(&self, by: Flooder) -> Result<Sample> {
+        let Some((port, flood)) = self.port.zip(Blast::new(by, self.link.public_key.as_ref()))
+        else {
             return Ok(Vec::new());
-        };
-        let from = match known {
-            true => UNDERLAY[0],
-            false => STRANGER,
         };
         let beside_flood_to = |port: u16| -> Result<f64> {
             let done = AtomicBool::new(false);
             let (report, flood) = beside(
-                || blast(&self.pair.a, from, port, &done),
+                || flood.send(&self.pair.a, port, &done),
                 || {
                     thread::sleep(LOAD_MARGIN);
                     let report = self.bulk(1, self.method.time, false);
@@ -388,8 +386,10 @@ impl Stage<'_> {
             flood?;
             Ok(report?.gigabits_per_second())
         };
-        let net = format!("{STRANGER}/{UNDERLAY_PREFIX} dev {UNDERLAY_NAME}");
-        ip(&self.pair.a, &format!("address replace {net}"))?;
+        for stranger in strangers() {
+            let net = format!("{stranger}/{UNDERLAY_PREFIX} dev {UNDERLAY_NAME}");
+            ip(&self.pair.a, &format!("address replace {net}"))?;
+        }
         let (closed, open) = (beside_flood_to(CLOSED_PORT)?, beside_flood_to(port)?);
         Ok(vec![("ratio", open / closed), ("gbit_per_s", open)])
     }
@@ -429,19 +429,6 @@ impl Stage<'_> {
             ]
         }))
     }
-}
-
-/// Sends datagrams to host `b` from this address, as fast as one thread can, until it is
-/// done.
-fn blast(host: &Namespace, from: Ipv4Addr, port: u16, done: &AtomicBool) -> Result<()> {
-    let cannot = |cause| Error::os(format!("cannot flood port {port} from {from}"), cause);
-    let socket = host.run(|| UdpSocket::bind((from, 0))).map_err(cannot)?;
-    socket.connect((UNDERLAY[1], port)).map_err(cannot)?;
-    while !done.load(Ordering::Relaxed) {
-        // A refusal is what a closed port is for.
-        let _ = socket.send(&[0; PING_BYTES]);
-    }
-    Ok(())
 }
 
 /// Runs `other` on a thread of its own beside `main`; gives main's result first.

@@ -50,11 +50,11 @@ pub enum Kind {
         /// Megabits per second of the cable.
         mbit_per_s: u32,
     },
-    /// One TCP connection as fast as it goes, while host `b` is flooded with datagrams that
-    /// are no packets: to the link's port, and to a closed one.
+    /// One TCP connection as fast as it goes, while host `b` is flooded: at the link's port,
+    /// and at a closed one.
     Flooded {
-        /// From an address that the link knows.
-        known: bool,
+        /// With what, and from where.
+        by: Flooder,
     },
     /// Nothing.
     Idle,
@@ -63,6 +63,21 @@ pub enum Kind {
     /// System calls, counted in a pass of its own.
     SystemCalls,
 }
+
+/// Who floods.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flooder {
+    /// An address that the link knows, with what is no packet.
+    Peer,
+    /// An address that it does not know, with the same.
+    Stranger,
+    /// Sixteen such addresses, with [`INITIATIONS_PPS`] messages that look like the start
+    /// of a WireGuard handshake to whoever only checks the first code.
+    Initiators,
+}
+
+/// Messages in a second from all initiators together.
+pub const INITIATIONS_PPS: u64 = 100_000;
 
 /// Who sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -311,13 +326,23 @@ pub const ALL: &[Traffic] = &[
     Traffic {
         key: "flood-stranger",
         title: "TCP, 1 stream, beside a stranger's flood",
-        kind: Kind::Flooded { known: false },
+        kind: Kind::Flooded {
+            by: Flooder::Stranger,
+        },
         figures: FLOODED,
     },
     Traffic {
         key: "flood-peer",
         title: "TCP, 1 stream, beside a peer's flood of what is no packet",
-        kind: Kind::Flooded { known: true },
+        kind: Kind::Flooded { by: Flooder::Peer },
+        figures: FLOODED,
+    },
+    Traffic {
+        key: "flood-initiations",
+        title: "TCP, 1 stream, beside 100 000 WireGuard initiations a second",
+        kind: Kind::Flooded {
+            by: Flooder::Initiators,
+        },
         figures: FLOODED,
     },
     Traffic {

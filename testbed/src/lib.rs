@@ -8,8 +8,10 @@ pub use inventory;
 pub use testbed_macros::trial;
 
 pub mod process;
+pub mod program;
 mod routes;
 pub mod traffic;
+pub mod wireguard;
 
 pub use fastvpn::testbed::{
     Child, Namespace, Pair, UNDERLAY_NAME, configure, enter_user_namespace_if_needed, join, pair,
@@ -41,6 +43,8 @@ pub struct Trial {
     /// Whether it is in the long tier: what takes minutes, or needs more than Rust,
     /// a C compiler and iproute2.
     pub long: bool,
+    /// The program without which it cannot be run.
+    pub needs: Option<&'static wireguard::Implementation>,
 }
 
 inventory::collect!(Trial);

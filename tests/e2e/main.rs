@@ -28,12 +28,14 @@ mod script;
 mod site;
 mod support;
 mod tools;
+mod wireguard;
 
 use std::num::NonZero;
 use std::process::ExitCode;
 
 use fastvpn::io::uring;
 use libtest_mimic::{Arguments, Completion, Trial};
+use testbed::wireguard::Implementation;
 
 use crate::support::Engines;
 
@@ -53,13 +55,16 @@ fn main() -> ExitCode {
     let without_root = support::is_in_user_namespace().then_some("needs root");
     let mut trials = Vec::new();
     for test in testbed::trials() {
-        let lacks = without_root.filter(|_| test.needs_root);
+        let without_root = without_root.filter(|_| test.needs_root);
+        let without_program = || test.needs.and_then(Implementation::missing);
+        let lacks = without_root.map(Into::into).or_else(without_program);
+        let lacks_uring = || lacks.clone().or(without_uring.map(Into::into));
         if test.each_engine {
-            trials.push(trial(Engines::Uring, test, lacks.or(without_uring)));
-            trials.push(trial(Engines::Epoll, test, lacks));
+            trials.push(trial(Engines::Uring, test, lacks_uring()));
+            trials.push(trial(Engines::Epoll, test, lacks.clone()));
         }
         if test.mixed {
-            trials.push(trial(Engines::Mixed, test, lacks.or(without_uring)));
+            trials.push(trial(Engines::Mixed, test, lacks_uring()));
         }
         if !test.each_engine && !test.mixed {
             trials.push(trial(Engines::Any, test, lacks));
@@ -69,7 +74,7 @@ fn main() -> ExitCode {
 }
 
 /// A test, run with tunnels on these engines, unless this system lacks something.
-fn trial(engines: Engines, test: &'static testbed::Trial, lacks: Option<&'static str>) -> Trial {
+fn trial(engines: Engines, test: &'static testbed::Trial, lacks: Option<String>) -> Trial {
     let name = match engines {
         Engines::Any => test.name.to_string(),
         Engines::Uring => format!("uring::{}", test.name),

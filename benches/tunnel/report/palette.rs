@@ -38,25 +38,28 @@ pub const FAINT: Ink = ink(0x59626e, 0xa3adb9);
 pub const GRID: Ink = ink(0xe3e7ec, 0x2c333d);
 
 /// fastvpn, in its several ways.
-const FASTVPN: [Ink; 6] = [
+const FASTVPN: [Ink; 7] = [
     ink(0x1659d0, 0x5c9dff),
     ink(0x7440d6, 0xb294ff),
     ink(0x07808a, 0x39c2c4),
     ink(0xb8277f, 0xf27abd),
     ink(0x2e7d32, 0x6fcf74),
     ink(0xc2410b, 0xff9a5c),
+    ink(0x7a6400, 0xd8bf4a),
 ];
 
 /// What the kernel does by itself.
 const KERNEL: [Ink; 2] = [ink(0x868f9b, 0x79838f), ink(0x4b535e, 0xb4bdc8)];
 
 /// Other programs.
-const OTHERS: [Ink; 5] = [
+const OTHERS: [Ink; 7] = [
     ink(0x947d4f, 0xb59d6c),
     ink(0x7f8f63, 0x95a777),
     ink(0x9a7577, 0xbd9496),
     ink(0x6c8593, 0x87a2b1),
     ink(0x85769b, 0xa393bb),
+    ink(0x5c9185, 0x78aea2),
+    ink(0xa1785b, 0xc49a7d),
 ];
 
 /// Targets of one kind.
@@ -75,7 +78,9 @@ pub enum Family {
 pub fn family(target: &Target) -> Family {
     match target.key.as_str() {
         "veth" | "vxlan" => Family::Kernel,
-        "one-packet" | "openvpn" | "fastd" | "tinc" | "wireguard-go" => Family::Others,
+        "one-packet" | "openvpn" | "fastd" | "tinc" | "wireguard-go" | "boringtun" | "gotatun" => {
+            Family::Others
+        }
         _ => Family::Fastvpn,
     }
 }

@@ -68,6 +68,7 @@ pub fn start_and_set_up(
     Ok(Link {
         address: TUNNEL[1].into(),
         processes: daemons.map(|daemon| vec![daemon.child]),
+        public_key: None,
         configuration: None,
         changes: None,
     })

@@ -7,10 +7,7 @@ use testbed::Pair;
 use super::others::{Program, mtu_bytes, private_directory, set_up_interface, write};
 use super::{Link, Target, UNDERLAY, daemon};
 
-const PROGRAM: Program = Program {
-    name: "fastd",
-    package: "fastd",
-};
+const PROGRAM: Program = Program::debian("fastd", "fastd");
 
 const TUN_NAME: &str = "fastd0";
 const PORT: u16 = 10_000;

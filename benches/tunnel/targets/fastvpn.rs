@@ -1,20 +1,25 @@
 //! fastvpn, with any flags, of any version.
 
-use std::path::PathBuf;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use fastvpn::error::{Error, Result};
 use testbed::Pair;
+use testbed::wireguard::{self, Key};
 
-use super::{Link, Target, UNDERLAY, daemon};
+use super::others::{mtu_bytes, private_directory, write};
+use super::{Link, TUNNEL, TUNNEL_PREFIX, Target, UNDERLAY, daemon};
 use crate::variant::{self, Variant};
 
 /// The program that was built together with this bench.
 pub(super) const PROGRAM: &str = env!("CARGO_BIN_EXE_fastvpn");
 
 /// Key, title and flags of those that are always compared.
-const BUILT_IN: [(&str, &str, &str); 4] = [
+const BUILT_IN: [(&str, &str, &str); 5] = [
     ("uring", "fastvpn, io_uring", ""),
+    ("uring-encrypted", "fastvpn, encrypted", ""),
     ("epoll", "fastvpn, epoll", "--io epoll"),
     ("busy-poll", "fastvpn, busy polling", "--busy-poll auto"),
     (
@@ -23,6 +28,15 @@ const BUILT_IN: [(&str, &str, &str); 4] = [
         "--without tso,uso,udp-segment,udp-gro",
     ),
 ];
+
+/// What the keys end in of those that have keys in the other sense, too: WireGuard's.
+const ENCRYPTED: &str = "-encrypted";
+
+/// The flag that such a program has to know.
+const KEY_FLAG: &str = "--private-key";
+
+/// Type, receiver, counter and authentication tag of WireGuard's.
+const HEADER_BYTES: u32 = 4 + 4 + 8 + 16;
 
 /// fastvpn with some flags.
 pub struct Fastvpn {
@@ -46,7 +60,7 @@ pub fn built_in() -> Result<Vec<Fastvpn>> {
             key,
             title,
             program: program.clone(),
-            missing: missing(&flags, &help),
+            missing: missing(key, &flags, &help),
             flags,
         }
     };
@@ -59,7 +73,7 @@ pub fn built_in() -> Result<Vec<Fastvpn>> {
 /// When the program cannot be started, or does not know one of the flags.
 pub fn from_variant(variant: Variant) -> Result<Fastvpn> {
     let program = variant.program.unwrap_or_else(|| PathBuf::from(PROGRAM));
-    if let Some(reason) = missing(&variant.flags, &help(&program)?) {
+    if let Some(reason) = missing(&variant.name, &variant.flags, &help(&program)?) {
         return Err(Error::new(format!(
             "cannot measure variant {}: {reason}",
             variant.name
@@ -86,8 +100,40 @@ fn help(program: &PathBuf) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-fn missing(flags: &[String], help: &str) -> Option<String> {
-    variant::unknown_flag(flags, help).map(|flag| format!("this fastvpn has no {flag}"))
+fn missing(key: &str, flags: &[String], help: &str) -> Option<String> {
+    let mut flags = flags.to_vec();
+    if key.ends_with(ENCRYPTED) {
+        flags.push(KEY_FLAG.into());
+    }
+    variant::unknown_flag(&flags, help).map(|flag| format!("this fastvpn has no {flag}"))
+}
+
+/// Writes the configuration file of host `own`, and the key that it names.
+fn write_configuration(directory: &Path, own: usize, keys: &[Key; 2]) -> Result<PathBuf> {
+    let peer = 1 - own;
+    let (key, file) = (format!("{own}.key"), format!("{own}.toml"));
+    let (key, file) = (directory.join(key), directory.join(file));
+    let text = wireguard::base64(&keys[own]) + "\n";
+    write(&key, &text)?;
+    // Others may not read it, or it is refused.
+    fs::set_permissions(&key, Permissions::from_mode(0o600))
+        .map_err(|cause| Error::os(format!("cannot protect {}", key.display()), cause))?;
+    let public = wireguard::base64(&wireguard::public_key(&keys[peer]));
+    let text = format!(
+        "private-key = {key:?}\n\
+         mtu = {}\n\
+         address = [\"{}/{TUNNEL_PREFIX}\"]\n\
+         [[peer]]\n\
+         public-key = \"{public}\"\n\
+         endpoint = \"{}\"\n\
+         prefixes = [\"{}/32\"]\n",
+        mtu_bytes(HEADER_BYTES),
+        TUNNEL[own],
+        UNDERLAY[peer],
+        TUNNEL[peer],
+    );
+    write(&file, &text)?;
+    Ok(file)
 }
 
 impl Target for Fastvpn {
@@ -120,6 +166,9 @@ impl Target for Fastvpn {
     }
 
     fn start(&self, pair: &Pair) -> Result<Link> {
+        if self.key.ends_with(ENCRYPTED) {
+            return self.start_encrypted(pair);
+        }
         // Tunnel addresses and MTU are those that fastvpn gives itself.
         let commands = [UNDERLAY[1], UNDERLAY[0]].map(|peer| {
             let mut command = Command::new(&self.program);
@@ -128,5 +177,23 @@ impl Target for Fastvpn {
             command
         });
         daemon::start(pair, commands)
+    }
+}
+
+impl Fastvpn {
+    /// As the other programs that encrypt are started: with the same addresses and MTU.
+    fn start_encrypted(&self, pair: &Pair) -> Result<Link> {
+        let directory = private_directory()?;
+        let keys = [wireguard::random_key()?, wireguard::random_key()?];
+        let command = |own: usize| -> Result<Command> {
+            let mut command = Command::new(&self.program);
+            let file = write_configuration(directory.path(), own, &keys)?;
+            command.arg("--config").arg(file).args(&self.flags);
+            Ok(command)
+        };
+        let mut link = daemon::start(pair, [command(0)?, command(1)?])?;
+        link.public_key = Some(wireguard::public_key(&keys[1]));
+        link.configuration = Some(directory);
+        Ok(link)
     }
 }

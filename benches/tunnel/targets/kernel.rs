@@ -37,6 +37,7 @@ impl Target for Veth {
         Ok(Link {
             address: UNDERLAY[1].into(),
             processes: Default::default(),
+            public_key: None,
             configuration: None,
             changes: None,
         })
@@ -81,6 +82,7 @@ impl Target for Vxlan {
         Ok(Link {
             address: TUNNEL[1].into(),
             processes: Default::default(),
+            public_key: None,
             configuration: None,
             changes: None,
         })

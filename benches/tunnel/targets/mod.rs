@@ -9,12 +9,13 @@ pub mod openvpn;
 pub mod others;
 pub mod overlay;
 pub mod tinc;
-pub mod wireguard_go;
+pub mod wireguard;
 
 use std::net::{IpAddr, Ipv4Addr};
 
 use ::fastvpn::error::Result;
 use tempfile::TempDir;
+use testbed::wireguard::Key;
 use testbed::{Child, Pair};
 
 pub use others::others;
@@ -26,8 +27,11 @@ pub const UNDERLAY: [Ipv4Addr; 2] = [
     Ipv4Addr::new(10, 211, 55, 123),
 ];
 
-/// Another address of host `a`, that no link knows.
+/// Other addresses of host `a`, that no link knows: this one, and those after it.
 pub const STRANGER: Ipv4Addr = Ipv4Addr::new(10, 211, 55, 200);
+
+/// How many.
+pub const STRANGERS: u8 = 16;
 
 /// Length of the underlay's prefix.
 pub const UNDERLAY_PREFIX: u8 = 24;
@@ -54,6 +58,8 @@ pub struct Link {
     /// Processes that carry the link, at host `a` and at host `b`; empty when
     /// the kernel does it.
     pub processes: [Vec<Child>; 2],
+    /// Host `b`'s key, where hosts know each other by WireGuard's.
+    pub public_key: Option<Key>,
     /// What the processes were configured with, removed after they have ended.
     pub configuration: Option<TempDir>,
 }

@@ -7,10 +7,7 @@ use testbed::Pair;
 use super::others::{Program, mtu_bytes, set_up_interface};
 use super::{Link, Target, UNDERLAY, daemon};
 
-const PROGRAM: Program = Program {
-    name: "openvpn",
-    package: "openvpn",
-};
+const PROGRAM: Program = Program::debian("openvpn", "openvpn");
 
 const TUN_NAME: &str = "openvpn0";
 const PORT: &str = "1194";

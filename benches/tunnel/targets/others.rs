@@ -5,30 +5,24 @@
 //! do without, with its defaults otherwise, and with the largest MTU whose
 //! packets, wrapped, fit the cable.
 
-use std::env;
-use std::fs::{self, OpenOptions};
+use std::fs;
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::Path;
 
 use fastvpn::error::{Error, Result};
 use ipnet::IpNet;
 use tempfile::TempDir;
 use testbed::Namespace;
+pub(super) use testbed::program::Program;
 
 use super::fastd::Fastd;
 use super::openvpn::OpenVpn;
 use super::tinc::Tinc;
-use super::wireguard_go::WireguardGo;
+use super::wireguard::{BORINGTUN, GOTATUN, WIREGUARD_GO};
 use super::{TUNNEL, TUNNEL_PREFIX, Target, UNDERLAY_MTU_BYTES};
 
 /// IPv4 and UDP headers: what every one of them puts around a packet.
 const UDP_OVERHEAD_BYTES: u32 = 20 + 8;
-
-/// Where daemons are, although ordinary users' `PATH` may not say so.
-const SYSTEM_DIRECTORIES: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
-
-const TUN: &str = "/dev/net/tun";
 
 /// All that are known, installed or not.
 pub fn others() -> Vec<Box<dyn Target>> {
@@ -36,82 +30,10 @@ pub fn others() -> Vec<Box<dyn Target>> {
         Box::new(OpenVpn),
         Box::new(Fastd),
         Box::new(Tinc),
-        Box::new(WireguardGo),
+        Box::new(WIREGUARD_GO),
+        Box::new(BORINGTUN),
+        Box::new(GOTATUN),
     ]
-}
-
-/// A program that somebody else may have installed.
-pub(super) struct Program {
-    /// Its file name.
-    pub name: &'static str,
-    /// Debian's package that has it.
-    pub package: &'static str,
-}
-
-impl Program {
-    /// Where it is, if it is installed.
-    pub fn path(&self) -> Option<PathBuf> {
-        let path = env::var_os("PATH").unwrap_or_default();
-        env::split_paths(&path)
-            .chain(SYSTEM_DIRECTORIES.map(PathBuf::from))
-            .map(|directory| directory.join(self.name))
-            .find(|file| file.is_file())
-    }
-
-    /// Why it cannot be run here.
-    pub fn missing(&self) -> Option<String> {
-        let Self { name, package } = self;
-        if self.path().is_none() {
-            return Some(format!(
-                "{name} is not installed (Debian package {package})"
-            ));
-        }
-        let tun = OpenOptions::new().read(true).write(true).open(TUN);
-        tun.err()
-            .map(|cause| Error::os(format!("cannot open {TUN}"), cause).to_string())
-    }
-
-    /// A command that starts it.
-    pub fn command(&self) -> Result<Command> {
-        let path = self.path().ok_or_else(|| {
-            let Self { name, package } = self;
-            Error::new(format!("{name} is not installed"))
-                .hint(format!("install Debian's package {package}"))
-        })?;
-        Ok(Command::new(path))
-    }
-
-    /// What it prints when it is started with some arguments, without the ends' spaces.
-    pub fn ask(&self, arguments: &[&str]) -> Result<String> {
-        let name = self.name;
-        let output = self
-            .command()?
-            .args(arguments)
-            .stdin(Stdio::null())
-            .stderr(Stdio::null())
-            .output()
-            .map_err(|cause| Error::os(format!("cannot start {name}"), cause))?;
-        // The status says little: OpenVPN's is 1 when asked for its version.
-        Ok(String::from_utf8_lossy(&output.stdout).trim().to_string())
-    }
-
-    /// Title and version, as the word after `before` in what it prints.
-    pub fn title_and_version(&self, title: &str, before: &str) -> String {
-        let version = self
-            .ask(&["--version"])
-            .ok()
-            .and_then(|text| word_after(&text, before));
-        match version {
-            Some(version) => format!("{title} {version}"),
-            None => title.to_string(),
-        }
-    }
-}
-
-fn word_after(text: &str, before: &str) -> Option<String> {
-    let (_, rest) = text.split_once(before)?;
-    let word = rest.split_whitespace().next()?;
-    Some(word.trim_start_matches('v').to_string())
 }
 
 /// The MTU of a tunnel that puts so many bytes into each datagram beside the packet.
@@ -154,31 +76,4 @@ pub(super) fn set_up_interface(
     netlink.add_address(index, IpNet::new_assert(address, TUNNEL_PREFIX))?;
     netlink.set_up(index)?;
     Ok(true)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn versions_are_found() {
-        let found = |text, before| word_after(text, before);
-        let openvpn = "OpenVPN 2.6.14 x86_64-pc-linux-gnu [SSL (OpenSSL)]";
-        assert_eq!(found(openvpn, "OpenVPN").as_deref(), Some("2.6.14"));
-        assert_eq!(found("fastd v22", "fastd").as_deref(), Some("22"));
-        assert_eq!(found("fastd", "fastd"), None);
-        assert_eq!(found("", "tinc version"), None);
-    }
-
-    #[test]
-    fn what_is_not_installed_is_named_with_its_package() {
-        let program = Program {
-            name: "no-such-tunnel",
-            package: "a-package",
-        };
-        let expected = "no-such-tunnel is not installed (Debian package a-package)";
-        assert_eq!(program.missing().as_deref(), Some(expected));
-        assert!(program.command().is_err());
-        assert_eq!(program.title_and_version("Tunnel", "v"), "Tunnel");
-    }
 }

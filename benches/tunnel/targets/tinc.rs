@@ -13,10 +13,7 @@ use super::others::{
 };
 use super::{Link, TUNNEL, Target, UNDERLAY, daemon};
 
-const PROGRAM: Program = Program {
-    name: "tincd",
-    package: "tinc",
-};
+const PROGRAM: Program = Program::debian("tincd", "tinc");
 
 const TUN_NAME: &str = "tinc0";
 const RSA_BITS: &str = "2048";

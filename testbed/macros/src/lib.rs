@@ -9,6 +9,7 @@ use proc_macro::{TokenStream, TokenTree};
 /// - `mixed`: with io_uring at one end and epoll at the other.
 /// - `needs_root`: not in a user namespace.
 /// - `long`: in the long tier alone.
+/// - `wireguard_go`, `boringtun`, `gotatun`: where that program is installed.
 ///
 /// Without the first two it is run once, on whatever engine a tunnel chooses.
 #[proc_macro_attribute]
@@ -27,6 +28,14 @@ pub fn trial(attribute: TokenStream, function: TokenStream) -> TokenStream {
         words.retain(|word| word != flag);
         flags += &format!("{flag}: {is_set}, ");
     }
+    let mut needs = "None".to_string();
+    for program in ["wireguard_go", "boringtun", "gotatun"] {
+        if words.iter().any(|word| word == program) {
+            let constant = program.to_uppercase();
+            needs = format!("Some(&::testbed::wireguard::{constant})");
+            words.retain(|word| word != program);
+        }
+    }
     assert!(words.is_empty(), "{words:?} are no words of a trial");
     let mut tokens = function.clone().into_iter();
     let is_fn =
@@ -35,7 +44,7 @@ pub fn trial(attribute: TokenStream, function: TokenStream) -> TokenStream {
     let name = name.expect("a trial is a function");
     let entry = format!(
         "::testbed::inventory::submit! {{
-            ::testbed::Trial {{ name: \"{name}\", run: {name}, {flags} }}
+            ::testbed::Trial {{ name: \"{name}\", run: {name}, {flags} needs: {needs} }}
         }}"
     );
     let entry: TokenStream = entry.parse().expect("an entry is Rust");

@@ -1,0 +1,9 @@
+//! WireGuard: two fastvpn that trust each other by their keys, fastvpn and other
+//! people's programs, and those that nobody trusts.
+
+pub mod ends;
+pub mod interop;
+pub mod moving;
+pub mod pairs;
+pub mod silence;
+pub mod wire;

@@ -1,0 +1,159 @@
+//! Ends that move: behind a NAT, to another address, and through a restart.
+
+use std::net::Ipv4Addr;
+
+use fastvpn::error::Result;
+use testbed::wireguard::WIREGUARD_GO;
+use testbed::{Pair, UNDERLAY_NAME, ip};
+
+use super::ends::{End, Keys, Kind, PORT, Reach, Underlay, hosts, inside, stop, tunnel};
+use crate::relay::{FACES, Ports, Relay};
+use crate::support::{FAMILIES, UNDERLAY, bulk, check, wait_for, wait_until};
+use crate::tools::Stream;
+
+/// Where host A goes.
+const MOVED: Ipv4Addr = Ipv4Addr::new(10, 211, 55, 150);
+
+/// Host B is behind a NAT, which host A cannot call; what host B sends every second
+/// keeps it open.
+#[testbed::trial(each_engine)]
+fn keepalives_keep_a_nat_open() -> Result<()> {
+    behind_a_nat([Kind::Fastvpn; 2])
+}
+
+fn behind_a_nat(kinds: [Kind; 2]) -> Result<()> {
+    let relay = Relay::start(Ports::Rewritten, true)?;
+    let keys = Keys::new(true)?;
+    let open = keys.start(&relay.a, 0, kinds[0], Reach::UNKNOWN)?;
+    let behind = Reach {
+        endpoint: Some((FACES[1], PORT).into()),
+        keepalive_s: Some(1),
+    };
+    let hidden = keys.start(&relay.b, 1, kinds[1], behind)?;
+    // Nobody behind the NAT has anything to send.
+    for addresses in FAMILIES {
+        wait_for(&relay.a, addresses[1])?;
+    }
+    for _ in 0..3 {
+        relay.take_ports(1);
+        wait_until("host B says something by itself", || {
+            Ok(!relay.take_ports(1).is_empty())
+        })?;
+    }
+    bulk(&relay.a, &relay.b, inside(1), 5)?;
+    bulk(&relay.b, &relay.a, inside(0), 5)?;
+    stop([open, hidden])?;
+    relay.stop()
+}
+
+/// Takes host A's address away and gives it another one.
+fn move_host_a(hosts: &Pair) -> Result<()> {
+    ip(
+        &hosts.a,
+        &format!("address del {}/24 dev {UNDERLAY_NAME}", UNDERLAY[0]),
+    )?;
+    ip(
+        &hosts.a,
+        &format!("address add {MOVED}/24 dev {UNDERLAY_NAME}"),
+    )
+}
+
+/// A stream goes on, whoever sends it, while the one that has called moves.
+fn roams(kinds: [Kind; 2]) -> Result<()> {
+    let hosts = hosts()?;
+    let ends = tunnel(&hosts, &Keys::new(true)?, kinds, Underlay::V4)?;
+    let streams = [
+        Stream::start(&hosts.a, &hosts.b, inside(1))?,
+        Stream::start(&hosts.b, &hosts.a, inside(0))?,
+    ];
+    streams.iter().try_for_each(Stream::wait_for_progress)?;
+    move_host_a(&hosts)?;
+    streams.iter().try_for_each(Stream::wait_for_progress)?;
+    for stream in streams {
+        stream.finish()?;
+    }
+    if let End::Other(other) = &ends[1] {
+        let endpoint = other.says("endpoint")?;
+        check(endpoint == format!("{MOVED}:{PORT}"), || {
+            format!("the peer is at {endpoint}")
+        })?;
+    }
+    stop(ends)
+}
+
+#[testbed::trial(each_engine)]
+fn the_caller_moves() -> Result<()> {
+    roams([Kind::Fastvpn; 2])
+}
+
+#[testbed::trial(each_engine, wireguard_go)]
+fn the_caller_moves_and_wireguard_go_follows() -> Result<()> {
+    roams([Kind::Fastvpn, Kind::Other(&WIREGUARD_GO)])
+}
+
+#[testbed::trial(each_engine, wireguard_go)]
+fn wireguard_go_moves_and_fastvpn_follows() -> Result<()> {
+    roams([Kind::Other(&WIREGUARD_GO), Kind::Fastvpn])
+}
+
+/// The caller is killed and comes back: its first packet makes a new session, which the
+/// other end takes although it has one.
+fn caller_restarts(kinds: [Kind; 2]) -> Result<()> {
+    let hosts = hosts()?;
+    let keys = Keys::new(true)?;
+    let [mut caller, called] = tunnel(&hosts, &keys, kinds, Underlay::V4)?;
+    let calls = Reach::at(Underlay::V4.endpoint(1));
+    for _ in 0..2 {
+        // Without a word.
+        drop(caller);
+        caller = keys.start(&hosts.a, 0, kinds[0], calls)?;
+        wait_for(&hosts.a, inside(1))?;
+        wait_for(&hosts.b, inside(0))?;
+        bulk(&hosts.b, &hosts.a, inside(0), 5)?;
+    }
+    stop([caller, called])
+}
+
+#[testbed::trial(each_engine)]
+fn the_caller_is_killed() -> Result<()> {
+    caller_restarts([Kind::Fastvpn; 2])
+}
+
+#[testbed::trial(each_engine, wireguard_go)]
+fn the_caller_of_wireguard_go_is_killed() -> Result<()> {
+    caller_restarts([Kind::Fastvpn, Kind::Other(&WIREGUARD_GO)])
+}
+
+/// The one that was called is killed and comes back, knowing nothing of its peer's
+/// place: the caller hears nothing for 15 seconds and calls again.
+fn called_restarts(kinds: [Kind; 2]) -> Result<()> {
+    let hosts = hosts()?;
+    let keys = Keys::new(true)?;
+    let [caller, mut called] = tunnel(&hosts, &keys, kinds, Underlay::V4)?;
+    drop(called);
+    called = keys.start(&hosts.b, 1, kinds[1], Reach::UNKNOWN)?;
+    wait_for(&hosts.a, inside(1))?;
+    wait_for(&hosts.b, inside(0))?;
+    bulk(&hosts.b, &hosts.a, inside(0), 5)?;
+    stop([caller, called])
+}
+
+#[testbed::trial(long, each_engine)]
+fn the_called_is_killed() -> Result<()> {
+    called_restarts([Kind::Fastvpn; 2])
+}
+
+#[testbed::trial(long, each_engine, wireguard_go)]
+fn the_called_wireguard_go_is_killed() -> Result<()> {
+    called_restarts([Kind::Fastvpn, Kind::Other(&WIREGUARD_GO)])
+}
+
+/// What the tests above are made of.
+#[testbed::trial(long, wireguard_go)]
+fn wireguard_go_moves_with_itself() -> Result<()> {
+    let both = [Kind::Other(&WIREGUARD_GO); 2];
+    behind_a_nat(both)?;
+    roams(both)?;
+    caller_restarts(both)?;
+    called_restarts(both)
+}
