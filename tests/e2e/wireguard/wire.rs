@@ -3,13 +3,13 @@
 use std::net::{IpAddr, UdpSocket};
 use std::time::Duration;
 
-use fastvpn::error::Result;
+use fastvpn::error::{Error, Result};
 use testbed::wireguard::WIREGUARD_GO;
 use testbed::{Namespace, Pair, UNDERLAY_NAME};
 
 use super::ends::{Keys, Kind, MTU_BYTES, PORT, Reach, Underlay, hosts, inside, stop};
 use crate::packets::{Tap, destination, transport};
-use crate::support::{FAMILIES, check, tried, udp, wait_for, wait_until};
+use crate::support::{FAMILIES, PATIENCE, check, tried, udp, wait_for, wait_until};
 
 /// Types of messages: their first byte, with three zero bytes behind it.
 pub const INITIATION: u8 = 1;
@@ -96,8 +96,9 @@ impl Wire {
             crossed
                 .is_some_and(|crossed| crossed.is_between_tunnels() && crossed.kind() == Some(kind))
         };
-        let packet = self.0[0].next(wanted)?;
-        Crossed::new(&packet).ok_or_else(|| fastvpn::error::Error::new("gone"))
+        let packet = self.0[0].next_within(PATIENCE, wanted)?;
+        let crossed = packet.and_then(|packet| Crossed::new(&packet));
+        crossed.ok_or_else(|| Error::new(format!("no message of type {kind} came")))
     }
 }
 
