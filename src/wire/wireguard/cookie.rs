@@ -222,3 +222,162 @@ fn mac(key: &[u8], parts: &[&[u8]]) -> Mac {
     }
     mac.finalize_fixed().into()
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::wire::wireguard::keys::PrivateKey;
+    use crate::wire::wireguard::message::{INITIATION_BYTES, Initiation, Message, RESPONSE_BYTES};
+
+    const SOURCE: &str = "192.0.2.1:51820";
+
+    fn host() -> PublicKey {
+        PrivateKey::generate().public()
+    }
+
+    fn source() -> SocketAddr {
+        SOURCE.parse().unwrap()
+    }
+
+    /// An initiation with MACs, and something between.
+    fn initiation(writer: &mut MacWriter, now_ns: u64) -> [u8; INITIATION_BYTES] {
+        let mut message = Initiation::write(7, &random_bytes());
+        writer.fill(&mut message, now_ns);
+        message
+    }
+
+    fn read(message: &[u8]) -> WithMacs<'_> {
+        match Message::parse(message) {
+            Some(Message::Initiation(initiation)) => initiation.into(),
+            Some(Message::Response(response)) => response.into(),
+            other => panic!("{other:?} has no MACs"),
+        }
+    }
+
+    fn read_reply(message: &[u8]) -> CookieReply<'_> {
+        match Message::parse(message) {
+            Some(Message::CookieReply(reply)) => reply,
+            other => panic!("{other:?} is no cookie reply"),
+        }
+    }
+
+    /// Both ends of one direction, the sender with a cookie that it got at 1 s.
+    fn with_cookie() -> (MacWriter, MacChecker) {
+        let host = host();
+        let (mut writer, mut checker) = (MacWriter::new(&host), MacChecker::new(&host));
+        let first = initiation(&mut writer, 0);
+        assert_eq!(first[INITIATION_BYTES - MAC_BYTES..], [0; MAC_BYTES]);
+        assert!(!checker.has_mac2(read(&first), source(), SECOND_NS));
+        let reply = checker.reply(read(&first), source(), SECOND_NS);
+        assert_eq!(read_reply(&reply).receiver_index(), 7);
+        writer.receive(read_reply(&reply), SECOND_NS).unwrap();
+        (writer, checker)
+    }
+
+    const SECOND_NS: u64 = 1_000_000_000;
+
+    #[test]
+    fn mac1_is_by_the_receivers_key() {
+        let host = host();
+        let mut writer = MacWriter::new(&host);
+        let message = initiation(&mut writer, 0);
+        assert!(MacChecker::new(&host).has_mac1(read(&message)));
+        assert!(!MacChecker::new(&self::host()).has_mac1(read(&message)));
+        let mut response = [0; RESPONSE_BYTES];
+        response[0] = 2;
+        assert!(!MacChecker::new(&host).has_mac1(read(&response)));
+        writer.fill(&mut response, 0);
+        assert!(MacChecker::new(&host).has_mac1(read(&response)));
+    }
+
+    #[test]
+    fn a_cookie_is_good_at_its_address_and_port() {
+        let (mut writer, mut checker) = with_cookie();
+        let message = initiation(&mut writer, SECOND_NS);
+        assert!(checker.has_mac1(read(&message)));
+        assert!(checker.has_mac2(read(&message), source(), SECOND_NS));
+        let others = [
+            "192.0.2.1:51821",
+            "192.0.2.2:51820",
+            "[2001:db8::1]:51820",
+            "[::ffff:192.0.2.1]:51820",
+        ];
+        for other in others {
+            let other = other.parse().unwrap();
+            assert!(!checker.has_mac2(read(&message), other, SECOND_NS));
+        }
+        // It is for one receiver.
+        let mut stranger = MacChecker::new(&host());
+        assert!(!stranger.has_mac2(read(&message), source(), SECOND_NS));
+    }
+
+    #[test]
+    fn a_cookie_ends_at_both_ends() {
+        let (mut writer, mut checker) = with_cookie();
+        let last_ns = SECOND_NS + COOKIE_NS - 1;
+        let message = initiation(&mut writer, last_ns);
+        assert!(checker.has_mac2(read(&message), source(), last_ns));
+        assert!(!checker.has_mac2(read(&message), source(), last_ns + 1));
+        let message = initiation(&mut writer, last_ns + 1);
+        assert_eq!(message[INITIATION_BYTES - MAC_BYTES..], [0; MAC_BYTES]);
+    }
+
+    #[test]
+    fn a_cookie_reply_answers_the_last_message_once() {
+        let host = host();
+        let (mut writer, mut checker) = (MacWriter::new(&host), MacChecker::new(&host));
+        let first = initiation(&mut writer, 0);
+        let reply = checker.reply(read(&first), source(), 0);
+        // Nothing was sent.
+        let mut silent = MacWriter::new(&host);
+        assert_eq!(silent.receive(read_reply(&reply), 0), Err(InvalidCookie));
+        // Another message was sent meanwhile.
+        let second = initiation(&mut writer, 0);
+        assert_eq!(writer.receive(read_reply(&reply), 0), Err(InvalidCookie));
+        let reply = checker.reply(read(&second), source(), 0);
+        assert_eq!(writer.receive(read_reply(&reply), 0), Ok(()));
+        assert_eq!(writer.receive(read_reply(&reply), 0), Err(InvalidCookie));
+    }
+
+    proptest! {
+        #[test]
+        fn a_message_with_a_bit_changed_has_no_mac1(
+            at in 4usize..INITIATION_BYTES - MAC_BYTES,
+            bit in 0u8..8,
+        ) {
+            let host = host();
+            let mut message = initiation(&mut MacWriter::new(&host), 0);
+            message[at] ^= 1 << bit;
+            prop_assert!(!MacChecker::new(&host).has_mac1(read(&message)));
+        }
+
+        #[test]
+        fn a_message_with_a_bit_changed_has_no_mac2(
+            at in 4usize..INITIATION_BYTES,
+            bit in 0u8..8,
+        ) {
+            let (mut writer, mut checker) = with_cookie();
+            let mut message = initiation(&mut writer, SECOND_NS);
+            message[at] ^= 1 << bit;
+            prop_assert!(!checker.has_mac2(read(&message), source(), SECOND_NS));
+        }
+
+        /// And the right one is still taken afterwards.
+        #[test]
+        fn a_cookie_reply_with_a_bit_changed_is_refused(
+            at in 8usize..COOKIE_REPLY_BYTES,
+            bit in 0u8..8,
+        ) {
+            let host = host();
+            let (mut writer, mut checker) = (MacWriter::new(&host), MacChecker::new(&host));
+            let message = initiation(&mut writer, 0);
+            let reply = checker.reply(read(&message), source(), 0);
+            let mut damaged = reply;
+            damaged[at] ^= 1 << bit;
+            prop_assert_eq!(writer.receive(read_reply(&damaged), 0), Err(InvalidCookie));
+            prop_assert_eq!(writer.receive(read_reply(&reply), 0), Ok(()));
+        }
+    }
+}

@@ -17,7 +17,7 @@ use super::message::{
     INITIATION_BYTES, INITIATION_NOISE_BYTES, Initiation, RESPONSE_BYTES, RESPONSE_NOISE_BYTES,
     Response,
 };
-use super::noise;
+use super::noise::{self, State};
 use super::timestamp::{TIMESTAMP_BYTES, Timestamp};
 
 /// A handshake message that is not authentic or not for this host, or a key in it that is
@@ -59,18 +59,20 @@ impl fmt::Debug for TransportKeys {
 
 /// A handshake that this host has begun.
 pub struct Initiator {
-    noise: Box<HandshakeState>,
+    noise: State,
     sender_index: u32,
 }
 
 impl Initiator {
     /// Begins a handshake. `sender_index` is what this host will call the session, and
     /// `timestamp` is later than any that this peer was sent. Returns the initiation
-    /// without its MACs.
+    /// without its MACs, which [`MacWriter::fill`] fills in.
     ///
     /// # Errors
     ///
     /// If the peer's key is a point of low order, which is nobody's.
+    ///
+    /// [`MacWriter::fill`]: super::cookie::MacWriter::fill
     pub fn start(
         local: &PrivateKey,
         remote: &PublicKey,
@@ -84,7 +86,7 @@ impl Initiator {
             .remote_public_key(remote.as_bytes())?
             .psk(noise::PSK_LOCATION, preshared_key.as_bytes())?
             .build_initiator()
-            .map(Box::new)?;
+            .map(State::from)?;
         let mut message = [0; INITIATION_NOISE_BYTES];
         noise.write_message(&timestamp.to_bytes(), &mut message)?;
         let initiator = Self {
@@ -104,7 +106,7 @@ impl Initiator {
     ///
     /// # Errors
     ///
-    /// If the response is not the peer's to this initiation.
+    /// If the response is not the peer's to this initiation, or the preshared keys differ.
     pub fn finish(&mut self, response: Response<'_>) -> Result<TransportKeys, InvalidHandshake> {
         if response.receiver_index() != self.sender_index {
             return Err(InvalidHandshake);
@@ -116,7 +118,7 @@ impl Initiator {
 
 /// A handshake that a peer has begun: an initiation that has been read.
 pub struct Incoming {
-    noise: Box<HandshakeState>,
+    noise: State,
     public_key: PublicKey,
     timestamp: Timestamp,
     remote_index: u32,
@@ -134,7 +136,7 @@ impl Incoming {
             .prologue(noise::PROLOGUE)?
             .local_private_key(local.as_bytes())?
             .build_responder()
-            .map(Box::new)?;
+            .map(State::from)?;
         let mut timestamp = [0; TIMESTAMP_BYTES];
         noise.read_message(initiation.noise(), &mut timestamp)?;
         let public_key = noise.get_remote_static().ok_or(InvalidHandshake)?;
@@ -194,3 +196,7 @@ fn keys(noise: &mut HandshakeState, remote_index: u32) -> TransportKeys {
     second.zeroize();
     keys
 }
+
+#[cfg(test)]
+#[path = "handshake_tests.rs"]
+mod tests;

@@ -283,3 +283,138 @@ fn from_text(text: &str) -> Result<Zeroizing<[u8; KEY_BYTES]>, InvalidKey> {
         _ => Err(InvalidKey),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// What `wg pubkey` makes of a key.
+    const WG_PRIVATE: &str = "yAnz5TF+lXXJte14tji3zlMNq+hd2rYUIgJBgB3fBmk=";
+    const WG_PUBLIC: &str = "HIgo9xNzJMWLKASShiTqIybxZ0U3wGLiUeJ1PKf8ykw=";
+    /// The same, of 32 zeros.
+    const WG_PUBLIC_OF_ZEROS: &str = "L+V9o0fNYkMVKNqsX7spBzD/9oSvxM/C7ZCZX1jLO3Q=";
+
+    /// Points of low order, and others that are the same modulo 2^255 - 19
+    /// (<https://cr.yp.to/ecdh.html#validate>).
+    const LOW_ORDER: [&str; 7] = [
+        "0000000000000000000000000000000000000000000000000000000000000000",
+        "0100000000000000000000000000000000000000000000000000000000000000",
+        "e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800",
+        "5f9c95bca3508c24b1d0b1559c83ef5b04445cc4581c8e86d8224eddd09f1157",
+        "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+        "edffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+        "eeffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+    ];
+
+    fn bytes(hex: &str) -> [u8; KEY_BYTES] {
+        let byte = |at: usize| u8::from_str_radix(&hex[2 * at..2 * at + 2], 16).unwrap();
+        std::array::from_fn(byte)
+    }
+
+    #[test]
+    fn a_secret_is_agreed_on_as_in_rfc_7748() {
+        // Section 5.2, the first example.
+        let key = "a546e36bf0527c9d3b16154b82465edd62144c0ac1fc5a18506a2244ba449ac4";
+        let public = "e6db6867583030db3594c1a424b15f7c726624ec26b3353b10a903a6d0ab1c4c";
+        let secret = "c3da55379de9c6908e94ea4df28d084f32eccf03491c71f754b4075577a28552";
+        let key = PrivateKey::from_bytes(&bytes(key));
+        assert_eq!(*key.agree(&bytes(public)).unwrap(), bytes(secret));
+    }
+
+    #[test]
+    fn no_secret_is_agreed_on_with_a_point_of_low_order() {
+        let key = PrivateKey::generate();
+        for point in LOW_ORDER {
+            assert_eq!(key.agree(&bytes(point)), Err(InvalidKey), "{point}");
+        }
+    }
+
+    #[test]
+    fn a_public_key_is_the_one_that_wg_prints() {
+        assert_eq!(pubkey(WG_PRIVATE).unwrap(), WG_PUBLIC);
+        // `wg genkey | fastvpn pubkey` reads a line.
+        assert_eq!(pubkey(&format!("  {WG_PRIVATE}\n")).unwrap(), WG_PUBLIC);
+        let zeros = PresharedKey::default().to_base64();
+        assert_eq!(pubkey(&zeros).unwrap(), WG_PUBLIC_OF_ZEROS);
+        assert_eq!(pubkey("no key"), Err(InvalidKey));
+    }
+
+    #[test]
+    fn new_keys_are_whole_clamped_and_never_the_same() {
+        let key: PrivateKey = genkey().parse().unwrap();
+        assert_eq!(key.as_bytes()[0] & 7, 0);
+        assert_eq!(key.as_bytes()[31] & 0xc0, 0x40);
+        assert_ne!(*genkey(), *genkey());
+        let preshared: PresharedKey = genpsk().parse().unwrap();
+        assert!(preshared.is_set());
+        assert_ne!(*genpsk(), *genpsk());
+    }
+
+    #[test]
+    fn zeros_are_no_preshared_key() {
+        assert!(!PresharedKey::default().is_set());
+        assert!(!PresharedKey::from_bytes(&[0; KEY_BYTES]).is_set());
+        let mut one = [0; KEY_BYTES];
+        one[31] = 1;
+        assert!(PresharedKey::from_bytes(&one).is_set());
+    }
+
+    #[test]
+    fn secrets_are_not_shown() {
+        let private: PrivateKey = WG_PRIVATE.parse().unwrap();
+        assert_eq!(format!("{private:?}"), "PrivateKey(hidden)");
+        let preshared: PresharedKey = WG_PRIVATE.parse().unwrap();
+        assert_eq!(format!("{preshared:?}"), "PresharedKey(hidden)");
+        let mistyped = WG_PRIVATE.replace('+', "-").parse::<PrivateKey>();
+        assert!(!mistyped.unwrap_err().to_string().contains("yAnz5"));
+    }
+
+    #[test]
+    fn only_the_canonical_text_is_a_key() {
+        let others = [
+            "",
+            // Not padded; padded twice; a character more; one less.
+            "HIgo9xNzJMWLKASShiTqIybxZ0U3wGLiUeJ1PKf8ykw",
+            "HIgo9xNzJMWLKASShiTqIybxZ0U3wGLiUeJ1PKf8yk==",
+            "HIgo9xNzJMWLKASShiTqIybxZ0U3wGLiUeJ1PKf8ykwA",
+            "HIgo9xNzJMWLKASShiTqIybxZ0U3wGLiUeJ1PKf8yk=",
+            // Bits behind the last byte.
+            "HIgo9xNzJMWLKASShiTqIybxZ0U3wGLiUeJ1PKf8ykx=",
+            // The alphabet of URLs; white space; an umlaut.
+            "HIgo9xNzJMWLKASShiTqIybxZ0U3wGLi_eJ1PKf8ykw=",
+            "HIgo9xNzJMWLKASShiTqIybxZ0U3wGLi eJ1PKf8ykw=",
+            "HIgo9xNzJMWLKASShiTqIybxZ0U3wGLi\u{e4}1PKf8ykw=",
+        ];
+        for text in others {
+            assert_eq!(text.parse::<PublicKey>(), Err(InvalidKey), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_public_key_is_text_in_json() {
+        let key: PublicKey = WG_PUBLIC.parse().unwrap();
+        let json = serde_json::to_string(&key).unwrap();
+        assert_eq!(json, format!("\"{WG_PUBLIC}\""));
+        assert_eq!(serde_json::from_str::<PublicKey>(&json).unwrap(), key);
+        assert!(serde_json::from_str::<PublicKey>("\"no key\"").is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn keys_come_back_from_their_text(bytes: [u8; KEY_BYTES]) {
+            let public = PublicKey(bytes);
+            prop_assert_eq!(public.to_string().parse(), Ok(public));
+            let preshared = PresharedKey::from_bytes(&bytes);
+            prop_assert!(preshared.to_base64().parse() == Ok(preshared));
+        }
+
+        #[test]
+        fn any_text_is_read_or_refused(text in "[A-Za-z0-9+/]{43}=|.{0,50}") {
+            if let Ok(key) = text.parse::<PublicKey>() {
+                prop_assert_eq!(key.to_string(), text);
+            }
+        }
+    }
+}

@@ -278,3 +278,116 @@ fn split_mac(message: &[u8]) -> (&[u8], &[u8; MAC_BYTES]) {
     const NONE: [u8; MAC_BYTES] = [0; MAC_BYTES];
     message.split_last_chunk().unwrap_or((message, &NONE))
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A message of a type, whose other bytes number themselves.
+    fn numbered(kind: u8, length: usize) -> Vec<u8> {
+        let mut bytes: Vec<u8> = (0..length).map(|at| at as u8).collect();
+        bytes[..4].copy_from_slice(&[kind, 0, 0, 0]);
+        bytes
+    }
+
+    #[test]
+    fn fields_are_where_the_paper_has_them() {
+        let bytes = numbered(INITIATION, 148);
+        let Some(Message::Initiation(initiation)) = Message::parse(&bytes) else {
+            panic!("no initiation");
+        };
+        assert_eq!(initiation.sender_index(), 0x0706_0504);
+        assert_eq!(initiation.noise(), &bytes[8..116]);
+        let macs = WithMacs::from(initiation);
+        assert_eq!(macs.sender_index(), 0x0706_0504);
+        assert_eq!(macs.covered_by_mac1(), &bytes[..116]);
+        assert_eq!(macs.mac1()[..], bytes[116..132]);
+        assert_eq!(macs.covered_by_mac2(), &bytes[..132]);
+        assert_eq!(macs.mac2()[..], bytes[132..]);
+
+        let bytes = numbered(RESPONSE, 92);
+        let Some(Message::Response(response)) = Message::parse(&bytes) else {
+            panic!("no response");
+        };
+        assert_eq!(response.sender_index(), 0x0706_0504);
+        assert_eq!(response.receiver_index(), 0x0b0a_0908);
+        assert_eq!(response.noise(), &bytes[12..60]);
+        assert_eq!(WithMacs::from(response).mac1()[..], bytes[60..76]);
+
+        let bytes = numbered(COOKIE_REPLY, 64);
+        let Some(Message::CookieReply(reply)) = Message::parse(&bytes) else {
+            panic!("no cookie reply");
+        };
+        assert_eq!(reply.receiver_index(), 0x0706_0504);
+        assert_eq!(reply.nonce(), &bytes[8..32]);
+        assert_eq!(reply.sealed(), &bytes[32..]);
+
+        let data = Data {
+            receiver_index: 0x0706_0504,
+            counter: 0x0f0e_0d0c_0b0a_0908,
+        };
+        assert_eq!(
+            Message::parse(&numbered(DATA, 32)),
+            Some(Message::Data(data))
+        );
+    }
+
+    #[test]
+    fn what_is_written_is_read_again() {
+        let bytes = Initiation::write(7, &[1; INITIATION_NOISE_BYTES]);
+        let Some(Message::Initiation(initiation)) = Message::parse(&bytes) else {
+            panic!("no initiation");
+        };
+        assert_eq!(initiation.sender_index(), 7);
+        assert_eq!(initiation.noise(), [1; INITIATION_NOISE_BYTES]);
+
+        let bytes = Response::write(7, 8, &[1; RESPONSE_NOISE_BYTES]);
+        let Some(Message::Response(response)) = Message::parse(&bytes) else {
+            panic!("no response");
+        };
+        assert_eq!((response.sender_index(), response.receiver_index()), (7, 8));
+        assert_eq!(response.noise(), [1; RESPONSE_NOISE_BYTES]);
+
+        let bytes = CookieReply::write(7, &[1; COOKIE_NONCE_BYTES], &[2; SEALED_COOKIE_BYTES]);
+        let Some(Message::CookieReply(reply)) = Message::parse(&bytes) else {
+            panic!("no cookie reply");
+        };
+        assert_eq!(reply.receiver_index(), 7);
+        assert_eq!(reply.nonce(), [1; COOKIE_NONCE_BYTES]);
+        assert_eq!(reply.sealed(), [2; SEALED_COOKIE_BYTES]);
+    }
+
+    proptest! {
+        #[test]
+        fn a_message_has_the_length_of_its_type(
+            kind in 0u8..8,
+            reserved in prop_oneof![3 => Just([0; 3]), 1 => any::<[u8; 3]>()],
+            length in prop_oneof![Just(148usize), Just(92), Just(64), Just(32), 0..200usize],
+        ) {
+            let mut bytes = vec![0xa5; length.max(4)];
+            bytes[0] = kind;
+            bytes[1..4].copy_from_slice(&reserved);
+            bytes.truncate(length);
+            let is_length_right = match kind {
+                INITIATION => length == 148,
+                RESPONSE => length == 92,
+                COOKIE_REPLY => length == 64,
+                DATA => length >= 32,
+                _ => false,
+            };
+            let is_message = is_length_right && reserved == [0; 3];
+            prop_assert_eq!(Message::parse(&bytes).is_some(), is_message);
+        }
+
+        #[test]
+        fn a_data_header_is_read_as_it_was_written(receiver_index: u32, counter: u64) {
+            let data = Data { receiver_index, counter };
+            let mut header = [0xff; DATA_HEADER_BYTES];
+            data.write(&mut header);
+            prop_assert_eq!(Data::read(&header), Some(data));
+            prop_assert_eq!(Data::read(&header[..15]), None);
+        }
+    }
+}

@@ -2,15 +2,18 @@
 //! how packets are sealed and opened. After J. A. Donenfeld, "WireGuard: Next Generation
 //! Kernel Network Tunnel", and <https://www.wireguard.com/protocol/>.
 
-pub mod cookie;
-pub mod handshake;
-pub mod keys;
-pub mod message;
+pub(crate) mod cookie;
+pub mod fuzz;
+pub(crate) mod handshake;
+pub(crate) mod keys;
+pub(crate) mod message;
 mod noise;
-pub mod replay;
-pub mod session;
-pub mod sessions;
-pub mod timestamp;
+#[cfg(test)]
+mod oracle;
+pub(crate) mod replay;
+pub(crate) mod session;
+pub(crate) mod sessions;
+pub(crate) mod timestamp;
 
 /// What the replay window is made of; tests/replay_window.rs has loom's in its place.
 mod atomic {

@@ -71,3 +71,88 @@ impl Timestamp {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn unix(seconds: u64, nanoseconds: u32) -> SystemTime {
+        UNIX_EPOCH + Duration::new(seconds, nanoseconds)
+    }
+
+    fn parts(timestamp: Timestamp) -> (u64, u32) {
+        let (seconds, fraction) = timestamp.0.split_at(8);
+        (
+            u64::from_be_bytes(seconds.try_into().unwrap()),
+            u32::from_be_bytes(fraction.try_into().unwrap()),
+        )
+    }
+
+    #[test]
+    fn time_is_written_as_tai64n() {
+        let epoch = [0x40, 0, 0, 0, 0, 0, 0, 10, 0, 0, 0, 0];
+        assert_eq!(Timestamp::next(UNIX_EPOCH, None).to_bytes(), epoch);
+        let later = Timestamp::next(unix(0x1234_5678, 0x0300_1234), None);
+        let expected = [0x40, 0, 0, 0, 0x12, 0x34, 0x56, 0x82, 3, 0, 0, 0];
+        assert_eq!(later.to_bytes(), expected);
+        // A clock that was never set.
+        let before = UNIX_EPOCH - Duration::from_secs(1);
+        assert_eq!(Timestamp::next(before, None).to_bytes(), epoch);
+    }
+
+    #[test]
+    fn a_clock_that_stands_still_goes_on_by_steps() {
+        let now = unix(1000, 999_999_999);
+        let first = Timestamp::next(now, None);
+        assert_eq!(parts(first), (UNIX_EPOCH_TAI + 1000, 59 * STEP_NS));
+        let second = Timestamp::next(now, Some(first));
+        assert_eq!(parts(second), (UNIX_EPOCH_TAI + 1001, 0));
+        let third = Timestamp::next(now, Some(second));
+        assert_eq!(parts(third), (UNIX_EPOCH_TAI + 1001, STEP_NS));
+    }
+
+    #[test]
+    fn a_stored_time_at_the_end_of_time_is_no_panic() {
+        let last = Timestamp::from_bytes([0xff; TIMESTAMP_BYTES]);
+        assert_eq!(
+            parts(Timestamp::next(UNIX_EPOCH, Some(last))),
+            (u64::MAX, 0)
+        );
+    }
+
+    proptest! {
+        /// Also if the clock goes back, and if what was stored is off the steps.
+        #[test]
+        fn a_timestamp_is_later_than_the_last_and_on_a_step(
+            last_seconds in 0..u64::MAX,
+            last_nanoseconds: u32,
+            seconds in 0u64..1 << 40,
+            nanoseconds in 0u32..SECOND_NS,
+        ) {
+            let last = Timestamp::new(last_seconds, last_nanoseconds);
+            let next = Timestamp::next(unix(seconds, nanoseconds), Some(last));
+            prop_assert!(next > last);
+            prop_assert_eq!(parts(next).1 % STEP_NS, 0);
+            prop_assert!(parts(next).1 < SECOND_NS);
+        }
+
+        #[test]
+        fn the_clock_is_followed_where_it_goes_on(
+            seconds in 0u64..1 << 40,
+            nanoseconds in 0u32..SECOND_NS,
+            passed_ns in u64::from(STEP_NS)..1 << 60,
+        ) {
+            let last = Timestamp::next(unix(seconds, nanoseconds), None);
+            let now = unix(seconds, nanoseconds) + Duration::from_nanos(passed_ns);
+            let next = Timestamp::next(now, Some(last));
+            let since = now.duration_since(UNIX_EPOCH).unwrap();
+            let (next_seconds, fraction) = parts(next);
+            prop_assert_eq!(next_seconds, UNIX_EPOCH_TAI + since.as_secs());
+            prop_assert!(since.subsec_nanos() - fraction < STEP_NS);
+        }
+    }
+}
