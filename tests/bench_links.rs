@@ -21,7 +21,8 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use libtest_mimic::{Arguments, Failed, Trial};
 use targets::{
-    TUNNEL, Target, UNDERLAY, UNDERLAY_MTU_BYTES, UNDERLAY_PREFIX, others::others, overlay::Overlay,
+    TUNNEL, Target, UNDERLAY, UNDERLAY_MTU_BYTES, UNDERLAY_PREFIX, fastvpn::built_in,
+    others::others, overlay::Overlay,
 };
 use testbed::traffic::{Between, Bulk, BulkLimit, Watch, ping, snmp_counter, tcp_bulk};
 use testbed::{Namespace, Pair, UNDERLAY_NAME};
@@ -56,6 +57,9 @@ fn main() -> ExitCode {
 
 fn tested() -> Vec<Box<dyn Target>> {
     let mut tested = others();
+    let encrypted = built_in().unwrap_or_default().into_iter();
+    let encrypted = encrypted.filter(|target| target.key() == "uring-encrypted");
+    tested.extend(encrypted.map(|target| Box::new(target) as Box<dyn Target>));
     tested.push(Box::new(Overlay::Prefixes));
     tested.push(Box::new(Overlay::Changes));
     tested

@@ -141,7 +141,25 @@ fn initiations(public_key: &Key) -> Vec<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
+    use boringtun::noise::Packet;
+    use boringtun::noise::rate_limiter::RateLimiter;
+
     use super::*;
+
+    /// Or the flood would cost its victim next to nothing.
+    #[test]
+    fn initiations_pass_the_first_check() {
+        let public = [7; 32];
+        let limiter = RateLimiter::new(&public.into(), 10);
+        let mut answer = [0; INITIATION_BYTES];
+        for message in initiations(&public).iter().take(3) {
+            let checked = limiter.verify_packet(None, message, &mut answer);
+            assert!(matches!(checked, Ok(Packet::HandshakeInit(_))));
+        }
+        let others = initiations(&[8; 32]);
+        let checked = limiter.verify_packet(None, &others[0], &mut answer);
+        assert!(checked.is_err());
+    }
 
     #[test]
     fn initiations_need_a_key_and_come_from_many_addresses() {
