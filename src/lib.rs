@@ -18,8 +18,8 @@
 //!
 //! ```text
 //! cli -> daemon, control, config, host, io, wire, packet, testbed, error
-//! testbed -> host, error
-//! daemon -> control, routing, host, dataplane, config, io, wire, packet, counters, log, error
+//! testbed -> host, wire, error
+//! daemon -> control, routing, host, wireguard, dataplane, config, io, wire, packet, counters, log, error
 //! control -> config, counters, error
 //! routing -> dataplane, config, wire, packet, counters, error
 //! config -> wire, packet, log, error

@@ -62,6 +62,7 @@ pub(super) fn status(status: &Status) -> String {
         ("received", received),
         ("TUN", tun),
         ("dropped", or_none(&named_counts(&drops))),
+        ("handshakes", named_counts(&status.handshakes).join(", ")),
         ("also counted", named_counts(&others).join(", ")),
     ] {
         if !text.is_empty() {

@@ -24,6 +24,7 @@ fn a_status() -> Status {
         listen: "0.0.0.0:8285".into(),
         own_ports: vec![61118, 61119],
         public_key: None,
+        handshakes: BTreeMap::new(),
         engine: "io_uring".into(),
         offloads: "TSO on, USO off, UDP_SEGMENT on, UDP_GRO on".into(),
         hop: false,

@@ -127,6 +127,9 @@ pub struct Status {
     /// This host's public key; none in plain mode.
     #[serde(default)]
     pub public_key: Option<String>,
+    /// What the handshake thread counts; empty in plain mode.
+    #[serde(default)]
+    pub handshakes: BTreeMap<String, u64>,
     /// I/O engine, in words.
     pub engine: String,
     /// Offloads, in words.

@@ -31,8 +31,8 @@ pub struct Manifest {
     /// Its index; `None` while it is in another network namespace.
     pub tun_index: Option<u32>,
     /// For each worker, whether it has a port of its own. Its descriptors are the TUN
-    /// queue, the shared socket, and in that case its own. That of the control socket
-    /// comes last, if there is one.
+    /// queue, the shared socket, and in that case its own. Then come the handshake socket
+    /// of an encrypted tunnel, and the control socket, if there is one.
     pub own_ports: Vec<bool>,
     /// Address and port of the UDP sockets.
     pub listen: SocketAddr,

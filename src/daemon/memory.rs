@@ -28,3 +28,18 @@ pub fn hide() {
         tracing::warn!("cannot keep keys out of core dumps: {}", errno.desc());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use nix::sys::prctl::get_dumpable;
+
+    use super::*;
+
+    #[test]
+    fn a_process_with_keys_leaves_no_core_dump() {
+        hide();
+        assert_eq!(get_dumpable(), Ok(false));
+        // Other tests of this process are none of its business.
+        set_dumpable(true).unwrap();
+    }
+}

@@ -21,6 +21,7 @@
 mod announce;
 mod device;
 mod drop_log;
+mod encryption;
 mod event_loop;
 pub mod handoff;
 mod host;

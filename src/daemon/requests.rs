@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use ipnet::IpNet;
 
+use super::encryption::Encryption;
 use super::reload::{reload, to_changed};
 use super::settings::check_ipv6_mtu;
 use super::tunnel::Tunnel;
@@ -21,7 +22,7 @@ use crate::control::protocol::{
 use crate::counters::{PeerCounters, Snapshot};
 use crate::error::{Error, Result, shortened};
 use crate::packet::batch::NextHop;
-use crate::routing::overlay::{Changes, Origin, Overlay, Peer, Secure};
+use crate::routing::overlay::{Changes, Origin, Overlay, Peer};
 
 /// Whether a request changes nothing.
 pub fn is_question(request: &Request) -> bool {
@@ -179,6 +180,7 @@ fn status(tunnel: &mut Tunnel) -> Status {
     let (config, settings, overlay) = (&tunnel.config, &tunnel.settings, &tunnel.peers.overlay);
     let device = &tunnel.host.device;
     let file = config.config_file.as_ref();
+    let handshakes = tunnel.encryption.iter().flat_map(Encryption::counters);
     Status {
         version: env!("CARGO_PKG_VERSION").into(),
         pid: std::process::id(),
@@ -189,6 +191,7 @@ fn status(tunnel: &mut Tunnel) -> Status {
         mtu_bytes: link.map_or(settings.link.mtu_bytes, |link| link.mtu),
         listen: settings.listen.to_string(),
         own_ports: tunnel.workers.own_ports(),
+        handshakes: handshakes.map(named).collect(),
         public_key: config.public_key().map(|key| key.to_string()),
         engine: tunnel.workers.engine().into(),
         offloads: announce::offloads(&tunnel.workers),
@@ -239,7 +242,7 @@ fn peer_status(tunnel: &Tunnel, hop: NextHop, peer: &Peer, prefixes: Option<usiz
     let proven = proven.filter(|worker| worker.is_own_port_proven());
     PeerStatus {
         peer: peer.name.to_string(),
-        wireguard: peer.secure.as_ref().map(wireguard_status),
+        wireguard: wireguard_status(tunnel, peer),
         endpoint: peer.endpoint_learned(),
         seen_port: peer.learned_port.or_else(|| peers.seen_port(hop)),
         own_ports_proven: proven.count(),
@@ -257,13 +260,17 @@ fn peer_status(tunnel: &Tunnel, hop: NextHop, peer: &Peer, prefixes: Option<usiz
     }
 }
 
-fn wireguard_status(secure: &Secure) -> WireGuardStatus {
-    let keepalive = secure.persistent_keepalive;
-    WireGuardStatus {
+fn wireguard_status(tunnel: &Tunnel, peer: &Peer) -> Option<WireGuardStatus> {
+    let (secure, key) = (peer.secure.as_ref()?, peer.name.key()?);
+    let latest = tunnel.encryption.as_ref();
+    let latest = latest.and_then(|encryption| encryption.latest_handshake(&key));
+    // A clock that was set back makes it lie ahead.
+    let since = latest.map(|at| at.elapsed().unwrap_or_default());
+    Some(WireGuardStatus {
         has_preshared_key: secure.preshared_key.is_set(),
-        persistent_keepalive_seconds: keepalive.map(|every| every.as_secs()),
-        latest_handshake_seconds: None,
-    }
+        persistent_keepalive_seconds: secure.persistent_keepalive.map(|every| every.as_secs()),
+        latest_handshake_seconds: since.map(|since| since.as_secs()),
+    })
 }
 
 fn routes(overlay: &Overlay) -> Routes {

@@ -206,7 +206,7 @@ pub fn start(config: Config) -> Result<(Tunnel, Option<Server>)> {
     // The device takes no packet before it is up. What comes meanwhile, from either side,
     // waits in the queues.
     tunnel.bring_up(&[])?;
-    tunnel.workers.go();
+    tunnel.go()?;
     tunnel.host.start_routes(&tunnel.settings.link.addresses)?;
     tunnel.host.set_routes(tunnel.kernel_routes())?;
     tunnel.poll();

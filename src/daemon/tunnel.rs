@@ -10,11 +10,12 @@ use ipnet::IpNet;
 
 use super::device::DeviceState;
 use super::drop_log::DropLog;
+use super::encryption::Encryption;
 use super::host::{Host, own_addresses};
 use super::peers::{self, Peers};
 use super::plan::{Plan, kernel_routes};
 use super::settings::Settings;
-use super::workers::{Claimed, Workers};
+use super::workers::{Claimed, WorkerFds, Workers};
 use crate::config::Config;
 use crate::dataplane::inbound::ReceivedProbe;
 use crate::dataplane::table::Table;
@@ -37,6 +38,8 @@ pub struct Tunnel {
     pub host: Host,
     /// The workers.
     pub workers: Workers,
+    /// `None` in plain mode.
+    pub encryption: Option<Encryption>,
     drop_log: DropLog,
     /// When this process began to run it.
     pub started: Instant,
@@ -50,7 +53,7 @@ impl Tunnel {
     ///
     /// # Errors
     /// When there are not enough descriptors, threads or memory.
-    pub fn new(plan: Plan, names: Names, netlink: Netlink, claimed: Claimed) -> Result<Self> {
+    pub fn new(plan: Plan, names: Names, netlink: Netlink, mut claimed: Claimed) -> Result<Self> {
         let Plan {
             config,
             settings,
@@ -62,7 +65,10 @@ impl Tunnel {
         let host = Host::new(netlink, claimed.device.queues[0].as_fd(), &config.tun)?;
         let table = table(&overlay, &host, &config, &settings);
         let (probes, received) = peers::probe_channel();
-        let workers = Workers::new(&config, claimed, table, probes, None)?;
+        let handshake = claimed.sockets.handshake.take();
+        let encryption = handshake.map(Encryption::new).transpose()?;
+        let sessions = encryption.as_ref().map(Encryption::sessions);
+        let workers = Workers::new(&config, claimed, table, probes, sessions)?;
         let peers = Peers::new(overlay, names, received);
         let tunnel = Self {
             config,
@@ -70,6 +76,7 @@ impl Tunnel {
             peers,
             host,
             workers,
+            encryption,
             drop_log: DropLog::new(),
             started: Instant::now(),
             reload_error: None,
@@ -80,10 +87,32 @@ impl Tunnel {
 
     /// Has the sockets drop what comes through the tunnel itself.
     fn filter_datagrams(&self) -> Result<()> {
-        let mut workers = self.workers.descriptors.iter();
-        workers
-            .try_for_each(|worker| udp::drop_from(worker.receive(), self.host.device.index))
+        let workers = self.workers.descriptors.iter().map(WorkerFds::receive);
+        let handshake = self.encryption.iter().map(Encryption::as_fd);
+        let mut sockets = workers.chain(handshake);
+        sockets
+            .try_for_each(|socket| udp::drop_from(socket, self.host.device.index))
             .map_err(|error| Error::os("cannot filter what comes through the tunnel itself", error))
+    }
+
+    /// Lets everything start that carries packets.
+    ///
+    /// # Errors
+    /// When there can be no more threads.
+    pub fn go(&mut self) -> Result<()> {
+        self.workers.go();
+        match &mut self.encryption {
+            Some(encryption) => encryption.start(&self.config, &self.peers.overlay, &self.workers),
+            None => Ok(()),
+        }
+    }
+
+    /// Has everything stop that carries packets: all sessions end.
+    pub fn stop(&mut self) {
+        self.workers.stop();
+        if let Some(encryption) = &mut self.encryption {
+            encryption.stop();
+        }
     }
 
     /// Gives the device its settings and brings it up. `old_addresses`: those that
@@ -115,6 +144,7 @@ impl Tunnel {
         let device = is_new.then(|| DeviceState::read(netlink, index));
         let device = device.transpose()?;
         let config = std::mem::replace(&mut self.config, plan.config);
+        self.use_private_key(&config);
         let settings = std::mem::replace(&mut self.settings, plan.settings);
         let changed = match &device {
             Some(device) => self.change_device(device, &settings.link),
@@ -122,7 +152,9 @@ impl Tunnel {
         };
         let result = changed.and_then(|()| self.commit_overlay(plan.overlay));
         if result.is_err() {
-            (self.config, self.settings) = (config, settings);
+            let failed = std::mem::replace(&mut self.config, config);
+            self.use_private_key(&failed);
+            self.settings = settings;
             if let Some(device) = device {
                 self.host.stop_routes();
                 device.restore(&mut self.host.netlink);
@@ -131,6 +163,14 @@ impl Tunnel {
             }
         }
         result
+    }
+
+    /// Goes on with this host's private key if `old` had another.
+    fn use_private_key(&self, old: &Config) {
+        let key = &self.config.private_key;
+        if let Some(encryption) = self.encryption.as_ref().filter(|_| *key != old.private_key) {
+            encryption.set_private_key(key.as_ref());
+        }
     }
 
     /// Gives the device the settings that are in force in place of the `old` ones.
@@ -158,6 +198,9 @@ impl Tunnel {
         // Workers first, so that what the kernel sends into the tunnel by a
         // new route has somewhere to go.
         let table = table(&next, host, &self.config, &self.settings);
+        if let Some(encryption) = &self.encryption {
+            encryption.admit(&self.peers.overlay, &next);
+        }
         self.workers.publish(table);
         let before = host.routes_kept.clone();
         let wanted = kernel_routes(&self.config, &next);
@@ -170,10 +213,19 @@ impl Tunnel {
                 tracing::error!("{error}");
             }
             self.workers.publish(old_table);
+            self.follow_peers();
             return Err(error);
         }
         self.peers.replace(next, Instant::now());
+        self.follow_peers();
         Ok(())
+    }
+
+    /// Tells the handshake thread which peers there are.
+    fn follow_peers(&self) {
+        if let Some(encryption) = &self.encryption {
+            encryption.follow(&self.peers.overlay);
+        }
     }
 
     /// Gives the workers a table of the peers as they are now, if these have changed.
@@ -297,6 +349,7 @@ impl Tunnel {
         self.workers.count_socket_drops();
         // Their reconciler first, which would miss the device.
         self.host.stop_routes();
+        self.stop();
         self.workers.close();
     }
 }

@@ -329,6 +329,20 @@ impl Workers {
         }
     }
 
+    /// Has a worker take in a data message that has come to the handshake socket: for the
+    /// handshake thread. It is lost if many wait.
+    pub fn stray_taker(&self) -> impl Fn(SocketAddr, &[u8]) + Send + use<> {
+        let handles = Arc::clone(&self.handles);
+        move |sender, datagram| {
+            if let Some(worker) = lock(&handles).first() {
+                worker.tell(
+                    WorkerCommand::Datagram(sender, datagram.into()),
+                    SESSIONS_AFTER_MAX,
+                );
+            }
+        }
+    }
+
     /// The I/O engine's name.
     pub fn engine(&self) -> &'static str {
         match self.setup.is_uring {
@@ -485,7 +499,7 @@ fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
     shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn event_counter() -> Result<EventFd> {
+pub(super) fn event_counter() -> Result<EventFd> {
     let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
     EventFd::from_value_and_flags(0, flags).map_err(|errno| {
         Error::os("cannot create an event counter", errno.into())

@@ -16,6 +16,7 @@ pub(crate) mod sessions;
 pub mod table;
 
 use std::convert::Infallible;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crossbeam_channel::{Receiver, Sender};
@@ -26,7 +27,8 @@ use self::outbound::Outbound;
 use self::table::Table;
 use crate::counters::Counters;
 use crate::error::Result;
-use crate::io::engine::{Engine, Event};
+use crate::io::engine::{Engine, Event, ReceiveMeta};
+use crate::packet::ecn::Ecn;
 use crate::packet::fq_codel::Aqm;
 
 /// What the control thread tells a worker. An [`Event::Wake`] follows.
@@ -41,6 +43,8 @@ pub(crate) enum WorkerCommand {
     ResetLimits,
     /// There are sessions that were asked for.
     Sessions,
+    /// Take in a datagram of this sender, which has come to the handshake socket.
+    Datagram(SocketAddr, Box<[u8]>),
 }
 
 /// How packets wait for a socket to have room, and what their datagrams look like.
@@ -83,7 +87,8 @@ pub(crate) fn run(
     let mut idle = Idle::new(spin);
     let (mut carried, mut read_ahead, mut turn_bytes) = (0, 0, 0);
     // What was said before the worker started comes before all that has arrived.
-    let mut is_stopping = obey(commands, &mut table, &mut outbound, counters, engine);
+    let both = (&mut outbound, &mut inbound);
+    let mut is_stopping = obey(commands, &mut table, both, counters, engine);
     loop {
         if outbound.is_fifo() {
             // Nothing more is read than there is room for.
@@ -110,7 +115,8 @@ pub(crate) fn run(
                 }
                 Event::SendFailed(failure) => outbound.failed(&failure, &table, counters),
                 Event::Wake => {
-                    is_stopping |= obey(commands, &mut table, &mut outbound, counters, engine);
+                    let both = (&mut outbound, &mut inbound);
+                    is_stopping |= obey(commands, &mut table, both, counters, engine);
                 }
             }
         }
@@ -156,7 +162,7 @@ pub(crate) fn run(
 fn obey(
     commands: &Receiver<WorkerCommand>,
     table: &mut Arc<Table>,
-    outbound: &mut Outbound,
+    (outbound, inbound): (&mut Outbound, &mut Inbound),
     counters: &Counters,
     engine: &mut impl Engine,
 ) -> bool {
@@ -184,6 +190,15 @@ fn obey(
             }
             WorkerCommand::ResetLimits => engine.reset_limits(),
             WorkerCommand::Sessions => outbound.retry(table, counters, engine),
+            WorkerCommand::Datagram(sender, mut datagram) => {
+                let meta = ReceiveMeta {
+                    sender,
+                    segment_bytes: datagram.len(),
+                    // That of its own is not known any more.
+                    ecn: Ecn::NotEct,
+                };
+                inbound.push(&mut datagram, meta, table, counters, engine);
+            }
         }
     }
     is_stopping

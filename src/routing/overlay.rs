@@ -21,7 +21,7 @@ use crate::packet::icmp::TunnelAddresses;
 use crate::packet::lpm::{self, Prefixes};
 
 pub(crate) use changes::Changes;
-pub(crate) use peer::{Origin, Peer, Secure};
+pub(crate) use peer::{Origin, Peer};
 
 /// Most prefixes over all peers: bounds the memory that requests can take.
 pub(crate) const PREFIXES_MAX: usize = 1_000_000;

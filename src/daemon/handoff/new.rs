@@ -158,6 +158,11 @@ pub fn receive(stream: UnixStream) -> io::Result<Inherited> {
     if queues.is_empty() {
         return Err(io::ErrorKind::InvalidData.into());
     }
+    let handshake = manifest.public_key.is_some().then(|| {
+        let next = descriptors.next().ok_or(io::ErrorKind::InvalidData);
+        next.map(Socket::from)
+    });
+    let handshake = handshake.transpose()?;
     let [tcp, udp] = manifest.tun_offloads;
     let [segment, gro] = manifest.udp_offloads;
     Ok(Inherited {
@@ -169,7 +174,7 @@ pub fn receive(stream: UnixStream) -> io::Result<Inherited> {
             },
             sockets: udp::Sockets {
                 workers: sockets,
-                handshake: None,
+                handshake,
                 offloads: UdpOffloads { segment, gro },
             },
         },
@@ -221,7 +226,7 @@ fn carry_on(
     listener: Option<OwnedFd>,
 ) -> Option<Server> {
     let log = |error: Error| tracing::error!("taken over, but not in full: {error}");
-    tunnel.workers.go();
+    tunnel.go().unwrap_or_else(log);
     tunnel.bring_up(old_addresses).unwrap_or_else(log);
     let served = start::serve_control(&tunnel.config, listener);
     tunnel.host.routes_kept = tunnel.kernel_routes();

@@ -9,10 +9,12 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
+use socket2::Socket;
 
 use super::PROTOCOL;
 use super::wire::{self, Go, Ready, Taken, failure, keep};
@@ -98,7 +100,8 @@ impl Handoff {
         let mut handoff = Self::new(lines);
         let started = check_protocol(protocol).and_then(|()| {
             let workers = tunnel.workers.descriptors.clone();
-            let started = handoff.start(Manifest::of(tunnel), workers, control);
+            let handshake = tunnel.encryption.as_ref().map(|it| Arc::clone(it.socket()));
+            let started = handoff.start(Manifest::of(tunnel), workers, handshake, control);
             started.map_err(|error| Error::os("cannot serve a new process", error))
         });
         if let Err(error) = started {
@@ -123,6 +126,7 @@ impl Handoff {
         &mut self,
         manifest: Manifest,
         workers: Vec<WorkerFds>,
+        handshake: Option<Arc<Socket>>,
         control: Option<&Server>,
     ) -> io::Result<()> {
         let stream = self.lines.stream().try_clone()?;
@@ -130,7 +134,7 @@ impl Handoff {
         let listener = listener.transpose()?;
         let (sender, ready) = bounded(1);
         let serve = move || {
-            let descriptors = descriptors(&workers, listener.as_ref());
+            let descriptors = descriptors(&workers, handshake.as_deref(), listener.as_ref());
             let _ = sender.send(serve(stream, &manifest, &descriptors));
         };
         let thread = std::thread::Builder::new().name("handoff".into());
@@ -175,13 +179,17 @@ fn check_protocol(protocol: u32) -> Result<()> {
 }
 
 /// All of them, in the order of the manifest's workers.
-fn descriptors<'a>(workers: &'a [WorkerFds], listener: Option<&'a OwnedFd>) -> Vec<BorrowedFd<'a>> {
+fn descriptors<'a>(
+    workers: &'a [WorkerFds],
+    handshake: Option<&'a Socket>,
+    listener: Option<&'a OwnedFd>,
+) -> Vec<BorrowedFd<'a>> {
     let of_workers = workers.iter().flat_map(|worker| {
         let own = worker.sockets.send.as_ref().map(AsFd::as_fd);
         [Some(worker.queue.as_fd()), Some(worker.receive()), own]
     });
-    let listener = listener.map(AsFd::as_fd);
-    of_workers.chain([listener]).flatten().collect()
+    let others = [handshake.map(AsFd::as_fd), listener.map(AsFd::as_fd)];
+    of_workers.chain(others).flatten().collect()
 }
 
 /// Hands everything over, and returns when the new process is ready. Up to then
@@ -220,8 +228,9 @@ pub fn hand_over(
 ) -> Result<bool> {
     tunnel.workers.count_socket_drops();
     tunnel.host.stop_routes();
-    // Last: from here on packets wait until the new process starts.
-    tunnel.workers.stop();
+    // Last: from here on packets wait until the new process starts. Sessions end, whose keys
+    // no process has from then on.
+    tunnel.stop();
     let Err(error) = new.let_go() else {
         if let Some(server) = control.take() {
             server.close(false);
@@ -231,7 +240,7 @@ pub fn hand_over(
     };
     tracing::error!("not handed over, carrying on: {error}");
     tunnel.workers.start()?;
-    tunnel.workers.go();
+    tunnel.go()?;
     // It hears only now that the tunnel is kept: if this process had died before, it
     // would carry on.
     drop(new);

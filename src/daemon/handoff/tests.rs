@@ -241,7 +241,7 @@ fn an_old_process_that_gives_up_says_nothing_in_the_middle_of_the_manifest() {
         let prefix = manifest.peers[0].prefixes[0];
         manifest.peers[0].prefixes = vec![prefix; prefix_count];
         let mut handoff = Handoff::new(Lines::new(ours, LINE_BYTES_MAX));
-        handoff.start(manifest, Vec::new(), None).unwrap();
+        handoff.start(manifest, Vec::new(), None, None).unwrap();
         let is_short = prefix_count == 1;
         match is_short {
             true => assert_eq!(heard(&theirs)["ok"], true),

@@ -1,5 +1,6 @@
 use std::time::Duration;
 
+use super::peer::Secure;
 use super::*;
 use crate::config::parse_peer;
 use crate::counters::PeerCounters;

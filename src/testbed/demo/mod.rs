@@ -10,8 +10,11 @@
 //! Nothing is left behind: see [`crate::testbed`]. What the demo does goes to
 //! standard error.
 
+use std::fs::{File, Permissions};
 use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -19,11 +22,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::traffic::{Between, Pinger, Transfer, TransferReport, Watch, connect, ping};
 use super::{Child, Pair, enter_user_namespace_if_needed, pair};
 use crate::error::{Error, Result};
+use crate::wire::wireguard::keys::{PrivateKey, PublicKey};
 
 /// The two hosts' addresses, and those that the tunnel derives from them.
 const UNDERLAY: [Ipv4Addr; 2] = [
@@ -66,6 +71,9 @@ pub struct DemoOptions {
     /// How long each of the two TCP transfers lasts, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=3600))]
     pub seconds: u16,
+    /// Encrypt and authenticate (WireGuard)
+    #[arg(long)]
+    pub encrypted: bool,
     /// Show all that the two tunnel ends log, not only warnings and errors
     #[arg(long)]
     pub verbose: bool,
@@ -102,11 +110,19 @@ pub fn run(options: &DemoOptions) -> Result<Measured> {
     enter_user_namespace_if_needed()?;
     let program = std::env::current_exe()
         .map_err(|cause| Error::os("cannot find the path of this program", cause))?;
-    let commands = [('a', 1), ('b', 0)].map(|(name, peer)| {
-        let mut flags = format!(
-            "--queues {} --peer {}:{PORT}",
-            options.queues, UNDERLAY[peer]
-        );
+    let keys = options.encrypted.then(|| [Keys::make(), Keys::make()]);
+    let keys = keys.map(|[a, b]| Ok([a?, b?])).transpose()?;
+    let commands = [('a', 0, 1), ('b', 1, 0)].map(|(name, own, peer)| {
+        let mut flags = format!("--queues {}", options.queues);
+        flags += &match &keys {
+            None => format!(" --peer {}:{PORT}", UNDERLAY[peer]),
+            Some(keys) => format!(
+                " --private-key {} --peer {}@{}:{PORT}",
+                keys[own].path(),
+                keys[peer].public,
+                UNDERLAY[peer]
+            ),
+        };
         if !options.verbose {
             flags += " --quiet";
         }
@@ -121,6 +137,36 @@ pub fn run(options: &DemoOptions) -> Result<Measured> {
             .map_err(|cause| Error::os(format!("cannot catch signal {signal}"), cause))?;
     }
     play(commands, TUNNEL, options, watch)
+}
+
+/// A tunnel end's keys: the private one in a file that has no name, which goes with the
+/// programs that have it open.
+struct Keys {
+    file: File,
+    public: PublicKey,
+}
+
+impl Keys {
+    fn make() -> Result<Self> {
+        let private = PrivateKey::generate();
+        let write = || {
+            // It stays open in the programs that are started.
+            let mut file = File::from(memfd_create("private-key", MFdFlags::empty())?);
+            file.set_permissions(Permissions::from_mode(0o600))?;
+            file.write_all(private.to_base64().as_bytes())?;
+            Ok(file)
+        };
+        let cannot = |error| Error::os("cannot make a key for a tunnel end", error);
+        Ok(Self {
+            file: write().map_err(cannot)?,
+            public: private.public(),
+        })
+    }
+
+    /// For a program that has been started by this one.
+    fn path(&self) -> String {
+        format!("/proc/self/fd/{}", self.file.as_raw_fd())
+    }
 }
 
 /// The demo with any two programs as the tunnel's ends.

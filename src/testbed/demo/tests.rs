@@ -8,6 +8,7 @@ const OPTIONS: DemoOptions = DemoOptions {
     queues: 1,
     streams: 2,
     seconds: 1,
+    encrypted: false,
     verbose: false,
 };
 

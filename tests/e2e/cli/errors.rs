@@ -36,7 +36,7 @@ fn command(flags: &str) -> Command {
 }
 
 /// The one line of a failure must have all these parts.
-fn one_line(namespace: &Namespace, command: Command, parts: &[&str]) -> Result<()> {
+pub fn one_line(namespace: &Namespace, command: Command, parts: &[&str]) -> Result<()> {
     let log = failure(namespace, command, 1)?;
     let is_one_line = log.starts_with("fastvpn: ") && log.lines().count() == 1;
     check(

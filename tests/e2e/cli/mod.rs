@@ -1,5 +1,6 @@
-//! The command line: flags, `check`, and the guides as they are printed.
+//! The command line: flags, keys, `check`, and the guides as they are printed.
 
 pub mod checks;
 pub mod errors;
 pub mod guides;
+pub mod keys;

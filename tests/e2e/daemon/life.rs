@@ -188,10 +188,10 @@ fn the_interface_goes_down_and_up() -> Result<()> {
 }
 
 /// Starts `fastvpn demo`, anywhere.
-fn demo(seconds: &str) -> Result<(Namespace, Child)> {
+fn demo(flags: &[&str]) -> Result<(Namespace, Child)> {
     let namespace = Namespace::new()?;
     let mut command = Command::new(FASTVPN);
-    command.args(["demo", "--seconds", seconds]);
+    command.arg("demo").args(flags);
     command.stdin(Stdio::null());
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let child = namespace.spawn(command)?;
@@ -200,7 +200,16 @@ fn demo(seconds: &str) -> Result<(Namespace, Child)> {
 
 #[testbed::trial]
 fn the_demo_plays() -> Result<()> {
-    let (_namespace, mut child) = demo("1")?;
+    play_demo(&["--seconds", "1"])
+}
+
+#[testbed::trial]
+fn the_encrypted_demo_plays() -> Result<()> {
+    play_demo(&["--seconds", "1", "--encrypted"])
+}
+
+fn play_demo(flags: &[&str]) -> Result<()> {
+    let (_namespace, mut child) = demo(flags)?;
     let process = child.process();
     let (stdout, stderr) = (process.stdout.take(), process.stderr.take());
     let [table, story] = std::thread::scope(|scope| {
@@ -251,7 +260,7 @@ fn children(parent: u32) -> Result<Vec<(u32, Option<u64>)>> {
 #[testbed::trial]
 fn the_demo_is_interrupted() -> Result<()> {
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGKILL] {
-        let (_namespace, mut child) = demo("600")?;
+        let (_namespace, mut child) = demo(&["--seconds", "600"])?;
         let Some(stderr) = child.process().stderr.take() else {
             return fail("no pipe");
         };

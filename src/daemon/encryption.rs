@@ -1,0 +1,152 @@
+//! What an encrypted tunnel has besides: the handshake thread, and what it shares with the
+//! workers.
+
+use std::collections::HashSet;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use crossbeam_channel::{Receiver, bounded};
+use socket2::Socket;
+
+use super::workers::{Workers, event_counter};
+use crate::config::{Config, PEERS_MAX};
+use crate::dataplane::sessions::Sessions;
+use crate::error::Result;
+use crate::routing::overlay::Overlay;
+use crate::wire::wireguard::keys::{PrivateKey, PublicKey};
+use crate::wire::wireguard::sessions::{SessionMap, WorkerRequest};
+use crate::wireguard::{Handshakes, Intervals, PeerConfig, Setup};
+
+/// Indices for the current, the next and the previous session of each peer, and for a
+/// handshake under way. Memory is taken as they are used.
+const INDICES_MAX: usize = 4 * PEERS_MAX;
+
+/// What workers may ask for until the handshake thread looks: each peer asks once.
+const REQUESTS_MAX: usize = 1024;
+
+/// See the module's documentation.
+pub struct Encryption {
+    /// Member of the shared port's group: it receives what is no data.
+    socket: Arc<Socket>,
+    sessions: Sessions,
+    requests: Receiver<WorkerRequest>,
+    /// `None` while the workers stand still. It ends all sessions with itself, so that no
+    /// process seals with keys that another one may still use.
+    handshakes: Option<Handshakes>,
+}
+
+impl Encryption {
+    /// Nothing runs yet.
+    ///
+    /// # Errors
+    /// When there are not enough descriptors.
+    pub fn new(socket: Socket) -> Result<Self> {
+        let (sender, requests) = bounded(REQUESTS_MAX);
+        Ok(Self {
+            socket: Arc::new(socket),
+            sessions: Sessions {
+                map: Arc::new(SessionMap::new(INDICES_MAX)),
+                requests: sender,
+                wake: Arc::new(event_counter()?),
+            },
+            requests,
+            handshakes: None,
+        })
+    }
+
+    /// What workers need.
+    pub fn sessions(&self) -> Sessions {
+        self.sessions.clone()
+    }
+
+    /// The handshake socket, for another process.
+    pub fn socket(&self) -> &Arc<Socket> {
+        &self.socket
+    }
+
+    /// Starts the handshake thread, with the peers that there are.
+    ///
+    /// # Errors
+    /// When there can be no more threads.
+    pub fn start(&mut self, config: &Config, overlay: &Overlay, workers: &Workers) -> Result<()> {
+        let pass_on = workers.stray_taker();
+        let handshakes = Handshakes::start(Setup {
+            private_key: config.private_key.clone(),
+            intervals: Intervals::of_this_build(),
+            socket: Arc::clone(&self.socket),
+            map: Arc::clone(&self.sessions.map),
+            requests: self.requests.clone(),
+            wake: Arc::clone(&self.sessions.wake),
+            wake_workers: Box::new(workers.session_waker()),
+            pass_on: Box::new(move |sender: SocketAddr, datagram: &[u8]| {
+                pass_on(sender, datagram);
+            }),
+        })?;
+        handshakes.set_peers(peers(overlay).collect());
+        self.handshakes = Some(handshakes);
+        Ok(())
+    }
+
+    /// Ends the handshake thread, and all sessions.
+    pub fn stop(&mut self) {
+        self.handshakes = None;
+    }
+
+    /// Makes the peers of `overlay` those that there are.
+    pub fn follow(&self, overlay: &Overlay) {
+        if let Some(handshakes) = &self.handshakes {
+            handshakes.set_peers(peers(overlay).collect());
+        }
+    }
+
+    /// Lets in the peers of `new` besides those of `old`: workers may ask for their sessions
+    /// before the change is in force, and none of the old ones is lost if it comes to
+    /// nothing.
+    pub fn admit(&self, old: &Overlay, new: &Overlay) {
+        let Some(handshakes) = &self.handshakes else {
+            return;
+        };
+        let known: HashSet<PublicKey> = peers(new).map(|peer| peer.public_key).collect();
+        let others = peers(old).filter(|peer| !known.contains(&peer.public_key));
+        handshakes.set_peers(peers(new).chain(others).collect());
+    }
+
+    /// Goes on with another key of this host.
+    pub fn set_private_key(&self, key: Option<&PrivateKey>) {
+        if let Some(handshakes) = &self.handshakes {
+            handshakes.set_private_key(key.cloned());
+        }
+    }
+
+    /// When the latest handshake with a peer was.
+    pub fn latest_handshake(&self, peer: &PublicKey) -> Option<SystemTime> {
+        self.handshakes.as_ref()?.latest_handshake(peer)
+    }
+
+    /// What the handshake thread has counted, by name.
+    pub fn counters(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        let counters = self.handshakes.iter();
+        counters.flat_map(|handshakes| handshakes.counters().values())
+    }
+}
+
+impl AsFd for Encryption {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// The peers as the handshake thread takes them.
+fn peers(overlay: &Overlay) -> impl Iterator<Item = PeerConfig> {
+    overlay.peers().filter_map(|(_, peer)| {
+        let secure = peer.secure.as_ref()?;
+        Some(PeerConfig {
+            public_key: peer.name.key()?,
+            preshared_key: secure.preshared_key.clone(),
+            persistent_keepalive: secure.persistent_keepalive,
+            sessions: Arc::clone(&secure.sessions),
+        })
+    })
+}
