@@ -96,11 +96,6 @@ impl Initiator {
         Ok((initiator, Initiation::write(sender_index, &message)))
     }
 
-    /// What this host calls the session.
-    pub fn sender_index(&self) -> u32 {
-        self.sender_index
-    }
-
     /// Ends the handshake with the peer's response. A forged response changes nothing: the
     /// handshake goes on waiting for the right one. After it no other is accepted.
     ///

@@ -228,27 +228,6 @@ impl PartialEq for PresharedKey {
 
 impl Eq for PresharedKey {}
 
-/// What `fastvpn genkey` prints: a new private key.
-pub fn genkey() -> Zeroizing<String> {
-    PrivateKey::generate().to_base64()
-}
-
-/// What `fastvpn pubkey` prints: the public key of the private key that it has read, with or
-/// without white space around it.
-///
-/// # Errors
-///
-/// If the text is no key.
-pub fn pubkey(private_key: &str) -> Result<String, InvalidKey> {
-    let key: PrivateKey = private_key.trim().parse()?;
-    Ok(key.public().to_string())
-}
-
-/// What `fastvpn genpsk` prints: a new preshared key.
-pub fn genpsk() -> Zeroizing<String> {
-    PresharedKey::generate().to_base64()
-}
-
 /// Random bytes, for keys and nonces.
 ///
 /// # Panics
@@ -333,23 +312,22 @@ mod tests {
 
     #[test]
     fn a_public_key_is_the_one_that_wg_prints() {
-        assert_eq!(pubkey(WG_PRIVATE).unwrap(), WG_PUBLIC);
-        // `wg genkey | fastvpn pubkey` reads a line.
-        assert_eq!(pubkey(&format!("  {WG_PRIVATE}\n")).unwrap(), WG_PUBLIC);
-        let zeros = PresharedKey::default().to_base64();
-        assert_eq!(pubkey(&zeros).unwrap(), WG_PUBLIC_OF_ZEROS);
-        assert_eq!(pubkey("no key"), Err(InvalidKey));
+        let key: PrivateKey = WG_PRIVATE.parse().unwrap();
+        assert_eq!(key.public().to_string(), WG_PUBLIC);
+        let zeros = PrivateKey::from_bytes(&[0; KEY_BYTES]);
+        assert_eq!(zeros.public().to_string(), WG_PUBLIC_OF_ZEROS);
     }
 
     #[test]
     fn new_keys_are_whole_clamped_and_never_the_same() {
-        let key: PrivateKey = genkey().parse().unwrap();
+        let key = PrivateKey::generate();
         assert_eq!(key.as_bytes()[0] & 7, 0);
         assert_eq!(key.as_bytes()[31] & 0xc0, 0x40);
-        assert_ne!(*genkey(), *genkey());
-        let preshared: PresharedKey = genpsk().parse().unwrap();
+        assert_eq!(key.to_base64().parse(), Ok(key.clone()));
+        assert_ne!(key, PrivateKey::generate());
+        let preshared = PresharedKey::generate();
         assert!(preshared.is_set());
-        assert_ne!(*genpsk(), *genpsk());
+        assert_ne!(preshared, PresharedKey::generate());
     }
 
     #[test]
