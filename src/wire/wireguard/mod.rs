@@ -19,3 +19,6 @@ pub(crate) mod timestamp;
 mod atomic {
     pub(super) use std::sync::atomic::{AtomicU64, Ordering};
 }
+
+#[cfg(test)]
+mod replay_tests;

@@ -246,6 +246,10 @@ fn key(bytes: &[u8; 32]) -> LessSafeKey {
 
 /// Overwrites a key with zeros. ring's keys do not do so when they are dropped; but a key is
 /// no more than its bytes, so that another one in its place leaves nothing of it.
+///
+/// What this does not reach are copies that were left on the stack when the session was made
+/// and moved, which the thread's next calls overwrite, and what ring keeps on the stack while it
+/// seals and opens. A process that must not leave keys in a core dump forbids the dump.
 fn erase(place: &mut LessSafeKey) {
     *place = key(&[0; 32]);
     // Or the compiler would drop a write that nobody reads.
@@ -259,3 +263,7 @@ fn nonce(counter: u64) -> Nonce {
     nonce[4..].copy_from_slice(&counter.to_le_bytes());
     Nonce::assume_unique_for_key(nonce)
 }
+
+#[cfg(test)]
+#[path = "session_tests.rs"]
+mod tests;

@@ -130,3 +130,7 @@ impl SessionMap {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+#[path = "sessions_tests.rs"]
+mod tests;

@@ -1,8 +1,8 @@
 //! What the handshake thread and the workers share of one peer.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use arc_swap::{ArcSwapOption, Guard};
 
@@ -36,6 +36,8 @@ pub struct PeerSessions {
     pub received_ns: AtomicU64,
     /// The same, of what was no keepalive.
     pub data_received_ns: AtomicU64,
+    /// Keeps [`Self::clear`] out of the midst of [`Self::confirm`].
+    change: Mutex<()>,
 }
 
 impl PeerSessions {
@@ -67,8 +69,11 @@ impl PeerSessions {
         }
     }
 
+    /// Makes the next session the current one, if it still is the next. The lock is taken
+    /// once for each session, and not on the way of other packets.
     #[cold]
     fn promote(&self, next: &Arc<Session>) -> bool {
+        let _change = self.change.lock();
         let found = self.next.compare_and_swap(next, None);
         if !found.as_ref().is_some_and(|found| Arc::ptr_eq(found, next)) {
             return false;
@@ -83,11 +88,13 @@ impl PeerSessions {
         true
     }
 
-    /// Takes its sessions out. This is due when the peer is removed, as each session keeps
-    /// its peer alive. They stay in the map until they are removed there.
+    /// Takes its sessions out; a worker that is about to confirm one does not put it back.
+    /// This is due when the peer is removed, as each session keeps its peer alive. They stay
+    /// in the map until they are removed there.
     pub fn clear(&self) {
-        self.current.store(None);
+        let _change = self.change.lock();
         self.next.store(None);
+        self.current.store(None);
     }
 
     /// Notes where an authentic datagram came from: what is sent goes there from now on.
@@ -126,3 +133,7 @@ fn note(time_ns: &AtomicU64, now_ns: u64) {
         time_ns.store(now_ns, Ordering::Relaxed);
     }
 }
+
+#[cfg(test)]
+#[path = "peer_tests.rs"]
+mod tests;
