@@ -182,7 +182,8 @@ impl Tunnel {
         }
     }
 
-    fn said(&self) -> String {
+    /// All it has said so far.
+    pub fn said(&self) -> String {
         let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
         log.clone()
     }

@@ -168,7 +168,8 @@ impl Keys {
             base64(&self.public(peer)),
         );
         if let Some(key) = &self.preshared {
-            let path = self.write("preshared.key", &format!("{}\n", base64(key)))?;
+            let name = format!("{own}.preshared.key");
+            let path = self.write(&name, &format!("{}\n", base64(key)))?;
             text += &format!("preshared-key-file = {path:?}\n");
         }
         if let Some(endpoint) = reach.endpoint {
@@ -255,6 +256,14 @@ impl End {
                 // Those programs do not agree on the status of an end that was asked for.
                 other.child.terminate(PATIENCE).map(drop)
             }
+        }
+    }
+
+    /// What it has said so far.
+    pub fn said(&self) -> String {
+        match self {
+            Self::Fastvpn(tunnel) => tunnel.said(),
+            Self::Other(other) => format!("{} says nothing", other.name),
         }
     }
 

@@ -55,6 +55,10 @@ fn both_call_at_once() -> Result<()> {
                     .unwrap_or_else(|payload| std::panic::resume_unwind(payload))
             };
             result(there).and(result(back))
+        })
+        .or_else(|error| {
+            let said = [a.said(), b.said()].concat();
+            crate::support::fail(format!("{error}; they said:\n{said}"))
         })?;
         stop([a, b])?;
     }
