@@ -25,6 +25,7 @@ const MESSAGES_MAX: usize = 64;
 pub struct MtuProbe {
     socket: UdpSocket,
     peer: SocketAddr,
+    mode: Mode,
     nonce: u64,
     /// Begins the last packet that was sent; its length is part of it.
     beginning: Vec<u8>,
@@ -32,11 +33,17 @@ pub struct MtuProbe {
 
 impl MtuProbe {
     /// From a port that nobody knows, toward `peer`, for sockets on `listen`.
-    /// `nonce`: a random number that nobody can guess.
+    /// `nonce`: a random number that nobody can guess. `mode`: of the tunnel; where packets
+    /// are sealed, nothing tells a probe from noise.
     ///
     /// # Errors
     /// When there is no descriptor left, or no route to the peer.
-    pub(crate) fn open(listen: IpAddr, peer: SocketAddr, nonce: u64) -> io::Result<Self> {
+    pub(crate) fn open(
+        listen: IpAddr,
+        peer: SocketAddr,
+        mode: Mode,
+        nonce: u64,
+    ) -> io::Result<Self> {
         let socket = bind_toward(listen, peer)?;
         socket.set_nonblocking(true)?;
         // Not to be fragmented, whatever the kernel believes of the path.
@@ -54,6 +61,7 @@ impl MtuProbe {
         Ok(Self {
             socket,
             peer,
+            mode,
             nonce,
             beginning: Vec::new(),
         })
@@ -65,11 +73,7 @@ impl MtuProbe {
     /// When the kernel does not take it, as if its interface is narrower.
     pub(crate) fn send(&mut self, packet_bytes: u32) -> io::Result<()> {
         let payload_bytes = packet_bytes.saturating_sub(Mode::Plain.overhead_bytes(self.peer.ip()));
-        let probe = Probe {
-            kind: Kind::Size,
-            nonce: self.nonce,
-        };
-        let packet = probe.to_packet(payload_bytes as usize);
+        let packet = datagram(self.mode, self.nonce, payload_bytes as usize);
         self.beginning = packet[..PROBE_BYTES_MIN].to_vec();
         self.socket.send(&packet).map(drop)
     }
@@ -98,6 +102,20 @@ impl MtuProbe {
         }
         smallest
     }
+}
+
+/// A datagram of `bytes` that those who receive it leave unanswered.
+fn datagram(mode: Mode, nonce: u64, bytes: usize) -> Vec<u8> {
+    if mode == Mode::Plain {
+        let kind = Kind::Size;
+        return Probe { kind, nonce }.to_packet(bytes);
+    }
+    // WireGuard's messages begin with 1 to 4. The length is part of what is quoted, as in a
+    // plain probe.
+    let mut datagram = vec![0; bytes.max(PROBE_BYTES_MIN)];
+    let fields = [nonce.to_be_bytes(), (bytes as u64).to_be_bytes()].concat();
+    datagram[8..8 + fields.len()].copy_from_slice(&fields);
+    datagram
 }
 
 /// The MTU in an ICMP error that says that a packet was too long.
@@ -145,6 +163,12 @@ mod tests {
 
     #[test]
     fn an_icmp_message_is_believed_only_if_it_quotes_the_packet() {
+        for mode in [Mode::Plain, Mode::WireGuard] {
+            is_believed_only_if_it_quotes(mode);
+        }
+    }
+
+    fn is_believed_only_if_it_quotes(mode: Mode) {
         let nets = ["10.1.0.1/24", "10.1.0.2/24"].map(|net| net.parse().unwrap());
         let hosts = pair(&[(nets[0], nets[1])], 1500).unwrap();
         let mut netlink = hosts.a.netlink().unwrap();
@@ -154,7 +178,7 @@ mod tests {
             .add_route("10.9.0.0/16".parse().unwrap(), router, index)
             .unwrap();
         let any = Ipv4Addr::UNSPECIFIED.into();
-        let open = || MtuProbe::open(any, FAR.parse().unwrap(), 0x0123_4567_89ab_cdef);
+        let open = || MtuProbe::open(any, FAR.parse().unwrap(), mode, 0x0123_4567_89ab_cdef);
         let mut probe = hosts.a.run(open).unwrap();
         probe.send(1500).unwrap();
         assert_eq!(probe.too_long_for(), None);
@@ -167,20 +191,13 @@ mod tests {
             let to: SocketAddr = "10.1.0.1:0".parse().unwrap();
             stranger.send_to(&message, &to.into()).unwrap();
         };
-        let sent = Probe {
-            kind: Kind::Size,
-            nonce: probe.nonce,
-        };
-        let guessed = Probe {
-            nonce: probe.nonce.wrapping_add(1),
-            ..sent
-        };
-        tell(600, &guessed.to_packet(1472));
+        let sent = |bytes| datagram(mode, probe.nonce, bytes);
+        tell(600, &datagram(mode, probe.nonce.wrapping_add(1), 1472));
         // One that quotes too little to tell, and one about a packet of before.
-        tell(610, &sent.to_packet(1472)[..PROBE_BYTES_MIN - 1]);
-        tell(620, &sent.to_packet(1400));
-        tell(0, &sent.to_packet(1472));
-        tell(1400, &sent.to_packet(1472)[..PROBE_BYTES_MIN]);
+        tell(610, &sent(1472)[..PROBE_BYTES_MIN - 1]);
+        tell(620, &sent(1400));
+        tell(0, &sent(1472));
+        tell(1400, &sent(1472)[..PROBE_BYTES_MIN]);
         let deadline = Instant::now() + Duration::from_secs(30);
         let mtu_bytes = loop {
             match probe.too_long_for() {

@@ -12,6 +12,7 @@ use crate::host::mtu_probe::MtuProbe;
 use crate::host::netlink::RouteMtu;
 use crate::io::random;
 use crate::packet::batch::NextHop;
+use crate::wire::Mode;
 
 /// How often the path to a peer in use is probed: once in so long if much is sent
 /// there, and else less often, so that probes are a small part of what is sent.
@@ -139,7 +140,7 @@ impl Peers {
             && let Some(path) = &mut state.path
             && path.is_due(sent_bytes, now)
         {
-            path.start_probe(sent_bytes, listen, now);
+            path.start_probe(sent_bytes, listen, peer.mode(), now);
             self.path_probes += usize::from(path.is_probed());
         }
     }
@@ -205,9 +206,14 @@ struct Probe {
 }
 
 impl Probe {
-    fn start(listen: IpAddr, endpoint: SocketAddr, packet_bytes: u32) -> io::Result<Self> {
+    fn start(
+        listen: IpAddr,
+        endpoint: SocketAddr,
+        mode: Mode,
+        packet_bytes: u32,
+    ) -> io::Result<Self> {
         let probe = Self {
-            socket: MtuProbe::open(listen, endpoint, random()?)?,
+            socket: MtuProbe::open(listen, endpoint, mode, random()?)?,
             packet_bytes,
             silent: 0,
         };
@@ -271,9 +277,9 @@ impl PeerPath {
     }
 
     /// Sends a packet as long as the route takes.
-    fn start_probe(&mut self, sent_bytes: u64, listen: IpAddr, now: Instant) {
+    fn start_probe(&mut self, sent_bytes: u64, listen: IpAddr, mode: Mode, now: Instant) {
         self.probed = Some((now, sent_bytes));
-        match Probe::start(listen, self.endpoint, self.route.mtu_bytes) {
+        match Probe::start(listen, self.endpoint, mode, self.route.mtu_bytes) {
             Ok(probe) => self.probe = Some(probe),
             Err(error) => tracing::debug!("cannot probe the path to {}: {error}", self.endpoint),
         }
