@@ -587,6 +587,7 @@ fn the_documented_examples_are_the_protocol() {
             "route-add",
             "route-del",
             "peer-add",
+            "peer-add",
             "peer-del",
             "stop",
             "reload",
