@@ -96,6 +96,14 @@ fn a_late_thread_does_not_take_a_word_back() {
     });
 }
 
+/// Two threads move the newest block on, the late one to an earlier block.
+#[test]
+fn the_newest_block_does_not_go_back() {
+    explore(&[&[ROUND], &[2 * ROUND, 2 * ROUND]], |passed| {
+        assert!(passed.contains(&(2 * ROUND)));
+    });
+}
+
 /// The newest block moves on in the other word; the late thread's is in its first round yet.
 #[test]
 fn a_word_that_lags_behind_is_not_taken_for_a_fresh_one() {

@@ -20,12 +20,9 @@ use super::atomic::{AtomicU64, Ordering};
 /// Counters in a word.
 const BLOCK: u64 = 32;
 
-/// Words of a session's window.
+/// Words of a session's window. It covers this many blocks, the newest of which may have begun
+/// just now: it reaches back over 8161 counters at least, and 8192 at most.
 const WORDS: usize = 256;
-
-/// A counter is too old when its block is this many counters or more behind the newest block.
-/// As blocks count as a whole, the window reaches back over at least `WINDOW - 31`.
-pub const WINDOW: u64 = BLOCK * WORDS as u64;
 
 /// A replay window. `W` is a power of two, and smaller in tests alone.
 #[derive(Debug)]

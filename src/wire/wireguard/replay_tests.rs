@@ -8,7 +8,10 @@ use std::thread;
 
 use proptest::prelude::*;
 
-use super::replay::{ReplayWindow, Replayed, WINDOW};
+use super::replay::{ReplayWindow, Replayed};
+
+/// Counters of one round.
+const WINDOW: u64 = 8192;
 
 /// What the window should do, in the plainest way.
 #[derive(Default)]
