@@ -161,7 +161,9 @@ impl Exchange {
             state.cancel(&mut peer);
             peer.clear(&state.map);
             state.latest().remove(&peer.key);
-            gone.push(peer.shared);
+            if self.peers.of_shared(&peer.shared).is_none() {
+                gone.push(peer.shared);
+            }
         }
         self.tick(now, out);
         if !gone.is_empty() {
@@ -343,6 +345,7 @@ impl Drop for Exchange {
     /// Nobody would end its sessions in time: they go now.
     fn drop(&mut self) {
         for peer in self.peers.all() {
+            self.state.cancel(peer);
             peer.clear(&self.state.map);
         }
     }

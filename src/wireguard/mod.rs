@@ -27,6 +27,9 @@ mod peers;
 mod thread;
 mod timers;
 
+#[cfg(test)]
+mod test_network;
+
 use std::net::SocketAddr;
 use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;

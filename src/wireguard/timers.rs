@@ -257,7 +257,7 @@ impl Timers {
             ..Due::default()
         };
         if let Some(attempt) = self.attempt.filter(|attempt| attempt.next_ns <= now_ns) {
-            if now_ns - attempt.wanted_ns < self.intervals.rekey_attempt_ns {
+            if now_ns.saturating_sub(attempt.wanted_ns) < self.intervals.rekey_attempt_ns {
                 due.initiation = true;
             } else {
                 self.attempt = None;

@@ -65,8 +65,9 @@ fn the_constants_are_those_of_the_paper() {
     assert_eq!(seconds(ALL.late_rekey_ns()), 165.0);
     assert_eq!(seconds(ALL.unanswered_ns()), 15.0);
     assert!(ALL.jitter_max_ns <= SECOND_NS / 3);
-    // The session layer has its own copy of this one.
-    use crate::wire::wireguard::session::REJECT_AFTER_NS;
+    // The session layer has its own copies of two of them.
+    use crate::wire::wireguard::session::{REJECT_AFTER_NS, REKEY_AFTER_NS};
+    assert_eq!(ALL.rekey_after_ns, REKEY_AFTER_NS);
     assert_eq!(ALL.reject_after_ns, REJECT_AFTER_NS);
 }
 
@@ -115,7 +116,7 @@ fn who_asks_again_has_ninety_seconds_more_and_no_initiation_at_once() {
     timers.want(at(1.0));
     assert_eq!(timers.poll(at(4.9), Activity::default(), None), NOTHING);
     timers.want(at(80.0));
-    let mut last = 0.0;
+    let mut last = 80.0;
     while let Some((seconds, due)) = first_due(&mut timers, last, 300.0, Activity::default(), None)
     {
         if due.is_over {
@@ -323,6 +324,9 @@ fn the_initiator_renews_a_session_on_receipt_after_165_seconds() {
         let session = usable(at(0.0), is_initiator);
         let due = first_due(&mut timers, received, 180.0, seen, session);
         assert_eq!(due, expected);
+        if expected.is_none() {
+            continue;
+        }
         // Once for each session.
         timers.completed(at(166.0));
         let seen = Activity {
@@ -341,7 +345,9 @@ fn persistent_keepalives_are_sent_in_silence_only() {
         sent_ns: at(1.0),
         ..Activity::default()
     };
-    let due = first_due(&mut timers, 1.0, 100.0, seen, session);
+    // One to begin with.
+    assert_eq!(timers.poll(at(1.0), seen, session), KEEPALIVE);
+    let due = first_due(&mut timers, 1.25, 100.0, seen, session);
     assert_eq!(due, Some((26.0, KEEPALIVE)));
     seen.sent_ns = at(26.0);
     assert_eq!(timers.poll(at(26.0), seen, session), NOTHING);
@@ -409,18 +415,18 @@ proptest! {
                     now_ns - session.established_ns < ALL.reject_after_ns
                 });
                 let due = timers.poll(now_ns, seen, session);
+                if due.keepalive {
+                    prop_assert!(session.is_some());
+                    prop_assert!(owed_ns.is_some(), "a keepalive that nobody waits for");
+                    seen.sent_ns = now_ns;
+                    owed_ns = None;
+                }
                 if due.initiation {
                     prop_assert!(now_ns - handshake_ns >= ALL.rekey_timeout_ns);
                     // The longest reason: data sent, unanswered for 15 s.
                     prop_assert!(now_ns - reason_ns < (90 + 16) * SECOND_NS);
                     timers.initiated(now_ns, random);
                     handshake_ns = now_ns;
-                    owed_ns = None;
-                }
-                if due.keepalive {
-                    prop_assert!(session.is_some());
-                    prop_assert!(owed_ns.is_some(), "a keepalive that nobody waits for");
-                    seen.sent_ns = now_ns;
                     owed_ns = None;
                 }
                 let limit_ns = match session {

@@ -111,6 +111,12 @@ impl SessionMap {
         }
     }
 
+    /// How many indices are taken.
+    #[cfg(test)]
+    pub(crate) fn taken_count(&self) -> usize {
+        self.taken().len()
+    }
+
     fn capacity(&self) -> usize {
         self.chunks.len() * CHUNK
     }
