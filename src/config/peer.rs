@@ -9,7 +9,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer};
 
-use super::types::{self, DEFAULT_PORT, ParseResult, parse_prefix};
+use super::types::{self, DEFAULT_PORT, ParseResult, parse_prefix, split_port};
 use crate::error::shortened;
 use crate::packet::ip::canonical;
 use crate::wire::wireguard::keys::{PresharedKey, PublicKey};
@@ -174,25 +174,6 @@ impl TryFrom<PeerTable> for PeerSpec {
             persistent_keepalive: table.persistent_keepalive,
             ..Self::new(name, table.endpoint)
         })
-    }
-}
-
-/// Splits `host:port`, `[v6]:port`, or a host alone.
-pub(super) fn split_port(text: &str) -> ParseResult<(&str, u16)> {
-    let (host, port) = match text.strip_prefix('[') {
-        Some(rest) => rest
-            .split_once(']')
-            .ok_or("the closing bracket is missing")?,
-        // More than one colon and no brackets: an IPv6 address.
-        None if text.matches(':').count() != 1 => (text, ""),
-        None => text.split_at(text.find(':').unwrap_or(text.len())),
-    };
-    if port.is_empty() {
-        return Ok((host, DEFAULT_PORT));
-    }
-    match port.strip_prefix(':').and_then(|port| port.parse().ok()) {
-        Some(port) if port > 0 => Ok((host, port)),
-        _ => Err(format!("{port:?} is not a UDP port: expected :1 to :65535")),
     }
 }
 

@@ -9,8 +9,6 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
-use super::peer::split_port;
-
 /// Default UDP port, that of flannel's udp backend.
 pub const DEFAULT_PORT: u16 = 8285;
 
@@ -92,6 +90,25 @@ pub enum Dscp {
 /// Core numbers, in the order of the workers that get them; empty for no pinning.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct CoreList(pub Vec<usize>);
+
+/// Splits `host:port`, `[v6]:port`, or a host alone.
+pub(super) fn split_port(text: &str) -> ParseResult<(&str, u16)> {
+    let (host, port) = match text.strip_prefix('[') {
+        Some(rest) => rest
+            .split_once(']')
+            .ok_or("the closing bracket is missing")?,
+        // More than one colon and no brackets: an IPv6 address.
+        None if text.matches(':').count() != 1 => (text, ""),
+        None => text.split_at(text.find(':').unwrap_or(text.len())),
+    };
+    if port.is_empty() {
+        return Ok((host, DEFAULT_PORT));
+    }
+    match port.strip_prefix(':').and_then(|port| port.parse().ok()) {
+        Some(port) if port > 0 => Ok((host, port)),
+        _ => Err(format!("{port:?} is not a UDP port: expected :1 to :65535")),
+    }
+}
 
 /// An address of this host, and the port unless it is the default one.
 pub(super) fn parse_listen(text: &str) -> ParseResult<SocketAddr> {

@@ -26,6 +26,7 @@ use std::time::SystemTime;
 
 use super::counters::HandshakeCounters;
 use super::limiter::{Limiter, Load};
+use super::outside::{Now, Outside};
 use super::peers::{Peer, PeerConfig, Peers, as_seen_by_timers};
 use super::timers::Intervals;
 use crate::counters::Counter;
@@ -39,27 +40,6 @@ use crate::wire::wireguard::timestamp::Timestamp;
 
 /// How far apart initiations of one peer must be: the kernel takes fifty a second.
 const INITIATION_INTERVAL_NS: u64 = 20_000_000;
-
-/// The time.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Now {
-    /// Nanoseconds of `CLOCK_MONOTONIC`.
-    pub ns: u64,
-    /// What people call the time. It may go back.
-    pub wall: SystemTime,
-}
-
-/// What the protocol does to the world.
-pub(crate) trait Outside {
-    /// Sends a datagram from the port that this host receives on. It may be lost.
-    fn send(&mut self, to: SocketAddr, datagram: &[u8]);
-
-    /// Has all workers send what waits for a session.
-    fn wake_workers(&mut self);
-
-    /// Gives a data message to a worker, as if it had come to that.
-    fn pass_on(&mut self, from: SocketAddr, datagram: &mut [u8]);
-}
 
 /// When the latest handshake of each peer was completed.
 pub(crate) type Latest = Mutex<HashMap<PublicKey, SystemTime>>;

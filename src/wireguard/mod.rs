@@ -23,6 +23,7 @@
 mod counters;
 mod exchange;
 mod limiter;
+mod outside;
 mod peers;
 mod thread;
 mod timers;

@@ -10,7 +10,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
 use super::counters::HandshakeCounters;
-use super::exchange::{Exchange, Latest, Now, Outside};
+use super::exchange::{Exchange, Latest};
+use super::outside::{Now, Outside};
 use super::peers::PeerConfig;
 use super::timers::Intervals;
 use crate::wire::wireguard::keys::{PresharedKey, PrivateKey, PublicKey};

@@ -14,7 +14,8 @@ use nix::sys::time::TimeSpec;
 use socket2::Socket;
 
 use super::counters::HandshakeCounters;
-use super::exchange::{Exchange, Now, Outside};
+use super::exchange::Exchange;
+use super::outside::{Now, Outside};
 use super::peers::PeerConfig;
 use crate::clock;
 use crate::io::message;

@@ -65,9 +65,8 @@ fn the_constants_are_those_of_the_paper() {
     assert_eq!(seconds(ALL.late_rekey_ns()), 165.0);
     assert_eq!(seconds(ALL.unanswered_ns()), 15.0);
     assert!(ALL.jitter_max_ns <= SECOND_NS / 3);
-    // The session layer has its own copies of two of them.
-    use crate::wire::wireguard::session::{REJECT_AFTER_NS, REKEY_AFTER_NS};
-    assert_eq!(ALL.rekey_after_ns, REKEY_AFTER_NS);
+    // Sessions have their own copy of it.
+    use crate::wire::wireguard::session::REJECT_AFTER_NS;
     assert_eq!(ALL.reject_after_ns, REJECT_AFTER_NS);
 }
 

@@ -23,9 +23,6 @@ pub const REKEY_AFTER_MESSAGES: u64 = 1 << 60;
 /// Counters from here on are neither sent nor accepted.
 pub const REJECT_AFTER_MESSAGES: u64 = u64::MAX - (1 << 13);
 
-/// Age at which the initiator of a session asks for a new one when it sends.
-pub const REKEY_AFTER_NS: u64 = 120_000_000_000;
-
 /// Age at which a session is of no more use.
 pub const REJECT_AFTER_NS: u64 = 180_000_000_000;
 

@@ -1,0 +1,25 @@
+//! What the protocol has of the world: the time, and where what it does goes.
+
+use std::net::SocketAddr;
+use std::time::SystemTime;
+
+/// The time.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Now {
+    /// Nanoseconds of `CLOCK_MONOTONIC`.
+    pub ns: u64,
+    /// What people call the time. It may go back.
+    pub wall: SystemTime,
+}
+
+/// What the protocol does to the world.
+pub(crate) trait Outside {
+    /// Sends a datagram from the port that this host receives on. It may be lost.
+    fn send(&mut self, to: SocketAddr, datagram: &[u8]);
+
+    /// Has all workers send what waits for a session.
+    fn wake_workers(&mut self);
+
+    /// Gives a data message to a worker, as if it had come to that.
+    fn pass_on(&mut self, from: SocketAddr, datagram: &mut [u8]);
+}
