@@ -9,7 +9,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer};
 
-use super::types::{self, DEFAULT_PORT, ParseResult, parse_prefix, split_port};
+use super::types::{self, ParseResult, parse_prefix, split_port};
 use crate::error::shortened;
 use crate::packet::ip::canonical;
 use crate::wire::wireguard::keys::{PresharedKey, PublicKey};
