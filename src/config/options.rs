@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::peer::{PeerSpec, parse_peer};
 use super::types::{
     self, Aqm, BusyPoll, CoreList, Dscp, Feature, Io, QueueLimit, parse_busy_poll, parse_cores,
-    parse_listen, parse_prefix, parse_queue_limit,
+    parse_fwmark, parse_listen, parse_prefix, parse_queue_limit,
 };
 use crate::log::LogFormat;
 use crate::wire::Mode;
@@ -118,6 +118,12 @@ pub struct Config {
     #[arg(long, value_enum, value_name = "DSCP")]
     #[serde(deserialize_with = "types::dscp")]
     pub dscp: Dscp,
+
+    /// Mark the datagrams, for rules of routing and of firewalls: 32 bits, decimal or as in 0xca6c
+    /// [default: 0, no mark]
+    #[arg(long, value_name = "MARK", value_parser = parse_fwmark)]
+    #[serde(deserialize_with = "types::fwmark")]
+    pub fwmark: u32,
 
     /// How the workers do their I/O [default: auto]
     #[arg(long, value_enum, value_name = "ENGINE")]

@@ -57,6 +57,7 @@ no-routes = false
 hop = true
 busy-poll = 50
 txqueuelen = 7
+fwmark = 0xca6c
 io = "epoll"
 without = ["uso"]
 control = "/run/other.sock"
@@ -78,7 +79,7 @@ fn the_file_says_all_that_the_flags_can() {
     let of_flags = config(
         "--queues 3 --listen [::]:99 --tun other0 --mtu 1300 --address 10.9.0.1/24 \
          --address fd00::1/64 --route 10.8.0.0/16 --no-routes=false --hop --busy-poll 50 \
-         --txqueuelen 7 --io epoll --without uso --control /run/other.sock --takeover --quiet \
+         --txqueuelen 7 --fwmark 51820 --io epoll --without uso --control /run/other.sock --takeover --quiet \
          --log-format json --peer 127.0.0.2:99=10.1.0.0/16 --peer vpn.example",
     );
     let alike = Config {
@@ -94,7 +95,7 @@ fn the_file_says_all_that_the_flags_can() {
 fn flags_win_over_the_file() {
     let flags = "--queues 2 --tun mine0 --hop=false --address 10.7.0.1/24 --route 10.6.0.0/16 \
                  --without tso --peer 127.0.0.9 -v --busy-poll off --io auto --takeover=false \
-                 --listen 0.0.0.0 --mtu 1400 --txqueuelen 8 --control /run/mine.sock \
+                 --listen 0.0.0.0 --mtu 1400 --txqueuelen 8 --fwmark off --control /run/mine.sock \
                  --log-format text";
     let of_both = config_with(FILE, flags).unwrap();
     let of_flags = config(flags).unwrap();

@@ -189,6 +189,19 @@ pub(super) fn parse_queue_limit(text: &str) -> ParseResult<QueueLimit> {
     }
 }
 
+/// A mark of the kernel's (`SO_MARK`); 0 or `off` for none.
+pub(super) fn parse_fwmark(text: &str) -> ParseResult<u32> {
+    let hex = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X"));
+    let mark = match hex {
+        _ if text.starts_with('+') => None,
+        Some(digits) if !digits.starts_with('+') => u32::from_str_radix(digits, 16).ok(),
+        Some(_) => None,
+        None if text == "off" => Some(0),
+        None => text.parse().ok(),
+    };
+    mark.ok_or_else(|| "expected off, or 32 bits as a number such as 51820 or 0xca6c".into())
+}
+
 /// Reads a key of the configuration file as the flag's text is read.
 pub(super) fn from_text<'de, D, T>(key: D, read: fn(&str) -> ParseResult<T>) -> Result<T, D::Error>
 where
@@ -221,6 +234,10 @@ pub(super) fn dscp<'de, D: Deserializer<'de>>(key: D) -> Result<Dscp, D::Error> 
     from_text(key, |text| Dscp::from_str(text, false))
 }
 
+pub(super) fn fwmark<'de, D: Deserializer<'de>>(key: D) -> Result<u32, D::Error> {
+    from_text(key, parse_fwmark)
+}
+
 fn prefix<'de, D: Deserializer<'de>>(key: D) -> Result<IpNet, D::Error> {
     from_text(key, parse_prefix)
 }
@@ -244,6 +261,31 @@ mod tests {
         assert_eq!(parse("fd00::1"), Ok("[fd00::1]:8285".into()));
         assert!(parse("localhost").is_err());
         assert!(parse("10.0.0.1:0").is_err());
+    }
+
+    #[test]
+    fn marks_are_read() {
+        for (text, mark) in [
+            ("0", 0),
+            ("off", 0),
+            ("51820", 51820),
+            ("0xCa6c", 51820),
+            ("0xffffffff", u32::MAX),
+        ] {
+            assert_eq!(parse_fwmark(text), Ok(mark), "{text}");
+        }
+        for bad in [
+            "",
+            "0x",
+            "-1",
+            "+1",
+            "0x+1",
+            "4294967296",
+            "0x100000000",
+            "ca6c",
+        ] {
+            assert!(parse_fwmark(bad).is_err(), "{bad:?}");
+        }
     }
 
     #[test]

@@ -78,6 +78,7 @@ pub fn prepare<C>(
     claim: impl FnOnce(&Config, &Settings, &mut Netlink) -> Result<C>,
 ) -> Result<Prepared<C>> {
     let mut netlink = Netlink::open()?;
+    netlink.fwmark = config.fwmark;
     let local = config.listen.map(|listen| listen.ip());
     let mut names = Names::new(move |name| path::resolve(&name.host, name.port, local));
     let own = own_addresses(&mut netlink, &config.addresses)?;

@@ -61,7 +61,7 @@ impl Tunnel {
         } = plan;
         overlay.count_for(claimed.device.queues.len());
         let sockets = &claimed.sockets;
-        udp::set_options(&sockets.workers, sockets.handshake.as_ref())?;
+        udp::set_options(&sockets.workers, sockets.handshake.as_ref(), config.fwmark)?;
         let host = Host::new(netlink, claimed.device.queues[0].as_fd(), &config.tun)?;
         let table = table(&overlay, &host, &config, &settings);
         let (probes, received) = peers::probe_channel();

@@ -166,12 +166,20 @@ fn open_handshake(listen: SocketAddr, offloads: UdpOffloads) -> io::Result<Socke
 /// They send whatever the interface takes, as the kernel's own tunnels do: the kernel's
 /// memory of path MTUs, which anybody can write to by ICMP, is left aside, and IPv4
 /// datagrams may be fragmented on their way. And they tell the ECN field of what they
-/// receive.
+/// receive. What they send has the mark `fwmark`, by which rules may route it (`SO_MARK`).
 ///
 /// # Errors
 /// When the kernel does not know how.
-pub fn set_options(sockets: &[WorkerSockets], handshake: Option<&Socket>) -> Result<()> {
+pub fn set_options(
+    sockets: &[WorkerSockets],
+    handshake: Option<&Socket>,
+    fwmark: u32,
+) -> Result<()> {
     let set = |socket: &Socket| -> io::Result<()> {
+        // It needs CAP_NET_ADMIN, which a tunnel without a mark may lack in this namespace.
+        if socket.mark()? != fwmark {
+            socket.set_mark(fwmark)?;
+        }
         // On a dual-stack socket either family has options of its own.
         set_ip_mtu_discover(socket, Ipv4PathMtuDiscovery::OMIT)?;
         socket.set_recv_tos_v4(true)?;
@@ -355,6 +363,24 @@ mod tests {
         write();
         wait_until(&has_come);
         assert_eq!(drops(socket.as_fd()).unwrap(), 20);
+    }
+
+    #[test]
+    fn all_sockets_have_the_mark() {
+        let namespace = crate::testbed::Namespace::new().unwrap();
+        for mode in [Mode::Plain, Mode::WireGuard] {
+            let listen = SocketAddr::from(([127, 0, 0, 1], 8285));
+            let sockets = namespace.run(|| open(listen, 2, ALL, mode).unwrap());
+            let handshake = sockets.handshake.as_ref();
+            for fwmark in [0xca6c, 0] {
+                set_options(&sockets.workers, handshake, fwmark).unwrap();
+                let all = sockets.workers.iter();
+                let all = all.flat_map(|worker| [Some(&worker.receive), worker.send.as_ref()]);
+                let all: Vec<_> = all.chain([handshake]).flatten().collect();
+                assert_eq!(all.len(), 3);
+                assert!(all.iter().all(|it| it.mark().unwrap() == fwmark));
+            }
+        }
     }
 
     #[test]

@@ -67,6 +67,8 @@ pub struct Netlink {
     socket: Socket,
     sequence: u32,
     buffer: Vec<u8>,
+    /// What the datagrams are marked with whose routes are looked up; 0 for nothing.
+    pub(crate) fwmark: u32,
 }
 
 /// One message of the kernel's answer to a request.
@@ -103,6 +105,7 @@ impl Netlink {
             socket,
             sequence: 0,
             buffer: vec![0; RECEIVE_BYTES],
+            fwmark: 0,
         })
     }
 

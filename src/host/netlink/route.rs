@@ -330,6 +330,9 @@ impl Netlink {
         let mut message = prefix_message(IpNet::from(endpoint.ip()));
         message.header.table = RouteHeader::RT_TABLE_UNSPEC;
         message.header.flags = flags;
+        if self.fwmark != 0 {
+            message.attributes.push(RouteAttribute::Mark(self.fwmark));
+        }
         // The interface that the address is good for, if it is not for all.
         if let SocketAddr::V6(endpoint) = endpoint
             && endpoint.scope_id() != 0
