@@ -1,7 +1,7 @@
 //! Files with keys: a private key, or one that two ends share. Nobody but their owner
 //! may have access to them.
 
-use std::fs::OpenOptions;
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
@@ -21,10 +21,12 @@ impl Config {
     /// # Errors
     /// Names the file that cannot be used, or the peer that has this host's own key.
     pub(super) fn read_keys(&mut self) -> Result<()> {
-        let Some(file) = &self.private_key_file else {
+        if let Some(file) = &self.private_key_file {
+            self.private_key = Some(read_key("private-key", file)?);
+        }
+        if self.private_key.is_none() {
             return Ok(());
-        };
-        self.private_key = Some(read_key("private-key", file)?);
+        }
         for peer in &mut self.peers {
             if let Some(file) = &peer.preshared_key_file {
                 peer.preshared_key = read_key("preshared-key-file", file)?;
@@ -54,20 +56,8 @@ fn read_key<K: FromStr>(option: &str, path: &Path) -> Result<K> {
     }
     let name = path.display();
     let cannot = |cause| Error::os(format!("cannot read {option} {name}"), cause);
-    // A pipe that nobody writes to would block.
-    let mut options = OpenOptions::new();
-    let options = options.read(true).custom_flags(libc::O_NONBLOCK);
-    let file = options.open(path).map_err(cannot)?;
-    let metadata = file.metadata().map_err(cannot)?;
-    if !metadata.is_file() {
-        // It is read again at each reload.
-        return Err(Error::new(format!("{option} {name} is not a regular file")));
-    }
-    let mode = metadata.mode() & 0o7777;
-    if mode & 0o077 != 0 {
-        let what = format!("{option} {name} is open to others than its owner (mode {mode:04o})");
-        return Err(Error::new(what).hint(format!("chmod 600 {name}")));
-    }
+    let (file, metadata) = open(option, path)?;
+    check_owner_alone(option, path, &metadata)?;
     // As much as there may be, so that no copy is left behind when it grows.
     let mut text = Zeroizing::new(String::with_capacity(2 * FILE_BYTES_MAX as usize));
     match file.take(FILE_BYTES_MAX + 1).read_to_string(&mut text) {
@@ -81,6 +71,38 @@ fn read_key<K: FromStr>(option: &str, path: &Path) -> Result<K> {
         let what = format!("{option} {name} does not hold a key: 44 characters of base64");
         Error::new(what).hint("`fastvpn genkey` and `fastvpn genpsk` make keys")
     })
+}
+
+/// Opens a regular file to read, and tells what the kernel knows of it.
+///
+/// # Errors
+/// When it cannot be opened, or is something else.
+pub(super) fn open(option: &str, path: &Path) -> Result<(File, Metadata)> {
+    let name = path.display();
+    let cannot = |cause| Error::os(format!("cannot read {option} {name}"), cause);
+    // A pipe that nobody writes to would block.
+    let mut options = OpenOptions::new();
+    let options = options.read(true).custom_flags(libc::O_NONBLOCK);
+    let file = options.open(path).map_err(cannot)?;
+    let metadata = file.metadata().map_err(cannot)?;
+    match metadata.is_file() {
+        true => Ok((file, metadata)),
+        // It is read again at each reload.
+        false => Err(Error::new(format!("{option} {name} is not a regular file"))),
+    }
+}
+
+/// Makes sure that nobody but its owner has access to a file.
+///
+/// # Errors
+/// Names it.
+pub(super) fn check_owner_alone(option: &str, path: &Path, metadata: &Metadata) -> Result<()> {
+    let (name, mode) = (path.display(), metadata.mode() & 0o7777);
+    if mode & 0o077 == 0 {
+        return Ok(());
+    }
+    let what = format!("{option} {name} is open to others than its owner (mode {mode:04o})");
+    Err(Error::new(what).hint(format!("chmod 600 {name}")))
 }
 
 /// Whether somebody has taken the key itself for its file's path.

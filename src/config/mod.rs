@@ -3,6 +3,7 @@
 //! - `types`: what can be said of a tunnel, as plain types, and their text.
 //! - `options`: each option, for flags and file alike.
 //! - `file`: reads the file.
+//! - `wg_quick`: reads a file in the format of wg-quick(8).
 //! - `peer`: what can be said of a peer.
 //! - `peers`: what must hold among all peers.
 //! - `keys`: reads key files.
@@ -19,6 +20,7 @@ mod peers;
 mod reload;
 mod resolution;
 mod types;
+mod wg_quick;
 
 pub(crate) use control_path::{CONTROL_DIRECTORY, default_control_path, default_control_paths};
 pub use file::parse_bytes;
@@ -31,3 +33,4 @@ pub(crate) use peers::{PEERS_MAX, check_mode, check_prefix};
 pub(crate) use types::{
     Aqm, BusyPoll, DEFAULT_PORT, Dscp, Feature, Io, QueueLimit, parse_prefix, parse_tun_name,
 };
+pub use wg_quick::parse as parse_wg_quick;

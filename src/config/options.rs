@@ -37,6 +37,15 @@ pub struct Config {
     #[serde(skip)]
     pub config_file: Option<PathBuf>,
 
+    /// Take the options from this file, which is in the format of wg-quick(8)
+    #[arg(
+        long = "wg-config",
+        value_name = "FILE",
+        conflicts_with = "config_file"
+    )]
+    #[serde(skip)]
+    pub wg_config_file: Option<PathBuf>,
+
     /// Workers, each with a TUN queue, a UDP socket and a thread [default: one per core, at most 4]
     #[arg(long, value_name = "N")]
     #[serde(default = "default_queues")]
@@ -153,6 +162,16 @@ pub struct Config {
     #[arg(long, value_enum)]
     pub log_format: LogFormat,
 
+    /// UDP port to listen on where no address is given with it.
+    #[arg(skip)]
+    #[serde(skip_deserializing)]
+    pub(crate) listen_port: Option<u16>,
+
+    /// What of the file is not done, for the log.
+    #[arg(skip)]
+    #[serde(skip)]
+    pub(crate) notes: Vec<String>,
+
     /// What the file with the private key says, once it has been read.
     #[arg(skip)]
     #[serde(skip)]
@@ -185,7 +204,12 @@ impl Config {
 
     /// Whether the tunnel is encrypted: it and all its peers have keys, or none has.
     pub(crate) fn is_encrypted(&self) -> bool {
-        self.private_key_file.is_some()
+        self.private_key_file.is_some() || self.private_key.is_some()
+    }
+
+    /// The file that the options come from, besides the flags.
+    pub(crate) fn file(&self) -> Option<&PathBuf> {
+        self.config_file.as_ref().or(self.wg_config_file.as_ref())
     }
 }
 

@@ -252,7 +252,7 @@ pub(crate) fn parse_peer(text: &str) -> ParseResult<PeerSpec> {
 }
 
 /// Seconds, or `off`.
-fn parse_keepalive(text: &str) -> ParseResult<Option<Duration>> {
+pub(super) fn parse_keepalive(text: &str) -> ParseResult<Option<Duration>> {
     match (text, text.parse::<u16>()) {
         ("off", _) | (_, Ok(0)) => Ok(None),
         (_, Ok(seconds)) => Ok(Some(Duration::from_secs(seconds.into()))),

@@ -24,6 +24,7 @@ impl Config {
             hop: new.hop,
             no_routes: new.no_routes,
             takeover: new.takeover,
+            notes: new.notes,
             ..self.clone()
         }
     }

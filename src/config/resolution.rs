@@ -15,6 +15,7 @@ use super::file::{parse_bytes, read_file};
 use super::options::{Config, QUEUES};
 use super::peers::{check_peers, check_prefix};
 use super::types::{is_host, parse_tun_name};
+use super::wg_quick;
 use crate::error::{Error, Result};
 
 /// Values of `--mtu`, in bytes: from what IPv4 asks for (RFC 791) to what fits a
@@ -32,9 +33,11 @@ impl Config {
     /// # Errors
     /// One line that names the option, or the place in the file.
     pub fn from_flags(flags: &ArgMatches) -> Result<Self> {
-        let mut config = match flags.get_one::<PathBuf>("config_file") {
-            Some(path) => read_file(path)?,
-            None => parse_bytes("", b"")?,
+        let file = |id| flags.get_one::<PathBuf>(id);
+        let mut config = match (file("config_file"), file("wg_config_file")) {
+            (Some(path), _) => read_file(path)?,
+            (None, Some(path)) => wg_quick::read_file(path)?,
+            (None, None) => parse_bytes("", b"")?,
         };
         let of_file = (config.verbose, config.quiet);
         let merged = config.update_from_arg_matches(flags);
@@ -46,7 +49,7 @@ impl Config {
         config.flags = flags.clone();
         match (
             config.check().and_then(|()| config.read_keys()),
-            &config.config_file,
+            config.file(),
         ) {
             (Ok(()), _) => Ok(config),
             // Flags or the file may be at fault: what is wrong is named with its value.
@@ -77,12 +80,15 @@ impl Config {
     pub(crate) fn reread(&self) -> Result<Self> {
         let (new, peers) = (Self::from_flags(&self.flags)?, self.peers.len());
         if peers > 0 && new.peers.is_empty() && !new.lists_no_peers() {
-            let file = new.config_file.unwrap_or_default();
+            let file = new.file().cloned().unwrap_or_default();
             let what = format!(
                 "{} has no peers any more, and {peers} would be removed",
                 file.display()
             );
-            return Err(Error::new(what).hint("if that is meant, write `peer = []`"));
+            return Err(Error::new(what).hint(match new.wg_config_file {
+                None => "if that is meant, write `peer = []`",
+                Some(_) => "if that is meant, start fastvpn again",
+            }));
         }
         Ok(new)
     }

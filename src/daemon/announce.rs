@@ -7,12 +7,15 @@ use crate::host::link::derive_address;
 
 /// Says what is running, and what the kernel lacks.
 pub fn announce(tunnel: &Tunnel) {
-    let file = match &tunnel.config.config_file {
+    let file = match tunnel.config.file() {
         Some(path) => format!("configuration file {}", path.display()),
         None => "no configuration file".into(),
     };
     let (version, process) = (env!("CARGO_PKG_VERSION"), std::process::id());
     tracing::info!("fastvpn {version}, process {process}, {file}");
+    for note in &tunnel.config.notes {
+        tracing::warn!("{note}");
+    }
     let listen = tunnel.settings.listen;
     let own_ports = tunnel.workers.own_ports().into_iter();
     let ports: String = own_ports.map(|port| format!(", {port}")).collect();

@@ -29,14 +29,17 @@ pub fn reload(tunnel: &mut Tunnel, by: &str) -> Result<Reloaded> {
 /// Tells also in words what is different.
 fn try_to_reload(tunnel: &mut Tunnel) -> Result<(Reloaded, String)> {
     let (old, in_force) = (&tunnel.config, &tunnel.settings);
-    if old.config_file.is_none() {
+    if old.file().is_none() {
         return Err(Error::new("there is no configuration file to read again")
-            .hint("start fastvpn with --config FILE, or use `fastvpn peer` and `route`"));
+            .hint("start fastvpn with --config FILE or --wg-config FILE, or use `fastvpn peer` and `route`"));
     }
     let new = old.reread()?;
     if new.is_encrypted() != old.is_encrypted() {
         let what = "a tunnel that runs cannot become encrypted, or cease to be";
         return Err(Error::new(what).hint("start it again"));
+    }
+    for note in new.notes.iter().filter(|note| !old.notes.contains(note)) {
+        tracing::warn!("{note}");
     }
     let mut overlay = tunnel.peers.overlay.clone();
     let changes = overlay.configure(&new.peers)?;

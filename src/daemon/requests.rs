@@ -179,7 +179,7 @@ fn status(tunnel: &mut Tunnel) -> Status {
     let workers = snapshots.iter();
     let (config, settings, overlay) = (&tunnel.config, &tunnel.settings, &tunnel.peers.overlay);
     let device = &tunnel.host.device;
-    let file = config.config_file.as_ref();
+    let file = config.file();
     let handshakes = tunnel.encryption.iter().flat_map(Encryption::counters);
     Status {
         version: env!("CARGO_PKG_VERSION").into(),

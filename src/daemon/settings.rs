@@ -129,12 +129,13 @@ pub(crate) fn listen_address(config: &Config, endpoints: &[SocketAddr]) -> Socke
         literal.is_some_and(|endpoint| endpoint.is_ipv4())
     };
     let may_be_v6 = config.peers.is_empty() || !config.peers.iter().all(is_v4);
+    let port = config.listen_port.unwrap_or(DEFAULT_PORT);
     // A host without IPv6 still has its IPv4 peers.
     let is_dual_stack = endpoints.iter().any(SocketAddr::is_ipv6)
         || may_be_v6 && UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)).is_ok();
     match is_dual_stack {
-        true => (Ipv6Addr::UNSPECIFIED, DEFAULT_PORT).into(),
-        false => (Ipv4Addr::UNSPECIFIED, DEFAULT_PORT).into(),
+        true => (Ipv6Addr::UNSPECIFIED, port).into(),
+        false => (Ipv4Addr::UNSPECIFIED, port).into(),
     }
 }
 

@@ -144,7 +144,8 @@ fn overlay(
 ) -> Result<(Overlay, SocketAddr)> {
     // Where there are names, sockets are for both IP versions unless it is said
     // otherwise.
-    let any = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), DEFAULT_PORT);
+    let port = config.listen_port.unwrap_or(DEFAULT_PORT);
+    let any = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port);
     let listen = config.listen.unwrap_or(any);
     let mut overlay = Overlay::default();
     for spec in &config.peers {

@@ -246,5 +246,5 @@ pub(super) fn has_other_file(config: &Config) -> bool {
         new.without.clone_from(&config.without);
         new == *config
     };
-    config.config_file.is_some() && !config.reread().is_ok_and(is_same)
+    config.file().is_some() && !config.reread().is_ok_and(is_same)
 }
