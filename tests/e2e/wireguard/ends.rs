@@ -181,6 +181,37 @@ impl Keys {
         self.write(&format!("{own}.toml"), &text)
     }
 
+    /// The configuration of a host as wg-quick(8) has it, with `more` lines in its first
+    /// section.
+    pub fn wg_quick_file(&self, own: usize, reach: Reach, more: &str) -> Result<PathBuf> {
+        let peer = 1 - own;
+        let list = |nets: &[String]| nets.join(", ");
+        let addresses = dual_stack(own);
+        let addresses: Vec<_> = addresses
+            .into_iter()
+            .filter(|it| it != "--address")
+            .collect();
+        let prefixes: Vec<_> = prefixes(peer).iter().map(ToString::to_string).collect();
+        let mut text = format!(
+            "[Interface]\nPrivateKey = {}\nListenPort = {PORT}\nAddress = {}\n{more}\n\
+             [Peer]\nPublicKey = {}\nAllowedIPs = {}\n",
+            base64(&self.private[own]),
+            list(&addresses),
+            base64(&self.public(peer)),
+            list(&prefixes),
+        );
+        if let Some(key) = &self.preshared {
+            text += &format!("PresharedKey = {}\n", base64(key));
+        }
+        if let Some(endpoint) = reach.endpoint {
+            text += &format!("Endpoint = {endpoint}\n");
+        }
+        if let Some(seconds) = reach.keepalive_s {
+            text += &format!("PersistentKeepalive = {seconds}\n");
+        }
+        self.write(&format!("{own}.conf"), &text)
+    }
+
     /// What a host is told that runs another program.
     fn interface(&self, own: usize, reach: Reach) -> Interface {
         let peer = 1 - own;

@@ -2,6 +2,7 @@
 //! people's programs, and those that nobody trusts.
 
 pub mod ends;
+pub mod files;
 pub mod interop;
 pub mod moving;
 pub mod pairs;
