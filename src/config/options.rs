@@ -59,7 +59,7 @@ pub struct Config {
 
     /// Another host, repeatable: IPv4 or IPv6 address or DNS name, port 8285 unless given, and its
     /// prefixes; without any, it takes what no other peer's prefixes match. With --private-key:
-    /// KEY[@HOST[:PORT]][=PREFIX,...], its public key first; without HOST it has to call
+    /// KEY@HOST or KEY, its public key first; without HOST it has to call
     #[arg(long = "peer", value_name = "[KEY@]HOST[:PORT][=PREFIX,...]", value_parser = parse_peer)]
     #[serde(rename = "peer", skip_serializing)]
     pub peers: Vec<PeerSpec>,

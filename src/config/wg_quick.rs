@@ -99,7 +99,7 @@ enum Section {
     /// Before the first one.
     None,
     Interface,
-    Peer(Peer),
+    Peer(Box<Peer>),
 }
 
 /// A peer as far as it has been read.
@@ -177,7 +177,7 @@ impl Reader {
         let name = name.strip_suffix(']').unwrap_or_default().trim();
         if name.eq_ignore_ascii_case("peer") {
             self.first.clear();
-            self.section = Section::Peer(Peer::new(number));
+            self.section = Section::Peer(Box::new(Peer::new(number)));
         } else if name.eq_ignore_ascii_case("interface") {
             self.once("[Interface]", number)
                 .map_err(|what| (number, what))?;

@@ -163,7 +163,7 @@ fn no_secret_is_quoted() {
         format!("[Interface]\n{PRIVATE}"),
         format!("[Interface]\n{half}"),
         format!("[Interface]\n{PRIVATE} = 1"),
-        format!("{PRIVATE}"),
+        PRIVATE.to_string(),
         format!("[{PRIVATE}"),
         format!("[Interface]\nPrivateKey {PRIVATE}"),
         format!("[Interface]\nPrivateKey: {PRIVATE}"),

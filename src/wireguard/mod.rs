@@ -31,7 +31,6 @@ mod timers;
 #[cfg(test)]
 mod test_network;
 
-use std::net::SocketAddr;
 use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::SystemTime;
@@ -43,7 +42,7 @@ use socket2::Socket;
 pub(crate) use self::counters::HandshakeCounters;
 use self::exchange::{Exchange, Latest};
 pub(crate) use self::peers::PeerConfig;
-use self::thread::{Command, Thread};
+use self::thread::{Command, PassOn, Thread};
 pub(crate) use self::timers::Intervals;
 use crate::error::{Error, Result};
 use crate::wire::wireguard::keys::{PrivateKey, PublicKey};
@@ -68,7 +67,7 @@ pub(crate) struct Setup {
     pub wake_workers: Box<dyn Fn() + Send>,
     /// Takes a data message that came to this socket, behind a handshake message that GRO has
     /// merged it with, and its sender. It must not wait; what it cannot take is lost.
-    pub pass_on: Box<dyn Fn(SocketAddr, &[u8]) + Send>,
+    pub pass_on: PassOn,
 }
 
 /// The handshake thread. Dropping this ends it, and with it all sessions.

@@ -56,11 +56,14 @@ pub(super) struct Thread {
     pub rest_until: Option<Instant>,
 }
 
+/// Takes a data message and its sender.
+pub(crate) type PassOn = Box<dyn Fn(SocketAddr, &[u8]) + Send>;
+
 /// The outside of an [`Exchange`].
 pub(super) struct Port {
     pub socket: Arc<Socket>,
     pub wake_workers: Box<dyn Fn() + Send>,
-    pub pass_on: Box<dyn Fn(SocketAddr, &[u8]) + Send>,
+    pub pass_on: PassOn,
     pub counters: Arc<HandshakeCounters>,
 }
 

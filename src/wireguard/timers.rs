@@ -235,11 +235,6 @@ impl Timers {
         self.handshake_sent_ns = 0;
     }
 
-    /// Whether this host wants a handshake and has not had an answer.
-    pub(crate) fn is_attempting(&self) -> bool {
-        self.attempt.is_some()
-    }
-
     /// What is due now. `usable`: the current session, if it may still be sent in.
     pub(crate) fn poll(&mut self, now_ns: u64, seen: Activity, usable: Option<Usable>) -> Due {
         let sent_ns = seen.sent_ns.max(self.handshake_sent_ns);
