@@ -249,6 +249,17 @@ impl Keys {
         }
     }
 
+    /// Starts a new process at an end that runs, and waits for the end of the old one.
+    pub fn take_over(&self, host: &Namespace, own: usize, old: End, reach: Reach) -> Result<End> {
+        let new = self.start_fastvpn(host, own, reach, &["--takeover"])?;
+        let End::Fastvpn(old) = old else {
+            return fail("only fastvpn takes over from itself");
+        };
+        let ended = old.wait()?;
+        check(ended.status.code() == Some(0), || ended.log)?;
+        Ok(new)
+    }
+
     /// Starts fastvpn with these flags on top.
     fn start_fastvpn(
         &self,

@@ -63,6 +63,28 @@ impl Crossed {
         }
     }
 
+    /// Receiver index and counter of each data message in it: a nonce of one of the keys.
+    pub fn nonces(&self) -> Vec<(u32, u64)> {
+        if self.kind() != Some(DATA) {
+            return Vec::new();
+        }
+        let header = |message: &[u8]| {
+            let (index, counter) = (message.get(4..8)?, message.get(8..16)?);
+            let index = u32::from_le_bytes(index.try_into().ok()?);
+            Some((index, u64::from_le_bytes(counter.try_into().ok()?)))
+        };
+        // In a batch all have the same length but the last, and the second one begins with
+        // the same index and the next counter.
+        let Some((_, counter)) = header(&self.payload) else {
+            return Vec::new();
+        };
+        let next = [&self.payload[..8], &(counter + 1).to_le_bytes()].concat();
+        let behind = self.payload.get(1..).unwrap_or_default();
+        let second = behind.windows(16).position(|bytes| bytes == next);
+        let bytes = second.map_or(self.payload.len(), |at| at + 1);
+        self.payload.chunks(bytes).filter_map(header).collect()
+    }
+
     /// Whether it is between tunnels, and not of the hosts' own.
     pub fn is_between_tunnels(&self) -> bool {
         self.ports.is_some_and(|ports| ports.contains(&PORT))
@@ -80,9 +102,17 @@ impl Wire {
 
     /// All that has come in since the last call.
     pub fn take(&self) -> Result<Vec<Crossed>> {
+        self.take_some(usize::MAX)
+    }
+
+    /// So many packets of each family, or fewer if no more come.
+    pub fn take_some(&self, packets_max: usize) -> Result<Vec<Crossed>> {
         let mut all = Vec::new();
         for tap in &self.0 {
-            while let Some(packet) = tap.next_within(SETTLED, |_| true)? {
+            for _ in 0..packets_max {
+                let Some(packet) = tap.next_within(SETTLED, |_| true)? else {
+                    break;
+                };
                 all.extend(Crossed::new(&packet));
             }
         }
