@@ -1,4 +1,4 @@
-//! `fastvpn genkey`, `pubkey` and `genpsk`, which do what those of `wg(8)` do.
+//! `fastvpn genkey`, `pubkey` and `genpsk`, which do what those of `wg(8)` do, and `gensecret`.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -8,6 +8,7 @@ use zeroize::Zeroizing;
 
 use crate::error::{Error, Result};
 use crate::wire::wireguard::keys::{PresharedKey, PrivateKey};
+use crate::wire::wireguard::secret::SharedSecret;
 
 /// Longest input that is read: a key, and white space around it.
 const INPUT_BYTES_MAX: u64 = 4 << 10;
@@ -22,6 +23,8 @@ pub enum KeyCommand {
     Pubkey,
     /// Make a preshared key and print it
     Genpsk,
+    /// Make a secret for all hosts (--secret-file) and print it
+    Gensecret,
 }
 
 /// Carries out one command, from standard input to standard output.
@@ -33,6 +36,7 @@ pub fn run(command: KeyCommand) -> Result<()> {
     let text = match command {
         KeyCommand::Genkey => PrivateKey::generate().to_base64(),
         KeyCommand::Genpsk => PresharedKey::generate().to_base64(),
+        KeyCommand::Gensecret => SharedSecret::generate(),
         KeyCommand::Pubkey => Zeroizing::new(public_key(io::stdin().lock())?),
     };
     if !matches!(command, KeyCommand::Pubkey) && is_open_to_others(stdout.as_fd()) {

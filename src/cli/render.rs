@@ -252,7 +252,7 @@ fn peers_with_keys(peers: &Peers) -> String {
         let wireguard = peer.wireguard.clone().unwrap_or_default();
         let keepalive = wireguard.persistent_keepalive_seconds;
         table.push([
-            peer.peer.clone(),
+            wireguard.identity.unwrap_or_else(|| peer.peer.clone()),
             address(peer),
             peer.origin.clone(),
             prefixes(peer),

@@ -195,6 +195,7 @@ fn a_line_per_peer_with_a_key() {
             PeerStatus {
                 peer: "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=".into(),
                 wireguard: Some(WireGuardStatus {
+                    identity: None,
                     has_preshared_key: true,
                     persistent_keepalive_seconds: Some(25),
                     latest_handshake_seconds: Some(75),

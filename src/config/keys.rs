@@ -7,7 +7,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::str::FromStr;
 
-use zeroize::Zeroizing;
+use zeroize::{Zeroize, Zeroizing};
 
 use super::options::Config;
 use crate::error::{Error, Result};
@@ -54,6 +54,20 @@ fn read_key<K: FromStr>(option: &str, path: &Path) -> Result<K> {
         let what = format!("{option} takes the path of a file with the key, not the key itself");
         return Err(Error::new(what));
     }
+    let key = read_text(option, path)?.trim().parse();
+    key.map_err(|_| {
+        let name = path.display();
+        let what = format!("{option} {name} does not hold a key: 44 characters of base64");
+        Error::new(what).hint("`fastvpn genkey` and `fastvpn genpsk` make keys")
+    })
+}
+
+/// Reads a secret as text from a file that nobody but its owner has access to. What is longer
+/// than any secret, or no text, counts as empty.
+///
+/// # Errors
+/// When it cannot be read, or when its group or anybody has access to it.
+pub(super) fn read_text(option: &str, path: &Path) -> Result<Zeroizing<String>> {
     let name = path.display();
     let cannot = |cause| Error::os(format!("cannot read {option} {name}"), cause);
     let (file, metadata) = open(option, path)?;
@@ -65,12 +79,10 @@ fn read_key<K: FromStr>(option: &str, path: &Path) -> Result<K> {
         Err(error) if error.kind() != io::ErrorKind::InvalidData => return Err(cannot(error)),
         _ => {}
     }
-    let is_short = text.len() as u64 <= FILE_BYTES_MAX;
-    let key = text.trim().parse().ok().filter(|_| is_short);
-    key.ok_or_else(|| {
-        let what = format!("{option} {name} does not hold a key: 44 characters of base64");
-        Error::new(what).hint("`fastvpn genkey` and `fastvpn genpsk` make keys")
-    })
+    if text.len() as u64 > FILE_BYTES_MAX {
+        text.zeroize();
+    }
+    Ok(text)
 }
 
 /// Opens a regular file to read, and tells what the kernel knows of it.

@@ -7,6 +7,7 @@
 //! - `peer`: what can be said of a peer.
 //! - `peers`: what must hold among all peers.
 //! - `keys`: reads key files.
+//! - `secret`: keys that follow from a secret and from identities.
 //! - `resolution`: flags over file over defaults.
 //! - `reload`: what of a file that was read again a running tunnel can take over.
 //! - `control_path`: where the control socket is.
@@ -19,6 +20,7 @@ mod peer;
 mod peers;
 mod reload;
 mod resolution;
+mod secret;
 mod types;
 mod wg_quick;
 

@@ -11,7 +11,7 @@ use clap::{ArgAction, ArgMatches, Args};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use super::peer::{PeerSpec, parse_peer};
+use super::peer::{self, PeerSpec, parse_identity, parse_peer};
 use super::types::{
     self, Aqm, BusyPoll, CoreList, Dscp, Feature, Io, QueueLimit, parse_busy_poll, parse_cores,
     parse_fwmark, parse_listen, parse_prefix, parse_queue_limit,
@@ -19,6 +19,7 @@ use super::types::{
 use crate::log::LogFormat;
 use crate::wire::Mode;
 use crate::wire::wireguard::keys::{PrivateKey, PublicKey};
+use crate::wire::wireguard::secret::SharedSecret;
 
 /// Name of the TUN device unless another is given.
 pub(crate) const TUN_NAME_DEFAULT: &str = "fastvpn0";
@@ -56,6 +57,16 @@ pub struct Config {
     #[arg(long = "private-key", value_name = "FILE")]
     #[serde(rename = "private-key")]
     pub private_key_file: Option<PathBuf>,
+
+    /// Encrypt (WireGuard) with keys that follow from a secret which all hosts share: its file, as
+    /// gensecret makes it; peers are named as without
+    #[arg(long, value_name = "FILE")]
+    pub secret_file: Option<PathBuf>,
+
+    /// With --secret-file: what its peers know this host by [default: its address toward the peers]
+    #[arg(long, value_name = "NAME", value_parser = parse_identity)]
+    #[serde(deserialize_with = "peer::identity")]
+    pub identity: Option<String>,
 
     /// Another host, repeatable: IPv4 or IPv6 address or DNS name, port 8285 unless given, and its
     /// prefixes; without any, it takes what no other peer's prefixes match. With --private-key:
@@ -177,6 +188,16 @@ pub struct Config {
     #[serde(skip)]
     pub(crate) private_key: Option<PrivateKey>,
 
+    /// What the file with the shared secret says, once it has been read.
+    #[arg(skip)]
+    #[serde(skip)]
+    pub(super) secret: Option<SharedSecret>,
+
+    /// The identity that this host has, once it is known.
+    #[arg(skip)]
+    #[serde(skip)]
+    pub(crate) own_identity: Option<String>,
+
     /// The flags, which override the file again when it is read again.
     #[arg(skip)]
     #[serde(skip)]
@@ -204,7 +225,7 @@ impl Config {
 
     /// Whether the tunnel is encrypted: it and all its peers have keys, or none has.
     pub(crate) fn is_encrypted(&self) -> bool {
-        self.private_key_file.is_some() || self.private_key.is_some()
+        self.private_key_file.is_some() || self.private_key.is_some() || self.secret_file.is_some()
     }
 
     /// The file that the options come from, besides the flags.

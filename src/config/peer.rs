@@ -9,13 +9,16 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer};
 
-use super::types::{self, ParseResult, parse_prefix, split_port};
+use super::types::{self, DEFAULT_PORT, ParseResult, parse_prefix, split_port};
 use crate::error::shortened;
 use crate::packet::ip::canonical;
 use crate::wire::wireguard::keys::{PresharedKey, PublicKey};
 
 /// Characters of a key in base64, of which the last is a `=`. No host has one.
 const KEY_CHARS: usize = 44;
+
+/// A DNS name (RFC 1035, section 2.3.4), or an IPv6 address with its zone.
+const HOST_BYTES_MAX: usize = 255;
 
 /// What keys look like.
 const KEY_FORM: &str = "44 characters of base64";
@@ -111,6 +114,8 @@ pub struct PeerSpec {
     /// Where its datagrams go at first. A plain peer always has one, which is its name;
     /// one with a key is else waited for.
     pub endpoint: Option<HostPort>,
+    /// What its keys follow from, together with a secret that all hosts share.
+    pub identity: Option<String>,
     /// Inner addresses that it has; none for whatever no peer's prefixes match.
     pub prefixes: Vec<IpNet>,
     /// File with a secret that both ends share besides their keys.
@@ -127,6 +132,7 @@ impl PeerSpec {
         Self {
             name,
             endpoint,
+            identity: None,
             prefixes: Vec::new(),
             preshared_key_file: None,
             preshared_key: PresharedKey::default(),
@@ -143,6 +149,8 @@ struct PeerTable {
     public_key: Option<PublicKey>,
     #[serde(default, deserialize_with = "endpoint")]
     endpoint: Option<HostPort>,
+    #[serde(default, deserialize_with = "identity")]
+    identity: Option<String>,
     #[serde(default, deserialize_with = "types::prefixes")]
     prefixes: Vec<IpNet>,
     preshared_key_file: Option<PathBuf>,
@@ -154,14 +162,30 @@ impl TryFrom<PeerTable> for PeerSpec {
     type Error = String;
 
     fn try_from(table: PeerTable) -> ParseResult<Self> {
-        let name = match (table.public_key, &table.endpoint) {
-            (Some(key), _) => PeerName::Key(key),
-            (None, Some(endpoint)) => PeerName::Host(endpoint.clone()),
-            (None, None) => return Err("a peer needs `endpoint`, `public-key`, or both".into()),
+        let identity = table.identity.as_ref();
+        let name = match (table.public_key, &table.endpoint, identity) {
+            (Some(_), _, Some(_)) => {
+                return Err(
+                    "`identity` stands for the peer's `public-key`: give one of them".into(),
+                );
+            }
+            (Some(key), ..) => PeerName::Key(key),
+            (None, Some(endpoint), _) => PeerName::Host(endpoint.clone()),
+            // Until the key is known that follows from it.
+            (None, None, Some(identity)) => PeerName::Host(HostPort {
+                host: identity.clone(),
+                port: DEFAULT_PORT,
+            }),
+            (None, None, None) => {
+                return Err("a peer needs `endpoint`, `public-key`, or both".into());
+            }
         };
         let options = [
             ("preshared-key-file", table.preshared_key_file.is_some()),
-            ("persistent-keepalive", table.persistent_keepalive.is_some()),
+            (
+                "persistent-keepalive",
+                table.persistent_keepalive.is_some() && identity.is_none(),
+            ),
         ];
         if table.public_key.is_none()
             && let Some((option, _)) = options.iter().find(|(_, is_given)| *is_given)
@@ -170,6 +194,7 @@ impl TryFrom<PeerTable> for PeerSpec {
         }
         Ok(Self {
             prefixes: table.prefixes,
+            identity: table.identity,
             preshared_key_file: table.preshared_key_file,
             persistent_keepalive: table.persistent_keepalive,
             ..Self::new(name, table.endpoint)
@@ -179,8 +204,6 @@ impl TryFrom<PeerTable> for PeerSpec {
 
 /// `HOST[:PORT]`.
 pub(crate) fn parse_host_port(text: &str) -> ParseResult<HostPort> {
-    /// A DNS name (RFC 1035, section 2.3.4), or an IPv6 address with its zone.
-    const HOST_BYTES_MAX: usize = 255;
     // First, so that no text of any length is quoted.
     if text.len() > HOST_BYTES_MAX + "[]:65535".len() {
         return Err(format!("a host has at most {HOST_BYTES_MAX} bytes"));
@@ -258,6 +281,30 @@ pub(super) fn parse_keepalive(text: &str) -> ParseResult<Option<Duration>> {
         (_, Ok(seconds)) => Ok(Some(Duration::from_secs(seconds.into()))),
         _ => Err(format!("expected off, or 1 to {} seconds", u16::MAX)),
     }
+}
+
+/// A host's identity in one spelling: an address, or a name in lower case.
+pub(super) fn parse_identity(text: &str) -> ParseResult<String> {
+    let is_bad = |c: char| c.is_whitespace() || c.is_control() || "/=,[]@".contains(c);
+    if text.is_empty() || text.len() > HOST_BYTES_MAX || text.contains(is_bad) {
+        return Err(format!(
+            "expected a name or an address of 1 to {HOST_BYTES_MAX} bytes"
+        ));
+    }
+    Ok(identity_at(text))
+}
+
+/// The identity of a host that is found there, unless another is given.
+pub(super) fn identity_at(host: &str) -> String {
+    let (host, port) = (host.to_string(), DEFAULT_PORT);
+    match PeerName::Host(HostPort { host, port }).id() {
+        PeerId::Host(host, _) => host,
+        PeerId::Key(key) => key.to_string(),
+    }
+}
+
+pub(super) fn identity<'de, D: Deserializer<'de>>(key: D) -> Result<Option<String>, D::Error> {
+    types::from_text(key, parse_identity).map(Some)
 }
 
 fn endpoint<'de, D: Deserializer<'de>>(key: D) -> Result<Option<HostPort>, D::Error> {

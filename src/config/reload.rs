@@ -17,6 +17,10 @@ impl Config {
             peers: new.peers,
             private_key_file: new.private_key_file,
             private_key: new.private_key,
+            secret_file: new.secret_file,
+            secret: new.secret,
+            identity: new.identity,
+            own_identity: new.own_identity,
             addresses: new.addresses,
             routes: new.routes,
             mtu_bytes: new.mtu_bytes,
@@ -48,6 +52,7 @@ impl Config {
         let effective = Self {
             control: control.map(quoted),
             private_key_file: self.private_key_file.as_ref().map(quoted),
+            secret_file: self.secret_file.as_ref().map(quoted),
             without: features
                 .filter(|&&feature| !self.uses(feature))
                 .copied()

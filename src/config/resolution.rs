@@ -47,10 +47,7 @@ impl Config {
             (config.verbose, config.quiet) = of_file;
         }
         config.flags = flags.clone();
-        match (
-            config.check().and_then(|()| config.read_keys()),
-            config.file(),
-        ) {
+        match (config.check_and_read(), config.file()) {
             (Ok(()), _) => Ok(config),
             // Flags or the file may be at fault: what is wrong is named with its value.
             (Err(error), Some(file)) => {
@@ -78,7 +75,12 @@ impl Config {
     /// As [`Self::from_flags`]; and when there were peers, and the file says nothing
     /// of any: it is more likely half written, or another one, than meant.
     pub(crate) fn reread(&self) -> Result<Self> {
-        let (new, peers) = (Self::from_flags(&self.flags)?, self.peers.len());
+        let (mut new, peers) = (Self::from_flags(&self.flags)?, self.peers.len());
+        if new.needs_identity()
+            && let Some(identity) = &self.own_identity
+        {
+            new.set_identity(identity.clone())?;
+        }
         if peers > 0 && new.peers.is_empty() && !new.lists_no_peers() {
             let file = new.file().cloned().unwrap_or_default();
             let what = format!(
@@ -103,6 +105,12 @@ impl Config {
         keys.is_some_and(|keys| keys.contains_key("peer"))
     }
 
+    fn check_and_read(&mut self) -> Result<()> {
+        self.check()?;
+        self.use_secret()?;
+        self.read_keys()
+    }
+
     /// What flags and file must be checked for alike.
     fn check(&self) -> Result<()> {
         in_range("queues", self.queues.into(), QUEUES)?;
@@ -123,7 +131,12 @@ impl Config {
                 .hint("leave one of them out"));
         }
         self.check_cores()?;
-        check_peers(&self.peers, self.is_encrypted())
+        self.check_secret()?;
+        // With a shared secret they are named as in plain mode.
+        check_peers(
+            &self.peers,
+            self.is_encrypted() && self.secret_file.is_none(),
+        )
     }
 
     fn check_cores(&self) -> Result<()> {

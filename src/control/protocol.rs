@@ -209,6 +209,9 @@ pub struct PeerStatus {
 /// A peer with a key, which is its name.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WireGuardStatus {
+    /// What its key follows from, if that is a secret that all hosts share.
+    #[serde(default)]
+    pub identity: Option<String>,
     /// Whether a preshared key protects it besides.
     pub has_preshared_key: bool,
     /// Seconds between packets that keep a NAT's mapping alive; none if there are none.

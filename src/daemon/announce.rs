@@ -24,7 +24,12 @@ pub fn announce(tunnel: &Tunnel) {
         listen.port()
     );
     match tunnel.config.public_key() {
-        Some(key) => tracing::info!("encrypted (WireGuard), public key {key}"),
+        Some(key) => match &tunnel.config.own_identity {
+            Some(identity) => tracing::info!(
+                "encrypted (WireGuard) by a shared secret, as {identity}, public key {key}"
+            ),
+            None => tracing::info!("encrypted (WireGuard), public key {key}"),
+        },
         None => tracing::warn!(
             "plain mode: packets are neither encrypted nor authenticated; use it on networks \
              that you trust"

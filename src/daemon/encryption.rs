@@ -15,9 +15,9 @@ use crate::config::{Config, PEERS_MAX};
 use crate::dataplane::sessions::Sessions;
 use crate::error::Result;
 use crate::routing::overlay::Overlay;
-use crate::wire::wireguard::keys::{PrivateKey, PublicKey};
+use crate::wire::wireguard::keys::PublicKey;
 use crate::wire::wireguard::sessions::{SessionMap, WorkerRequest};
-use crate::wireguard::{Handshakes, Intervals, PeerConfig, Setup};
+use crate::wireguard::{Handshakes, Identities, Intervals, PeerConfig, Setup};
 
 /// Indices for the current, the next and the previous session of each peer, and for a
 /// handshake under way. Memory is taken as they are used.
@@ -35,6 +35,8 @@ pub struct Encryption {
     /// `None` while the workers stand still. It ends all sessions with itself, so that no
     /// process seals with keys that another one may still use.
     handshakes: Option<Handshakes>,
+    /// This host's identity, if its key follows from a shared secret.
+    own_identity: Option<String>,
 }
 
 impl Encryption {
@@ -53,6 +55,7 @@ impl Encryption {
             },
             requests,
             handshakes: None,
+            own_identity: None,
         })
     }
 
@@ -84,8 +87,9 @@ impl Encryption {
                 pass_on(sender, datagram);
             }),
         })?;
-        handshakes.set_peers(peers(overlay).collect());
         self.handshakes = Some(handshakes);
+        self.own_identity.clone_from(&config.own_identity);
+        self.follow(overlay);
         Ok(())
     }
 
@@ -98,7 +102,20 @@ impl Encryption {
     pub fn follow(&self, overlay: &Overlay) {
         if let Some(handshakes) = &self.handshakes {
             handshakes.set_peers(peers(overlay).collect());
+            handshakes.set_identities(self.identities(overlay));
         }
+    }
+
+    /// Who is who, if keys follow from a shared secret.
+    fn identities(&self, overlay: &Overlay) -> Option<Identities> {
+        let peers = overlay.peers().filter_map(|(_, peer)| {
+            let identity = peer.identity()?.to_string();
+            Some((peer.name.key()?, identity))
+        });
+        Some(Identities {
+            own: self.own_identity.clone()?,
+            peers: peers.collect(),
+        })
     }
 
     /// Lets in the peers of `new` besides those of `old`: workers may ask for their sessions
@@ -114,9 +131,10 @@ impl Encryption {
     }
 
     /// Goes on with another key of this host.
-    pub fn set_private_key(&self, key: Option<&PrivateKey>) {
+    pub fn set_private_key(&mut self, config: &Config) {
+        self.own_identity.clone_from(&config.own_identity);
         if let Some(handshakes) = &self.handshakes {
-            handshakes.set_private_key(key.cloned());
+            handshakes.set_private_key(config.private_key.clone());
         }
     }
 

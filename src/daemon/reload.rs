@@ -38,6 +38,10 @@ fn try_to_reload(tunnel: &mut Tunnel) -> Result<(Reloaded, String)> {
         let what = "a tunnel that runs cannot become encrypted, or cease to be";
         return Err(Error::new(what).hint("start it again"));
     }
+    if new.needs_identity() {
+        let what = "what this host's identity is by its address is found out at a start only";
+        return Err(Error::new(what).hint("give `identity`, or start it again"));
+    }
     for note in new.notes.iter().filter(|note| !old.notes.contains(note)) {
         tracing::warn!("{note}");
     }

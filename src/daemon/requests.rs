@@ -47,7 +47,7 @@ pub fn answer(tunnel: &mut Tunnel, request: Request, asker: Asker) -> Result<Ans
             prefixes,
             replace,
         } => {
-            let peer = parse_name(&peer)?;
+            let peer = tunnel.config.complete_name(parse_name(&peer)?);
             check_new_prefixes(tunnel, &prefixes)?;
             changed(tunnel, asker, |overlay| {
                 overlay.add_prefixes(&peer, &prefixes, Origin::Runtime, replace)
@@ -62,7 +62,9 @@ pub fn answer(tunnel: &mut Tunnel, request: Request, asker: Asker) -> Result<Ans
             endpoint,
             prefixes,
         } => {
-            let mut spec = new_peer(&peer, endpoint.as_deref())?;
+            let mut spec = tunnel
+                .config
+                .complete(new_peer(&peer, endpoint.as_deref())?);
             check_mode(&spec.name, tunnel.config.is_encrypted())?;
             if let Some(endpoint) = spec.endpoint.as_ref().and_then(HostPort::literal) {
                 reach::check_endpoint(tunnel.settings.listen, &tunnel.peers.overlay, endpoint)?;
@@ -74,7 +76,7 @@ pub fn answer(tunnel: &mut Tunnel, request: Request, asker: Asker) -> Result<Ans
             })
         }
         Request::PeerDel { peer } => {
-            let peer = parse_name(&peer)?;
+            let peer = tunnel.config.complete_name(parse_name(&peer)?);
             changed(tunnel, asker, |overlay| overlay.remove_peers(&[peer]))
         }
         Request::Reload {} => reload(tunnel, &asker.to_string()).map(Answer::Reloaded),
@@ -267,6 +269,7 @@ fn wireguard_status(tunnel: &Tunnel, peer: &Peer) -> Option<WireGuardStatus> {
     // A clock that was set back makes it lie ahead.
     let since = latest.map(|at| at.elapsed().unwrap_or_default());
     Some(WireGuardStatus {
+        identity: secure.identity.clone(),
         has_preshared_key: secure.preshared_key.is_set(),
         persistent_keepalive_seconds: secure.persistent_keepalive.map(|every| every.as_secs()),
         latest_handshake_seconds: since.map(|since| since.as_secs()),

@@ -1,6 +1,7 @@
 //! What a tunnel runs with: what its configuration says, and what follows from
 //! the paths to its peers for what that leaves open.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 
 use ipnet::{IpNet, Ipv4Net};
@@ -89,6 +90,26 @@ pub fn endpoints(config: &Config, overlay: &Overlay) -> Vec<SocketAddr> {
     peers
         .filter_map(|spec| overlay.find(&spec.name)?.1.endpoint_in_use())
         .collect()
+}
+
+/// The address that this host's peers know it by.
+///
+/// # Errors
+/// When no peer can be reached, or when they are reached from several addresses.
+pub fn own_identity(listen: SocketAddr, endpoints: &[SocketAddr]) -> Result<IpAddr> {
+    let locals = endpoints.iter();
+    let locals: BTreeSet<_> = locals
+        .filter_map(|&peer| path::local_address(listen.ip(), peer).ok())
+        .collect();
+    let mut all = locals.iter();
+    let what = match (all.next(), all.next()) {
+        (Some(only), None) => return Ok(*only),
+        (Some(one), Some(other)) => {
+            format!("peers know this host by {one} and by {other}, so its identity is not clear")
+        }
+        (None, _) => "cannot tell this host's identity while no peer can be reached".into(),
+    };
+    Err(Error::new(what).hint("give it one with --identity, and in its entry at each peer"))
 }
 
 /// The settings of the device. Without a given address or MTU they follow from the

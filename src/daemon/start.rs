@@ -11,7 +11,7 @@ use super::host::own_addresses;
 use super::manifest::Manifest;
 use super::plan::{Plan, check_derived, kernel_routes};
 use super::resolve;
-use super::settings::{Settings, endpoints};
+use super::settings::{Settings, endpoints, own_identity};
 use super::tunnel::Tunnel;
 use super::workers::Claimed;
 use crate::config::{Config, DEFAULT_PORT, Feature};
@@ -73,7 +73,7 @@ impl Prepared<Claimed> {
 /// # Errors
 /// When the configuration does not work on this host.
 pub fn prepare<C>(
-    config: Config,
+    mut config: Config,
     old: Option<&Manifest>,
     claim: impl FnOnce(&Config, &Settings, &mut Netlink) -> Result<C>,
 ) -> Result<Prepared<C>> {
@@ -93,6 +93,9 @@ pub fn prepare<C>(
         unusable.extend(suspend_inside(&mut overlay, &mut netlink, device));
     }
     let endpoints = endpoints(&config, &overlay);
+    if config.needs_identity() {
+        config.set_identity_address(own_identity(listen, &endpoints)?)?;
+    }
     let prefixes = overlay.prefixes().map(|(prefix, ..)| prefix);
     let settings = Settings::at_start(&config, &endpoints, prefixes, &mut netlink);
     let (settings, unreachable) = settings.map_err(|error| {
@@ -154,6 +157,9 @@ fn overlay(
     overlay.set_own_addresses(own);
     if let Some(old) = old {
         old.add_to(&mut overlay);
+        if let Some(key) = config.shared_preshared_key() {
+            overlay.share_preshared_key(&key);
+        }
         let known = old.known(&overlay);
         resolve::set_known(&mut overlay, &known, listen);
     }

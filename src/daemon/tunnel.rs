@@ -166,10 +166,11 @@ impl Tunnel {
     }
 
     /// Goes on with this host's private key if `old` had another.
-    fn use_private_key(&self, old: &Config) {
-        let key = &self.config.private_key;
-        if let Some(encryption) = self.encryption.as_ref().filter(|_| *key != old.private_key) {
-            encryption.set_private_key(key.as_ref());
+    fn use_private_key(&mut self, old: &Config) {
+        let config = &self.config;
+        let is_new = config.private_key != old.private_key;
+        if let Some(encryption) = self.encryption.as_mut().filter(|_| is_new) {
+            encryption.set_private_key(config);
         }
     }
 

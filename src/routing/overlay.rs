@@ -19,6 +19,7 @@ use crate::error::{Error, Result};
 use crate::packet::batch::NextHop;
 use crate::packet::icmp::TunnelAddresses;
 use crate::packet::lpm::{self, Prefixes};
+use crate::wire::wireguard::keys::PresharedKey;
 
 pub(crate) use changes::Changes;
 pub(crate) use peer::{Origin, Peer};
@@ -348,6 +349,7 @@ impl Overlay {
             if let Some(peer) = self.peer_mut(hop) {
                 peer.origin = Origin::Config;
                 if let Some(secure) = &mut peer.secure {
+                    secure.identity.clone_from(&spec.identity);
                     secure.preshared_key = spec.preshared_key.clone();
                     secure.persistent_keepalive = spec.persistent_keepalive;
                 }
@@ -356,6 +358,16 @@ impl Overlay {
             self.add_prefixes(name, &spec.prefixes, Origin::Config, false)?;
         }
         Ok(())
+    }
+
+    /// Gives a preshared key to the peers that have none.
+    pub(crate) fn share_preshared_key(&mut self, key: &PresharedKey) {
+        let peers = self.peers.iter_mut().flatten();
+        for secure in peers.filter_map(|peer| peer.secure.as_mut()) {
+            if !secure.preshared_key.is_set() {
+                secure.preshared_key = key.clone();
+            }
+        }
     }
 
     /// Notes where a peer with a key is to be found from now on, if that is another place

@@ -26,6 +26,7 @@ use std::time::SystemTime;
 
 use super::counters::HandshakeCounters;
 use super::limiter::{Limiter, Load};
+use super::mismatch::{Identities, Mismatches};
 use super::outside::{Now, Outside};
 use super::peers::{Peer, PeerConfig, Peers, as_seen_by_timers};
 use super::timers::Intervals;
@@ -47,6 +48,7 @@ pub(crate) type Latest = Mutex<HashMap<PublicKey, SystemTime>>;
 /// See the module's documentation.
 pub(crate) struct Exchange {
     peers: Peers,
+    mismatches: Mismatches,
     state: State,
 }
 
@@ -104,6 +106,7 @@ impl Exchange {
     ) -> Self {
         Self {
             peers: Peers::default(),
+            mismatches: Mismatches::default(),
             state: State {
                 intervals,
                 identity: private_key.map(Identity::new),
@@ -182,6 +185,11 @@ impl Exchange {
         self.tick(now, out);
     }
 
+    /// Says who is who, for the log.
+    pub(crate) fn set_identities(&mut self, identities: Option<Identities>) {
+        self.mismatches.identities = identities;
+    }
+
     /// A worker asks to look at a peer.
     pub(crate) fn request(&mut self, now: Now, peer: &Arc<PeerSessions>, out: &mut impl Outside) {
         if let Some(peer) = self.peers.of_shared(peer) {
@@ -240,6 +248,8 @@ impl Exchange {
         let state = &mut self.state;
         let identity = state.identity.as_mut().ok_or(&counters.drop_no_key)?;
         if !identity.checker.has_mac1(message) {
+            let (mismatches, peers) = (&mut self.mismatches, &mut self.peers);
+            mismatches.note_other_key(peers, from, now.ns);
             return Err(&counters.drop_mac1);
         }
         state.load.note(now.ns);
@@ -255,6 +265,10 @@ impl Exchange {
         let incoming = Incoming::read(&identity.key, message).map_err(|_| &counters.drop_forged)?;
         let key = incoming.public_key();
         let is_own = key == identity.key.public();
+        if self.peers.get_mut(&key).is_none() {
+            let (mismatches, peers) = (&mut self.mismatches, &mut self.peers);
+            mismatches.note_stranger(peers, from, now.ns);
+        }
         let peer = self.peers.get_mut(&key).filter(|_| !is_own);
         let peer = peer.ok_or(&counters.drop_unknown_peer)?;
         if let Some((timestamp, at_ns)) = peer.initiation_received {

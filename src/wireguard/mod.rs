@@ -23,6 +23,7 @@
 mod counters;
 mod exchange;
 mod limiter;
+mod mismatch;
 mod outside;
 mod peers;
 mod thread;
@@ -41,6 +42,7 @@ use socket2::Socket;
 
 pub(crate) use self::counters::HandshakeCounters;
 use self::exchange::{Exchange, Latest};
+pub(crate) use self::mismatch::Identities;
 pub(crate) use self::peers::PeerConfig;
 use self::thread::{Command, PassOn, Thread};
 pub(crate) use self::timers::Intervals;
@@ -135,6 +137,12 @@ impl Handshakes {
     /// peers that had one get a new one.
     pub(crate) fn set_private_key(&self, private_key: Option<PrivateKey>) {
         self.tell(Command::PrivateKey(private_key));
+    }
+
+    /// Says who is who, for the log: hosts whose keys follow from a shared secret. Returns when
+    /// it is so.
+    pub(crate) fn set_identities(&self, identities: Option<Identities>) {
+        self.tell(Command::Identities(identities));
     }
 
     /// Goes on with another socket, such as on another port. Sessions stay.

@@ -15,6 +15,7 @@ use socket2::Socket;
 
 use super::counters::HandshakeCounters;
 use super::exchange::Exchange;
+use super::mismatch::Identities;
 use super::outside::{Now, Outside};
 use super::peers::PeerConfig;
 use crate::clock;
@@ -40,6 +41,7 @@ const DATAGRAM_BYTES_MAX: usize = 1 << 16;
 pub(super) enum Command {
     Peers(Vec<PeerConfig>),
     PrivateKey(Option<PrivateKey>),
+    Identities(Option<Identities>),
     Socket(Arc<Socket>),
     Stop,
 }
@@ -96,6 +98,7 @@ impl Thread {
                 match command {
                     Command::Peers(peers) => exchange.set_peers(now, peers, port),
                     Command::PrivateKey(key) => exchange.set_private_key(now, key, port),
+                    Command::Identities(identities) => exchange.set_identities(identities),
                     Command::Socket(socket) => port.socket = socket,
                     Command::Stop => return,
                 }

@@ -3,7 +3,6 @@
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-use crate::config::PeerName;
 use crate::counters::PeerCounters;
 use crate::log::rate_limited::RateLimitedLog;
 use crate::routing::overlay::Peer;
@@ -55,7 +54,7 @@ impl LastSeen {
             sent: sent != self.sent,
         };
         (self.received, self.sent, self.received_ns) = (received, sent, received_ns);
-        let name = &peer.name;
+        let name = &title(peer);
         if traffic.received {
             (self.at, self.silent_since) = (Some(now), None);
             if std::mem::take(&mut self.is_logged) && log.admits(now) {
@@ -66,7 +65,7 @@ impl LastSeen {
             self.silent_since.get_or_insert(now + may_wait);
             if self.silence(now) >= SILENT_AFTER && !self.is_logged {
                 self.is_logged = true;
-                self.log_silence(name, log, now);
+                self.log_silence(name, peer.identity(), log, now);
             }
         }
         traffic
@@ -78,7 +77,13 @@ impl LastSeen {
         now.saturating_duration_since(since)
     }
 
-    fn log_silence(&self, name: &PeerName, log: &mut RateLimitedLog, now: Instant) {
+    fn log_silence(
+        &self,
+        name: &str,
+        identity: Option<&str>,
+        log: &mut RateLimitedLog,
+        now: Instant,
+    ) {
         if !log.admits(now) {
             return;
         }
@@ -86,7 +91,21 @@ impl LastSeen {
             Some(at) => format!("last seen {} s ago", (now - at).as_secs()),
             None => "never seen; does it run, and do firewalls let UDP through both ways?".into(),
         };
-        tracing::warn!("peer {name} does not answer: packets are sent to it, but it was {seen}");
+        let identity = identity.filter(|_| self.at.is_none()).map(|identity| {
+            format!(" Or it has another secret, or another identity than {identity}: see its log")
+        });
+        let identity = identity.unwrap_or_default();
+        tracing::warn!(
+            "peer {name} does not answer: packets are sent to it, but it was {seen}{identity}"
+        );
+    }
+}
+
+/// What a peer is called in the log: that of which its key says nothing, by its identity.
+fn title(peer: &Peer) -> String {
+    match peer.identity() {
+        Some(identity) => identity.to_string(),
+        None => peer.name.to_string(),
     }
 }
 

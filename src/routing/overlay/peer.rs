@@ -36,6 +36,8 @@ impl Origin {
 pub struct Secure {
     /// Its sessions: the peer's as long as it is there, like its counters.
     pub(crate) sessions: Arc<PeerSessions>,
+    /// What its key follows from, if that is a secret that all hosts share.
+    pub(crate) identity: Option<String>,
     /// A secret that both ends share besides their keys; zeros for none.
     pub(crate) preshared_key: PresharedKey,
     /// How often something is sent, to keep a NAT's mapping alive.
@@ -48,6 +50,7 @@ impl Secure {
     fn new(spec: &PeerSpec) -> Self {
         Self {
             sessions: Arc::default(),
+            identity: spec.identity.clone(),
             preshared_key: spec.preshared_key.clone(),
             persistent_keepalive: spec.persistent_keepalive,
             has_roamed: false,
@@ -123,6 +126,11 @@ impl Peer {
             None => Mode::Plain,
             Some(_) => Mode::WireGuard,
         }
+    }
+
+    /// What its key follows from, if that is a secret that all hosts share.
+    pub(crate) fn identity(&self) -> Option<&str> {
+        self.secure.as_ref()?.identity.as_deref()
     }
 
     /// Whether it has a key and is where it last sent from.

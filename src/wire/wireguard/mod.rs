@@ -11,6 +11,7 @@ mod noise;
 #[cfg(test)]
 mod oracle;
 pub(crate) mod replay;
+pub(crate) mod secret;
 pub(crate) mod session;
 pub(crate) mod sessions;
 pub(crate) mod timestamp;

@@ -6,5 +6,6 @@ pub mod files;
 pub mod interop;
 pub mod moving;
 pub mod pairs;
+pub mod secrets;
 pub mod silence;
 pub mod wire;
