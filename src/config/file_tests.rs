@@ -231,6 +231,8 @@ fn the_docs_have_every_option_and_the_defaults() {
         without: full.without.clone(),
         control: full.control.clone(),
         private_key_file: full.private_key_file.clone(),
+        secret_file: full.secret_file.clone(),
+        identity: full.identity.clone(),
         ..parse("").unwrap()
     };
     assert!(full.is_encrypted() && full.peers.iter().any(|peer| peer.name.key().is_some()));

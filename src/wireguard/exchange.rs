@@ -248,8 +248,8 @@ impl Exchange {
         let state = &mut self.state;
         let identity = state.identity.as_mut().ok_or(&counters.drop_no_key)?;
         if !identity.checker.has_mac1(message) {
-            let (mismatches, peers) = (&mut self.mismatches, &mut self.peers);
-            mismatches.note_other_key(peers, from, now.ns);
+            self.mismatches
+                .note_other_key(&mut self.peers, from, now.ns);
             return Err(&counters.drop_mac1);
         }
         state.load.note(now.ns);
@@ -266,8 +266,7 @@ impl Exchange {
         let key = incoming.public_key();
         let is_own = key == identity.key.public();
         if self.peers.get_mut(&key).is_none() {
-            let (mismatches, peers) = (&mut self.mismatches, &mut self.peers);
-            mismatches.note_stranger(peers, from, now.ns);
+            self.mismatches.note_stranger(&mut self.peers, from, now.ns);
         }
         let peer = self.peers.get_mut(&key).filter(|_| !is_own);
         let peer = peer.ok_or(&counters.drop_unknown_peer)?;
