@@ -188,6 +188,29 @@ mod tests {
         assert_eq!(seen.silent_since, Some(start + Duration::from_secs(31)));
     }
 
+    /// It may be there, and not know this host: that end has more to say.
+    #[test]
+    fn a_silent_peer_of_a_shared_secret_has_its_identity_named() {
+        let mut overlay = Overlay::default();
+        overlay.count_for(1);
+        let mut spec = parse_peer(&format!("{}=@10.0.0.2", "A".repeat(43))).unwrap();
+        spec.identity = Some("gate".into());
+        overlay.add_peer(&spec, true, Origin::Config).unwrap();
+        let peer = overlay.peer(0).unwrap();
+        let mut log = RateLimitedLog::new("events", SILENT_AFTER);
+        let (mut seen, start) = (LastSeen::default(), Instant::now());
+        let lines = captured(|| {
+            for second in 0..30 {
+                peer.traffic[0].packets_sent.add(1);
+                seen.poll(peer, &mut log, start + Duration::from_secs(second));
+            }
+        });
+        assert_eq!(lines.len(), 1, "{lines:?}");
+        for part in ["peer gate does not answer", "another identity than gate"] {
+            assert!(lines[0].contains(part), "{lines:?}");
+        }
+    }
+
     #[test]
     fn a_peer_that_is_not_sent_to_is_not_silent() {
         let overlay = overlay();
