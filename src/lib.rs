@@ -20,7 +20,7 @@
 //! cli -> daemon, control, config, host, io, wire, packet, testbed, error
 //! testbed -> host, wire, error
 //! daemon -> control, routing, host, wireguard, dataplane, config, io, wire, packet, counters, log, error
-//! control -> config, counters, error
+//! control -> config, wire, counters, error
 //! routing -> dataplane, config, wire, packet, counters, error
 //! config -> wire, packet, log, error
 //! host -> wire, packet, error

@@ -1,4 +1,6 @@
-//! The control socket: what can be asked of a running tunnel, and how it answers.
+//! The sockets of a running tunnel: what can be asked of it, and how it answers.
+//!
+//! [`protocol`] is fastvpn's own, which `server` serves; [`uapi`] is that of `wg(8)`.
 
 pub(crate) mod client;
 pub(crate) mod codec;
@@ -8,3 +10,4 @@ pub(crate) mod server;
 mod socket_name;
 pub(crate) mod summary;
 pub(crate) mod text;
+pub mod uapi;

@@ -113,6 +113,21 @@ pub fn listen(path: &Path, backlog: i32) -> Result<(UnixListener, SocketName)> {
     })
 }
 
+/// Listens at `path`, for its owner alone, in a directory that is made for its owner alone
+/// unless it is there. What a killed process has left at `path` is replaced.
+///
+/// # Errors
+/// As [`listen`], in the kernel's words.
+pub fn listen_privately(path: &Path, backlog: i32) -> io::Result<(UnixListener, SocketName)> {
+    if let Some(directory) = path.parent() {
+        // If it fails, so does bind(2).
+        let _ = DirBuilder::new().mode(0o700).create(directory);
+    }
+    let _lock = lock(path);
+    remove_dead(path, Duration::ZERO);
+    bind(path, backlog)
+}
+
 /// A lock on the directory of `path` (flock(2)), so that nobody takes a socket between
 /// bind(2) and listen(2) for a dead one.
 fn lock(path: &Path) -> Option<Flock<File>> {

@@ -8,9 +8,10 @@ use signal_hook::consts::SIGHUP;
 
 use super::handoff::{self, Handoff, NewProcess};
 use super::tunnel::Tunnel;
-use super::{reload, requests};
+use super::{reload, requests, uapi};
 use crate::control::protocol::{Answer, Changed, Request};
 use crate::control::server::{Call, Server};
+use crate::control::uapi::server::Server as UapiServer;
 use crate::error::{Error, Result};
 
 /// How often peers are polled: who answers, what the paths take.
@@ -34,6 +35,8 @@ pub struct Daemon {
     pub tunnel: Tunnel,
     /// The control socket, if there is one.
     control: Option<Server>,
+    /// The socket for `wg`, if there is one.
+    uapi: Option<UapiServer>,
     /// While a new process gets ready to take over.
     handoff: Option<Handoff>,
 }
@@ -42,6 +45,7 @@ impl Daemon {
     /// Nobody takes over yet.
     pub fn new(tunnel: Tunnel, control: Option<Server>) -> Self {
         Self {
+            uapi: uapi::serve(&tunnel.config),
             tunnel,
             control,
             handoff: None,
@@ -61,6 +65,8 @@ impl Daemon {
             let failures = self.tunnel.workers.failures.clone();
             let control = self.control.as_ref();
             let calls = control.map_or_else(never, |server| server.calls.clone());
+            let uapi = self.uapi.as_ref();
+            let uapi_calls = uapi.map_or_else(never, |server| server.calls.clone());
             let handoff = self.handoff.as_ref();
             let ready = handoff.map_or_else(never, |handoff| handoff.ready.clone());
             let probes = self.tunnel.peers.probes();
@@ -72,6 +78,11 @@ impl Daemon {
                     return Err(failure.unwrap_or_else(|| Error::new("all workers have ended")));
                 }
                 recv(calls) -> call => end = call.ok().and_then(|call| self.take_call(call)),
+                recv(uapi_calls) -> call => if let Ok(call) = call {
+                    let is_leaving = self.handoff.is_some();
+                    let tunnel = &mut self.tunnel;
+                    call.answer(|request, asker| uapi::answer(tunnel, request, asker, is_leaving));
+                },
                 recv(ready) -> ready => {
                     let ready = ready.unwrap_or_else(|_| Err(Error::new("its thread has ended")));
                     end = self.finish_handoff(ready)?;
@@ -147,7 +158,15 @@ impl Daemon {
     fn finish_handoff(&mut self, ready: Result<NewProcess>) -> Result<Option<End>> {
         let handoff = self.handoff.take();
         let is_over = match ready {
-            Ok(new) => handoff::hand_over(new, &mut self.tunnel, &mut self.control)?,
+            Ok(new) => {
+                // The new process opens its own.
+                self.uapi = None;
+                let is_over = handoff::hand_over(new, &mut self.tunnel, &mut self.control)?;
+                if !is_over {
+                    self.uapi = uapi::serve(&self.tunnel.config);
+                }
+                is_over
+            }
             Err(error) => {
                 tracing::error!("not handed over: {error}");
                 false
@@ -162,9 +181,10 @@ impl Daemon {
         Ok(None)
     }
 
-    /// Ends the tunnel: routes, device and control socket go.
+    /// Ends the tunnel: routes, device and sockets go.
     pub fn take_down(&mut self) {
         self.handoff = None;
+        self.uapi = None;
         self.tunnel.take_down();
         // Last: a client that asked for the end waits for the socket to close.
         self.control = None;

@@ -2,14 +2,14 @@
 //! handed over.
 //!
 //! Read it from `event_loop` down: a `Daemon` waits for events and handles one
-//! after the other. It owns a `tunnel`, the control socket's server, and a `handoff`
-//! while another process takes over. The tunnel owns the state, in types that do not
+//! after the other. It owns a `tunnel`, the servers of the control socket and of `wg`'s, and a
+//! `handoff` while another process takes over. The tunnel owns the state, in types that do not
 //! know each other's insides: `peers` (who they are and what was last seen of
 //! each), `host` (device, own addresses, routes) and `workers` (threads, tables,
 //! counters). A handler that changes what workers forward by says so, and the tunnel
 //! publishes a new table.
 //!
-//! `start`, `reload`, `requests` and `handoff` all make a `plan`, have it
+//! `start`, `reload`, `requests`, `uapi` and `handoff` all make a `plan`, have it
 //! checked against the host, and put it in force as a whole or not at all.
 //!
 //! Everything that is visible outside the process hangs on descriptors: the
@@ -36,6 +36,7 @@ mod resolve;
 mod settings;
 mod start;
 mod tunnel;
+mod uapi;
 mod workers;
 
 use std::time::Duration;

@@ -5,6 +5,7 @@
 //! thrown away: so what is in force is always consistent.
 
 mod changes;
+mod edit;
 mod peer;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};

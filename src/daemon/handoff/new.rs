@@ -158,7 +158,7 @@ pub fn receive(stream: UnixStream) -> io::Result<Inherited> {
     if queues.is_empty() {
         return Err(io::ErrorKind::InvalidData.into());
     }
-    let handshake = manifest.public_key.is_some().then(|| {
+    let handshake = manifest.is_encrypted.then(|| {
         let next = descriptors.next().ok_or(io::ErrorKind::InvalidData);
         next.map(Socket::from)
     });

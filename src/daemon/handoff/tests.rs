@@ -30,7 +30,7 @@ fn manifest(workers: usize) -> Manifest {
         tun_index: Some(7),
         own_ports: (0..workers).map(|worker| worker % 2 == 1).collect(),
         listen: "0.0.0.0:8285".parse().unwrap(),
-        public_key: None,
+        is_encrypted: false,
         tun_offloads: [true, false],
         udp_offloads: [false, true],
         without: Vec::new(),

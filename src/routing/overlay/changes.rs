@@ -57,9 +57,11 @@ impl Changes {
             }
         }
         let mut compare = |what: &dyn Display, before: Option<&Peer>, after: Option<&Peer>| {
-            // A peer keeps its counters as long as it is there.
+            // A peer keeps its counters as long as it is there. One that was removed and added
+            // again is the same to operators.
             let traffic = |peer: Option<&Peer>| peer.map(|peer| Arc::as_ptr(&peer.traffic));
-            let is_different = traffic(before) != traffic(after);
+            let id = |peer: Option<&Peer>| peer.map(|peer| peer.name.id());
+            let is_different = traffic(before) != traffic(after) && id(before) != id(after);
             if is_different {
                 changes.name(|| moved(what, before, after));
             }

@@ -1,0 +1,193 @@
+//! Requests of `wg(8)`: each change becomes a plan, like all others, and is put in force as a
+//! whole or not at all.
+
+use std::io;
+use std::time::Instant;
+
+use nix::errno::Errno;
+
+use super::plan::Plan;
+use super::settings::check_ipv6_mtu;
+use super::tunnel::Tunnel;
+use crate::config::{Config, PeerName, PeerSpec};
+use crate::control::credentials::Asker;
+use crate::control::uapi::server::{Outcome, Server};
+use crate::control::uapi::{Device, Peer, PeerChange, Request, Set};
+use crate::counters::PeerCounters;
+use crate::error::{Error, Result};
+use crate::routing::overlay::{Changes, Origin, Overlay};
+use crate::wire::wireguard::keys::PublicKey;
+
+/// Opens the socket of an encrypted tunnel, if it can be opened. `None` in plain mode.
+pub fn serve(config: &Config) -> Option<Server> {
+    if !config.is_encrypted() {
+        return None;
+    }
+    match Server::start(&config.tun) {
+        Ok(server) => Some(server),
+        // Nobody asked for it.
+        Err(error) => {
+            tracing::warn!("`wg` cannot be used: {error}");
+            None
+        }
+    }
+}
+
+/// Does what is wanted. `is_leaving`: another process is taking over, and would not know of
+/// a change.
+pub fn answer(tunnel: &mut Tunnel, request: Request, asker: Asker, is_leaving: bool) -> Outcome {
+    let set = match request {
+        Request::Get => return Ok(Some(device(tunnel))),
+        Request::Set(_) if is_leaving => return Err(Errno::EBUSY),
+        Request::Set(set) => set,
+    };
+    match change(tunnel, &set) {
+        Ok(words) => {
+            if !words.is_empty() {
+                tracing::info!("{words}, by {asker}");
+            }
+            Ok(None)
+        }
+        Err(error) => {
+            // `wg` has words for the number alone.
+            tracing::warn!("refused what {asker} asked for by `wg`: {error}");
+            Err(error.errno().map_or(Errno::EINVAL, Errno::from_raw))
+        }
+    }
+}
+
+/// Makes a change, all of it or nothing; in words, what is different.
+fn change(tunnel: &mut Tunnel, set: &Set) -> Result<String> {
+    check_sockets(tunnel, set)?;
+    let mut config = tunnel.config.clone();
+    if let Some(key) = &set.private_key {
+        config.private_key.clone_from(key);
+    }
+    let is_key_new = config.private_key != tunnel.config.private_key;
+    let mut overlay = tunnel.peers.overlay.clone();
+    apply(&mut overlay, set, config.public_key())?;
+    let changes = Changes::between(&tunnel.peers.overlay, &overlay);
+    let settings = tunnel.settings.clone();
+    let prefixes = overlay.prefixes().map(|(prefix, ..)| prefix);
+    check_ipv6_mtu(settings.link.mtu_bytes, prefixes)?;
+    let mut plan = Plan {
+        config,
+        settings,
+        overlay,
+    };
+    let addresses = &tunnel.settings.link.addresses;
+    let (netlink, device) = (&mut tunnel.host.netlink, tunnel.host.device.index);
+    for (_, error) in plan.check_addresses(netlink, device, addresses)? {
+        tunnel.peers.log_unusable(&error, Instant::now());
+    }
+    tunnel.commit(plan)?;
+    let key = is_key_new.then(|| "private-key changed".to_string());
+    let words = key.into_iter().chain([changes.words()]);
+    let words: Vec<_> = words.filter(|words| !words.is_empty()).collect();
+    Ok(words.join(", "))
+}
+
+/// Makes sure that the sockets are as they are to be: they do not change while the tunnel runs.
+/// Port 0 is any port.
+fn check_sockets(tunnel: &Tunnel, set: &Set) -> Result<()> {
+    let port = tunnel.settings.listen.port();
+    let unsupported = |what: String, hint| {
+        let cause = io::Error::from_raw_os_error(Errno::EOPNOTSUPP as i32);
+        Err(Error::os(what, cause).hint(hint))
+    };
+    match (set.listen_port, set.firewall_mark) {
+        (Some(other), _) if other != 0 && other != port => {
+            let what = format!("cannot listen on port {other}: the tunnel runs on port {port}");
+            unsupported(what, "start it again with --listen")
+        }
+        (_, Some(mark)) if mark != 0 => {
+            unsupported(format!("cannot mark datagrams with {mark}"), "use 0")
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Makes the changes to the peers. This host itself, by its key `own`, is not one of them,
+/// and what is said of it is ignored, as by the kernel.
+fn apply(overlay: &mut Overlay, set: &Set, own: Option<PublicKey>) -> Result<()> {
+    if set.replaces_peers {
+        overlay.remove_all_peers();
+    }
+    if let Some(own) = own.map(PeerName::Key)
+        && overlay.find(&own).is_some()
+    {
+        overlay.remove_peers(&[own])?;
+    }
+    let mut peers = set.peers.iter();
+    peers
+        .by_ref()
+        .filter(|peer| Some(peer.public_key) != own)
+        .try_for_each(|peer| apply_to(overlay, peer))
+}
+
+fn apply_to(overlay: &mut Overlay, change: &PeerChange) -> Result<()> {
+    let name = PeerName::Key(change.public_key);
+    let hop = match overlay.find(&name) {
+        Some(_) if change.is_removed => return overlay.remove_peers(&[name]),
+        Some((hop, _)) => hop,
+        None if change.is_removed || change.updates_only => return Ok(()),
+        None => {
+            let spec = PeerSpec::new(name.clone(), None);
+            overlay.add_peer(&spec, false, Origin::Runtime)?;
+            match overlay.find(&name) {
+                Some((hop, _)) => hop,
+                None => return Ok(()),
+            }
+        }
+    };
+    if let Some(key) = &change.preshared_key {
+        overlay.set_preshared_key(hop, key);
+    }
+    if let Some(every) = change.persistent_keepalive {
+        overlay.set_keepalive(hop, every);
+    }
+    if let Some(place) = &change.endpoint {
+        overlay.move_peer(hop, place);
+    }
+    if change.replaces_allowed_ips {
+        overlay.take_prefixes(hop);
+    }
+    for allowed_ip in &change.allowed_ips {
+        let prefix = allowed_ip.prefix;
+        if allowed_ip.is_removed {
+            overlay.take_prefix(hop, prefix);
+        } else if !overlay.has_prefix(hop, prefix) {
+            overlay.add_prefixes(&name, &[prefix], Origin::Runtime, true)?;
+        }
+    }
+    Ok(())
+}
+
+/// All that there is to say.
+fn device(tunnel: &Tunnel) -> Device {
+    let overlay = &tunnel.peers.overlay;
+    let mut prefixes = overlay.prefixes_by_peer();
+    let peers = overlay.peers().filter_map(|(hop, peer)| {
+        let (key, secure) = (peer.name.key()?, peer.secure.as_ref()?);
+        let sum = |count: fn(&PeerCounters) -> u64| peer.traffic.iter().map(count).sum();
+        let encryption = tunnel.encryption.as_ref();
+        // They know first where it has roamed to.
+        let endpoint = secure.sessions.endpoint.load();
+        Some(Peer {
+            public_key: key,
+            preshared_key: secure.preshared_key.clone(),
+            endpoint: endpoint.as_deref().copied().or(peer.endpoint),
+            latest_handshake: encryption.and_then(|it| it.latest_handshake(&key)),
+            bytes_sent: sum(|worker| worker.bytes_sent.get()),
+            bytes_received: sum(|worker| worker.bytes_received.get()),
+            persistent_keepalive: secure.persistent_keepalive,
+            allowed_ips: prefixes.remove(&hop).unwrap_or_default(),
+        })
+    });
+    Device {
+        private_key: tunnel.config.private_key.clone(),
+        listen_port: tunnel.settings.listen.port(),
+        firewall_mark: 0,
+        peers: peers.collect(),
+    }
+}
