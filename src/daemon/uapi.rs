@@ -25,6 +25,11 @@ pub fn serve(config: &Config) -> Option<Server> {
     }
     match Server::start(&config.tun) {
         Ok(server) => Some(server),
+        // A tunnel of the same name in another network namespace: there is one name for all.
+        Err(error) if error.errno() == Some(libc::EADDRINUSE) => {
+            tracing::info!("`wg` shows another tunnel of this name: {error}");
+            None
+        }
         // Nobody asked for it.
         Err(error) => {
             tracing::warn!("`wg` cannot be used: {error}");

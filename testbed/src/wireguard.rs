@@ -27,6 +27,9 @@ pub type Key = [u8; 32];
 /// Runs a program in a mount namespace of its own.
 const UNSHARE: Program = Program::debian("unshare", "util-linux");
 
+/// Runs a program in another process's mount namespace.
+const NSENTER: Program = Program::debian("nsenter", "util-linux");
+
 /// Where the programs have their sockets, in `wireguard/NAME.sock`.
 const RUN: &str = "/var/run";
 
@@ -70,6 +73,13 @@ pub const GOTATUN: Implementation = Implementation {
     arguments: &["--foreground", "--disable-drop-privileges"],
 };
 
+/// wg(8), which shows and configures all the others.
+pub const WG: Implementation = Implementation {
+    program: Program::debian("wg", "wireguard-tools"),
+    version: "wireguard-tools",
+    arguments: &[],
+};
+
 impl Implementation {
     /// Why it cannot be run here.
     pub fn missing(&self) -> Option<String> {
@@ -84,24 +94,45 @@ impl Implementation {
         program.title_and_version(program.name, version)
     }
 
-    /// A command that runs it with a TUN device of this name. Its socket is only seen
-    /// through its own mounts, by [`socket_of`]: the place is fixed, and a killed
-    /// program leaves the socket behind, so each has a /run of its own that goes with it.
+    /// A command that runs it with a TUN device of this name, [`with_own_run`].
     ///
     /// # Errors
     /// When it is not installed.
     pub fn command(&self, interface: &str) -> Result<Command> {
-        let program = self.program.command()?;
-        let mut command = UNSHARE.command()?;
-        let script = "mount -t tmpfs tmpfs \"$1\" && shift && exec \"$@\"";
-        command.args(["--mount", "sh", "-c", script, "sh"]);
-        command.args([run()?.as_os_str(), program.get_program()]);
-        command.args(self.arguments).arg(interface);
+        let mut program = self.program.command()?;
+        program.args(self.arguments).arg(interface);
+        let mut command = with_own_run(&program)?;
         // wireguard-go sees that the kernel has WireGuard, and would say so at length.
         command.env("LOG_LEVEL", "error");
         command.env("WG_LOG_LEVEL", "error");
         Ok(command)
     }
+}
+
+/// A command that runs a program whose socket is only seen through its own mounts, by
+/// [`socket_of`] and [`beside`]: the place is fixed, and a killed program leaves the socket
+/// behind, so each has a /run of its own that goes with it.
+///
+/// # Errors
+/// When unshare(1) is not installed, or this machine has no /var/run.
+pub fn with_own_run(program: &Command) -> Result<Command> {
+    let mut command = UNSHARE.command()?;
+    let script = "mount -t tmpfs tmpfs \"$1\" && shift && exec \"$@\"";
+    command.args(["--mount", "sh", "-c", script, "sh"]);
+    command.args([run()?.as_os_str(), program.get_program()]);
+    command.args(program.get_args());
+    Ok(command)
+}
+
+/// A command that runs a program with the mounts of the process `pid`.
+///
+/// # Errors
+/// When nsenter(1) is not installed.
+pub fn beside(pid: u32, program: &Command) -> Result<Command> {
+    let mut command = NSENTER.command()?;
+    command.arg(format!("--mount=/proc/{pid}/ns/mnt"));
+    command.arg(program.get_program()).args(program.get_args());
+    Ok(command)
 }
 
 fn run() -> Result<PathBuf> {

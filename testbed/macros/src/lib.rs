@@ -9,7 +9,7 @@ use proc_macro::{TokenStream, TokenTree};
 /// - `mixed`: with io_uring at one end and epoll at the other.
 /// - `needs_root`: not in a user namespace.
 /// - `long`: in the long tier alone.
-/// - `wireguard_go`, `boringtun`, `gotatun`: where that program is installed.
+/// - `wireguard_go`, `boringtun`, `gotatun`, `wg`: where that program is installed.
 ///
 /// Without the first two it is run once, on whatever engine a tunnel chooses.
 #[proc_macro_attribute]
@@ -29,7 +29,7 @@ pub fn trial(attribute: TokenStream, function: TokenStream) -> TokenStream {
         flags += &format!("{flag}: {is_set}, ");
     }
     let mut needs = "None".to_string();
-    for program in ["wireguard_go", "boringtun", "gotatun"] {
+    for program in ["wireguard_go", "boringtun", "gotatun", "wg"] {
         if words.iter().any(|word| word == program) {
             let constant = program.to_uppercase();
             needs = format!("Some(&::testbed::wireguard::{constant})");

@@ -136,7 +136,7 @@ impl Keys {
     }
 
     /// Writes a file that only its owner can read.
-    fn write(&self, name: &str, text: &str) -> Result<PathBuf> {
+    pub fn write(&self, name: &str, text: &str) -> Result<PathBuf> {
         let path = self.directory.path().join(name);
         let write = || {
             fs::write(&path, text)?;
@@ -146,13 +146,16 @@ impl Keys {
         Ok(path)
     }
 
+    /// A file with a host's private key.
+    pub fn private_file(&self, own: usize) -> Result<PathBuf> {
+        let text = format!("{}\n", base64(&self.private[own]));
+        self.write(&format!("{own}.key"), &text)
+    }
+
     /// The configuration file of a host that runs fastvpn.
     pub fn file(&self, own: usize, reach: Reach) -> Result<PathBuf> {
         let peer = 1 - own;
-        let private = self.write(
-            &format!("{own}.key"),
-            &format!("{}\n", base64(&self.private[own])),
-        )?;
+        let private = self.private_file(own)?;
         let addresses: Vec<_> = dual_stack(own)
             .into_iter()
             .filter(|word| word != "--address")

@@ -8,4 +8,5 @@ pub mod moving;
 pub mod pairs;
 pub mod secrets;
 pub mod silence;
+pub mod uapi;
 pub mod wire;
