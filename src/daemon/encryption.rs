@@ -69,6 +69,14 @@ impl Encryption {
         &self.socket
     }
 
+    /// Goes on with another socket. Sessions stay.
+    pub fn use_socket(&mut self, socket: Socket) {
+        self.socket = Arc::new(socket);
+        if let Some(handshakes) = &self.handshakes {
+            handshakes.set_socket(Arc::clone(&self.socket));
+        }
+    }
+
     /// Starts the handshake thread, with the peers that there are.
     ///
     /// # Errors

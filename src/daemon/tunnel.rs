@@ -2,6 +2,7 @@
 //! it, and its workers. What changes more than one of these is done here.
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Instant;
@@ -163,6 +164,33 @@ impl Tunnel {
             }
         }
         result
+    }
+
+    /// Opens sockets on another port, for [`Self::use_sockets`].
+    ///
+    /// # Errors
+    /// When the port is taken.
+    pub fn open_sockets(&self, listen: SocketAddr) -> Result<udp::Sockets> {
+        let (workers, offloads) = (&self.workers.descriptors, self.workers.udp_offloads);
+        // As many as there are queues, which are counted in 16 bits.
+        let workers = workers.len() as u16;
+        let sockets = udp::open(listen, workers, offloads, self.config.mode())?;
+        udp::set_options(&sockets.workers, sockets.handshake.as_ref())?;
+        Ok(sockets)
+    }
+
+    /// Goes on with other sockets. Sessions stay, and packets wait meanwhile.
+    ///
+    /// # Errors
+    /// When the workers cannot be started again: all of them have ended then.
+    pub fn use_sockets(&mut self, sockets: udp::Sockets) -> Result<()> {
+        if let (Some(encryption), Some(socket)) = (&mut self.encryption, sockets.handshake) {
+            encryption.use_socket(socket);
+        }
+        self.workers.replace_sockets(sockets.workers)?;
+        self.filter_datagrams()?;
+        self.workers.go();
+        Ok(())
     }
 
     /// Goes on with this host's private key if `old` had another.

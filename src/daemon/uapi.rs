@@ -63,8 +63,19 @@ pub fn answer(tunnel: &mut Tunnel, request: Request, asker: Asker, is_leaving: b
 
 /// Makes a change, all of it or nothing; in words, what is different.
 fn change(tunnel: &mut Tunnel, set: &Set) -> Result<String> {
-    check_sockets(tunnel, set)?;
-    let mut config = tunnel.config.clone();
+    check_mark(set)?;
+    let (mut config, mut settings) = (tunnel.config.clone(), tunnel.settings.clone());
+    let listen = settings.listen;
+    // Port 0 is any port.
+    if let Some(port) = set.listen_port.filter(|port| *port != 0) {
+        settings.listen.set_port(port);
+    }
+    let is_port_new = settings.listen != listen;
+    let sockets = is_port_new.then(|| {
+        config.listen = Some(settings.listen);
+        tunnel.open_sockets(settings.listen)
+    });
+    let sockets = sockets.transpose()?;
     if let Some(key) = &set.private_key {
         config.private_key.clone_from(key);
     }
@@ -72,7 +83,6 @@ fn change(tunnel: &mut Tunnel, set: &Set) -> Result<String> {
     let mut overlay = tunnel.peers.overlay.clone();
     apply(&mut overlay, set, config.public_key())?;
     let changes = Changes::between(&tunnel.peers.overlay, &overlay);
-    let settings = tunnel.settings.clone();
     let prefixes = overlay.prefixes().map(|(prefix, ..)| prefix);
     check_ipv6_mtu(settings.link.mtu_bytes, prefixes)?;
     let mut plan = Plan {
@@ -86,29 +96,24 @@ fn change(tunnel: &mut Tunnel, set: &Set) -> Result<String> {
         tunnel.peers.log_unusable(&error, Instant::now());
     }
     tunnel.commit(plan)?;
+    if let Some(sockets) = sockets {
+        tunnel.use_sockets(sockets)?;
+    }
+    let listen = is_port_new.then(|| format!("listening on {}", tunnel.settings.listen));
     let key = is_key_new.then(|| "private-key changed".to_string());
-    let words = key.into_iter().chain([changes.words()]);
+    let words = listen.into_iter().chain(key).chain([changes.words()]);
     let words: Vec<_> = words.filter(|words| !words.is_empty()).collect();
     Ok(words.join(", "))
 }
 
-/// Makes sure that the sockets are as they are to be: they do not change while the tunnel runs.
-/// Port 0 is any port.
-fn check_sockets(tunnel: &Tunnel, set: &Set) -> Result<()> {
-    let port = tunnel.settings.listen.port();
-    let unsupported = |what: String, hint| {
-        let cause = io::Error::from_raw_os_error(Errno::EOPNOTSUPP as i32);
-        Err(Error::os(what, cause).hint(hint))
-    };
-    match (set.listen_port, set.firewall_mark) {
-        (Some(other), _) if other != 0 && other != port => {
-            let what = format!("cannot listen on port {other}: the tunnel runs on port {port}");
-            unsupported(what, "start it again with --listen")
+/// Makes sure that datagrams are to have no mark: routes to peers are looked up without one.
+fn check_mark(set: &Set) -> Result<()> {
+    match set.firewall_mark {
+        None | Some(0) => Ok(()),
+        Some(mark) => {
+            let cause = io::Error::from_raw_os_error(Errno::EOPNOTSUPP as i32);
+            Err(Error::os(format!("cannot mark datagrams with {mark}"), cause).hint("use 0"))
         }
-        (_, Some(mark)) if mark != 0 => {
-            unsupported(format!("cannot mark datagrams with {mark}"), "use 0")
-        }
-        _ => Ok(()),
     }
 }
 

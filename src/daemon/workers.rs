@@ -63,10 +63,10 @@ pub struct WorkerFds {
 }
 
 impl WorkerFds {
-    fn new(queue: Queue, sockets: WorkerSockets) -> Self {
+    fn new(queue: Arc<Queue>, sockets: WorkerSockets) -> Self {
         let port = |send: &socket2::Socket| Some(send.local_addr().ok()?.as_socket()?.port());
         Self {
-            queue: Arc::new(queue),
+            queue,
             own_port: sockets.send.as_ref().and_then(port),
             sockets: Arc::new(sockets),
         }
@@ -87,7 +87,7 @@ impl WorkerFds {
             receive: socket().into(),
             send: Some(socket().into()),
         };
-        Self::new(Queue::from(socket()), sockets)
+        Self::new(Arc::new(Queue::from(socket())), sockets)
     }
 
     /// Sends a probe. Whether it arrives is for the answer to tell.
@@ -203,7 +203,7 @@ impl Workers {
         let udp = sockets.offloads;
         let all = device.queues.into_iter().zip(sockets.workers);
         let descriptors: Vec<_> = all
-            .map(|(queue, sockets)| WorkerFds::new(queue, sockets))
+            .map(|(queue, sockets)| WorkerFds::new(Arc::new(queue), sockets))
             .collect();
         let mut limits = Limits::FULL;
         if !udp.segment {
@@ -300,6 +300,21 @@ impl Workers {
                 tracing::error!("a worker thread panicked");
             }
         }
+    }
+
+    /// Goes on with other sockets, one set for each worker, from [`Self::go`] on. Packets wait
+    /// meanwhile.
+    ///
+    /// # Errors
+    /// As [`Self::start`]; no worker runs then.
+    pub fn replace_sockets(&mut self, sockets: Vec<WorkerSockets>) -> Result<()> {
+        self.count_socket_drops();
+        self.stop();
+        for (worker, sockets) in self.descriptors.iter_mut().zip(sockets) {
+            *worker = WorkerFds::new(Arc::clone(&worker.queue), sockets);
+        }
+        self.socket_drops.fill(0);
+        self.start().inspect_err(|_| self.stop())
     }
 
     /// Ends the workers for good: the device goes with their last descriptor.

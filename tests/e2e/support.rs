@@ -53,7 +53,8 @@ pub fn engine_name() -> Option<&'static str> {
     ENGINES.get()[0].map(|io| if io == "uring" { "io_uring" } else { io })
 }
 
-fn next_engine() -> Option<&'static str> {
+/// The engine of the tunnel that is started next, as `--io` names it.
+pub fn next_engine() -> Option<&'static str> {
     let [next, other] = ENGINES.get();
     ENGINES.set([other, next]);
     next

@@ -11,8 +11,10 @@ use testbed::{Namespace, Pair};
 use super::ends::{Keys, Kind, PORT, Reach, Underlay, hosts, inside};
 use crate::packets::TUNNEL_NAME;
 use crate::support::{
-    FASTVPN, TUNNEL, Tunnel, UNDERLAY, bulk, check, stop, tried, wait_for, wait_until,
+    FASTVPN, TUNNEL, Tunnel, UNDERLAY, bulk, check, next_engine, stop, tried, udp, wait_for,
+    wait_until,
 };
+use crate::tools::Stream;
 
 /// A host whose tunnel has a /run of its own.
 struct Host<'a> {
@@ -24,6 +26,7 @@ impl<'a> Host<'a> {
     /// Starts a tunnel with these flags.
     fn start(namespace: &'a Namespace, flags: &[&str]) -> Result<Self> {
         let mut program = Command::new(FASTVPN);
+        program.args(next_engine().iter().flat_map(|io| ["--io", io]));
         program.args(flags);
         let mut command = with_own_run(&program)?;
         command.stdin(Stdio::null()).stdout(Stdio::null());
@@ -257,6 +260,47 @@ fn wg_sets_all_of_a_tunnel() -> Result<()> {
     stop(b.tunnel).map(drop)
 }
 
+/// Each end moves to another port, from which it says something, and the other follows. A
+/// stream goes on.
+#[testbed::trial(each_engine, wg)]
+fn wg_sets_the_port() -> Result<()> {
+    let hosts = hosts()?;
+    let keys = Keys::new(false)?;
+    let all = both(&hosts, &keys)?;
+    introduce(&all, &keys, &random_key()?)?;
+    wait_for(&hosts.a, inside(1))?;
+    let [a, b] = &all;
+    let stream = Stream::start(&hosts.a, &hosts.b, inside(1))?;
+    stream.wait_for_progress()?;
+    let handshake = a.show("latest-handshakes")?;
+    a.set("listen-port 51821")?;
+    a.shows("listen-port", "51821")?;
+    stream.wait_for_progress()?;
+    b.shows(
+        "endpoints",
+        &format!("{} {}:51821", base64(&keys.public(0)), UNDERLAY[0]),
+    )?;
+    a.shows("latest-handshakes", &handshake)?;
+    b.set("listen-port 51822")?;
+    wait_for(&hosts.b, inside(0))?;
+    stream.wait_for_progress()?;
+    a.shows(
+        "endpoints",
+        &format!("{} {}:51822", base64(&keys.public(1)), UNDERLAY[1]),
+    )?;
+    stream.finish()?;
+    // One that somebody else has.
+    let taken = udp(&hosts.a, UNDERLAY[0], 51823)?;
+    let (is_ok, said) = a.try_wg(&["set", TUNNEL_NAME, "listen-port", "51823"], "")?;
+    check(!is_ok && said.contains("in use"), || said.clone())?;
+    drop(taken);
+    a.shows("listen-port", "51821")?;
+    wait_for(&hosts.a, inside(1))?;
+    let [a, b] = all;
+    stop(a.tunnel)?;
+    stop(b.tunnel).map(drop)
+}
+
 /// All of the change, or nothing; wg(8) says why in its words, and the log in better ones.
 #[testbed::trial(wg)]
 fn what_cannot_be_is_refused() -> Result<()> {
@@ -268,9 +312,9 @@ fn what_cannot_be_is_refused() -> Result<()> {
     let here = format!("peer {peer} endpoint {}", Underlay::V4.endpoint(0));
     for (words, reason, logged) in [
         (
-            &format!("listen-port 51821 peer {peer}"),
+            &format!("fwmark 7 peer {peer}"),
             "not supported",
-            "port 51821",
+            "datagrams with 7",
         ),
         (&own, "Invalid argument", "own address"),
         (&here, "Invalid argument", "this host itself"),
