@@ -175,8 +175,26 @@ impl Tunnel {
         // As many as there are queues, which are counted in 16 bits.
         let workers = workers.len() as u16;
         let sockets = udp::open(listen, workers, offloads, self.config.mode())?;
-        udp::set_options(&sockets.workers, sockets.handshake.as_ref())?;
+        let handshake = sockets.handshake.as_ref();
+        udp::set_options(&sockets.workers, handshake, self.config.fwmark)?;
         Ok(sockets)
+    }
+
+    /// Marks what is sent to peers, for policy rules, and looks the routes to them up for that.
+    ///
+    /// # Errors
+    /// Without the rights to.
+    pub fn set_mark(&mut self, mark: u32) -> Result<()> {
+        let workers = self.workers.descriptors.iter();
+        let workers = workers.flat_map(|worker| {
+            let own = worker.sockets.send.as_ref().map(AsFd::as_fd);
+            [Some(worker.receive()), own]
+        });
+        let handshake = self.encryption.iter().map(Encryption::as_fd);
+        udp::set_mark(workers.flatten().chain(handshake), mark)?;
+        self.host.netlink.fwmark = mark;
+        self.config.fwmark = mark;
+        Ok(())
     }
 
     /// Goes on with other sockets. Sessions stay, and packets wait meanwhile.
@@ -304,6 +322,12 @@ impl Tunnel {
                 Err(error) => tracing::debug!("{error}"),
             }
         }
+    }
+
+    /// Checks where the paths to all peers lead.
+    pub fn check_routes(&mut self) {
+        self.peers.check_routes(&mut self.host);
+        self.publish_changes();
     }
 
     /// Refreshes what is known of the device, this host's addresses, and where the paths

@@ -1,7 +1,6 @@
 //! Requests of `wg(8)`: each change becomes a plan, like all others, and is put in force as a
 //! whole or not at all.
 
-use std::io;
 use std::time::Instant;
 
 use nix::errno::Errno;
@@ -14,7 +13,7 @@ use crate::control::credentials::Asker;
 use crate::control::uapi::server::{Outcome, Server};
 use crate::control::uapi::{Device, Peer, PeerChange, Request, Set};
 use crate::counters::PeerCounters;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::routing::overlay::{Changes, Origin, Overlay};
 use crate::wire::wireguard::keys::PublicKey;
 
@@ -63,7 +62,29 @@ pub fn answer(tunnel: &mut Tunnel, request: Request, asker: Asker, is_leaving: b
 
 /// Makes a change, all of it or nothing; in words, what is different.
 fn change(tunnel: &mut Tunnel, set: &Set) -> Result<String> {
-    check_mark(set)?;
+    let old_mark = tunnel.config.fwmark;
+    let mark = set.firewall_mark.unwrap_or(old_mark);
+    if mark == old_mark {
+        return change_all_else(tunnel, set);
+    }
+    // First: whether a peer can be reached may depend on it.
+    let words = tunnel
+        .set_mark(mark)
+        .and_then(|()| change_all_else(tunnel, set))
+        .inspect_err(|_| {
+            if let Err(error) = tunnel.set_mark(old_mark) {
+                tracing::error!("{error}");
+            }
+        })?;
+    tunnel.check_routes();
+    let marked = format!("datagrams marked with {mark}");
+    let words = [marked, words]
+        .into_iter()
+        .filter(|words| !words.is_empty());
+    Ok(words.collect::<Vec<_>>().join(", "))
+}
+
+fn change_all_else(tunnel: &mut Tunnel, set: &Set) -> Result<String> {
     let (mut config, mut settings) = (tunnel.config.clone(), tunnel.settings.clone());
     let listen = settings.listen;
     // Port 0 is any port.
@@ -104,17 +125,6 @@ fn change(tunnel: &mut Tunnel, set: &Set) -> Result<String> {
     let words = listen.into_iter().chain(key).chain([changes.words()]);
     let words: Vec<_> = words.filter(|words| !words.is_empty()).collect();
     Ok(words.join(", "))
-}
-
-/// Makes sure that datagrams are to have no mark: routes to peers are looked up without one.
-fn check_mark(set: &Set) -> Result<()> {
-    match set.firewall_mark {
-        None | Some(0) => Ok(()),
-        Some(mark) => {
-            let cause = io::Error::from_raw_os_error(Errno::EOPNOTSUPP as i32);
-            Err(Error::os(format!("cannot mark datagrams with {mark}"), cause).hint("use 0"))
-        }
-    }
 }
 
 /// Makes the changes to the peers. This host itself, by its key `own`, is not one of them,
@@ -197,7 +207,7 @@ fn device(tunnel: &Tunnel) -> Device {
     Device {
         private_key: tunnel.config.private_key.clone(),
         listen_port: tunnel.settings.listen.port(),
-        firewall_mark: 0,
+        firewall_mark: tunnel.config.fwmark,
         peers: peers.collect(),
     }
 }

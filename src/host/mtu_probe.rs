@@ -6,7 +6,7 @@
 //! nonce, which only those on the path have seen.
 
 use std::io::{self, IoSliceMut};
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, setsockopt, sockopt};
@@ -14,7 +14,7 @@ use rustix::net::sockopt::{
     Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery, set_ip_mtu_discover, set_ipv6_mtu_discover,
 };
 
-use super::path::bind_toward;
+use super::path::{Source, bind_toward};
 use crate::packet::probe::{Kind, PROBE_BYTES_MIN, Probe};
 use crate::wire::Mode;
 
@@ -32,19 +32,19 @@ pub struct MtuProbe {
 }
 
 impl MtuProbe {
-    /// From a port that nobody knows, toward `peer`, for sockets on `listen`.
+    /// From a port that nobody knows, toward `peer`, as the tunnel's sockets send.
     /// `nonce`: a random number that nobody can guess. `mode`: of the tunnel; where packets
     /// are sealed, nothing tells a probe from noise.
     ///
     /// # Errors
     /// When there is no descriptor left, or no route to the peer.
     pub(crate) fn open(
-        listen: IpAddr,
+        source: Source,
         peer: SocketAddr,
         mode: Mode,
         nonce: u64,
     ) -> io::Result<Self> {
-        let socket = bind_toward(listen, peer)?;
+        let socket = bind_toward(source, peer)?;
         socket.set_nonblocking(true)?;
         // Not to be fragmented, whatever the kernel believes of the path.
         match peer {
@@ -177,7 +177,7 @@ mod tests {
         netlink
             .add_route("10.9.0.0/16".parse().unwrap(), router, index)
             .unwrap();
-        let any = Ipv4Addr::UNSPECIFIED.into();
+        let any = Source::unmarked(Ipv4Addr::UNSPECIFIED.into());
         let open = || MtuProbe::open(any, FAR.parse().unwrap(), mode, 0x0123_4567_89ab_cdef);
         let mut probe = hosts.a.run(open).unwrap();
         probe.send(1500).unwrap();

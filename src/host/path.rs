@@ -5,6 +5,8 @@ use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 
+use socket2::SockRef;
+
 use crate::error::{Error, Result};
 use crate::host::netlink::Netlink;
 
@@ -13,6 +15,22 @@ pub(crate) const MTU_BYTES_DEFAULT: u32 = 1500;
 
 /// Most addresses of a peer that are looked at.
 const ADDRESSES_MAX: usize = 16;
+
+/// How datagrams leave this host, as far as its routes depend on that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Source {
+    /// The address that sockets are on.
+    pub(crate) listen: IpAddr,
+    /// Their mark (`SO_MARK`), which policy rules may ask for; 0 for none.
+    pub(crate) mark: u32,
+}
+
+impl Source {
+    /// Without a mark.
+    pub(crate) fn unmarked(listen: IpAddr) -> Self {
+        Self { listen, mark: 0 }
+    }
+}
 
 /// What this host's routes say about a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,7 +73,7 @@ fn is_reached(listen: Option<IpAddr>, peer: SocketAddr) -> bool {
     let listen = listen.unwrap_or(any);
     // Sockets on 0.0.0.0 are for IPv4 alone, those on :: for both.
     let is_of_family = listen == any || listen.is_ipv6() == peer.is_ipv6();
-    is_of_family && local_address(listen, peer).is_ok()
+    is_of_family && local_address(Source::unmarked(listen), peer).is_ok()
 }
 
 /// What [`resolve`] makes of the resolver's answer.
@@ -95,7 +113,8 @@ pub(crate) fn is_host(address: SocketAddr) -> bool {
 /// # Errors
 /// As [`local_address`], or when the kernel refuses to tell the route.
 pub(crate) fn discover(netlink: &mut Netlink, listen: IpAddr, peer: SocketAddr) -> Result<Path> {
-    let local = local_address(listen, peer)?;
+    let mark = netlink.fwmark;
+    let local = local_address(Source { listen, mark }, peer)?;
     let route = netlink.route_mtu(peer)?;
     Ok(Path {
         local,
@@ -103,14 +122,14 @@ pub(crate) fn discover(netlink: &mut Netlink, listen: IpAddr, peer: SocketAddr) 
     })
 }
 
-/// The source address that datagrams to `peer` from sockets on `listen` will
-/// carry. Nothing is sent.
+/// The source address that datagrams to `peer` will carry. Nothing is sent.
 ///
 /// # Errors
-/// When there is no route to the peer, or `listen` is not an address of this
+/// When there is no route to the peer, or the source is not an address of this
 /// host.
-pub(crate) fn local_address(listen: IpAddr, peer: SocketAddr) -> Result<IpAddr> {
-    let socket = bind_toward(listen, peer).map_err(|error| {
+pub(crate) fn local_address(source: Source, peer: SocketAddr) -> Result<IpAddr> {
+    let listen = source.listen;
+    let socket = bind_toward(source, peer).map_err(|error| {
         Error::os(format!("cannot use the listen address {listen}"), error)
             .hint("--listen takes an address of this host")
     })?;
@@ -129,18 +148,23 @@ pub(crate) fn local_address(listen: IpAddr, peer: SocketAddr) -> Result<IpAddr> 
     Ok(local.ip())
 }
 
-/// A socket to send to `peer`, from a port that nobody knows, as sockets on `listen`
+/// A socket to send to `peer`, from a port that nobody knows, as the tunnel's sockets
 /// would.
 ///
 /// # Errors
-/// When there is no descriptor left, or `listen` is not an address of this host.
-pub(crate) fn bind_toward(listen: IpAddr, peer: SocketAddr) -> io::Result<UdpSocket> {
+/// When there is no descriptor left, or the source is not an address of this host.
+pub(crate) fn bind_toward(source: Source, peer: SocketAddr) -> io::Result<UdpSocket> {
+    let Source { listen, mark } = source;
     let any: IpAddr = match peer {
         SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
         SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
     };
     let from = if listen.is_unspecified() { any } else { listen };
-    UdpSocket::bind((from, 0))
+    let socket = UdpSocket::bind((from, 0))?;
+    if mark != 0 {
+        SockRef::from(&socket).set_mark(mark)?;
+    }
+    Ok(socket)
 }
 
 /// That `peer`, which sockets on `listen` reach from the address `local`, is not

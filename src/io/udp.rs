@@ -197,6 +197,20 @@ pub fn set_options(
         .map_err(|error| Error::os("cannot set options of a UDP socket", error))
 }
 
+/// Marks what all sockets send (`SO_MARK`, socket(7)), for policy rules; 0 for no mark.
+///
+/// # Errors
+/// Without CAP_NET_ADMIN.
+pub fn set_mark<'a>(sockets: impl IntoIterator<Item = BorrowedFd<'a>>, mark: u32) -> Result<()> {
+    let mut sockets = sockets.into_iter();
+    sockets
+        .try_for_each(|socket| SockRef::from(&socket).set_mark(mark))
+        .map_err(|error| {
+            Error::os(format!("cannot mark datagrams with {mark}"), error)
+                .hint("run as root or grant CAP_NET_ADMIN")
+        })
+}
+
 fn bind(address: SocketAddr, reuse_port: bool) -> io::Result<Socket> {
     let domain = Domain::for_address(address);
     let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP))?;

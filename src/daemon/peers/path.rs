@@ -10,6 +10,7 @@ use super::Peers;
 use crate::daemon::host::Host;
 use crate::host::mtu_probe::MtuProbe;
 use crate::host::netlink::RouteMtu;
+use crate::host::path::Source;
 use crate::io::random;
 use crate::packet::batch::NextHop;
 use crate::wire::Mode;
@@ -123,14 +124,15 @@ impl Peers {
             .get_or_insert_with(|| PeerPath::new(endpoint, route));
         path.set_route(endpoint, route);
         if is_used {
-            self.start_probe(hop, listen, now);
+            let mark = host.netlink.fwmark;
+            self.start_probe(hop, Source { listen, mark }, now);
         }
         self.use_path(hop, now);
         1
     }
 
     /// Probes the path to a peer if it is time to, and there are not too many probes.
-    fn start_probe(&mut self, hop: NextHop, listen: IpAddr, now: Instant) {
+    fn start_probe(&mut self, hop: NextHop, source: Source, now: Instant) {
         let Some((peer, state)) = self.overlay.peer(hop).zip(self.states.get_mut(&hop)) else {
             return;
         };
@@ -140,7 +142,7 @@ impl Peers {
             && let Some(path) = &mut state.path
             && path.is_due(sent_bytes, now)
         {
-            path.start_probe(sent_bytes, listen, peer.mode(), now);
+            path.start_probe(sent_bytes, source, peer.mode(), now);
             self.path_probes += usize::from(path.is_probed());
         }
     }
@@ -207,13 +209,13 @@ struct Probe {
 
 impl Probe {
     fn start(
-        listen: IpAddr,
+        source: Source,
         endpoint: SocketAddr,
         mode: Mode,
         packet_bytes: u32,
     ) -> io::Result<Self> {
         let probe = Self {
-            socket: MtuProbe::open(listen, endpoint, mode, random()?)?,
+            socket: MtuProbe::open(source, endpoint, mode, random()?)?,
             packet_bytes,
             silent: 0,
         };
@@ -277,9 +279,9 @@ impl PeerPath {
     }
 
     /// Sends a packet as long as the route takes.
-    fn start_probe(&mut self, sent_bytes: u64, listen: IpAddr, mode: Mode, now: Instant) {
+    fn start_probe(&mut self, sent_bytes: u64, source: Source, mode: Mode, now: Instant) {
         self.probed = Some((now, sent_bytes));
-        match Probe::start(listen, self.endpoint, mode, self.route.mtu_bytes) {
+        match Probe::start(source, self.endpoint, mode, self.route.mtu_bytes) {
             Ok(probe) => self.probe = Some(probe),
             Err(error) => tracing::debug!("cannot probe the path to {}: {error}", self.endpoint),
         }
@@ -397,7 +399,7 @@ mod tests {
             peers.poll_path_probes(start);
             assert_eq!(peers.path_probes, 0);
             peers.take_turns(|peers, hop| {
-                peers.start_probe(hop, [0, 0, 0, 0].into(), start);
+                peers.start_probe(hop, Source::unmarked([0, 0, 0, 0].into()), start);
                 1
             });
             let paths = peers.states.values().flat_map(|state| &state.path);

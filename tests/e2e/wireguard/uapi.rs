@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use fastvpn::error::Result;
 use testbed::wireguard::{self, Key, WG, base64, beside, random_key, socket_of, with_own_run};
-use testbed::{Namespace, Pair};
+use testbed::{Namespace, Pair, ip};
 
 use super::ends::{Keys, Kind, PORT, Reach, Underlay, hosts, inside};
 use crate::packets::TUNNEL_NAME;
@@ -301,6 +301,40 @@ fn wg_sets_the_port() -> Result<()> {
     stop(b.tunnel).map(drop)
 }
 
+/// All goes through the tunnel but what has its mark, as by wg-quick(8).
+#[testbed::trial(wg)]
+fn a_mark_lets_all_else_into_the_tunnel() -> Result<()> {
+    let hosts = hosts()?;
+    let keys = Keys::new(false)?;
+    let key = keys.private_file(0)?.display().to_string();
+    let address = format!("{}/16", TUNNEL[0]);
+    let flags = ["--private-key", &key, "--address", &address, "--no-routes"];
+    let all = [
+        Host::start(&hosts.a, &flags)?,
+        Host::without_peers(&hosts.b, &keys, 1)?,
+    ];
+    introduce(&all, &keys, &random_key()?)?;
+    wait_for(&hosts.a, inside(1))?;
+    let a = &all[0];
+    let peer = base64(&keys.public(1));
+    ip(
+        &hosts.a,
+        &format!("route add default dev {TUNNEL_NAME} table 51820"),
+    )?;
+    a.set(&format!("fwmark 51820 peer {peer} allowed-ips 0.0.0.0/0"))?;
+    a.shows("fwmark", "0xca6c")?;
+    ip(&hosts.a, "rule add not fwmark 51820 table 51820")?;
+    bulk(&hosts.a, &hosts.b, inside(1), 5)?;
+    // Also what is for the other host's address on the cable.
+    wait_for(&hosts.a, UNDERLAY[1].into())?;
+    // On another port, too.
+    a.set("listen-port 51821")?;
+    bulk(&hosts.a, &hosts.b, inside(1), 5)?;
+    let [a, b] = all;
+    stop(a.tunnel)?;
+    stop(b.tunnel).map(drop)
+}
+
 /// All of the change, or nothing; wg(8) says why in its words, and the log in better ones.
 #[testbed::trial(wg)]
 fn what_cannot_be_is_refused() -> Result<()> {
@@ -311,11 +345,6 @@ fn what_cannot_be_is_refused() -> Result<()> {
     let own = format!("peer {peer} allowed-ips {}/32", TUNNEL[0]);
     let here = format!("peer {peer} endpoint {}", Underlay::V4.endpoint(0));
     for (words, reason, logged) in [
-        (
-            &format!("fwmark 7 peer {peer}"),
-            "not supported",
-            "datagrams with 7",
-        ),
         (&own, "Invalid argument", "own address"),
         (&here, "Invalid argument", "this host itself"),
     ] {
@@ -330,6 +359,7 @@ fn what_cannot_be_is_refused() -> Result<()> {
     }
     // The port that it has, and any.
     host.set(&format!("listen-port {PORT} fwmark off"))?;
+    host.shows("fwmark", "off")?;
     host.set("listen-port 0")?;
     stop(host.tunnel).map(drop)
 }
