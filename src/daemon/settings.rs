@@ -10,7 +10,7 @@ use crate::config::{Config, DEFAULT_PORT, HostPort, PeerSpec};
 use crate::error::{Error, Result};
 use crate::host::link::{self, IPV4_MTU_BYTES_MIN, IPV6_MTU_BYTES_MIN, LinkConfig};
 use crate::host::netlink::Netlink;
-use crate::host::path::{self, Path};
+use crate::host::path::{self, Path, Source};
 use crate::routing::overlay::Overlay;
 use crate::wire::Mode;
 
@@ -99,7 +99,7 @@ pub fn endpoints(config: &Config, overlay: &Overlay) -> Vec<SocketAddr> {
 pub fn own_identity(listen: SocketAddr, endpoints: &[SocketAddr]) -> Result<IpAddr> {
     let locals = endpoints.iter();
     let locals: BTreeSet<_> = locals
-        .filter_map(|&peer| path::local_address(listen.ip(), peer).ok())
+        .filter_map(|&peer| path::local_address(Source::unmarked(listen.ip()), peer).ok())
         .collect();
     let mut all = locals.iter();
     let what = match (all.next(), all.next()) {

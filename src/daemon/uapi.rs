@@ -13,7 +13,7 @@ use crate::control::credentials::Asker;
 use crate::control::uapi::server::{Outcome, Server};
 use crate::control::uapi::{Device, Peer, PeerChange, Request, Set};
 use crate::counters::PeerCounters;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::routing::overlay::{Changes, Origin, Overlay};
 use crate::wire::wireguard::keys::PublicKey;
 
@@ -99,6 +99,10 @@ fn change_all_else(tunnel: &mut Tunnel, set: &Set) -> Result<String> {
     let sockets = sockets.transpose()?;
     if let Some(key) = &set.private_key {
         config.private_key.clone_from(key);
+    }
+    if !config.is_encrypted() {
+        let what = "a tunnel whose private key is in its configuration file needs one";
+        return Err(Error::new(what));
     }
     let is_key_new = config.private_key != tunnel.config.private_key;
     let mut overlay = tunnel.peers.overlay.clone();
