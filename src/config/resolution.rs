@@ -131,6 +131,11 @@ impl Config {
                 .hint("leave one of them out"));
         }
         self.check_cores()?;
+        if self.wg_config_file.is_some() && !self.is_encrypted() {
+            let what = "there is no private key, and all would be sent in clear";
+            return Err(Error::new(what)
+                .hint("its [Interface] takes PrivateKey; --private-key names a file with one"));
+        }
         self.check_secret()?;
         // With a shared secret they are named as in plain mode.
         check_peers(

@@ -207,11 +207,27 @@ fn a_file_with_keys_is_its_owners_alone() {
         let error = config(&path, "").unwrap_err().to_string();
         assert!(error.contains(&format!("(mode {mode:04o}); chmod 600 ")));
     }
-    let (_directory, path) = file("[Interface]\nAddress = 10.9.0.1/24\n", 0o644);
-    assert!(!config(&path, "").unwrap().is_encrypted());
+    // One without may be anybody's, if the key is elsewhere.
+    let (directory, path) = file("[Interface]\nAddress = 10.9.0.1/24\n", 0o644);
+    let key = directory.path().join("key");
+    fs::write(&key, PRIVATE).unwrap();
+    fs::set_permissions(&key, Permissions::from_mode(0o600)).unwrap();
+    let flags = format!("--private-key {}", key.display());
+    assert!(config(&path, &flags).unwrap().is_encrypted());
     let error = |path: &str| config(path.as_ref(), "").unwrap_err().to_string();
     assert!(error("/dev/null").contains("not a regular file"));
     assert!(error("/nonexistent").contains("cannot read --wg-config /nonexistent"));
+}
+
+/// Whoever writes such a file counts on encryption, whatever peers the flags name.
+#[test]
+fn a_file_without_a_key_makes_no_plain_tunnel() {
+    let (_directory, path) = file("[Interface]\nAddress = 10.9.0.1/24\n", 0o600);
+    for flags in ["", "--peer 192.0.2.1"] {
+        let error = config(&path, flags).unwrap_err().to_string();
+        let parts = ["/wg0.conf, there is no private key", "PrivateKey"];
+        assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+    }
 }
 
 #[test]
