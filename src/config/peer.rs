@@ -190,7 +190,16 @@ impl TryFrom<PeerTable> for PeerSpec {
         if table.public_key.is_none()
             && let Some((option, _)) = options.iter().find(|(_, is_given)| *is_given)
         {
-            return Err(format!("`{option}` needs the peer's `public-key`"));
+            return Err(match (*option, identity) {
+                // It follows from the shared secret.
+                ("preshared-key-file", Some(_)) => {
+                    format!("`{option}` contradicts `identity`: leave one of them out")
+                }
+                ("persistent-keepalive", _) => format!(
+                    "`{option}` needs the peer's `public-key`, or with a secret-file its `identity`"
+                ),
+                _ => format!("`{option}` needs the peer's `public-key`"),
+            });
         }
         Ok(Self {
             prefixes: table.prefixes,

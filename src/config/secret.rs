@@ -3,13 +3,14 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
+use std::path::Path;
 
 use super::keys::read_text;
 use super::options::Config;
 use super::peer::{PeerName, PeerSpec, identity_at};
 use crate::error::{Error, Result};
 use crate::wire::wireguard::keys::PresharedKey;
-use crate::wire::wireguard::secret::SharedSecret;
+use crate::wire::wireguard::secret::{SharedSecret, WeakSecret};
 
 impl Config {
     /// Makes sure that what belongs to a shared secret is there with one only.
@@ -52,6 +53,11 @@ impl Config {
         let Some(file) = &self.secret_file else {
             return Ok(());
         };
+        if may_be_secret(file) {
+            let what =
+                "secret-file takes the path of a file with the secret, not the secret itself";
+            return Err(Error::new(what).hint("there is no file of the name that was given"));
+        }
         let text = read_text("secret-file", file)?;
         let secret = text.trim().parse::<SharedSecret>();
         self.secret = Some(secret.map_err(|why| {
@@ -135,6 +141,18 @@ impl Config {
     pub(crate) fn shared_preshared_key(&self) -> Option<PresharedKey> {
         self.secret.as_ref().map(SharedSecret::preshared_key)
     }
+}
+
+/// Whether somebody may have taken the secret itself for its file's path: nothing is there,
+/// and a secret could read like that, a bad one included.
+fn may_be_secret(path: &Path) -> bool {
+    let reads_like_one = match path.to_string_lossy().parse::<SharedSecret>() {
+        Err(WeakSecret::Short) => false,
+        // A dot, as in the names of most files.
+        Err(WeakSecret::Alphabet) => !path.is_absolute(),
+        _ => true,
+    };
+    reads_like_one && !path.exists()
 }
 
 #[cfg(test)]

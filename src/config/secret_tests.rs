@@ -133,6 +133,29 @@ fn what_contradicts_is_refused() {
     assert!(files.config_of(&table).is_err());
 }
 
+/// What a peer lacks is what makes its key in this mode.
+#[test]
+fn what_needs_a_key_is_said_of_the_identity_too() {
+    let files = Files::new();
+    for (table, part) in [
+        (
+            "endpoint = \"a\"\npersistent-keepalive = 25",
+            "with a secret-file its `identity`",
+        ),
+        (
+            "identity = \"a\"\npreshared-key-file = \"k\"",
+            "contradicts `identity`",
+        ),
+        (
+            "endpoint = \"a\"\npreshared-key-file = \"k\"",
+            "needs the peer's `public-key`",
+        ),
+    ] {
+        let refused = files.config_of(&format!("[[peer]]\n{table}")).unwrap_err();
+        assert!(refused.to_string().contains(part), "{refused}");
+    }
+}
+
 #[test]
 fn the_secret_is_good_and_its_owners_alone() {
     let files = Files::new();
@@ -156,6 +179,33 @@ fn the_secret_is_good_and_its_owners_alone() {
             "{refused}"
         );
         assert!(text.is_empty() || !refused.contains(text), "{refused}");
+    }
+}
+
+#[test]
+fn a_secret_in_place_of_its_file_is_not_quoted() {
+    for text in [
+        SECRET.to_string(),
+        format!("/{SECRET}"),
+        format!("{SECRET}!"),
+        SECRET.repeat(30),
+        "correct-horse-battery-staple-correct".into(),
+    ] {
+        let words = ["--secret-file", &text, "--peer", "a"];
+        let refused = Config::from_words(words.map(OsStr::new));
+        let refused = refused.unwrap_err().to_string();
+        assert!(refused.contains("not the secret itself"), "{refused}");
+        assert!(!refused.contains(&text[..12]), "{refused}");
+    }
+    // A file that is missing is named.
+    for path in ["none", "/nonexistent/directory.of.secrets/the_secret_file"] {
+        let words = ["--secret-file", path, "--peer", "a"];
+        let refused = Config::from_words(words.map(OsStr::new));
+        let refused = refused.unwrap_err().to_string();
+        assert!(
+            refused.contains(&format!("cannot read secret-file {path}")),
+            "{refused}"
+        );
     }
 }
 
