@@ -150,7 +150,7 @@ mod tests {
     use std::net::{IpAddr, Ipv6Addr};
 
     use super::*;
-    use crate::config::{DEFAULT_PORT, PeerSpec};
+    use crate::config::{DEFAULT_PORT, PeerSpec, parse_peer};
     use crate::routing::overlay::Origin;
 
     const ANY: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), DEFAULT_PORT);
@@ -305,6 +305,30 @@ mod tests {
         let taken = take_answer(&mut overlay, &mut names, answer, |_| false, |_, _| Ok(()));
         assert!(taken[0].1.is_ok());
         assert_eq!(asked.try_iter().collect::<Vec<_>>(), [name("due")]);
+    }
+
+    /// Where it has roamed to counts no more once it is to be somewhere else.
+    #[test]
+    fn a_peer_that_has_roamed_follows_another_name() {
+        const KEY: &str = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=";
+        let spec = |host: &str| parse_peer(&format!("{KEY}@{host}=10.8.0.0/16")).unwrap();
+        let (mut names, _asked, _answers) = Names::without_threads();
+        let mut overlay = Overlay::default();
+        overlay.configure(&[spec("old.example")]).unwrap();
+        let roamed = "192.0.2.7:1024".parse().unwrap();
+        overlay.set_roamed(0, roamed);
+        for (host, endpoint) in [
+            ("old.example", roamed),
+            ("new.example", "10.1.0.1:8285".parse().unwrap()),
+        ] {
+            overlay.configure(&[spec(host)]).unwrap();
+            assert_eq!(overlay.peer(0).unwrap().endpoint, Some(roamed));
+            names.watch(overlay.dns_names(), Instant::now());
+            names.tick(Instant::now());
+            let answer = answer(host, Some("10.1.0.1:8285"));
+            take_answer(&mut overlay, &mut names, answer, |_| false, |_, _| Ok(()));
+            assert_eq!(overlay.peer(0).unwrap().endpoint, Some(endpoint), "{host}");
+        }
     }
 
     #[test]

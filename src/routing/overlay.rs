@@ -381,6 +381,10 @@ impl Overlay {
             return;
         }
         peer.place = place;
+        // From now on what it was given counts, once a name has been resolved.
+        if let Some(secure) = &mut peer.secure {
+            secure.has_roamed = false;
+        }
         if let Some(endpoint) = peer.place.as_ref().and_then(HostPort::literal) {
             self.set_endpoint(hop, Some(endpoint));
         }
