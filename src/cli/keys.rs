@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use nix::sys::stat::{Mode, SFlag, fstat};
 use zeroize::Zeroizing;
 
+use crate::config::hide_memory;
 use crate::error::{Error, Result};
 use crate::wire::wireguard::keys::{PresharedKey, PrivateKey};
 use crate::wire::wireguard::secret::SharedSecret;
@@ -32,6 +33,7 @@ pub enum KeyCommand {
 /// # Errors
 /// When there is no key to read, or when it cannot be written.
 pub fn run(command: KeyCommand) -> Result<()> {
+    hide_memory();
     let mut stdout = io::stdout();
     let text = match command {
         KeyCommand::Genkey => PrivateKey::generate().to_base64(),

@@ -7,6 +7,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::str::FromStr;
 
+use nix::sys::prctl::set_dumpable;
 use zeroize::{Zeroize, Zeroizing};
 
 use super::options::Config;
@@ -43,6 +44,14 @@ impl Config {
     }
 }
 
+/// Keeps keys out of core dumps, and from other processes of the same user (ptrace(2),
+/// `/proc/PID/mem`); to be called before any is read or made. It covers all memory, wherever
+/// keys are copied to, so no range needs `MADV_DONTDUMP` of its own; and it needs no right
+/// that could be missing, nor can it fail (prctl(2)).
+pub(crate) fn hide_memory() {
+    let _ = set_dumpable(false);
+}
+
 /// Reads a key from a file that nobody but its owner has access to. `option`: what names
 /// the file.
 ///
@@ -72,6 +81,7 @@ pub(super) fn read_text(option: &str, path: &Path) -> Result<Zeroizing<String>> 
     let cannot = |cause| Error::os(format!("cannot read {option} {name}"), cause);
     let (file, metadata) = open(option, path)?;
     check_owner_alone(option, path, &metadata)?;
+    hide_memory();
     // As much as there may be, so that no copy is left behind when it grows.
     let mut text = Zeroizing::new(String::with_capacity(2 * FILE_BYTES_MAX as usize));
     match file.take(FILE_BYTES_MAX + 1).read_to_string(&mut text) {
@@ -129,6 +139,8 @@ mod tests {
     use std::fs::{self, Permissions};
     use std::os::unix::fs::PermissionsExt;
 
+    use nix::sys::prctl::get_dumpable;
+
     use super::*;
     use crate::wire::wireguard::keys::{PresharedKey, PrivateKey};
 
@@ -170,6 +182,32 @@ mod tests {
             assert!(error.contains("genkey"), "{error}");
             assert!(!error.contains(&PRIVATE[1..20]), "{error}");
         }
+    }
+
+    /// Whatever file they are in, and whatever the process is to be.
+    #[test]
+    fn a_process_that_reads_keys_leaves_no_core_dump() {
+        use std::ffi::OsStr;
+
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        for (option, text) in [
+            ("--private-key", PRIVATE.to_string()),
+            ("--secret-file", PRIVATE.to_string()),
+            (
+                "--wg-config",
+                format!("[Interface]\nPrivateKey = {PRIVATE}\n"),
+            ),
+        ] {
+            fs::write(&path, text).unwrap();
+            fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
+            set_dumpable(true).unwrap();
+            let words = [OsStr::new(option), path.as_os_str()];
+            Config::from_words(words).unwrap();
+            assert_eq!(get_dumpable(), Ok(false), "{option}");
+        }
+        // Other tests of this process are none of its business.
+        set_dumpable(true).unwrap();
     }
 
     #[test]

@@ -26,6 +26,7 @@ mod wg_quick;
 
 pub(crate) use control_path::{CONTROL_DIRECTORY, default_control_path, default_control_paths};
 pub use file::parse_bytes;
+pub(crate) use keys::hide_memory;
 pub use options::Config;
 pub(crate) use options::{QUEUES, TUN_NAME_DEFAULT};
 pub(crate) use peer::{

@@ -13,7 +13,7 @@ use ipnet::IpNet;
 use zeroize::Zeroizing;
 
 use super::file::{FILE_BYTES_MAX, parse_bytes};
-use super::keys::{check_owner_alone, open};
+use super::keys::{check_owner_alone, hide_memory, open};
 use super::options::Config;
 use super::peer::{HostPort, PeerName, PeerSpec, parse_host_port, parse_keepalive};
 use super::types::{ParseResult, parse_fwmark, parse_prefix};
@@ -38,6 +38,7 @@ pub(super) fn read_file(path: &Path) -> Result<Config> {
         let what = format!("{OPTION} {name} has more than {FILE_BYTES_MAX} bytes");
         return Err(Error::new(what));
     }
+    hide_memory();
     // With room for more than there is, so that no copy is left behind when it grows.
     let mut bytes = Zeroizing::new(Vec::with_capacity(metadata.len() as usize + 4096));
     file.take(FILE_BYTES_MAX)

@@ -1,6 +1,4 @@
-//! What becomes of memory: how the allocator gives it back, and who may see it.
-
-use nix::sys::prctl::set_dumpable;
+//! What becomes of memory: how the allocator gives it back.
 
 /// Has large blocks go back to the kernel whenever they are freed: answers to
 /// operators, tables, configuration files.
@@ -17,29 +15,5 @@ pub fn give_back_large_blocks() {
         if !is_set {
             tracing::debug!("mallopt(M_MMAP_THRESHOLD) was refused");
         }
-    }
-}
-
-/// Keeps keys out of core dumps, and from other processes of the same user (ptrace(2),
-/// `/proc/PID/mem`). It covers all memory, wherever keys are copied to, so no range needs
-/// `MADV_DONTDUMP` of its own; and it needs no right that could be missing.
-pub fn hide() {
-    if let Err(errno) = set_dumpable(false) {
-        tracing::warn!("cannot keep keys out of core dumps: {}", errno.desc());
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use nix::sys::prctl::get_dumpable;
-
-    use super::*;
-
-    #[test]
-    fn a_process_with_keys_leaves_no_core_dump() {
-        hide();
-        assert_eq!(get_dumpable(), Ok(false));
-        // Other tests of this process are none of its business.
-        set_dumpable(true).unwrap();
     }
 }

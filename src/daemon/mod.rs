@@ -65,9 +65,6 @@ pub fn run(config: Config) -> Result<()> {
     let signals = watch_signals()?;
     raise_descriptor_limit();
     memory::give_back_large_blocks();
-    if config.is_encrypted() {
-        memory::hide();
-    }
     let (tunnel, control) = begin(config)?;
     let mut daemon = Daemon::new(tunnel, control);
     let end = daemon.run(&signals);
