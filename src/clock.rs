@@ -2,12 +2,12 @@
 
 use nix::time::{ClockId, clock_gettime};
 
-/// Nanoseconds of `CLOCK_MONOTONIC`, some milliseconds old at the most: to ask for it costs
-/// less than for the exact time (`clock_gettime(2)`).
+/// Nanoseconds of `CLOCK_BOOTTIME`, which goes on while the machine sleeps, as the time does
+/// at the other end (`clock_gettime(2)`).
 #[inline]
 pub fn now_ns() -> u64 {
     // Any Linux has this clock.
-    clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE).map_or(0, |time| {
+    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(0, |time| {
         time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64
     })
 }

@@ -101,6 +101,13 @@ impl Encryption {
         Ok(())
     }
 
+    /// Makes new sessions with the peers: another process had those that there were.
+    pub fn renew(&self) {
+        if let Some(handshakes) = &self.handshakes {
+            handshakes.renew();
+        }
+    }
+
     /// Ends the handshake thread, and all sessions.
     pub fn stop(&mut self) {
         self.handshakes = None;

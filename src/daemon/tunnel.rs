@@ -108,6 +108,18 @@ impl Tunnel {
         }
     }
 
+    /// [`Self::go`], where another process has carried packets so far.
+    ///
+    /// # Errors
+    /// As [`Self::go`].
+    pub fn go_on(&mut self) -> Result<()> {
+        self.go()?;
+        if let Some(encryption) = &self.encryption {
+            encryption.renew();
+        }
+        Ok(())
+    }
+
     /// Has everything stop that carries packets: all sessions end.
     pub fn stop(&mut self) {
         self.workers.stop();

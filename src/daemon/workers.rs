@@ -18,9 +18,9 @@ use crate::counters::{Counters, Snapshot};
 use crate::dataplane::idle::Spin;
 use crate::dataplane::inbound::{Inbound, ReceivedProbe};
 use crate::dataplane::outbound::Outbound;
-use crate::dataplane::sessions::Sessions;
+use crate::dataplane::sessions::{Inbox, Sessions};
 use crate::dataplane::table::Table;
-use crate::dataplane::{self, Queueing, WorkerCommand};
+use crate::dataplane::{self, Commands, Queueing, WorkerCommand};
 use crate::error::{Error, Result};
 use crate::io::engine::Engine;
 use crate::io::epoll::Epoll;
@@ -40,7 +40,6 @@ const PUBLISH_WAIT_MAX: Duration = Duration::from_secs(5);
 const RESET_AFTER_MAX: usize = 0;
 const TABLE_AFTER_MAX: usize = 1;
 const STOP_AFTER_MAX: usize = usize::MAX;
-const SESSIONS_AFTER_MAX: usize = 16;
 
 /// What there is once in a namespace: the device and the sockets on the port.
 pub struct Claimed {
@@ -142,6 +141,7 @@ fn queueing(config: &Config) -> Queueing {
 #[derive(Clone)]
 struct WorkerHandle {
     commands: Sender<WorkerCommand>,
+    inbox: Arc<Inbox>,
     /// Wakes the thread, to read a command.
     wake: Arc<EventFd>,
 }
@@ -154,9 +154,13 @@ impl WorkerHandle {
             return false;
         }
         let _ = self.commands.send(command);
+        self.wake();
+        true
+    }
+
+    fn wake(&self) {
         // The counter cannot overflow: a worker empties it each time.
         let _ = self.wake.write(1);
-        true
     }
 }
 
@@ -254,7 +258,8 @@ impl Workers {
         (self.gate, self.failures) = (Some(gate), reports);
         let mut handles = Vec::new();
         for (index, descriptors) in self.descriptors.iter().enumerate() {
-            let (sender, commands) = unbounded();
+            let (sender, queue) = unbounded();
+            let inbox = Arc::default();
             let wake = Arc::new(event_counter()?);
             let worker = Worker {
                 index,
@@ -262,13 +267,17 @@ impl Workers {
                 counters: Arc::clone(&self.counters[index]),
                 setup: self.setup.clone(),
                 wake: Arc::clone(&wake),
-                commands,
+                commands: Commands {
+                    queue,
+                    inbox: Arc::clone(&inbox),
+                },
                 gate: open.clone(),
                 report: report.clone(),
             };
             self.threads.push(worker.spawn()?);
             handles.push(WorkerHandle {
                 commands: sender,
+                inbox,
                 wake,
             });
         }
@@ -338,8 +347,8 @@ impl Workers {
         let handles = Arc::clone(&self.handles);
         move || {
             for worker in lock(&handles).iter() {
-                // Among so many commands that wait there is this one already.
-                worker.tell(WorkerCommand::Sessions, SESSIONS_AFTER_MAX);
+                worker.inbox.put_sessions();
+                worker.wake();
             }
         }
     }
@@ -350,10 +359,8 @@ impl Workers {
         let handles = Arc::clone(&self.handles);
         move |sender, datagram| {
             if let Some(worker) = lock(&handles).first() {
-                worker.tell(
-                    WorkerCommand::Datagram(sender, datagram.into()),
-                    SESSIONS_AFTER_MAX,
-                );
+                worker.inbox.put_stray(sender, datagram);
+                worker.wake();
             }
         }
     }
@@ -434,7 +441,7 @@ struct Worker {
     counters: Arc<Counters>,
     setup: Setup,
     wake: Arc<EventFd>,
-    commands: Receiver<WorkerCommand>,
+    commands: Commands,
     /// Opens by being closed: nothing is ever sent.
     gate: Receiver<()>,
     /// Takes `None` when the worker is ready, and the error that ends it.

@@ -16,7 +16,6 @@ pub(crate) mod sessions;
 pub mod table;
 
 use std::convert::Infallible;
-use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crossbeam_channel::{Receiver, Sender};
@@ -24,6 +23,7 @@ use crossbeam_channel::{Receiver, Sender};
 use self::idle::{Idle, Spin};
 use self::inbound::Inbound;
 use self::outbound::Outbound;
+use self::sessions::Inbox;
 use self::table::Table;
 use crate::counters::Counters;
 use crate::error::Result;
@@ -31,7 +31,7 @@ use crate::io::engine::{Engine, Event, ReceiveMeta};
 use crate::packet::ecn::Ecn;
 use crate::packet::fq_codel::Aqm;
 
-/// What the control thread tells a worker. An [`Event::Wake`] follows.
+/// What the control thread tells a worker.
 #[derive(Debug)]
 pub(crate) enum WorkerCommand {
     /// End the loop.
@@ -41,10 +41,15 @@ pub(crate) enum WorkerCommand {
     Table(Arc<Mutex<Arc<Table>>>, Sender<Infallible>),
     /// Try batches of full size again on all paths.
     ResetLimits,
-    /// There are sessions that were asked for.
-    Sessions,
-    /// Take in a datagram of this sender, which has come to the handshake socket.
-    Datagram(SocketAddr, Box<[u8]>),
+}
+
+/// What a worker is told. An [`Event::Wake`] follows.
+#[derive(Debug)]
+pub(crate) struct Commands {
+    /// By the control thread.
+    pub(crate) queue: Receiver<WorkerCommand>,
+    /// By the handshake thread.
+    pub(crate) inbox: Arc<Inbox>,
 }
 
 /// How packets wait for a socket to have room, and what their datagrams look like.
@@ -77,7 +82,7 @@ const READ_AHEAD_MAX: usize = 256;
 /// When the engine fails for good, such as when the device was deleted.
 pub(crate) fn run(
     engine: &mut impl Engine,
-    commands: &Receiver<WorkerCommand>,
+    commands: &Commands,
     mut table: Arc<Table>,
     mut outbound: Outbound,
     mut inbound: Inbound,
@@ -160,14 +165,14 @@ pub(crate) fn run(
 
 /// Carries out what the control thread has said; `true` if that is to stop.
 fn obey(
-    commands: &Receiver<WorkerCommand>,
+    commands: &Commands,
     table: &mut Arc<Table>,
     (outbound, inbound): (&mut Outbound, &mut Inbound),
     counters: &Counters,
     engine: &mut impl Engine,
 ) -> bool {
     let mut is_stopping = false;
-    for command in commands.try_iter() {
+    for command in commands.queue.try_iter() {
         match command {
             // What has arrived is still carried: the next process may go on with
             // what has not.
@@ -189,17 +194,19 @@ fn obey(
                 drop(in_force);
             }
             WorkerCommand::ResetLimits => engine.reset_limits(),
-            WorkerCommand::Sessions => outbound.retry(table, counters, engine),
-            WorkerCommand::Datagram(sender, mut datagram) => {
-                let meta = ReceiveMeta {
-                    sender,
-                    segment_bytes: datagram.len(),
-                    // That of its own is not known any more.
-                    ecn: Ecn::NotEct,
-                };
-                inbound.push(&mut datagram, meta, table, counters, engine);
-            }
         }
+    }
+    if commands.inbox.take_sessions() {
+        outbound.retry(table, counters, engine);
+    }
+    for (sender, mut datagram) in commands.inbox.strays() {
+        let meta = ReceiveMeta {
+            sender,
+            segment_bytes: datagram.len(),
+            // That of its own is not known any more.
+            ecn: Ecn::NotEct,
+        };
+        inbound.push(&mut datagram, meta, table, counters, engine);
     }
     is_stopping
 }
@@ -239,7 +246,11 @@ mod tests {
         let all: (ipnet::IpNet, NextHop) = ("0.0.0.0/0".parse().unwrap(), 0);
         let prefixes = Arc::new(Prefixes::new([all]));
         let table = Table::new(vec![peer], prefixes, TunnelAddresses::default(), false);
-        let (sender, commands) = crossbeam_channel::unbounded();
+        let (sender, queue) = crossbeam_channel::unbounded();
+        let commands = Commands {
+            queue,
+            inbox: Arc::default(),
+        };
         let mut engine = Fake::default();
         // Together they are longer than a batch may be.
         for _ in 0..4 {

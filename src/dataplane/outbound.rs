@@ -26,6 +26,7 @@ use super::report::Reporter;
 use super::send_queue::{Account, SendQueue};
 use super::sessions::{Held, Sessions};
 use super::table::{PeerSnapshot, Table};
+use crate::clock;
 use crate::counters::Counters;
 use crate::io::engine::{Destination, Engine, OPEN_BATCHES_MAX, SendFailure};
 use crate::io::udp::{PORTS, Port};
@@ -123,6 +124,21 @@ impl Outbound {
         // What is no packet is left for the next step to refuse.
         let is_expired =
             table.is_hop() && hop::decrement_vnet_packet(vnet_packet) == Some(Hop::Expired);
+        self.forward(vnet_packet, is_expired, None, table, counters, engine);
+    }
+
+    /// Forwards one vnet packet. `held_since_ns`: since when it has been held for lack of a
+    /// session, if it has.
+    #[inline]
+    fn forward(
+        &mut self,
+        vnet_packet: &[u8],
+        is_expired: bool,
+        held_since_ns: Option<u64>,
+        table: &Table,
+        counters: &Counters,
+        engine: &mut impl Engine,
+    ) {
         let Ok(segments) = Segments::new(vnet_packet) else {
             counters.drop_tun_malformed.add(1);
             return;
@@ -135,7 +151,7 @@ impl Outbound {
         match to {
             Ok(to) => self.append(&segments, to, table, counters, engine),
             Err(Refusal::NoSession { next_hop }) => {
-                self.hold(vnet_packet, next_hop, table, counters);
+                self.hold(vnet_packet, next_hop, held_since_ns, table, counters);
             }
             Err(refusal) => self.refuse(refusal, &segments, table, counters, engine),
         }
@@ -202,7 +218,9 @@ impl Outbound {
     /// Bytes of the longest datagram that reaches a peer in one piece.
     #[inline]
     fn datagram_bytes_max(&self, peer: &PeerSnapshot) -> usize {
-        self.mode.datagram_bytes(peer.mtu_bytes, 0)
+        self.mode
+            .datagram_bytes(peer.mtu_bytes, 0)
+            .min(BATCH_BYTES_MAX)
     }
 
     /// Opens a batch toward a peer, and returns its index.
@@ -359,20 +377,34 @@ impl Outbound {
 
     /// Holds a vnet packet until its peer has a session.
     #[cold]
-    fn hold(&mut self, vnet_packet: &[u8], next_hop: NextHop, table: &Table, counters: &Counters) {
+    fn hold(
+        &mut self,
+        vnet_packet: &[u8],
+        next_hop: NextHop,
+        since_ns: Option<u64>,
+        table: &Table,
+        counters: &Counters,
+    ) {
         let peer = table.at(next_hop).and_then(|peer| peer.sessions.as_ref());
-        if let (Some(sessions), Some(peer)) = (&self.sessions, peer) {
-            self.held.push(vnet_packet, counters);
-            sessions.request(peer);
-        }
+        let since_ns = match (since_ns, &self.sessions, peer) {
+            // Asked for already: who asks again has it tried for longer.
+            (Some(since_ns), ..) => since_ns,
+            (None, Some(sessions), Some(peer)) => {
+                sessions.request(peer);
+                clock::now_ns()
+            }
+            _ => return,
+        };
+        self.held.push(vnet_packet, next_hop, since_ns, counters);
     }
 
     /// Takes in again what was held for lack of a session.
     pub fn retry(&mut self, table: &Table, counters: &Counters, engine: &mut impl Engine) {
         std::mem::swap(&mut self.held, &mut self.held_before);
         let mut before = std::mem::take(&mut self.held_before);
-        for vnet_packet in before.vnet_packets() {
-            self.push(vnet_packet, table, counters, engine);
+        for (vnet_packet, since_ns) in before.vnet_packets(clock::now_ns(), counters) {
+            // Its hop was taken when it came.
+            self.forward(vnet_packet, false, Some(since_ns), table, counters, engine);
         }
         before.clear();
         self.held_before = before;

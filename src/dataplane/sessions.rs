@@ -3,21 +3,74 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use crossbeam_channel::Sender;
+use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::sys::eventfd::EventFd;
 
 use super::table::Table;
 use crate::clock;
 use crate::counters::Counters;
-use crate::packet::batch::Batch;
+use crate::packet::batch::{Batch, NextHop};
 use crate::wire::wireguard::sessions::{PeerSessions, SessionMap, WorkerRequest};
 
 /// Bytes of the packets that a worker holds for peers without a session, and how many they
 /// may be.
 const HELD_BYTES_MAX: usize = 256 << 10;
 const HELD_MAX: usize = 128;
+
+/// How many of them may be for one peer, so that one that is gone leaves room for others.
+const HELD_PER_PEER_MAX: usize = 32;
+
+/// How long they are held: no handshake is tried for longer (the paper's Rekey-Attempt-Time).
+const HELD_NS_MAX: u64 = 90_000_000_000;
+
+/// Strays that may wait for a worker.
+const STRAYS_MAX: usize = 8;
+
+/// A datagram that has come to the handshake socket, and its sender.
+type Stray = (SocketAddr, Box<[u8]>);
+
+/// What the handshake thread has for a worker. Who puts something in wakes the worker then.
+#[derive(Debug)]
+pub struct Inbox {
+    has_sessions: AtomicBool,
+    strays: (Sender<Stray>, Receiver<Stray>),
+}
+
+impl Default for Inbox {
+    fn default() -> Self {
+        Self {
+            has_sessions: AtomicBool::new(false),
+            strays: bounded(STRAYS_MAX),
+        }
+    }
+}
+
+impl Inbox {
+    /// Says that there are sessions that were asked for.
+    pub fn put_sessions(&self) {
+        self.has_sessions.store(true, Ordering::Release);
+    }
+
+    /// Whether there are, since the last call.
+    pub fn take_sessions(&self) -> bool {
+        self.has_sessions.swap(false, Ordering::AcqRel)
+    }
+
+    /// Leaves a datagram to be taken in. It is lost if some wait already.
+    pub fn put_stray(&self, sender: SocketAddr, datagram: &[u8]) {
+        let (strays, _) = &self.strays;
+        if !strays.is_full() {
+            let _ = strays.try_send((sender, datagram.into()));
+        }
+    }
+
+    /// The datagrams that were left.
+    pub fn strays(&self) -> impl Iterator<Item = Stray> {
+        self.strays.1.try_iter().take(STRAYS_MAX)
+    }
+}
 
 /// What workers and the handshake thread have in common.
 #[derive(Clone, Debug)]
@@ -43,10 +96,13 @@ impl Sessions {
     }
 
     /// Passes a handshake message on that has come here: the kernel may have merged it with
-    /// others.
+    /// others. A flood of them leaves room for what workers ask for.
     #[cold]
     pub fn pass_on(&self, sender: SocketAddr, message: &[u8]) {
-        self.tell(WorkerRequest::Message(sender, message.into()));
+        let room = self.requests.capacity().unwrap_or(0) / 2;
+        if self.requests.len() < room {
+            self.tell(WorkerRequest::Message(sender, message.into()));
+        }
     }
 
     /// Says that a peer has a session now, for packets that other workers hold.
@@ -86,40 +142,71 @@ impl Sessions {
 #[derive(Debug, Default)]
 pub struct Held {
     bytes: Vec<u8>,
-    /// Where each ends.
-    ends: Vec<usize>,
+    packets: Vec<HeldPacket>,
+}
+
+#[derive(Debug)]
+struct HeldPacket {
+    /// Where it ends.
+    end: usize,
+    next_hop: NextHop,
+    since_ns: u64,
 }
 
 impl Held {
-    /// Holds one more. Where there is no room, those before it are dropped and counted: what
-    /// is new is of more use.
+    /// Holds one more, unless too many wait for the same peer. Where there is no room for
+    /// it, those before it are dropped: what is new is of more use. Drops are counted.
     #[cold]
-    pub fn push(&mut self, vnet_packet: &[u8], counters: &Counters) {
-        if self.ends.len() == HELD_MAX || self.bytes.len() + vnet_packet.len() > HELD_BYTES_MAX {
-            counters.drop_no_session.add(self.ends.len() as u64);
+    pub fn push(
+        &mut self,
+        vnet_packet: &[u8],
+        next_hop: NextHop,
+        since_ns: u64,
+        counters: &Counters,
+    ) {
+        let same = self.packets.iter().filter(|one| one.next_hop == next_hop);
+        if same.count() >= HELD_PER_PEER_MAX {
+            counters.drop_no_session.add(1);
+            return;
+        }
+        if self.packets.len() == HELD_MAX || self.bytes.len() + vnet_packet.len() > HELD_BYTES_MAX {
+            counters.drop_no_session.add(self.packets.len() as u64);
             self.clear();
         }
         self.bytes.reserve_exact(HELD_BYTES_MAX - self.bytes.len());
-        self.ends.reserve_exact(HELD_MAX - self.ends.len());
+        self.packets.reserve_exact(HELD_MAX - self.packets.len());
         self.bytes.extend_from_slice(vnet_packet);
-        self.ends.push(self.bytes.len());
+        self.packets.push(HeldPacket {
+            end: self.bytes.len(),
+            next_hop,
+            since_ns,
+        });
     }
 
-    /// The vnet packets, in order.
-    pub fn vnet_packets(&mut self) -> impl Iterator<Item = &mut [u8]> {
+    /// The vnet packets that are not too old, in order, each with the time since when it is
+    /// held. The others are counted as drops.
+    pub fn vnet_packets(
+        &mut self,
+        now_ns: u64,
+        counters: &Counters,
+    ) -> impl Iterator<Item = (&mut [u8], u64)> {
         let mut rest = &mut self.bytes[..];
         let mut start = 0;
-        self.ends.iter().map(move |&end| {
-            let (packet, after) = std::mem::take(&mut rest).split_at_mut(end - start);
-            (rest, start) = (after, end);
-            packet
+        self.packets.iter().filter_map(move |one| {
+            let (packet, after) = std::mem::take(&mut rest).split_at_mut(one.end - start);
+            (rest, start) = (after, one.end);
+            if now_ns.saturating_sub(one.since_ns) >= HELD_NS_MAX {
+                counters.drop_no_session.add(1);
+                return None;
+            }
+            Some((packet, one.since_ns))
         })
     }
 
     /// Forgets all.
     pub fn clear(&mut self) {
         self.bytes.clear();
-        self.ends.clear();
+        self.packets.clear();
     }
 }
 
@@ -127,29 +214,61 @@ impl Held {
 mod tests {
     use super::*;
 
+    fn packets(held: &mut Held, now_ns: u64, counters: &Counters) -> Vec<Vec<u8>> {
+        let packets = held.vnet_packets(now_ns, counters);
+        packets.map(|(packet, _)| packet.to_vec()).collect()
+    }
+
     #[test]
     fn what_is_held_comes_out_in_order() {
         let (mut held, counters) = (Held::default(), Counters::default());
         for packet in [&[1; 3][..], &[2], &[3; 2]] {
-            held.push(packet, &counters);
+            held.push(packet, 0, 1, &counters);
         }
-        let packets: Vec<_> = held.vnet_packets().map(|packet| packet.to_vec()).collect();
-        assert_eq!(packets, [vec![1; 3], vec![2], vec![3; 2]]);
-        held.clear();
-        assert!(held.vnet_packets().next().is_none());
+        let all = [vec![1; 3], vec![2], vec![3; 2]];
+        assert_eq!(packets(&mut held, 1, &counters), all);
         assert_eq!(counters.drop_no_session.get(), 0);
+        held.clear();
+        assert!(packets(&mut held, 1, &counters).is_empty());
     }
 
     #[test]
     fn what_is_new_takes_the_place_of_what_is_old() {
         let (mut held, counters) = (Held::default(), Counters::default());
-        for _ in 0..=HELD_MAX {
-            held.push(&[1], &counters);
+        for number in 0..=HELD_MAX {
+            held.push(&[1], number as NextHop, 1, &counters);
         }
         assert_eq!(counters.drop_no_session.get(), HELD_MAX as u64);
-        held.push(&vec![2; HELD_BYTES_MAX], &counters);
+        held.push(&vec![2; HELD_BYTES_MAX], 0, 1, &counters);
         assert_eq!(counters.drop_no_session.get(), HELD_MAX as u64 + 1);
-        assert_eq!(held.vnet_packets().count(), 1);
+        assert_eq!(packets(&mut held, 1, &counters).len(), 1);
         assert!(held.bytes.capacity() < 2 * HELD_BYTES_MAX);
+    }
+
+    #[test]
+    fn a_peer_that_is_gone_leaves_room_for_others_and_is_not_waited_for_in_vain() {
+        let (mut held, counters) = (Held::default(), Counters::default());
+        held.push(&[1], 1, 1, &counters);
+        for _ in 0..1000 {
+            held.push(&[2], 2, 2, &counters);
+        }
+        assert_eq!(held.packets.len(), 1 + HELD_PER_PEER_MAX);
+        let dropped = 1000 - HELD_PER_PEER_MAX as u64;
+        assert_eq!(counters.drop_no_session.get(), dropped);
+        let later = packets(&mut held, 1 + HELD_NS_MAX, &counters);
+        assert_eq!(later, vec![vec![2]; HELD_PER_PEER_MAX]);
+        assert_eq!(counters.drop_no_session.get(), dropped + 1);
+    }
+
+    #[test]
+    fn strays_are_few_and_sessions_are_told_of_once() {
+        let inbox = Inbox::default();
+        for number in 0..100 {
+            inbox.put_stray(([10, 0, 0, 1], 1).into(), &[number]);
+            inbox.put_sessions();
+        }
+        assert_eq!(inbox.strays().count(), STRAYS_MAX);
+        assert_eq!(inbox.strays().count(), 0);
+        assert!(inbox.take_sessions() && !inbox.take_sessions());
     }
 }

@@ -1,7 +1,7 @@
 //! The memory behind `sendmsg(2)` and `recvmsg(2)` requests: it must stay
 //! where it is while the kernel works on it.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV6};
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -10,7 +10,7 @@ use socket2::SockAddr;
 
 use crate::packet::batch::Batch;
 use crate::packet::ecn::Ecn;
-use crate::packet::ip;
+use crate::packet::ip::{self, canonical};
 
 /// Bytes of the longest sender's address: `sockaddr_in6`.
 const NAME_BYTES: usize = 28;
@@ -30,18 +30,20 @@ const _: () = assert!(size_of::<libc::cmsghdr>() == CMSG_HEADER_BYTES);
 pub fn parse_name(name: &[u8]) -> Option<SocketAddr> {
     let family = u16::from_ne_bytes(*name.first_chunk::<2>()?);
     let port = u16::from_be_bytes(name.get(2..4)?.try_into().ok()?);
-    let address: IpAddr = match i32::from(family) {
+    match i32::from(family) {
         libc::AF_INET => {
             let octets: [u8; 4] = name.get(4..8)?.try_into().ok()?;
-            Ipv4Addr::from(octets).into()
+            Some(SocketAddr::from((octets, port)))
         }
         libc::AF_INET6 => {
             let octets: [u8; 16] = name.get(8..24)?.try_into().ok()?;
-            IpAddr::from(Ipv6Addr::from(octets)).to_canonical()
+            // Without it nothing could be sent back to a link-local address.
+            let scope_id = u32::from_ne_bytes(name.get(24..28)?.try_into().ok()?);
+            let address = SocketAddrV6::new(octets.into(), port, 0, scope_id);
+            Some(canonical(address.into()))
         }
-        _ => return None,
-    };
-    Some(SocketAddr::new(address, port))
+        _ => None,
+    }
 }
 
 /// What the control messages of a receive say.
@@ -262,6 +264,8 @@ mod tests {
             parse_name(&bytes("[fd00::7]:99")),
             Some("[fd00::7]:99".parse().unwrap())
         );
+        let local: SocketAddr = "[fe80::7%3]:99".parse().unwrap();
+        assert_eq!(parse_name(&bytes("[fe80::7%3]:99")), Some(local));
         let mapped = bytes("[::ffff:10.1.2.3]:99");
         assert_eq!(parse_name(&mapped), Some("10.1.2.3:99".parse().unwrap()));
         for len in 0..8 {

@@ -197,6 +197,17 @@ impl Exchange {
         }
     }
 
+    /// Makes a session with each peer whose endpoint is known, though nothing is to be sent:
+    /// peers may have sessions with this host that it does not know of any more.
+    pub(crate) fn renew(&mut self, now: Now, out: &mut impl Outside) {
+        for peer in self.peers.all() {
+            if peer.shared.endpoint.load().is_some() {
+                peer.timers.want(now.ns);
+            }
+        }
+        self.tick(now, out);
+    }
+
     /// Does what is due.
     pub(crate) fn tick(&mut self, now: Now, out: &mut impl Outside) {
         self.state.next_ns = u64::MAX;

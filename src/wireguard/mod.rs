@@ -133,6 +133,12 @@ impl Handshakes {
         self.tell(Command::Peers(peers));
     }
 
+    /// Makes new sessions with all peers whose endpoints are known: another process had those
+    /// that there were.
+    pub(crate) fn renew(&self) {
+        self.tell(Command::Renew);
+    }
+
     /// Changes this host's key, and returns when it is so. All sessions of the old one go, and
     /// peers that had one get a new one.
     pub(crate) fn set_private_key(&self, private_key: Option<PrivateKey>) {

@@ -6,7 +6,7 @@ use std::time::SystemTime;
 /// The time.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Now {
-    /// Nanoseconds of `CLOCK_MONOTONIC`.
+    /// Nanoseconds of `CLOCK_BOOTTIME`.
     pub ns: u64,
     /// What people call the time. It may go back.
     pub wall: SystemTime,

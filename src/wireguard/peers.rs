@@ -130,7 +130,7 @@ impl Peer {
         is_confirmed
     }
 
-    /// Takes out all sessions but the current, the next and the latest of the others. A
+    /// Takes out all sessions but the current, the next and the latest others, three in all. A
     /// current one that is not in the map is one that a worker has confirmed while it was
     /// taken out: it goes.
     fn prune(&mut self, map: &SessionMap) {
@@ -141,7 +141,10 @@ impl Peer {
             |one: &Arc<Session>| self.next.as_ref().is_some_and(|it| Arc::ptr_eq(it, one));
         let is_other = |one: &Arc<Session>| !is_current(one) && !is_next(one);
         let others = self.sessions.iter().filter(|one| is_other(one)).count();
-        let mut surplus = others.saturating_sub(1);
+        // After initiations that have crossed, the peer may send in another one than this host
+        // does until the next handshake, and that makes another.
+        let kept = if self.next.is_some() { 1 } else { 2 };
+        let mut surplus = others.saturating_sub(kept);
         let out = self.sessions.extract_if(.., |one| {
             let is_out = surplus > 0 && is_other(one);
             surplus -= usize::from(is_out);

@@ -43,6 +43,7 @@ pub(super) enum Command {
     PrivateKey(Option<PrivateKey>),
     Identities(Option<Identities>),
     Socket(Arc<Socket>),
+    Renew,
     Stop,
 }
 
@@ -100,12 +101,13 @@ impl Thread {
                     Command::PrivateKey(key) => exchange.set_private_key(now, key, port),
                     Command::Identities(identities) => exchange.set_identities(identities),
                     Command::Socket(socket) => port.socket = socket,
+                    Command::Renew => exchange.renew(now, port),
                     Command::Stop => return,
                 }
             }
-            let has_requests = self.take_requests();
             let began = Instant::now();
-            let has_messages = self.take_messages(&mut buffer);
+            let (has_requests, passed_on) = self.take_requests();
+            let has_messages = self.take_messages(&mut buffer, MESSAGES_MAX - passed_on);
             let now = now();
             if self.exchange.next_ns().is_some_and(|ns| ns <= now.ns) {
                 self.exchange.tick(now, &mut self.port);
@@ -120,30 +122,38 @@ impl Thread {
         }
     }
 
-    /// Handles requests. Returns whether there may be more.
-    fn take_requests(&mut self) -> bool {
+    /// Handles requests. Returns whether there may be more, and how many were messages: of
+    /// those no more are handled than of the socket's, and none while that is left alone.
+    fn take_requests(&mut self) -> (bool, usize) {
+        let messages_max = match self.rest() {
+            Some(_) => 0,
+            None => MESSAGES_MAX,
+        };
+        let mut messages = 0;
         for _ in 0..REQUESTS_MAX {
             let Ok(request) = self.requests.try_recv() else {
-                return false;
+                return (false, messages);
             };
             let (exchange, port) = (&mut self.exchange, &mut self.port);
             match request {
                 WorkerRequest::Session(peer) => exchange.request(now(), &peer, port),
-                WorkerRequest::Message(from, mut message) => {
+                WorkerRequest::Message(from, mut message) if messages < messages_max => {
+                    messages += 1;
                     exchange.receive(now(), from, &mut message, port);
                 }
+                WorkerRequest::Message(..) => self.port.counters.drop_rate_limited.add(1),
             }
         }
-        true
+        (true, messages)
     }
 
-    /// Handles messages. Returns whether there may be more.
-    fn take_messages(&mut self, buffer: &mut [u8]) -> bool {
+    /// Handles so many messages at the most. Returns whether there may be more.
+    fn take_messages(&mut self, buffer: &mut [u8], messages_max: usize) -> bool {
         if self.rest().is_some() {
             return false;
         }
         self.rest_until = None;
-        for _ in 0..MESSAGES_MAX {
+        for _ in 0..messages_max {
             match message::receive(self.port.socket.as_fd(), buffer) {
                 Ok(Some(received)) => {
                     let bytes = received.bytes.min(buffer.len());

@@ -226,7 +226,7 @@ fn carry_on(
     listener: Option<OwnedFd>,
 ) -> Option<Server> {
     let log = |error: Error| tracing::error!("taken over, but not in full: {error}");
-    tunnel.go().unwrap_or_else(log);
+    tunnel.go_on().unwrap_or_else(log);
     tunnel.bring_up(old_addresses).unwrap_or_else(log);
     let served = start::serve_control(&tunnel.config, listener);
     tunnel.host.routes_kept = tunnel.kernel_routes();

@@ -240,7 +240,7 @@ pub fn hand_over(
     };
     tracing::error!("not handed over, carrying on: {error}");
     tunnel.workers.start()?;
-    tunnel.go()?;
+    tunnel.go_on()?;
     // It hears only now that the tunnel is kept: if this process had died before, it
     // would carry on.
     drop(new);

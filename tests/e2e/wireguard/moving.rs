@@ -8,7 +8,7 @@ use testbed::wireguard::WIREGUARD_GO;
 use testbed::{Pair, UNDERLAY_NAME, ip};
 
 use super::ends::{End, Keys, Kind, PORT, Reach, Underlay, hosts, inside, stop, tunnel};
-use super::wire::{Crossed, Wire};
+use super::wire::{Crossed, INITIATION, Wire};
 use crate::relay::{FACES, Ports, Relay};
 use crate::support::{FAMILIES, UNDERLAY, bulk, check, wait_for, wait_until};
 use crate::tools::Stream;
@@ -146,6 +146,24 @@ fn new_processes_take_over() -> Result<()> {
             format!("{} sessions were seen", indices.len())
         })?;
     }
+    stop([a, b])
+}
+
+/// A new process makes sessions of its own at once: the peer does not know that those that
+/// it has are of no more use, and would be heard only when it gives them up.
+#[testbed::trial(each_engine)]
+fn a_new_process_calls_its_peers() -> Result<()> {
+    let hosts = hosts()?;
+    let keys = Keys::new(true)?;
+    let reach = Reach::at(Underlay::V4.endpoint(1));
+    let a = keys.start(&hosts.a, 0, Kind::Fastvpn, reach)?;
+    let b = keys.start(&hosts.b, 1, Kind::Fastvpn, Reach::UNKNOWN)?;
+    wait_for(&hosts.a, inside(1))?;
+    // Host B has learned where host A is; its new process is told by the old one.
+    let wire = Wire::at(&hosts.a)?;
+    let b = keys.take_over(&hosts.b, 1, b, Reach::UNKNOWN)?;
+    wire.next(INITIATION)?;
+    wait_for(&hosts.a, inside(1))?;
     stop([a, b])
 }
 

@@ -16,7 +16,7 @@ pub type Found = Guard<Option<Arc<Session>>>;
 /// The sessions of one peer, and what was last seen of it. It belongs to the peer and
 /// outlives tables (see `dataplane/table.rs`).
 ///
-/// All times are nanoseconds of `CLOCK_MONOTONIC`; 0 stands for never. They are as exact as
+/// All times are nanoseconds of `CLOCK_BOOTTIME`; 0 stands for never. They are as exact as
 /// the workers' clocks, which are read once per turn.
 #[derive(Debug, Default)]
 pub struct PeerSessions {
