@@ -132,7 +132,7 @@ impl Daemon {
             }
             Call::Takeover(connection, protocol) => {
                 let control = self.control.as_ref();
-                self.handoff = Handoff::begin(&self.tunnel, control, connection, protocol);
+                self.handoff = Handoff::begin(&mut self.tunnel, control, connection, protocol);
             }
             Call::Request(Request::Stop {}, reply) => {
                 tracing::info!("stopped by {}", reply.asker);

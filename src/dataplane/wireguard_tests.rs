@@ -422,7 +422,11 @@ fn handshake_messages_that_come_to_a_worker_are_passed_on() {
         far.receive(&initiation, endpoint(NEAR));
     }
     let passed: Vec<_> = far.requests.try_iter().collect();
-    assert_eq!(passed.len(), 4, "half of the room is for what workers ask for");
+    assert_eq!(
+        passed.len(),
+        4,
+        "half of the room is for what workers ask for"
+    );
     let is_it = |request: &WorkerRequest| {
         matches!(request, WorkerRequest::Message(from, bytes)
             if *from == endpoint(NEAR) && **bytes == initiation)

@@ -89,7 +89,7 @@ pub struct Handoff {
 impl Handoff {
     /// Begins to serve a new process; `None` if it is refused.
     pub fn begin(
-        tunnel: &Tunnel,
+        tunnel: &mut Tunnel,
         control: Option<&Server>,
         lines: Lines,
         protocol: u32,
@@ -100,6 +100,8 @@ impl Handoff {
         let mut handoff = Self::new(lines);
         let started = check_protocol(protocol).and_then(|()| {
             let workers = tunnel.workers.descriptors.clone();
+            // The new process is to find peers where they are now.
+            tunnel.peers.follow_endpoints(Instant::now());
             let handshake = tunnel.encryption.as_ref().map(|it| Arc::clone(it.socket()));
             let started = handoff.start(Manifest::of(tunnel), workers, handshake, control);
             started.map_err(|error| Error::os("cannot serve a new process", error))

@@ -9,7 +9,7 @@ use super::Peers;
 
 /// Which of the two has changed.
 #[derive(Debug, PartialEq, Eq)]
-enum News {
+enum Change {
     /// Neither.
     None,
     /// The peer is to be found elsewhere: its sessions have to know.
@@ -25,17 +25,17 @@ fn compare(
     agreed: Option<SocketAddr>,
     ours: Option<SocketAddr>,
     theirs: Option<SocketAddr>,
-) -> News {
+) -> Change {
     match theirs {
-        _ if ours != agreed => News::Ours,
-        Some(new) if theirs != agreed => News::Theirs(new),
-        _ => News::None,
+        _ if ours != agreed => Change::Ours,
+        Some(new) if theirs != agreed => Change::Theirs(new),
+        _ => Change::None,
     }
 }
 
 impl Peers {
     /// Has the overlay and the sessions of each peer agree on where it is.
-    pub(super) fn follow_endpoints(&mut self, now: Instant) {
+    pub(in crate::daemon) fn follow_endpoints(&mut self, now: Instant) {
         let mut roamed = Vec::new();
         for (hop, peer) in self.overlay.peers() {
             let Some((secure, state)) = peer.secure.as_ref().zip(self.states.get_mut(&hop)) else {
@@ -44,12 +44,12 @@ impl Peers {
             let (ours, shared) = (peer.endpoint, &secure.sessions.endpoint);
             let theirs = shared.load().as_deref().copied();
             match compare(state.agreed_endpoint, ours, theirs) {
-                News::None => {}
-                News::Ours => {
+                Change::None => {}
+                Change::Ours => {
                     shared.store(ours.map(Arc::new));
                     state.agreed_endpoint = ours;
                 }
-                News::Theirs(theirs) => {
+                Change::Theirs(theirs) => {
                     state.agreed_endpoint = Some(theirs);
                     roamed.push((hop, ours, theirs));
                 }
@@ -78,15 +78,15 @@ mod tests {
 
     #[test]
     fn whoever_has_something_new_is_believed() {
-        assert_eq!(compare(None, None, None), News::None);
-        assert_eq!(compare(at(1), at(1), at(1)), News::None);
-        assert_eq!(compare(at(1), at(1), None), News::None);
+        assert_eq!(compare(None, None, None), Change::None);
+        assert_eq!(compare(at(1), at(1), at(1)), Change::None);
+        assert_eq!(compare(at(1), at(1), None), Change::None);
         for theirs in [None, at(1), at(3)] {
-            assert_eq!(compare(at(1), at(2), theirs), News::Ours);
-            assert_eq!(compare(at(1), None, theirs), News::Ours);
+            assert_eq!(compare(at(1), at(2), theirs), Change::Ours);
+            assert_eq!(compare(at(1), None, theirs), Change::Ours);
         }
-        assert_eq!(compare(at(1), at(1), at(2)), News::Theirs(at(2).unwrap()));
-        assert_eq!(compare(None, None, at(2)), News::Theirs(at(2).unwrap()));
+        assert_eq!(compare(at(1), at(1), at(2)), Change::Theirs(at(2).unwrap()));
+        assert_eq!(compare(None, None, at(2)), Change::Theirs(at(2).unwrap()));
     }
 
     /// What is configured goes to the sessions, and what they have seen comes back.
