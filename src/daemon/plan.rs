@@ -135,6 +135,27 @@ pub fn check_derived(
     }
 }
 
+/// Makes sure that this host is not one of its peers, also of those that were added while it
+/// ran: no handshake would ever succeed.
+///
+/// # Errors
+/// Names the peer.
+pub fn check_own_key(config: &Config, overlay: &Overlay) -> Result<()> {
+    let own = config.public_key().map(PeerName::Key);
+    match own.and_then(|own| overlay.find(&own)) {
+        None => Ok(()),
+        Some((_, peer)) => {
+            let identity = peer.identity().map(|identity| format!(", {identity},"));
+            let what = format!(
+                "peer {}{} has this host's own key",
+                peer.name,
+                identity.unwrap_or_default()
+            );
+            Err(Error::new(what).hint("name the other host; `fastvpn peer del` removes a peer"))
+        }
+    }
+}
+
 /// The prefixes that the kernel should route into the tunnel.
 pub fn kernel_routes(config: &Config, overlay: &Overlay) -> BTreeSet<IpNet> {
     let mut wanted: BTreeSet<IpNet> = match config.no_routes {

@@ -14,7 +14,7 @@ use super::drop_log::DropLog;
 use super::encryption::Encryption;
 use super::host::{Host, own_addresses};
 use super::peers::{self, Peers};
-use super::plan::{Plan, kernel_routes};
+use super::plan::{Plan, check_own_key, kernel_routes};
 use super::settings::Settings;
 use super::workers::{Claimed, WorkerFds, Workers};
 use crate::config::Config;
@@ -62,7 +62,8 @@ impl Tunnel {
         } = plan;
         overlay.count_for(claimed.device.queues.len());
         let sockets = &claimed.sockets;
-        udp::set_options(&sockets.workers, sockets.handshake.as_ref(), config.fwmark)?;
+        udp::set_options(&sockets.workers, sockets.handshake.as_ref())?;
+        udp::check_mark(&sockets.workers, config.fwmark)?;
         let host = Host::new(netlink, claimed.device.queues[0].as_fd(), &config.tun)?;
         let table = table(&overlay, &host, &config, &settings);
         let (probes, received) = peers::probe_channel();
@@ -96,16 +97,20 @@ impl Tunnel {
             .map_err(|error| Error::os("cannot filter what comes through the tunnel itself", error))
     }
 
-    /// Lets everything start that carries packets.
+    /// Lets everything start that carries packets. The sockets are marked now and not before:
+    /// until then another process may still send from them.
     ///
     /// # Errors
-    /// When there can be no more threads.
+    /// When there can be no more threads, or when the sockets cannot be marked; what can start
+    /// has started then.
     pub fn go(&mut self) -> Result<()> {
+        let marked = self.mark_sockets(self.config.fwmark);
         self.workers.go();
-        match &mut self.encryption {
+        let started = match &mut self.encryption {
             Some(encryption) => encryption.start(&self.config, &self.peers.overlay, &self.workers),
             None => Ok(()),
-        }
+        };
+        marked.and(started)
     }
 
     /// [`Self::go`], where another process has carried packets so far.
@@ -149,24 +154,25 @@ impl Tunnel {
     /// Puts a plan in force, or leaves everything as it was.
     ///
     /// # Errors
-    /// When the kernel refuses a setting or a route, or when the path to a peer would
-    /// lead through the tunnel.
+    /// When the kernel refuses a setting or a route, when the path to a peer would lead
+    /// through the tunnel, or when a peer has this host's own key.
     pub fn commit(&mut self, plan: Plan) -> Result<()> {
         let (index, netlink) = (self.host.device.index, &mut self.host.netlink);
         let is_new = self.settings.link != plan.settings.link;
         let device = is_new.then(|| DeviceState::read(netlink, index));
         let device = device.transpose()?;
         let config = std::mem::replace(&mut self.config, plan.config);
-        self.use_private_key(&config);
         let settings = std::mem::replace(&mut self.settings, plan.settings);
         let changed = match &device {
             Some(device) => self.change_device(device, &settings.link),
             None => Ok(()),
         };
         let result = changed.and_then(|()| self.commit_overlay(plan.overlay));
-        if result.is_err() {
-            let failed = std::mem::replace(&mut self.config, config);
-            self.use_private_key(&failed);
+        if result.is_ok() {
+            // Last: it ends all sessions.
+            self.use_private_key(&config);
+        } else {
+            self.config = config;
             self.settings = settings;
             if let Some(device) = device {
                 self.host.stop_routes();
@@ -188,7 +194,11 @@ impl Tunnel {
         let workers = workers.len() as u16;
         let sockets = udp::open(listen, workers, offloads, self.config.mode())?;
         let handshake = sockets.handshake.as_ref();
-        udp::set_options(&sockets.workers, handshake, self.config.fwmark)?;
+        udp::set_options(&sockets.workers, handshake)?;
+        let all = sockets.workers.iter();
+        let all = all.flat_map(|worker| [Some(&worker.receive), worker.send.as_ref()]);
+        let all = all.chain([handshake]).flatten().map(AsFd::as_fd);
+        udp::set_mark(all, self.config.fwmark)?;
         Ok(sockets)
     }
 
@@ -197,16 +207,20 @@ impl Tunnel {
     /// # Errors
     /// Without the rights to.
     pub fn set_mark(&mut self, mark: u32) -> Result<()> {
+        self.mark_sockets(mark)?;
+        self.host.netlink.fwmark = mark;
+        self.config.fwmark = mark;
+        Ok(())
+    }
+
+    fn mark_sockets(&self, mark: u32) -> Result<()> {
         let workers = self.workers.descriptors.iter();
         let workers = workers.flat_map(|worker| {
             let own = worker.sockets.send.as_ref().map(AsFd::as_fd);
             [Some(worker.receive()), own]
         });
         let handshake = self.encryption.iter().map(Encryption::as_fd);
-        udp::set_mark(workers.flatten().chain(handshake), mark)?;
-        self.host.netlink.fwmark = mark;
-        self.config.fwmark = mark;
-        Ok(())
+        udp::set_mark(workers.flatten().chain(handshake), mark)
     }
 
     /// Goes on with other sockets. Sessions stay, and packets wait meanwhile.
@@ -229,6 +243,8 @@ impl Tunnel {
         let is_new = config.private_key != old.private_key;
         if let Some(encryption) = self.encryption.as_mut().filter(|_| is_new) {
             encryption.set_private_key(config);
+            // They are told who is who, this host included.
+            self.follow_peers();
         }
     }
 
@@ -250,6 +266,7 @@ impl Tunnel {
     /// # Errors
     /// As [`Self::commit`].
     pub fn commit_overlay(&mut self, mut next: Overlay) -> Result<()> {
+        check_own_key(&self.config, &next)?;
         let host = &mut self.host;
         let own = own_addresses(&mut host.netlink, &self.settings.link.addresses)?;
         next.set_own_addresses(own);

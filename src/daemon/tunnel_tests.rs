@@ -7,7 +7,9 @@ use crate::io::udp::UdpOffloads;
 use crate::packet::coalesce::TunOffloads;
 use crate::routing::overlay::Origin;
 use crate::testbed::{UNDERLAY_NAME, pair};
-use crate::wire::Mode;
+use crate::wire::wireguard::handshake::TransportKeys;
+use crate::wire::wireguard::keys::PrivateKey;
+use crate::wire::wireguard::session::Session;
 
 const FAR: &str = "10.1.0.2:8285";
 
@@ -19,9 +21,9 @@ fn add(overlay: &mut Overlay, spec: &PeerSpec) {
     overlay.add_peer(spec, false, Origin::Runtime).unwrap();
 }
 
-/// A tunnel in this thread's namespace, as it is after a start.
-fn start() -> Tunnel {
-    let flags = "--io epoll --peer 10.1.0.2=10.7.0.0/16 --address 10.7.0.1/32";
+/// A tunnel in this thread's namespace, before it carries packets.
+fn prepare(flags: &str) -> Tunnel {
+    let flags = format!("--io epoll --address 10.7.0.1/32 {flags}");
     let config = Config::from_words(flags.split_whitespace().map(OsStr::new)).unwrap();
     let mut overlay = Overlay::default();
     add(&mut overlay, &config.peers[0]);
@@ -40,7 +42,7 @@ fn start() -> Tunnel {
             gro: false,
         },
     );
-    let sockets = udp::open(settings.listen, 1, no_udp, Mode::Plain).unwrap();
+    let sockets = udp::open(settings.listen, 1, no_udp, config.mode()).unwrap();
     let claimed = Claimed {
         device: tun::create(&config.tun, 1, no_tun).unwrap(),
         sockets,
@@ -51,8 +53,13 @@ fn start() -> Tunnel {
         overlay,
     };
     let (names, ..) = Names::without_threads();
-    let mut tunnel = Tunnel::new(plan, names, netlink, claimed).unwrap();
-    tunnel.workers.go();
+    Tunnel::new(plan, names, netlink, claimed).unwrap()
+}
+
+/// The same, as it is after a start.
+fn start(flags: &str) -> Tunnel {
+    let mut tunnel = prepare(flags);
+    tunnel.go().unwrap();
     tunnel.bring_up(&[]).unwrap();
     let addresses = tunnel.settings.link.addresses.clone();
     tunnel.host.start_routes(&addresses).unwrap();
@@ -61,11 +68,16 @@ fn start() -> Tunnel {
     tunnel
 }
 
+/// Runs a test on a host with a neighbour.
+fn on_host(test: impl FnOnce() + Send) {
+    let hosts = pair(&[(net("10.1.0.1/24"), net("10.1.0.2/24"))], 1500).unwrap();
+    hosts.a.run(test);
+}
+
 /// Runs a test with a tunnel on a host with a neighbour.
 fn with_tunnel(test: impl FnOnce(&mut Tunnel, u32) + Send) {
-    let hosts = pair(&[(net("10.1.0.1/24"), net("10.1.0.2/24"))], 1500).unwrap();
-    hosts.a.run(|| {
-        let mut tunnel = start();
+    on_host(|| {
+        let mut tunnel = start("--peer 10.1.0.2=10.7.0.0/16");
         let underlay = tunnel.host.netlink.link_index(UNDERLAY_NAME).unwrap();
         test(&mut tunnel, underlay.unwrap());
         tunnel.take_down();
@@ -140,5 +152,99 @@ fn the_mtu_follows_the_route_unless_it_was_set_by_hand() {
         assert_eq!(set_and_poll(None, 1300), 1300);
         assert_eq!(set_and_poll(Some(underlay), 1450), 1300);
         assert_eq!(set_and_poll(None, 1372), 1422);
+    });
+}
+
+/// Runs a test with an encrypted tunnel.
+fn with_encrypted(test: impl FnOnce(&mut Tunnel) + Send) {
+    let key = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(key.path(), PrivateKey::generate().to_base64()).unwrap();
+    let far = PrivateKey::generate().public();
+    let key_file = key.path().display();
+    let flags = format!("--private-key {key_file} --peer {far}@10.1.0.2=10.7.0.0/16");
+    on_host(|| {
+        let mut tunnel = start(&flags);
+        test(&mut tunnel);
+        tunnel.take_down();
+    });
+}
+
+/// What a tunnel is, with another private key.
+fn with_key(tunnel: &Tunnel, key: &PrivateKey) -> Plan {
+    let mut config = tunnel.config.clone();
+    config.private_key = Some(key.clone());
+    Plan {
+        config,
+        settings: tunnel.settings.clone(),
+        overlay: tunnel.peers.overlay.clone(),
+    }
+}
+
+/// A new key ends sessions, so it is used once all else has succeeded.
+#[test]
+fn sessions_outlive_a_change_that_fails() {
+    with_encrypted(|tunnel| {
+        let own = tunnel.config.public_key();
+        let sessions = Arc::clone(&only_peer(tunnel).secure.as_ref().unwrap().sessions);
+        let keys = TransportKeys {
+            send: Default::default(),
+            receive: Default::default(),
+            remote_index: 1,
+        };
+        let session = Session::new(keys, 1, false, 1, Arc::clone(&sessions));
+        sessions.next.store(Some(Arc::new(session)));
+        let new = PrivateKey::generate();
+        let mut plan = with_key(tunnel, &new);
+        // The path to it would lead through the tunnel.
+        let far = PrivateKey::generate().public();
+        let inside = parse_peer(&format!("{far}@10.1.0.3=10.1.0.3/32")).unwrap();
+        add(&mut plan.overlay, &inside);
+        assert!(tunnel.commit(plan).is_err());
+        assert_eq!(tunnel.config.public_key(), own);
+        assert!(sessions.next.load().is_some());
+        tunnel.commit(with_key(tunnel, &new)).unwrap();
+        assert_eq!(tunnel.config.public_key(), Some(new.public()));
+        assert!(sessions.next.load().is_none());
+    });
+}
+
+/// Whether the peer comes to the key, or the key to the peer.
+#[test]
+fn no_peer_has_this_hosts_own_key() {
+    with_encrypted(|tunnel| {
+        let own = tunnel.config.public_key().unwrap();
+        let mut next = tunnel.peers.overlay.clone();
+        add(
+            &mut next,
+            &parse_peer(&format!("{own}=10.8.0.0/16")).unwrap(),
+        );
+        let refused = tunnel.commit_overlay(next).unwrap_err().to_string();
+        let what = format!("peer {own} has this host's own key");
+        assert!(refused.contains(&what), "{refused}");
+        let new = PrivateKey::generate();
+        let peer = format!("{}=10.8.0.0/16", new.public());
+        let mut next = tunnel.peers.overlay.clone();
+        add(&mut next, &parse_peer(&peer).unwrap());
+        tunnel.commit_overlay(next).unwrap();
+        let plan = with_key(tunnel, &new);
+        let refused = tunnel.commit(plan).unwrap_err().to_string();
+        assert!(refused.contains("this host's own key"), "{refused}");
+        assert_eq!(tunnel.config.public_key(), Some(own));
+    });
+}
+
+/// Another process may still send from sockets that are to be taken over.
+#[test]
+fn sockets_are_marked_once_the_tunnel_runs() {
+    on_host(|| {
+        let mut tunnel = prepare("--fwmark 7 --peer 10.1.0.2=10.7.0.0/16");
+        let mark = |tunnel: &Tunnel| {
+            let socket = tunnel.workers.descriptors[0].receive();
+            socket2::SockRef::from(&socket).mark().unwrap()
+        };
+        assert_eq!(mark(&tunnel), 0);
+        tunnel.go().unwrap();
+        assert_eq!(mark(&tunnel), 7);
+        tunnel.take_down();
     });
 }

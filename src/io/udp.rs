@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::sys::socket::{setsockopt, sockopt as nix_sockopt};
 use rustix::net::sockopt::{
@@ -166,20 +166,12 @@ fn open_handshake(listen: SocketAddr, offloads: UdpOffloads) -> io::Result<Socke
 /// They send whatever the interface takes, as the kernel's own tunnels do: the kernel's
 /// memory of path MTUs, which anybody can write to by ICMP, is left aside, and IPv4
 /// datagrams may be fragmented on their way. And they tell the ECN field of what they
-/// receive. What they send has the mark `fwmark`, by which rules may route it (`SO_MARK`).
+/// receive. None of that matters to a process that still sends from the same sockets.
 ///
 /// # Errors
 /// When the kernel does not know how.
-pub fn set_options(
-    sockets: &[WorkerSockets],
-    handshake: Option<&Socket>,
-    fwmark: u32,
-) -> Result<()> {
+pub fn set_options(sockets: &[WorkerSockets], handshake: Option<&Socket>) -> Result<()> {
     let set = |socket: &Socket| -> io::Result<()> {
-        // It needs CAP_NET_ADMIN, which a tunnel without a mark may lack in this namespace.
-        if socket.mark()? != fwmark {
-            socket.set_mark(fwmark)?;
-        }
         // On a dual-stack socket either family has options of its own.
         set_ip_mtu_discover(socket, Ipv4PathMtuDiscovery::OMIT)?;
         socket.set_recv_tos_v4(true)?;
@@ -203,12 +195,33 @@ pub fn set_options(
 /// Without CAP_NET_ADMIN.
 pub fn set_mark<'a>(sockets: impl IntoIterator<Item = BorrowedFd<'a>>, mark: u32) -> Result<()> {
     let mut sockets = sockets.into_iter();
-    sockets
-        .try_for_each(|socket| SockRef::from(&socket).set_mark(mark))
-        .map_err(|error| {
-            Error::os(format!("cannot mark datagrams with {mark}"), error)
-                .hint("run as root or grant CAP_NET_ADMIN")
-        })
+    let set = |socket: BorrowedFd<'a>| {
+        let socket = SockRef::from(&socket);
+        // It takes a right that a tunnel without a mark may lack in this namespace.
+        match socket.mark()? == mark {
+            true => Ok(()),
+            false => socket.set_mark(mark),
+        }
+    };
+    sockets.try_for_each(set).map_err(|error| {
+        Error::os(format!("cannot mark datagrams with {mark}"), error)
+            .hint("run as root or grant CAP_NET_ADMIN")
+    })
+}
+
+/// Makes sure that this process may mark datagrams; nothing of these `sockets` changes.
+///
+/// # Errors
+/// As [`set_mark`].
+pub fn check_mark(sockets: &[WorkerSockets], mark: u32) -> Result<()> {
+    let is_other = |worker: &WorkerSockets| worker.receive.mark().is_ok_and(|old| old != mark);
+    if !sockets.iter().any(is_other) {
+        return Ok(());
+    }
+    let other = Socket::new(Domain::UNIX, Type::DGRAM, None)
+        .map_err(|error| Error::os("cannot make a socket", error))?;
+    // It has none yet.
+    set_mark([other.as_fd()], mark.max(1))
 }
 
 fn bind(address: SocketAddr, reuse_port: bool) -> io::Result<Socket> {
@@ -387,11 +400,15 @@ mod tests {
             let sockets = namespace.run(|| open(listen, 2, ALL, mode).unwrap());
             let handshake = sockets.handshake.as_ref();
             for fwmark in [0xca6c, 0] {
-                set_options(&sockets.workers, handshake, fwmark).unwrap();
                 let all = sockets.workers.iter();
                 let all = all.flat_map(|worker| [Some(&worker.receive), worker.send.as_ref()]);
                 let all: Vec<_> = all.chain([handshake]).flatten().collect();
                 assert_eq!(all.len(), 3);
+                let before = all[0].mark().unwrap();
+                check_mark(&sockets.workers, fwmark).unwrap();
+                set_options(&sockets.workers, handshake).unwrap();
+                assert!(all.iter().all(|it| it.mark().unwrap() == before));
+                set_mark(all.iter().map(|it| it.as_fd()), fwmark).unwrap();
                 assert!(all.iter().all(|it| it.mark().unwrap() == fwmark));
             }
         }
