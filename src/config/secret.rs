@@ -9,7 +9,7 @@ use super::keys::read_text;
 use super::options::Config;
 use super::peer::{PeerName, PeerSpec, identity_at};
 use crate::error::{Error, Result};
-use crate::wire::wireguard::keys::PresharedKey;
+use crate::wire::wireguard::keys::{PresharedKey, PublicKey};
 use crate::wire::wireguard::secret::{SharedSecret, WeakSecret};
 
 impl Config {
@@ -103,7 +103,7 @@ impl Config {
     ///
     /// # Errors
     /// When it is a peer's.
-    pub(super) fn set_identity(&mut self, identity: String) -> Result<()> {
+    pub(crate) fn set_identity(&mut self, identity: String) -> Result<()> {
         let Some(secret) = &self.secret else {
             return Ok(());
         };
@@ -135,6 +135,12 @@ impl Config {
     /// What a peer is called that was named as in plain mode, or by its identity.
     pub(crate) fn complete_name(&self, name: PeerName) -> PeerName {
         self.complete(PeerSpec::new(name, None)).name
+    }
+
+    /// The key of the host with this identity, if keys follow from a secret.
+    pub(crate) fn key_of(&self, identity: &str) -> Option<PublicKey> {
+        let secret = self.secret.as_ref()?;
+        Some(secret.private_key(identity).public())
     }
 
     /// What peers share with this host besides their keys, if it follows from a secret.

@@ -38,6 +38,10 @@ pub struct Manifest {
     /// Whether the tunnel is encrypted. Keys are not handed over: the new process reads them
     /// where this one did.
     pub is_encrypted: bool,
+    /// This host's identity, if its key follows from a shared secret: it stays what it is,
+    /// whatever the routes to the peers have become.
+    #[serde(default)]
+    pub identity: Option<String>,
     /// GSO packets that the TUN device passes: TCP, UDP.
     pub tun_offloads: [bool; 2],
     /// Offloads of the UDP sockets: `UDP_SEGMENT`, `UDP_GRO`.
@@ -57,6 +61,9 @@ pub struct Manifest {
 pub struct KnownPeer {
     /// `HOST:PORT`, or a public key.
     pub peer: String,
+    /// What its key follows from, if that is a shared secret.
+    #[serde(default)]
+    pub identity: Option<String>,
     /// `HOST:PORT` that a peer with a key was given.
     pub place: Option<String>,
     /// Where its datagrams go; `None` while its name does not resolve.
@@ -86,6 +93,7 @@ impl Manifest {
         }
         let peers = overlay.peers_by_name().map(|peer| KnownPeer {
             peer: peer.name.to_string(),
+            identity: peer.identity().map(str::to_string),
             place: given(peer),
             endpoint: peer.endpoint_learned(),
             is_suspended: peer.is_suspended,
@@ -104,6 +112,7 @@ impl Manifest {
                 .collect(),
             listen: tunnel.settings.listen,
             is_encrypted: tunnel.config.is_encrypted(),
+            identity: tunnel.config.own_identity.clone(),
             tun_offloads: [tun.tcp, tun.udp],
             udp_offloads: [udp.segment, udp.gro],
             without: tunnel.config.without.clone(),
@@ -175,6 +184,17 @@ impl Manifest {
         }
     }
 
+    /// Has peers whose keys follow from a shared secret be known by those that follow from the
+    /// one in `config`, which may be another.
+    pub fn use_secret(&mut self, config: &Config) {
+        for peer in &mut self.peers {
+            let key = peer.identity.as_ref();
+            if let Some(key) = key.and_then(|identity| config.key_of(identity)) {
+                peer.peer = key.to_string();
+            }
+        }
+    }
+
     /// Where the peers are, but for those with keys that `overlay` has elsewhere by now.
     pub fn known(&self, overlay: &Overlay) -> Known {
         let is_elsewhere = |peer: &&KnownPeer| {
@@ -212,7 +232,8 @@ fn log_left_out(error: &Error) {
 }
 
 fn add_peer(overlay: &mut Overlay, listen: SocketAddr, peer: &KnownPeer) -> Result<()> {
-    let spec = new_peer(&peer.peer, peer.place.as_deref())?;
+    let mut spec = new_peer(&peer.peer, peer.place.as_deref())?;
+    spec.identity.clone_from(&peer.identity);
     let name = &spec.name;
     // One that is configured by now is what the configuration makes of it, with
     // these prefixes besides; as after a reload.
@@ -261,6 +282,7 @@ mod tests {
             own_ports: vec![false],
             listen: "0.0.0.0:1".parse().unwrap(),
             is_encrypted: false,
+            identity: None,
             tun_offloads: [true; 2],
             udp_offloads: [true; 2],
             without: Vec::new(),
@@ -270,6 +292,7 @@ mod tests {
                 .iter()
                 .map(|(peer, is_added, is_default, prefixes)| KnownPeer {
                     peer: (*peer).into(),
+                    identity: None,
                     place: None,
                     endpoint: None,
                     is_suspended: false,
@@ -380,6 +403,33 @@ mod tests {
                     .any(|route| route.starts_with("10.8"))
             );
         }
+    }
+
+    /// Which may say another key by then.
+    #[test]
+    fn identities_of_peers_are_handed_over() {
+        use std::ffi::OsStr;
+
+        use crate::wire::wireguard::secret::SharedSecret;
+
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), SharedSecret::generate()).unwrap();
+        let words = [OsStr::new("--secret-file"), file.path().as_os_str()];
+        let config = Config::from_words(words).unwrap();
+        const OLD: &str = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=";
+        let mut manifest = manifest(&[(OLD, true, false, &["10.8.0.0/16"])]);
+        manifest.peers[0].identity = Some("gate".into());
+        manifest.peers[0].endpoint = "192.0.2.7:1024".parse().ok();
+        let text = serde_json::to_string(&manifest).unwrap();
+        let mut manifest: Manifest = serde_json::from_str(&text).unwrap();
+        manifest.use_secret(&config);
+        let mut overlay = overlay(&[]);
+        manifest.add_to(&mut overlay);
+        let peer = overlay.peers_by_name().next().unwrap();
+        assert_eq!(peer.name.key(), config.key_of("gate"));
+        assert_eq!(peer.identity(), Some("gate"));
+        let known = manifest.known(&overlay);
+        assert!(known.contains_key(&peer.name.to_string()));
     }
 
     #[test]

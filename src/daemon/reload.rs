@@ -7,9 +7,10 @@ use super::announce;
 use super::plan::Plan;
 use super::settings::listen_address;
 use super::tunnel::Tunnel;
+use crate::config::Config;
 use crate::control::protocol::{Changed, Reloaded};
 use crate::error::{Error, Result};
-use crate::routing::overlay::Changes;
+use crate::routing::overlay::{Changes, Origin, Overlay, Peer};
 
 /// Reads the configuration file again and applies what is different. `by`: who
 /// wants it, for the log.
@@ -46,7 +47,9 @@ fn try_to_reload(tunnel: &mut Tunnel) -> Result<(Reloaded, String)> {
         tracing::warn!("{note}");
     }
     let mut overlay = tunnel.peers.overlay.clone();
-    let changes = overlay.configure(&new.peers)?;
+    follow_secret(&mut overlay, old, &new)?;
+    overlay.configure(&new.peers)?;
+    let changes = Changes::between(&tunnel.peers.overlay, &overlay);
     // What the file leaves open follows from its own peers, also from those
     // that are new.
     let netlink = &mut tunnel.host.netlink;
@@ -90,6 +93,39 @@ fn try_to_reload(tunnel: &mut Tunnel) -> Result<(Reloaded, String)> {
     Ok((report, words))
 }
 
+/// Has the peers whose keys follow from the `old` secret, also those that were added at run
+/// time, follow the `new` one, if that is another.
+///
+/// # Errors
+/// Names the peers that cannot, since they are known by their keys alone or there is no
+/// secret any more. They could not be reached: `overlay` is not to be used then.
+fn follow_secret(overlay: &mut Overlay, old: &Config, new: &Config) -> Result<()> {
+    let (old_key, new_key) = (old.shared_preshared_key(), new.shared_preshared_key());
+    let Some(old_key) = old_key.filter(|old_key| new_key.as_ref() != Some(old_key)) else {
+        return Ok(());
+    };
+    if let Some(new_key) = new_key {
+        overlay.rekey(|identity| new.key_of(identity), &new_key)?;
+    }
+    let has_old = |peer: &&Peer| {
+        let secure = peer.secure.as_ref();
+        peer.origin == Origin::Runtime && secure.is_some_and(|it| it.preshared_key == old_key)
+    };
+    let left: Vec<_> = overlay.peers_by_name().filter(has_old).collect();
+    let Some(first) = left.first() else {
+        return Ok(());
+    };
+    let more = match left.len() {
+        1 => String::new(),
+        count => format!(" and {} more", count - 1),
+    };
+    let what = format!(
+        "peer {}{more}, added at run time, would be left with the old secret",
+        first.name
+    );
+    Err(Error::new(what).hint("`fastvpn peer del` removes it; then reload again"))
+}
+
 /// What a change came to, as operators are told.
 pub fn to_changed(changes: &Changes) -> Changed {
     Changed {
@@ -98,5 +134,84 @@ pub fn to_changed(changes: &Changes) -> Changed {
         peers_added: changes.peers_added,
         peers_removed: changes.peers_removed,
         peers_changed: changes.peers_changed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsStr;
+
+    use super::*;
+    use crate::config::{HostPort, PeerName, PeerSpec, parse_peer};
+    use crate::wire::wireguard::keys::PrivateKey;
+    use crate::wire::wireguard::secret::SharedSecret;
+
+    /// A configuration with a secret of its own, or with a private key.
+    fn config(option: &str) -> Config {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let text = match option {
+            "--secret-file" => SharedSecret::generate(),
+            _ => PrivateKey::generate().to_base64(),
+        };
+        std::fs::write(file.path(), text).unwrap();
+        Config::from_words([OsStr::new(option), file.path().as_os_str()]).unwrap()
+    }
+
+    fn add(overlay: &mut Overlay, spec: &PeerSpec, origin: Origin) {
+        overlay.add_peer(spec, false, origin).unwrap();
+    }
+
+    #[test]
+    fn peers_that_were_added_follow_a_new_secret() {
+        let (old, new) = (config("--secret-file"), config("--secret-file"));
+        let mut overlay = Overlay::default();
+        let spec = |host: &str| {
+            let host = host.to_string();
+            let place = HostPort { host, port: 8285 };
+            PeerSpec::new(PeerName::Host(place.clone()), Some(place))
+        };
+        for (host, origin) in [("10.0.0.2", Origin::Config), ("gate", Origin::Runtime)] {
+            add(&mut overlay, &old.complete(spec(host)), origin);
+        }
+        // One with a key of its own has nothing to do with the secret.
+        let own = PrivateKey::generate().public();
+        let own = parse_peer(&own.to_string()).unwrap();
+        add(&mut overlay, &own, Origin::Runtime);
+        let before = overlay.clone();
+        follow_secret(&mut overlay, &old, &old).unwrap();
+        assert!(overlay.find(&old.complete(spec("gate")).name).is_some());
+        follow_secret(&mut overlay, &old, &new).unwrap();
+        for host in ["10.0.0.2", "gate"] {
+            let wanted = new.complete(spec(host));
+            let (_, peer) = overlay.find(&wanted.name).unwrap();
+            let shared = &peer.secure.as_ref().unwrap().preshared_key;
+            assert_eq!(*shared, wanted.preshared_key);
+        }
+        assert!(overlay.find(&own.name).is_some());
+        // Without a secret, the one that was added has no key any more.
+        let refused = follow_secret(&mut before.clone(), &old, &config("--private-key"));
+        let refused = refused.unwrap_err().to_string();
+        let gate = old.complete(spec("gate")).name;
+        assert!(
+            refused.contains(&format!("peer {gate}, added")),
+            "{refused}"
+        );
+        assert!(refused.contains("old secret"), "{refused}");
+    }
+
+    /// Whose identity nobody knows.
+    #[test]
+    fn a_peer_that_cannot_follow_a_new_secret_is_named() {
+        let (old, new) = (config("--secret-file"), config("--secret-file"));
+        let mut overlay = Overlay::default();
+        let peer = parse_peer(&PrivateKey::generate().public().to_string()).unwrap();
+        add(&mut overlay, &old.complete(peer.clone()), Origin::Runtime);
+        let refused = follow_secret(&mut overlay, &old, &new)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            refused.contains(&format!("peer {}, added", peer.name)),
+            "{refused}"
+        );
     }
 }

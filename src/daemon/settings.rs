@@ -96,10 +96,10 @@ pub fn endpoints(config: &Config, overlay: &Overlay) -> Vec<SocketAddr> {
 ///
 /// # Errors
 /// When no peer can be reached, or when they are reached from several addresses.
-pub fn own_identity(listen: SocketAddr, endpoints: &[SocketAddr]) -> Result<IpAddr> {
+pub fn own_identity(source: Source, endpoints: &[SocketAddr]) -> Result<IpAddr> {
     let locals = endpoints.iter();
     let locals: BTreeSet<_> = locals
-        .filter_map(|&peer| path::local_address(Source::unmarked(listen.ip()), peer).ok())
+        .filter_map(|&peer| path::local_address(source, peer).ok())
         .collect();
     let mut all = locals.iter();
     let what = match (all.next(), all.next()) {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::announce;
 use super::host::own_addresses;
 use super::manifest::Manifest;
-use super::plan::{Plan, check_derived, kernel_routes};
+use super::plan::{Plan, check_derived, check_own_key, kernel_routes};
 use super::resolve;
 use super::settings::{Settings, endpoints, own_identity};
 use super::tunnel::Tunnel;
@@ -18,7 +18,7 @@ use crate::config::{Config, DEFAULT_PORT, Feature};
 use crate::control::server::Server;
 use crate::error::{Error, Result};
 use crate::host::netlink::Netlink;
-use crate::host::path;
+use crate::host::path::{self, Source};
 use crate::host::routes;
 use crate::io::tun;
 use crate::io::udp::{self, UdpOffloads};
@@ -94,8 +94,19 @@ pub fn prepare<C>(
     }
     let endpoints = endpoints(&config, &overlay);
     if config.needs_identity() {
-        config.set_identity_address(own_identity(listen, &endpoints)?)?;
+        match old.and_then(|old| old.identity.clone()) {
+            // Its peers know this host by that.
+            Some(identity) => config.set_identity(identity)?,
+            None => {
+                let source = Source {
+                    listen: listen.ip(),
+                    mark: config.fwmark,
+                };
+                config.set_identity_address(own_identity(source, &endpoints)?)?;
+            }
+        }
     }
+    check_own_key(&config, &overlay)?;
     let prefixes = overlay.prefixes().map(|(prefix, ..)| prefix);
     let settings = Settings::at_start(&config, &endpoints, prefixes, &mut netlink);
     let (settings, unreachable) = settings.map_err(|error| {
@@ -284,4 +295,91 @@ fn claim_now(config: &Config, settings: &Settings, netlink: &mut Netlink) -> Res
     let sockets = udp::open(settings.listen, config.queues, udp_wanted, config.mode())?;
     let device = tun::create(&config.tun, config.queues, tun_wanted)?;
     Ok(Claimed { sockets, device })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsStr;
+
+    use super::*;
+    use crate::testbed::pair;
+    use crate::wire::wireguard::secret::SharedSecret;
+
+    /// A tunnel that is taken over.
+    fn manifest(identity: Option<&str>) -> Manifest {
+        Manifest {
+            ok: true,
+            pid: 4711,
+            version: "0.1.0".into(),
+            tun: "fastvpn0".into(),
+            tun_index: None,
+            own_ports: vec![false],
+            listen: "0.0.0.0:8285".parse().unwrap(),
+            is_encrypted: true,
+            identity: identity.map(str::to_string),
+            tun_offloads: [true; 2],
+            udp_offloads: [true; 2],
+            without: Vec::new(),
+            is_steered: true,
+            addresses: Vec::new(),
+            peers: Vec::new(),
+        }
+    }
+
+    /// The address that datagrams to the peer will have, by the rules for their mark.
+    #[test]
+    fn an_identity_is_looked_up_with_the_mark() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), SharedSecret::generate()).unwrap();
+        let secret = file.path().display();
+        let flags = format!("--secret-file {secret} --address 10.7.0.1/24 --peer 10.1.0.2");
+        let net = |text: &str| text.parse().unwrap();
+        let addresses = [
+            (net("10.1.0.1/24"), net("10.1.0.2/24")),
+            (net("10.1.0.5/32"), net("10.1.0.6/32")),
+        ];
+        let hosts = pair(&addresses, 1500).unwrap();
+        for words in [
+            "route add 10.1.0.2 dev underlay0 src 10.1.0.5 table 7",
+            "rule add fwmark 7 table 7",
+        ] {
+            let mut ip = std::process::Command::new("ip");
+            ip.args(words.split(' '));
+            assert!(hosts.a.run(move || ip.status().unwrap().success()));
+        }
+        for (mark, identity) in [(0, "10.1.0.1"), (7, "10.1.0.5")] {
+            let flags = format!("{flags} --fwmark {mark}");
+            let config = Config::from_words(flags.split_whitespace().map(OsStr::new)).unwrap();
+            let prepared = hosts.a.run(|| {
+                let prepared = prepare(config, None, |_, _, _| Ok(()));
+                prepared.map(|prepared| prepared.plan.config).unwrap()
+            });
+            assert_eq!(prepared.own_identity.as_deref(), Some(identity));
+        }
+    }
+
+    /// Its peers would not know the new process by another.
+    #[test]
+    fn a_tunnel_that_is_taken_over_keeps_its_identity() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), SharedSecret::generate()).unwrap();
+        let secret = file.path().display();
+        let flags = format!("--secret-file {secret} --address 10.7.0.1/24 --peer 10.1.0.2");
+        let config = Config::from_words(flags.split_whitespace().map(OsStr::new)).unwrap();
+        let net = |text: &str| text.parse().unwrap();
+        let hosts = pair(&[(net("10.1.0.1/24"), net("10.1.0.2/24"))], 1500).unwrap();
+        for (old, identity) in [
+            (None, "10.1.0.1"),
+            // As it was before its address changed, or an old version that does not tell.
+            (Some(manifest(Some("10.1.0.9"))), "10.1.0.9"),
+            (Some(manifest(None)), "10.1.0.1"),
+        ] {
+            let prepared = hosts.a.run(|| {
+                let prepared = prepare(config.clone(), old.as_ref(), |_, _, _| Ok(()));
+                prepared.map(|prepared| prepared.plan.config).unwrap()
+            });
+            assert_eq!(prepared.own_identity.as_deref(), Some(identity));
+            assert_eq!(prepared.public_key(), config.key_of(identity));
+        }
+    }
 }

@@ -191,12 +191,13 @@ pub fn receive(stream: UnixStream) -> io::Result<Inherited> {
 /// When the old process carries on.
 pub fn take_over(mut config: Config, inherited: Inherited) -> Result<(Tunnel, Option<Server>)> {
     let Inherited {
-        manifest,
+        mut manifest,
         claimed,
         listener,
         mut old,
     } = inherited;
     manifest.keep_offloads(&mut config);
+    manifest.use_secret(&config);
     let prepared = start::prepare(config, Some(&manifest), |config, settings, _| {
         manifest.check(config, settings)?;
         Ok(claimed)

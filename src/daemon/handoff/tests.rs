@@ -31,6 +31,7 @@ fn manifest(workers: usize) -> Manifest {
         own_ports: (0..workers).map(|worker| worker % 2 == 1).collect(),
         listen: "0.0.0.0:8285".parse().unwrap(),
         is_encrypted: false,
+        identity: None,
         tun_offloads: [true, false],
         udp_offloads: [false, true],
         without: Vec::new(),
@@ -38,6 +39,7 @@ fn manifest(workers: usize) -> Manifest {
         addresses: vec!["10.244.0.1/16".parse().unwrap()],
         peers: vec![KnownPeer {
             peer: "10.0.0.9:8285".into(),
+            identity: None,
             place: None,
             endpoint: "10.0.0.9:8286".parse().ok(),
             is_suspended: false,

@@ -1,14 +1,17 @@
 //! Changes to peers with keys, as `wg(8)` makes them.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use super::Overlay;
-use crate::config::HostPort;
+use crate::config::{HostPort, PeerName};
+use crate::error::{Error, Result};
 use crate::packet::batch::NextHop;
-use crate::wire::wireguard::keys::PresharedKey;
+use crate::wire::wireguard::keys::{PresharedKey, PublicKey};
+use crate::wire::wireguard::sessions::PeerSessions;
 
 /// What the peer without prefixes has: the rest.
 const ANYWHERE: [IpNet; 2] = [
@@ -32,6 +35,43 @@ impl Overlay {
         if let Some(secure) = self.peer_mut(hop).and_then(|peer| peer.secure.as_mut()) {
             secure.preshared_key = key.clone();
         }
+    }
+
+    /// Gives the peers whose keys follow from a secret those that follow from another,
+    /// `key_of` each identity and one that they share. Their sessions end; all else stays.
+    ///
+    /// # Errors
+    /// When another peer has such a key: the change is half done then.
+    pub(crate) fn rekey(
+        &mut self,
+        key_of: impl Fn(&str) -> Option<PublicKey>,
+        preshared_key: &PresharedKey,
+    ) -> Result<()> {
+        let peers = self.peers();
+        let renamed = peers.filter_map(|(hop, peer)| Some((hop, key_of(peer.identity()?)?)));
+        for (hop, key) in renamed.collect::<Vec<_>>() {
+            let name = PeerName::Key(key);
+            let other = self.find(&name);
+            if other.is_some_and(|(other, _)| other != hop) {
+                let what = format!("two peers would have the key {key}");
+                return Err(Error::new(what).hint("`fastvpn peer del` removes one"));
+            }
+            let Some(peer) = self.peer_mut(hop) else {
+                continue;
+            };
+            let old = std::mem::replace(&mut peer.name, name).id();
+            let id = peer.name.id();
+            if let Some(secure) = &mut peer.secure {
+                secure.preshared_key = preshared_key.clone();
+                // The handshake thread knows these by the peer's key.
+                let new = PeerSessions::default();
+                new.endpoint.store(secure.sessions.endpoint.load_full());
+                secure.sessions = Arc::new(new);
+            }
+            self.names.remove(&old);
+            self.names.insert(id, hop);
+        }
+        Ok(())
     }
 
     /// Notes how often something is sent to a peer with a key.
@@ -93,7 +133,7 @@ impl Overlay {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{PeerName, parse_peer};
+    use crate::config::parse_peer;
     use crate::routing::overlay::Origin;
 
     fn key(number: u8) -> String {
@@ -167,6 +207,35 @@ mod tests {
         let spec = parse_peer(&key(8)).unwrap();
         overlay.add_peer(&spec, true, Origin::Runtime).unwrap();
         assert_eq!(overlay.find(&spec.name).unwrap().0, 0);
+    }
+
+    /// All but sessions stays: prefixes, place, counters, and where it was last seen.
+    #[test]
+    fn peers_follow_another_secret() {
+        let mut overlay = overlay(&["@10.0.0.1=10.1.0.0/16", "=10.2.0.0/16"]);
+        let seen = ([10, 0, 0, 9], 9).into();
+        if let Some(secure) = overlay.peer_mut(0).and_then(|peer| peer.secure.as_mut()) {
+            secure.identity = Some("gate".into());
+            secure.sessions.note_sender(seen);
+        }
+        let before = overlay.clone();
+        let (new, shared) = (PublicKey([9; 32]), PresharedKey::generate());
+        let key_of = |identity: &str| (identity == "gate").then_some(new);
+        overlay.rekey(key_of, &shared).unwrap();
+        let (hop, peer) = overlay.find(&PeerName::Key(new)).unwrap();
+        let (old, secure) = (before.peer(0).unwrap(), peer.secure.as_ref().unwrap());
+        assert_eq!((hop, &peer.place), (0, &old.place));
+        assert!(overlay.find(&old.name).is_none());
+        assert!(Arc::ptr_eq(&peer.traffic, &old.traffic));
+        assert_eq!(secure.preshared_key, shared);
+        let sessions = &old.secure.as_ref().unwrap().sessions;
+        assert!(!Arc::ptr_eq(&secure.sessions, sessions));
+        assert_eq!(secure.sessions.endpoint.load().as_deref(), Some(&seen));
+        assert_eq!(shown(&overlay), shown(&before));
+        // Those without an identity are as they were.
+        assert_eq!(overlay.peer(1).unwrap().name, before.peer(1).unwrap().name);
+        let other = overlay.peer(1).unwrap().name.key();
+        assert!(overlay.rekey(|_| other, &shared).is_err());
     }
 
     /// Also one that has been seen elsewhere, and is to be where it was first.
