@@ -48,6 +48,8 @@ impl<'a> Host<'a> {
     }
 
     fn wait_for_socket(&self) -> Result<()> {
+        // Before it is up it may not have its own /run yet, but another tunnel's.
+        self.tunnel.wait_for_line("queues: ")?;
         let socket = self.socket()?;
         wait_until("the socket is there", || Ok(socket.exists()))
     }
