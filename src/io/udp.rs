@@ -421,8 +421,11 @@ mod tests {
             let sockets = open(listen, workers, ALL, Mode::WireGuard).unwrap();
             let handshake = sockets.handshake.unwrap();
             let mut used = std::collections::BTreeSet::new();
-            for _ in 0..32 {
-                let peer = UdpSocket::bind("127.0.0.1:0").unwrap();
+            // All at once, so that no two have one port.
+            let peers: Vec<_> = (0..32)
+                .map(|_| UdpSocket::bind("127.0.0.1:0").unwrap())
+                .collect();
+            for peer in &peers {
                 for _ in 0..2 {
                     for message in [[1, 0, 0, 0], [2, 0, 0, 0], [3, 0, 0, 0], [0x45, 0, 0, 0]] {
                         peer.send_to(&message, listen).unwrap();
