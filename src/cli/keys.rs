@@ -8,7 +8,7 @@ use zeroize::Zeroizing;
 
 use crate::config::hide_memory;
 use crate::error::{Error, Result};
-use crate::wire::wireguard::keys::{PresharedKey, PrivateKey};
+use crate::wire::wireguard::keys::{KEY_FORM, PresharedKey, PrivateKey};
 use crate::wire::wireguard::secret::SharedSecret;
 
 /// Longest input that is read: a key, and white space around it.
@@ -60,7 +60,7 @@ fn public_key(input: impl Read) -> Result<String> {
         Err(error) => return Err(Error::os("cannot read standard input", error)),
     };
     let not_a_key = || {
-        let what = "standard input is not a private key: expected 44 characters of base64";
+        let what = format!("standard input is not a private key: expected {KEY_FORM}");
         Error::new(what).hint("`fastvpn genkey` makes one")
     };
     Ok(key.ok_or_else(not_a_key)?.public().to_string())

@@ -12,6 +12,7 @@ use zeroize::{Zeroize, Zeroizing};
 
 use super::options::Config;
 use crate::error::{Error, Result};
+use crate::wire::wireguard::keys::KEY_FORM;
 
 /// Largest key file: a key, and white space around it.
 const FILE_BYTES_MAX: u64 = 4 << 10;
@@ -66,7 +67,7 @@ fn read_key<K: FromStr>(option: &str, path: &Path) -> Result<K> {
     let key = read_text(option, path)?.trim().parse();
     key.map_err(|_| {
         let name = path.display();
-        let what = format!("{option} {name} does not hold a key: 44 characters of base64");
+        let what = format!("{option} {name} does not hold a key: {KEY_FORM}");
         Error::new(what).hint("`fastvpn genkey` and `fastvpn genpsk` make keys")
     })
 }

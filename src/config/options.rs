@@ -86,7 +86,7 @@ pub struct Config {
     #[serde(default = "default_tun")]
     pub tun: String,
 
-    /// MTU of the TUN device in bytes [default: smallest path MTU to a peer less 28 (IPv4) or 48 (IPv6)]
+    /// MTU of the TUN device in bytes [default: smallest path MTU to a peer less 28 (IPv4), 48 (IPv6), or 80 with keys]
     #[arg(long = "mtu", value_name = "N")]
     #[serde(rename = "mtu")]
     pub mtu_bytes: Option<u32>,
@@ -217,10 +217,7 @@ impl Config {
 
     /// How datagrams are made.
     pub(crate) fn mode(&self) -> Mode {
-        match self.is_encrypted() {
-            true => Mode::WireGuard,
-            false => Mode::Plain,
-        }
+        Mode::with_keys(self.is_encrypted())
     }
 
     /// Whether the tunnel is encrypted: it and all its peers have keys, or none has.

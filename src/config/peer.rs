@@ -12,16 +12,13 @@ use serde::{Deserialize, Deserializer};
 use super::types::{self, DEFAULT_PORT, ParseResult, parse_prefix, split_port};
 use crate::error::shortened;
 use crate::packet::ip::canonical;
-use crate::wire::wireguard::keys::{PresharedKey, PublicKey};
+use crate::wire::wireguard::keys::{KEY_FORM, PresharedKey, PublicKey};
 
 /// Characters of a key in base64, of which the last is a `=`. No host has one.
 const KEY_CHARS: usize = 44;
 
 /// A DNS name (RFC 1035, section 2.3.4), or an IPv6 address with its zone.
 const HOST_BYTES_MAX: usize = 255;
-
-/// What keys look like.
-const KEY_FORM: &str = "44 characters of base64";
 
 /// A host to resolve and a UDP port, as they were given.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

@@ -18,13 +18,10 @@ use super::options::Config;
 use super::peer::{HostPort, PeerName, PeerSpec, parse_host_port, parse_keepalive};
 use super::types::{ParseResult, parse_fwmark, parse_prefix};
 use crate::error::{Error, Result, shortened};
-use crate::wire::wireguard::keys::PublicKey;
+use crate::wire::wireguard::keys::{KEY_FORM, PublicKey};
 
 /// The flag that names a file.
 const OPTION: &str = "--wg-config";
-
-/// What a key looks like.
-const KEY_FORM: &str = "44 characters of base64";
 
 /// What a file says, and the defaults for the rest.
 ///

@@ -1,4 +1,4 @@
-//! What an encrypted tunnel has besides: the handshake thread, and what it shares with the
+//! What only an encrypted tunnel has: the handshake thread, and what it shares with the
 //! workers.
 
 use std::collections::HashSet;
@@ -14,6 +14,7 @@ use super::workers::{Workers, event_counter};
 use crate::config::{Config, PEERS_MAX};
 use crate::dataplane::sessions::Sessions;
 use crate::error::Result;
+use crate::io::udp;
 use crate::routing::overlay::Overlay;
 use crate::wire::wireguard::keys::PublicKey;
 use crate::wire::wireguard::sessions::{SessionMap, WorkerRequest};
@@ -35,6 +36,8 @@ pub struct Encryption {
     /// `None` while the workers stand still. It ends all sessions with itself, so that no
     /// process seals with keys that another one may still use.
     handshakes: Option<Handshakes>,
+    /// What the kernel had dropped at the socket before.
+    drops_before: u32,
     /// This host's identity, if its key follows from a shared secret.
     own_identity: Option<String>,
 }
@@ -47,6 +50,7 @@ impl Encryption {
     pub fn new(socket: Socket) -> Result<Self> {
         let (sender, requests) = bounded(REQUESTS_MAX);
         Ok(Self {
+            drops_before: udp::drops(socket.as_fd()).unwrap_or(0),
             socket: Arc::new(socket),
             sessions: Sessions {
                 map: Arc::new(SessionMap::new(INDICES_MAX)),
@@ -71,6 +75,7 @@ impl Encryption {
 
     /// Goes on with another socket. Sessions stay.
     pub fn use_socket(&mut self, socket: Socket) {
+        self.drops_before = 0;
         self.socket = Arc::new(socket);
         if let Some(handshakes) = &self.handshakes {
             handshakes.set_socket(Arc::clone(&self.socket));
@@ -161,7 +166,11 @@ impl Encryption {
     /// What the handshake thread has counted, by name.
     pub fn counters(&self) -> impl Iterator<Item = (&'static str, u64)> {
         let counters = self.handshakes.iter();
-        counters.flat_map(|handshakes| handshakes.counters().values())
+        let counters = counters.flat_map(|handshakes| handshakes.counters().values());
+        // The kernel's count wraps round.
+        let drops = udp::drops(self.as_fd()).unwrap_or(self.drops_before);
+        let drops = drops.wrapping_sub(self.drops_before);
+        counters.chain([("drop_at_socket", drops.into())])
     }
 }
 
@@ -178,6 +187,7 @@ fn peers(overlay: &Overlay) -> impl Iterator<Item = PeerConfig> {
         Some(PeerConfig {
             public_key: peer.name.key()?,
             preshared_key: secure.preshared_key.clone(),
+            is_suspended: peer.is_suspended,
             persistent_keepalive: secure.persistent_keepalive,
             sessions: Arc::clone(&secure.sessions),
         })

@@ -68,6 +68,9 @@ pub struct KnownPeer {
     pub place: Option<String>,
     /// Where its datagrams go; `None` while its name does not resolve.
     pub endpoint: Option<SocketAddr>,
+    /// It has sent from there, and was not given that endpoint.
+    #[serde(default)]
+    pub has_roamed: bool,
     /// Nothing is sent there: the path leads through the tunnel itself.
     pub is_suspended: bool,
     /// Whether operators added the peer itself.
@@ -96,6 +99,7 @@ impl Manifest {
             identity: peer.identity().map(str::to_string),
             place: given(peer),
             endpoint: peer.endpoint_learned(),
+            has_roamed: peer.has_roamed(),
             is_suspended: peer.is_suspended,
             is_added: peer.origin == Origin::Runtime,
             is_default: overlay.is_default(peer),
@@ -204,7 +208,7 @@ impl Manifest {
         };
         let peers = self.peers.iter().filter(|peer| !is_elsewhere(peer));
         peers
-            .filter_map(|peer| Some((peer.peer.clone(), peer.endpoint?)))
+            .filter_map(|peer| Some((peer.peer.clone(), (peer.endpoint?, peer.has_roamed))))
             .collect()
     }
 
@@ -295,6 +299,7 @@ mod tests {
                     identity: None,
                     place: None,
                     endpoint: None,
+                    has_roamed: false,
                     is_suspended: false,
                     is_added: *is_added,
                     is_default: *is_default,
@@ -381,6 +386,7 @@ mod tests {
         let mut manifest = manifest(&[(KEY, true, false, &["10.8.0.0/16"])]);
         manifest.peers[0].place = Some("10.0.0.1:8285".into());
         manifest.peers[0].endpoint = Some(roamed);
+        manifest.peers[0].has_roamed = true;
         for (given, endpoint) in [
             ("", Some(roamed)),
             ("@10.0.0.1", Some(roamed)),
@@ -430,6 +436,22 @@ mod tests {
         assert_eq!(peer.identity(), Some("gate"));
         let known = manifest.known(&overlay);
         assert!(known.contains_key(&peer.name.to_string()));
+    }
+
+    /// So a name server's next answer counts as it did before.
+    #[test]
+    fn a_name_that_has_resolved_has_not_roamed() {
+        const KEY: &str = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=";
+        let configured = format!("{KEY}@far.example");
+        let mut overlay = overlay(&[&configured]);
+        let mut manifest = manifest(&[(KEY, false, false, &[])]);
+        manifest.peers[0].place = Some("far.example:8285".into());
+        manifest.peers[0].endpoint = "192.0.2.7:8285".parse().ok();
+        let known = manifest.known(&overlay);
+        resolve::set_known(&mut overlay, &known, "0.0.0.0:1".parse().unwrap());
+        let peer = overlay.peers_by_name().next().unwrap();
+        assert_eq!(peer.endpoint, manifest.peers[0].endpoint);
+        assert!(!peer.has_roamed());
     }
 
     #[test]

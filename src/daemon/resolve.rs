@@ -16,8 +16,9 @@ use crate::routing::overlay::{Overlay, Peer};
 /// waited for while the tunnel runs.
 const NAMES_WAIT_MAX: Duration = Duration::from_secs(5);
 
-/// Addresses of peers by name, as an old process knows them.
-pub type Known = HashMap<String, SocketAddr>;
+/// Addresses of peers by name, as an old process knows them, and whether they are those of
+/// peers that have roamed there.
+pub type Known = HashMap<String, (SocketAddr, bool)>;
 
 /// Gives peers that have no address yet theirs, as far as names resolve within
 /// a few seconds; tells why the others do not. Names that did not resolve a
@@ -126,14 +127,17 @@ pub fn set_known(overlay: &mut Overlay, known: &Known, listen: SocketAddr) {
         .peers()
         .filter(|(_, peer)| peer.endpoint.is_none() || peer.secure.is_some())
         .filter_map(|(hop, peer)| {
-            let endpoint = *known.get(&peer.name.to_string())?;
-            Some((hop, peer.name.clone(), endpoint))
+            let (endpoint, has_roamed) = *known.get(&peer.name.to_string())?;
+            Some((hop, peer.name.clone(), endpoint, has_roamed))
         })
-        .filter(|(.., endpoint)| !overlay.leads_back(listen, *endpoint))
+        .filter(|(_, _, endpoint, _)| !overlay.leads_back(listen, *endpoint))
         .collect();
-    for (hop, name, endpoint) in found {
+    for (hop, name, endpoint, has_roamed) in found {
         let PeerName::Host(place) = name else {
-            overlay.set_roamed(hop, endpoint);
+            match has_roamed {
+                true => overlay.set_roamed(hop, endpoint),
+                false => overlay.set_endpoint(hop, Some(endpoint)),
+            };
             continue;
         };
         let mut configured = endpoint;
@@ -232,11 +236,12 @@ mod tests {
     fn what_is_known_is_asked_for_but_not_waited_for() {
         let (mut names, asked, _answers) = Names::without_threads();
         let mut overlay = overlay(&["known"]);
-        let other = ("other:8285".to_string(), "10.1.0.9:8285".parse().unwrap());
-        let known = ("known:8285".to_string(), "10.1.0.1:8285".parse().unwrap());
+        let at = |address: &str| (address.parse().unwrap(), false);
+        let other = ("other:8285".to_string(), at("10.1.0.9:8285"));
+        let known = ("known:8285".to_string(), at("10.1.0.1:8285"));
         set_known(&mut overlay, &Known::from([other, known.clone()]), ANY);
         assert!(resolve_now(&mut overlay, &mut names, ANY).is_empty());
-        assert_eq!(endpoint(&overlay, "known"), Some(known.1));
+        assert_eq!(endpoint(&overlay, "known"), Some(known.1.0));
         names.tick(Instant::now());
         assert_eq!(asked.try_iter().collect::<Vec<_>>(), [name("known")]);
     }
@@ -246,8 +251,12 @@ mod tests {
     fn what_is_known_stays_while_it_is_among_the_answers() {
         let (mut names, _asked, answers) = Names::without_threads();
         let mut overlay = overlay(&["kept", "moved", "new"]);
-        let known = ["kept", "moved"]
-            .map(|host| (format!("{host}:8285"), "10.1.0.2:8285".parse().unwrap()));
+        let known = ["kept", "moved"].map(|host| {
+            (
+                format!("{host}:8285"),
+                ("10.1.0.2:8285".parse().unwrap(), false),
+            )
+        });
         set_known(&mut overlay, &known.into(), ANY);
         for (host, addresses) in [
             ("kept", "10.1.0.3:8285 10.1.0.1:8285 10.1.0.2:8285"),

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -61,9 +61,8 @@ impl Tunnel {
             mut overlay,
         } = plan;
         overlay.count_for(claimed.device.queues.len());
-        let sockets = &claimed.sockets;
-        udp::set_options(&sockets.workers, sockets.handshake.as_ref())?;
-        udp::check_mark(&sockets.workers, config.fwmark)?;
+        udp::set_options(&claimed.sockets)?;
+        udp::check_mark(&claimed.sockets.workers, config.fwmark)?;
         let host = Host::new(netlink, claimed.device.queues[0].as_fd(), &config.tun)?;
         let table = table(&overlay, &host, &config, &settings);
         let (probes, received) = peers::probe_channel();
@@ -91,7 +90,10 @@ impl Tunnel {
     fn filter_datagrams(&self) -> Result<()> {
         let workers = self.workers.descriptors.iter().map(WorkerFds::receive);
         let handshake = self.encryption.iter().map(Encryption::as_fd);
-        let mut sockets = workers.chain(handshake);
+        self.filter(workers.chain(handshake))
+    }
+
+    fn filter<'a>(&self, mut sockets: impl Iterator<Item = BorrowedFd<'a>>) -> Result<()> {
         sockets
             .try_for_each(|socket| udp::drop_from(socket, self.host.device.index))
             .map_err(|error| Error::os("cannot filter what comes through the tunnel itself", error))
@@ -193,12 +195,11 @@ impl Tunnel {
         // As many as there are queues, which are counted in 16 bits.
         let workers = workers.len() as u16;
         let sockets = udp::open(listen, workers, offloads, self.config.mode())?;
-        let handshake = sockets.handshake.as_ref();
-        udp::set_options(&sockets.workers, handshake)?;
-        let all = sockets.workers.iter();
-        let all = all.flat_map(|worker| [Some(&worker.receive), worker.send.as_ref()]);
-        let all = all.chain([handshake]).flatten().map(AsFd::as_fd);
-        udp::set_mark(all, self.config.fwmark)?;
+        udp::set_options(&sockets)?;
+        udp::set_mark(sockets.all().map(AsFd::as_fd), self.config.fwmark)?;
+        let receiving = sockets.workers.iter().map(|worker| &worker.receive);
+        let receiving = receiving.chain(&sockets.handshake);
+        self.filter(receiving.map(AsFd::as_fd))?;
         Ok(sockets)
     }
 
@@ -215,12 +216,9 @@ impl Tunnel {
 
     fn mark_sockets(&self, mark: u32) -> Result<()> {
         let workers = self.workers.descriptors.iter();
-        let workers = workers.flat_map(|worker| {
-            let own = worker.sockets.send.as_ref().map(AsFd::as_fd);
-            [Some(worker.receive()), own]
-        });
+        let workers = workers.flat_map(|worker| worker.sockets.all().map(AsFd::as_fd));
         let handshake = self.encryption.iter().map(Encryption::as_fd);
-        udp::set_mark(workers.flatten().chain(handshake), mark)
+        udp::set_mark(workers.chain(handshake), mark)
     }
 
     /// Goes on with other sockets. Sessions stay, and packets wait meanwhile.
@@ -232,7 +230,6 @@ impl Tunnel {
             encryption.use_socket(socket);
         }
         self.workers.replace_sockets(sockets.workers)?;
-        self.filter_datagrams()?;
         self.workers.go();
         Ok(())
     }
@@ -310,6 +307,7 @@ impl Tunnel {
             let overlay = &self.peers.overlay;
             let table = table(overlay, &self.host, &self.config, &self.settings);
             self.workers.publish(table);
+            self.follow_peers();
             // What a path refused for its length may pass on another.
             self.workers.reset_limits();
         }

@@ -53,7 +53,7 @@ pub fn answer(tunnel: &mut Tunnel, request: Request, asker: Asker, is_leaving: b
             Ok(None)
         }
         Err(error) => {
-            // `wg` has words for the number alone.
+            // `wg` can show only an errno.
             tracing::warn!("refused what {asker} asked for by `wg`: {error}");
             Err(error.errno().map_or(Errno::EINVAL, Errno::from_raw))
         }
@@ -142,11 +142,9 @@ fn apply(overlay: &mut Overlay, set: &Set, own: Option<PublicKey>) -> Result<()>
     {
         overlay.remove_peers(&[own])?;
     }
-    let mut peers = set.peers.iter();
-    peers
-        .by_ref()
-        .filter(|peer| Some(peer.public_key) != own)
-        .try_for_each(|peer| apply_to(overlay, peer))
+    let peers = set.peers.iter();
+    let mut others = peers.filter(|peer| Some(peer.public_key) != own);
+    others.try_for_each(|peer| apply_to(overlay, peer))
 }
 
 fn apply_to(overlay: &mut Overlay, change: &PeerChange) -> Result<()> {

@@ -89,7 +89,7 @@ impl Inbound {
             counters.first.sender_unknown.give(sender.ip());
             return;
         }
-        let mut allowed = Allowed::none(self.worker, From::Address(sender));
+        let mut allowed = Allowed::none(self.worker, Origin::Address(sender));
         for packet in datagrams {
             self.take(packet, meta, &mut allowed, table, counters, engine);
         }
@@ -130,6 +130,7 @@ impl Inbound {
                 counters.drop_session_unknown.add(1);
                 continue;
             };
+            let datagram_bytes = datagram.len();
             match run.session.open(datagram) {
                 Ok(padded) => {
                     run.is_authentic = true;
@@ -140,6 +141,7 @@ impl Inbound {
                     run.has_data = true;
                     let packet_bytes = ip::total_bytes(padded).min(padded.len());
                     let packet = &mut padded[..packet_bytes];
+                    run.allowed.around_bytes = datagram_bytes - packet_bytes;
                     self.take(packet, meta, &mut run.allowed, table, counters, engine);
                 }
                 Err(OpenError::Short) => counters.drop_short.add(1),
@@ -156,7 +158,7 @@ impl Inbound {
     #[inline]
     fn start_run<'a>(&self, index: u32, now_ns: u64) -> Option<Run<'a>> {
         let session = Arc::clone(self.sessions.as_ref()?.map.get(index).as_ref()?);
-        let from = From::Session(Arc::as_ptr(session.peer()));
+        let from = Origin::Session(Arc::as_ptr(session.peer()));
         session.may_receive(now_ns).then(|| Run {
             allowed: Allowed::none(self.worker, from),
             session,
@@ -277,14 +279,14 @@ impl Run<'_> {
 
 /// Who has sent packets.
 #[derive(Clone, Copy)]
-enum From {
+enum Origin {
     /// Whatever peer has this address.
     Address(SocketAddr),
     /// The peer with these sessions; they are only compared.
     Session(*const PeerSessions),
 }
 
-impl From {
+impl Origin {
     #[inline]
     fn is(self, peer: &PeerSnapshot) -> bool {
         match self {
@@ -302,7 +304,7 @@ impl From {
 /// mostly have one source, so the last verdict is kept.
 struct Allowed<'a> {
     worker: usize,
-    from: From,
+    from: Origin,
     /// The packet that the verdict was about.
     last: Option<(Version, &'a [u8])>,
     /// The peer behind which its source is, if it is the sender.
@@ -310,11 +312,13 @@ struct Allowed<'a> {
     /// Packets and bytes of this peer that are not in its counters yet.
     packets: u64,
     bytes: u64,
+    /// What a datagram has around the packet, and counts as well.
+    around_bytes: usize,
 }
 
 impl<'a> Allowed<'a> {
     #[inline]
-    fn none(worker: usize, from: From) -> Self {
+    fn none(worker: usize, from: Origin) -> Self {
         Self {
             worker,
             from,
@@ -322,6 +326,7 @@ impl<'a> Allowed<'a> {
             peer: None,
             packets: 0,
             bytes: 0,
+            around_bytes: 0,
         }
     }
 
@@ -351,7 +356,7 @@ impl<'a> Allowed<'a> {
     #[inline]
     fn count(&mut self, packet_bytes: usize) {
         self.packets += 1;
-        self.bytes += packet_bytes as u64;
+        self.bytes += (packet_bytes + self.around_bytes) as u64;
     }
 
     /// Brings the counters up to date.
@@ -371,7 +376,7 @@ impl<'a> Allowed<'a> {
         {
             traffic.packets_received.add(packets);
             traffic.bytes_received.add(bytes);
-            if let From::Address(sender) = self.from {
+            if let Origin::Address(sender) = self.from {
                 let expected = peer.endpoint.map_or(0, |endpoint| endpoint.port());
                 traffic.note_port(sender.port(), expected);
             }

@@ -77,7 +77,6 @@ enum Refusal {
     Unresolved,
     TooBig { mtu_bytes: u32 },
     Oversize,
-    NoSession { next_hop: NextHop },
 }
 
 impl Outbound {
@@ -91,10 +90,7 @@ impl Outbound {
     ) -> Self {
         let queue = |port| SendQueue::new(port, queueing, sessions.clone(), engine);
         Self {
-            mode: match sessions {
-                Some(_) => Mode::WireGuard,
-                None => Mode::Plain,
-            },
+            mode: Mode::with_keys(sessions.is_some()),
             open: Vec::with_capacity(OPEN_BATCHES_MAX),
             queues: [Port::Listen, Port::Own].map(queue),
             reporter: Reporter::new(),
@@ -149,10 +145,10 @@ impl Outbound {
             self.next_hop(&segments, table)
         };
         match to {
-            Ok(to) => self.append(&segments, to, table, counters, engine),
-            Err(Refusal::NoSession { next_hop }) => {
-                self.hold(vnet_packet, next_hop, held_since_ns, table, counters);
+            Ok(to) if to.peer.lacks_session() => {
+                self.hold(vnet_packet, to, held_since_ns, counters);
             }
+            Ok(to) => self.append(&segments, to, table, counters, engine),
             Err(refusal) => self.refuse(refusal, &segments, table, counters, engine),
         }
     }
@@ -315,6 +311,7 @@ impl Outbound {
         for (queue, from) in self.queues.iter_mut().zip([Port::Listen, Port::Own]) {
             queue.release(from, &account, engine);
         }
+        self.held.drop_all(counters);
     }
 
     /// Sends all that waits, whether there is room or not.
@@ -343,7 +340,6 @@ impl Outbound {
                 (&counters.drop_too_big, Some(Problem::TooBig { mtu_bytes }))
             }
             Refusal::Oversize => (&counters.drop_oversize, None),
-            Refusal::NoSession { .. } => (&counters.drop_no_session, None),
         };
         drops.add(segments.count() as u64);
         if let Some(problem) = problem {
@@ -375,27 +371,18 @@ impl Outbound {
         }
     }
 
-    /// Holds a vnet packet until its peer has a session.
+    /// Holds a vnet packet until its peer has a session. `since_ns`: since when it is held
+    /// already.
     #[cold]
-    fn hold(
-        &mut self,
-        vnet_packet: &[u8],
-        next_hop: NextHop,
-        since_ns: Option<u64>,
-        table: &Table,
-        counters: &Counters,
-    ) {
-        let peer = table.at(next_hop).and_then(|peer| peer.sessions.as_ref());
-        let since_ns = match (since_ns, &self.sessions, peer) {
-            // Asked for already: who asks again has it tried for longer.
-            (Some(since_ns), ..) => since_ns,
-            (None, Some(sessions), Some(peer)) => {
-                sessions.request(peer);
-                clock::now_ns()
-            }
-            _ => return,
-        };
-        self.held.push(vnet_packet, next_hop, since_ns, counters);
+    fn hold(&mut self, vnet_packet: &[u8], to: To<'_>, since_ns: Option<u64>, counters: &Counters) {
+        // What was held before was asked for then: asking again would go on for longer.
+        if since_ns.is_none()
+            && let (Some(sessions), Some(peer)) = (&self.sessions, &to.peer.sessions)
+        {
+            sessions.request(peer);
+        }
+        let since_ns = since_ns.unwrap_or_else(clock::now_ns);
+        self.held.push(vnet_packet, to.next_hop, since_ns, counters);
     }
 
     /// Takes in again what was held for lack of a session.
@@ -428,13 +415,6 @@ impl Outbound {
         }
         if self.mode.datagram_bytes(packet_bytes, 0) > BATCH_BYTES_MAX {
             return Err(Refusal::Oversize);
-        }
-        if peer
-            .sessions
-            .as_ref()
-            .is_some_and(|sessions| sessions.current.load().is_none())
-        {
-            return Err(Refusal::NoSession { next_hop });
         }
         Ok(To {
             next_hop,

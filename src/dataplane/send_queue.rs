@@ -67,10 +67,7 @@ impl SendQueue {
             is_full: false,
             send_buffer_bytes: None,
             start: Instant::now(),
-            mode: match sessions {
-                Some(_) => Mode::WireGuard,
-                None => Mode::Plain,
-            },
+            mode: Mode::with_keys(sessions.is_some()),
             sessions,
         }
     }
@@ -324,10 +321,7 @@ impl fq_codel::Observer<Queued> for Account<'_> {
         let peer = peer.filter(|peer| peer.endpoint_in_use() == Some(queued.to.endpoint));
         if let Some(traffic) = peer.and_then(|peer| peer.traffic.get(self.worker)) {
             traffic.packets_sent.sub(1);
-            let mode = match peer.is_some_and(|peer| peer.sessions.is_some()) {
-                true => Mode::WireGuard,
-                false => Mode::Plain,
-            };
+            let mode = Mode::with_keys(peer.is_some_and(|peer| peer.sessions.is_some()));
             let datagram_bytes = mode.datagram_bytes(packet_bytes, queued.segment_bytes_max);
             traffic.bytes_sent.sub(datagram_bytes as u64);
             match reason {

@@ -114,8 +114,10 @@ impl Sessions {
     /// Whether there was room for what the handshake thread is told.
     fn tell(&self, request: WorkerRequest) -> bool {
         let is_told = self.requests.try_send(request).is_ok();
-        // The counter cannot overflow: the thread empties it each time.
-        let _ = self.wake.write(1);
+        if is_told {
+            // The counter cannot overflow: the thread empties it each time.
+            let _ = self.wake.write(1);
+        }
         is_told
     }
 
@@ -170,8 +172,7 @@ impl Held {
             return;
         }
         if self.packets.len() == HELD_MAX || self.bytes.len() + vnet_packet.len() > HELD_BYTES_MAX {
-            counters.drop_no_session.add(self.packets.len() as u64);
-            self.clear();
+            self.drop_all(counters);
         }
         self.bytes.reserve_exact(HELD_BYTES_MAX - self.bytes.len());
         self.packets.reserve_exact(HELD_MAX - self.packets.len());
@@ -201,6 +202,12 @@ impl Held {
             }
             Some((packet, one.since_ns))
         })
+    }
+
+    /// Drops all, and counts them.
+    pub fn drop_all(&mut self, counters: &Counters) {
+        counters.drop_no_session.add(self.packets.len() as u64);
+        self.clear();
     }
 
     /// Forgets all.

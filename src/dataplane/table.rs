@@ -62,6 +62,13 @@ impl PeerSnapshot {
         }
     }
 
+    /// Whether it has keys, and no session to send in.
+    #[inline]
+    pub fn lacks_session(&self) -> bool {
+        let sessions = self.sessions.as_ref();
+        sessions.is_some_and(|sessions| sessions.current.load().is_none())
+    }
+
     /// Longest packet of this IP version that is not reported as too big.
     #[inline]
     pub fn packet_bytes_max(&self, version: Version) -> usize {

@@ -226,6 +226,9 @@ fn a_packet_arrives_as_it_was_sent() {
     }
     assert_eq!(near.traffic[0].packets_sent.get(), 4);
     assert_eq!(far.traffic[0].packets_received.get(), 4);
+    // Both ends count the same.
+    let sent_bytes = near.traffic[0].bytes_sent.get();
+    assert_eq!(far.traffic[0].bytes_received.get(), sent_bytes);
     assert_eq!(far.counters().drops().next(), None);
     // And back: the responder's session is in force since the initiator has used it.
     let answer = packet(FAR, NEAR, 8, 100);
@@ -275,6 +278,17 @@ fn held_packets_spend_one_hop() {
     far.receive(&near.sent()[0].1, endpoint(NEAR));
     assert_eq!(far.written()[0][8], 63);
     assert_eq!(near.counters().tun_reads, 1);
+}
+
+#[test]
+fn packets_that_are_held_when_the_worker_stops_are_counted() {
+    let mut near = host(NEAR, &[FAR], None);
+    for number in 0..3 {
+        near.push(&packet(NEAR, FAR, number, 60));
+    }
+    let (table, counters) = (&near.table, &near.counters);
+    near.outbound.release(table, counters, &mut near.engine);
+    assert_eq!(near.counters().drop_no_session, 3);
 }
 
 #[test]

@@ -62,6 +62,13 @@ impl WorkerSockets {
         }
     }
 
+    /// Both of them, as far as they are there.
+    pub fn all(&self) -> impl Iterator<Item = &Socket> {
+        [Some(&self.receive), self.send.as_ref()]
+            .into_iter()
+            .flatten()
+    }
+
     /// The socket that sends from a port.
     #[inline]
     pub fn sender(&self, from: Port) -> &Socket {
@@ -81,6 +88,14 @@ pub struct Sockets {
     pub handshake: Option<Socket>,
     /// The offloads that the kernel has.
     pub offloads: UdpOffloads,
+}
+
+impl Sockets {
+    /// Each of them.
+    pub fn all(&self) -> impl Iterator<Item = &Socket> {
+        let workers = self.workers.iter().flat_map(WorkerSockets::all);
+        workers.chain(&self.handshake)
+    }
 }
 
 /// Opens the sockets of `workers` workers on `listen`. `wanted` says which
@@ -151,7 +166,8 @@ pub fn open(listen: SocketAddr, workers: u16, wanted: UdpOffloads, mode: Mode) -
 }
 
 /// A socket for handshakes: the last one of the port's group. GRO is on for it as for the
-/// others, since the kernel looks at any one of them to see whether it may merge.
+/// others, since the kernel looks at any one of them to see whether it may merge. Its receive
+/// buffer stays short: what waits there under a flood would be answered too late.
 fn open_handshake(listen: SocketAddr, offloads: UdpOffloads) -> io::Result<Socket> {
     let socket = bind(listen, true)?;
     if offloads.gro {
@@ -170,7 +186,7 @@ fn open_handshake(listen: SocketAddr, offloads: UdpOffloads) -> io::Result<Socke
 ///
 /// # Errors
 /// When the kernel does not know how.
-pub fn set_options(sockets: &[WorkerSockets], handshake: Option<&Socket>) -> Result<()> {
+pub fn set_options(sockets: &Sockets) -> Result<()> {
     let set = |socket: &Socket| -> io::Result<()> {
         // On a dual-stack socket either family has options of its own.
         set_ip_mtu_discover(socket, Ipv4PathMtuDiscovery::OMIT)?;
@@ -181,10 +197,8 @@ pub fn set_options(sockets: &[WorkerSockets], handshake: Option<&Socket>) -> Res
         }
         Ok(())
     };
-    let all = sockets.iter();
-    all.flat_map(|worker| [Some(&worker.receive), worker.send.as_ref()])
-        .chain([handshake])
-        .flatten()
+    sockets
+        .all()
         .try_for_each(set)
         .map_err(|error| Error::os("cannot set options of a UDP socket", error))
 }
@@ -398,15 +412,12 @@ mod tests {
         for mode in [Mode::Plain, Mode::WireGuard] {
             let listen = SocketAddr::from(([127, 0, 0, 1], 8285));
             let sockets = namespace.run(|| open(listen, 2, ALL, mode).unwrap());
-            let handshake = sockets.handshake.as_ref();
             for fwmark in [0xca6c, 0] {
-                let all = sockets.workers.iter();
-                let all = all.flat_map(|worker| [Some(&worker.receive), worker.send.as_ref()]);
-                let all: Vec<_> = all.chain([handshake]).flatten().collect();
+                let all: Vec<_> = sockets.all().collect();
                 assert_eq!(all.len(), 3);
                 let before = all[0].mark().unwrap();
                 check_mark(&sockets.workers, fwmark).unwrap();
-                set_options(&sockets.workers, handshake).unwrap();
+                set_options(&sockets).unwrap();
                 assert!(all.iter().all(|it| it.mark().unwrap() == before));
                 set_mark(all.iter().map(|it| it.as_fd()), fwmark).unwrap();
                 assert!(all.iter().all(|it| it.mark().unwrap() == fwmark));

@@ -20,6 +20,15 @@ pub enum Mode {
 }
 
 impl Mode {
+    /// That of a tunnel with keys, or without.
+    #[inline]
+    pub fn with_keys(has_keys: bool) -> Self {
+        match has_keys {
+            true => Self::WireGuard,
+            false => Self::Plain,
+        }
+    }
+
     /// Bytes that it adds to an inner packet: the outer IP header without options, the UDP
     /// header, and what is around the packet in the datagram.
     pub fn overhead_bytes(self, underlay: IpAddr) -> u32 {

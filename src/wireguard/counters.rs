@@ -42,7 +42,8 @@ counters! {
     drop_no_key,
     /// Initiations and responses whose sender does not know this host's public key.
     drop_mac1,
-    /// Initiations of a source that sends too many, under load.
+    /// Under load: initiations of a source that sends too many, and messages that workers pass
+    /// on.
     drop_rate_limited,
     /// Handshake messages that are not authentic.
     drop_forged,

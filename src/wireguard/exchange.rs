@@ -1,6 +1,5 @@
-//! What becomes of each message and of each timer that is due: the protocol of all peers,
-//! without a socket and without a clock. Messages and times go in, and what comes out goes to
-//! an [`Outside`].
+//! The protocol for all peers: handles each message and each timer, without a socket or a
+//! clock. Messages and times go in, and what comes out goes to an [`Outside`].
 //!
 //! # Who sends first in a new session
 //!
@@ -39,6 +38,12 @@ use crate::wire::wireguard::session::{OVERHEAD_BYTES, Session};
 use crate::wire::wireguard::sessions::{PeerSessions, SessionMap};
 use crate::wire::wireguard::timestamp::Timestamp;
 
+/// Peers that are called in one tick after a takeover: their answers fit the socket's buffer.
+const RENEWALS_MAX: usize = 64;
+
+/// How many ticks there may be in the time of one.
+const TICKS_AT_ONCE: u64 = 10;
+
 /// How far apart initiations of one peer must be: the kernel takes fifty a second.
 const INITIATION_INTERVAL_NS: u64 = 20_000_000;
 
@@ -63,6 +68,8 @@ struct State {
     load: Load,
     counters: Arc<HandshakeCounters>,
     latest: Arc<Latest>,
+    /// Peers to call, as nobody knows of the sessions that they may have.
+    renewals: Vec<PublicKey>,
     /// Peers that are gone. A worker that was confirming a session of theirs may put it
     /// back, so they are cleared once more.
     gone: Vec<Arc<PeerSessions>>,
@@ -116,6 +123,7 @@ impl Exchange {
                 load: Load::default(),
                 counters,
                 latest,
+                renewals: Vec::new(),
                 gone: Vec::new(),
                 wall: SystemTime::UNIX_EPOCH,
                 next_ns: u64::MAX,
@@ -200,11 +208,9 @@ impl Exchange {
     /// Makes a session with each peer whose endpoint is known, though nothing is to be sent:
     /// peers may have sessions with this host that it does not know of any more.
     pub(crate) fn renew(&mut self, now: Now, out: &mut impl Outside) {
-        for peer in self.peers.all() {
-            if peer.shared.endpoint.load().is_some() {
-                peer.timers.want(now.ns);
-            }
-        }
+        let peers = self.peers.all();
+        let found = peers.filter(|peer| peer.endpoint_in_use().is_some());
+        self.state.renewals = found.map(|peer| peer.key).collect();
         self.tick(now, out);
     }
 
@@ -214,9 +220,22 @@ impl Exchange {
         for peer in self.state.gone.drain(..) {
             peer.clear();
         }
+        let renewals = &mut self.state.renewals;
+        for key in renewals.drain(renewals.len().saturating_sub(RENEWALS_MAX)..) {
+            if let Some(peer) = self.peers.get_mut(&key) {
+                peer.timers.want(now.ns);
+            }
+        }
         for peer in self.peers.all() {
             self.state.attend(peer, now, out);
         }
+        if !self.state.renewals.is_empty() {
+            self.state.next_ns = now.ns;
+        }
+        // However many things are due one after the other, all peers are gone through now
+        // and then only.
+        let pause_ns = self.state.intervals.tick_ns / TICKS_AT_ONCE;
+        self.state.next_ns = self.state.next_ns.max(now.ns + pause_ns);
     }
 
     /// A datagram has come to the handshake socket, or a worker has passed it on.
@@ -425,8 +444,7 @@ impl State {
         peer.timers.initiated(now.ns, random());
         // Workers for which packets still come ask again, and have it go on for longer.
         peer.is_awaited |= peer.shared.is_wanted.swap(false, Ordering::AcqRel);
-        let endpoint = peer.shared.endpoint.load();
-        let (Some(identity), Some(endpoint)) = (&self.identity, endpoint.as_deref()) else {
+        let (Some(identity), Some(endpoint)) = (&self.identity, peer.endpoint_in_use()) else {
             return;
         };
         if peer.key == identity.key.public() {
@@ -452,7 +470,7 @@ impl State {
         };
         self.in_flight.insert(index, in_flight);
         peer.macs.fill(&mut message, now.ns);
-        out.send(*endpoint, &message);
+        out.send(endpoint, &message);
         self.counters.initiations_sent.add(1);
     }
 
@@ -474,13 +492,12 @@ impl State {
         out: &mut impl Outside,
     ) {
         let mut datagram = [0; OVERHEAD_BYTES];
-        let endpoint = peer.shared.endpoint.load();
-        let Some(endpoint) = endpoint.as_deref() else {
+        let Some(endpoint) = peer.endpoint_in_use() else {
             return;
         };
         if session.seal(&mut datagram, OVERHEAD_BYTES).is_ok() {
             peer.shared.note_sent(now.ns, false);
-            out.send(*endpoint, &datagram);
+            out.send(endpoint, &datagram);
             self.counters.keepalives_sent.add(1);
         }
     }

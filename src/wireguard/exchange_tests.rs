@@ -596,3 +596,66 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn nothing_is_sent_to_a_peer_that_is_suspended() {
+    let mut network = Network::new(2, 1);
+    let suspend = |network: &mut Network, is_suspended| {
+        let peer = network.hosts[0].peers.get_mut(&1).unwrap();
+        peer.config.is_suspended = is_suspended;
+        network.configure(0);
+    };
+    suspend(&mut network, true);
+    network.send(0, 1);
+    network.run(20.0);
+    assert!(network.log.is_empty(), "{:?}", network.log);
+    suspend(&mut network, false);
+    network.run(20.0);
+    assert!(network.agree(0, 1));
+}
+
+/// Their answers have to fit the socket's buffer.
+#[test]
+fn after_a_takeover_peers_are_called_some_at_a_time() {
+    const PEERS: usize = 2 * RENEWALS_MAX + 2;
+    let mut exchange = Exchange::new(
+        Intervals::STANDARD,
+        Some(PrivateKey::generate()),
+        Arc::new(SessionMap::new(4 * PEERS)),
+        Arc::default(),
+        Arc::default(),
+    );
+    let peers = (0..PEERS).map(|number| {
+        let sessions = Arc::<PeerSessions>::default();
+        let endpoint = SocketAddr::from(([10, 0, 0, 1], number as u16));
+        // The last one is not known to be anywhere.
+        let is_known = number < PEERS - 1;
+        sessions
+            .endpoint
+            .store(is_known.then(|| Arc::new(endpoint)));
+        PeerConfig {
+            public_key: PrivateKey::generate().public(),
+            preshared_key: PresharedKey::default(),
+            is_suspended: false,
+            persistent_keepalive: None,
+            sessions,
+        }
+    });
+    let mut now = Now {
+        ns: 1_000_000_000,
+        wall: SystemTime::now(),
+    };
+    let mut output = Output::default();
+    exchange.set_peers(now, peers.collect(), &mut output);
+    assert!(output.sent.is_empty() && exchange.next_ns().is_none());
+    exchange.renew(now, &mut output);
+    let mut called = vec![output.sent.len()];
+    for _ in 0..2 {
+        let next_ns = exchange.next_ns().unwrap();
+        assert!(next_ns >= now.ns + Intervals::STANDARD.tick_ns / TICKS_AT_ONCE);
+        now.ns = next_ns;
+        exchange.tick(now, &mut output);
+        called.push(output.sent.len());
+    }
+    assert_eq!(called, [RENEWALS_MAX, 2 * RENEWALS_MAX, PEERS - 1]);
+}

@@ -47,8 +47,8 @@ impl Mismatches {
         };
         self.next_ns = now_ns + LOG_INTERVAL_NS;
         tracing::warn!(
-            "a handshake from {from}, where peer {peer} is, is not for this host, {}: that peer has \
-             another secret, or knows this host by another identity",
+            "a handshake from {from} (peer {peer}) is meant for another host than this host, {}: \
+             that peer has another secret, or another identity for this host",
             identities.own
         );
     }
@@ -62,7 +62,7 @@ impl Mismatches {
         match identities.at(peers, from) {
             Some(peer) => tracing::warn!(
                 "a handshake from {from} has the secret, but not the identity {peer} of the peer \
-                 that is there: give that host --identity {peer}, or its peer here its identity"
+                 that is there: start it with --identity {peer}, or correct its identity here"
             ),
             None => tracing::warn!(
                 "a handshake from {from} has the secret, but the identity of no peer: add it as \
@@ -107,6 +107,7 @@ mod tests {
         let peer = PeerConfig {
             public_key: KEY,
             preshared_key: PresharedKey::default(),
+            is_suspended: false,
             persistent_keepalive: None,
             sessions,
         };
@@ -127,7 +128,7 @@ mod tests {
             peers: HashMap::from([(KEY, "gate".into())]),
         });
         let second = 1_000_000_000;
-        // Who is no peer has no word in the log; but who has the secret has.
+        // Of strangers only those that have the secret are worth a line.
         let lines = captured(|| mismatches.note_other_key(&mut peers, other, 0));
         assert_eq!(lines, [""; 0]);
         let lines = captured(|| {

@@ -1,4 +1,4 @@
-//! What the protocol has of the world: the time, and where what it does goes.
+//! The protocol's view of the outside: time in, effects out.
 
 use std::net::SocketAddr;
 use std::time::SystemTime;
@@ -8,7 +8,7 @@ use std::time::SystemTime;
 pub(crate) struct Now {
     /// Nanoseconds of `CLOCK_BOOTTIME`.
     pub ns: u64,
-    /// What people call the time. It may go back.
+    /// Wall-clock time. It may go backwards.
     pub wall: SystemTime,
 }
 

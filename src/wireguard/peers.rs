@@ -9,6 +9,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::ValuesMut;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -29,6 +30,8 @@ pub(crate) struct PeerConfig {
     pub public_key: PublicKey,
     /// All zeros if there is none.
     pub preshared_key: PresharedKey,
+    /// The path to it leads through the tunnel itself: nothing is to be sent.
+    pub is_suspended: bool,
     /// How long it may be silent on the path before a keepalive is sent.
     pub persistent_keepalive: Option<Duration>,
     /// What the workers share with the handshake thread. It has the endpoint, if one is
@@ -53,6 +56,8 @@ pub(crate) struct Peer {
     pub preshared_key: PresharedKey,
     /// What workers see of it.
     pub shared: Arc<PeerSessions>,
+    /// Nothing is to be sent to it.
+    is_suspended: bool,
     /// What is due.
     pub timers: Timers,
     /// The MACs of what is sent to it.
@@ -82,6 +87,7 @@ impl Peer {
             macs: MacWriter::new(&config.public_key),
             preshared_key: config.preshared_key,
             shared: config.sessions,
+            is_suspended: config.is_suspended,
             in_flight: None,
             timestamp_sent: None,
             initiation_received: None,
@@ -169,6 +175,12 @@ impl Peer {
             map.remove(session.local_index());
         }
         had_one
+    }
+
+    /// Where datagrams go to it, if anywhere.
+    pub(crate) fn endpoint_in_use(&self) -> Option<SocketAddr> {
+        let endpoint = self.shared.endpoint.load();
+        endpoint.as_deref().copied().filter(|_| !self.is_suspended)
     }
 
     /// The session to send in, if there is one.
@@ -267,6 +279,7 @@ impl Peers {
             let peer = match old.remove(&key) {
                 Some(mut peer) if Arc::ptr_eq(&peer.shared, &config.sessions) => {
                     peer.timers.set_persistent(config.persistent_ns());
+                    peer.is_suspended = config.is_suspended;
                     if peer.preshared_key != config.preshared_key {
                         peer.preshared_key = config.preshared_key;
                         changes.outdated.extend(peer.in_flight.take());

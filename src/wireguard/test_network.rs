@@ -207,6 +207,7 @@ impl Network {
         PeerConfig {
             public_key: self.hosts[host].private_key.public(),
             preshared_key: PresharedKey::default(),
+            is_suspended: false,
             persistent_keepalive: None,
             sessions: Arc::new(sessions),
         }

@@ -23,7 +23,8 @@ use crate::io::message;
 use crate::wire::wireguard::keys::PrivateKey;
 use crate::wire::wireguard::sessions::WorkerRequest;
 
-/// Messages that are handled in one turn: if each is a handshake, some 30 ms of work.
+/// Receives that are handled in one turn. Each may bring several messages, if GRO has merged
+/// them.
 const MESSAGES_MAX: usize = 64;
 
 /// Requests that are handled in one turn.

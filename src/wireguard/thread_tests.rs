@@ -74,6 +74,7 @@ impl End {
         PeerConfig {
             public_key: far.key,
             preshared_key: PresharedKey::default(),
+            is_suspended: false,
             persistent_keepalive: None,
             sessions: Arc::new(sessions),
         }

@@ -42,6 +42,7 @@ fn manifest(workers: usize) -> Manifest {
             identity: None,
             place: None,
             endpoint: "10.0.0.9:8286".parse().ok(),
+            has_roamed: false,
             is_suspended: false,
             is_added: true,
             is_default: false,

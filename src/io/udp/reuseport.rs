@@ -27,7 +27,7 @@
 //! peers are spread; and all that is no data message goes to the handshake socket, so that a
 //! flood of them fills no worker's queue.
 //!
-//! A peer that sends all from one port (a plain one, one behind a NAT, or one
+//! In plain mode a peer that sends all from one port (a plain one, one behind a NAT, or one
 //! queue) is received by worker 0 alone, whose rate is far above what such a peer
 //! sends. The unit of order is the port then.
 

@@ -122,10 +122,7 @@ impl Peer {
 
     /// How its datagrams are made.
     pub(crate) fn mode(&self) -> Mode {
-        match self.secure {
-            None => Mode::Plain,
-            Some(_) => Mode::WireGuard,
-        }
+        Mode::with_keys(self.secure.is_some())
     }
 
     /// What its key follows from, if that is a secret that all hosts share.

@@ -120,7 +120,7 @@ pub struct Incoming {
 }
 
 impl Incoming {
-    /// Reads an initiation, whose mac1 the caller has checked: what follows takes two
+    /// Reads an initiation, whose mac1 the caller has checked: what follows takes three
     /// scalar multiplications.
     ///
     /// # Errors

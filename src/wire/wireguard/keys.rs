@@ -15,6 +15,9 @@ use zeroize::{Zeroize, Zeroizing};
 /// Bytes of every key.
 pub const KEY_BYTES: usize = 32;
 
+/// What a key looks like, for those who wrote something else.
+pub(crate) const KEY_FORM: &str = "44 characters of base64";
+
 /// Characters of a key as text.
 const TEXT_CHARS: usize = 44;
 
@@ -24,7 +27,10 @@ pub struct InvalidKey;
 
 impl fmt::Display for InvalidKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("not a key: 44 characters of base64 were expected, as `wg genkey` prints them")
+        write!(
+            f,
+            "not a key: {KEY_FORM} were expected, as `wg genkey` prints them"
+        )
     }
 }
 
@@ -75,7 +81,7 @@ impl<'de> Deserialize<'de> for PublicKey {
             type Value = PublicKey;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a public key of 44 characters of base64")
+                write!(f, "a public key of {KEY_FORM}")
             }
 
             fn visit_str<E: de::Error>(self, text: &str) -> Result<PublicKey, E> {

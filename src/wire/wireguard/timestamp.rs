@@ -35,8 +35,7 @@ impl Timestamp {
         }
     }
 
-    /// A timestamp as it came, or as it was stored. Any bytes are one: they are only ever
-    /// compared.
+    /// A timestamp as it came. Any bytes are one: they are only ever compared.
     pub fn from_bytes(bytes: [u8; TIMESTAMP_BYTES]) -> Self {
         Self(bytes)
     }

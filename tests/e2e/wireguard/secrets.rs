@@ -119,11 +119,11 @@ fn identities_that_do_not_match() -> Result<()> {
     let (same, other) = ([SECRETS[0]; 2], SECRETS);
     // Host A knows host B by its address.
     let named = ["", "--identity other"];
-    mismatch(same, named, &[&from, &peer, "is not for this host, other"])?;
-    let itself = format!("is not for this host, {}", UNDERLAY[1]);
+    mismatch(same, named, &[&from, &peer, "another host than this host, other"])?;
+    let itself = format!("another host than this host, {}", UNDERLAY[1]);
     mismatch(other, ["", ""], &[&from, &peer, &itself, "another secret"])?;
     // Host B knows host A by its address.
     let named = ["--identity other", ""];
-    let hint = format!("give that host --identity {peer}");
+    let hint = format!("start it with --identity {peer}");
     mismatch(same, named, &[&from, "has the secret", &hint])
 }
