@@ -196,8 +196,11 @@ pub struct PeerCounters {
     pub drop_queue_aqm: Counter,
     /// As in [`Counters`], of packets to this peer.
     pub drop_queue_full: Counter,
+    /// As in [`Counters`], of packets to this peer.
+    pub drop_no_session: Counter,
     /// As in [`Counters`], of packets from this peer's address. Of several peers
-    /// at one address, one counts for all.
+    /// at one address, one counts for all. What a peer with a key sends is counted with its
+    /// sessions instead.
     pub drop_source_not_allowed: Counter,
     is_endpoint_heard: AtomicBool,
     other_port: AtomicU16,
@@ -206,12 +209,13 @@ pub struct PeerCounters {
 
 impl PeerCounters {
     /// Names and values of the drop counters, as those of a [`Snapshot`].
-    pub fn drops(&self) -> [(&'static str, u64); 5] {
+    pub fn drops(&self) -> [(&'static str, u64); 6] {
         [
             ("send_full", self.drop_send_full.get()),
             ("send_error", self.drop_send_error.get()),
             ("queue_aqm", self.drop_queue_aqm.get()),
             ("queue_full", self.drop_queue_full.get()),
+            ("no_session", self.drop_no_session.get()),
             ("source_not_allowed", self.drop_source_not_allowed.get()),
         ]
     }
@@ -221,7 +225,8 @@ impl PeerCounters {
         let failed = self.drop_send_full.get()
             + self.drop_send_error.get()
             + self.drop_queue_aqm.get()
-            + self.drop_queue_full.get();
+            + self.drop_queue_full.get()
+            + self.drop_no_session.get();
         self.packets_sent.get() + failed
     }
 

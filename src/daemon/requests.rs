@@ -235,7 +235,10 @@ fn peer_status(tunnel: &Tunnel, hop: NextHop, peer: &Peer, prefixes: Option<usiz
     let last_seen = peers.last_seen(hop);
     let last_seen = last_seen.or((packets_received > 0).then_some(now));
     let mut drops = BTreeMap::new();
-    for (name, count) in peer.traffic.iter().flat_map(PeerCounters::drops) {
+    let inbound = peer.secure.iter();
+    let inbound = inbound.flat_map(|secure| secure.sessions.drops.values());
+    let outbound = peer.traffic.iter().flat_map(PeerCounters::drops);
+    for (name, count) in outbound.chain(inbound) {
         if count > 0 {
             *drops.entry(name.to_string()).or_insert(0) += count;
         }

@@ -15,6 +15,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crossbeam_channel::Sender;
 
@@ -29,7 +30,7 @@ use crate::packet::ip::{self, Malformed, Version};
 use crate::packet::probe::{Kind, Probe};
 use crate::wire::wireguard::message::{Data, Message};
 use crate::wire::wireguard::session::{OpenError, Session};
-use crate::wire::wireguard::sessions::PeerSessions;
+use crate::wire::wireguard::sessions::{InboundDrops, PeerSessions};
 
 /// A probe, and where it came from: for the control thread.
 pub type ReceivedProbe = (SocketAddr, Probe);
@@ -145,8 +146,14 @@ impl Inbound {
                     self.take(packet, meta, &mut run.allowed, table, counters, engine);
                 }
                 Err(OpenError::Short) => counters.drop_short.add(1),
-                Err(OpenError::Forged) => counters.drop_forged.add(1),
-                Err(OpenError::Replayed) => counters.drop_replayed.add(1),
+                Err(OpenError::Forged) => {
+                    counters.drop_forged.add(1);
+                    run.count(1, |drops| &drops.forged);
+                }
+                Err(OpenError::Replayed) => {
+                    counters.drop_replayed.add(1);
+                    run.count(1, |drops| &drops.replayed);
+                }
             }
         }
         if let Some(run) = run {
@@ -159,12 +166,17 @@ impl Inbound {
     fn start_run<'a>(&self, index: u32, now_ns: u64) -> Option<Run<'a>> {
         let session = Arc::clone(self.sessions.as_ref()?.map.get(index).as_ref()?);
         let from = Origin::Session(Arc::as_ptr(session.peer()));
-        session.may_receive(now_ns).then(|| Run {
+        let run = Run {
             allowed: Allowed::none(self.worker, from),
             session,
             is_authentic: false,
             has_data: false,
-        })
+        };
+        if !run.session.may_receive(now_ns) {
+            run.count(1, |drops| &drops.session_unknown);
+            return None;
+        }
+        Some(run)
     }
 
     /// Takes in a datagram that is no data message.
@@ -202,7 +214,7 @@ impl Inbound {
             allowed.count(packet.len());
             self.coalescer.push(version, packet, engine);
         } else {
-            self.refuse(version, packet, meta.sender, table, counters);
+            self.refuse(version, packet, meta.sender, allowed, table, counters);
         }
     }
 
@@ -219,6 +231,7 @@ impl Inbound {
         version: Version,
         packet: &[u8],
         sender: SocketAddr,
+        allowed: &mut Allowed<'_>,
         table: &Table,
         counters: &Counters,
     ) {
@@ -234,6 +247,7 @@ impl Inbound {
         }
         let (sender, source) = (sender.ip(), ip::source(version, packet));
         counters.drop_source_not_allowed.add(1);
+        allowed.refused += 1;
         counters.first.source_not_allowed.give((sender, source));
         let peer = table.senders().peer(sender).and_then(|peer| table.at(peer));
         if let Some(traffic) = peer.and_then(|peer| peer.traffic.get(self.worker)) {
@@ -253,6 +267,12 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
+    /// Counts datagrams that came to nothing.
+    #[cold]
+    fn count(&self, datagrams: u64, of: impl Fn(&InboundDrops) -> &AtomicU64) {
+        of(&self.session.peer().drops).fetch_add(datagrams, Ordering::Relaxed);
+    }
+
     /// Takes note of what came, and from where.
     #[inline]
     fn end(
@@ -265,6 +285,9 @@ impl Run<'_> {
         self.allowed.settle(counters);
         if !self.is_authentic {
             return;
+        }
+        if self.allowed.refused > 0 {
+            self.count(self.allowed.refused, |drops| &drops.source_not_allowed);
         }
         let peer = self.session.peer();
         peer.note_received(now_ns, self.has_data);
@@ -314,6 +337,8 @@ struct Allowed<'a> {
     bytes: u64,
     /// What a datagram has around the packet, and counts as well.
     around_bytes: usize,
+    /// Packets that its sender may not send.
+    refused: u64,
 }
 
 impl<'a> Allowed<'a> {
@@ -327,6 +352,7 @@ impl<'a> Allowed<'a> {
             packets: 0,
             bytes: 0,
             around_bytes: 0,
+            refused: 0,
         }
     }
 

@@ -146,7 +146,8 @@ impl Outbound {
         };
         match to {
             Ok(to) if to.peer.lacks_session() => {
-                self.hold(vnet_packet, to, held_since_ns, counters);
+                let account = Account::new(self.worker, table, counters);
+                self.hold(vnet_packet, to, held_since_ns, &account);
             }
             Ok(to) => self.append(&segments, to, table, counters, engine),
             Err(refusal) => self.refuse(refusal, &segments, table, counters, engine),
@@ -311,7 +312,7 @@ impl Outbound {
         for (queue, from) in self.queues.iter_mut().zip([Port::Listen, Port::Own]) {
             queue.release(from, &account, engine);
         }
-        self.held.drop_all(counters);
+        self.held.drop_all(|next_hop| account.given_up(next_hop));
     }
 
     /// Sends all that waits, whether there is room or not.
@@ -374,7 +375,13 @@ impl Outbound {
     /// Holds a vnet packet until its peer has a session. `since_ns`: since when it is held
     /// already.
     #[cold]
-    fn hold(&mut self, vnet_packet: &[u8], to: To<'_>, since_ns: Option<u64>, counters: &Counters) {
+    fn hold(
+        &mut self,
+        vnet_packet: &[u8],
+        to: To<'_>,
+        since_ns: Option<u64>,
+        account: &Account<'_>,
+    ) {
         // What was held before was asked for then: asking again would go on for longer.
         if since_ns.is_none()
             && let (Some(sessions), Some(peer)) = (&self.sessions, &to.peer.sessions)
@@ -382,14 +389,17 @@ impl Outbound {
             sessions.request(peer);
         }
         let since_ns = since_ns.unwrap_or_else(clock::now_ns);
-        self.held.push(vnet_packet, to.next_hop, since_ns, counters);
+        let dropped = |next_hop| account.given_up(next_hop);
+        self.held.push(vnet_packet, to.next_hop, since_ns, dropped);
     }
 
     /// Takes in again what was held for lack of a session.
     pub fn retry(&mut self, table: &Table, counters: &Counters, engine: &mut impl Engine) {
         std::mem::swap(&mut self.held, &mut self.held_before);
         let mut before = std::mem::take(&mut self.held_before);
-        for (vnet_packet, since_ns) in before.vnet_packets(clock::now_ns(), counters) {
+        let account = Account::new(self.worker, table, counters);
+        let dropped = |next_hop| account.given_up(next_hop);
+        for (vnet_packet, since_ns) in before.vnet_packets(clock::now_ns(), dropped) {
             // Its hop was taken when it came.
             self.forward(vnet_packet, false, Some(since_ns), table, counters, engine);
         }

@@ -299,6 +299,17 @@ impl<'a> Account<'a> {
         if let Some(traffic) = peer.and_then(|peer| peer.traffic.get(self.worker)) {
             traffic.packets_sent.sub(packets);
             traffic.bytes_sent.sub(batch.bytes().len() as u64);
+            traffic.drop_no_session.add(packets);
+        }
+    }
+
+    /// A vnet packet was held for a session in vain.
+    #[cold]
+    pub fn given_up(&self, next_hop: NextHop) {
+        self.counters.drop_no_session.add(1);
+        let peer = self.table.at(next_hop);
+        if let Some(traffic) = peer.and_then(|peer| peer.traffic.get(self.worker)) {
+            traffic.drop_no_session.add(1);
         }
     }
 

@@ -10,7 +10,6 @@ use nix::sys::eventfd::EventFd;
 
 use super::table::Table;
 use crate::clock;
-use crate::counters::Counters;
 use crate::packet::batch::{Batch, NextHop};
 use crate::wire::wireguard::sessions::{PeerSessions, SessionMap, WorkerRequest};
 
@@ -157,22 +156,23 @@ struct HeldPacket {
 
 impl Held {
     /// Holds one more, unless too many wait for the same peer. Where there is no room for
-    /// it, those before it are dropped: what is new is of more use. Drops are counted.
+    /// it, those before it are dropped: what is new is of more use. `dropped` is told the peer
+    /// of each that is.
     #[cold]
     pub fn push(
         &mut self,
         vnet_packet: &[u8],
         next_hop: NextHop,
         since_ns: u64,
-        counters: &Counters,
+        dropped: impl Fn(NextHop),
     ) {
         let same = self.packets.iter().filter(|one| one.next_hop == next_hop);
         if same.count() >= HELD_PER_PEER_MAX {
-            counters.drop_no_session.add(1);
+            dropped(next_hop);
             return;
         }
         if self.packets.len() == HELD_MAX || self.bytes.len() + vnet_packet.len() > HELD_BYTES_MAX {
-            self.drop_all(counters);
+            self.drop_all(dropped);
         }
         self.bytes.reserve_exact(HELD_BYTES_MAX - self.bytes.len());
         self.packets.reserve_exact(HELD_MAX - self.packets.len());
@@ -185,11 +185,11 @@ impl Held {
     }
 
     /// The vnet packets that are not too old, in order, each with the time since when it is
-    /// held. The others are counted as drops.
+    /// held. `dropped` is told the peer of each of the others.
     pub fn vnet_packets(
         &mut self,
         now_ns: u64,
-        counters: &Counters,
+        dropped: impl Fn(NextHop),
     ) -> impl Iterator<Item = (&mut [u8], u64)> {
         let mut rest = &mut self.bytes[..];
         let mut start = 0;
@@ -197,16 +197,16 @@ impl Held {
             let (packet, after) = std::mem::take(&mut rest).split_at_mut(one.end - start);
             (rest, start) = (after, one.end);
             if now_ns.saturating_sub(one.since_ns) >= HELD_NS_MAX {
-                counters.drop_no_session.add(1);
+                dropped(one.next_hop);
                 return None;
             }
             Some((packet, one.since_ns))
         })
     }
 
-    /// Drops all, and counts them.
-    pub fn drop_all(&mut self, counters: &Counters) {
-        counters.drop_no_session.add(self.packets.len() as u64);
+    /// Drops all. `dropped` is told the peer of each.
+    pub fn drop_all(&mut self, dropped: impl Fn(NextHop)) {
+        self.packets.iter().for_each(|one| dropped(one.next_hop));
         self.clear();
     }
 
@@ -219,52 +219,68 @@ impl Held {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
+
     use super::*;
 
-    fn packets(held: &mut Held, now_ns: u64, counters: &Counters) -> Vec<Vec<u8>> {
-        let packets = held.vnet_packets(now_ns, counters);
+    fn packets(held: &mut Held, now_ns: u64, dropped: impl Fn(NextHop)) -> Vec<Vec<u8>> {
+        let packets = held.vnet_packets(now_ns, dropped);
         packets.map(|(packet, _)| packet.to_vec()).collect()
+    }
+
+    /// The peers of packets that were dropped.
+    #[derive(Default)]
+    struct Dropped(RefCell<Vec<NextHop>>);
+
+    impl Dropped {
+        fn note(&self, next_hop: NextHop) {
+            self.0.borrow_mut().push(next_hop);
+        }
+
+        fn take(&self) -> Vec<NextHop> {
+            self.0.take()
+        }
     }
 
     #[test]
     fn what_is_held_comes_out_in_order() {
-        let (mut held, counters) = (Held::default(), Counters::default());
+        let (mut held, dropped) = (Held::default(), Dropped::default());
         for packet in [&[1; 3][..], &[2], &[3; 2]] {
-            held.push(packet, 0, 1, &counters);
+            held.push(packet, 0, 1, |peer| dropped.note(peer));
         }
         let all = [vec![1; 3], vec![2], vec![3; 2]];
-        assert_eq!(packets(&mut held, 1, &counters), all);
-        assert_eq!(counters.drop_no_session.get(), 0);
+        assert_eq!(packets(&mut held, 1, |peer| dropped.note(peer)), all);
         held.clear();
-        assert!(packets(&mut held, 1, &counters).is_empty());
+        assert!(packets(&mut held, 1, |peer| dropped.note(peer)).is_empty());
+        assert!(dropped.take().is_empty());
     }
 
     #[test]
     fn what_is_new_takes_the_place_of_what_is_old() {
-        let (mut held, counters) = (Held::default(), Counters::default());
-        for number in 0..=HELD_MAX {
-            held.push(&[1], number as NextHop, 1, &counters);
+        let (mut held, dropped) = (Held::default(), Dropped::default());
+        let peers: Vec<_> = (0..=HELD_MAX as NextHop).collect();
+        for &peer in &peers {
+            held.push(&[1], peer, 1, |peer| dropped.note(peer));
         }
-        assert_eq!(counters.drop_no_session.get(), HELD_MAX as u64);
-        held.push(&vec![2; HELD_BYTES_MAX], 0, 1, &counters);
-        assert_eq!(counters.drop_no_session.get(), HELD_MAX as u64 + 1);
-        assert_eq!(packets(&mut held, 1, &counters).len(), 1);
+        assert_eq!(dropped.take(), peers[..HELD_MAX]);
+        held.push(&vec![2; HELD_BYTES_MAX], 0, 1, |peer| dropped.note(peer));
+        assert_eq!(dropped.take(), [HELD_MAX as NextHop]);
+        assert_eq!(packets(&mut held, 1, |peer| dropped.note(peer)).len(), 1);
         assert!(held.bytes.capacity() < 2 * HELD_BYTES_MAX);
     }
 
     #[test]
     fn a_peer_that_is_gone_leaves_room_for_others_and_is_not_waited_for_in_vain() {
-        let (mut held, counters) = (Held::default(), Counters::default());
-        held.push(&[1], 1, 1, &counters);
+        let (mut held, dropped) = (Held::default(), Dropped::default());
+        held.push(&[1], 1, 1, |peer| dropped.note(peer));
         for _ in 0..1000 {
-            held.push(&[2], 2, 2, &counters);
+            held.push(&[2], 2, 2, |peer| dropped.note(peer));
         }
         assert_eq!(held.packets.len(), 1 + HELD_PER_PEER_MAX);
-        let dropped = 1000 - HELD_PER_PEER_MAX as u64;
-        assert_eq!(counters.drop_no_session.get(), dropped);
-        let later = packets(&mut held, 1 + HELD_NS_MAX, &counters);
+        assert_eq!(dropped.take(), vec![2; 1000 - HELD_PER_PEER_MAX]);
+        let later = packets(&mut held, 1 + HELD_NS_MAX, |peer| dropped.note(peer));
         assert_eq!(later, vec![vec![2]; HELD_PER_PEER_MAX]);
-        assert_eq!(counters.drop_no_session.get(), dropped + 1);
+        assert_eq!(dropped.take(), [1]);
     }
 
     #[test]

@@ -25,7 +25,7 @@ use crate::packet::lpm::Prefixes;
 use crate::packet::virtio;
 use crate::wire::wireguard::handshake::TransportKeys;
 use crate::wire::wireguard::message;
-use crate::wire::wireguard::session::Session;
+use crate::wire::wireguard::session::{REJECT_AFTER_NS, Session};
 use crate::wire::wireguard::sessions::{PeerSessions, SessionMap, WorkerRequest};
 
 const NEAR: u8 = 1;
@@ -118,6 +118,11 @@ fn table_of(
 
 /// Gives two hosts a session, as a handshake does.
 fn connect(initiator: &mut Host, responder: &mut Host) {
+    connect_at(initiator, responder, clock::now_ns());
+}
+
+/// The same, at another time.
+fn connect_at(initiator: &mut Host, responder: &mut Host, now_ns: u64) {
     let keys = [[1; 32], [2; 32]].map(Zeroizing::new);
     let indices = [&initiator, &responder].map(|host| host.map.reserve().unwrap());
     for (host, other, own, is_initiator) in [
@@ -130,7 +135,7 @@ fn connect(initiator: &mut Host, responder: &mut Host) {
             receive: keys[1 - own].clone(),
             remote_index: indices[1 - own],
         };
-        let (index, now_ns) = (indices[own], clock::now_ns());
+        let index = indices[own];
         let session = Session::new(keys, index, is_initiator, now_ns, Arc::clone(&peer));
         let session = Arc::new(session);
         assert!(host.map.store(Arc::clone(&session)));
@@ -187,6 +192,12 @@ impl Host {
 
     fn written(&mut self) -> Vec<Vec<u8>> {
         std::mem::take(&mut self.engine.written)
+    }
+
+    /// What was dropped of what came in the sessions of a peer, without zeros.
+    fn refused_of(&self, peer: u8) -> Vec<(&'static str, u64)> {
+        let all = self.sessions_of(peer).drops.values();
+        all.into_iter().filter(|(_, count)| *count > 0).collect()
     }
 
     fn counters(&self) -> Snapshot {
@@ -289,6 +300,7 @@ fn packets_that_are_held_when_the_worker_stops_are_counted() {
     let (table, counters) = (&near.table, &near.counters);
     near.outbound.release(table, counters, &mut near.engine);
     assert_eq!(near.counters().drop_no_session, 3);
+    assert_eq!(near.traffic[0].drop_no_session.get(), 3);
 }
 
 #[test]
@@ -353,6 +365,7 @@ fn a_session_that_ends_takes_what_waits_with_it() {
     }
     assert!(near.sent().is_empty());
     assert_eq!(near.counters().drop_no_session, 30 - sent);
+    assert_eq!(near.traffic[0].drop_no_session.get(), 30 - sent);
     assert_eq!(near.traffic[0].packets_sent.get(), sent);
     assert_eq!(near.traffic[0].bytes_sent.get(), sent * (208 + 32));
 }
@@ -365,6 +378,8 @@ fn a_peer_sends_only_from_its_own_prefixes() {
     far.receive(&near.sent()[0].1, endpoint(NEAR));
     assert!(far.written().is_empty());
     assert_eq!(far.counters().drop_source_not_allowed, 1);
+    assert_eq!(far.refused_of(NEAR), [("source_not_allowed", 1)]);
+    assert!(far.refused_of(OTHER).is_empty());
 }
 
 #[test]
@@ -397,8 +412,25 @@ fn what_is_not_authentic_comes_to_nothing() {
     assert_eq!(far.written().len(), 1);
     far.receive(&good, stranger);
     assert_eq!(far.counters().drop_replayed, 1);
+    assert_eq!(far.refused_of(NEAR), [("forged", 2), ("replayed", 1)]);
     assert!(far.written().is_empty());
     assert_eq!(peer.endpoint.load().as_deref(), Some(&endpoint(NEAR)));
+}
+
+#[test]
+fn what_comes_in_a_session_that_is_too_old_is_counted_for_its_peer() {
+    let (mut near, mut far) = (host(NEAR, &[FAR], None), host(FAR, &[NEAR], None));
+    // This machine has just been started.
+    let Some(old_ns) = clock::now_ns().checked_sub(REJECT_AFTER_NS) else {
+        return;
+    };
+    connect_at(&mut near, &mut far, old_ns);
+    let session = near.sessions_of(FAR).current.load_full().unwrap();
+    let mut keepalive = vec![0; 32];
+    session.seal(&mut keepalive, 32).unwrap();
+    far.receive(&keepalive, endpoint(NEAR));
+    assert_eq!(far.counters().drop_session_unknown, 1);
+    assert_eq!(far.refused_of(NEAR), [("session_unknown", 1)]);
 }
 
 #[test]

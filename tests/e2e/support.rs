@@ -116,13 +116,18 @@ pub struct Ended {
 impl Tunnel {
     /// Starts `fastvpn FLAGS` in a namespace, on the trial's engine.
     pub fn start(namespace: &Namespace, flags: &[&str]) -> Result<Self> {
+        Self::spawn(namespace, Self::command(flags))
+    }
+
+    /// `fastvpn FLAGS` on the trial's engine, to be spawned.
+    pub fn command(flags: &[&str]) -> Command {
         let mut command = Command::new(FASTVPN);
         command
             .args(next_engine().iter().flat_map(|io| ["--io", io]))
             .args(flags)
             .stdin(Stdio::null())
             .stdout(Stdio::null());
-        Self::spawn(namespace, command)
+        command
     }
 
     /// Starts a command that is fastvpn's, and reads what it says.

@@ -15,7 +15,7 @@ use super::handshake::TransportKeys;
 use super::message::{DATA, DATA_HEADER_BYTES, TAG_BYTES};
 use super::replay::ReplayWindow;
 
-pub use self::peer::{Found, PeerSessions};
+pub use self::peer::{Found, InboundDrops, PeerSessions};
 
 /// Messages after which the sender asks for a new session.
 pub const REKEY_AFTER_MESSAGES: u64 = 1 << 60;

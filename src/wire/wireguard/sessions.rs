@@ -11,7 +11,7 @@ use arc_swap::{ArcSwapOption, Guard};
 
 use super::session::Session;
 
-pub use super::session::{Found, PeerSessions};
+pub use super::session::{Found, InboundDrops, PeerSessions};
 
 /// What workers tell the handshake thread.
 #[derive(Debug)]

@@ -2,17 +2,20 @@
 //! keys, what they are told of each other, and how they are started.
 
 use std::fs::{self, Permissions};
+use std::io::{BufRead, BufReader, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
-use fastvpn::error::Result;
+use fastvpn::error::{Error, Result};
 use ipnet::IpNet;
+use serde_json::Value;
 use tempfile::TempDir;
 use testbed::wireguard::{self, Implementation, Interface, Key, Peer, base64};
 use testbed::{Child, Namespace, Pair, configure, pair};
 
+use crate::operator::connect;
 use crate::support::{
     FAMILIES, PATIENCE, Tunnel, UNDERLAY, check, dual_stack, fail, link, tried, wait_for,
     wait_until,
@@ -66,6 +69,9 @@ pub enum Kind {
     Fastvpn,
     /// The same with one worker: what it gets later is seen to later.
     OneWorker,
+    /// The same as the first with timers that are a hundredth as long, so that sessions
+    /// change all the time; but only in a build with debug assertions.
+    ShortTimers,
     /// Somebody else's.
     Other(&'static Implementation),
 }
@@ -236,6 +242,11 @@ impl Keys {
         match kind {
             Kind::Fastvpn => self.start_fastvpn(host, own, reach, &[]),
             Kind::OneWorker => self.start_fastvpn(host, own, reach, &["--queues", "1"]),
+            Kind::ShortTimers => {
+                let mut command = self.fastvpn(own, reach, &[])?;
+                command.env("FASTVPN_SHORTEN_TIMERS", "100");
+                Ok(End::Fastvpn(Tunnel::spawn(host, command)?))
+            }
             Kind::Other(implementation) => {
                 let other = Other::start(host, implementation)?;
                 other.configure(&self.interface(own, reach))?;
@@ -271,11 +282,31 @@ impl Keys {
         reach: Reach,
         flags: &[&str],
     ) -> Result<End> {
+        let command = self.fastvpn(own, reach, flags)?;
+        Ok(End::Fastvpn(Tunnel::spawn(host, command)?))
+    }
+
+    /// What fastvpn is started by.
+    fn fastvpn(&self, own: usize, reach: Reach, flags: &[&str]) -> Result<Command> {
         let file = self.file(own, reach)?.display().to_string();
-        let control = self.directory.path().join(format!("{own}.sock"));
-        let control = control.display().to_string();
+        let control = self.control_socket(own).display().to_string();
         let all = [&["--config", &file, "--control", &control][..], flags].concat();
-        Ok(End::Fastvpn(Tunnel::start(host, &all)?))
+        Ok(Tunnel::command(&all))
+    }
+
+    /// The control socket of a host that runs fastvpn.
+    fn control_socket(&self, own: usize) -> PathBuf {
+        self.directory.path().join(format!("{own}.sock"))
+    }
+
+    /// What the fastvpn of a host answers to a command on its control socket.
+    pub fn ask(&self, own: usize, command: &str) -> Result<Value> {
+        let mut stream = connect(&self.control_socket(own))?;
+        let asked = writeln!(stream, "{{\"command\":\"{command}\"}}");
+        tried("ask", asked)?;
+        let mut line = String::new();
+        tried("hear", BufReader::new(stream).read_line(&mut line))?;
+        serde_json::from_str(&line).map_err(|error| Error::new(format!("{line:?}: {error}")))
     }
 }
 

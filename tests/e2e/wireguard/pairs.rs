@@ -69,8 +69,8 @@ fn both_call_at_once() -> Result<()> {
 #[testbed::trial(each_engine)]
 fn a_source_that_is_not_the_peers() -> Result<()> {
     const OTHER: Ipv4Addr = Ipv4Addr::new(10, 244, 99, 99);
-    let hosts = hosts()?;
-    let [a, b] = tunnel(&hosts, &Keys::new(false)?, BOTH, Underlay::V4)?;
+    let (hosts, keys) = (hosts()?, Keys::new(false)?);
+    let [a, b] = tunnel(&hosts, &keys, BOTH, Underlay::V4)?;
     let index = link(&hosts.a, TUNNEL_NAME)?.index;
     let mut netlink = hosts.a.netlink()?;
     netlink.add_address(index, IpNet::new_assert(OTHER.into(), 32))?;
@@ -92,6 +92,10 @@ fn a_source_that_is_not_the_peers() -> Result<()> {
             "what is not the peer's came through".into()
         })?;
     }
+    // Whoever asks why is told whose packets they were.
+    let answer = keys.ask(1, "peers")?;
+    let refused = &answer["peers"][0]["drops"]["source_not_allowed"];
+    check(refused.as_u64() >= Some(50), || answer.to_string())?;
     stop([a, b])
 }
 

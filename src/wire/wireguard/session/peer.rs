@@ -36,8 +36,37 @@ pub struct PeerSessions {
     pub received_ns: AtomicU64,
     /// The same, of what was no keepalive.
     pub data_received_ns: AtomicU64,
+    /// What was dropped of what came in its sessions.
+    pub drops: InboundDrops,
     /// Keeps [`Self::clear`] out of the midst of [`Self::confirm`].
     change: Mutex<()>,
+}
+
+/// Data messages that named a session of one peer, and came to nothing. Any worker counts
+/// here, as it is not usual.
+#[derive(Debug, Default)]
+pub struct InboundDrops {
+    /// The session was too old.
+    pub session_unknown: AtomicU64,
+    /// They were not made with its keys, or were changed since.
+    pub forged: AtomicU64,
+    /// They had come before, or were too late to tell.
+    pub replayed: AtomicU64,
+    /// The packet's source does not belong to the peer.
+    pub source_not_allowed: AtomicU64,
+}
+
+impl InboundDrops {
+    /// Names and values. The names are those of the workers' counters.
+    pub fn values(&self) -> [(&'static str, u64); 4] {
+        let value = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        [
+            ("session_unknown", value(&self.session_unknown)),
+            ("forged", value(&self.forged)),
+            ("replayed", value(&self.replayed)),
+            ("source_not_allowed", value(&self.source_not_allowed)),
+        ]
+    }
 }
 
 impl PeerSessions {
