@@ -1,16 +1,13 @@
 //! fastvpn at one end, somebody else's WireGuard at the other.
 
-use std::time::{Duration, Instant};
-
 use fastvpn::error::Result;
 use testbed::Pair;
 use testbed::wireguard::{BORINGTUN, GOTATUN, Implementation, WIREGUARD_GO};
 
-use super::ends::{End, Keys, Kind, Underlay, hosts, inside, stop, tunnel};
+use super::ends::{End, Keys, Kind, Underlay, hosts, stop, tunnel};
 use crate::datagrams::{Order, exchange, exchange_batches};
 use crate::dataplane::traffic::{batches, directions, pings, transfer, transfer_both_ways};
 use crate::support::{FAMILIES, check};
-use crate::tools::Stream;
 
 /// All that must work between the hosts, with an MTU of 1420 bytes inside.
 pub fn work(hosts: &Pair) -> Result<()> {
@@ -87,31 +84,4 @@ fn boringtun_with_fastvpn() -> Result<()> {
 #[testbed::trial(each_engine, long, gotatun)]
 fn gotatun_with_fastvpn() -> Result<()> {
     with(&GOTATUN)
-}
-
-/// A session lasts for three minutes at the most, and a stream longer than that; it is
-/// the caller that renews it.
-#[testbed::trial(each_engine, long, wireguard_go)]
-fn a_stream_outlives_its_session() -> Result<()> {
-    const SESSION_MAX: Duration = Duration::from_secs(180);
-    let other = Kind::Other(&WIREGUARD_GO);
-    // Side by side: both are mostly waited for.
-    let mut lives = Vec::new();
-    for kinds in [[Kind::Fastvpn, other], [other, Kind::Fastvpn]] {
-        let hosts = hosts()?;
-        let ends = tunnel(&hosts, &Keys::new(true)?, kinds, Underlay::V4)?;
-        let stream = Stream::start(&hosts.a, &hosts.b, inside(1))?;
-        lives.push((hosts, ends, stream));
-    }
-    let start = Instant::now();
-    while start.elapsed() < SESSION_MAX + Duration::from_secs(15) {
-        for (_, _, stream) in &lives {
-            stream.wait_for_progress()?;
-        }
-    }
-    for (_hosts, ends, stream) in lives {
-        stream.finish()?;
-        stop(ends)?;
-    }
-    Ok(())
 }

@@ -6,6 +6,7 @@ pub mod files;
 pub mod interop;
 pub mod moving;
 pub mod pairs;
+pub mod rekey;
 pub mod secrets;
 pub mod silence;
 pub mod uapi;

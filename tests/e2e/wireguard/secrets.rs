@@ -14,7 +14,8 @@ use crate::support::{
     TUNNEL, Tunnel, UNDERLAY, bulk, check, stop, tried, udp, wait_for, wait_until,
 };
 
-const SECRETS: [&str; 2] = [
+/// Two secrets, long enough and not to be guessed.
+pub const SECRETS: [&str; 2] = [
     "4zLhOB5XhQq2vF0v6sHc1Jj0CwqyTnyGgq9nYzB9Fbo=",
     "0f1d3b5a79c8e6a4b2d0f9e7c5a38162",
 ];
@@ -119,7 +120,11 @@ fn identities_that_do_not_match() -> Result<()> {
     let (same, other) = ([SECRETS[0]; 2], SECRETS);
     // Host A knows host B by its address.
     let named = ["", "--identity other"];
-    mismatch(same, named, &[&from, &peer, "another host than this host, other"])?;
+    mismatch(
+        same,
+        named,
+        &[&from, &peer, "another host than this host, other"],
+    )?;
     let itself = format!("another host than this host, {}", UNDERLAY[1]);
     mismatch(other, ["", ""], &[&from, &peer, &itself, "another secret"])?;
     // Host B knows host A by its address.

@@ -1,6 +1,10 @@
 //! What crosses the cable between the hosts: no byte of it in clear.
 
+use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use fastvpn::error::{Error, Result};
@@ -102,17 +106,9 @@ impl Wire {
 
     /// All that has come in since the last call.
     pub fn take(&self) -> Result<Vec<Crossed>> {
-        self.take_some(usize::MAX)
-    }
-
-    /// So many packets of each family, or fewer if no more come.
-    pub fn take_some(&self, packets_max: usize) -> Result<Vec<Crossed>> {
         let mut all = Vec::new();
         for tap in &self.0 {
-            for _ in 0..packets_max {
-                let Some(packet) = tap.next_within(SETTLED, |_| true)? else {
-                    break;
-                };
+            while let Some(packet) = tap.next_within(SETTLED, |_| true)? {
                 all.extend(Crossed::new(&packet));
             }
         }
@@ -129,6 +125,55 @@ impl Wire {
         let packet = self.0[0].next_within(PATIENCE, wanted)?;
         let crossed = packet.and_then(|packet| Crossed::new(&packet));
         crossed.ok_or_else(|| Error::new(format!("no message of type {kind} came")))
+    }
+}
+
+/// Watches a host's end of the cable for as long as it lives: in a session, no counter may
+/// come a second time.
+pub struct NonceWatch {
+    is_over: Arc<AtomicBool>,
+    sessions: Arc<AtomicUsize>,
+    thread: JoinHandle<Result<()>>,
+}
+
+impl NonceWatch {
+    /// Of what comes in at this host from now on, over IPv4.
+    pub fn at(host: &Namespace) -> Result<Self> {
+        let tap = Tap::on_ethernet(host, UNDERLAY_NAME, true)?;
+        let (is_over, sessions) = (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default());
+        let (is_asked_to_end, count) = (Arc::clone(&is_over), Arc::clone(&sessions));
+        let watch = move || {
+            let mut seen: HashMap<u32, HashSet<u64>> = HashMap::new();
+            while !is_asked_to_end.load(Ordering::Relaxed) {
+                let packet = tap.next_within(SETTLED, |_| true)?;
+                let crossed = packet.and_then(|packet| Crossed::new(&packet));
+                for (index, counter) in crossed.iter().flat_map(Crossed::nonces) {
+                    check(seen.entry(index).or_default().insert(counter), || {
+                        format!("counter {counter} came twice in the session {index:08x}")
+                    })?;
+                }
+                count.store(seen.len(), Ordering::Relaxed);
+            }
+            Ok(())
+        };
+        Ok(Self {
+            is_over,
+            sessions,
+            thread: std::thread::spawn(watch),
+        })
+    }
+
+    /// In how many sessions data has come.
+    pub fn sessions(&self) -> usize {
+        self.sessions.load(Ordering::Relaxed)
+    }
+
+    /// Ends it, and returns in how many sessions data has come.
+    pub fn finish(self) -> Result<usize> {
+        self.is_over.store(true, Ordering::Relaxed);
+        let watched = self.thread.join();
+        watched.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        Ok(self.sessions.load(Ordering::Relaxed))
     }
 }
 
