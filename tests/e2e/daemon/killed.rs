@@ -19,6 +19,7 @@ use crate::packets::TUNNEL_NAME;
 use crate::site::{inside, peer, wait_for_each_other};
 use crate::support::{PATIENCE, Tunnel, check, fail, link, stop, tried, wait_until};
 use crate::tools::Stream;
+use crate::wireguard::wire::NonceWatch;
 
 /// What is said, in this order. Each is a line; the descriptors come with a space before
 /// that of the manifest.
@@ -205,13 +206,15 @@ fn kill_one(
 /// Whoever is killed, and whenever: the other has the tunnel, and no byte is lost or
 /// wrong. In each round each step is the last one for each of the two, in one round as
 /// one that is heard, in the next as one that is lost.
-fn kill_at_every_step(rounds: usize) -> Result<()> {
-    let stage = Stage::new()?;
+fn kill_at_every_step(stage: &Stage, rounds: usize) -> Result<()> {
     let (mut near, far) = stage.play()?;
     let (a, b) = (stage.near(), stage.far());
     let mut before = appearance(&a.host)?;
     let routes = own_routes(&a.host)?;
-    let stream = Stream::start(&a.container, &b.container, inside(2)[0])?;
+    let streams = [
+        Stream::start(&a.container, &b.container, inside(2)[0])?,
+        Stream::start(&b.container, &a.container, inside(1)[0])?,
+    ];
     for round in 0..rounds {
         for (number, last) in STEPS.into_iter().enumerate() {
             for victim in [Victim::Old, Victim::New] {
@@ -222,9 +225,9 @@ fn kill_at_every_step(rounds: usize) -> Result<()> {
                 let passes_last = (number + round) % 2 == 1;
                 let case = format!("{victim:?}, {last:?}, passed on: {passes_last}");
                 let mut goes_on = |near| -> Result<Tunnel> {
-                    let near = kill_one(&stage, near, victim, last, passes_last)?;
+                    let near = kill_one(stage, near, victim, last, passes_last)?;
                     wait_for_each_other(a, b)?;
-                    stream.wait_for_progress()?;
+                    streams.iter().try_for_each(Stream::wait_for_progress)?;
                     wait_until("all is as before", || {
                         let now = appearance(&a.host)?;
                         if now.0 == before.0 {
@@ -243,7 +246,9 @@ fn kill_at_every_step(rounds: usize) -> Result<()> {
             }
         }
     }
-    stream.finish()?;
+    for stream in streams {
+        stream.finish()?;
+    }
     // It is a tunnel as any other.
     let (near, _) = stage.take_over(near, &[])?;
     wait_for_each_other(a, b)?;
@@ -256,12 +261,41 @@ fn kill_at_every_step(rounds: usize) -> Result<()> {
 
 #[testbed::trial(each_engine)]
 fn either_side_killed_at_any_step() -> Result<()> {
-    kill_at_every_step(1)
+    kill_at_every_step(&Stage::new()?, 1)
 }
 
 #[testbed::trial(each_engine, long)]
 fn either_side_killed_twelve_times_at_any_step() -> Result<()> {
-    kill_at_every_step(12)
+    kill_at_every_step(&Stage::new()?, 12)
+}
+
+/// Whoever has the tunnel then makes sessions of its own: no key seals with a nonce twice,
+/// wherever the other one was.
+fn kill_with_keys(rounds: usize) -> Result<()> {
+    let stage = Stage::encrypted()?;
+    let watches = [
+        NonceWatch::at(&stage.near().host)?,
+        NonceWatch::at(&stage.far().host)?,
+    ];
+    kill_at_every_step(&stage, rounds)?;
+    for watch in watches {
+        let sessions = watch.finish()?;
+        // One at the least for each old process that was killed.
+        check(sessions > rounds * STEPS.len(), || {
+            format!("{sessions} sessions were seen")
+        })?;
+    }
+    Ok(())
+}
+
+#[testbed::trial(each_engine)]
+fn either_side_killed_at_any_step_with_keys() -> Result<()> {
+    kill_with_keys(1)
+}
+
+#[testbed::trial(each_engine, long)]
+fn either_side_killed_twelve_times_at_any_step_with_keys() -> Result<()> {
+    kill_with_keys(12)
 }
 
 /// The signal comes when the old process waits for the new one's last word, and when it

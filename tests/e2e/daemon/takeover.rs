@@ -1,8 +1,10 @@
 //! One process takes over from another while traffic flows.
 
 use std::collections::BTreeSet;
+use std::fs::{self, Permissions};
 use std::io::{BufRead, BufReader, Write};
 use std::net::Shutdown;
+use std::os::unix::fs::PermissionsExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -23,12 +25,15 @@ use crate::support::{
     wait_until, without_backlog_drops,
 };
 use crate::tools::{RouteCommand, Stream, inventory, ip_route, main_routes, nothing_left};
+use crate::wireguard::secrets::SECRETS;
 
 /// Two sites; the first one's process is what is taken over.
 pub struct Stage {
     network: Sites,
     /// Of the first site.
     pub operator: Operator,
+    /// What all processes are told besides.
+    flags: Vec<String>,
 }
 
 impl Stage {
@@ -37,7 +42,24 @@ impl Stage {
         Ok(Self {
             network: sites(2)?,
             operator: Operator::new()?,
+            flags: Vec::new(),
         })
+    }
+
+    /// The same, for tunnels that encrypt.
+    pub fn encrypted() -> Result<Self> {
+        let mut stage = Self::new()?;
+        let file = stage.operator.write("secret", SECRETS[0])?;
+        let protected = fs::set_permissions(&file, Permissions::from_mode(0o600));
+        tried("protect a file", protected)?;
+        stage.flags = vec!["--secret-file".into(), file];
+        Ok(stage)
+    }
+
+    /// All flags of a process.
+    fn flags<'a>(&'a self, flags: &[&'a str]) -> Vec<&'a str> {
+        let own = self.flags.iter().map(String::as_str);
+        own.chain(flags.iter().copied()).collect()
     }
 
     /// Whose process is taken over.
@@ -54,12 +76,13 @@ impl Stage {
     pub fn start(&self, flags: &[&str]) -> Result<Tunnel> {
         let socket = self.operator.socket_text();
         let all = [&["--queues", "2", "--control", &socket][..], flags].concat();
-        self.near().start(&[peer(2)], &all)
+        self.near().start(&[peer(2)], &self.flags(&all))
     }
 
     /// Both ends of a tunnel.
     pub fn play(&self) -> Result<(Tunnel, Tunnel)> {
-        let far = self.far().start(&[peer(1)], &["--queues", "2"])?;
+        let flags = self.flags(&["--queues", "2"]);
+        let far = self.far().start(&[peer(1)], &flags)?;
         let near = self.start(&[])?;
         self.operator.wait()?;
         wait_for_each_other(self.near(), self.far())?;
