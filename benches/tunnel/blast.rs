@@ -19,8 +19,14 @@ use crate::traffic::{Flooder, INITIATIONS_PPS};
 /// Bytes of a datagram that is no packet.
 const GARBAGE_BYTES: usize = 64;
 
+/// The first byte of a data message of WireGuard's.
+const DATA: u8 = 4;
+
 /// How many different initiations there are. Their codes take longer than sending them.
 const INITIATIONS: usize = 1024;
+
+/// How many different data messages.
+const DATA_MESSAGES: u32 = 1024;
 
 /// Datagrams per system call, where there is a rate.
 const BATCH: usize = 32;
@@ -51,6 +57,11 @@ impl Blast {
                 initiations(public_key?),
                 Some(INITIATIONS_PPS),
             ),
+            Flooder::Garbage => {
+                // Only where it means anything.
+                public_key?;
+                (strangers().collect(), data_messages(), None)
+            }
         };
         Some(Self {
             sources,
@@ -74,7 +85,7 @@ impl Blast {
         let sockets = sockets.map_err(cannot)?;
         match self.rate_pps {
             None => {
-                flat_out(&sockets[0], &self.datagrams[0], done);
+                flat_out(&sockets, &self.datagrams, done);
                 Ok(())
             }
             Some(rate_pps) => self.paced(&sockets, rate_pps, done),
@@ -126,11 +137,27 @@ impl Blast {
     }
 }
 
-fn flat_out(socket: &UdpSocket, datagram: &[u8], done: &AtomicBool) {
-    while !done.load(Ordering::Relaxed) {
+fn flat_out(sockets: &[UdpSocket], datagrams: &[Vec<u8>], done: &AtomicBool) {
+    let turns = sockets.iter().cycle().zip(datagrams.iter().cycle());
+    for (socket, datagram) in turns {
+        if done.load(Ordering::Relaxed) {
+            break;
+        }
         // A refusal is what a closed port is for.
         let _ = socket.send(datagram);
     }
+}
+
+/// Of different sessions, none of which there is, as far as chance goes.
+fn data_messages() -> Vec<Vec<u8>> {
+    let one = |number: u32| {
+        let mut message = vec![0; GARBAGE_BYTES];
+        message[0] = DATA;
+        // Spread over all indices.
+        message[4..8].copy_from_slice(&number.wrapping_mul(0x9e37_79b9).to_le_bytes());
+        message
+    };
+    (1..=DATA_MESSAGES).map(one).collect()
 }
 
 /// Different ones, so that no cache helps.
@@ -141,8 +168,8 @@ fn initiations(public_key: &Key) -> Vec<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
-    use boringtun::noise::Packet;
     use boringtun::noise::rate_limiter::RateLimiter;
+    use boringtun::noise::{Packet, Tunn};
 
     use super::*;
 
@@ -174,6 +201,12 @@ mod tests {
                 .all(|one| one.len() == INITIATION_BYTES)
         );
         assert_ne!(blast.datagrams[0], blast.datagrams[1]);
+        assert!(Blast::new(Flooder::Garbage, None).is_none());
+        let garbage = Blast::new(Flooder::Garbage, Some(&[7; 32])).unwrap();
+        for one in &garbage.datagrams {
+            let parsed = Tunn::parse_incoming_packet(one);
+            assert!(matches!(parsed, Ok(Packet::PacketData(_))));
+        }
         let peer = Blast::new(Flooder::Peer, None).unwrap();
         assert_eq!(peer.sources, [UNDERLAY[0]]);
     }

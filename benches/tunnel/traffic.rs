@@ -74,6 +74,9 @@ pub enum Flooder {
     /// Sixteen such addresses, with [`INITIATIONS_PPS`] messages that look like the start
     /// of a WireGuard handshake to whoever only checks the first code.
     Initiators,
+    /// The same addresses, with what looks like data messages of a WireGuard session that there
+    /// is not, as many as one thread can send.
+    Garbage,
 }
 
 /// Messages in a second from all initiators together.
@@ -342,6 +345,14 @@ pub const ALL: &[Traffic] = &[
         title: "TCP, 1 stream, beside 100 000 WireGuard initiations a second",
         kind: Kind::Flooded {
             by: Flooder::Initiators,
+        },
+        figures: FLOODED,
+    },
+    Traffic {
+        key: "flood-garbage",
+        title: "TCP, 1 stream, beside a flood of what looks like WireGuard's data",
+        kind: Kind::Flooded {
+            by: Flooder::Garbage,
         },
         figures: FLOODED,
     },

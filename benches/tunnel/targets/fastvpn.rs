@@ -9,6 +9,7 @@ use fastvpn::error::{Error, Result};
 use testbed::Pair;
 use testbed::wireguard::{self, Key};
 
+use super::crowd::Crowd;
 use super::others::{mtu_bytes, private_directory, write};
 use super::{Link, TUNNEL, TUNNEL_PREFIX, Target, UNDERLAY, daemon};
 use crate::variant::{self, Variant};
@@ -17,9 +18,10 @@ use crate::variant::{self, Variant};
 pub(super) const PROGRAM: &str = env!("CARGO_BIN_EXE_fastvpn");
 
 /// Key, title and flags of those that are always compared.
-const BUILT_IN: [(&str, &str, &str); 5] = [
+const BUILT_IN: [(&str, &str, &str); 6] = [
     ("uring", "fastvpn, io_uring", ""),
     ("uring-encrypted", "fastvpn, encrypted", ""),
+    (PEERS, "fastvpn, encrypted, many peers", ""),
     ("epoll", "fastvpn, epoll", "--io epoll"),
     ("busy-poll", "fastvpn, busy polling", "--busy-poll auto"),
     (
@@ -29,11 +31,20 @@ const BUILT_IN: [(&str, &str, &str); 5] = [
     ),
 ];
 
+/// The one with [`MORE_PEERS`].
+const PEERS: &str = "peers-encrypted";
+
+/// Peers of each host besides the other one. At host `b` each of them has a session.
+const MORE_PEERS: u32 = 999;
+
 /// What the keys end in of those that have keys in the other sense, too: WireGuard's.
 const ENCRYPTED: &str = "-encrypted";
 
 /// The flag that such a program has to know.
 const KEY_FLAG: &str = "--private-key";
+
+/// The default of --listen.
+const PORT: u16 = 8285;
 
 /// Type, receiver, counter and authentication tag of WireGuard's.
 const HEADER_BYTES: u32 = 4 + 4 + 8 + 16;
@@ -109,7 +120,12 @@ fn missing(key: &str, flags: &[String], help: &str) -> Option<String> {
 }
 
 /// Writes the configuration file of host `own`, and the key that it names.
-fn write_configuration(directory: &Path, own: usize, keys: &[Key; 2]) -> Result<PathBuf> {
+fn write_configuration(
+    directory: &Path,
+    own: usize,
+    keys: &[Key; 2],
+    crowd: &Crowd,
+) -> Result<PathBuf> {
     let peer = 1 - own;
     let (key, file) = (format!("{own}.key"), format!("{own}.toml"));
     let (key, file) = (directory.join(key), directory.join(file));
@@ -126,11 +142,12 @@ fn write_configuration(directory: &Path, own: usize, keys: &[Key; 2]) -> Result<
          [[peer]]\n\
          public-key = \"{public}\"\n\
          endpoint = \"{}\"\n\
-         prefixes = [\"{}/32\"]\n",
+         prefixes = [\"{}/32\"]\n{}",
         mtu_bytes(HEADER_BYTES),
         TUNNEL[own],
         UNDERLAY[peer],
         TUNNEL[peer],
+        crowd.configuration(),
     );
     write(&file, &text)?;
     Ok(file)
@@ -147,6 +164,9 @@ impl Target for Fastvpn {
 
     fn detail(&self) -> String {
         let flags = match self.flags.join(" ") {
+            _ if self.key == PEERS => {
+                format!("{MORE_PEERS} more peers at both hosts, each with a session at one")
+            }
             flags if flags.is_empty() => "default flags".to_string(),
             flags => flags,
         };
@@ -161,8 +181,7 @@ impl Target for Fastvpn {
     }
 
     fn port(&self) -> Option<u16> {
-        // The default of --listen.
-        Some(8285)
+        Some(PORT)
     }
 
     fn start(&self, pair: &Pair) -> Result<Link> {
@@ -185,14 +204,17 @@ impl Fastvpn {
     fn start_encrypted(&self, pair: &Pair) -> Result<Link> {
         let directory = private_directory()?;
         let keys = [wireguard::random_key()?, wireguard::random_key()?];
+        let crowd = Crowd::new(if self.key == PEERS { MORE_PEERS } else { 0 })?;
         let command = |own: usize| -> Result<Command> {
             let mut command = Command::new(&self.program);
-            let file = write_configuration(directory.path(), own, &keys)?;
+            let file = write_configuration(directory.path(), own, &keys, &crowd)?;
             command.arg("--config").arg(file).args(&self.flags);
             Ok(command)
         };
         let mut link = daemon::start(pair, [command(0)?, command(1)?])?;
-        link.public_key = Some(wireguard::public_key(&keys[1]));
+        let public_key = wireguard::public_key(&keys[1]);
+        crowd.call(&pair.a, (UNDERLAY[1], PORT).into(), &public_key)?;
+        link.public_key = Some(public_key);
         link.configuration = Some(directory);
         Ok(link)
     }

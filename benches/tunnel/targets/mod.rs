@@ -1,5 +1,6 @@
 //! What can be measured: links between the two hosts of a [`Pair`].
 
+mod crowd;
 pub mod daemon;
 pub mod fastd;
 pub mod fastvpn;
