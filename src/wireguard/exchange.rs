@@ -389,7 +389,8 @@ impl State {
             }
         }
         let facts = usable.as_deref().map(as_seen_by_timers);
-        let due = peer.timers.poll(now.ns, peer.activity(), facts);
+        let (activity, is_quiet) = peer.take_activity();
+        let due = peer.timers.poll(now.ns, activity, facts);
         if due.is_over {
             self.cancel(peer);
             peer.is_awaited = false;
@@ -403,7 +404,11 @@ impl State {
         if let Some(session) = unused.or(usable.filter(|_| due.keepalive)) {
             self.send_keepalive(peer, &session, now, out);
         }
-        let tick_ns = peer.has_sessions().then(|| now.ns + self.intervals.tick_ns);
+        let interval_ns = match is_quiet {
+            true => self.intervals.quiet_tick_ns,
+            false => self.intervals.tick_ns,
+        };
+        let tick_ns = peer.has_sessions().then_some(now.ns + interval_ns);
         for ns in [tick_ns, peer.timers.next_ns()].into_iter().flatten() {
             self.next_ns = self.next_ns.min(ns);
         }

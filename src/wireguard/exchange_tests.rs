@@ -614,6 +614,37 @@ fn nothing_is_sent_to_a_peer_that_is_suspended() {
     assert!(network.agree(0, 1));
 }
 
+/// A thread that sleeps costs nothing.
+#[test]
+fn quiet_sessions_are_looked_at_once_in_a_second() {
+    let mut network = Network::new(2, 1);
+    network.send(0, 1);
+    // The last word is a keepalive, ten seconds later.
+    network.run(15.0);
+    assert!(network.agree(0, 1));
+    let ticks = network.ticks;
+    network.run(60.0);
+    let ticks = network.ticks - ticks;
+    assert!(
+        (110..=125).contains(&ticks),
+        "{ticks} ticks of two hosts in 60 s"
+    );
+    // What wakes them is answered in time, all the same.
+    let keepalives = network
+        .log
+        .iter()
+        .filter(|(_, one)| one.is_keepalive())
+        .count();
+    network.send(0, 1);
+    network.run(11.1);
+    let all = network
+        .log
+        .iter()
+        .filter(|(_, one)| one.is_keepalive())
+        .count();
+    assert_eq!(all, keepalives + 1);
+}
+
 /// Their answers have to fit the socket's buffer.
 #[test]
 fn after_a_takeover_peers_are_called_some_at_a_time() {

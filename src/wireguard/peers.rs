@@ -77,6 +77,8 @@ pub(crate) struct Peer {
     /// A session that this host has initiated, and when a keepalive is due in it unless
     /// something else was sent before.
     unused: Option<(Arc<Session>, u64)>,
+    /// What workers had noted when that was last looked at.
+    seen: Activity,
 }
 
 impl Peer {
@@ -95,6 +97,7 @@ impl Peer {
             sessions: Vec::new(),
             next: None,
             unused: None,
+            seen: Activity::default(),
         }
     }
 
@@ -207,15 +210,17 @@ impl Peer {
         !self.sessions.is_empty()
     }
 
-    /// What workers have noted.
-    pub(crate) fn activity(&self) -> Activity {
+    /// What workers have noted, and whether that is nothing new, and nothing is waited for.
+    pub(crate) fn take_activity(&mut self) -> (Activity, bool) {
         let shared = &self.shared;
-        Activity {
+        let activity = Activity {
             sent_ns: shared.sent_ns.load(Ordering::Relaxed),
             data_sent_ns: shared.data_sent_ns.load(Ordering::Relaxed),
             received_ns: shared.received_ns.load(Ordering::Relaxed),
             data_received_ns: shared.data_received_ns.load(Ordering::Relaxed),
-        }
+        };
+        let before = std::mem::replace(&mut self.seen, activity);
+        (activity, activity == before && self.unused.is_none())
     }
 }
 

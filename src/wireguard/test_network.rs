@@ -163,6 +163,8 @@ pub(super) struct Network {
     pub weather: Weather,
     /// Everything that was sent, whether it arrived or not, and when.
     pub log: Vec<(u64, Datagram)>,
+    /// How often hosts have looked at their timers.
+    pub ticks: usize,
     now_ns: u64,
     /// What is on its way, by the time of its arrival and a number.
     air: BTreeMap<(u64, u64), Datagram>,
@@ -179,6 +181,7 @@ impl Network {
             hosts: (0..count).map(Host::new).collect(),
             weather: Weather::FAIR,
             log: Vec::new(),
+            ticks: 0,
             now_ns: START_NS,
             air: BTreeMap::new(),
             random: Cell::new(seed | 1),
@@ -391,6 +394,7 @@ impl Network {
             self.now_ns = self.now_ns.max(next_ns);
             match tick {
                 Some((at_ns, host)) if arrival_ns.is_none_or(|arrival_ns| at_ns < arrival_ns) => {
+                    self.ticks += 1;
                     self.with(host, |exchange, now, out| exchange.tick(now, out));
                 }
                 _ => {

@@ -29,6 +29,9 @@ pub(crate) struct Intervals {
     pub keepalive_timeout_ns: u64,
     /// How often the workers' notes are compared with all this while there are sessions.
     pub tick_ns: u64,
+    /// The same while nothing happens in any of them. It delays what the first thing to happen
+    /// brings with it, which is due many times later.
+    pub quiet_tick_ns: u64,
 }
 
 impl Intervals {
@@ -41,6 +44,7 @@ impl Intervals {
         jitter_max_ns: SECOND_NS / 3,
         keepalive_timeout_ns: 10 * SECOND_NS,
         tick_ns: SECOND_NS / 4,
+        quiet_tick_ns: SECOND_NS,
     };
 
     /// Those of the paper. A build with debug assertions, as tests run it, divides them by what
@@ -65,6 +69,7 @@ impl Intervals {
             jitter_max_ns: all.jitter_max_ns / factor,
             keepalive_timeout_ns: all.keepalive_timeout_ns / factor,
             tick_ns: all.tick_ns / factor,
+            quiet_tick_ns: all.quiet_tick_ns / factor,
         }
     }
 
