@@ -13,7 +13,7 @@ use testbed::{Namespace, Pair, UNDERLAY_NAME};
 
 use super::ends::{Keys, Kind, MTU_BYTES, PORT, Reach, Underlay, hosts, inside, stop};
 use crate::packets::{Tap, destination, transport};
-use crate::support::{FAMILIES, PATIENCE, check, tried, udp, wait_for, wait_until};
+use crate::support::{FAMILIES, PATIENCE, UNDERLAY, check, tried, udp, wait_for, wait_until};
 
 /// Types of messages: their first byte, with three zero bytes behind it.
 pub const INITIATION: u8 = 1;
@@ -144,8 +144,11 @@ impl NonceWatch {
         let (is_asked_to_end, count) = (Arc::clone(&is_over), Arc::clone(&sessions));
         let watch = move || {
             let mut seen: HashMap<u32, HashSet<u64>> = HashMap::new();
-            while !is_asked_to_end.load(Ordering::Relaxed) {
+            loop {
                 let packet = tap.next_within(SETTLED, |_| true)?;
+                if packet.is_none() && is_asked_to_end.load(Ordering::Relaxed) {
+                    return Ok(());
+                }
                 let crossed = packet.and_then(|packet| Crossed::new(&packet));
                 for (index, counter) in crossed.iter().flat_map(Crossed::nonces) {
                     check(seen.entry(index).or_default().insert(counter), || {
@@ -154,7 +157,6 @@ impl NonceWatch {
                 }
                 count.store(seen.len(), Ordering::Relaxed);
             }
-            Ok(())
         };
         Ok(Self {
             is_over,
@@ -168,7 +170,7 @@ impl NonceWatch {
         self.sessions.load(Ordering::Relaxed)
     }
 
-    /// Ends it, and returns in how many sessions data has come.
+    /// Ends it once nothing more comes, and returns in how many sessions data has come.
     pub fn finish(self) -> Result<usize> {
         self.is_over.store(true, Ordering::Relaxed);
         let watched = self.thread.join();
@@ -195,6 +197,32 @@ pub fn is_heard(from: &UdpSocket, to: &UdpSocket, payload: &[u8]) -> Result<()> 
 
 fn contains(bytes: &[u8], part: &[u8]) -> bool {
     bytes.windows(part.len()).any(|window| window == part)
+}
+
+/// What the tests that watch are made of.
+#[testbed::trial]
+fn a_nonce_that_comes_twice_is_noticed() -> Result<()> {
+    let hosts = hosts()?;
+    let to = Underlay::V4.endpoint(1);
+    let (from, at) = (
+        udp(&hosts.a, UNDERLAY[0], PORT)?,
+        udp(&hosts.b, to.ip(), PORT)?,
+    );
+    for (counters, is_right) in [([1_u64, 2], true), ([3, 3], false)] {
+        let watch = NonceWatch::at(&hosts.b)?;
+        for counter in counters {
+            let mut message = vec![DATA, 0, 0, 0, 7, 0, 0, 0];
+            message.extend(counter.to_le_bytes());
+            message.extend([0; 16]);
+            tried("send", from.send_to(&message, to))?;
+            tried("receive", at.recv(&mut [0; 64]))?;
+        }
+        let found = watch.finish();
+        check(found.is_ok() == is_right, || {
+            format!("{counters:?}: {found:?}")
+        })?;
+    }
+    Ok(())
 }
 
 /// Neither before there is a session nor in one.
