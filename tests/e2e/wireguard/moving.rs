@@ -12,6 +12,9 @@ use crate::relay::{FACES, Ports, Relay};
 use crate::support::{FAMILIES, UNDERLAY, bulk, check, wait_for, wait_until};
 use crate::tools::Stream;
 
+/// Another address of host B.
+const SECOND: Ipv4Addr = Ipv4Addr::new(10, 211, 55, 151);
+
 /// Where host A goes.
 const MOVED: Ipv4Addr = Ipv4Addr::new(10, 211, 55, 150);
 
@@ -105,6 +108,29 @@ fn wireguard_go_moves_and_fastvpn_follows() -> Result<()> {
     bulk(&hosts.a, &hosts.b, inside(1), 5)?;
     bulk(&hosts.b, &hosts.a, inside(0), 5)?;
     stop(ends)
+}
+
+/// Host B is called at its second address, and answers from its first one, as its route
+/// says: host A follows.
+#[testbed::trial(each_engine)]
+fn an_answer_from_another_address_than_was_called() -> Result<()> {
+    let (hosts, keys) = (hosts()?, Keys::new(false)?);
+    ip(
+        &hosts.b,
+        &format!("address add {SECOND}/24 dev {UNDERLAY_NAME}"),
+    )?;
+    let called = keys.start(&hosts.b, 1, Kind::Fastvpn, Reach::UNKNOWN)?;
+    let calls = Reach::at((SECOND, PORT).into());
+    let caller = keys.start(&hosts.a, 0, Kind::Fastvpn, calls)?;
+    wait_for(&hosts.a, inside(1))?;
+    let first = Underlay::V4.endpoint(1).to_string();
+    wait_until("host A has followed", || {
+        let answer = keys.ask(0, "peers")?;
+        Ok(answer["peers"][0]["endpoint"].as_str() == Some(&first))
+    })?;
+    bulk(&hosts.a, &hosts.b, inside(1), 5)?;
+    bulk(&hosts.b, &hosts.a, inside(0), 5)?;
+    stop([caller, called])
 }
 
 /// New processes take over at both ends, one after the other, while streams go on. They make
