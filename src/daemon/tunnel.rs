@@ -16,14 +16,14 @@ use super::host::{Host, own_addresses};
 use super::peers::{self, Peers};
 use super::plan::{Plan, check_own_key, kernel_routes};
 use super::settings::Settings;
-use super::workers::{Claimed, WorkerFds, Workers};
+use super::workers::{Claimed, Workers};
 use crate::config::Config;
 use crate::dataplane::inbound::ReceivedProbe;
 use crate::dataplane::table::Table;
 use crate::error::{Error, Result};
 use crate::host::link::{self, LinkConfig};
 use crate::host::netlink::{Link, Netlink};
-use crate::io::udp;
+use crate::io::udp::{self, WorkerSockets};
 use crate::routing::dns::{Lookup, Names};
 use crate::routing::overlay::{Overlay, tunnel_addresses};
 
@@ -88,14 +88,21 @@ impl Tunnel {
 
     /// Has the sockets drop what comes through the tunnel itself.
     fn filter_datagrams(&self) -> Result<()> {
-        let workers = self.workers.descriptors.iter().map(WorkerFds::receive);
-        let handshake = self.encryption.iter().map(Encryption::as_fd);
-        self.filter(workers.chain(handshake))
+        let workers = self.workers.descriptors.iter();
+        let workers = workers.map(|worker| &*worker.sockets);
+        self.filter(workers, self.encryption.as_ref().map(Encryption::as_fd))
     }
 
-    fn filter<'a>(&self, mut sockets: impl Iterator<Item = BorrowedFd<'a>>) -> Result<()> {
-        sockets
-            .try_for_each(|socket| udp::drop_from(socket, self.host.device.index))
+    fn filter<'a>(
+        &self,
+        mut workers: impl Iterator<Item = &'a WorkerSockets>,
+        handshake: Option<BorrowedFd<'_>>,
+    ) -> Result<()> {
+        let index = self.host.device.index;
+        let filtered = workers.try_for_each(|sockets| sockets.drop_from(index));
+        let mut handshake = handshake.into_iter();
+        filtered
+            .and_then(|()| handshake.try_for_each(|socket| udp::drop_from(socket, index)))
             .map_err(|error| Error::os("cannot filter what comes through the tunnel itself", error))
     }
 
@@ -197,9 +204,8 @@ impl Tunnel {
         let sockets = udp::open(listen, workers, offloads, self.config.mode())?;
         udp::set_options(&sockets)?;
         udp::set_mark(sockets.all().map(AsFd::as_fd), self.config.fwmark)?;
-        let receiving = sockets.workers.iter().map(|worker| &worker.receive);
-        let receiving = receiving.chain(&sockets.handshake);
-        self.filter(receiving.map(AsFd::as_fd))?;
+        let handshake = sockets.handshake.as_ref().map(AsFd::as_fd);
+        self.filter(sockets.workers.iter(), handshake)?;
         Ok(sockets)
     }
 

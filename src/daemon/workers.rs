@@ -82,10 +82,7 @@ impl WorkerFds {
     pub fn on_loopback() -> Self {
         let socket =
             || std::os::fd::OwnedFd::from(std::net::UdpSocket::bind("127.0.0.1:0").unwrap());
-        let sockets = WorkerSockets {
-            receive: socket().into(),
-            send: Some(socket().into()),
-        };
+        let sockets = WorkerSockets::new(socket().into(), Some(socket().into()));
         Self::new(Arc::new(Queue::from(socket())), sockets)
     }
 
@@ -229,7 +226,7 @@ impl Workers {
             sessions,
         };
         // Another process that had these sockets has reported the drops so far.
-        let drops = |worker: &WorkerFds| udp::drops(worker.receive()).unwrap_or(0);
+        let drops = |worker: &WorkerFds| worker.sockets.drops().unwrap_or(0);
         let mut workers = Self {
             published: Arc::new(Mutex::new(Arc::clone(&setup.table))),
             setup,
@@ -419,7 +416,7 @@ impl Workers {
     pub fn count_socket_drops(&mut self) {
         let counters = self.counters.iter().zip(&mut self.socket_drops);
         for (worker, (counters, seen)) in self.descriptors.iter().zip(counters) {
-            if let Ok(drops) = udp::drops(worker.receive()) {
+            if let Ok(drops) = worker.sockets.drops() {
                 // The kernel's count wraps round.
                 let fresh = drops.wrapping_sub(std::mem::replace(seen, drops));
                 counters.drop_at_socket.add(fresh.into());

@@ -29,10 +29,7 @@ fn worker(io: Io, queue: OwnedFd, receive: OwnedFd) -> Result<Workers> {
             steered: true,
         },
         sockets: udp::Sockets {
-            workers: vec![WorkerSockets {
-                receive: receive.into(),
-                send: None,
-            }],
+            workers: vec![WorkerSockets::new(receive.into(), None)],
             handshake: None,
             offloads: UdpOffloads {
                 segment: false,

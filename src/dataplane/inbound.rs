@@ -76,13 +76,16 @@ impl Inbound {
     ) {
         counters.udp_receives.add(1);
         let (sender, segment_bytes) = (meta.sender, meta.segment_bytes.max(1));
+        let received_bytes = payload.len();
         if payload.is_empty() {
             counters.drop_short.add(1);
             return;
         }
         let datagrams = payload.chunks_mut(segment_bytes);
         if self.sessions.is_some() {
-            self.push_sealed(datagrams, meta, table, counters, engine);
+            if self.push_sealed(datagrams, meta, table, counters, engine) {
+                engine.note_sender(sender, received_bytes, meta.is_shared);
+            }
             return;
         }
         if !table.senders().has(sender.ip()) {
@@ -95,9 +98,11 @@ impl Inbound {
             self.take(packet, meta, &mut allowed, table, counters, engine);
         }
         allowed.settle(counters);
+        engine.note_sender(sender, received_bytes, meta.is_shared);
     }
 
-    /// Takes in the datagrams of one receive in WireGuard mode.
+    /// Takes in the datagrams of one receive in WireGuard mode. Returns whether one of them
+    /// was a peer's.
     #[inline]
     fn push_sealed<'a>(
         &mut self,
@@ -106,8 +111,9 @@ impl Inbound {
         table: &'a Table,
         counters: &Counters,
         engine: &mut impl Engine,
-    ) {
+    ) -> bool {
         let now_ns = clock::now_ns();
+        let mut is_authentic = false;
         let mut run: Option<Run<'a>> = None;
         for datagram in datagrams {
             let Some(Data {
@@ -134,7 +140,7 @@ impl Inbound {
             let datagram_bytes = datagram.len();
             match run.session.open(datagram) {
                 Ok(padded) => {
-                    run.is_authentic = true;
+                    (is_authentic, run.is_authentic) = (true, true);
                     if padded.is_empty() {
                         counters.keepalives_received.add(1);
                         continue;
@@ -159,6 +165,7 @@ impl Inbound {
         if let Some(run) = run {
             run.end(meta.sender, now_ns, self.sessions.as_ref(), counters);
         }
+        is_authentic
     }
 
     /// Finds the session that datagrams name.

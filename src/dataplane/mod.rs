@@ -202,6 +202,7 @@ fn obey(
     for (sender, mut datagram) in commands.inbox.strays() {
         let meta = ReceiveMeta {
             sender,
+            is_shared: false,
             segment_bytes: datagram.len(),
             // That of its own is not known any more.
             ecn: Ecn::NotEct,

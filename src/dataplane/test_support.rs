@@ -19,6 +19,8 @@ pub struct Fake {
     pub sent: Vec<Vec<(u8, u8)>>,
     /// The datagrams themselves, and where they went.
     pub datagrams: Vec<(SocketAddr, Vec<u8>)>,
+    /// The peers that have sent something, and how many bytes.
+    pub noted: Vec<(SocketAddr, usize)>,
     /// What the TUN queue was given.
     pub written: Vec<Vec<u8>>,
     pub unsent_bytes: usize,
@@ -90,6 +92,9 @@ impl Engine for Fake {
             on_wait(&mut self.events);
         }
         Ok(())
+    }
+    fn note_sender(&mut self, sender: SocketAddr, bytes: usize, _: bool) {
+        self.noted.push((sender, bytes));
     }
     fn quiesce(&mut self) {}
     fn reset_limits(&mut self) {}

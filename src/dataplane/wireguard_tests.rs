@@ -175,6 +175,7 @@ impl Host {
 
     fn receive(&mut self, datagram: &[u8], from: SocketAddr) {
         let meta = ReceiveMeta {
+            is_shared: true,
             sender: from,
             segment_bytes: datagram.len(),
             ecn: Ecn::NotEct,

@@ -1,6 +1,6 @@
 //! What the data plane needs of an I/O engine, and nothing more.
 //!
-//! An engine moves buffers between one TUN queue, one UDP socket and its
+//! An engine moves buffers between one TUN queue, one UDP port and its
 //! caller. Buffers change owner by value: whoever holds one may touch it, and
 //! what the kernel is working on is held by the engine.
 //!
@@ -102,6 +102,8 @@ pub enum Event {
 pub struct ReceiveMeta {
     /// Where they came from.
     pub sender: SocketAddr,
+    /// Whether through the socket that all senders share.
+    pub is_shared: bool,
     /// Bytes of every datagram but the last.
     pub segment_bytes: usize,
     /// The ECN field of their own header.
@@ -202,6 +204,10 @@ pub trait Engine: VnetSink {
     /// # Errors
     /// As [`Self::submit`].
     fn wait(&mut self) -> Result<()>;
+
+    /// Takes note of a peer that has sent so many bytes, and whether they came through the
+    /// socket that all share: who sends much gets one of its own.
+    fn note_sender(&mut self, sender: SocketAddr, bytes: usize, is_shared: bool);
 
     /// Takes nothing new from the kernel any more. What was taken before is still
     /// to be asked for, and output is still carried out.

@@ -30,6 +30,7 @@ use crate::counters::Counters;
 use crate::error::{Error, Result};
 use crate::io::engine::{Destination, Engine, Event, Received};
 use crate::io::message::{self, SendMessage};
+use crate::io::receivers::RECEIVERS;
 use crate::io::sides::{FAILURE_PAUSE, Sides};
 use crate::io::tun::Queue;
 use crate::io::udp::{Port, WorkerSockets};
@@ -45,9 +46,10 @@ const EVENT_BYTES_MIN: usize = 4 << 10;
 
 /// What the kernel calls the descriptors.
 const TUN: u64 = 0;
-const UDP: u64 = 1;
-const WAKE: u64 = 2;
-const WATCHED: usize = 3;
+const WAKE: u64 = 1;
+/// The first receiver; the others follow.
+const UDP: u64 = 2;
+const WATCHED: usize = 2 + RECEIVERS;
 
 /// An engine on epoll; see the module's documentation.
 pub struct Epoll {
@@ -110,8 +112,8 @@ impl Epoll {
         for event in &events[..count] {
             match event.data() {
                 TUN => self.sides.tun_ready = true,
-                UDP => self.sides.udp_ready = true,
-                _ => self.sides.woken(),
+                WAKE => self.sides.woken(),
+                receiver => self.sides.receivers.set_ready((receiver - UDP) as usize),
             }
         }
         Ok(())
@@ -129,22 +131,31 @@ impl Epoll {
             };
             PollFd::new(sides.sockets.sender(port).as_fd(), events)
         };
-        let mut polled = [
-            PollFd::new(sides.wake.as_fd(), PollFlags::POLLIN),
-            PollFd::new(sides.sockets.receive.as_fd(), PollFlags::POLLIN),
-            sender(Port::Listen),
-            sender(Port::Own),
-        ];
+        let wake = sides.wake.as_fd();
+        let receiver = |receiver| match sides.receivers.socket(receiver) {
+            Some(socket) => PollFd::new(socket, PollFlags::POLLIN),
+            None => PollFd::new(wake, PollFlags::empty()),
+        };
+        let mut polled: [_; 3 + RECEIVERS] = std::array::from_fn(|index| match index {
+            0 => PollFd::new(wake, PollFlags::POLLIN),
+            1 => sender(Port::Listen),
+            2 => sender(Port::Own),
+            _ => receiver(index - 3),
+        });
         match poll(&mut polled, timeout) {
             Err(Errno::EINTR) => return Ok(()),
             result => result?,
         };
         // Whatever is amiss with one of them, reading or sending will tell.
-        let [wake, receive, listen, own] = polled.map(|polled| polled.any() == Some(true));
+        let [wake, listen, own, receivers @ ..] = polled.map(|polled| polled.any() == Some(true));
         if wake {
             self.sides.woken();
         }
-        self.sides.udp_ready |= receive;
+        for (receiver, is_ready) in receivers.into_iter().enumerate() {
+            if is_ready {
+                self.sides.receivers.set_ready(receiver);
+            }
+        }
         for (port, has_room) in [(Port::Listen, listen), (Port::Own, own)] {
             if has_room {
                 self.sides.found_room(port);
@@ -154,9 +165,12 @@ impl Epoll {
     }
 }
 
+fn arrivals(name: u64) -> EpollEvent {
+    EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, name)
+}
+
 /// Has the kernel report what arrives from now on.
 fn watch(queue: &Queue, sockets: &WorkerSockets, wake: &EventFd) -> nix::Result<epoll::Epoll> {
-    let arrivals = |name| EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, name);
     let epoll = epoll::Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     epoll.add(queue, arrivals(TUN))?;
     epoll.add(&sockets.receive, arrivals(UDP))?;
@@ -270,8 +284,23 @@ impl Engine for Epoll {
         self.ask(PollTimeout::NONE)
     }
 
+    fn note_sender(&mut self, sender: SocketAddr, bytes: usize, is_shared: bool) {
+        let receivers = &mut self.sides.receivers;
+        let Some(receiver) = receivers.note_sender(sender, bytes, is_shared) else {
+            return;
+        };
+        let added = receivers.socket(receiver).map(|socket| {
+            let name = UDP + receiver as u64;
+            self.epoll.add(socket, arrivals(name))
+        });
+        if let Some(Err(errno)) = added {
+            tracing::debug!("no socket of its own for {sender}: {errno}");
+            receivers.give_up(receiver);
+        }
+    }
+
     fn quiesce(&mut self) {
-        self.sides.is_quiet = true;
+        self.sides.quiesce();
     }
 
     fn reset_limits(&mut self) {

@@ -1,12 +1,13 @@
 //! How packets reach the kernel and come from it: the TUN queue ([`tun`]), the
 //! UDP sockets ([`udp`]), and two engines that move buffers between them and a
 //! worker, [`uring`] and [`epoll`]. [`engine`] is what a worker sees of either,
-//! and `sides` what both do alike.
+//! `sides` what both do alike, and `receivers` which sockets they read.
 
 pub(crate) mod engine;
 pub(crate) mod epoll;
 pub(crate) mod message;
 pub(crate) mod path_limits;
+mod receivers;
 mod sides;
 pub(crate) mod tun;
 pub(crate) mod udp;

@@ -13,6 +13,7 @@ use nix::sys::eventfd::EventFd;
 use super::engine::{Destination, Event, OPEN_BATCHES_MAX, ROOM_WAIT, ReceiveMeta, Received};
 use super::message;
 use super::path_limits::PathLimits;
+use super::receivers::Receivers;
 use super::tun::Queue;
 use super::udp::{self, PORTS, Port, WorkerSockets};
 use crate::counters::Counters;
@@ -53,8 +54,8 @@ pub struct Sides {
     /// There may be a vnet packet: the kernel has said so, and the queue has not been
     /// found empty since.
     pub tun_ready: bool,
-    /// There may be datagrams, as with [`Self::tun_ready`].
-    pub udp_ready: bool,
+    /// Where datagrams come from.
+    pub receivers: Receivers,
     /// Whose turn it is when both sides have something.
     tun_is_next: bool,
     /// What was read ahead.
@@ -88,13 +89,13 @@ impl Sides {
         let buffer = |_| vec![0; BUFFER_BYTES].into_boxed_slice();
         Self {
             queue,
+            receivers: Receivers::new(Arc::clone(&sockets)),
             sockets,
             counters,
             wake,
             wake_pending: false,
-            // They are tried before they are waited for.
+            // It is tried before it is waited for.
             tun_ready: true,
-            udp_ready: true,
             tun_is_next: true,
             next: None,
             is_quiet: false,
@@ -176,7 +177,7 @@ impl Sides {
     /// Whether datagrams are to be received.
     #[inline]
     pub fn may_receive(&self) -> bool {
-        self.udp_ready && !self.is_quiet && !self.free_buffers.is_empty()
+        self.receivers.is_ready() && !self.free_buffers.is_empty()
     }
 
     /// The datagrams of one receive.
@@ -186,20 +187,32 @@ impl Sides {
             return None;
         }
         let mut buffer = self.free_buffers.pop()?;
-        match message::receive(self.sockets.receive.as_fd(), &mut buffer) {
-            Ok(Some(message)) => {
-                return Some(Event::Datagrams {
-                    received: self.filled(buffer, message.bytes),
-                    meta: ReceiveMeta {
-                        sender: message.sender,
-                        segment_bytes: message.control.segment_bytes.unwrap_or(message.bytes),
-                        ecn: message.control.ecn,
-                    },
-                });
+        while let Some(receiver) = self.receivers.next()
+            && let Some(socket) = self.receivers.socket(receiver)
+        {
+            match message::receive(socket, &mut buffer) {
+                Ok(Some(message)) => {
+                    self.receivers.received(receiver, message.bytes);
+                    return Some(Event::Datagrams {
+                        received: self.filled(buffer, message.bytes),
+                        meta: ReceiveMeta {
+                            sender: message.sender,
+                            is_shared: Receivers::is_shared(receiver),
+                            segment_bytes: message.control.segment_bytes.unwrap_or(message.bytes),
+                            ecn: message.control.ecn,
+                        },
+                    });
+                }
+                Err(Errno::EAGAIN) => self.receivers.found_empty(receiver),
+                Ok(None) => {
+                    self.counters.drop_truncated.add(1);
+                    break;
+                }
+                Err(errno) => {
+                    self.receive_failed(errno as i32, Receivers::is_shared(receiver));
+                    break;
+                }
             }
-            Ok(None) => self.counters.drop_truncated.add(1),
-            Err(Errno::EAGAIN) => self.udp_ready = false,
-            Err(errno) => self.receive_failed(errno as i32),
         }
         self.free_buffers.push(buffer);
         None
@@ -218,17 +231,27 @@ impl Sides {
         self.free_buffers.push(received.buffer);
     }
 
-    /// A receive from the UDP socket has failed.
+    /// A receive from a UDP socket has failed.
     #[cold]
-    fn receive_failed(&mut self, errno: i32) {
+    fn receive_failed(&mut self, errno: i32, is_shared: bool) {
         match errno {
+            // What ICMP says of earlier sends: a connected socket is told, and told once.
+            libc::ECONNREFUSED
+            | libc::EHOSTUNREACH
+            | libc::ENETUNREACH
+            | libc::EHOSTDOWN
+            | libc::EMSGSIZE
+            | libc::ENONET
+            | libc::ENOPROTOOPT
+            | libc::EPROTO
+            | libc::EACCES
+            | libc::EOPNOTSUPP
+                if !is_shared => {}
             libc::EBADF | libc::ENOTSOCK | libc::EFAULT | libc::EINVAL | libc::EOPNOTSUPP => self
                 .fail(
                     Error::os("cannot receive from the UDP socket", from_errno(errno))
                         .hint("start fastvpn again"),
                 ),
-            // What the network says of earlier sends (ECONNREFUSED,
-            // EHOSTUNREACH ...) is no reason to stop.
             _ => self.failed_oddly(),
         }
     }
@@ -405,6 +428,12 @@ impl Sides {
         ports
             .into_iter()
             .filter(move |&port| since[port as usize].is_some())
+    }
+
+    /// Takes nothing new from the kernel any more.
+    pub fn quiesce(&mut self) {
+        self.is_quiet = true;
+        self.receivers.quiesce();
     }
 
     /// Forgets what refused sends taught.

@@ -64,6 +64,8 @@ on_both!(
     once_quiet_nothing_new_is_read,
 );
 
+mod receivers;
+
 /// What an engine is made of.
 struct Parts {
     queue: Queue,
@@ -137,10 +139,9 @@ fn bench_on<E>(make: impl FnOnce(Parts) -> E, receive: Socket, peer: UdpSocket) 
     let address = receive.local_addr().unwrap().as_socket().unwrap();
     let wake = EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK).unwrap();
     let (wake, counters) = (Arc::new(wake), Arc::new(Counters::default()));
-    let send = None;
     let engine = make(Parts {
         queue: Queue::from(queue),
-        sockets: WorkerSockets { receive, send },
+        sockets: WorkerSockets::new(receive, None),
         wake: Arc::clone(&wake),
         counters: Arc::clone(&counters),
     });
@@ -306,6 +307,7 @@ fn batches_go_out_and_come_in_whole<E: Engine>(make: impl Fn(Parts) -> E) {
         };
         let expected = ReceiveMeta {
             sender: bench.address,
+            is_shared: true,
             segment_bytes: sizes[0],
             ecn: Ecn::NotEct,
         };

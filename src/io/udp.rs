@@ -3,6 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Mutex;
 
 use nix::sys::socket::{setsockopt, sockopt as nix_sockopt};
 use rustix::net::sockopt::{
@@ -10,11 +11,13 @@ use rustix::net::sockopt::{
 };
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
 
+pub(super) mod connected;
 pub mod reuseport;
 pub(crate) mod sockopt;
 
 pub use self::sockopt::{drops, unsent_bytes};
 
+use self::connected::ConnectedSockets;
 use crate::error::{Error, Result};
 use crate::wire::Mode;
 
@@ -50,9 +53,20 @@ pub struct WorkerSockets {
     pub receive: Socket,
     /// Socket on the worker's own port, to send from; see [`reuseport`].
     pub send: Option<Socket>,
+    /// Those that take the place of `receive` for single senders.
+    connected: Mutex<ConnectedSockets>,
 }
 
 impl WorkerSockets {
+    /// Sockets to receive from and, if the worker has its own port, to send from.
+    pub fn new(receive: Socket, send: Option<Socket>) -> Self {
+        Self {
+            receive,
+            send,
+            connected: Mutex::default(),
+        }
+    }
+
     /// The port that is used when `wanted` is.
     #[inline]
     pub fn port(&self, wanted: Port) -> Port {
@@ -138,26 +152,24 @@ pub fn open(listen: SocketAddr, workers: u16, wanted: UdpOffloads, mode: Mode) -
             let sender = send.as_ref().unwrap_or(&receive);
             offloads.segment = setsockopt(sender, nix_sockopt::UdpGsoSegment, &0).is_ok();
         }
-        sockets.push(WorkerSockets { receive, send });
+        sockets.push(WorkerSockets::new(receive, send));
     }
     let handshake = match mode {
         Mode::Plain => None,
         Mode::WireGuard => Some(open_handshake(listen, offloads).map_err(failed)?),
     };
-    if workers > 1 || handshake.is_some() {
-        // The kernel copies it.
-        let mut program = reuseport::program(listen, workers, mode);
-        let program = libc::sock_fprog {
-            len: program.len() as u16,
-            filter: program.as_mut_ptr(),
-        };
-        setsockopt(
-            &sockets[0].receive,
-            nix_sockopt::AttachReusePortCbpf,
-            &program,
-        )
-        .map_err(|errno| failed(errno.into()))?;
-    }
+    // Even for one worker: connected sockets are members, too, at first. The kernel copies it.
+    let mut program = reuseport::program(listen, workers, mode);
+    let program = libc::sock_fprog {
+        len: program.len() as u16,
+        filter: program.as_mut_ptr(),
+    };
+    setsockopt(
+        &sockets[0].receive,
+        nix_sockopt::AttachReusePortCbpf,
+        &program,
+    )
+    .map_err(|errno| failed(errno.into()))?;
     Ok(Sockets {
         workers: sockets,
         handshake,
@@ -187,20 +199,21 @@ fn open_handshake(listen: SocketAddr, offloads: UdpOffloads) -> io::Result<Socke
 /// # Errors
 /// When the kernel does not know how.
 pub fn set_options(sockets: &Sockets) -> Result<()> {
-    let set = |socket: &Socket| -> io::Result<()> {
-        // On a dual-stack socket either family has options of its own.
-        set_ip_mtu_discover(socket, Ipv4PathMtuDiscovery::OMIT)?;
-        socket.set_recv_tos_v4(true)?;
-        if socket.domain()? == Domain::IPV6 {
-            set_ipv6_mtu_discover(socket, Ipv6PathMtuDiscovery::OMIT)?;
-            socket.set_recv_tclass_v6(true)?;
-        }
-        Ok(())
-    };
     sockets
         .all()
-        .try_for_each(set)
+        .try_for_each(set_socket_options)
         .map_err(|error| Error::os("cannot set options of a UDP socket", error))
+}
+
+fn set_socket_options(socket: &Socket) -> io::Result<()> {
+    // On a dual-stack socket either family has options of its own.
+    set_ip_mtu_discover(socket, Ipv4PathMtuDiscovery::OMIT)?;
+    socket.set_recv_tos_v4(true)?;
+    if socket.domain()? == Domain::IPV6 {
+        set_ipv6_mtu_discover(socket, Ipv6PathMtuDiscovery::OMIT)?;
+        socket.set_recv_tclass_v6(true)?;
+    }
+    Ok(())
 }
 
 /// Marks what all sockets send (`SO_MARK`, socket(7)), for policy rules; 0 for no mark.
@@ -239,6 +252,14 @@ pub fn check_mark(sockets: &[WorkerSockets], mark: u32) -> Result<()> {
 }
 
 fn bind(address: SocketAddr, reuse_port: bool) -> io::Result<Socket> {
+    let socket = unbound(address)?;
+    socket.set_reuse_port(reuse_port)?;
+    socket.bind(&SockAddr::from(address))?;
+    Ok(socket)
+}
+
+/// A socket for an address.
+fn unbound(address: SocketAddr) -> io::Result<Socket> {
     let domain = Domain::for_address(address);
     let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP))?;
     socket.set_nonblocking(true)?;
@@ -247,8 +268,6 @@ fn bind(address: SocketAddr, reuse_port: bool) -> io::Result<Socket> {
         // share the port.
         socket.set_only_v6(!address.ip().is_unspecified())?;
     }
-    socket.set_reuse_port(reuse_port)?;
-    socket.bind(&SockAddr::from(address))?;
     Ok(socket)
 }
 
@@ -289,10 +308,15 @@ pub fn drop_from(socket: BorrowedFd<'_>, index: Option<u32>) -> io::Result<()> {
 /// The *FORCE options go beyond `net.core.{r,w}mem_max` but need
 /// CAP_NET_ADMIN; without it the limits apply.
 fn enlarge_buffers(socket: &Socket) -> io::Result<()> {
+    enlarge_receive_buffer(socket)?;
+    set_send_buffer(socket, SOCKET_BUFFER_BYTES)
+}
+
+fn enlarge_receive_buffer(socket: &Socket) -> io::Result<()> {
     if setsockopt(socket, nix_sockopt::RcvBufForce, &SOCKET_BUFFER_BYTES).is_err() {
         socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES)?;
     }
-    set_send_buffer(socket, SOCKET_BUFFER_BYTES)
+    Ok(())
 }
 
 /// Sets how much a socket holds at the most: there is room while it holds less than

@@ -150,10 +150,9 @@ pub fn receive(stream: UnixStream) -> io::Result<Inherited> {
     for has_own_port in &manifest.own_ports {
         let mut next = || descriptors.next().ok_or(io::ErrorKind::InvalidData);
         queues.push(Queue::from(next()?));
-        sockets.push(WorkerSockets {
-            receive: Socket::from(next()?),
-            send: has_own_port.then(next).transpose()?.map(Socket::from),
-        });
+        let receive = Socket::from(next()?);
+        let send = has_own_port.then(next).transpose()?.map(Socket::from);
+        sockets.push(WorkerSockets::new(receive, send));
     }
     if queues.is_empty() {
         return Err(io::ErrorKind::InvalidData.into());

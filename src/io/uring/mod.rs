@@ -77,7 +77,8 @@ pub struct Uring {
 struct Armed {
     wake: bool,
     tun: bool,
-    udp: bool,
+    /// One bit for each receiver.
+    udp: u8,
     /// By port.
     send_room: [bool; PORTS],
 }
@@ -200,9 +201,9 @@ impl Uring {
                 self.armed.tun = false;
                 self.sides.tun_ready = true;
             }
-            Some(Token::UdpPoll) => {
-                self.armed.udp = false;
-                self.sides.udp_ready = true;
+            Some(Token::UdpPoll(receiver)) => {
+                self.armed.udp &= !(1 << receiver);
+                self.sides.receivers.set_ready(receiver.into());
             }
             Some(Token::Wake) => {
                 self.armed.wake = false;
@@ -237,10 +238,15 @@ impl Uring {
                 self.push_poll(socket, libc::POLLOUT, Token::SendRoom(port))?;
             }
         }
-        if !self.armed.udp && !self.sides.udp_ready {
-            self.armed.udp = true;
-            let socket = Fd(self.sides.sockets.receive.as_raw_fd());
-            self.push_poll(socket, libc::POLLIN, Token::UdpPoll)?;
+        let mut udp = self.sides.receivers.awaited() & !self.armed.udp;
+        while udp != 0 {
+            let receiver = udp.trailing_zeros() as u16;
+            udp &= udp - 1;
+            self.armed.udp |= 1 << receiver;
+            if let Some(socket) = self.sides.receivers.socket(receiver.into()) {
+                let socket = Fd(socket.as_raw_fd());
+                self.push_poll(socket, libc::POLLIN, Token::UdpPoll(receiver))?;
+            }
         }
         Ok(())
     }
@@ -269,7 +275,7 @@ impl Uring {
                 udp,
                 send_room,
             } = self.armed;
-            if self.in_flight == 0 && !(wake || tun || udp) && send_room == [false; PORTS] {
+            if self.in_flight == 0 && !(wake || tun || udp != 0) && send_room == [false; PORTS] {
                 break;
             }
             // Cancelled requests complete in task work, which only runs here.
@@ -399,8 +405,14 @@ impl Engine for Uring {
         self.enter(0)
     }
 
+    fn note_sender(&mut self, sender: SocketAddr, bytes: usize, is_shared: bool) {
+        // One that is new is polled in its turn.
+        let receivers = &mut self.sides.receivers;
+        let _ = receivers.note_sender(sender, bytes, is_shared);
+    }
+
     fn quiesce(&mut self) {
-        self.sides.is_quiet = true;
+        self.sides.quiesce();
         self.cancel_all();
     }
 

@@ -7,8 +7,8 @@ use crate::io::udp::Port;
 pub enum Token {
     /// Poll of the TUN queue.
     TunPoll,
-    /// Poll of the UDP socket.
-    UdpPoll,
+    /// Poll of this receiver's socket.
+    UdpPoll(u16),
     /// Send of the batch with this id.
     Send(u16),
     /// Write of the vnet packet with this id.
@@ -24,7 +24,7 @@ impl Token {
     pub fn to_user_data(self) -> u64 {
         match self {
             Self::TunPoll => 0,
-            Self::UdpPoll => 1,
+            Self::UdpPoll(receiver) => 1 | u64::from(receiver) << 16,
             Self::Send(id) => 2 | u64::from(id) << 16,
             Self::Write(id) => 3 | u64::from(id) << 16,
             Self::Wake => 4,
@@ -38,7 +38,7 @@ impl Token {
         let id = (data >> 16) as u16;
         match data & 0xffff {
             0 => Some(Self::TunPoll),
-            1 => Some(Self::UdpPoll),
+            1 => Some(Self::UdpPoll(id)),
             2 => Some(Self::Send(id)),
             3 => Some(Self::Write(id)),
             4 => Some(Self::Wake),
@@ -57,7 +57,8 @@ mod tests {
     fn survives_the_kernel() {
         for token in [
             Token::TunPoll,
-            Token::UdpPoll,
+            Token::UdpPoll(0),
+            Token::UdpPoll(4),
             Token::Send(0),
             Token::Send(65535),
             Token::Write(17),
