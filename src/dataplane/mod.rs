@@ -230,6 +230,36 @@ mod tests {
     use crate::packet::lpm::Prefixes;
     use crate::packet::virtio;
 
+    /// Strangers are worth nothing to the engine.
+    #[test]
+    fn only_peers_are_noted() {
+        let peer = PeerSnapshot {
+            endpoint: "10.0.0.2:8285".parse().ok(),
+            ..PeerSnapshot::default()
+        };
+        let prefixes = Arc::new(Prefixes::new([]));
+        let table = Table::new(vec![peer], prefixes, TunnelAddresses::default(), false);
+        let offloads = TunOffloads {
+            tcp: false,
+            udp: false,
+        };
+        let mut inbound = Inbound::new(offloads, 0, crossbeam_channel::bounded(1).0, None);
+        let (counters, mut engine) = (Counters::default(), Fake::default());
+        let mut receive = |sender: &str, payload: &mut [u8]| {
+            let meta = ReceiveMeta {
+                sender: sender.parse().unwrap(),
+                is_shared: true,
+                segment_bytes: 100,
+                ecn: Ecn::NotEct,
+            };
+            inbound.push(payload, meta, &table, &counters, &mut engine);
+        };
+        receive("10.0.0.3:8285", &mut [0; 300]);
+        receive("10.0.0.2:8286", &mut []);
+        receive("10.0.0.2:8286", &mut [0; 300]);
+        assert_eq!(engine.noted, [("10.0.0.2:8286".parse().unwrap(), 300)]);
+    }
+
     /// What is queued in the last turn before the worker sleeps has been given to the
     /// socket, or the engine waits for room.
     #[test]

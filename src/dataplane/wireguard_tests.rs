@@ -238,6 +238,13 @@ fn a_packet_arrives_as_it_was_sent() {
     }
     assert_eq!(near.traffic[0].packets_sent.get(), 4);
     assert_eq!(far.traffic[0].packets_received.get(), 4);
+    let noted = far.engine.noted.iter();
+    assert_eq!(
+        noted
+            .filter(|(sender, _)| *sender == endpoint(NEAR))
+            .count(),
+        4
+    );
     // Both ends count the same.
     let sent_bytes = near.traffic[0].bytes_sent.get();
     assert_eq!(far.traffic[0].bytes_received.get(), sent_bytes);
@@ -397,6 +404,7 @@ fn what_is_not_authentic_comes_to_nothing() {
     far.receive(&changed(good.len() - 1), stranger);
     far.receive(&changed(20), stranger);
     assert_eq!(far.counters().drop_forged, 2);
+    assert_eq!(far.engine.noted, []);
     far.receive(&changed(5), stranger);
     assert_eq!(far.counters().drop_session_unknown, 1);
     far.receive(&good[..31], stranger);
