@@ -33,6 +33,9 @@ const PATIENCE_QUEUED: Duration = Duration::from_secs(2);
 /// How long streams run on a slow cable before what they load.
 const SLOW_MARGIN: Duration = Duration::from_millis(1500);
 
+/// How long after a change of the cable's rate the queue may take to follow.
+const CHANGE_MARGIN: Duration = Duration::from_secs(2);
+
 /// The paced datagrams: 1000 in a second, 1 Mbit/s.
 const PACED_BYTES: usize = 125;
 const PACED_PPS: u64 = 1000;
@@ -125,6 +128,7 @@ impl Stage<'_> {
                 mbit_per_s,
                 streams,
             } => self.queue(mbit_per_s, streams),
+            Kind::Changing => self.changing(),
             Kind::Paced { mbit_per_s } => self.paced(mbit_per_s),
             Kind::Flooded { by } => self.flooded(by),
             Kind::Idle => self.idle(),
@@ -310,8 +314,19 @@ impl Stage<'_> {
         streams: usize,
         work: impl FnOnce() -> Result<T>,
     ) -> Result<(T, TransferReport, Cost)> {
-        let _slow = Slow::new(self.pair, mbit_per_s)?;
-        let load_time = self.method.time + SLOW_MARGIN + LOAD_MARGIN;
+        let slow = Slow::new(self.pair, mbit_per_s)?;
+        self.beside_streams_on(&slow, streams, self.method.time, work)
+    }
+
+    /// The same for work that takes so long.
+    fn beside_streams_on<T>(
+        &self,
+        _: &Slow<'_>,
+        streams: usize,
+        time: Duration,
+        work: impl FnOnce() -> Result<T>,
+    ) -> Result<(T, TransferReport, Cost)> {
+        let load_time = time + SLOW_MARGIN + LOAD_MARGIN;
         let ((result, load), cost) = self.with_cost(|| {
             Ok(beside(
                 || self.bulk(streams, load_time, false),
@@ -324,13 +339,37 @@ impl Stage<'_> {
         Ok((result?, load?, cost))
     }
 
-    fn queue(&self, mbit_per_s: u32, streams: usize) -> Result<Sample> {
+    fn queued_ping_pong(&self) -> Result<Latency> {
         let test = PingPong {
             bytes: PING_BYTES,
             time: self.method.time,
             patience: PATIENCE_QUEUED,
         };
-        let ping = || udp_ping_pong(self.between(), test, &self.watch());
+        udp_ping_pong(self.between(), test, &self.watch())
+    }
+
+    fn changing(&self) -> Result<Sample> {
+        let slow = Slow::new(self.pair, 100)?;
+        let after_change_to = |mbit_per_s: u32| {
+            slow.set_rate(mbit_per_s)?;
+            thread::sleep(CHANGE_MARGIN);
+            self.queued_ping_pong()
+        };
+        let work = || Ok([after_change_to(20)?, after_change_to(500)?]);
+        let time = 2 * (CHANGE_MARGIN + self.method.time);
+        let ([at_20, at_500], ..) = self.beside_streams_on(&slow, 8, time, work)?;
+        let ms = |ns: u64| ns as f64 / 1e6;
+        Ok(vec![
+            ("p50_ms_20m", ms(at_20.p50_ns)),
+            ("p99_ms_20m", ms(at_20.p99_ns)),
+            ("p50_ms_500m", ms(at_500.p50_ns)),
+            ("p99_ms_500m", ms(at_500.p99_ns)),
+            ("lost", (at_20.lost + at_500.lost) as f64),
+        ])
+    }
+
+    fn queue(&self, mbit_per_s: u32, streams: usize) -> Result<Sample> {
+        let ping = || self.queued_ping_pong();
         let (latency, load, cost) = self.beside_streams(mbit_per_s, streams, ping)?;
         let mut sample = vec![
             ("p50_ms", latency.p50_ns as f64 / 1e6),

@@ -45,6 +45,9 @@ pub enum Kind {
         /// TCP connections.
         streams: usize,
     },
+    /// The same beside eight TCP connections, on a cable of 100 Mbit/s that changes to 20
+    /// and then to 500, from two seconds after each change on.
+    Changing,
     /// UDP at 1 Mbit/s beside eight TCP connections as fast as they go, on a slow cable.
     Paced {
         /// Megabits per second of the cable.
@@ -165,6 +168,13 @@ const QUEUE: &[Figure] = &[
     figure("lost", "unanswered", "requests", Lower),
     THROUGHPUT,
     CPU,
+];
+const CHANGING: &[Figure] = &[
+    figure("p50_ms_20m", "p50 at 20 Mbit/s", "ms", Lower),
+    figure("p99_ms_20m", "p99 at 20 Mbit/s", "ms", Lower),
+    figure("p50_ms_500m", "p50 at 500 Mbit/s", "ms", Lower),
+    figure("p99_ms_500m", "p99 at 500 Mbit/s", "ms", Lower),
+    figure("lost", "unanswered", "requests", Lower),
 ];
 const PACED: &[Figure] = &[
     figure("loss_percent", "loss", "%", Lower),
@@ -320,6 +330,12 @@ pub const ALL: &[Traffic] = &[
         1000,
         8,
     ),
+    Traffic {
+        key: "queue-change",
+        title: "UDP ping-pong beside 8 TCP streams, 100 to 20 to 500 Mbit/s",
+        kind: Kind::Changing,
+        figures: CHANGING,
+    },
     Traffic {
         key: "paced-100m",
         title: "UDP at 1 Mbit/s beside 8 TCP streams, 100 Mbit/s",

@@ -52,17 +52,23 @@ impl<'a> Slow<'a> {
     /// When tc(8) is missing or refuses.
     pub fn new(pair: &'a Pair, mbit_per_s: u32) -> Result<Self> {
         let slow = Self { pair };
+        let qdisc = format!("qdisc add dev {UNDERLAY_NAME} root handle 1: htb default 1");
         for host in [&pair.a, &pair.b] {
-            let device = format!("dev {UNDERLAY_NAME}");
-            tool(
-                host,
-                "tc",
-                &format!("qdisc add {device} root handle 1: htb default 1"),
-            )?;
-            let class = format!("class add {device} parent 1: classid 1:1 htb");
-            tool(host, "tc", &format!("{class} rate {mbit_per_s}mbit"))?;
+            tool(host, "tc", &qdisc)?;
         }
+        slow.set_rate(mbit_per_s)?;
         Ok(slow)
+    }
+
+    /// Goes on with another rate.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn set_rate(&self, mbit_per_s: u32) -> Result<()> {
+        let class = format!("class replace dev {UNDERLAY_NAME} parent 1: classid 1:1");
+        [&self.pair.a, &self.pair.b]
+            .into_iter()
+            .try_for_each(|host| tool(host, "tc", &format!("{class} htb rate {mbit_per_s}mbit")))
     }
 }
 
