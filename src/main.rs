@@ -3,10 +3,23 @@
 use std::io::Write;
 use std::process::ExitCode;
 
-use clap::FromArgMatches;
+use clap::{ArgMatches, FromArgMatches};
 use fastvpn::cli::{self, Cli, Command, check, commands, keys};
 use fastvpn::config::Config;
+use fastvpn::error::Result;
 use fastvpn::{daemon, log};
+
+/// Runs a tunnel, or starts a process that does. `false`: that has failed, and has said why.
+fn run(flags: &ArgMatches) -> Result<bool> {
+    let mut config = Config::from_flags(flags)?;
+    cli::check_interface_name(&config)?;
+    config.use_environment(|name| std::env::var_os(name))?;
+    if config.is_launcher() {
+        return daemon::launch(&config);
+    }
+    log::init(config.log_level(), config.log_format);
+    daemon::run(config).map(|()| true)
+}
 
 fn main() -> ExitCode {
     let flags = cli::command().get_matches();
@@ -19,10 +32,10 @@ fn main() -> ExitCode {
         },
         Some(Command::Key(command)) => keys::run(*command),
         Some(Command::Client(command)) => commands::run(command),
-        None => Config::from_flags(&flags).and_then(|config| {
-            log::init(config.verbose, config.quiet, config.log_format);
-            daemon::run(config)
-        }),
+        None => match run(&flags) {
+            Ok(false) => return ExitCode::FAILURE,
+            result => result.map(drop),
+        },
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

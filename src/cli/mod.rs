@@ -11,6 +11,7 @@ mod units;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::Config;
+use crate::error::{Error, Result};
 
 /// A fast userspace network tunnel: IP packets in UDP datagrams, plain or encrypted (WireGuard).
 ///
@@ -35,6 +36,26 @@ pub fn command() -> clap::Command {
     Cli::augment_args(flags)
 }
 
+/// Makes sure that an interface does not have the name of a command: behind a flag it is not taken
+/// for one.
+///
+/// # Errors
+/// Names it.
+pub fn check_interface_name(config: &Config) -> Result<()> {
+    let is_command = |name: &&String| {
+        let commands = command();
+        let mut names = commands.get_subcommands().map(clap::Command::get_name);
+        names.any(|command| command == *name) || *name == "help"
+    };
+    match config.interface.as_ref().filter(is_command) {
+        None => Ok(()),
+        Some(name) => {
+            let what = format!("{name} is a command of fastvpn's, and no name for an interface");
+            Err(Error::new(what).hint("a command comes before its flags; or choose another name"))
+        }
+    }
+}
+
 /// What to do other than run a tunnel.
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -54,6 +75,18 @@ pub enum Command {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_command_is_no_interface() {
+        let flags = |words: &[&str]| command().try_get_matches_from(words).unwrap();
+        let is_refused = |words: &[&str]| {
+            let config = Config::from_flags(&flags(words)).unwrap();
+            check_interface_name(&config).is_err()
+        };
+        assert!(flags(&["fastvpn", "status"]).subcommand_name().is_some());
+        assert!(is_refused(&["fastvpn", "-f", "status"]));
+        assert!(!is_refused(&["fastvpn", "-f", "wg0"]));
+    }
 
     #[test]
     fn the_definition_is_sound() {

@@ -6,6 +6,7 @@
 //! - `wg_quick`: reads a file in the format of wg-quick(8).
 //! - `peer`: what can be said of a peer.
 //! - `peers`: what must hold among all peers.
+//! - `interface`: what an interface has that `wg` and wg-quick(8) configure.
 //! - `keys`: reads key files.
 //! - `secret`: keys that follow from a secret and from identities.
 //! - `resolution`: flags over file over defaults.
@@ -14,6 +15,7 @@
 
 mod control_path;
 mod file;
+mod interface;
 mod keys;
 mod options;
 mod peer;

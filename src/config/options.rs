@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::peer::{self, PeerSpec, parse_identity, parse_peer};
 use super::types::{
     self, Aqm, BusyPoll, CoreList, Dscp, Feature, Io, QueueLimit, parse_busy_poll, parse_cores,
-    parse_fwmark, parse_listen, parse_prefix, parse_queue_limit,
+    parse_fwmark, parse_listen, parse_prefix, parse_queue_limit, parse_tun_name,
 };
 use crate::log::LogFormat;
 use crate::wire::Mode;
@@ -33,6 +33,29 @@ pub(crate) const QUEUES: RangeInclusive<i64> = 1..=256;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Args, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct Config {
+    /// Make an encrypted interface for wg and wg-quick, in the background: key, port and peers
+    /// come by `wg setconf`, addresses and routes from elsewhere
+    #[arg(
+        value_name = "NAME",
+        value_parser = parse_tun_name,
+        conflicts_with_all = [
+            "config_file", "wg_config_file", "private_key_file", "secret_file", "identity",
+            "peers", "tun", "mtu_bytes", "addresses", "routes", "no_routes",
+        ]
+    )]
+    #[serde(skip)]
+    pub interface: Option<String>,
+
+    /// With NAME: stay in the foreground, as without
+    #[arg(short, long)]
+    #[serde(skip)]
+    pub foreground: bool,
+
+    /// This process was started to run in the background.
+    #[arg(long, hide = true)]
+    #[serde(skip)]
+    pub(crate) detached: bool,
+
     /// Take the options from this file, which a flag of the same name overrides
     #[arg(long = "config", value_name = "FILE")]
     #[serde(skip)]
@@ -173,6 +196,11 @@ pub struct Config {
     #[arg(long, value_enum)]
     pub log_format: LogFormat,
 
+    /// Nothing is logged.
+    #[arg(skip)]
+    #[serde(skip)]
+    pub(crate) is_silent: bool,
+
     /// UDP port to listen on where no address is given with it.
     #[arg(skip)]
     #[serde(skip_deserializing)]
@@ -198,13 +226,43 @@ pub struct Config {
     #[serde(skip)]
     pub(crate) own_identity: Option<String>,
 
+    /// What of it `wg` has set since.
+    #[arg(skip)]
+    #[serde(skip)]
+    pub(crate) by_wg: ByWg,
+
     /// The flags, which override the file again when it is read again.
     #[arg(skip)]
     #[serde(skip)]
     pub(super) flags: ArgMatches,
 }
 
+/// What of a configuration `wg` has set, in place of what flags and file say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct ByWg {
+    /// This host's key; a reload reads its file again.
+    pub private_key: bool,
+    /// The port.
+    pub listen: bool,
+    /// The mark of the datagrams.
+    pub fwmark: bool,
+}
+
 impl Config {
+    /// Gives this one what `wg` has set of another.
+    pub(crate) fn keep_changes_of_wg(&mut self, other: &Self) {
+        self.by_wg = other.by_wg;
+        if other.by_wg.private_key {
+            self.private_key.clone_from(&other.private_key);
+        }
+        if other.by_wg.listen {
+            self.listen = other.listen;
+        }
+        if other.by_wg.fwmark {
+            self.fwmark = other.fwmark;
+        }
+    }
+
     /// Whether a kernel feature is used where there is one.
     pub(crate) fn uses(&self, feature: Feature) -> bool {
         !self.without.contains(&feature)
@@ -222,7 +280,10 @@ impl Config {
 
     /// Whether the tunnel is encrypted: it and all its peers have keys, or none has.
     pub(crate) fn is_encrypted(&self) -> bool {
-        self.private_key_file.is_some() || self.private_key.is_some() || self.secret_file.is_some()
+        self.interface.is_some()
+            || self.private_key_file.is_some()
+            || self.private_key.is_some()
+            || self.secret_file.is_some()
     }
 
     /// The file that the options come from, besides the flags.

@@ -6,7 +6,7 @@ use clap::ValueEnum;
 use serde_json::{Map, Value};
 
 use super::control_path::default_control_path;
-use super::options::Config;
+use super::options::{ByWg, Config};
 use super::types::Feature;
 
 impl Config {
@@ -29,6 +29,10 @@ impl Config {
             no_routes: new.no_routes,
             takeover: new.takeover,
             notes: new.notes,
+            by_wg: ByWg {
+                private_key: false,
+                ..self.by_wg
+            },
             ..self.clone()
         }
     }

@@ -47,6 +47,7 @@ impl Config {
             (config.verbose, config.quiet) = of_file;
         }
         config.flags = flags.clone();
+        config.use_interface();
         match (config.check_and_read(), config.file()) {
             (Ok(()), _) => Ok(config),
             // Flags or the file may be at fault: what is wrong is named with its value.

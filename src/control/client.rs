@@ -66,7 +66,8 @@ impl Connection {
             _ => {}
         }
         let line = self.lines.receive(deadline)?;
-        String::from_utf8(line.ok_or(io::ErrorKind::UnexpectedEof)?).map_err(io::Error::other)
+        let mut line = line.ok_or(io::ErrorKind::UnexpectedEof)?;
+        String::from_utf8(std::mem::take(&mut line)).map_err(io::Error::other)
     }
 
     /// Waits until the process at the other end has closed this connection: the last

@@ -5,7 +5,7 @@
 //! Nothing here blocks for longer than the caller's deadline. Once that has passed,
 //! [`Lines::receive`] and [`Lines::send`] do what can be done at once.
 
-use std::io::{self, BufRead, BufReader, IoSlice, IoSliceMut, Read};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -15,6 +15,11 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     ControlMessage, ControlMessageOwned, MsgFlags, recv, recvmsg, send, sendmsg,
 };
+use serde::Serialize;
+use zeroize::Zeroizing;
+
+/// A line without its line feed. Its memory is wiped, since a line may have keys in it.
+pub type WipedBytes = Zeroizing<Vec<u8>>;
 
 const CHUNK_BYTES: usize = 64 << 10;
 
@@ -26,10 +31,14 @@ const SEND_FLAGS: MsgFlags = MsgFlags::MSG_DONTWAIT.union(MsgFlags::MSG_NOSIGNAL
 /// One end of such a connection.
 #[derive(Debug)]
 pub struct Lines {
-    incoming: BufReader<Incoming>,
+    incoming: Incoming,
     line_bytes_max: usize,
+    /// What has come and was not looked at yet stands from `start` to `end`.
+    chunk: Zeroizing<Vec<u8>>,
+    start: usize,
+    end: usize,
     /// What has come of a line that is not complete.
-    partial: Vec<u8>,
+    partial: WipedBytes,
 }
 
 /// What comes in, until a deadline.
@@ -51,27 +60,30 @@ impl Lines {
             descriptors: None,
         };
         Self {
-            incoming: BufReader::with_capacity(CHUNK_BYTES, incoming),
+            incoming,
             line_bytes_max,
-            partial: Vec::new(),
+            chunk: Zeroizing::new(vec![0; CHUNK_BYTES]),
+            start: 0,
+            end: 0,
+            partial: WipedBytes::default(),
         }
     }
 
     /// The same, with descriptors.
     pub fn with_descriptors(stream: UnixStream, line_bytes_max: usize) -> Self {
         let mut lines = Self::new(stream, line_bytes_max);
-        lines.incoming.get_mut().descriptors = Some(Vec::new());
+        lines.incoming.descriptors = Some(Vec::new());
         lines
     }
 
     /// The stream, for its options and its end.
     pub fn stream(&self) -> &UnixStream {
-        &self.incoming.get_ref().stream
+        &self.incoming.stream
     }
 
     /// The descriptors that came with the lines so far, in their order.
     pub fn take_descriptors(&mut self) -> Vec<OwnedFd> {
-        let descriptors = &mut self.incoming.get_mut().descriptors;
+        let descriptors = &mut self.incoming.descriptors;
         descriptors.as_mut().map(std::mem::take).unwrap_or_default()
     }
 
@@ -80,19 +92,27 @@ impl Lines {
     /// # Errors
     /// `TimedOut` if none is complete in time: what has come of it is kept.
     /// `FileTooLarge` if it is too long.
-    pub fn receive(&mut self, deadline: Instant) -> io::Result<Option<Vec<u8>>> {
-        self.incoming.get_mut().deadline = deadline;
-        let room = (self.line_bytes_max + 1).saturating_sub(self.partial.len());
-        let mut incoming = self.incoming.by_ref().take(room as u64);
-        incoming.read_until(b'\n', &mut self.partial)?;
-        if self.partial.pop_if(|last| *last == b'\n').is_some() {
-            return Ok(Some(std::mem::take(&mut self.partial)));
+    pub fn receive(&mut self, deadline: Instant) -> io::Result<Option<WipedBytes>> {
+        self.incoming.deadline = deadline;
+        loop {
+            let waiting = self.chunk.get(self.start..self.end).unwrap_or_default();
+            let line_end = waiting.iter().position(|byte| *byte == b'\n');
+            let piece = line_end.map_or(waiting, |end| &waiting[..end]);
+            if self.partial.len() + piece.len() > self.line_bytes_max {
+                let text = format!("a line has more than {} bytes", self.line_bytes_max);
+                return Err(io::Error::new(io::ErrorKind::FileTooLarge, text));
+            }
+            append(&mut self.partial, piece);
+            if let Some(end) = line_end {
+                self.start += end + 1;
+                return Ok(Some(std::mem::take(&mut self.partial)));
+            }
+            (self.start, self.end) = (0, 0);
+            self.end = self.incoming.read(&mut self.chunk)?;
+            if self.end == 0 {
+                return Ok(None);
+            }
         }
-        if self.partial.len() > self.line_bytes_max {
-            let text = format!("a line has more than {} bytes", self.line_bytes_max);
-            return Err(io::Error::new(io::ErrorKind::FileTooLarge, text));
-        }
-        Ok(None)
     }
 
     /// Sends a line.
@@ -100,8 +120,9 @@ impl Lines {
     /// # Errors
     /// `TimedOut` if the other end does not read all of it in time. Nothing can be sent
     /// after that.
-    pub fn send(&mut self, mut line: Vec<u8>, deadline: Instant) -> io::Result<()> {
-        line.push(b'\n');
+    pub fn send(&mut self, line: impl Into<WipedBytes>, deadline: Instant) -> io::Result<()> {
+        let mut line = line.into();
+        append(&mut line, b"\n");
         let mut sent = 0;
         while sent < line.len() {
             sent += in_time(self.stream(), PollFlags::POLLOUT, deadline, || {
@@ -117,7 +138,7 @@ impl Lines {
     /// As [`Self::send`].
     pub fn send_with_descriptors(
         &mut self,
-        line: Vec<u8>,
+        line: WipedBytes,
         descriptors: &[BorrowedFd<'_>],
         deadline: Instant,
     ) -> io::Result<()> {
@@ -131,6 +152,37 @@ impl Lines {
         }
         self.send(line, deadline)
     }
+}
+
+/// A message as JSON.
+///
+/// # Errors
+/// When it cannot be written so.
+pub fn to_line(message: &impl Serialize) -> io::Result<WipedBytes> {
+    struct Writer(WipedBytes);
+    impl Write for Writer {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            append(&mut self.0, bytes);
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut writer = Writer(WipedBytes::default());
+    serde_json::to_writer(&mut writer, message)?;
+    Ok(writer.0)
+}
+
+/// Appends bytes. Memory that becomes too small is wiped, which a vector by itself would not do.
+fn append(line: &mut WipedBytes, bytes: &[u8]) {
+    let needed = line.len() + bytes.len();
+    if needed > line.capacity() {
+        let mut larger = WipedBytes::new(Vec::with_capacity(needed.max(2 * line.capacity())));
+        larger.extend_from_slice(line);
+        *line = larger;
+    }
+    line.extend_from_slice(bytes);
 }
 
 impl Read for Incoming {
@@ -223,7 +275,7 @@ mod tests {
         let mut next = |bytes: &[u8]| {
             other.write_all(bytes).unwrap();
             let line = lines.receive(Instant::now());
-            line.map(|line| line.map(|line| String::from_utf8(line).unwrap()))
+            line.map(|line| line.map(|line| String::from_utf8(line.to_vec()).unwrap()))
         };
         let late = |result: io::Result<_>| {
             assert_eq!(result.unwrap_err().kind(), io::ErrorKind::TimedOut);
@@ -250,7 +302,7 @@ mod tests {
             let (mut lines, mut other) = pair();
             other.write_all(&bytes).unwrap();
             match lines.receive(soon()) {
-                Ok(line) => assert!(is_taken && line.unwrap() == longest),
+                Ok(line) => assert!(is_taken && *line.unwrap() == longest),
                 Err(error) => {
                     assert!(!is_taken && error.kind() == io::ErrorKind::FileTooLarge);
                 }
@@ -271,11 +323,13 @@ mod tests {
             ours.write_all(b"0\n").unwrap();
             let mut lines = Lines::new(ours, LINE_BYTES_MAX);
             let until = Instant::now() + PATIENCE;
-            lines.send_with_descriptors(long, &all, until).unwrap();
+            lines
+                .send_with_descriptors(long.into(), &all, until)
+                .unwrap();
             count
         });
         let mut next = || lines.receive(Instant::now() + PATIENCE).unwrap().unwrap();
-        assert_eq!(next(), b"0");
+        assert_eq!(*next(), b"0");
         assert_eq!(next().trim_ascii(), b"1");
         assert_eq!(lines.take_descriptors().len(), sent.join().unwrap());
     }
@@ -339,7 +393,7 @@ mod tests {
         while matches!(&received, Err(error) if error.kind() == io::ErrorKind::TimedOut) {
             received = theirs.receive(Instant::now());
         }
-        assert!(received.unwrap() == Some(long));
+        assert!(received.unwrap() == Some(long.into()));
         sender.join().unwrap().unwrap();
     }
 }

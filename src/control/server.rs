@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::codec::Lines;
+use super::codec::{Lines, WipedBytes};
 use super::credentials::Asker;
 use super::protocol::{Answer, Line, REQUEST_BYTES_MAX, Request};
 use super::socket_name::{self, SocketName};
@@ -264,7 +264,7 @@ impl Clients {
     }
 
     /// The next request's line; `None` at the end, be it the client's or the server's.
-    fn receive(&self, lines: &mut Lines) -> io::Result<Option<Vec<u8>>> {
+    fn receive(&self, lines: &mut Lines) -> io::Result<Option<WipedBytes>> {
         let deadline = Instant::now() + CLIENT_TIME_MAX;
         loop {
             match lines.receive(Instant::now() + END_CHECK_INTERVAL) {

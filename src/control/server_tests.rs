@@ -549,7 +549,7 @@ fn the_control_thread_gets_the_connection_of_a_takeover() {
     connection.send(b"{\"ok\":true}".to_vec(), soon).unwrap();
     assert_eq!(client.line().unwrap()["ok"], true);
     client.send(b"go\n");
-    assert_eq!(connection.receive(soon).unwrap().unwrap(), b"go");
+    assert_eq!(*connection.receive(soon).unwrap().unwrap(), b"go");
 }
 
 /// A control thread that drops a request has said all that it will.

@@ -51,6 +51,11 @@ impl SocketName {
         }
     }
 
+    /// Whether it is that socket's still.
+    pub fn is_there(&self) -> bool {
+        self.inode.is_some() && inode(&self.path) == self.inode
+    }
+
     /// Leaves the name where it is.
     pub fn leave(&mut self) {
         self.inode = None;

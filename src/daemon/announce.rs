@@ -30,6 +30,9 @@ pub fn announce(tunnel: &Tunnel) {
             ),
             None => tracing::info!("encrypted (WireGuard), public key {key}"),
         },
+        None if tunnel.config.is_encrypted() => {
+            tracing::info!("encrypted (WireGuard); keys and peers come by `wg`");
+        }
         None => tracing::warn!(
             "plain mode: packets are neither encrypted nor authenticated; use it on networks \
              that you trust"
@@ -37,13 +40,19 @@ pub fn announce(tunnel: &Tunnel) {
     }
     let (tun, link) = (&tunnel.host.device.name, &tunnel.settings.link);
     let addresses: Vec<String> = link.addresses.iter().map(ToString::to_string).collect();
+    let addresses = match addresses.join(" ") {
+        none if none.is_empty() => "no address".into(),
+        all => all,
+    };
     tracing::info!(
-        "{tun}: {}, MTU {}, queues: {}",
-        addresses.join(" "),
+        "{tun}: {addresses}, MTU {}, queues: {}",
         link.mtu_bytes,
         tunnel.workers.descriptors.len()
     );
-    let (overlay, is_derived) = (&tunnel.peers.overlay, tunnel.config.addresses.is_empty());
+    let (overlay, is_derived) = (
+        &tunnel.peers.overlay,
+        !link.addresses.is_empty() && tunnel.config.addresses.is_empty(),
+    );
     let peer = overlay.peers().find_map(|(_, peer)| peer.endpoint);
     let only = peer.filter(|_| is_derived && overlay.peers().count() == 1);
     match only.map(|peer| (peer, derive_address(peer.ip()))) {

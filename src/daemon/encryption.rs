@@ -18,7 +18,7 @@ use crate::io::udp;
 use crate::routing::overlay::Overlay;
 use crate::wire::wireguard::keys::PublicKey;
 use crate::wire::wireguard::sessions::{SessionMap, WorkerRequest};
-use crate::wireguard::{Handshakes, Identities, Intervals, PeerConfig, Setup};
+use crate::wireguard::{Handshakes, Identities, Intervals, PeerConfig, PeerTimestamps, Setup};
 
 /// Indices for the current, the next and the previous session of each peer, and for a
 /// handshake under way. Memory is taken as they are used.
@@ -36,6 +36,8 @@ pub struct Encryption {
     /// `None` while the workers stand still. It ends all sessions with itself, so that no
     /// process seals with keys that another one may still use.
     handshakes: Option<Handshakes>,
+    /// How far handshakes had come when they ended, here or in another process.
+    pub timestamps: Vec<PeerTimestamps>,
     /// What the kernel had dropped at the socket before.
     drops_before: u32,
     /// This host's identity, if its key follows from a shared secret.
@@ -59,6 +61,7 @@ impl Encryption {
             },
             requests,
             handshakes: None,
+            timestamps: Vec::new(),
             own_identity: None,
         })
     }
@@ -95,6 +98,7 @@ impl Encryption {
             map: Arc::clone(&self.sessions.map),
             requests: self.requests.clone(),
             wake: Arc::clone(&self.sessions.wake),
+            earlier: std::mem::take(&mut self.timestamps),
             wake_workers: Box::new(workers.session_waker()),
             pass_on: Box::new(move |sender: SocketAddr, datagram: &[u8]| {
                 pass_on(sender, datagram);
@@ -115,7 +119,9 @@ impl Encryption {
 
     /// Ends the handshake thread, and all sessions.
     pub fn stop(&mut self) {
-        self.handshakes = None;
+        if let Some(handshakes) = self.handshakes.take() {
+            self.timestamps = handshakes.end();
+        }
     }
 
     /// Makes the peers of `overlay` those that there are.

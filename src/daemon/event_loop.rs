@@ -7,6 +7,7 @@ use crossbeam_channel::{Receiver, never, select, tick};
 use signal_hook::consts::SIGHUP;
 
 use super::handoff::{self, Handoff, NewProcess};
+use super::start::Begun;
 use super::tunnel::Tunnel;
 use super::{reload, requests, uapi};
 use crate::control::protocol::{Answer, Changed, Request};
@@ -43,9 +44,14 @@ pub struct Daemon {
 
 impl Daemon {
     /// Nobody takes over yet.
-    pub fn new(tunnel: Tunnel, control: Option<Server>) -> Self {
+    pub fn new(begun: Begun) -> Self {
+        let Begun {
+            tunnel,
+            control,
+            uapi,
+        } = begun;
         Self {
-            uapi: uapi::serve(&tunnel.config),
+            uapi: uapi.or_else(|| uapi::serve(&tunnel.config)),
             tunnel,
             control,
             handoff: None,
@@ -73,10 +79,7 @@ impl Daemon {
             let mut end = None;
             select! {
                 recv(signals) -> signal => end = self.take_signal(signal.ok()),
-                recv(failures) -> failure => {
-                    let failure = failure.ok().flatten();
-                    return Err(failure.unwrap_or_else(|| Error::new("all workers have ended")));
-                }
+                recv(failures) -> failure => return self.take_failure(failure.ok().flatten()),
                 recv(calls) -> call => end = call.ok().and_then(|call| self.take_call(call)),
                 recv(uapi_calls) -> call => if let Ok(call) = call {
                     let is_leaving = self.handoff.is_some();
@@ -93,7 +96,10 @@ impl Daemon {
                 recv(probes) -> probe => if let Ok(probe) = probe {
                     self.tunnel.take_probe(probe);
                 },
-                recv(poll) -> _ => self.tunnel.poll(),
+                recv(poll) -> _ => {
+                    self.tunnel.poll();
+                    end = self.find_socket_removed();
+                }
                 recv(limits_reset) -> _ => self.tunnel.workers.reset_limits(),
             }
             if let Some(end) = end {
@@ -118,6 +124,27 @@ impl Daemon {
                 Some(End::Stopped)
             }
         }
+    }
+
+    /// A worker has failed. One whose device is deleted ends the process in order where that
+    /// is the way to end it.
+    fn take_failure(&self, failure: Option<Error>) -> Result<End> {
+        let config = &self.tunnel.config;
+        if config.interface.is_some() && self.tunnel.is_device_deleted() {
+            tracing::info!("stopping: {} has been deleted", config.tun);
+            return Ok(End::Stopped);
+        }
+        Err(failure.unwrap_or_else(|| Error::new("all workers have ended")))
+    }
+
+    /// An interface that only `wg` can talk to ends with the socket's name.
+    fn find_socket_removed(&self) -> Option<End> {
+        let config = &self.tunnel.config;
+        let uapi = self.uapi.as_ref().filter(|_| config.interface.is_some())?;
+        (!uapi.has_name()).then(|| {
+            tracing::info!("stopping: the WireGuard socket of {} is gone", config.tun);
+            End::Stopped
+        })
     }
 
     /// What comes of it is in the log.
@@ -184,9 +211,10 @@ impl Daemon {
     /// Ends the tunnel: routes, device and sockets go.
     pub fn take_down(&mut self) {
         self.handoff = None;
-        self.uapi = None;
         self.tunnel.take_down();
-        // Last: a client that asked for the end waits for the socket to close.
+        // A client that asked for the end waits for the socket to close.
         self.control = None;
+        // Last: once it is gone, another process may have all the rest.
+        self.uapi = None;
     }
 }

@@ -30,6 +30,8 @@ pub struct Host {
     pub netlink: Netlink,
     /// The device.
     pub device: Device,
+    /// The addresses that others have given the device, where those are the ones that count.
+    pub addresses: Vec<IpNet>,
     /// Whether the device delivers what comes from our own address.
     pub accepts_local: bool,
     /// `None` while there is none: before the start, at the end, and where it
@@ -54,6 +56,7 @@ impl Host {
         let mut host = Self {
             netlink,
             device,
+            addresses: Vec::new(),
             accepts_local: false,
             routes: None,
             routes_kept: BTreeSet::new(),
@@ -105,6 +108,19 @@ impl Host {
             self.device.name = link.name;
         }
         Ok(has_moved)
+    }
+
+    /// Notes the addresses that the device has; tells whether they are others than before.
+    ///
+    /// # Errors
+    /// When the kernel refuses to list them.
+    pub fn find_addresses(&mut self) -> Result<bool> {
+        let index = self.device.index;
+        let all = self.netlink.addresses()?.into_iter();
+        let own = all.filter(|(owner, _)| Some(*owner) == index);
+        let own: Vec<IpNet> = own.map(|(_, net)| net).collect();
+        let old = std::mem::replace(&mut self.addresses, own);
+        Ok(old != self.addresses)
     }
 
     /// Has the device do what is not its own setting, but that of the namespace.

@@ -3,18 +3,21 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use super::key_text::KeyText;
 use super::reach;
 use super::requests::{new_peer, parse_name};
 use super::resolve::Known;
 use super::settings::Settings;
 use super::tunnel::Tunnel;
-use crate::config::{Config, Feature, HostPort};
+use crate::config::{Config, Feature, HostPort, PeerSpec, parse_host_port};
 use crate::error::{Error, Result};
 use crate::routing::overlay::{Origin, Overlay, Peer};
+use crate::wire::wireguard::keys::PresharedKey;
 
 /// See the module's documentation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,9 +38,21 @@ pub struct Manifest {
     pub own_ports: Vec<bool>,
     /// Address and port of the UDP sockets.
     pub listen: SocketAddr,
-    /// Whether the tunnel is encrypted. Keys are not handed over: the new process reads them
-    /// where this one did.
+    /// Whether the tunnel is encrypted. The new process reads keys where this one did, but for
+    /// those that `wg` has set.
     pub is_encrypted: bool,
+    /// Whether it is an interface of which `wg` has set all.
+    #[serde(default)]
+    pub is_interface: bool,
+    /// This host's key, if `wg` has set it.
+    #[serde(default)]
+    pub private_key: Option<KeyText>,
+    /// Whether `wg` has set the port.
+    #[serde(default)]
+    pub is_listen_set: bool,
+    /// The mark of the datagrams, if `wg` has set it.
+    #[serde(default)]
+    pub fwmark: Option<u32>,
     /// This host's identity, if its key follows from a shared secret: it stays what it is,
     /// whatever the routes to the peers have become.
     #[serde(default)]
@@ -66,6 +81,15 @@ pub struct KnownPeer {
     pub identity: Option<String>,
     /// `HOST:PORT` that a peer with a key was given.
     pub place: Option<String>,
+    /// Whether `wg` has given it that place, in place of one that was configured.
+    #[serde(default)]
+    pub is_moved: bool,
+    /// What it and this host share besides their keys, if that is not what is configured.
+    #[serde(default)]
+    pub preshared_key: Option<KeyText>,
+    /// How often something is sent, if that is not what is configured; 0 for never.
+    #[serde(default)]
+    pub keepalive_seconds: Option<u64>,
     /// Where its datagrams go; `None` while its name does not resolve.
     pub endpoint: Option<SocketAddr>,
     /// It has sent from there, and was not given that endpoint.
@@ -94,32 +118,39 @@ impl Manifest {
         {
             added.entry(peer.name.id()).or_default().push(prefix);
         }
-        let peers = overlay.peers_by_name().map(|peer| KnownPeer {
-            peer: peer.name.to_string(),
-            identity: peer.identity().map(str::to_string),
-            place: given(peer),
-            endpoint: peer.endpoint_learned(),
-            has_roamed: peer.has_roamed(),
-            is_suspended: peer.is_suspended,
-            is_added: peer.origin == Origin::Runtime,
-            is_default: overlay.is_default(peer),
-            prefixes: added.remove(&peer.name.id()).unwrap_or_default(),
+        let config = &tunnel.config;
+        let specs = config.peers.iter();
+        let specs: BTreeMap<_, _> = specs.map(|spec| (spec.name.id(), spec)).collect();
+        let shared = config.shared_preshared_key().unwrap_or_default();
+        let peers = overlay.peers_by_name().map(|peer| {
+            let spec = specs.get(&peer.name.id()).copied();
+            KnownPeer {
+                is_default: overlay.is_default(peer),
+                prefixes: added.remove(&peer.name.id()).unwrap_or_default(),
+                ..KnownPeer::of(peer, spec, &shared)
+            }
         });
+        let by_wg = config.by_wg;
+        let private_key = config.private_key.as_ref().filter(|_| by_wg.private_key);
         Self {
             ok: true,
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").into(),
-            tun: tunnel.config.tun.clone(),
+            tun: config.tun.clone(),
             tun_index: tunnel.host.device.index,
             own_ports: descriptors
                 .map(|worker| worker.own_port.is_some())
                 .collect(),
             listen: tunnel.settings.listen,
-            is_encrypted: tunnel.config.is_encrypted(),
-            identity: tunnel.config.own_identity.clone(),
+            is_encrypted: config.is_encrypted(),
+            is_interface: config.interface.is_some(),
+            private_key: private_key.map(|key| key.to_base64().into()),
+            is_listen_set: by_wg.listen || config.interface.is_some(),
+            fwmark: (by_wg.fwmark || config.interface.is_some()).then_some(config.fwmark),
+            identity: config.own_identity.clone(),
             tun_offloads: [tun.tcp, tun.udp],
             udp_offloads: [udp.segment, udp.gro],
-            without: tunnel.config.without.clone(),
+            without: config.without.clone(),
             is_steered: workers.is_steered,
             addresses: tunnel.settings.link.addresses.clone(),
             peers: peers.collect(),
@@ -144,21 +175,65 @@ impl Manifest {
                 .hint("stop the running one and start this one without --takeover"));
             }
         }
-        if self.is_encrypted != config.is_encrypted() {
-            let of = |is_encrypted| if is_encrypted { "encrypted" } else { "plain" };
-            let ours = of(config.is_encrypted());
-            let what = format!("cannot take over: this process is to be {ours}, the running one");
-            let what = format!("{what} is {}", of(self.is_encrypted));
-            return Err(
-                Error::new(what).hint("stop the running one and start this one without --takeover")
-            );
-        }
         let queues = self.own_ports.len();
         if usize::from(config.queues) != queues {
             tracing::warn!(
                 "--queues {} takes effect at the next start: the running process has {queues}",
                 config.queues
             );
+        }
+        Ok(())
+    }
+
+    /// Makes sure that this process is to run the same kind of tunnel: one that is encrypted or
+    /// is not, and an interface of which `wg` has set all or one with options of its own.
+    ///
+    /// # Errors
+    /// Says how they differ.
+    pub fn check_kind(&self, config: &Config) -> Result<()> {
+        let name = &self.tun;
+        let (what, hint) = match (self.is_interface, config.interface.is_some()) {
+            (true, false) => (
+                format!("{name} is configured by `wg`, and not by options and files"),
+                format!("`fastvpn --takeover {name}` takes it over"),
+            ),
+            (false, true) => (
+                format!("{name} is configured by options and files, and not by `wg` alone"),
+                "start this one with the options of the running one".into(),
+            ),
+            _ if self.is_encrypted != config.is_encrypted() => {
+                let of = |is_encrypted| if is_encrypted { "encrypted" } else { "plain" };
+                let (ours, theirs) = (of(config.is_encrypted()), of(self.is_encrypted));
+                (
+                    format!("this process is to be {ours}, the running one is {theirs}"),
+                    "stop the running one and start this one without --takeover".into(),
+                )
+            }
+            _ => return Ok(()),
+        };
+        Err(Error::new(format!("cannot take over: {what}")).hint(hint))
+    }
+
+    /// Goes on with what `wg` has set of the port and the mark.
+    pub fn keep_changes(&self, config: &mut Config) {
+        if self.is_listen_set {
+            config.listen = Some(self.listen);
+            config.by_wg.listen = true;
+        }
+        if let Some(mark) = self.fwmark {
+            config.fwmark = mark;
+            config.by_wg.fwmark = true;
+        }
+    }
+
+    /// Goes on with the private key that `wg` has set, if it has.
+    ///
+    /// # Errors
+    /// When that is none.
+    pub fn keep_private_key(&self, config: &mut Config) -> Result<()> {
+        if let Some(key) = &self.private_key {
+            config.private_key = Some(key.parse()?);
+            config.by_wg.private_key = true;
         }
         Ok(())
     }
@@ -213,15 +288,66 @@ impl Manifest {
     }
 
     /// Adds what operators added to the old process. Their word is the later one:
-    /// prefixes that the configuration gives to other peers are taken from these.
+    /// prefixes that the configuration gives to other peers are taken from these. And so is
+    /// what they have changed.
     pub fn add_to(&self, overlay: &mut Overlay) {
         for peer in &self.peers {
-            if (peer.is_added || !peer.prefixes.is_empty())
-                && let Err(error) = add_peer(overlay, self.listen, peer)
-            {
+            let is_added = peer.is_added || !peer.prefixes.is_empty();
+            let added = match is_added {
+                true => add_peer(overlay, self.listen, peer),
+                false => Ok(()),
+            };
+            if let Err(error) = added.and_then(|()| peer.change(overlay)) {
                 log_left_out(&error);
             }
         }
+    }
+}
+
+impl KnownPeer {
+    /// A peer that is configured by `spec`, if it is, and may have the preshared key that all
+    /// `shared`. What the overlay knows of it is left out.
+    fn of(peer: &Peer, spec: Option<&PeerSpec>, shared: &PresharedKey) -> Self {
+        let secure = peer.secure.as_ref();
+        let configured = spec.map_or(shared, |spec| &spec.preshared_key);
+        let preshared_key = secure.map(|secure| &secure.preshared_key);
+        let preshared_key = preshared_key.filter(|key| *key != configured);
+        let configured = spec.and_then(|spec| spec.persistent_keepalive);
+        let keepalive = secure.map(|secure| secure.persistent_keepalive);
+        let keepalive = keepalive.filter(|every| *every != configured);
+        Self {
+            peer: peer.name.to_string(),
+            identity: peer.identity().map(str::to_string),
+            place: given(peer),
+            is_moved: spec.is_some_and(|spec| spec.endpoint != peer.place),
+            preshared_key: preshared_key.map(|key| key.to_base64().into()),
+            keepalive_seconds: keepalive.map(|every| every.unwrap_or_default().as_secs()),
+            endpoint: peer.endpoint_learned(),
+            has_roamed: peer.has_roamed(),
+            is_suspended: peer.is_suspended,
+            is_added: peer.origin == Origin::Runtime,
+            is_default: false,
+            prefixes: Vec::new(),
+        }
+    }
+
+    /// Makes the changes to a peer that is there, if it is.
+    fn change(&self, overlay: &mut Overlay) -> Result<()> {
+        let Some((hop, _)) = overlay.find(&parse_name(&self.peer)?) else {
+            return Ok(());
+        };
+        if let Some(key) = &self.preshared_key {
+            overlay.set_preshared_key(hop, &key.parse()?);
+        }
+        if let Some(seconds) = self.keepalive_seconds {
+            let every = Duration::from_secs(seconds);
+            overlay.set_keepalive(hop, Some(every).filter(|every| !every.is_zero()));
+        }
+        let place = self.place.as_ref().filter(|_| self.is_moved);
+        if let Some(place) = place.and_then(|place| parse_host_port(place).ok()) {
+            overlay.move_peer(hop, &place);
+        }
+        Ok(())
     }
 }
 
@@ -259,248 +385,5 @@ fn add_peer(overlay: &mut Overlay, listen: SocketAddr, peer: &KnownPeer) -> Resu
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config::parse_peer;
-    use crate::daemon::resolve;
-    use crate::host::link::LinkConfig;
-
-    fn overlay(peers: &[&str]) -> Overlay {
-        let mut overlay = Overlay::default();
-        for peer in peers {
-            let spec = parse_peer(peer).unwrap();
-            let is_default = spec.prefixes.is_empty();
-            overlay.add_peer(&spec, is_default, Origin::Config).unwrap();
-        }
-        overlay
-    }
-
-    fn manifest(peers: &[(&str, bool, bool, &[&str])]) -> Manifest {
-        let net = |text: &&str| text.parse().unwrap();
-        Manifest {
-            ok: true,
-            pid: 4711,
-            version: "0.1.0".into(),
-            tun: String::new(),
-            tun_index: None,
-            own_ports: vec![false],
-            listen: "0.0.0.0:1".parse().unwrap(),
-            is_encrypted: false,
-            identity: None,
-            tun_offloads: [true; 2],
-            udp_offloads: [true; 2],
-            without: Vec::new(),
-            is_steered: true,
-            addresses: Vec::new(),
-            peers: peers
-                .iter()
-                .map(|(peer, is_added, is_default, prefixes)| KnownPeer {
-                    peer: (*peer).into(),
-                    identity: None,
-                    place: None,
-                    endpoint: None,
-                    has_roamed: false,
-                    is_suspended: false,
-                    is_added: *is_added,
-                    is_default: *is_default,
-                    prefixes: prefixes.iter().map(net).collect(),
-                })
-                .collect(),
-        }
-    }
-
-    fn shown(overlay: &Overlay) -> Vec<String> {
-        overlay
-            .prefixes()
-            .map(|(prefix, peer, origin)| format!("{prefix} {} {}", peer.name, origin.as_str()))
-            .collect()
-    }
-
-    #[test]
-    fn what_operators_added_goes_before_the_configuration() {
-        let mut overlay = overlay(&["a:1=10.1.0.0/16,10.2.0.0/16", "b:1=10.3.0.0/16"]);
-        let peers: &[(&str, bool, bool, &[&str])] = &[
-            ("a:1", false, false, &["10.5.0.0/16"]),
-            ("b:1", false, false, &["10.2.0.0/16"]),
-            ("c:1", true, false, &["10.1.0.0/16", "10.9.0.0/16"]),
-            ("gone:1", false, false, &["10.4.0.0/16"]),
-            // Configured by then, and not any more.
-            ("other:1", false, false, &[]),
-        ];
-        manifest(peers).add_to(&mut overlay);
-        assert_eq!(
-            shown(&overlay),
-            [
-                "10.1.0.0/16 c:1 runtime",
-                "10.2.0.0/16 b:1 runtime",
-                "10.3.0.0/16 b:1 config",
-                "10.5.0.0/16 a:1 runtime",
-                "10.9.0.0/16 c:1 runtime",
-            ]
-        );
-    }
-
-    #[test]
-    fn no_peer_is_dropped_for_what_clashes() {
-        let mut overlay = overlay(&["a:1", "b:1=10.3.0.0/16"]);
-        let peers: &[(&str, bool, bool, &[&str])] = &[
-            ("b:1", true, true, &["10.8.0.0/16"]),
-            ("c:1", true, true, &["10.9.0.0/16"]),
-        ];
-        manifest(peers).add_to(&mut overlay);
-        assert_eq!(
-            shown(&overlay),
-            [
-                "10.3.0.0/16 b:1 config",
-                "10.8.0.0/16 b:1 runtime",
-                "10.9.0.0/16 c:1 runtime",
-            ]
-        );
-        let defaults = overlay
-            .peers_by_name()
-            .filter(|peer| overlay.is_default(peer));
-        assert_eq!(
-            defaults
-                .map(|peer| peer.name.to_string())
-                .collect::<Vec<_>>(),
-            ["a:1"]
-        );
-    }
-
-    #[test]
-    fn a_peer_that_is_this_host_is_left_out() {
-        let peers: &[(&str, bool, bool, &[&str])] = &[
-            ("127.0.0.1:1", true, false, &["10.8.0.0/16"]),
-            ("c:1", true, false, &["fd01::/64"]),
-        ];
-        let mut overlay = overlay(&[]);
-        manifest(peers).add_to(&mut overlay);
-        assert_eq!(shown(&overlay), ["fd01::/64 c:1 runtime"]);
-    }
-
-    /// Also where it roamed to, unless it was configured to be elsewhere meanwhile.
-    #[test]
-    fn a_peer_with_a_key_is_handed_over() {
-        const KEY: &str = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=";
-        let roamed: SocketAddr = "192.0.2.7:1024".parse().unwrap();
-        let mut manifest = manifest(&[(KEY, true, false, &["10.8.0.0/16"])]);
-        manifest.peers[0].place = Some("10.0.0.1:8285".into());
-        manifest.peers[0].endpoint = Some(roamed);
-        manifest.peers[0].has_roamed = true;
-        for (given, endpoint) in [
-            ("", Some(roamed)),
-            ("@10.0.0.1", Some(roamed)),
-            ("@10.0.0.2:1", "10.0.0.2:1".parse().ok()),
-            ("@far.example", None),
-        ] {
-            let configured = format!("{KEY}{given}=10.9.0.0/16");
-            let configured = (!given.is_empty()).then_some(&configured[..]);
-            let mut overlay = overlay(configured.as_slice());
-            manifest.add_to(&mut overlay);
-            let known = manifest.known(&overlay);
-            resolve::set_known(&mut overlay, &known, "0.0.0.0:1".parse().unwrap());
-            let peer = overlay.peers_by_name().next().unwrap();
-            assert_eq!(peer.name.to_string(), KEY);
-            assert_eq!(peer.endpoint, endpoint, "{given}");
-            assert_eq!(peer.has_roamed(), endpoint == Some(roamed));
-            assert!(
-                shown(&overlay)
-                    .iter()
-                    .any(|route| route.starts_with("10.8"))
-            );
-        }
-    }
-
-    /// Which may say another key by then.
-    #[test]
-    fn identities_of_peers_are_handed_over() {
-        use std::ffi::OsStr;
-
-        use crate::wire::wireguard::secret::SharedSecret;
-
-        let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), SharedSecret::generate()).unwrap();
-        let words = [OsStr::new("--secret-file"), file.path().as_os_str()];
-        let config = Config::from_words(words).unwrap();
-        const OLD: &str = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=";
-        let mut manifest = manifest(&[(OLD, true, false, &["10.8.0.0/16"])]);
-        manifest.peers[0].identity = Some("gate".into());
-        manifest.peers[0].endpoint = "192.0.2.7:1024".parse().ok();
-        let text = serde_json::to_string(&manifest).unwrap();
-        let mut manifest: Manifest = serde_json::from_str(&text).unwrap();
-        manifest.use_secret(&config);
-        let mut overlay = overlay(&[]);
-        manifest.add_to(&mut overlay);
-        let peer = overlay.peers_by_name().next().unwrap();
-        assert_eq!(peer.name.key(), config.key_of("gate"));
-        assert_eq!(peer.identity(), Some("gate"));
-        let known = manifest.known(&overlay);
-        assert!(known.contains_key(&peer.name.to_string()));
-    }
-
-    /// So a name server's next answer counts as it did before.
-    #[test]
-    fn a_name_that_has_resolved_has_not_roamed() {
-        const KEY: &str = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=";
-        let configured = format!("{KEY}@far.example");
-        let mut overlay = overlay(&[&configured]);
-        let mut manifest = manifest(&[(KEY, false, false, &[])]);
-        manifest.peers[0].place = Some("far.example:8285".into());
-        manifest.peers[0].endpoint = "192.0.2.7:8285".parse().ok();
-        let known = manifest.known(&overlay);
-        resolve::set_known(&mut overlay, &known, "0.0.0.0:1".parse().unwrap());
-        let peer = overlay.peers_by_name().next().unwrap();
-        assert_eq!(peer.endpoint, manifest.peers[0].endpoint);
-        assert!(!peer.has_roamed());
-    }
-
-    #[test]
-    fn a_plain_tunnel_is_not_taken_over_by_an_encrypted_one() {
-        let mut manifest = manifest(&[]);
-        let settings = Settings {
-            listen: manifest.listen,
-            link: LinkConfig {
-                addresses: Vec::new(),
-                mtu_bytes: 1420,
-                txqueuelen: 1,
-            },
-        };
-        let mut config = Config::default();
-        let check = |manifest: &Manifest, config: &Config| {
-            let checked = manifest.check(config, &settings);
-            checked.map_err(|error| error.to_string())
-        };
-        assert_eq!(check(&manifest, &config), Ok(()));
-        config.private_key_file = Some("key".into());
-        let refused = check(&manifest, &config).unwrap_err();
-        assert!(refused.contains("to be encrypted, the running one is plain"));
-        manifest.is_encrypted = true;
-        assert_eq!(check(&manifest, &config), Ok(()));
-    }
-
-    #[test]
-    fn offloads_that_are_in_use_stay_wanted() {
-        let mut manifest = manifest(&[]);
-        manifest.tun_offloads = [true, false];
-        let mut config = Config::default();
-        config.without = vec![Feature::Tso, Feature::Uso, Feature::UdpGro];
-        manifest.keep_offloads(&mut config);
-        assert_eq!(config.without, [Feature::Uso]);
-    }
-
-    /// The kernel is not to blame for them, and a reload names the difference.
-    #[test]
-    fn offloads_that_the_old_process_was_to_be_without_stay_unwanted() {
-        let mut manifest = manifest(&[]);
-        manifest.udp_offloads = [false; 2];
-        manifest.without = vec![Feature::UdpGro];
-        let mut config = Config::default();
-        let file = config.clone();
-        manifest.keep_offloads(&mut config);
-        assert_eq!(config.without, [Feature::UdpGro]);
-        assert_eq!(config.needs_restart(&file), ["without"]);
-        // The next new process that leaves it out finds no difference.
-        manifest.keep_offloads(&mut config);
-        assert_eq!(config.without, [Feature::UdpGro]);
-    }
-}
+#[path = "manifest_tests.rs"]
+mod tests;

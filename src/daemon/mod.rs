@@ -9,6 +9,8 @@
 //! counters). A handler that changes what workers forward by says so, and the tunnel
 //! publishes a new table.
 //!
+//! `detach` has all that happen in the background, where that is wanted.
+//!
 //! `start`, `reload`, `requests`, `uapi` and `handoff` all make a `plan`, have it
 //! checked against the host, and put it in force as a whole or not at all.
 //!
@@ -19,12 +21,14 @@
 //! next process to start removes.
 
 mod announce;
+mod detach;
 mod device;
 mod drop_log;
 mod encryption;
 mod event_loop;
 pub mod handoff;
 mod host;
+mod key_text;
 mod manifest;
 mod memory;
 mod peers;
@@ -45,12 +49,13 @@ use crossbeam_channel::{Receiver, bounded};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use self::detach::Detached;
+pub use self::detach::launch;
 use self::event_loop::{Daemon, End};
 pub(crate) use self::settings::{default_mtu_bytes, listen_address};
+use self::start::Begun;
 pub use self::start::rehearse;
-use self::tunnel::Tunnel;
-use crate::config::Config;
-use crate::control::server::Server;
+use crate::config::{Config, hide_memory};
 use crate::control::summary;
 use crate::error::{Error, Result};
 
@@ -62,11 +67,18 @@ const LET_IN_TIME_MAX: Duration = Duration::from_secs(10);
 /// # Errors
 /// When it cannot be set up, or when the device is taken away.
 pub fn run(config: Config) -> Result<()> {
+    let detached = config.detached.then(|| Detached::begin(&config));
     let signals = watch_signals()?;
     raise_descriptor_limit();
     memory::give_back_large_blocks();
-    let (tunnel, control) = begin(config)?;
-    let mut daemon = Daemon::new(tunnel, control);
+    if config.interface.is_some() {
+        // Keys come later.
+        hide_memory();
+    }
+    let mut daemon = Daemon::new(begin(config)?);
+    if let Some(detached) = detached {
+        detached.report_ready()?;
+    }
     let end = daemon.run(&signals);
     let mut tun_queue_drops = 0;
     if matches!(end, Ok(End::HandedOver)) {
@@ -84,7 +96,7 @@ pub fn run(config: Config) -> Result<()> {
 }
 
 /// Sets a tunnel up, or takes it over.
-fn begin(config: Config) -> Result<(Tunnel, Option<Server>)> {
+fn begin(config: Config) -> Result<Begun> {
     if config.takeover
         && let Some(inherited) = handoff::ask(&config.control_path(), LET_IN_TIME_MAX)?
     {

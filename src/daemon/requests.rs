@@ -189,7 +189,7 @@ fn status(tunnel: &mut Tunnel) -> Status {
         uptime_seconds: tunnel.started.elapsed().as_secs(),
         tun: device.name.clone(),
         tun_index: device.index,
-        addresses: settings.link.addresses.clone(),
+        addresses: tunnel.addresses().to_vec(),
         mtu_bytes: link.map_or(settings.link.mtu_bytes, |link| link.mtu),
         listen: settings.listen.to_string(),
         own_ports: tunnel.workers.own_ports(),

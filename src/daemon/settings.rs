@@ -122,6 +122,8 @@ fn link_config(
     prefixes: impl Iterator<Item = IpNet>,
 ) -> Result<LinkConfig> {
     let addresses = match addresses {
+        // Others give it some.
+        [] if config.interface.is_some() => Vec::new(),
         [] => vec![derived_address(paths)?.into()],
         given => given.to_vec(),
     };

@@ -13,9 +13,11 @@ use super::plan::{Plan, check_derived, check_own_key, kernel_routes};
 use super::resolve;
 use super::settings::{Settings, endpoints, own_identity};
 use super::tunnel::Tunnel;
+use super::uapi;
 use super::workers::Claimed;
 use crate::config::{Config, DEFAULT_PORT, Feature};
 use crate::control::server::Server;
+use crate::control::uapi::server::Server as UapiServer;
 use crate::error::{Error, Result};
 use crate::host::netlink::Netlink;
 use crate::host::path::{self, Source};
@@ -54,7 +56,7 @@ impl Prepared<Claimed> {
     ///
     /// # Errors
     /// As [`Tunnel::new`].
-    pub fn into_tunnel(self) -> Result<Tunnel> {
+    pub fn into_tunnel(mut self) -> Result<Tunnel> {
         let more = self.unusable.len().saturating_sub(UNUSABLE_NAMED_MAX);
         for error in self.unusable.iter().take(UNUSABLE_NAMED_MAX) {
             tracing::warn!("{error}; trying again");
@@ -62,6 +64,9 @@ impl Prepared<Claimed> {
         if more > 0 {
             tracing::warn!("{more} more peers cannot be used yet; trying again");
         }
+        // If any port would do, it is known now.
+        let port = self.claimed.sockets.port();
+        self.plan.settings.listen.set_port(port);
         Tunnel::new(self.plan, self.names, self.netlink, self.claimed)
     }
 }
@@ -105,6 +110,9 @@ pub fn prepare<C>(
                 config.set_identity_address(own_identity(source, &endpoints)?)?;
             }
         }
+    }
+    if let Some(old) = old {
+        old.keep_private_key(&mut config)?;
     }
     check_own_key(&config, &overlay)?;
     let prefixes = overlay.prefixes().map(|(prefix, ..)| prefix);
@@ -214,23 +222,42 @@ fn suspend_inside(overlay: &mut Overlay, netlink: &mut Netlink, own: Option<u32>
     inside
 }
 
+/// What a process runs.
+pub struct Begun {
+    /// The tunnel.
+    pub tunnel: Tunnel,
+    /// The control socket, if there is one.
+    pub control: Option<Server>,
+    /// The socket for `wg`, if it is open already.
+    pub uapi: Option<UapiServer>,
+}
+
 /// Starts a tunnel where there is none.
 ///
 /// # Errors
 /// When something is missing or in the way; then nothing is left behind.
-pub fn start(config: Config) -> Result<(Tunnel, Option<Server>)> {
+pub fn start(config: Config) -> Result<Begun> {
+    // First: the process that had the interface before has nothing more once it is free.
+    let uapi = uapi::claim(&config)?;
     let mut tunnel = prepare(config, None, claim)?.into_tunnel()?;
     // First, so that whoever finds the tunnel working finds it, too. Requests wait.
     let control = serve_control(&tunnel.config, None)?;
     // The device takes no packet before it is up. What comes meanwhile, from either side,
     // waits in the queues.
-    tunnel.bring_up(&[])?;
+    match tunnel.config.interface {
+        Some(_) => tunnel.prepare_device()?,
+        None => tunnel.bring_up(&[])?,
+    }
     tunnel.go()?;
     tunnel.host.start_routes(&tunnel.settings.link.addresses)?;
     tunnel.host.set_routes(tunnel.kernel_routes())?;
     tunnel.poll();
     announce::announce(&tunnel);
-    Ok((tunnel, control))
+    Ok(Begun {
+        tunnel,
+        control,
+        uapi,
+    })
 }
 
 /// Opens the control socket, or goes on with another process's `listener`.
@@ -316,6 +343,10 @@ mod tests {
             own_ports: vec![false],
             listen: "0.0.0.0:8285".parse().unwrap(),
             is_encrypted: true,
+            is_interface: false,
+            private_key: None,
+            is_listen_set: false,
+            fwmark: None,
             identity: identity.map(str::to_string),
             tun_offloads: [true; 2],
             udp_offloads: [true; 2],

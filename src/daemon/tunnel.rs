@@ -23,6 +23,7 @@ use crate::dataplane::table::Table;
 use crate::error::{Error, Result};
 use crate::host::link::{self, LinkConfig};
 use crate::host::netlink::{Link, Netlink};
+use crate::io::tun;
 use crate::io::udp::{self, WorkerSockets};
 use crate::routing::dns::{Lookup, Names};
 use crate::routing::overlay::{Overlay, tunnel_addresses};
@@ -84,6 +85,11 @@ impl Tunnel {
         };
         tunnel.filter_datagrams()?;
         Ok(tunnel)
+    }
+
+    /// The device's addresses.
+    pub fn addresses(&self) -> &[IpNet] {
+        addresses(&self.config, &self.settings, &self.host)
     }
 
     /// Has the sockets drop what comes through the tunnel itself.
@@ -153,6 +159,26 @@ impl Tunnel {
             Some(index) => link::bring_up(&mut host.netlink, index, link, old_addresses),
             None => Ok(()),
         }
+    }
+
+    /// Gives a new device of an interface that others configure what it has at first. Others
+    /// bring it up.
+    ///
+    /// # Errors
+    /// Names the setting that the kernel refused.
+    pub fn prepare_device(&mut self) -> Result<()> {
+        let (host, link) = (&mut self.host, &self.settings.link);
+        let Some(index) = host.device.index else {
+            return Ok(());
+        };
+        host.netlink.set_txqueuelen(index, link.txqueuelen)?;
+        host.netlink.set_mtu(index, link.mtu_bytes)
+    }
+
+    /// Whether somebody has deleted the device.
+    pub fn is_device_deleted(&self) -> bool {
+        let worker = self.workers.descriptors.first();
+        worker.is_some_and(|worker| tun::index_of(worker.queue.as_fd()).is_err())
     }
 
     /// The prefixes that the kernel should route into the tunnel.
@@ -367,15 +393,20 @@ impl Tunnel {
     /// to all peers lead.
     fn refresh_host(&mut self) {
         self.refresh_device();
-        let given = &self.settings.link.addresses;
-        match own_addresses(&mut self.host.netlink, given) {
-            Ok(own) => self.peers.has_changed |= self.peers.overlay.set_own_addresses(own),
-            Err(error) => {
-                tracing::debug!("{error}");
-                self.host.schedule_refresh();
-            }
+        if let Err(error) = self.refresh_addresses() {
+            tracing::debug!("{error}");
+            self.host.schedule_refresh();
         }
         self.peers.check_routes(&mut self.host);
+    }
+
+    fn refresh_addresses(&mut self) -> Result<()> {
+        let own = own_addresses(&mut self.host.netlink, &self.settings.link.addresses)?;
+        self.peers.has_changed |= self.peers.overlay.set_own_addresses(own);
+        if self.config.interface.is_some() {
+            self.peers.has_changed |= self.host.find_addresses()?;
+        }
+        Ok(())
     }
 
     /// Notes what others have made of the device.
@@ -437,13 +468,23 @@ impl Tunnel {
         self.host.stop_routes();
         self.stop();
         self.workers.close();
+        self.encryption = None;
+    }
+}
+
+/// The device's addresses, whoever has given them.
+fn addresses<'a>(config: &Config, settings: &'a Settings, host: &'a Host) -> &'a [IpNet] {
+    match config.interface {
+        Some(_) => &host.addresses,
+        None => &settings.link.addresses,
     }
 }
 
 /// The table that the workers forward by.
 fn table(overlay: &Overlay, host: &Host, config: &Config, settings: &Settings) -> Arc<Table> {
     // Errors are reported from these.
-    let addresses = tunnel_addresses(&settings.link.addresses, host.accepts_local);
+    let addresses = addresses(config, settings, host);
+    let addresses = tunnel_addresses(addresses, host.accepts_local);
     Arc::new(overlay.table(addresses, config.hop))
 }
 

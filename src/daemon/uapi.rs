@@ -1,7 +1,8 @@
 //! Requests of `wg(8)`: each change becomes a plan, like all others, and is put in force as a
 //! whole or not at all.
 
-use std::time::Instant;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
@@ -14,8 +15,43 @@ use crate::control::uapi::server::{Outcome, Server};
 use crate::control::uapi::{Device, Peer, PeerChange, Request, Set};
 use crate::counters::PeerCounters;
 use crate::error::{Error, Result};
+use crate::io::udp::Sockets;
 use crate::routing::overlay::{Changes, Origin, Overlay};
 use crate::wire::wireguard::keys::PublicKey;
+
+/// How long, and how often, the process that had the name of an interface is waited for: its
+/// device goes a moment before all the rest of it.
+const NAME_WAIT_MAX: Duration = Duration::from_secs(1);
+const NAME_WAIT_STEP: Duration = Duration::from_millis(5);
+
+/// The same for the port, while no other change is made.
+const PORT_WAIT_MAX: Duration = Duration::from_millis(500);
+const PORT_WAIT_STEP: Duration = Duration::from_millis(10);
+
+/// Opens the socket of an interface that has nothing without `wg`, once nobody else has it.
+/// `None`: it is none.
+///
+/// # Errors
+/// When it cannot be opened, as while another process has it.
+pub fn claim(config: &Config) -> Result<Option<Server>> {
+    if config.interface.is_none() {
+        return Ok(None);
+    }
+    let deadline = Instant::now() + NAME_WAIT_MAX;
+    loop {
+        match Server::start(&config.tun) {
+            Ok(server) => return Ok(Some(server)),
+            Err(error) if error.errno() != Some(libc::EADDRINUSE) => return Err(error),
+            Err(error) if Instant::now() > deadline => {
+                return Err(error.hint(
+                    "another process has an interface of this name: stop it, or take over from \
+                     it with --takeover",
+                ));
+            }
+            Err(_) => std::thread::sleep(NAME_WAIT_STEP),
+        }
+    }
+}
 
 /// Opens the socket of an encrypted tunnel, if it can be opened. `None` in plain mode.
 pub fn serve(config: &Config) -> Option<Server> {
@@ -76,6 +112,7 @@ fn change(tunnel: &mut Tunnel, set: &Set) -> Result<String> {
                 tracing::error!("{error}");
             }
         })?;
+    tunnel.config.by_wg.fwmark = true;
     tunnel.check_routes();
     let marked = format!("datagrams marked with {mark}");
     let words = [marked, words]
@@ -94,7 +131,8 @@ fn change_all_else(tunnel: &mut Tunnel, set: &Set) -> Result<String> {
     let is_port_new = settings.listen != listen;
     let sockets = is_port_new.then(|| {
         config.listen = Some(settings.listen);
-        tunnel.open_sockets(settings.listen)
+        config.by_wg.listen = true;
+        open_sockets(tunnel, settings.listen)
     });
     let sockets = sockets.transpose()?;
     if let Some(key) = &set.private_key {
@@ -105,6 +143,7 @@ fn change_all_else(tunnel: &mut Tunnel, set: &Set) -> Result<String> {
         return Err(Error::new(what));
     }
     let is_key_new = config.private_key != tunnel.config.private_key;
+    config.by_wg.private_key |= is_key_new;
     let mut overlay = tunnel.peers.overlay.clone();
     apply(&mut overlay, set, config.public_key())?;
     let changes = Changes::between(&tunnel.peers.overlay, &overlay);
@@ -129,6 +168,20 @@ fn change_all_else(tunnel: &mut Tunnel, set: &Set) -> Result<String> {
     let words = listen.into_iter().chain(key).chain([changes.words()]);
     let words: Vec<_> = words.filter(|words| !words.is_empty()).collect();
     Ok(words.join(", "))
+}
+
+/// Opens sockets on another port. That may have been another process's, which has ended: where
+/// that had io_uring, the kernel frees it some milliseconds later.
+fn open_sockets(tunnel: &Tunnel, listen: SocketAddr) -> Result<Sockets> {
+    let deadline = Instant::now() + PORT_WAIT_MAX;
+    loop {
+        match tunnel.open_sockets(listen) {
+            Err(error) if error.errno() == Some(libc::EADDRINUSE) && Instant::now() < deadline => {
+                std::thread::sleep(PORT_WAIT_STEP);
+            }
+            result => return result,
+        }
+    }
 }
 
 /// Makes the changes to the peers. This host itself, by its key `own`, is not one of them,

@@ -105,6 +105,13 @@ pub struct Sockets {
 }
 
 impl Sockets {
+    /// The port that all receive on; 0 if there is none.
+    pub fn port(&self) -> u16 {
+        let first = self.workers.first();
+        let address = first.and_then(|worker| address_of(&worker.receive).ok());
+        address.map_or(0, |address| address.port())
+    }
+
     /// Each of them.
     pub fn all(&self) -> impl Iterator<Item = &Socket> {
         let workers = self.workers.iter().flat_map(WorkerSockets::all);
@@ -112,8 +119,8 @@ impl Sockets {
     }
 }
 
-/// Opens the sockets of `workers` workers on `listen`. `wanted` says which
-/// offloads to try.
+/// Opens the sockets of `workers` workers on `listen`, or on a free port if that says 0.
+/// `wanted` says which offloads to try.
 ///
 /// # Errors
 /// When the port is taken or the address is not this host's.
@@ -132,7 +139,9 @@ pub fn open(listen: SocketAddr, workers: u16, wanted: UdpOffloads, mode: Mode) -
     };
     // With SO_REUSEPORT another process of ours would join the group in
     // silence and take a share of the datagrams. A bind without it does not.
-    bind(listen, false).map_err(failed)?;
+    let free = bind(listen, false).map_err(failed)?;
+    let listen = address_of(&free).map_err(failed)?;
+    drop(free);
 
     let mut offloads = wanted;
     let mut sockets = Vec::with_capacity(usize::from(workers));
@@ -175,6 +184,12 @@ pub fn open(listen: SocketAddr, workers: u16, wanted: UdpOffloads, mode: Mode) -
         handshake,
         offloads,
     })
+}
+
+/// Where a socket receives.
+fn address_of(socket: &Socket) -> io::Result<SocketAddr> {
+    let address = socket.local_addr()?.as_socket();
+    address.ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
 /// A socket for handshakes: the last one of the port's group. GRO is on for it as for the
@@ -357,6 +372,16 @@ mod tests {
         assert!(text.contains(&listen.to_string()), "{text}");
         assert!(text.contains("address already in use"), "{text}");
         assert!(text.contains("--listen"), "{text}");
+    }
+
+    #[test]
+    fn any_port_is_the_same_for_all() {
+        let listen = "127.0.0.1:0".parse().unwrap();
+        let sockets = open(listen, 2, ALL, Mode::WireGuard).unwrap();
+        assert!(sockets.port() > 0);
+        let port = |socket: &Socket| address_of(socket).unwrap().port();
+        assert_eq!(sockets.all().count(), 3);
+        assert!(sockets.all().all(|socket| port(socket) == sockets.port()));
     }
 
     /// A UDP datagram as it comes out of a TUN device, without a checksum (RFC 768).

@@ -8,7 +8,7 @@ use std::os::unix::fs::MetadataExt;
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
-use tracing::level_filters::LevelFilter;
+pub use tracing::level_filters::LevelFilter;
 
 /// Form of the log lines.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Deserialize, Serialize)]
@@ -21,14 +21,8 @@ pub enum LogFormat {
     Json,
 }
 
-/// Sends log lines to standard error. `verbose` counts `-v` flags.
-pub fn init(verbose: u8, quiet: bool, format: LogFormat) {
-    let level = match (quiet, verbose) {
-        (true, _) => LevelFilter::WARN,
-        (false, 0) => LevelFilter::INFO,
-        (false, 1) => LevelFilter::DEBUG,
-        (false, _) => LevelFilter::TRACE,
-    };
+/// Sends log lines of these levels to standard error.
+pub fn init(level: LevelFilter, format: LogFormat) {
     let builder = tracing_subscriber::fmt()
         .with_max_level(level)
         .with_target(false)

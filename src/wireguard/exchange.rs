@@ -27,7 +27,7 @@ use super::counters::HandshakeCounters;
 use super::limiter::{Limiter, Load};
 use super::mismatch::{Identities, Mismatches};
 use super::outside::{Now, Outside};
-use super::peers::{Peer, PeerConfig, Peers, as_seen_by_timers};
+use super::peers::{Peer, PeerConfig, PeerTimestamps, Peers, as_seen_by_timers};
 use super::timers::Intervals;
 use crate::counters::Counter;
 use crate::wire::wireguard::cookie::MacChecker;
@@ -129,6 +129,18 @@ impl Exchange {
                 next_ns: u64::MAX,
             },
         }
+    }
+
+    /// Goes on behind the initiations that there were before this process, of peers that are
+    /// configured later.
+    pub(crate) fn go_on_after(&mut self, earlier: Vec<PeerTimestamps>) {
+        let earlier = earlier.into_iter();
+        self.peers.earlier = earlier.map(|peer| (peer.peer, peer)).collect();
+    }
+
+    /// The timestamps of the peers so far.
+    pub(crate) fn timestamps(&mut self) -> Vec<PeerTimestamps> {
+        self.peers.all().map(|peer| peer.timestamps()).collect()
     }
 
     /// When the next tick is due, unless something happens before that. `None`: never.

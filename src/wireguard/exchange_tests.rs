@@ -523,6 +523,42 @@ fn a_clock_that_goes_back_locks_nobody_out() {
     assert!(network.count(0, INITIATION) > 5);
 }
 
+/// By another process, on a host whose clock has gone back meanwhile.
+#[test]
+fn after_a_takeover_initiations_are_in_order() {
+    let mut network = pair();
+    let recorded = latest(&network, 0, INITIATION);
+    network.run(1.0);
+    for _ in 0..3 {
+        network.take_over(0);
+        network.take_over(1);
+        let before = value(&network, 1, "drop_replayed");
+        let answered = answer(&mut network, 1, ELSEWHERE, recorded.bytes.clone());
+        assert_eq!(answered.sent.len(), 0);
+        assert_eq!(value(&network, 1, "drop_replayed"), before + 1);
+        let (ns, wall) = (network.now().ns, SystemTime::UNIX_EPOCH);
+        let peer = Arc::clone(network.hosts[0].sessions(1));
+        peer.is_wanted.store(true, Ordering::Relaxed);
+        network.with(0, |exchange, _, out| {
+            exchange.request(Now { ns, wall }, &peer, out);
+        });
+        network.run(1.0);
+        assert!(network.agree(0, 1));
+        assert_eq!(value(&network, 1, "drop_replayed"), before + 1);
+    }
+    // One that does not know of them is refused.
+    network.restart(0);
+    let (ns, wall) = (network.now().ns, SystemTime::UNIX_EPOCH);
+    let peer = Arc::clone(network.hosts[0].sessions(1));
+    peer.is_wanted.store(true, Ordering::Relaxed);
+    let before = value(&network, 1, "drop_replayed");
+    network.with(0, |exchange, _, out| {
+        exchange.request(Now { ns, wall }, &peer, out);
+    });
+    network.run(1.0);
+    assert_eq!(value(&network, 1, "drop_replayed"), before + 1);
+}
+
 #[derive(Clone, Copy, Debug)]
 enum Event {
     Send(bool),

@@ -44,6 +44,7 @@ pub(crate) use self::counters::HandshakeCounters;
 use self::exchange::{Exchange, Latest};
 pub(crate) use self::mismatch::Identities;
 pub(crate) use self::peers::PeerConfig;
+pub use self::peers::PeerTimestamps;
 use self::thread::{Command, PassOn, Thread};
 pub(crate) use self::timers::Intervals;
 use crate::error::{Error, Result};
@@ -67,6 +68,8 @@ pub(crate) struct Setup {
     /// Has all workers send what waits for a session. It is called once a session is in force
     /// for a peer with [`is_wanted`](crate::wire::wireguard::sessions::PeerSessions::is_wanted).
     pub wake_workers: Box<dyn Fn() + Send>,
+    /// What another process knows of the peers, or this one did before.
+    pub earlier: Vec<PeerTimestamps>,
     /// Takes a data message that came to this socket, behind a handshake message that GRO has
     /// merged it with, and its sender. It must not wait; what it cannot take is lost.
     pub pass_on: PassOn,
@@ -78,7 +81,7 @@ pub(crate) struct Handshakes {
     wake: Arc<EventFd>,
     counters: Arc<HandshakeCounters>,
     latest: Arc<Latest>,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<JoinHandle<Vec<PeerTimestamps>>>,
 }
 
 impl Handshakes {
@@ -90,13 +93,14 @@ impl Handshakes {
         let (commands, receiver) = unbounded();
         let (counters, latest) = (Arc::default(), Arc::default());
         let wake = Arc::clone(&setup.wake);
-        let exchange = Exchange::new(
+        let mut exchange = Exchange::new(
             setup.intervals,
             setup.private_key,
             setup.map,
             Arc::clone(&counters),
             Arc::clone(&latest),
         );
+        exchange.go_on_after(setup.earlier);
         let thread = Thread {
             commands: receiver,
             requests: setup.requests,
@@ -163,6 +167,22 @@ impl Handshakes {
         latest.get(peer).copied()
     }
 
+    /// Ends the thread, and all sessions. Returns what whoever goes on has to know.
+    pub(crate) fn end(mut self) -> Vec<PeerTimestamps> {
+        self.join()
+    }
+
+    fn join(&mut self) -> Vec<PeerTimestamps> {
+        let Some(thread) = self.thread.take() else {
+            return Vec::new();
+        };
+        self.tell(Command::Stop);
+        thread.join().unwrap_or_else(|_| {
+            tracing::error!("the handshake thread panicked");
+            Vec::new()
+        })
+    }
+
     /// What the thread has counted.
     pub(crate) fn counters(&self) -> &HandshakeCounters {
         &self.counters
@@ -181,13 +201,6 @@ impl Handshakes {
 
 impl Drop for Handshakes {
     fn drop(&mut self) {
-        self.tell(Command::Stop);
-        if self
-            .thread
-            .take()
-            .is_some_and(|thread| thread.join().is_err())
-        {
-            tracing::error!("the handshake thread panicked");
-        }
+        self.join();
     }
 }

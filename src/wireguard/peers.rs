@@ -15,6 +15,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
+use serde::{Deserialize, Serialize};
 
 use super::timers::{Activity, Intervals, Timers, Usable};
 use crate::wire::wireguard::cookie::MacWriter;
@@ -46,6 +47,18 @@ impl PeerConfig {
             .ok()
             .filter(|ns| *ns > 0)
     }
+}
+
+/// The timestamps of the latest initiations between this host and a peer. Whoever goes on with
+/// this host's key has to know them: the peer refuses an earlier one, and this host is to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerTimestamps {
+    /// The peer's key.
+    pub peer: PublicKey,
+    /// Of the last one sent.
+    pub sent: Option<Timestamp>,
+    /// The greatest one received.
+    pub received: Option<Timestamp>,
 }
 
 /// A peer's state.
@@ -98,6 +111,21 @@ impl Peer {
             next: None,
             unused: None,
             seen: Activity::default(),
+        }
+    }
+
+    /// Goes on behind the initiations that there were before this process.
+    fn go_on_after(&mut self, earlier: PeerTimestamps) {
+        self.timestamp_sent = earlier.sent;
+        self.initiation_received = earlier.received.map(|timestamp| (timestamp, 0));
+    }
+
+    /// The timestamps so far.
+    pub(crate) fn timestamps(&self) -> PeerTimestamps {
+        PeerTimestamps {
+            peer: self.key,
+            sent: self.timestamp_sent,
+            received: self.initiation_received.map(|(timestamp, _)| timestamp),
         }
     }
 
@@ -254,6 +282,8 @@ pub(crate) struct Peers {
     by_key: HashMap<PublicKey, Peer>,
     /// By the address of what is shared with workers, which the peer keeps alive.
     by_shared: HashMap<usize, PublicKey>,
+    /// What is known of peers that have not been configured yet.
+    pub earlier: HashMap<PublicKey, PeerTimestamps>,
 }
 
 impl Peers {
@@ -293,7 +323,11 @@ impl Peers {
                 }
                 other => {
                     changes.gone.extend(other);
-                    Peer::new(config, intervals)
+                    let mut peer = Peer::new(config, intervals);
+                    if let Some(earlier) = self.earlier.remove(&key) {
+                        peer.go_on_after(earlier);
+                    }
+                    peer
                 }
             };
             changes.gone.extend(self.by_key.insert(key, peer));

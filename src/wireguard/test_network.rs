@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 use super::counters::HandshakeCounters;
 use super::exchange::{Exchange, Latest};
 use super::outside::{Now, Outside};
-use super::peers::PeerConfig;
+use super::peers::{PeerConfig, PeerTimestamps};
 use super::timers::Intervals;
 use crate::wire::wireguard::keys::{PresharedKey, PrivateKey, PublicKey};
 use crate::wire::wireguard::message::{DATA, DATA_HEADER_BYTES, INITIATION};
@@ -257,8 +257,19 @@ impl Network {
 
     /// Ends a host's thread, and starts it anew. What waits is lost.
     pub(super) fn restart(&mut self, host: usize) {
+        self.begin_anew(host, Vec::new());
+    }
+
+    /// The same with what the first thread knew of initiations.
+    pub(super) fn take_over(&mut self, host: usize) {
+        let earlier = self.hosts[host].exchange.timestamps();
+        self.begin_anew(host, earlier);
+    }
+
+    fn begin_anew(&mut self, host: usize, earlier: Vec<PeerTimestamps>) {
         let it = &mut self.hosts[host];
         it.exchange = exchange(&it.private_key, &it.map, &it.counters, &it.latest);
+        it.exchange.go_on_after(earlier);
         for far in it.peers.values_mut() {
             far.held.clear();
             let sessions = PeerSessions::default();

@@ -17,7 +17,7 @@ use super::counters::HandshakeCounters;
 use super::exchange::Exchange;
 use super::mismatch::Identities;
 use super::outside::{Now, Outside};
-use super::peers::PeerConfig;
+use super::peers::{PeerConfig, PeerTimestamps};
 use crate::clock;
 use crate::io::message;
 use crate::wire::wireguard::keys::PrivateKey;
@@ -91,8 +91,8 @@ impl Outside for Port {
 }
 
 impl Thread {
-    /// Runs until it is told to stop.
-    pub(super) fn run(mut self) {
+    /// Runs until it is told to stop, and says how far it has come.
+    pub(super) fn run(mut self) -> Vec<PeerTimestamps> {
         let mut buffer = vec![0; DATAGRAM_BYTES_MAX];
         loop {
             while let Ok((command, _done)) = self.commands.try_recv() {
@@ -103,7 +103,7 @@ impl Thread {
                     Command::Identities(identities) => exchange.set_identities(identities),
                     Command::Socket(socket) => port.socket = socket,
                     Command::Renew => exchange.renew(now, port),
-                    Command::Stop => return,
+                    Command::Stop => return exchange.timestamps(),
                 }
             }
             let began = Instant::now();

@@ -40,6 +40,7 @@ impl End {
         let key = private_key.public();
         let setup = Setup {
             private_key: Some(private_key),
+            earlier: Vec::new(),
             intervals: Intervals::STANDARD,
             socket: Arc::clone(&socket),
             map: Arc::clone(&map),

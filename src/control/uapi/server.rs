@@ -77,6 +77,11 @@ impl Server {
         Self::start_at(&path(tun))
     }
 
+    /// Whether the socket can still be found by its name.
+    pub(crate) fn has_name(&self) -> bool {
+        self.name.is_there()
+    }
+
     fn start_at(path: &Path) -> Result<Self> {
         let failed = |error| {
             let what = format!("cannot open the WireGuard socket {}", path.display());

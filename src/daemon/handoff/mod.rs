@@ -7,8 +7,8 @@
 //!    with all descriptors. The new one starts its workers on them, which wait; the old
 //!    one carries packets meanwhile.
 //! 2. The new process sends [`wire::Ready`]. The old process's workers send what they
-//!    hold and stop, and it answers [`wire::Go`]. Packets wait in the TUN queues and socket
-//!    buffers.
+//!    hold and stop, and it answers [`wire::Go`], with the timestamps of the last initiations:
+//!    later ones must not be older. Packets wait in the TUN queues and socket buffers.
 //! 3. The new process sends [`wire::Taken`], and its workers go on. The old one ends.
 //! 4. The connection closes when the old process has ended. A SIGHUP may have reached it
 //!    until then, so the new one reads its configuration file again.
@@ -45,4 +45,4 @@ pub use old::{NewProcess, serve};
 
 /// Version of all this. Processes of different versions do not take over from
 /// each other.
-pub const PROTOCOL: u32 = 7;
+pub const PROTOCOL: u32 = 8;

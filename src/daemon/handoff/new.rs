@@ -20,13 +20,14 @@ use crate::control::server::Server;
 use crate::daemon::announce;
 use crate::daemon::manifest::Manifest;
 use crate::daemon::reload::reload;
-use crate::daemon::start;
+use crate::daemon::start::{self, Begun};
 use crate::daemon::tunnel::Tunnel;
 use crate::daemon::workers::Claimed;
 use crate::error::{Error, Result};
 use crate::io::tun::{Queue, Tun};
 use crate::io::udp::{self, UdpOffloads, WorkerSockets};
 use crate::packet::coalesce::TunOffloads;
+use crate::wireguard::PeerTimestamps;
 
 /// How long this process waits for the manifest.
 const MANIFEST_TIME_MAX: Duration = Duration::from_secs(10);
@@ -64,11 +65,12 @@ pub(super) struct OldProcess(pub Lines);
 
 impl OldProcess {
     /// Tells the old process that everything is ready, waits until it has stopped or
-    /// died, and tells it that the tunnel is this process's now.
+    /// died, and tells it that the tunnel is this process's now. Returns how far handshakes had
+    /// come, if it has said so.
     ///
     /// # Errors
     /// When it does not stop, or does not wait any longer; it then runs on.
-    pub fn stop(&mut self) -> Result<()> {
+    pub fn stop(&mut self) -> Result<Vec<PeerTimestamps>> {
         let lines = &mut self.0;
         let deadline = Instant::now() + STOP_TIME_MAX;
         // If it cannot be sent, the old process has died, or it has sent the reason before
@@ -79,10 +81,10 @@ impl OldProcess {
             answer = wire::receive_or_close(lines, deadline);
         }
         match answer {
-            Ok(Go { .. }) => Ok(()),
+            Ok(Go { timestamps, .. }) => Ok(timestamps),
             Err(error) if is_end(&error) => {
                 tracing::warn!("the old process has died; taking over what it had");
-                Ok(())
+                Ok(Vec::new())
             }
             Err(error) => {
                 let what = "the running process did not stop for the new one";
@@ -188,21 +190,26 @@ pub fn receive(stream: UnixStream) -> io::Result<Inherited> {
 ///
 /// # Errors
 /// When the old process carries on.
-pub fn take_over(mut config: Config, inherited: Inherited) -> Result<(Tunnel, Option<Server>)> {
+pub fn take_over(mut config: Config, inherited: Inherited) -> Result<Begun> {
     let Inherited {
         mut manifest,
         claimed,
         listener,
         mut old,
     } = inherited;
+    manifest.check_kind(&config)?;
     manifest.keep_offloads(&mut config);
+    manifest.keep_changes(&mut config);
     manifest.use_secret(&config);
     let prepared = start::prepare(config, Some(&manifest), |config, settings, _| {
         manifest.check(config, settings)?;
         Ok(claimed)
     });
     let mut tunnel = prepared?.into_tunnel()?;
-    old.stop()?;
+    let timestamps = old.stop()?;
+    if let Some(encryption) = &mut tunnel.encryption {
+        encryption.timestamps = timestamps;
+    }
     let control = carry_on(&mut tunnel, &manifest.addresses, listener);
     tracing::info!(
         "took over from process {}, fastvpn {}",
@@ -215,7 +222,11 @@ pub fn take_over(mut config: Config, inherited: Inherited) -> Result<(Tunnel, Op
         // What came of it is in the log.
         let _ = reload(&mut tunnel, "the takeover");
     }
-    Ok((tunnel, control))
+    Ok(Begun {
+        tunnel,
+        control,
+        uapi: None,
+    })
 }
 
 /// From here on there is no way back: a step that fails is logged, and the next one is
@@ -227,7 +238,9 @@ fn carry_on(
 ) -> Option<Server> {
     let log = |error: Error| tracing::error!("taken over, but not in full: {error}");
     tunnel.go_on().unwrap_or_else(log);
-    tunnel.bring_up(old_addresses).unwrap_or_else(log);
+    if tunnel.config.interface.is_none() {
+        tunnel.bring_up(old_addresses).unwrap_or_else(log);
+    }
     let served = start::serve_control(&tunnel.config, listener);
     tunnel.host.routes_kept = tunnel.kernel_routes();
     tunnel.start_routes();
@@ -244,6 +257,7 @@ pub(super) fn has_other_file(config: &Config) -> bool {
     let is_same = |mut new: Config| {
         // The offloads are the old process's.
         new.without.clone_from(&config.without);
+        new.keep_changes_of_wg(config);
         new == *config
     };
     config.file().is_some() && !config.reread().is_ok_and(is_same)

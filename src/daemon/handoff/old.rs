@@ -18,13 +18,14 @@ use socket2::Socket;
 
 use super::PROTOCOL;
 use super::wire::{self, Go, Ready, Taken, failure, keep};
-use crate::control::codec::Lines;
+use crate::control::codec::{Lines, to_line};
 use crate::control::credentials::Asker;
 use crate::control::server::Server;
 use crate::daemon::manifest::Manifest;
 use crate::daemon::tunnel::Tunnel;
 use crate::daemon::workers::WorkerFds;
 use crate::error::{Error, Result};
+use crate::wireguard::PeerTimestamps;
 
 /// How long this process waits for the new one to be ready: names that do not resolve
 /// take it 5 s, and many prefixes some more.
@@ -49,10 +50,11 @@ impl NewProcess {
     ///
     /// # Errors
     /// When it does not, and never will: this process has to carry on.
-    pub(super) fn let_go(&mut self) -> Result<()> {
+    pub(super) fn let_go(&mut self, timestamps: Vec<PeerTimestamps>) -> Result<()> {
         let lines = &mut self.0;
         let deadline = Instant::now() + TAKE_TIME_MAX;
-        wire::send(lines, &Go { go: true }, deadline)
+        let go = true;
+        wire::send(lines, &Go { go, timestamps }, deadline)
             .and_then(|()| wire::receive_or_close(lines, deadline))
             .map(|Taken { .. }| ())
             .map_err(|error| failure(GONE, error))
@@ -207,9 +209,8 @@ pub fn serve(
 ) -> Result<NewProcess> {
     let deadline = Instant::now() + READY_TIME_MAX;
     let mut lines = Lines::new(stream, READY_BYTES_MAX);
-    let sent = serde_json::to_vec(manifest)
-        .map_err(Into::into)
-        .and_then(|line| lines.send_with_descriptors(line, descriptors, deadline));
+    let sent =
+        to_line(manifest).and_then(|line| lines.send_with_descriptors(line, descriptors, deadline));
     sent.map_err(|error| failure(GONE, error))?;
     let mut new = NewProcess(lines);
     let ready = wire::receive(&mut new.0, deadline);
@@ -233,7 +234,9 @@ pub fn hand_over(
     // Last: from here on packets wait until the new process starts. Sessions end, whose keys
     // no process has from then on.
     tunnel.stop();
-    let Err(error) = new.let_go() else {
+    let encryption = tunnel.encryption.as_ref();
+    let timestamps = encryption.map(|it| it.timestamps.clone());
+    let Err(error) = new.let_go(timestamps.unwrap_or_default()) else {
         if let Some(server) = control.take() {
             server.close(false);
         }

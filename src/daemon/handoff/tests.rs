@@ -31,6 +31,10 @@ fn manifest(workers: usize) -> Manifest {
         own_ports: (0..workers).map(|worker| worker % 2 == 1).collect(),
         listen: "0.0.0.0:8285".parse().unwrap(),
         is_encrypted: false,
+        is_interface: false,
+        private_key: None,
+        is_listen_set: false,
+        fwmark: None,
         identity: None,
         tun_offloads: [true, false],
         udp_offloads: [false, true],
@@ -41,6 +45,9 @@ fn manifest(workers: usize) -> Manifest {
             peer: "10.0.0.9:8285".into(),
             identity: None,
             place: None,
+            is_moved: false,
+            preshared_key: None,
+            keepalive_seconds: None,
             endpoint: "10.0.0.9:8286".parse().ok(),
             has_roamed: false,
             is_suspended: false,
@@ -72,7 +79,7 @@ fn descriptors_change_hands() {
         let count = WORKERS / 2 * 5 + 1;
         let descriptors: Vec<_> = std::iter::repeat_n(socket.as_fd(), count).collect();
         let mut new = serve(ours, &manifest(WORKERS), &descriptors).unwrap();
-        new.let_go().unwrap();
+        new.let_go(Vec::new()).unwrap();
         new.leave();
     });
     let mut inherited = receive(theirs).unwrap();
@@ -137,11 +144,11 @@ fn a_new_process_that_is_dropped_is_told_so() {
 fn a_new_process_that_has_gone_does_not_get_the_tunnel() {
     let (mut new, old) = both();
     drop(old);
-    let text = new.let_go().unwrap_err().to_string();
+    let text = new.let_go(Vec::new()).unwrap_err().to_string();
     assert!(text.contains("closed the connection"), "{text}");
     let (mut new, old) = both();
     old.0.stream().shutdown(Shutdown::Read).unwrap();
-    assert!(new.let_go().is_err());
+    assert!(new.let_go(Vec::new()).is_err());
 }
 
 /// It has been told to go on, and dies before it says that it does.
@@ -149,9 +156,9 @@ fn a_new_process_that_has_gone_does_not_get_the_tunnel() {
 fn a_new_process_that_dies_before_it_goes_on_is_outlived() {
     for said in ["", "{\"taken\":", "nonsense\n"] {
         let (mut new, old) = both();
-        let leaving = std::thread::spawn(move || new.let_go());
+        let leaving = std::thread::spawn(move || new.let_go(Vec::new()));
         let mut stream = old.0.stream();
-        assert_eq!(heard(stream), json!({"go": true}));
+        assert_eq!(heard(stream), json!({"go": true, "timestamps": []}));
         stream.write_all(said.as_bytes()).unwrap();
         drop(old);
         assert!(leaving.join().unwrap().is_err(), "{said:?}");
@@ -161,7 +168,7 @@ fn a_new_process_that_dies_before_it_goes_on_is_outlived() {
     let taken = b"{\"taken\":true}\n";
     old.0.stream().write_all(taken).unwrap();
     old.0.stream().shutdown(Shutdown::Write).unwrap();
-    new.let_go().unwrap();
+    new.let_go(Vec::new()).unwrap();
 }
 
 /// As after a pause for which the old process has not waited. It carries on, or it has
@@ -170,7 +177,11 @@ fn a_new_process_that_dies_before_it_goes_on_is_outlived() {
 fn a_new_process_that_comes_too_late_does_not_get_the_tunnel() {
     for dies in [false, true] {
         let (mut new, mut old) = both();
-        wire::send(&mut new.0, &wire::Go { go: true }, Instant::now()).unwrap();
+        let go = wire::Go {
+            go: true,
+            timestamps: Vec::new(),
+        };
+        wire::send(&mut new.0, &go, Instant::now()).unwrap();
         new.0.stream().shutdown(Shutdown::Read).unwrap();
         let taking = std::thread::spawn(move || old.stop());
         match dies {
@@ -186,9 +197,9 @@ fn a_new_process_that_comes_too_late_does_not_get_the_tunnel() {
 #[test]
 fn the_end_of_the_old_process_is_waited_for() {
     let (mut new, mut old) = both();
-    let taking = std::thread::spawn(move || old.stop().map(|()| old));
+    let taking = std::thread::spawn(move || old.stop().map(|_| old));
     assert_eq!(heard(new.0.stream()), json!({"ready": true}));
-    new.let_go().unwrap();
+    new.let_go(Vec::new()).unwrap();
     new.leave();
     let mut old = taking.join().unwrap().unwrap();
     assert!(old.0.receive(Instant::now()).is_err());
@@ -323,6 +334,11 @@ fn a_configuration_file_is_read_again_only_if_it_has_changed() {
     assert!(has_other_file(&with_file));
     write("hop = \n");
     assert!(has_other_file(&with_file));
+    // What `wg` has set is no other file.
+    write("fwmark = 3\n");
+    let mut changed = config(&["--config".as_ref(), path.as_ref()]);
+    (changed.fwmark, changed.by_wg.fwmark) = (7, true);
+    assert!(!has_other_file(&changed));
     let without_file = config(&["--peer=10.0.0.1".as_ref()]);
     assert!(!has_other_file(&without_file));
 }

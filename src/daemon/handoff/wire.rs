@@ -7,8 +7,9 @@ use std::time::Instant;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::control::codec::{Lines, is_end};
+use crate::control::codec::{Lines, is_end, to_line};
 use crate::error::Error;
+use crate::wireguard::PeerTimestamps;
 
 /// The new process has everything ready.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,6 +23,9 @@ pub struct Ready {
 pub struct Go {
     /// Always true.
     pub go: bool,
+    /// How far the handshakes have come with which peer.
+    #[serde(default)]
+    pub timestamps: Vec<PeerTimestamps>,
 }
 
 /// The new process carries the tunnel from now on.
@@ -45,7 +49,7 @@ pub(super) fn send(
     message: &impl Serialize,
     deadline: Instant,
 ) -> io::Result<()> {
-    lines.send(serde_json::to_vec(message)?, deadline)
+    lines.send(to_line(message)?, deadline)
 }
 
 /// Tells the new process that this one keeps the tunnel.

@@ -7,6 +7,8 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use serde::{Deserialize, Serialize};
+
 /// Bytes of a timestamp.
 pub const TIMESTAMP_BYTES: usize = 12;
 
@@ -21,7 +23,7 @@ const STEP_NS: u32 = 1 << 24;
 const SECOND_NS: u32 = 1_000_000_000;
 
 /// When an initiation was made, as its initiator says. A later one is greater.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Timestamp([u8; TIMESTAMP_BYTES]);
 
 impl Timestamp {

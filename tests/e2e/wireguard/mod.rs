@@ -3,6 +3,7 @@
 
 pub mod ends;
 pub mod files;
+pub mod interface;
 pub mod interop;
 pub mod moving;
 pub mod pairs;

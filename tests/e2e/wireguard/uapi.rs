@@ -412,3 +412,63 @@ fn a_new_process_serves_wg() -> Result<()> {
     stop(new.tunnel)?;
     check(!socket.exists(), || "the socket is left behind".into())
 }
+
+/// Whatever its own flags say.
+#[testbed::trial(wg)]
+fn a_new_process_goes_on_with_what_wg_has_set() -> Result<()> {
+    let hosts = hosts()?;
+    let keys = Keys::new(false)?;
+    let all = both(&hosts, &keys)?;
+    introduce(&all, &keys, &random_key()?)?;
+    let [a, b] = all;
+    // Host A becomes somebody else, somewhere else.
+    let key = random_key()?;
+    let file = keys.write("other.key", &base64(&key))?;
+    let (own, peer) = (
+        base64(&wireguard::public_key(&key)),
+        base64(&keys.public(1)),
+    );
+    a.set(&format!(
+        "private-key {} listen-port 51821 fwmark 7 peer {peer} persistent-keepalive 25",
+        file.display(),
+    ))?;
+    let shared = a.show("preshared-keys")?;
+    let shared = shared.split(' ').next_back().unwrap_or_default();
+    let shared = keys.write("same.key", shared)?;
+    b.set(&format!(
+        "peer {own} preshared-key {} allowed-ips {}/32",
+        shared.display(),
+        TUNNEL[0],
+    ))?;
+    wait_for(&hosts.a, inside(1))?;
+    let shown = a.wg(&["showconf", TUNNEL_NAME])?;
+    let private = keys.private_file(0)?.display().to_string();
+    let address = format!("{}/16", TUNNEL[0]);
+    let mut program = Command::new(FASTVPN);
+    program.args([
+        "--private-key",
+        &private,
+        "--address",
+        &address,
+        "--takeover",
+    ]);
+    let mut command = beside(a.tunnel.pid(), &program)?;
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    let new = Host {
+        namespace: &hosts.a,
+        tunnel: Tunnel::spawn(&hosts.a, command)?,
+    };
+    let ended = a.tunnel.wait()?;
+    check(ended.status.success(), || ended.log.clone())?;
+    new.wait_for_socket()?;
+    let now = new.wg(&["showconf", TUNNEL_NAME])?;
+    check(now == shown, || format!("was:\n{shown}\nis:\n{now}"))?;
+    wait_for(&hosts.a, inside(1))?;
+    bulk(&hosts.b, &hosts.a, inside(0), 5)?;
+    for log in [stop(new.tunnel)?.log, ended.log, stop(b.tunnel)?.log] {
+        check(!log.contains(&base64(&key)), || {
+            "a secret is in the log".into()
+        })?;
+    }
+    Ok(())
+}
