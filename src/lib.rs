@@ -17,11 +17,12 @@
 //! this map.
 //!
 //! ```text
-//! cli -> daemon, control, config, host, io, wire, packet, testbed, error
+//! cli -> daemon, control, registry, config, host, io, wire, packet, testbed, error
 //! testbed -> host, wire, error
-//! daemon -> control, routing, host, wireguard, dataplane, config, io, wire, packet, counters, log, error
+//! daemon -> control, routing, registry, host, wireguard, dataplane, config, io, wire, packet, counters, log, error
 //! control -> config, wire, counters, error
 //! routing -> dataplane, config, wire, packet, counters, error
+//! registry -> config, wire, error
 //! config -> wire, packet, log, error
 //! host -> wire, packet, error
 //! wireguard -> io, wire, counters, clock, error
@@ -47,6 +48,7 @@ pub mod host;
 pub mod io;
 pub mod log;
 pub mod packet;
+pub mod registry;
 pub mod routing;
 pub mod testbed;
 pub mod wire;

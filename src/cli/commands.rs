@@ -141,7 +141,7 @@ pub fn show_answer(
 
 /// Writes and flushes. A reader that has seen enough, such as `head`, is not an
 /// error of ours.
-fn show(out: &mut impl Write, text: &str) -> Result<()> {
+pub(super) fn show(out: &mut impl Write, text: &str) -> Result<()> {
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
             Err(Error::os("cannot write to standard output", error))

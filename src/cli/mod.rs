@@ -4,6 +4,7 @@ pub mod check;
 pub mod client;
 pub mod commands;
 pub mod keys;
+pub mod registry;
 mod render;
 mod table;
 mod units;
@@ -67,6 +68,9 @@ pub enum Command {
     /// Make keys.
     #[command(flatten)]
     Key(keys::KeyCommand),
+    /// Make a network in a registry (etcd), show it, or leave it
+    #[command(subcommand)]
+    Registry(registry::RegistryCommand),
     /// Ask a running tunnel, or tell it something.
     #[command(flatten)]
     Client(client::ClientCommand),

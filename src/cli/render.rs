@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 
 use super::table::Table;
 use super::units::{count, counted, duration, exactly};
-use crate::control::protocol::{Changed, Found, PeerStatus, Peers, Reloaded, Routes, Status};
+use crate::control::protocol::{
+    Changed, Found, PeerStatus, Peers, RegistryStatus, Reloaded, Routes, Status,
+};
 use crate::control::summary::bytes;
 use crate::control::text::printable;
 use crate::testbed::demo::Measured;
@@ -38,6 +40,7 @@ pub(super) fn status(status: &Status) -> String {
     let mut others = status.counters.clone();
     let [sent, received, tun] = traffic(&mut others);
     let reload_error = status.reload_error.as_ref();
+    let registry = status.registry.as_ref().map(registry).unwrap_or_default();
     let mut table = Table::without_names();
     for (label, text) in [
         ("device", device),
@@ -57,6 +60,11 @@ pub(super) fn status(status: &Status) -> String {
             "last reload",
             reload_error.map_or(String::new(), |error| format!("changed nothing: {error}")),
         ),
+        ("registry", registry.0),
+        ("network", registry.1),
+        ("lease", registry.2),
+        ("not used", registry.3),
+        ("alarm", registry.4),
         ("peers", format!("{}, with {prefixes}", status.peers)),
         ("sent", sent),
         ("received", received),
@@ -77,6 +85,48 @@ pub(super) fn status(status: &Status) -> String {
         table.text(),
         workers(&status.workers)
     )
+}
+
+/// The state of the registry, its network, this host's lease, what was not used, and what
+/// somebody has to do something about.
+fn registry(registry: &RegistryStatus) -> (String, String, String, String, String) {
+    let state = match (registry.is_connected, &registry.error) {
+        (true, _) => format!("connected to {}", registry.url),
+        (false, Some(error)) => format!("not connected: {error}"),
+        (false, None) => "not connected".into(),
+    };
+    let hosts = exactly(registry.hosts, "host");
+    let changed = match registry.is_config_changed {
+        true => "; its configuration has changed since the start",
+        false => "",
+    };
+    let network = format!(
+        "{}, {hosts}, this one {} with {}{changed}",
+        registry.network, registry.public_ip, registry.subnet
+    );
+    let seconds = |seconds: i64| duration(seconds.try_into().unwrap_or(0));
+    let lease = match (registry.lease_ttl_seconds, registry.lease_renewed_seconds) {
+        (Some(ttl), Some(since)) => {
+            format!("{}, renewed {} ago", seconds(ttl), duration(since))
+        }
+        _ => "none".into(),
+    };
+    let unused = [
+        (registry.malformed, "cannot be read"),
+        (registry.not_allowed, "not allowed"),
+        (registry.out_of_place, "out of place"),
+        (registry.other_backend, "of another backend"),
+        (
+            registry.held,
+            "kept although the registry does not know them",
+        ),
+    ];
+    let unused = unused.iter().filter(|(number, _)| *number > 0);
+    let unused: Vec<_> = unused
+        .map(|(number, what)| format!("{number} {what}"))
+        .collect();
+    let alarm = registry.alarm.clone().unwrap_or_default();
+    (state, network, lease, unused.join(", "), alarm)
 }
 
 /// A line for each of several tunnels.

@@ -1,7 +1,7 @@
 //! What the tables and lines look like.
 
 use super::*;
-use crate::control::protocol::{RouteEntry, WireGuardStatus};
+use crate::control::protocol::{RegistryStatus, RouteEntry, WireGuardStatus};
 use crate::testbed::demo::Figures;
 
 fn counters(named: &[(&str, u64)]) -> BTreeMap<String, u64> {
@@ -31,6 +31,7 @@ fn a_status() -> Status {
         keeps_routes: true,
         config_file: Some("/etc/fastvpn.toml".into()),
         reload_error: None,
+        registry: None,
         peers: 2,
         prefixes: 1,
         counters: counters(&[
@@ -346,4 +347,51 @@ tunnel CPU seconds per GB    0.50          -
         super::measured(&measured),
         expected.trim_start_matches('\n')
     );
+}
+
+#[test]
+fn a_registry_has_its_lines() {
+    let registry = RegistryStatus {
+        url: "http://10.0.0.9:2379".into(),
+        is_connected: true,
+        error: None,
+        alarm: Some("taken".into()),
+        is_config_changed: true,
+        cluster: "1f".into(),
+        revision: 7,
+        network: "10.50.0.0/16".parse().unwrap(),
+        subnet: "10.50.7.0/24".parse().unwrap(),
+        public_ip: "10.0.0.2".parse().unwrap(),
+        lease_ttl_seconds: Some(86_400),
+        lease_renewed_seconds: Some(5),
+        hosts: 1000,
+        held: 0,
+        malformed: 2,
+        not_allowed: 0,
+        out_of_place: 0,
+        other_backend: 1,
+    };
+    let with = |registry| {
+        super::status(&Status {
+            registry,
+            ..a_status()
+        })
+    };
+    let text = with(Some(registry.clone()));
+    for part in [
+        "connected to http://10.0.0.9:2379",
+        "10.50.0.0/16, 1000 hosts, this one 10.0.0.2 with 10.50.7.0/24; its configuration",
+        "renewed 5 s ago",
+        "2 cannot be read, 1 of another backend",
+        "taken",
+    ] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    let lost = RegistryStatus {
+        is_connected: false,
+        error: Some("no answer".into()),
+        ..registry
+    };
+    assert!(with(Some(lost)).contains("not connected: no answer"));
+    assert!(!with(None).contains("registry"));
 }

@@ -236,9 +236,27 @@ fn the_docs_have_every_option_and_the_defaults() {
         private_key_file: full.private_key_file.clone(),
         secret_file: full.secret_file.clone(),
         identity: full.identity.clone(),
+        registry: full.registry.clone(),
+        registry_ca: full.registry_ca.clone(),
+        registry_cert: full.registry_cert.clone(),
+        registry_key: full.registry_key.clone(),
+        registry_user: full.registry_user.clone(),
+        registry_password_file: full.registry_password_file.clone(),
+        registry_allow: full.registry_allow.clone(),
+        registry_publish: full.registry_publish.clone(),
+        public_ip: full.public_ip,
+        iface: full.iface.clone(),
         ..parse("").unwrap()
     };
     assert!(full.is_encrypted() && full.peers.iter().any(|peer| peer.name.key().is_some()));
+    // These are not there until they are asked for.
+    let without = Config {
+        registry_prefix: Some(without.registry_files().prefix().to_string()),
+        registry_ttl: Some(without.registry_ttl_seconds()),
+        registry_cache: Some(without.registry_cache()),
+        subnet_file: Some(without.subnet_file()),
+        ..without
+    };
     assert_eq!(full, without);
     assert_eq!(full.listen.unwrap().port(), DEFAULT_PORT);
 }

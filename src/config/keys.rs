@@ -22,7 +22,7 @@ impl Config {
     ///
     /// # Errors
     /// Names the file that cannot be used, or the peer that has this host's own key.
-    pub(super) fn read_keys(&mut self) -> Result<()> {
+    pub(crate) fn read_keys(&mut self) -> Result<()> {
         if let Some(file) = &self.private_key_file {
             self.private_key = Some(read_key("private-key", file)?);
         }
@@ -77,7 +77,7 @@ fn read_key<K: FromStr>(option: &str, path: &Path) -> Result<K> {
 ///
 /// # Errors
 /// When it cannot be read, or when its group or anybody has access to it.
-pub(super) fn read_text(option: &str, path: &Path) -> Result<Zeroizing<String>> {
+pub(crate) fn read_text(option: &str, path: &Path) -> Result<Zeroizing<String>> {
     let name = path.display();
     let cannot = |cause| Error::os(format!("cannot read {option} {name}"), cause);
     let (file, metadata) = open(option, path)?;

@@ -9,6 +9,7 @@
 //! - `interface`: what an interface has that `wg` and wg-quick(8) configure.
 //! - `keys`: reads key files.
 //! - `secret`: keys that follow from a secret and from identities.
+//! - `registry`: how a registry is reached.
 //! - `resolution`: flags over file over defaults.
 //! - `reload`: what of a file that was read again a running tunnel can take over.
 //! - `control_path`: where the control socket is.
@@ -20,6 +21,7 @@ mod keys;
 mod options;
 mod peer;
 mod peers;
+mod registry;
 mod reload;
 mod resolution;
 mod secret;
@@ -28,13 +30,14 @@ mod wg_quick;
 
 pub(crate) use control_path::{CONTROL_DIRECTORY, default_control_path, default_control_paths};
 pub use file::parse_bytes;
-pub(crate) use keys::hide_memory;
+pub(crate) use keys::{hide_memory, read_text as read_secret_text};
 pub use options::Config;
 pub(crate) use options::{QUEUES, TUN_NAME_DEFAULT};
 pub(crate) use peer::{
     HostPort, PeerId, PeerName, PeerSpec, parse_host_port, parse_peer, parse_peer_name,
 };
 pub(crate) use peers::{PEERS_MAX, check_mode, check_prefix};
+pub(crate) use registry::{NetworkSettings, RegistryFiles};
 pub(crate) use types::{
     Aqm, BusyPoll, DEFAULT_PORT, Dscp, Feature, Io, QueueLimit, parse_prefix, parse_tun_name,
 };

@@ -3,18 +3,19 @@
 //! [`Config`] says all that there is to say of an option: name, help, reader and
 //! default. clap fills it from flags, and serde from the file.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 use clap::{ArgAction, ArgMatches, Args};
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize};
 
 use super::peer::{self, PeerSpec, parse_identity, parse_peer};
 use super::types::{
     self, Aqm, BusyPoll, CoreList, Dscp, Feature, Io, QueueLimit, parse_busy_poll, parse_cores,
     parse_fwmark, parse_listen, parse_prefix, parse_queue_limit, parse_tun_name,
+    parse_url,
 };
 use crate::log::LogFormat;
 use crate::wire::Mode;
@@ -119,6 +120,73 @@ pub struct Config {
     #[serde(rename = "address", deserialize_with = "types::prefixes")]
     pub addresses: Vec<IpNet>,
 
+    /// Join the network in this registry: URLs of etcd's members, separated by commas
+    #[arg(long, value_name = "URL,...", value_delimiter = ',', value_parser = parse_url, env = "FLANNELD_ETCD_ENDPOINTS")]
+    pub registry: Vec<String>,
+
+    /// Prefix of the network's keys there [default: /coreos.com/network]
+    #[arg(long, value_name = "PREFIX", env = "FLANNELD_ETCD_PREFIX")]
+    pub registry_prefix: Option<String>,
+
+    /// Certificates of those who sign etcd's, in PEM; needed with https://
+    #[arg(long, value_name = "FILE", env = "FLANNELD_ETCD_CAFILE")]
+    pub registry_ca: Option<PathBuf>,
+
+    /// This host's certificate for etcd, in PEM
+    #[arg(long, value_name = "FILE", env = "FLANNELD_ETCD_CERTFILE")]
+    pub registry_cert: Option<PathBuf>,
+
+    /// Its private key, in PEM
+    #[arg(long, value_name = "FILE", env = "FLANNELD_ETCD_KEYFILE")]
+    pub registry_key: Option<PathBuf>,
+
+    /// A user of etcd's
+    #[arg(long, value_name = "NAME", env = "FLANNELD_ETCD_USERNAME")]
+    pub registry_user: Option<String>,
+
+    /// A file with the user's password
+    #[arg(long, value_name = "FILE")]
+    pub registry_password_file: Option<PathBuf>,
+
+    /// Seconds that this host stays in the registry after it was last heard of, 5 to 86400
+    /// [default: 86400]
+    #[arg(long, value_name = "SECONDS")]
+    pub registry_ttl: Option<u32>,
+
+    /// Take only hosts of the registry with addresses in this prefix, repeatable [default: all]
+    #[arg(long, value_name = "CIDR", value_parser = parse_prefix)]
+    #[serde(deserialize_with = "types::prefixes")]
+    pub registry_allow: Vec<IpNet>,
+
+    /// A prefix that this host has besides its subnet, for the others to know, repeatable
+    #[arg(long, value_name = "CIDR", value_parser = parse_prefix)]
+    #[serde(deserialize_with = "types::prefixes")]
+    pub registry_publish: Vec<IpNet>,
+
+    /// File with what was last known of the registry, for boots without it [default:
+    /// /var/lib/fastvpn/, named after the TUN]
+    #[arg(long, value_name = "FILE")]
+    pub registry_cache: Option<PathBuf>,
+
+    /// With --registry: this host's IPv4 address, as the others are to find it [default: that of
+    /// --iface]
+    #[arg(long, value_name = "ADDRESS", env = "FLANNELD_PUBLIC_IP")]
+    pub public_ip: Option<Ipv4Addr>,
+
+    /// With --registry: the interface, or this host's address, toward the others [default: that of
+    /// the default route]
+    #[arg(long, value_name = "NAME|ADDRESS", env = "FLANNELD_IFACE")]
+    pub iface: Option<String>,
+
+    /// With --registry: masquerade what containers send to other networks (nftables)
+    #[arg(long, value_name = "BOOL", action = ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true", env = "FLANNELD_IP_MASQ")]
+    pub ip_masq: bool,
+
+    /// With --registry: the file that container tools read of this host's subnet [default:
+    /// /run/flannel/subnet.env]
+    #[arg(long, value_name = "FILE", env = "FLANNELD_SUBNET_FILE")]
+    pub subnet_file: Option<PathBuf>,
+
     /// Route through the tunnel besides the peers' prefixes, repeatable; gone again at exit
     #[arg(long = "route", value_name = "CIDR", value_parser = parse_prefix)]
     #[serde(rename = "route", deserialize_with = "types::prefixes")]
@@ -205,6 +273,11 @@ pub struct Config {
     #[arg(skip)]
     #[serde(skip_deserializing)]
     pub(crate) listen_port: Option<u16>,
+
+    /// The registry's network, once it is known.
+    #[arg(skip)]
+    #[serde(skip)]
+    pub(crate) registry_network: Option<Ipv4Net>,
 
     /// What of the file is not done, for the log.
     #[arg(skip)]

@@ -14,11 +14,11 @@ pub(crate) const PEERS_MAX: usize = 65_000;
 
 /// Makes sure that no peer and no prefix is there twice, that one peer at most is
 /// without prefixes, that each may be a host, and that all have keys if the tunnel
-/// `is_encrypted`, and none has if not.
+/// `is_encrypted`, and none has if not; `None` where that is not known yet.
 ///
 /// # Errors
 /// Names the two peers, and the prefix.
-pub(super) fn check_peers(peers: &[PeerSpec], is_encrypted: bool) -> Result<()> {
+pub(super) fn check_peers(peers: &[PeerSpec], is_encrypted: Option<bool>) -> Result<()> {
     let refuse = |what: String, hint: &str| Err(Error::new(what).hint(hint));
     if peers.len() > PEERS_MAX {
         let what = format!("{} peers are more than {PEERS_MAX}", peers.len());
@@ -29,7 +29,9 @@ pub(super) fn check_peers(peers: &[PeerSpec], is_encrypted: bool) -> Result<()> 
     let mut without_prefixes: Option<&PeerName> = None;
     for peer in peers {
         let name = &peer.name;
-        check_mode(name, is_encrypted)?;
+        if let Some(is_encrypted) = is_encrypted {
+            check_mode(name, is_encrypted)?;
+        }
         let endpoint = peer.endpoint.as_ref().and_then(HostPort::literal);
         if let Some(endpoint) = endpoint.filter(|endpoint| !is_host(endpoint.ip())) {
             let of_key = name.key().map(|_| format!(": {endpoint}"));
@@ -102,7 +104,7 @@ mod tests {
 
     fn fault(peers: &[&str]) -> Option<String> {
         let peers: Vec<_> = peers.iter().map(|text| parse_peer(text).unwrap()).collect();
-        check_peers(&peers, false)
+        check_peers(&peers, Some(false))
             .err()
             .map(|error| error.to_string())
     }
@@ -159,7 +161,7 @@ mod tests {
         let check = |texts: &[&str], is_encrypted| {
             let read = |text: &&str| parse_peer(text).unwrap();
             let peers: Vec<_> = texts.iter().map(read).collect();
-            let checked = check_peers(&peers, is_encrypted);
+            let checked = check_peers(&peers, Some(is_encrypted));
             checked.map_err(|error| error.to_string())
         };
         assert_eq!(check(&[&key], true), Ok(()));
@@ -185,7 +187,7 @@ mod tests {
         let peers: Vec<_> = (0..=PEERS_MAX)
             .map(|number| peer(number).unwrap())
             .collect();
-        let text = check_peers(&peers, false).unwrap_err().to_string();
+        let text = check_peers(&peers, Some(false)).unwrap_err().to_string();
         assert!(text.contains("65001") && text.contains("65000"), "{text}");
     }
 }

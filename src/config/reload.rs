@@ -23,6 +23,7 @@ impl Config {
             own_identity: new.own_identity,
             addresses: new.addresses,
             routes: new.routes,
+            registry_network: new.registry_network,
             mtu_bytes: new.mtu_bytes,
             txqueuelen: new.txqueuelen,
             hop: new.hop,

@@ -25,6 +25,9 @@ const MTU_BYTES: RangeInclusive<i64> = 68..=65507;
 /// Values of `--txqueuelen`, in packets.
 const TXQUEUELEN: RangeInclusive<i64> = 1..=100_000;
 
+/// Values of `--registry-ttl`: from what several attempts to renew a lease take.
+const REGISTRY_TTL_SECONDS: RangeInclusive<i64> = 5..=86_400;
+
 impl Config {
     /// Reads the file that the flags name, if any; puts the flags in place of what
     /// it says, and checks the result. `flags`: of a command with the arguments of
@@ -138,11 +141,14 @@ impl Config {
                 .hint("its [Interface] takes PrivateKey; --private-key names a file with one"));
         }
         self.check_secret()?;
+        self.check_registry()?;
+        if let Some(ttl) = self.registry_ttl {
+            in_range("registry-ttl", ttl.into(), REGISTRY_TTL_SECONDS)?;
+        }
         // With a shared secret they are named as in plain mode.
-        check_peers(
-            &self.peers,
-            self.is_encrypted() && self.secret_file.is_none(),
-        )
+        let is_encrypted = self.is_encrypted() && self.secret_file.is_none();
+        // With a registry it is its network that says so.
+        check_peers(&self.peers, (!self.has_registry()).then_some(is_encrypted))
     }
 
     fn check_cores(&self) -> Result<()> {

@@ -64,6 +64,19 @@ control = "/run/other.sock"
 takeover = true
 quiet = true
 log-format = "json"
+registry = ["http://10.0.0.1:2379", "http://10.0.0.2:2379"]
+registry-prefix = "/n"
+registry-ca = "ca"
+registry-user = "me"
+registry-password-file = "password"
+registry-ttl = 60
+registry-allow = ["10.0.0.0/8"]
+registry-publish = ["10.3.0.0/16"]
+registry-cache = "cache"
+public-ip = "10.0.0.3"
+iface = "eth0"
+subnet-file = "subnet.env"
+ip-masq = true
 
 [[peer]]
 endpoint = "127.0.0.2:99"
@@ -80,6 +93,10 @@ fn the_file_says_all_that_the_flags_can() {
         "--queues 3 --listen [::]:99 --tun other0 --mtu 1300 --address 10.9.0.1/24 \
          --address fd00::1/64 --route 10.8.0.0/16 --no-routes=false --hop --busy-poll 50 \
          --txqueuelen 7 --fwmark 51820 --io epoll --without uso --control /run/other.sock --takeover --quiet \
+         --registry http://10.0.0.1:2379,http://10.0.0.2:2379 --registry-prefix /n \
+         --registry-ca ca --registry-user me --registry-password-file password --registry-ttl 60 \
+         --registry-allow 10.0.0.0/8 --registry-publish 10.3.0.0/16 --registry-cache cache \
+         --public-ip 10.0.0.3 --iface eth0 --subnet-file subnet.env --ip-masq \
          --log-format json --peer 127.0.0.2:99=10.1.0.0/16 --peer vpn.example",
     );
     let alike = Config {
@@ -96,6 +113,10 @@ fn flags_win_over_the_file() {
     let flags = "--queues 2 --tun mine0 --hop=false --address 10.7.0.1/24 --route 10.6.0.0/16 \
                  --without tso --peer 127.0.0.9 -v --busy-poll off --io auto --takeover=false \
                  --listen 0.0.0.0 --mtu 1400 --txqueuelen 8 --fwmark off --control /run/mine.sock \
+                 --registry https://b --registry-prefix /m --registry-ca b --registry-cert c \
+                 --registry-key d --registry-user you --registry-password-file b \
+                 --registry-ttl 70 --registry-allow 10.1.0.0/16 --registry-publish 10.4.0.0/16 \
+                 --registry-cache b --public-ip 10.0.0.4 --iface eth1 --subnet-file b --ip-masq=false \
                  --log-format text";
     let of_both = config_with(FILE, flags).unwrap();
     let of_flags = config(flags).unwrap();

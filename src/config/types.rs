@@ -118,6 +118,19 @@ pub(super) fn parse_listen(text: &str) -> ParseResult<SocketAddr> {
     Ok(SocketAddr::new(ip, port))
 }
 
+/// `http://HOST:PORT`, or the same with `https`.
+pub(super) fn parse_url(text: &str) -> ParseResult<String> {
+    let host = ["http://", "https://"]
+        .iter()
+        .find_map(|scheme| text.strip_prefix(scheme));
+    let host = host.map(|host| host.strip_suffix('/').unwrap_or(host));
+    let is_bad = |c: char| c.is_control() || c.is_whitespace() || "/@?#,".contains(c);
+    match host.filter(|host| !host.is_empty() && !host.contains(is_bad)) {
+        Some(_) => Ok(text.trim_end_matches('/').to_string()),
+        None => Err("expected a URL such as https://10.0.0.1:2379".into()),
+    }
+}
+
 /// `ADDRESS/LENGTH`, or an address alone with all its bits.
 pub(crate) fn parse_prefix(text: &str) -> ParseResult<IpNet> {
     match text.parse::<IpAddr>() {

@@ -142,6 +142,9 @@ pub struct Status {
     pub config_file: Option<String>,
     /// Why the last reload changed nothing, if it did not.
     pub reload_error: Option<String>,
+    /// The registry that the tunnel is in, if there is one.
+    #[serde(default)]
+    pub registry: Option<RegistryStatus>,
     /// Number of peers.
     pub peers: usize,
     /// Number of prefixes.
@@ -154,6 +157,51 @@ pub struct Status {
     pub tun_queue_drops: u64,
     /// Counters of each worker, drops included.
     pub workers: Vec<BTreeMap<String, u64>>,
+}
+
+/// The registry that a tunnel is in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RegistryStatus {
+    /// The member of etcd that this host is connected to, or was last.
+    pub url: String,
+    /// Whether it is connected now.
+    pub is_connected: bool,
+    /// Why not, if something failed.
+    #[serde(default)]
+    pub error: Option<String>,
+    /// What somebody has to do something about.
+    #[serde(default)]
+    pub alarm: Option<String>,
+    /// Whether the network's configuration is not the one that this host runs by.
+    pub is_config_changed: bool,
+    /// The cluster's identity, in hexadecimal digits.
+    pub cluster: String,
+    /// The last revision known.
+    pub revision: i64,
+    /// All hosts' containers are in it.
+    pub network: IpNet,
+    /// This host's subnet.
+    pub subnet: IpNet,
+    /// This host's address in the registry.
+    pub public_ip: IpAddr,
+    /// Seconds that this host's lease lasts after it is renewed.
+    #[serde(default)]
+    pub lease_ttl_seconds: Option<i64>,
+    /// Seconds since it was renewed.
+    #[serde(default)]
+    pub lease_renewed_seconds: Option<u64>,
+    /// Hosts in the registry, this one among them.
+    pub hosts: usize,
+    /// Hosts that are kept although the registry does not know them.
+    pub held: usize,
+    /// Keys and values that cannot be read.
+    pub malformed: usize,
+    /// Hosts that are not allowed.
+    pub not_allowed: usize,
+    /// Subnets outside the network, and prefixes of others.
+    pub out_of_place: usize,
+    /// Hosts with another backend.
+    pub other_backend: usize,
 }
 
 /// All peers.
@@ -183,7 +231,7 @@ pub struct PeerStatus {
     /// Whether nothing is sent there, as the path leads through the tunnel itself.
     #[serde(default)]
     pub is_suspended: bool,
-    /// `config` or `runtime`.
+    /// `config`, `runtime` or `registry`.
     pub origin: String,
     /// Whether it takes what no prefix matches.
     pub is_default: bool,
@@ -236,7 +284,7 @@ pub struct RouteEntry {
     pub peer: String,
     /// The peer's address; none while its name does not resolve.
     pub endpoint: Option<SocketAddr>,
-    /// `config` or `runtime`.
+    /// `config`, `runtime` or `registry`.
     pub origin: String,
 }
 

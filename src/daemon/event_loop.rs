@@ -76,6 +76,8 @@ impl Daemon {
             let handoff = self.handoff.as_ref();
             let ready = handoff.map_or_else(never, |handoff| handoff.ready.clone());
             let probes = self.tunnel.peers.probes();
+            let registry = self.tunnel.registry.as_ref();
+            let registry = registry.map_or_else(never, |registry| registry.agent.news.clone());
             let mut end = None;
             select! {
                 recv(signals) -> signal => end = self.take_signal(signal.ok()),
@@ -96,7 +98,10 @@ impl Daemon {
                 recv(probes) -> probe => if let Ok(probe) = probe {
                     self.tunnel.take_probe(probe);
                 },
+                // While another process takes over, it follows the registry by itself.
+                recv(registry) -> _ => self.tunnel.take_registry()?,
                 recv(poll) -> _ => {
+                    self.tunnel.poll_registry();
                     self.tunnel.poll();
                     end = self.find_socket_removed();
                 }

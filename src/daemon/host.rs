@@ -15,6 +15,9 @@ use crate::host::netlink::{Link, LinkStats, Netlink};
 use crate::host::routes::RouteReconciler;
 use crate::io::tun;
 
+/// Routes that are tried one by one when one of them is refused.
+const ROUTES_TRIED_MAX: usize = 64;
+
 /// The TUN device as it was found last.
 pub struct Device {
     /// By which the kernel knows it, whatever it is called; `None` while it is in
@@ -39,6 +42,8 @@ pub struct Host {
     routes: Option<RouteReconciler>,
     /// What it was told to keep, or finds kept when it starts.
     pub routes_kept: BTreeSet<IpNet>,
+    /// Prefixes that it cannot keep, as somebody else's routes are in the way.
+    routes_refused: BTreeSet<IpNet>,
     /// Something has changed. A second event says nothing more.
     events: (Sender<()>, Receiver<()>),
 }
@@ -60,6 +65,7 @@ impl Host {
             accepts_local: false,
             routes: None,
             routes_kept: BTreeSet::new(),
+            routes_refused: BTreeSet::new(),
             events: bounded(1),
         };
         host.note_index();
@@ -176,7 +182,9 @@ impl Host {
     /// # Errors
     /// When somebody else's route is in the way, or the kernel refuses: the routes
     /// are then as before.
-    pub fn set_routes(&mut self, wanted: BTreeSet<IpNet>) -> Result<()> {
+    pub fn set_routes(&mut self, mut wanted: BTreeSet<IpNet>) -> Result<()> {
+        self.routes_refused.retain(|prefix| wanted.contains(prefix));
+        wanted.retain(|prefix| !self.routes_refused.contains(prefix));
         if self.routes_kept == wanted {
             return Ok(());
         }
@@ -187,6 +195,34 @@ impl Host {
         routes.set(wanted.clone())?;
         self.routes_kept = wanted;
         Ok(())
+    }
+
+    /// As [`Self::set_routes`], but does without those that are refused, as long as they are
+    /// wanted; the log says so.
+    pub fn set_routes_that_can_be(&mut self, wanted: &BTreeSet<IpNet>) {
+        let Err(error) = self.set_routes(wanted.clone()) else {
+            return;
+        };
+        tracing::warn!("a prefix of the registry has no route: {error}");
+        let kept = self.routes_kept.intersection(wanted).copied().collect();
+        let mut results = vec![self.set_routes(kept)];
+        let missing: Vec<_> = wanted.difference(&self.routes_kept).copied().collect();
+        for (number, prefix) in missing.into_iter().enumerate() {
+            let with = self.routes_kept.iter().copied().chain([prefix]).collect();
+            // Each takes a look at all of the kernel's routes.
+            let is_refused = number >= ROUTES_TRIED_MAX || {
+                let result = self.set_routes(with);
+                let is_refused = result.is_err();
+                results.push(result);
+                is_refused
+            };
+            if is_refused {
+                self.routes_refused.insert(prefix);
+            }
+        }
+        for error in results.into_iter().filter_map(Result::err) {
+            tracing::debug!("{error}");
+        }
     }
 }
 

@@ -26,6 +26,7 @@ mod device;
 mod drop_log;
 mod encryption;
 mod event_loop;
+mod follow;
 pub mod handoff;
 mod host;
 mod key_text;
@@ -34,6 +35,7 @@ mod memory;
 mod peers;
 mod plan;
 mod reach;
+mod registry;
 mod reload;
 mod requests;
 mod resolve;
@@ -52,6 +54,7 @@ use signal_hook::iterator::Signals;
 use self::detach::Detached;
 pub use self::detach::launch;
 use self::event_loop::{Daemon, End};
+use self::registry::Registry;
 pub(crate) use self::settings::{default_mtu_bytes, listen_address};
 use self::start::Begun;
 pub use self::start::rehearse;
@@ -66,7 +69,7 @@ const LET_IN_TIME_MAX: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 /// When it cannot be set up, or when the device is taken away.
-pub fn run(config: Config) -> Result<()> {
+pub fn run(mut config: Config) -> Result<()> {
     let detached = config.detached.then(|| Detached::begin(&config));
     let signals = watch_signals()?;
     raise_descriptor_limit();
@@ -75,7 +78,15 @@ pub fn run(config: Config) -> Result<()> {
         // Keys come later.
         hide_memory();
     }
-    let mut daemon = Daemon::new(begin(config)?);
+    let registry = match config.has_registry() {
+        true => match registry::join(&mut config, &signals)? {
+            Some(registry) => Some(registry),
+            // A signal has ended the wait for it.
+            None => return Ok(()),
+        },
+        false => None,
+    };
+    let mut daemon = Daemon::new(begin(config, registry)?);
     if let Some(detached) = detached {
         detached.report_ready()?;
     }
@@ -96,13 +107,13 @@ pub fn run(config: Config) -> Result<()> {
 }
 
 /// Sets a tunnel up, or takes it over.
-fn begin(config: Config) -> Result<Begun> {
+fn begin(config: Config, registry: Option<Registry>) -> Result<Begun> {
     if config.takeover
         && let Some(inherited) = handoff::ask(&config.control_path(), LET_IN_TIME_MAX)?
     {
-        return handoff::take_over(config, inherited);
+        return handoff::take_over(config, registry, inherited);
     }
-    start::start(config)
+    start::start(config, registry)
 }
 
 /// Five descriptors per worker: 256 workers need more than the usual 1024.

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::host::link;
 use crate::host::netlink::Netlink;
 use crate::routing::dns;
-use crate::routing::overlay::Overlay;
+use crate::routing::overlay::{Origin, Overlay};
 
 /// Names of peers whose addresses cannot be used, and why: they are to be asked for
 /// again.
@@ -95,7 +95,9 @@ impl Plan {
         &mut self,
         mut check: impl FnMut(&Overlay, &PeerName, SocketAddr) -> Result<()>,
     ) -> Result<SetAside> {
+        // Hosts of the registry are checked as they come.
         let peers = self.overlay.peers();
+        let peers = peers.filter(|(_, peer)| peer.origin != Origin::Registry);
         let resolved = peers.filter_map(|(hop, peer)| Some((hop, peer.endpoint_learned()?)));
         let mut aside = Vec::new();
         for (hop, endpoint) in resolved.collect::<Vec<_>>() {
@@ -160,7 +162,13 @@ pub fn check_own_key(config: &Config, overlay: &Overlay) -> Result<()> {
 pub fn kernel_routes(config: &Config, overlay: &Overlay) -> BTreeSet<IpNet> {
     let mut wanted: BTreeSet<IpNet> = match config.no_routes {
         true => Default::default(),
-        false => overlay.prefixes().map(|(prefix, ..)| prefix).collect(),
+        false => {
+            let prefixes = overlay.prefixes().map(|(prefix, ..)| prefix);
+            let single = prefixes.filter(|prefix| !config.is_in_network(*prefix));
+            single
+                .chain(config.registry_network.map(IpNet::V4))
+                .collect()
+        }
     };
     wanted.extend(config.routes.iter().map(IpNet::trunc));
     wanted

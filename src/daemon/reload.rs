@@ -34,7 +34,10 @@ fn try_to_reload(tunnel: &mut Tunnel) -> Result<(Reloaded, String)> {
         return Err(Error::new("there is no configuration file to read again")
             .hint("start fastvpn with --config FILE or --wg-config FILE, or use `fastvpn peer` and `route`"));
     }
-    let new = old.reread()?;
+    let mut new = old.reread()?;
+    if let Some(registry) = &tunnel.registry {
+        registry.settle(&mut new)?;
+    }
     if new.is_encrypted() != old.is_encrypted() {
         let what = "a tunnel that runs cannot become encrypted, or cease to be";
         return Err(Error::new(what).hint("start it again"));

@@ -8,6 +8,7 @@ use std::time::Instant;
 use ipnet::IpNet;
 
 use super::encryption::Encryption;
+use super::registry::Registry;
 use super::reload::{reload, to_changed};
 use super::settings::check_ipv6_mtu;
 use super::tunnel::Tunnel;
@@ -55,6 +56,13 @@ pub fn answer(tunnel: &mut Tunnel, request: Request, asker: Asker) -> Result<Ans
         }
         Request::RouteDel { prefixes } => {
             prefixes.iter().try_for_each(check_prefix)?;
+            let overlay = &tunnel.peers.overlay;
+            let mut kept = prefixes
+                .iter()
+                .filter(|net| overlay.is_registry_prefix(net));
+            if let Some(prefix) = kept.next() {
+                return Err(is_registrys(&format!("prefix {prefix}")));
+            }
             changed(tunnel, asker, |overlay| overlay.remove_prefixes(&prefixes))
         }
         Request::PeerAdd {
@@ -77,6 +85,9 @@ pub fn answer(tunnel: &mut Tunnel, request: Request, asker: Asker) -> Result<Ans
         }
         Request::PeerDel { peer } => {
             let peer = tunnel.config.complete_name(parse_name(&peer)?);
+            if tunnel.peers.overlay.is_registry_peer(&peer) {
+                return Err(is_registrys(&format!("peer {peer}")));
+            }
             changed(tunnel, asker, |overlay| overlay.remove_peers(&[peer]))
         }
         Request::Reload {} => reload(tunnel, &asker.to_string()).map(Answer::Reloaded),
@@ -85,6 +96,12 @@ pub fn answer(tunnel: &mut Tunnel, request: Request, asker: Asker) -> Result<Ans
             Err(Error::new("this cannot be asked for here"))
         }
     }
+}
+
+/// What an operator cannot remove here.
+fn is_registrys(what: &str) -> Error {
+    let error = Error::new(format!("{what} is in the registry, and would come back"));
+    error.hint("`fastvpn registry leave` takes a host out of it")
 }
 
 fn route_to(overlay: &Overlay, address: IpAddr) -> Result<Answer> {
@@ -201,6 +218,7 @@ fn status(tunnel: &mut Tunnel) -> Status {
         keeps_routes: !config.no_routes,
         config_file: file.map(|path| path.display().to_string()),
         reload_error: tunnel.reload_error.clone(),
+        registry: tunnel.registry.as_ref().map(Registry::status),
         peers: overlay.peers().count(),
         prefixes: overlay.prefixes().count(),
         counters: counters.map(named).collect(),

@@ -10,6 +10,7 @@ use super::announce;
 use super::host::own_addresses;
 use super::manifest::Manifest;
 use super::plan::{Plan, check_derived, check_own_key, kernel_routes};
+use super::registry::{self, Registry};
 use super::resolve;
 use super::settings::{Settings, endpoints, own_identity};
 use super::tunnel::Tunnel;
@@ -191,7 +192,11 @@ fn overlay(
 ///
 /// # Errors
 /// What would keep it from that.
-pub fn rehearse(config: Config) -> Result<Vec<Error>> {
+pub fn rehearse(mut config: Config) -> Result<Vec<Error>> {
+    if config.has_registry() {
+        // What the network would give this host is not known before it joins.
+        registry::rehearse(&mut config)?;
+    }
     let prepared = prepare(config, None, |config, settings, netlink| {
         let running = netlink.link_index(&config.tun)?;
         check_derived(netlink, config, &settings.link.addresses, running)
@@ -236,10 +241,11 @@ pub struct Begun {
 ///
 /// # Errors
 /// When something is missing or in the way; then nothing is left behind.
-pub fn start(config: Config) -> Result<Begun> {
+pub fn start(config: Config, registry: Option<Registry>) -> Result<Begun> {
     // First: the process that had the interface before has nothing more once it is free.
     let uapi = uapi::claim(&config)?;
     let mut tunnel = prepare(config, None, claim)?.into_tunnel()?;
+    tunnel.enter_registry(registry)?;
     // First, so that whoever finds the tunnel working finds it, too. Requests wait.
     let control = serve_control(&tunnel.config, None)?;
     // The device takes no packet before it is up. What comes meanwhile, from either side,
@@ -250,7 +256,8 @@ pub fn start(config: Config) -> Result<Begun> {
     }
     tunnel.go()?;
     tunnel.host.start_routes(&tunnel.settings.link.addresses)?;
-    tunnel.host.set_routes(tunnel.kernel_routes())?;
+    tunnel.set_first_routes()?;
+    tunnel.open_to_containers()?;
     tunnel.poll();
     announce::announce(&tunnel);
     Ok(Begun {

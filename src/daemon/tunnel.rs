@@ -15,6 +15,7 @@ use super::encryption::Encryption;
 use super::host::{Host, own_addresses};
 use super::peers::{self, Peers};
 use super::plan::{Plan, check_own_key, kernel_routes};
+use super::registry::Registry;
 use super::settings::Settings;
 use super::workers::{Claimed, Workers};
 use crate::config::Config;
@@ -22,11 +23,12 @@ use crate::dataplane::inbound::ReceivedProbe;
 use crate::dataplane::table::Table;
 use crate::error::{Error, Result};
 use crate::host::link::{self, LinkConfig};
+use crate::host::masquerade::Masquerade;
 use crate::host::netlink::{Link, Netlink};
 use crate::io::tun;
 use crate::io::udp::{self, WorkerSockets};
 use crate::routing::dns::{Lookup, Names};
-use crate::routing::overlay::{Overlay, tunnel_addresses};
+use crate::routing::overlay::{Origin, Overlay, tunnel_addresses};
 
 /// See the module's documentation.
 pub struct Tunnel {
@@ -42,6 +44,10 @@ pub struct Tunnel {
     pub workers: Workers,
     /// `None` in plain mode.
     pub encryption: Option<Encryption>,
+    /// `None` where peers are named one by one.
+    pub registry: Option<Registry>,
+    /// `None` where nothing is masqueraded.
+    pub(super) masquerade: Option<Masquerade>,
     drop_log: DropLog,
     /// When this process began to run it.
     pub started: Instant,
@@ -79,6 +85,8 @@ impl Tunnel {
             host,
             workers,
             encryption,
+            registry: None,
+            masquerade: None,
             drop_log: DropLog::new(),
             started: Instant::now(),
             reload_error: None,
@@ -299,19 +307,43 @@ impl Tunnel {
         let host = &mut self.host;
         let own = own_addresses(&mut host.netlink, &self.settings.link.addresses)?;
         next.set_own_addresses(own);
+        if let Some(registry) = &self.registry {
+            registry.fill(&mut next);
+        }
+        self.put_in_force(next)
+    }
+
+    /// Has the workers forward by an overlay, and lets its peers in.
+    pub(super) fn publish_table_of(&mut self, next: &Overlay) {
+        let table = table(next, &self.host, &self.config, &self.settings);
+        if let Some(encryption) = &self.encryption {
+            encryption.admit(&self.peers.overlay, next);
+        }
+        self.workers.publish(table);
+    }
+
+    /// Puts peers and prefixes in force, or leaves everything as it was.
+    fn put_in_force(&mut self, next: Overlay) -> Result<()> {
         let old_table = Arc::clone(&self.workers.setup.table);
         // Workers first, so that what the kernel sends into the tunnel by a
         // new route has somewhere to go.
-        let table = table(&next, host, &self.config, &self.settings);
-        if let Some(encryption) = &self.encryption {
-            encryption.admit(&self.peers.overlay, &next);
-        }
-        self.workers.publish(table);
+        self.publish_table_of(&next);
+        let host = &mut self.host;
         let before = host.routes_kept.clone();
         let wanted = kernel_routes(&self.config, &next);
         let result = host.set_routes(wanted).and_then(|()| {
-            let mut peers = next.peers().filter_map(|(_, peer)| peer.endpoint_in_use());
-            peers.try_for_each(|endpoint| host.check_outside(endpoint))
+            // Other paths are as they were when they were checked last. Hosts of the registry
+            // are suspended instead.
+            let is_same = host.routes_kept == before;
+            let old = &self.peers.overlay;
+            let endpoint = |overlay: &Overlay, hop| overlay.peer(hop)?.endpoint_in_use();
+            let is_known = |hop| endpoint(old, hop) == endpoint(&next, hop);
+            let peers = next
+                .peers()
+                .filter(|(_, peer)| peer.origin != Origin::Registry);
+            let peers = peers.filter(|(hop, _)| !is_same || !is_known(*hop));
+            let mut endpoints = peers.filter_map(|(_, peer)| peer.endpoint_in_use());
+            endpoints.try_for_each(|endpoint| host.check_outside(endpoint))
         });
         if let Err(error) = result {
             if let Err(error) = host.set_routes(before) {
@@ -327,7 +359,7 @@ impl Tunnel {
     }
 
     /// Tells the handshake thread which peers there are.
-    fn follow_peers(&self) {
+    pub(super) fn follow_peers(&self) {
         if let Some(encryption) = &self.encryption {
             encryption.follow(&self.peers.overlay);
         }
@@ -464,6 +496,7 @@ impl Tunnel {
     /// Ends the tunnel: routes and device go.
     pub fn take_down(&mut self) {
         self.workers.count_socket_drops();
+        self.masquerade = None;
         // Their reconciler first, which would miss the device.
         self.host.stop_routes();
         self.stop();

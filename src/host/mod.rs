@@ -2,6 +2,7 @@
 //! the kernel's netlink sockets.
 
 pub mod link;
+pub(crate) mod masquerade;
 pub(crate) mod mtu_probe;
 pub mod netlink;
 pub(crate) mod path;

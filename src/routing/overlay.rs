@@ -7,6 +7,7 @@
 mod changes;
 mod edit;
 mod peer;
+mod registry;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -24,6 +25,7 @@ use crate::wire::wireguard::keys::PresharedKey;
 
 pub(crate) use changes::Changes;
 pub(crate) use peer::{Origin, Peer};
+pub(crate) use registry::RegistryChange;
 
 /// Most prefixes over all peers: bounds the memory that requests can take.
 pub(crate) const PREFIXES_MAX: usize = 1_000_000;
@@ -273,8 +275,17 @@ impl Overlay {
         for prefix in prefixes.iter().map(IpNet::trunc) {
             match self.prefixes.get(&prefix).copied() {
                 // What was configured stays so.
-                Some(old) if old.peer == owner.peer && origin == Origin::Runtime => continue,
-                Some(old) if old.peer != owner.peer && !replace => {
+                Some(old)
+                    if old.peer == owner.peer
+                        && old.origin == Origin::Config
+                        && origin == Origin::Runtime =>
+                {
+                    continue;
+                }
+                // What only the registry says gives way.
+                Some(old)
+                    if old.peer != owner.peer && old.origin != Origin::Registry && !replace =>
+                {
                     let other = self.peer(old.peer).map(|peer| peer.name.to_string());
                     return Err(Error::new(format!(
                         "prefix {prefix} is given to both {} and {name}",
@@ -332,7 +343,7 @@ impl Overlay {
         // With the prefixes that were added to them at run time.
         self.remove_peers(&gone)?;
         self.prefixes
-            .retain(|_, owner| owner.origin == Origin::Runtime);
+            .retain(|_, owner| owner.origin != Origin::Config);
         let default = self.default_peer();
         if default.is_some_and(|peer| wanted.contains(&peer.name.id())) {
             self.default = None;

@@ -19,6 +19,7 @@ use crate::control::protocol::Request;
 use crate::control::server::Server;
 use crate::daemon::announce;
 use crate::daemon::manifest::Manifest;
+use crate::daemon::registry::Registry;
 use crate::daemon::reload::reload;
 use crate::daemon::start::{self, Begun};
 use crate::daemon::tunnel::Tunnel;
@@ -190,7 +191,11 @@ pub fn receive(stream: UnixStream) -> io::Result<Inherited> {
 ///
 /// # Errors
 /// When the old process carries on.
-pub fn take_over(mut config: Config, inherited: Inherited) -> Result<Begun> {
+pub fn take_over(
+    mut config: Config,
+    registry: Option<Registry>,
+    inherited: Inherited,
+) -> Result<Begun> {
     let Inherited {
         mut manifest,
         claimed,
@@ -206,6 +211,7 @@ pub fn take_over(mut config: Config, inherited: Inherited) -> Result<Begun> {
         Ok(claimed)
     });
     let mut tunnel = prepared?.into_tunnel()?;
+    tunnel.enter_registry(registry)?;
     let timestamps = old.stop()?;
     if let Some(encryption) = &mut tunnel.encryption {
         encryption.timestamps = timestamps;
@@ -244,6 +250,7 @@ fn carry_on(
     let served = start::serve_control(&tunnel.config, listener);
     tunnel.host.routes_kept = tunnel.kernel_routes();
     tunnel.start_routes();
+    tunnel.open_to_containers().unwrap_or_else(log);
     tunnel.poll();
     announce::announce(tunnel);
     served.unwrap_or_else(|error| {

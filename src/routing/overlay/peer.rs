@@ -19,6 +19,8 @@ pub enum Origin {
     Config,
     /// The control socket. A reload leaves it.
     Runtime,
+    /// The registry, which adds and removes it.
+    Registry,
 }
 
 impl Origin {
@@ -27,6 +29,7 @@ impl Origin {
         match self {
             Self::Config => "config",
             Self::Runtime => "runtime",
+            Self::Registry => "registry",
         }
     }
 }

@@ -1,0 +1,82 @@
+//! How etcd is reached: where it is, and what proves who is who.
+
+use std::net::IpAddr;
+use std::path::Path;
+
+use zeroize::Zeroizing;
+
+use crate::config::{RegistryFiles, read_secret_text};
+use crate::error::{Error, Result};
+
+/// Largest file with certificates.
+const CERTIFICATES_BYTES_MAX: u64 = 1 << 20;
+
+/// See the module's documentation. A key and a password are wiped when it goes.
+#[derive(Clone)]
+pub(crate) struct Access {
+    /// The members' URLs.
+    pub(crate) urls: Vec<String>,
+    /// Certificates of those who may sign the members' certificates, in PEM.
+    pub(crate) ca: Option<Vec<u8>>,
+    /// This host's certificate and private key, in PEM.
+    pub(crate) identity: Option<(Vec<u8>, Zeroizing<Vec<u8>>)>,
+    /// A user and a password.
+    pub(crate) user: Option<(String, Zeroizing<String>)>,
+}
+
+impl Access {
+    /// Reads the files that are named.
+    ///
+    /// # Errors
+    /// Names the file that cannot be used, or the option that is missing.
+    pub(crate) fn read(files: &RegistryFiles) -> Result<Self> {
+        files.check()?;
+        let read = |option: &str, path: &Path| read_certificates(option, path);
+        let ca = files.ca.as_deref().map(|path| read("registry-ca", path));
+        let identity = match (&files.cert, &files.key) {
+            (Some(cert), Some(key)) => {
+                let key = read_secret_text("registry-key", key)?;
+                let cert = read("registry-cert", cert)?;
+                Some((cert, Zeroizing::new(key.as_bytes().to_vec())))
+            }
+            _ => None,
+        };
+        let user = match (&files.user, &files.password_file) {
+            (Some(user), Some(file)) => {
+                let text = read_secret_text("registry-password-file", file)?;
+                Some((
+                    user.clone(),
+                    Zeroizing::new(text.trim_end_matches(['\n', '\r']).into()),
+                ))
+            }
+            _ => None,
+        };
+        Ok(Self {
+            urls: files.urls.clone(),
+            ca: ca.transpose()?,
+            identity,
+            user,
+        })
+    }
+
+    /// An address of etcd's, if one of its URLs has one.
+    pub(crate) fn address(&self) -> Option<IpAddr> {
+        let mut hosts = self.urls.iter().filter_map(|url| {
+            let (_, host) = url.split_once("://")?;
+            let host = host.rsplit_once(':').map_or(host, |(host, _)| host);
+            host.trim_matches(['[', ']']).parse().ok()
+        });
+        hosts.next()
+    }
+}
+
+fn read_certificates(option: &str, path: &Path) -> Result<Vec<u8>> {
+    let name = path.display();
+    let cannot = |cause| Error::os(format!("cannot read {option} {name}"), cause);
+    let metadata = std::fs::metadata(path).map_err(cannot)?;
+    if !metadata.is_file() || metadata.len() > CERTIFICATES_BYTES_MAX {
+        let what = format!("{option} {name} is not a regular file of at most 1 MiB");
+        return Err(Error::new(what));
+    }
+    std::fs::read(path).map_err(cannot)
+}

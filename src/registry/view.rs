@@ -1,0 +1,479 @@
+//! What this host knows of the registry, and the peers that follow from it. Pure: what comes
+//! from etcd is put in, and a snapshot is taken out.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ipnet::{IpNet, Ipv4Net};
+
+use super::entry::{HostValue, Key, Keys, parse_extra};
+use super::network::{Backend, Network};
+use crate::config::{HostPort, PEERS_MAX, PeerId, PeerName, PeerSpec};
+use crate::wire::wireguard::keys::PublicKey;
+
+/// How long hosts that another cluster, or an older state of the same one, does not know are
+/// kept: a registry that was made anew, or restored from a backup, is filled again by the
+/// hosts themselves.
+pub(crate) const HOLD: Duration = Duration::from_secs(300);
+
+/// Most hosts that are kept in mind, and most keys that cannot be read, with their length.
+const ENTRIES_MAX: usize = 2 * PEERS_MAX;
+const MALFORMED_MAX: usize = 10_000;
+const KEY_BYTES_MAX: usize = 1024;
+
+/// A key of etcd's with its value.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Pair {
+    /// The key.
+    pub(crate) key: Vec<u8>,
+    /// The value.
+    pub(crate) value: Vec<u8>,
+    /// The revision at which it was made.
+    pub(crate) create_revision: i64,
+    /// The revision at which it was last changed.
+    pub(crate) mod_revision: i64,
+    /// The lease that it ends with; 0 for none.
+    pub(crate) lease: i64,
+}
+
+/// A host in the registry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Host {
+    /// What its value says.
+    pub(crate) value: HostValue,
+    /// The lease that its keys end with; 0 for none.
+    pub(crate) lease: i64,
+    /// The revision at which its key was last changed.
+    pub(crate) mod_revision: i64,
+}
+
+/// What a host has besides its subnet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Extra {
+    prefixes: Vec<IpNet>,
+    create_revision: i64,
+    lease: i64,
+}
+
+/// Which hosts become peers.
+#[derive(Clone, Debug)]
+pub(crate) struct Policy {
+    /// The network.
+    pub(crate) network: Network,
+    /// This host's address in the registry.
+    pub(crate) own_ip: Ipv4Addr,
+    /// This host's key, with the wireguard backend.
+    pub(crate) own_key: Option<PublicKey>,
+    /// Addresses that hosts may have; empty for all.
+    pub(crate) allowed: Vec<IpNet>,
+}
+
+/// The peers that follow from the registry.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Snapshot {
+    /// By name, each with its prefixes in order.
+    pub(crate) peers: BTreeMap<PeerId, Arc<PeerSpec>>,
+    /// What is in the registry and was not used.
+    pub(crate) unused: Unused,
+}
+
+/// Entries that were not used, by reason.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Unused {
+    /// Keys and values that cannot be read.
+    pub(crate) malformed: usize,
+    /// Hosts whose addresses are not in the list of those allowed.
+    pub(crate) not_allowed: usize,
+    /// Subnets outside the network, prefixes of others, and hosts beyond what a tunnel can have.
+    pub(crate) out_of_place: usize,
+    /// Hosts with another backend, or without the key that this one needs.
+    pub(crate) other_backend: usize,
+}
+
+/// A peer that was there before, and one that is there now: at least one of them.
+pub(crate) type Change = (Option<Arc<PeerSpec>>, Option<Arc<PeerSpec>>);
+
+impl Snapshot {
+    /// What is different from the `old` snapshot. Takes time in proportion to both, and room
+    /// in proportion to the difference.
+    pub(crate) fn changes_since(&self, old: &Self) -> Vec<Change> {
+        let mut changes = Vec::new();
+        let mut before = old.peers.iter().peekable();
+        for (id, new) in &self.peers {
+            while let Some((_, gone)) = before.next_if(|(other, _)| *other < id) {
+                changes.push((Some(Arc::clone(gone)), None));
+            }
+            let was = before.next_if(|(other, _)| *other == id);
+            match was.map(|(_, was)| was) {
+                Some(was) if Arc::ptr_eq(was, new) || was == new => {}
+                was => changes.push((was.cloned(), Some(Arc::clone(new)))),
+            }
+        }
+        changes.extend(before.map(|(_, gone)| (Some(Arc::clone(gone)), None)));
+        changes
+    }
+}
+
+/// See the module's documentation.
+#[derive(Clone, Debug)]
+pub(crate) struct View {
+    keys: Keys,
+    cluster: u64,
+    revision: i64,
+    config: Option<Pair>,
+    hosts: BTreeMap<Ipv4Net, Host>,
+    extras: BTreeMap<Ipv4Net, Extra>,
+    malformed: BTreeSet<Vec<u8>>,
+    /// Hosts that the registry does not know any more, and until when they are kept.
+    held: BTreeMap<Ipv4Net, (Host, Option<Extra>)>,
+    hold_until: Option<Instant>,
+}
+
+impl View {
+    /// Nothing is known yet.
+    pub(crate) fn new(keys: Keys) -> Self {
+        Self {
+            keys,
+            cluster: 0,
+            revision: 0,
+            config: None,
+            hosts: BTreeMap::new(),
+            extras: BTreeMap::new(),
+            malformed: BTreeSet::new(),
+            held: BTreeMap::new(),
+            hold_until: None,
+        }
+    }
+
+    /// The cluster that this was learned from; 0 for none yet.
+    pub(crate) fn cluster(&self) -> u64 {
+        self.cluster
+    }
+
+    /// The revision that this is the state of.
+    pub(crate) fn revision(&self) -> i64 {
+        self.revision
+    }
+
+    /// The value of the network's configuration.
+    pub(crate) fn config(&self) -> Option<&[u8]> {
+        self.config.as_ref().map(|pair| &pair.value[..])
+    }
+
+    /// The host with this subnet, as the registry has it now.
+    pub(crate) fn host(&self, subnet: Ipv4Net) -> Option<&Host> {
+        self.hosts.get(&subnet)
+    }
+
+    /// All hosts, as the registry has them now.
+    pub(crate) fn hosts(&self) -> impl Iterator<Item = (Ipv4Net, &Host)> {
+        self.hosts.iter().map(|(subnet, host)| (*subnet, host))
+    }
+
+    /// Which subnets are taken, and by whom.
+    pub(crate) fn taken(&self) -> BTreeMap<Ipv4Net, Ipv4Addr> {
+        let hosts = self.hosts();
+        hosts
+            .map(|(subnet, host)| (subnet, host.value.public_ip))
+            .collect()
+    }
+
+    /// The prefixes that the host with this subnet has besides.
+    pub(crate) fn extra(&self, subnet: Ipv4Net) -> Option<&[IpNet]> {
+        self.extras.get(&subnet).map(|extra| &extra.prefixes[..])
+    }
+
+    /// How many hosts are kept although the registry does not know them.
+    pub(crate) fn held(&self) -> usize {
+        self.held.len()
+    }
+
+    /// Whether a state of this cluster and revision cannot have followed from what is known.
+    pub(crate) fn is_strange(&self, cluster: u64, revision: i64) -> bool {
+        self.cluster != 0 && (cluster != self.cluster || revision < self.revision)
+    }
+
+    /// Takes in all of the registry. What a strange one does not know is held.
+    pub(crate) fn replace(&mut self, pairs: Vec<Pair>, cluster: u64, revision: i64, now: Instant) {
+        if self.is_strange(cluster, revision) {
+            self.hold_until = Some(now + HOLD);
+        }
+        let mut new = Self {
+            cluster,
+            revision,
+            hold_until: self.hold_until,
+            held: std::mem::take(&mut self.held),
+            ..Self::new(self.keys.clone())
+        };
+        // What cannot be read stays what it was.
+        let mut unreadable = Vec::new();
+        for pair in pairs {
+            let key = new.keys.parse(&pair.key);
+            if !new.put(pair) {
+                unreadable.push(key);
+            }
+        }
+        for key in unreadable {
+            match key {
+                Key::Subnet(subnet) => {
+                    let old = self.hosts.remove_entry(&subnet);
+                    new.hosts.extend(old);
+                }
+                Key::Extra(subnet) => new.extras.extend(self.extras.remove_entry(&subnet)),
+                Key::Config | Key::Malformed | Key::Other => {}
+            }
+        }
+        if new.hold_until.is_some() {
+            let mut extras = std::mem::take(&mut self.extras);
+            for (subnet, host) in std::mem::take(&mut self.hosts) {
+                new.held.insert(subnet, (host, extras.remove(&subnet)));
+            }
+        }
+        let hosts = &new.hosts;
+        // One that has come back with another subnet is there.
+        let back: BTreeSet<_> = hosts.values().map(|host| host.value.public_ip).collect();
+        new.held.retain(|subnet, (host, _)| {
+            !hosts.contains_key(subnet) && !back.contains(&host.value.public_ip)
+        });
+        *self = new;
+    }
+
+    /// Takes in a key's new value. Returns whether it could be read; if not, what was known
+    /// of the key before stands.
+    pub(crate) fn put(&mut self, pair: Pair) -> bool {
+        self.revision = self.revision.max(pair.mod_revision);
+        let key = self.keys.parse(&pair.key);
+        let is_read = match key {
+            Key::Other => return true,
+            Key::Malformed => false,
+            Key::Config => {
+                self.config = Some(pair.clone());
+                true
+            }
+            // Memory is bounded, whatever is written.
+            Key::Subnet(subnet) if is_beyond(&self.hosts, subnet) => false,
+            Key::Extra(subnet) if is_beyond(&self.extras, subnet) => false,
+            Key::Subnet(subnet) => match HostValue::parse(&pair.value) {
+                Some(value) => {
+                    self.held.retain(|held, (host, _)| {
+                        *held != subnet && host.value.public_ip != value.public_ip
+                    });
+                    let host = Host {
+                        value,
+                        lease: pair.lease,
+                        mod_revision: pair.mod_revision,
+                    };
+                    self.hosts.insert(subnet, host);
+                    true
+                }
+                None => false,
+            },
+            Key::Extra(subnet) => match parse_extra(&pair.value) {
+                Some(prefixes) => {
+                    let extra = Extra {
+                        prefixes,
+                        create_revision: pair.create_revision,
+                        lease: pair.lease,
+                    };
+                    self.extras.insert(subnet, extra);
+                    true
+                }
+                None => false,
+            },
+        };
+        if is_read {
+            self.malformed.remove(&pair.key);
+        } else if self.malformed.len() < MALFORMED_MAX && pair.key.len() <= KEY_BYTES_MAX {
+            self.malformed.insert(pair.key);
+        }
+        is_read
+    }
+
+    /// Takes in that a key is gone.
+    pub(crate) fn delete(&mut self, key: &[u8], revision: i64) {
+        self.revision = self.revision.max(revision);
+        self.malformed.remove(key);
+        match self.keys.parse(key) {
+            Key::Config => self.config = None,
+            Key::Subnet(subnet) => drop(self.hosts.remove(&subnet)),
+            Key::Extra(subnet) => drop(self.extras.remove(&subnet)),
+            Key::Malformed | Key::Other => {}
+        }
+    }
+
+    /// Notes that nothing more has happened up to this revision.
+    pub(crate) fn note_revision(&mut self, revision: i64) {
+        self.revision = self.revision.max(revision);
+    }
+
+    /// Lets the hosts go that were held long enough. Returns whether there were any.
+    pub(crate) fn release(&mut self, now: Instant) -> bool {
+        if self.hold_until.is_none_or(|until| now < until) {
+            return false;
+        }
+        self.hold_until = None;
+        !std::mem::take(&mut self.held).is_empty()
+    }
+
+    /// All of it, to be read again by [`Self::replace`]; what is held, too.
+    pub(crate) fn pairs(&self) -> Vec<Pair> {
+        let live = self.hosts.iter();
+        let live = live.map(|(subnet, host)| (subnet, host, self.extras.get(subnet)));
+        let held = self.held.iter();
+        let held = held.map(|(subnet, (host, extra))| (subnet, host, extra.as_ref()));
+        let mut pairs: Vec<Pair> = self.config.iter().cloned().collect();
+        for (subnet, host, extra) in live.chain(held) {
+            pairs.push(Pair {
+                key: self.keys.subnet(*subnet).into(),
+                value: host.value.to_json().into(),
+                mod_revision: host.mod_revision,
+                lease: host.lease,
+                ..Pair::default()
+            });
+            pairs.extend(extra.map(|extra| Pair {
+                key: self.keys.extra(*subnet).into(),
+                value: super::entry::extra_to_json(&extra.prefixes).into(),
+                create_revision: extra.create_revision,
+                lease: extra.lease,
+                ..Pair::default()
+            }));
+        }
+        pairs
+    }
+
+    /// The peers that follow. Those that are as in the `old` snapshot are the same ones.
+    pub(crate) fn snapshot(&self, policy: &Policy, old: &Snapshot) -> Snapshot {
+        let mut unused = Unused {
+            malformed: self.malformed.len(),
+            ..Unused::default()
+        };
+        let owners = self.extra_owners(policy.network.network, &mut unused);
+        let mut peers: BTreeMap<PeerId, PeerSpec> = BTreeMap::new();
+        let live = self.hosts.iter();
+        let held = self.held.iter().map(|(subnet, (host, _))| (subnet, host));
+        for (subnet, host) in live.chain(held) {
+            let Some(mut spec) = policy.peer(*subnet, host, &mut unused) else {
+                continue;
+            };
+            spec.prefixes
+                .extend(owners.get(subnet).into_iter().flatten());
+            let id = spec.name.id();
+            let is_full = peers.len() >= PEERS_MAX;
+            match peers.get_mut(&id) {
+                Some(peer) => peer.prefixes.append(&mut spec.prefixes),
+                None if is_full => unused.out_of_place += 1,
+                None => drop(peers.insert(id, spec)),
+            }
+        }
+        let peers = peers.into_iter().map(|(id, mut spec)| {
+            spec.prefixes.sort_unstable();
+            spec.prefixes.dedup();
+            let same = old.peers.get(&id).filter(|old| ***old == spec);
+            (id, same.cloned().unwrap_or_else(|| Arc::new(spec)))
+        });
+        Snapshot {
+            peers: peers.collect(),
+            unused,
+        }
+    }
+
+    /// The prefixes besides its subnet that each host has: of two that claim the same one, it
+    /// is that of the one who came first.
+    fn extra_owners(&self, network: Ipv4Net, unused: &mut Unused) -> HashMap<Ipv4Net, Vec<IpNet>> {
+        let live = self.extras.iter().filter(|(subnet, extra)| {
+            let host = self.hosts.get(subnet);
+            // They end together; one that is left over is not this host's.
+            host.is_some_and(|host| host.lease == extra.lease)
+        });
+        let held = self.held.iter();
+        let held = held.filter_map(|(subnet, (_, extra))| Some((subnet, extra.as_ref()?)));
+        let mut first: HashMap<IpNet, (i64, Ipv4Net)> = HashMap::new();
+        for (subnet, extra) in live.chain(held) {
+            let claim = (extra.create_revision, *subnet);
+            for prefix in &extra.prefixes {
+                if overlaps(*prefix, network) {
+                    unused.out_of_place += 1;
+                    continue;
+                }
+                let mut is_second = false;
+                first
+                    .entry(*prefix)
+                    .and_modify(|other| {
+                        is_second = true;
+                        *other = claim.min(*other);
+                    })
+                    .or_insert(claim);
+                unused.out_of_place += usize::from(is_second);
+            }
+        }
+        let mut owners: HashMap<Ipv4Net, Vec<IpNet>> = HashMap::new();
+        for (prefix, (_, subnet)) in first {
+            owners.entry(subnet).or_default().push(prefix);
+        }
+        owners
+    }
+}
+
+/// Whether an entry is new, and there are enough of them.
+fn is_beyond<T>(entries: &BTreeMap<Ipv4Net, T>, subnet: Ipv4Net) -> bool {
+    entries.len() >= ENTRIES_MAX && !entries.contains_key(&subnet)
+}
+
+/// Whether a prefix has addresses of the network.
+fn overlaps(prefix: IpNet, network: Ipv4Net) -> bool {
+    match prefix {
+        IpNet::V4(prefix) => prefix.contains(&network) || network.contains(&prefix),
+        IpNet::V6(_) => false,
+    }
+}
+
+impl Policy {
+    /// The peer that a host is, with its subnet; `None` for this host, and for those that
+    /// are not to be used.
+    fn peer(&self, subnet: Ipv4Net, host: &Host, unused: &mut Unused) -> Option<PeerSpec> {
+        let HostValue { public_ip, key, .. } = &host.value;
+        if *public_ip == self.own_ip || key.is_some() && *key == self.own_key {
+            return None;
+        }
+        let address = IpAddr::V4(*public_ip);
+        if !self.allowed.is_empty() && !self.allowed.iter().any(|net| net.contains(&address)) {
+            unused.not_allowed += 1;
+            return None;
+        }
+        let network = self.network.network;
+        if !network.contains(&subnet) || subnet.prefix_len() <= network.prefix_len() {
+            unused.out_of_place += 1;
+            return None;
+        }
+        if !host.value.has(&self.network.backend) {
+            unused.other_backend += 1;
+            return None;
+        }
+        let endpoint = HostPort {
+            host: public_ip.to_string(),
+            port: self.network.backend.port(),
+        };
+        let name = match key {
+            Some(key) => PeerName::Key(*key),
+            None => PeerName::Host(endpoint.clone()),
+        };
+        let mut spec = PeerSpec::new(name, Some(endpoint));
+        spec.prefixes.push(subnet.into());
+        if let Backend::WireGuard {
+            preshared_key,
+            keepalive,
+            ..
+        } = &self.network.backend
+        {
+            spec.preshared_key = preshared_key.clone();
+            spec.persistent_keepalive = *keepalive;
+        }
+        Some(spec)
+    }
+}
+
+#[cfg(test)]
+#[path = "view_tests.rs"]
+mod tests;

@@ -1,0 +1,217 @@
+//! This host's own keys in the registry: claimed, kept, and claimed again.
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+use std::time::Instant;
+
+use ipnet::{IpNet, Ipv4Net};
+
+use super::{End, Own, Worker};
+use crate::error::{Error, Result};
+use crate::registry::claim::{self, Claim};
+use crate::registry::client::{Client, Outcome};
+use crate::registry::entry::{HostValue, extra_to_json};
+use crate::registry::proto::{Compare, DeleteRangeRequest, Operation, PutRequest};
+use crate::registry::view::Pair;
+use crate::wire::wireguard::keys::PrivateKey;
+
+impl Worker {
+    /// What this host's key should say.
+    fn own_value(&self) -> HostValue {
+        let key = self.private_key.as_ref().map(PrivateKey::public);
+        HostValue::new(self.options.public_ip, key)
+    }
+
+    /// Makes sure that this host has its subnet, and renews its lease.
+    pub(super) async fn keep_own(&mut self, client: &mut Client) -> std::result::Result<(), End> {
+        let Some(own) = self.own else {
+            return Ok(self.claim(client).await?);
+        };
+        let renewed = match own.lease {
+            0 => None,
+            lease => client.keep_alive(lease).await?,
+        };
+        let key = self.keys.subnet(own.subnet);
+        let found = client.get(&key).await?.pairs.pop();
+        let value = found
+            .as_ref()
+            .and_then(|pair| HostValue::parse(&pair.value));
+        match (found, value) {
+            (None, _) if renewed.is_some() => {
+                let what = format!("this host's key {key} was removed from the registry");
+                let error = Error::new(what);
+                return Err(End::Fatal(error.hint(
+                    "start fastvpn again for a new subnet, if that was not meant",
+                )));
+            }
+            (None, _) => {
+                let (subnet, own) = (own.subnet, self.put_own(client, own.subnet, 0).await?);
+                match own {
+                    Ok(()) => tracing::info!("registry: {subnet} claimed again"),
+                    Err(other) => self.alarm(subnet, other.as_ref()),
+                }
+            }
+            (Some(pair), Some(value)) if value.public_ip != self.options.public_ip => {
+                self.alarm(own.subnet, Some(&pair));
+            }
+            (Some(pair), value) => {
+                let is_right = value.is_some_and(|value| value == self.own_value());
+                if is_right
+                    && pair.lease == own.lease
+                    && let Some(ttl_s) = renewed
+                {
+                    self.note_lease(ttl_s);
+                } else if is_right
+                    && pair.lease != 0
+                    && let Some((left_s, _)) = client.time_left(pair.lease).await?
+                {
+                    // Of the process that was here before, or that takes over.
+                    self.own = Some(Own {
+                        lease: pair.lease,
+                        ..own
+                    });
+                    self.note_lease(left_s);
+                } else {
+                    let put = self.put_own(client, own.subnet, pair.mod_revision).await?;
+                    if let Err(other) = put {
+                        self.alarm(own.subnet, other.as_ref());
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn note_lease(&mut self, ttl_s: i64) {
+        self.status.alarm = None;
+        self.status.lease = Some((ttl_s, Instant::now()));
+        self.show_status();
+    }
+
+    /// This host's subnet is somebody else's, and its containers have addresses of it: they
+    /// are not to be renumbered under way.
+    fn alarm(&mut self, subnet: Ipv4Net, other: Option<&Pair>) {
+        let value = other.and_then(|pair| HostValue::parse(&pair.value));
+        let who = value.map_or("somebody else".into(), |value| value.public_ip.to_string());
+        let text = format!(
+            "this host's subnet {subnet} was taken by {who}: two hosts use it now; stop one of \
+             them, remove its key, and start it again"
+        );
+        if self.status.alarm.as_ref() != Some(&text) {
+            tracing::error!("registry: {text}");
+            self.status.alarm = Some(text);
+            self.show_status();
+        }
+    }
+
+    /// Claims a subnet.
+    async fn claim(&mut self, client: &mut Client) -> Result<()> {
+        let Some(policy) = &self.policy else {
+            return Ok(());
+        };
+        let (network, own_ip) = (policy.network.clone(), policy.own_ip);
+        let mut taken: BTreeMap<Ipv4Net, Ipv4Addr> = self.view.taken();
+        loop {
+            let claim = claim::choose(&network, own_ip, self.previous, &taken)?;
+            let (subnet, mod_revision) = match claim {
+                Claim::Own(subnet) => {
+                    if self.adopt(client, subnet).await? {
+                        return Ok(());
+                    }
+                    let host = self.view.host(subnet);
+                    (subnet, host.map_or(0, |host| host.mod_revision))
+                }
+                Claim::Free(subnet) => (subnet, 0),
+            };
+            match self.put_own(client, subnet, mod_revision).await? {
+                Ok(()) => return Ok(()),
+                // Another one was faster.
+                Err(Some(pair)) => match HostValue::parse(&pair.value) {
+                    Some(other) if other.public_ip == own_ip => drop(self.view.put(pair)),
+                    other => {
+                        let ip = other.map_or(Ipv4Addr::UNSPECIFIED, |other| other.public_ip);
+                        taken.insert(subnet, ip);
+                    }
+                },
+                Err(None) => {
+                    taken.remove(&subnet);
+                    self.view.delete(self.keys.subnet(subnet).as_bytes(), 0);
+                }
+            }
+        }
+    }
+
+    /// Goes on with the keys that this host has in the registry, if they are as they should
+    /// be: nobody sees that it was started again.
+    async fn adopt(&mut self, client: &mut Client, subnet: Ipv4Net) -> Result<bool> {
+        let Some(host) = self.view.host(subnet) else {
+            return Ok(false);
+        };
+        let published = self.view.extra(subnet).unwrap_or_default();
+        let lease = host.lease;
+        if lease == 0 || host.value != self.own_value() || published != self.published() {
+            return Ok(false);
+        }
+        let left = client.time_left(lease).await?;
+        if left.is_none_or(|(_, granted_s)| granted_s != self.options.ttl_s) {
+            return Ok(false);
+        }
+        let Some(ttl_s) = client.keep_alive(lease).await? else {
+            return Ok(false);
+        };
+        self.set_own(subnet, lease, ttl_s);
+        Ok(true)
+    }
+
+    fn published(&self) -> Vec<IpNet> {
+        let mut prefixes: Vec<_> = self.options.published.iter().map(IpNet::trunc).collect();
+        prefixes.sort_unstable();
+        prefixes.dedup();
+        prefixes
+    }
+
+    fn set_own(&mut self, subnet: Ipv4Net, lease: i64, ttl_s: i64) {
+        self.own = Some(Own { subnet, lease });
+        self.previous = Some(subnet);
+        self.note_lease(ttl_s);
+    }
+
+    /// Writes this host's keys, if that of its subnet is as it was at `mod_revision`, with a
+    /// new lease. If it is not: as it is now.
+    async fn put_own(
+        &mut self,
+        client: &mut Client,
+        subnet: Ipv4Net,
+        mod_revision: i64,
+    ) -> Result<std::result::Result<(), Option<Pair>>> {
+        let (lease, ttl_s) = client.grant(self.options.ttl_s).await?;
+        let (key, extra) = (self.keys.subnet(subnet), self.keys.extra(subnet));
+        let put = |key: &str, value: String| {
+            Operation::Put(PutRequest {
+                key: key.into(),
+                value: value.into(),
+                lease,
+            })
+        };
+        let (value, published) = (self.own_value().to_json(), self.published());
+        let mut operations = vec![put(&key, value.clone())];
+        if !published.is_empty() {
+            operations.push(put(&extra, extra_to_json(&published)));
+        } else if self.view.extra(subnet).is_some() {
+            let key = extra.into();
+            operations.push(Operation::Delete(DeleteRangeRequest { key }));
+        }
+        let compare = vec![Compare::is_unchanged(&key[..], mod_revision)];
+        match client.transact(compare, operations, &key).await? {
+            Outcome::Done => {
+                self.set_own(subnet, lease, ttl_s);
+                Ok(Ok(()))
+            }
+            Outcome::Refused(mut pairs) => {
+                // It would only live on until it ends by itself.
+                client.revoke(lease).await?;
+                Ok(Err(pairs.pop()))
+            }
+        }
+    }
+}
