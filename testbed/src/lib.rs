@@ -7,6 +7,7 @@
 pub use inventory;
 pub use testbed_macros::trial;
 
+pub mod etcd;
 pub mod process;
 pub mod program;
 mod routes;
@@ -43,8 +44,8 @@ pub struct Trial {
     /// Whether it is in the long tier: what takes minutes, or needs more than Rust,
     /// a C compiler and iproute2.
     pub long: bool,
-    /// The program without which it cannot be run.
-    pub needs: Option<&'static wireguard::Implementation>,
+    /// Why it cannot be run here, where a program is missing that it needs.
+    pub needs: Option<fn() -> Option<String>>,
 }
 
 inventory::collect!(Trial);

@@ -22,6 +22,7 @@ mod memory;
 mod numbered;
 mod operator;
 mod packets;
+mod registry;
 mod relay;
 mod routing;
 mod script;
@@ -35,7 +36,6 @@ use std::process::ExitCode;
 
 use fastvpn::io::uring;
 use libtest_mimic::{Arguments, Completion, Trial};
-use testbed::wireguard::Implementation;
 
 use crate::support::Engines;
 
@@ -56,7 +56,7 @@ fn main() -> ExitCode {
     let mut trials = Vec::new();
     for test in testbed::trials() {
         let without_root = without_root.filter(|_| test.needs_root);
-        let without_program = || test.needs.and_then(Implementation::missing);
+        let without_program = || test.needs.and_then(|missing| missing());
         let lacks = without_root.map(Into::into).or_else(without_program);
         let lacks_uring = || lacks.clone().or(without_uring.map(Into::into));
         if test.each_engine {

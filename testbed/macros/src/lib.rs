@@ -9,6 +9,7 @@ use proc_macro::{TokenStream, TokenTree};
 /// - `mixed`: with io_uring at one end and epoll at the other.
 /// - `needs_root`: not in a user namespace.
 /// - `long`: in the long tier alone.
+/// - `etcd`: where etcd and etcdctl are installed.
 /// - `wireguard_go`, `boringtun`, `gotatun`, `wg`: where that program is installed.
 ///
 /// Without the first two it is run once, on whatever engine a tunnel chooses.
@@ -32,9 +33,13 @@ pub fn trial(attribute: TokenStream, function: TokenStream) -> TokenStream {
     for program in ["wireguard_go", "boringtun", "gotatun", "wg"] {
         if words.iter().any(|word| word == program) {
             let constant = program.to_uppercase();
-            needs = format!("Some(&::testbed::wireguard::{constant})");
+            needs = format!("Some(|| ::testbed::wireguard::{constant}.missing())");
             words.retain(|word| word != program);
         }
+    }
+    if words.iter().any(|word| word == "etcd") {
+        needs = "Some(::testbed::etcd::missing)".into();
+        words.retain(|word| word != "etcd");
     }
     assert!(words.is_empty(), "{words:?} are no words of a trial");
     let mut tokens = function.clone().into_iter();

@@ -1,0 +1,7 @@
+//! Hosts that find each other in a registry: real fastvpn processes, and a real etcd.
+
+mod joining;
+mod keys;
+mod network;
+mod secure;
+mod trouble;
