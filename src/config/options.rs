@@ -14,8 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::peer::{self, PeerSpec, parse_identity, parse_peer};
 use super::types::{
     self, Aqm, BusyPoll, CoreList, Dscp, Feature, Io, QueueLimit, parse_busy_poll, parse_cores,
-    parse_fwmark, parse_listen, parse_prefix, parse_queue_limit, parse_tun_name,
-    parse_url,
+    parse_fwmark, parse_listen, parse_prefix, parse_queue_limit, parse_tun_name, parse_url,
 };
 use crate::log::LogFormat;
 use crate::wire::Mode;
