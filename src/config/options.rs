@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::peer::{self, PeerSpec, parse_identity, parse_peer};
 use super::types::{
     self, Aqm, BusyPoll, CoreList, Dscp, Feature, Io, QueueLimit, parse_busy_poll, parse_cores,
-    parse_fwmark, parse_listen, parse_prefix, parse_queue_limit, parse_tun_name, parse_url,
+    parse_fwmark, parse_interface, parse_listen, parse_prefix, parse_queue_limit, parse_url,
 };
 use crate::log::LogFormat;
 use crate::wire::Mode;
@@ -37,7 +37,7 @@ pub struct Config {
     /// come by `wg setconf`, addresses and routes from elsewhere
     #[arg(
         value_name = "NAME",
-        value_parser = parse_tun_name,
+        value_parser = parse_interface,
         conflicts_with_all = [
             "config_file", "wg_config_file", "private_key_file", "secret_file", "identity",
             "peers", "tun", "mtu_bytes", "addresses", "routes", "no_routes",

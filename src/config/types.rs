@@ -155,6 +155,14 @@ pub(crate) fn parse_tun_name(text: &str) -> ParseResult<String> {
     Ok(text.to_string())
 }
 
+/// A name that stands alone: not an address that belongs to a flag.
+pub(super) fn parse_interface(text: &str) -> ParseResult<String> {
+    if text.parse::<IpAddr>().is_ok() {
+        return Err("an address is no name for an interface; each peer takes a --peer".into());
+    }
+    parse_tun_name(text)
+}
+
 /// Numbers and ranges, as in `0,2-3`.
 pub(super) fn parse_cores(text: &str) -> ParseResult<CoreList> {
     /// Ranges of a few characters each could be repeated without end.

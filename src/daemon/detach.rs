@@ -42,7 +42,7 @@ pub fn launch(config: &Config) -> Result<bool> {
     }
     let tun = &config.tun;
     if said == READY {
-        // Nobody is told by a log what a mistyped command has made.
+        // Logging is off, so say here what was made: the command may have been mistyped.
         let _ = writeln!(
             std::io::stderr(),
             "fastvpn: {tun} is ready for `wg`, in process {}; `ip link del {tun}` ends it",

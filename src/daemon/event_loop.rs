@@ -103,6 +103,7 @@ impl Daemon {
                 recv(poll) -> _ => {
                     self.tunnel.poll_registry();
                     self.tunnel.poll();
+                    self.retry_uapi();
                     end = self.find_socket_removed();
                 }
                 recv(limits_reset) -> _ => self.tunnel.workers.reset_limits(),
@@ -140,6 +141,15 @@ impl Daemon {
             return Ok(End::Stopped);
         }
         Err(failure.unwrap_or_else(|| Error::new("all workers have ended")))
+    }
+
+    /// An interface that only `wg` can talk to has a socket, if it had to wait for an old
+    /// process to let go of it.
+    fn retry_uapi(&mut self) {
+        let config = &self.tunnel.config;
+        if self.uapi.is_none() && config.interface.is_some() {
+            self.uapi = uapi::retry(config);
+        }
     }
 
     /// An interface that only `wg` can talk to ends with the socket's name.

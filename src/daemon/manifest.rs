@@ -289,15 +289,20 @@ impl Manifest {
 
     /// Adds what operators added to the old process. Their word is the later one:
     /// prefixes that the configuration gives to other peers are taken from these. And so is
-    /// what they have changed.
-    pub fn add_to(&self, overlay: &mut Overlay) {
+    /// what they have changed. `shared`: the preshared key of peers that have no other.
+    pub fn add_to(&self, overlay: &mut Overlay, shared: Option<&PresharedKey>) {
+        let is_added = |peer: &&KnownPeer| peer.is_added || !peer.prefixes.is_empty();
+        for peer in self.peers.iter().filter(is_added) {
+            if let Err(error) = add_peer(overlay, self.listen, peer) {
+                log_left_out(&error);
+            }
+        }
+        // What `wg` has said of a peer counts, even that it has none.
+        if let Some(key) = shared {
+            overlay.share_preshared_key(key);
+        }
         for peer in &self.peers {
-            let is_added = peer.is_added || !peer.prefixes.is_empty();
-            let added = match is_added {
-                true => add_peer(overlay, self.listen, peer),
-                false => Ok(()),
-            };
-            if let Err(error) = added.and_then(|()| peer.change(overlay)) {
+            if let Err(error) = peer.change(overlay) {
                 log_left_out(&error);
             }
         }

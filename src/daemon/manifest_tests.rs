@@ -71,7 +71,7 @@ fn what_operators_added_goes_before_the_configuration() {
         // Configured by then, and not any more.
         ("other:1", false, false, &[]),
     ];
-    manifest(peers).add_to(&mut overlay);
+    manifest(peers).add_to(&mut overlay, None);
     assert_eq!(
         shown(&overlay),
         [
@@ -91,7 +91,7 @@ fn no_peer_is_dropped_for_what_clashes() {
         ("b:1", true, true, &["10.8.0.0/16"]),
         ("c:1", true, true, &["10.9.0.0/16"]),
     ];
-    manifest(peers).add_to(&mut overlay);
+    manifest(peers).add_to(&mut overlay, None);
     assert_eq!(
         shown(&overlay),
         [
@@ -118,7 +118,7 @@ fn a_peer_that_is_this_host_is_left_out() {
         ("c:1", true, false, &["fd01::/64"]),
     ];
     let mut overlay = overlay(&[]);
-    manifest(peers).add_to(&mut overlay);
+    manifest(peers).add_to(&mut overlay, None);
     assert_eq!(shown(&overlay), ["fd01::/64 c:1 runtime"]);
 }
 
@@ -140,7 +140,7 @@ fn a_peer_with_a_key_is_handed_over() {
         let configured = format!("{KEY}{given}=10.9.0.0/16");
         let configured = (!given.is_empty()).then_some(&configured[..]);
         let mut overlay = overlay(configured.as_slice());
-        manifest.add_to(&mut overlay);
+        manifest.add_to(&mut overlay, None);
         let known = manifest.known(&overlay);
         resolve::set_known(&mut overlay, &known, "0.0.0.0:1".parse().unwrap());
         let peer = overlay.peers_by_name().next().unwrap();
@@ -174,7 +174,7 @@ fn identities_of_peers_are_handed_over() {
     let mut manifest: Manifest = serde_json::from_str(&text).unwrap();
     manifest.use_secret(&config);
     let mut overlay = overlay(&[]);
-    manifest.add_to(&mut overlay);
+    manifest.add_to(&mut overlay, None);
     let peer = overlay.peers_by_name().next().unwrap();
     assert_eq!(peer.name.key(), config.key_of("gate"));
     assert_eq!(peer.identity(), Some("gate"));
@@ -275,7 +275,7 @@ fn what_wg_has_set_of_a_peer_goes_on() {
         assert_eq!(received, manifest);
         let configured = is_configured.then_some(&configured[..]);
         let mut overlay = overlay(configured.as_slice());
-        received.add_to(&mut overlay);
+        received.add_to(&mut overlay, None);
         let peer = overlay.peers_by_name().next().unwrap();
         let secure = peer.secure.as_ref().unwrap();
         assert_eq!(secure.preshared_key, shared);
@@ -298,7 +298,8 @@ fn a_preshared_key_that_wg_has_removed_stays_removed() {
     let mut manifest = manifest(&[]);
     let peer = old.peers_by_name().next().unwrap();
     manifest.peers = vec![KnownPeer::of(peer, Some(&spec), &PresharedKey::default())];
-    manifest.add_to(&mut new);
+    // Nor if all hosts share one.
+    manifest.add_to(&mut new, Some(&SHARED.parse().unwrap()));
     let secure = new.peers_by_name().next().unwrap().secure.as_ref().unwrap();
     assert!(!secure.preshared_key.is_set());
     assert_eq!(secure.persistent_keepalive, None);

@@ -176,10 +176,7 @@ fn overlay(
     }
     overlay.set_own_addresses(own);
     if let Some(old) = old {
-        old.add_to(&mut overlay);
-        if let Some(key) = config.shared_preshared_key() {
-            overlay.share_preshared_key(&key);
-        }
+        old.add_to(&mut overlay, config.shared_preshared_key().as_ref());
         let known = old.known(&overlay);
         resolve::set_known(&mut overlay, &known, listen);
     }

@@ -73,6 +73,11 @@ pub fn serve(config: &Config) -> Option<Server> {
     }
 }
 
+/// Opens the socket once the process that had it before has let go of it.
+pub fn retry(config: &Config) -> Option<Server> {
+    Server::start(&config.tun).ok()
+}
+
 /// Does what is wanted. `is_leaving`: another process is taking over, and would not know of
 /// a change.
 pub fn answer(tunnel: &mut Tunnel, request: Request, asker: Asker, is_leaving: bool) -> Outcome {

@@ -83,9 +83,7 @@ impl Inbound {
         }
         let datagrams = payload.chunks_mut(segment_bytes);
         if self.sessions.is_some() {
-            if self.push_sealed(datagrams, meta, table, counters, engine) {
-                engine.note_sender(sender, received_bytes, meta.is_shared);
-            }
+            self.push_sealed(datagrams, meta, table, counters, engine);
             return;
         }
         if !table.senders().has(sender.ip()) {
@@ -101,8 +99,8 @@ impl Inbound {
         engine.note_sender(sender, received_bytes, meta.is_shared);
     }
 
-    /// Takes in the datagrams of one receive in WireGuard mode. Returns whether one of them
-    /// was a peer's.
+    /// Takes in the datagrams of one receive in WireGuard mode. Senders get no sockets of their
+    /// own there: handshakes would come to workers by them.
     #[inline]
     fn push_sealed<'a>(
         &mut self,
@@ -111,9 +109,8 @@ impl Inbound {
         table: &'a Table,
         counters: &Counters,
         engine: &mut impl Engine,
-    ) -> bool {
+    ) {
         let now_ns = clock::now_ns();
-        let mut is_authentic = false;
         let mut run: Option<Run<'a>> = None;
         for datagram in datagrams {
             let Some(Data {
@@ -140,7 +137,7 @@ impl Inbound {
             let datagram_bytes = datagram.len();
             match run.session.open(datagram) {
                 Ok(padded) => {
-                    (is_authentic, run.is_authentic) = (true, true);
+                    run.is_authentic = true;
                     if padded.is_empty() {
                         counters.keepalives_received.add(1);
                         continue;
@@ -165,7 +162,6 @@ impl Inbound {
         if let Some(run) = run {
             run.end(meta.sender, now_ns, self.sessions.as_ref(), counters);
         }
-        is_authentic
     }
 
     /// Finds the session that datagrams name.

@@ -1,14 +1,17 @@
-//! The sockets that a worker receives from, and whose turn it is: the one on the port that
+//! The sockets that a worker receives from, and which is read next: the one on the port that
 //! all senders share, and a few that are connected to one busy sender each.
 //!
 //! The worker tells which senders are peers ([`Receivers::note_sender`]). Each time that so
 //! many bytes have come ([`ROUND_BYTES`]), one of them that has sent a good part of all gets
-//! a socket of its own. If all places are taken, the one that has brought the least is given
+//! a socket of its own. If all slots are taken, the one that has brought the least is given
 //! up, if that is less than half.
 //!
-//! Nothing is lost or overtaken at a change. A new socket is read once the shared one has
-//! been found empty: what came before is in there. One that is given up is disconnected, read
-//! until it is empty, before any other, and then closed.
+//! Datagrams of one sender stay in order at a change. A new socket is read once the shared one
+//! has been found empty: what came before is in there. One that is given up is disconnected,
+//! read until it is empty, before any other, and then closed. Either ends with as many bytes as
+//! a receive buffer can hold, lest somebody who sends all the time keeps the worker at it. The
+//! only datagrams that are lost are those for which the kernel had looked up the socket before
+//! it was disconnected, and which it delivers after it was found empty: microseconds.
 
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -31,9 +34,12 @@ const SHARED: usize = 0;
 /// Bytes received between two decisions: at full rate a tenth of a second's.
 pub const ROUND_BYTES: usize = 64 << 20;
 
-/// Most receives from the shared socket until all is read that was in it at some time: the
-/// kernel doubles the size of the buffer, and counts more than this for each datagram.
-const RECEIVES_MAX: usize = 2 * SOCKET_BUFFER_BYTES / 512;
+/// Bytes to read from a socket until all is read that was in it at some time: the kernel
+/// doubles the size of the buffer.
+const HELD_BYTES_MAX: usize = 2 * SOCKET_BUFFER_BYTES;
+
+/// What the kernel counts for a datagram at least (`truesize` of a `struct sk_buff`).
+const DATAGRAM_BYTES_MIN: usize = 512;
 
 /// A set of receivers, one bit each.
 type Bits = u8;
@@ -45,12 +51,12 @@ const fn bit(receiver: usize) -> Bits {
 /// What becomes of a connected socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
-    /// It is read when the shared one has been found empty, or been read so often.
+    /// It is read when the shared one has been found empty, or so many bytes have come by it.
     New(usize),
     /// It is read in its turn.
     Open,
-    /// It is read until it is empty.
-    Last,
+    /// It is disconnected, and read until it is empty, or so many bytes have come by it.
+    Last(usize),
 }
 
 #[derive(Debug)]
@@ -58,6 +64,8 @@ struct Connected {
     socket: Arc<Socket>,
     sender: SocketAddr,
     stage: Stage,
+    /// It is of no use. While it is new it waits for its turn, as all else would be overtaken.
+    is_given_up: bool,
     /// What it has brought in this round.
     bytes: usize,
 }
@@ -154,10 +162,16 @@ impl Receivers {
         self.round_bytes += bytes;
         if receiver == SHARED {
             if self.new != 0 {
-                self.count_down();
+                self.count_down_new(bytes);
             }
         } else if let Some(Some(connected)) = self.connected.get_mut(receiver - 1) {
             connected.bytes += bytes;
+            if let Stage::Last(left) = &mut connected.stage {
+                *left = left.saturating_sub(bytes.max(DATAGRAM_BYTES_MIN));
+                if *left == 0 {
+                    self.move_on(receiver);
+                }
+            }
         }
     }
 
@@ -174,34 +188,35 @@ impl Receivers {
     fn move_on(&mut self, empty: usize) {
         if empty == SHARED {
             self.open_new();
-        } else if let Some(place) = self.connected.get_mut(empty - 1)
-            && let Some(connected) = place.take_if(|it| it.stage == Stage::Last)
+        } else if let Some(slot) = self.connected.get_mut(empty - 1)
+            && let Some(connected) = slot.take_if(|it| matches!(it.stage, Stage::Last(_)))
         {
             self.sockets.close(&connected.socket);
         }
         self.update();
     }
 
+    /// The shared one has brought so many bytes.
     #[cold]
-    fn count_down(&mut self) {
+    fn count_down_new(&mut self, bytes: usize) {
+        let mut is_read = false;
         for connected in self.connected.iter_mut().flatten() {
-            match connected.stage {
-                Stage::New(1) => self.open_new(),
-                Stage::New(left) => connected.stage = Stage::New(left - 1),
-                Stage::Open | Stage::Last => continue,
+            if let Stage::New(left) = &mut connected.stage {
+                *left = left.saturating_sub(bytes.max(DATAGRAM_BYTES_MIN));
+                is_read |= *left == 0;
             }
-            return self.update();
+        }
+        if is_read {
+            self.open_new();
+            self.update();
         }
     }
 
-    /// What came before is read: the new one's turn has come.
+    /// What came before is read: the new one's turn has come. There is one at the most.
     fn open_new(&mut self) {
         for connected in self.connected.iter_mut().flatten() {
             if matches!(connected.stage, Stage::New(_)) {
-                connected.stage = match self.is_quiet {
-                    true => Stage::Last,
-                    false => Stage::Open,
-                };
+                connected.open();
             }
         }
     }
@@ -214,7 +229,7 @@ impl Receivers {
             let chosen = there.filter(|(it, _)| is(it.stage));
             chosen.fold(0, |bits, (_, receiver)| bits | bit(receiver))
         };
-        let last = at(|stage| stage == Stage::Last);
+        let last = at(|stage| matches!(stage, Stage::Last(_)));
         let open = at(|stage| stage == Stage::Open);
         self.new = at(|stage| matches!(stage, Stage::New(_)));
         self.readable = match (last, self.is_quiet) {
@@ -264,25 +279,27 @@ impl Receivers {
             return None;
         }
         let sender = busiest?;
-        // One that is connected to it, and brings nothing, is of no use: this host would
-        // answer from another address by now.
-        let is_its = |it: &Option<Connected>| it.as_ref().is_some_and(|it| it.sender == sender);
-        let place = self.connected.iter().position(is_its);
-        let place = place.or_else(|| self.connected.iter().position(Option::is_none));
-        if let Some(place) = place
-            && self.connected[place].is_none()
+        if self
+            .connected
+            .iter()
+            .flatten()
+            .any(|it| it.sender == sender)
         {
-            return self.connect(place, sender);
+            // It sends to another address than this host would answer from.
+            return None;
         }
-        // It makes room for the next round.
-        let place = place.or_else(|| (0..CONNECTED_MAX).min_by_key(|&place| brought[place]))?;
-        if brought[place]? < lead_bytes / 2 {
-            self.give_up(1 + place);
+        if let Some(slot) = self.connected.iter().position(Option::is_none) {
+            return self.connect(slot, sender);
+        }
+        // The one that has brought the least makes room for the next round.
+        let slot = (0..CONNECTED_MAX).min_by_key(|&slot| brought[slot])?;
+        if brought[slot]? < lead_bytes / 2 {
+            self.give_up(1 + slot);
         }
         None
     }
 
-    fn connect(&mut self, place: usize, sender: SocketAddr) -> Option<usize> {
+    fn connect(&mut self, slot: usize, sender: SocketAddr) -> Option<usize> {
         let socket = match self.sockets.connect(sender) {
             Ok(socket) => socket,
             Err(error) => {
@@ -290,13 +307,14 @@ impl Receivers {
                 return None;
             }
         };
-        *self.connected.get_mut(place)? = Some(Connected {
+        *self.connected.get_mut(slot)? = Some(Connected {
             socket,
             sender,
-            stage: Stage::New(RECEIVES_MAX),
+            stage: Stage::New(HELD_BYTES_MAX),
+            is_given_up: false,
             bytes: 0,
         });
-        let receiver = 1 + place;
+        let receiver = 1 + slot;
         // Either may have something by now.
         self.ready |= bit(SHARED) | bit(receiver);
         self.update();
@@ -306,11 +324,9 @@ impl Receivers {
     /// Receives nothing new by a connected socket, and reads what it holds.
     pub fn give_up(&mut self, receiver: usize) {
         if let Some(Some(connected)) = self.connected.get_mut(receiver.wrapping_sub(1)) {
-            if let Err(error) = connected::disconnect(&connected.socket, connected.sender) {
-                tracing::debug!("{} keeps its socket for now: {error}", connected.sender);
-            }
+            connected.is_given_up = true;
             if connected.stage == Stage::Open {
-                connected.stage = Stage::Last;
+                connected.open();
             }
             self.ready |= bit(receiver);
             self.update();
@@ -328,10 +344,120 @@ impl Receivers {
     }
 }
 
+impl Connected {
+    /// What came before is read. Reads it in its turn, or for the last time.
+    fn open(&mut self) {
+        self.stage = Stage::Open;
+        if self.is_given_up {
+            if let Err(error) = connected::disconnect(&self.socket, self.sender) {
+                tracing::debug!("{} cannot be disconnected: {error}", self.sender);
+            }
+            self.stage = Stage::Last(HELD_BYTES_MAX);
+        }
+    }
+}
+
 impl Drop for Receivers {
     fn drop(&mut self) {
         for connected in self.connected.iter().flatten() {
             self.sockets.close(&connected.socket);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::UdpSocket;
+
+    use super::*;
+    use crate::io::udp::{UdpOffloads, open};
+    use crate::wire::Mode;
+
+    /// Of the receives here.
+    const BYTES: usize = 64_000;
+
+    /// A sender has just got a socket, which is this receiver.
+    fn with_new() -> (Receivers, usize) {
+        let free = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let listen = free.local_addr().unwrap();
+        drop(free);
+        let none = UdpOffloads {
+            segment: false,
+            gro: false,
+        };
+        let mut sockets = open(listen, 1, none, Mode::Plain).unwrap();
+        let mut receivers = Receivers::new(Arc::new(sockets.workers.remove(0)));
+        receivers.received(SHARED, ROUND_BYTES);
+        let sender = "127.0.0.1:7".parse().unwrap();
+        let new = receivers.note_sender(sender, ROUND_BYTES, true).unwrap();
+        assert_ne!(new, SHARED);
+        (receivers, new)
+    }
+
+    /// How many receives from one socket there are until another's turn has come.
+    fn receives(receivers: &mut Receivers, receiver: usize) -> usize {
+        let most = HELD_BYTES_MAX / BYTES + 1;
+        let count = (0..=most).take_while(|_| {
+            let is_next = receivers.next() == Some(receiver);
+            receivers.received(receiver, BYTES);
+            is_next
+        });
+        let count = count.count();
+        assert!(count <= most, "it has no end");
+        count
+    }
+
+    #[test]
+    fn a_new_socket_is_read_once_the_shared_one_was_found_empty() {
+        let (mut receivers, new) = with_new();
+        assert_eq!(receivers.next(), Some(SHARED));
+        receivers.found_empty(SHARED);
+        assert_eq!(receivers.next(), Some(new));
+        receivers.set_ready(SHARED);
+        receivers.received(new, 1);
+        assert_eq!(receivers.next(), Some(SHARED), "they take turns");
+    }
+
+    #[test]
+    fn a_shared_socket_that_never_runs_empty_keeps_no_new_one_from_being_read() {
+        let (mut receivers, new) = with_new();
+        assert!(receives(&mut receivers, SHARED) > 1);
+        receivers.last = SHARED;
+        assert_eq!(receivers.next(), Some(new));
+    }
+
+    #[test]
+    fn a_socket_that_never_runs_empty_keeps_no_worker_from_stopping() {
+        let (mut receivers, new) = with_new();
+        receivers.found_empty(SHARED);
+        receivers.quiesce();
+        assert!(receives(&mut receivers, new) > 1);
+        assert_eq!(
+            (receivers.next(), receivers.socket(new).is_some()),
+            (None, false)
+        );
+    }
+
+    #[test]
+    fn a_worker_that_stops_reads_what_came_before_a_new_socket_first() {
+        let (mut receivers, new) = with_new();
+        receivers.quiesce();
+        assert_eq!(receivers.next(), Some(SHARED));
+        receivers.found_empty(SHARED);
+        assert_eq!(receivers.next(), Some(new));
+        receivers.found_empty(new);
+        assert_eq!(receivers.next(), None);
+    }
+
+    /// As when it cannot be waited for.
+    #[test]
+    fn a_new_socket_that_is_given_up_is_read_and_closed() {
+        let (mut receivers, new) = with_new();
+        receivers.give_up(new);
+        assert_eq!(receivers.next(), Some(SHARED));
+        receivers.found_empty(SHARED);
+        assert_eq!(receivers.next(), Some(new));
+        receivers.found_empty(new);
+        assert!(receivers.socket(new).is_none());
     }
 }

@@ -138,9 +138,12 @@ impl Exchange {
         self.peers.earlier = earlier.map(|peer| (peer.peer, peer)).collect();
     }
 
-    /// The timestamps of the peers so far.
+    /// The timestamps of the peers so far, and those from before of peers that are not
+    /// configured yet.
     pub(crate) fn timestamps(&mut self) -> Vec<PeerTimestamps> {
-        self.peers.all().map(|peer| peer.timestamps()).collect()
+        let earlier: Vec<_> = self.peers.earlier.values().copied().collect();
+        let now = self.peers.all().map(|peer| peer.timestamps());
+        now.chain(earlier).collect()
     }
 
     /// When the next tick is due, unless something happens before that. `None`: never.
