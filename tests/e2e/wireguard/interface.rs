@@ -160,8 +160,13 @@ impl<'a> Host<'a> {
             let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
             Ok(stat.is_empty() || stat.contains(") Z "))
         })?;
-        let now = self.surroundings()?;
-        check(now == before, || format!("was:\n{before}\n\nis:\n{now}"))
+        // The kernel takes some of it away a moment later.
+        let mut now = String::new();
+        let left = wait_until("all is as it was", || {
+            now = self.surroundings()?;
+            Ok(now == before)
+        });
+        left.or_else(|error| fail(format!("{error}: was:\n{before}\n\nis:\n{now}")))
     }
 }
 
