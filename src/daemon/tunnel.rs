@@ -46,6 +46,8 @@ pub struct Tunnel {
     pub encryption: Option<Encryption>,
     /// `None` where peers are named one by one.
     pub registry: Option<Registry>,
+    /// The workers carry packets, or have been told to.
+    is_started: bool,
     /// `None` where nothing is masqueraded.
     pub(super) masquerade: Option<Masquerade>,
     drop_log: DropLog,
@@ -86,6 +88,7 @@ impl Tunnel {
             workers,
             encryption,
             registry: None,
+            is_started: false,
             masquerade: None,
             drop_log: DropLog::new(),
             started: Instant::now(),
@@ -128,6 +131,7 @@ impl Tunnel {
     /// has started then.
     pub fn go(&mut self) -> Result<()> {
         let marked = self.mark_sockets(self.config.fwmark);
+        self.is_started = true;
         self.workers.go();
         let started = match &mut self.encryption {
             Some(encryption) => encryption.start(&self.config, &self.peers.overlay, &self.workers),
@@ -319,7 +323,10 @@ impl Tunnel {
         if let Some(encryption) = &self.encryption {
             encryption.admit(&self.peers.overlay, next);
         }
-        self.workers.publish(table);
+        match self.is_started {
+            true => self.workers.publish(table),
+            false => self.workers.begin_with(table),
+        }
     }
 
     /// Puts peers and prefixes in force, or leaves everything as it was.

@@ -389,6 +389,12 @@ impl Workers {
         self.setup.table = table;
     }
 
+    /// Has workers that have not started begin with another table.
+    pub fn begin_with(&mut self, table: Arc<Table>) {
+        drop(self.offer(Arc::clone(&table)));
+        self.setup.table = table;
+    }
+
     /// Tells all workers to take a table. What is returned ends when they have.
     fn offer(&self, table: Arc<Table>) -> Receiver<Infallible> {
         let (sender, in_force) = bounded(0);

@@ -118,6 +118,10 @@ fn hosts_of_flanneld_are_peers() -> Result<()> {
     network.put_host("10.50.200.0-24", "10.211.77.9", 60)?;
     let member = network.join(0, "")?;
     member.wait_for_routes(&["10.50.200.0/24 10.211.77.9:8285"])?;
+    // Nothing was wrong with a network that has hosts already.
+    check(!member.tunnel.said().contains("ERROR"), || {
+        member.tunnel.said()
+    })?;
     network.put_host("10.50.201.0-24", "10.211.77.10", 60)?;
     member.wait_for_routes(&[
         "10.50.200.0/24 10.211.77.9:8285",
