@@ -276,23 +276,25 @@ impl Worker {
     /// become another.
     fn follow_config(&mut self) -> Result<()> {
         let key = self.keys.config();
-        let Some(value) = self.view.config() else {
-            let what = format!("there is no network in etcd at {key}");
-            return Err(Error::new(what).hint("`fastvpn registry init` makes one"));
-        };
-        let network = Network::parse(value);
+        let value = self.view.config();
         if let Some(policy) = &self.policy {
-            let is_changed = !network.is_ok_and(|network| network == policy.network);
+            let network = value.and_then(|value| Network::parse(value).ok());
+            let is_changed = network.is_none_or(|network| network != policy.network);
             if is_changed && !self.status.is_config_changed {
+                let what = value.map_or("is gone", |_| "has changed");
                 tracing::warn!(
-                    "registry: the network's configuration at {key} has changed; this host goes \
-                     on with the old one until it is started again"
+                    "registry: the network's configuration at {key} {what}; this host goes on \
+                     with the old one until it is started again"
                 );
             }
             self.status.is_config_changed = is_changed;
             return Ok(());
         }
-        let network = network.map_err(|error| {
+        let Some(value) = value else {
+            let what = format!("there is no network in etcd at {key}");
+            return Err(Error::new(what).hint("`fastvpn registry init` makes one"));
+        };
+        let network = Network::parse(value).map_err(|error| {
             let what = format!("the network's configuration at {key}: {}", error.fault());
             error.about(what)
         })?;
@@ -381,7 +383,7 @@ impl Worker {
         }
         self.view.note_revision(revision);
         if is_config {
-            // One that is gone is reported by the next that need it.
+            // With a policy, which a watch comes after, it does not fail.
             let _ = self.follow_config();
         }
         is_own
@@ -445,3 +447,6 @@ fn with_jitter(pause: Duration) -> Duration {
     let _ = getrandom::fill(&mut byte);
     pause / 2 + pause * u32::from(byte[0]) / 512
 }
+
+#[cfg(test)]
+mod tests;

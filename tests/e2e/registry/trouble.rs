@@ -88,6 +88,24 @@ fn a_network_that_changes_is_reported() -> Result<()> {
     Ok(())
 }
 
+/// Nor does one that is gone keep a host from coming back to etcd.
+#[testbed::trial(etcd)]
+fn a_network_whose_configuration_is_gone_goes_on() -> Result<()> {
+    let mut network = Network::new(1)?;
+    let member = network.join(0, "")?;
+    network.delete("config")?;
+    member.wait_for_status("is_config_changed", &json!(true))?;
+    network.etcd.kill();
+    member.wait_for_status("is_connected", &json!(false))?;
+    network.restart_etcd()?;
+    member.wait_for_status("is_connected", &json!(true))?;
+    let said = member.tunnel.said();
+    let reports = said.matches("network/config is gone").count();
+    check(reports == 1, || said.clone())?;
+    stop(member.tunnel)?;
+    Ok(())
+}
+
 /// The lease ended, and the key with it: nobody wanted that.
 #[testbed::trial(etcd)]
 fn a_key_that_was_lost_with_its_lease_is_claimed_again() -> Result<()> {

@@ -1,0 +1,67 @@
+use std::path::Path;
+
+use crossbeam_channel::bounded;
+
+use super::*;
+use crate::registry::access::Access;
+
+const CONFIG: &str = r#"{"Network":"10.50.0.0/16"}"#;
+
+/// One that has never connected, with its files in `directory`.
+fn worker(directory: &Path) -> Worker {
+    let (news, _) = bounded(1);
+    let (joined, _) = bounded(1);
+    let shared = Shared {
+        snapshot: arc_swap::ArcSwap::default(),
+        status: arc_swap::ArcSwap::default(),
+        end: std::sync::Mutex::default(),
+        apply_us: std::sync::atomic::AtomicU64::new(0),
+        news,
+        joined,
+    };
+    let options = Options {
+        access: Access {
+            urls: Vec::new(),
+            ca: None,
+            identity: None,
+            user: None,
+        },
+        prefix: "/n".into(),
+        public_ip: "10.0.0.1".parse().unwrap(),
+        allowed: Vec::new(),
+        ttl_s: 60,
+        private_key: None,
+        key_file: directory.join("key"),
+        published: Vec::new(),
+        subnet_file: directory.join("subnet.env"),
+        cache: directory.join("cache.json"),
+    };
+    Worker::new(options, Arc::new(shared))
+}
+
+fn pair(key: String, value: &str, revision: i64) -> Pair {
+    Pair {
+        key: key.into(),
+        value: value.into(),
+        mod_revision: revision,
+        ..Pair::default()
+    }
+}
+
+#[test]
+fn a_configuration_that_is_gone_has_changed() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut worker = worker(directory.path());
+    assert!(worker.follow_config().is_err());
+    let key = worker.keys.config();
+    let put = |revision| (pair(key.clone(), CONFIG, revision), false);
+    worker.view.put(put(1).0);
+    worker.follow_config().unwrap();
+    assert!(worker.policy.is_some() && !worker.status.is_config_changed);
+    worker.take(vec![(pair(key.clone(), "", 2), true)], 0);
+    assert!(worker.status.is_config_changed);
+    // As the next connection does.
+    worker.follow_config().unwrap();
+    worker.take(vec![put(3)], 0);
+    assert!(!worker.status.is_config_changed);
+}
