@@ -37,7 +37,8 @@ impl Worker {
             .as_ref()
             .and_then(|pair| HostValue::parse(&pair.value));
         match (found, value) {
-            (None, _) if renewed.is_some() => {
+            // One that had been somebody else's was removed because of that.
+            (None, _) if renewed.is_some() && self.status.alarm.is_none() => {
                 let what = format!("this host's key {key} was removed from the registry");
                 let error = Error::new(what);
                 return Err(End::Fatal(error.hint(

@@ -141,6 +141,13 @@ fn a_subnet_that_is_taken_away_is_an_alarm() -> Result<()> {
         member.subnet()?.to_string().replace('/', "-") == name,
         || member.tunnel.said(),
     )?;
+    // Once the other has left, it is this host's again.
+    network.delete(&format!("subnets/{name}"))?;
+    member.tunnel.wait_for_line("claimed again")?;
+    wait_until(
+        "the alarm's end",
+        || Ok(member.status()?["alarm"].is_null()),
+    )?;
     stop(member.tunnel)?;
     Ok(())
 }
