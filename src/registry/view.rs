@@ -291,6 +291,14 @@ impl View {
         is_read
     }
 
+    /// Takes in a key by itself. What happened to others before that is still to be seen, so
+    /// the revision stays.
+    pub(crate) fn learn(&mut self, pair: Pair) {
+        let revision = self.revision;
+        self.put(pair);
+        self.revision = revision;
+    }
+
     /// Takes in that a key is gone.
     pub(crate) fn delete(&mut self, key: &[u8], revision: i64) {
         self.revision = self.revision.max(revision);

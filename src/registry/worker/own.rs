@@ -127,19 +127,23 @@ impl Worker {
             match self.put_own(client, subnet, mod_revision).await? {
                 Ok(()) => return Ok(()),
                 // Another one was faster.
-                Err(Some(pair)) => match HostValue::parse(&pair.value) {
-                    Some(other) if other.public_ip == own_ip => drop(self.view.put(pair)),
-                    other => {
-                        let ip = other.map_or(Ipv4Addr::UNSPECIFIED, |other| other.public_ip);
-                        taken.insert(subnet, ip);
-                    }
-                },
+                Err(Some(pair)) => drop(taken.insert(subnet, self.learn_owner(pair))),
                 Err(None) => {
                     taken.remove(&subnet);
                     self.view.delete(self.keys.subnet(subnet).as_bytes(), 0);
                 }
             }
         }
+    }
+
+    /// Takes in the key of a subnet that was found to be taken; tells by whom.
+    pub(super) fn learn_owner(&mut self, pair: Pair) -> Ipv4Addr {
+        let value = HostValue::parse(&pair.value);
+        let owner = value.map_or(Ipv4Addr::UNSPECIFIED, |value| value.public_ip);
+        if owner == self.options.public_ip {
+            self.view.learn(pair);
+        }
+        owner
     }
 
     /// Goes on with the keys that this host has in the registry, if they are as they should

@@ -1,9 +1,11 @@
+use std::net::Ipv4Addr;
 use std::path::Path;
 
 use crossbeam_channel::bounded;
 
 use super::*;
 use crate::registry::access::Access;
+use crate::registry::claim;
 
 const CONFIG: &str = r#"{"Network":"10.50.0.0/16"}"#;
 
@@ -64,4 +66,26 @@ fn a_configuration_that_is_gone_has_changed() {
     worker.follow_config().unwrap();
     worker.take(vec![put(3)], 0);
     assert!(!worker.status.is_config_changed);
+}
+
+#[test]
+fn a_subnet_that_another_start_of_this_host_took_is_this_hosts() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut worker = worker(directory.path());
+    worker.view.replace(Vec::new(), 1, 5, Instant::now());
+    let subnet = "10.50.2.0/24".parse().unwrap();
+    let found = |ip: &str| {
+        let value = format!(r#"{{"PublicIP":"{ip}","PublicIPv6":null}}"#);
+        pair(Keys::new("/n").subnet(subnet), &value, 9)
+    };
+    let own: Ipv4Addr = "10.0.0.1".parse().unwrap();
+    assert_eq!(worker.learn_owner(found("10.0.0.1")), own);
+    // It is written, if at all, over what was found, and what came before that is watched.
+    assert_eq!(worker.view.host(subnet).unwrap().mod_revision, 9);
+    assert_eq!(worker.view.revision(), 5);
+    let network = Network::parse(CONFIG.as_bytes()).unwrap();
+    let taken = std::collections::BTreeMap::from([(subnet, own)]);
+    let claim = claim::choose(&network, own, None, &taken).unwrap();
+    assert_eq!(claim, claim::Claim::Own(subnet));
+    assert_ne!(worker.learn_owner(found("10.0.0.2")), own);
 }
