@@ -8,8 +8,9 @@ use tonic::client::Grpc;
 use tonic::codegen::http::uri::PathAndQuery;
 use tonic::metadata::AsciiMetadataValue;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
-use tonic::{Request, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
 use tonic_prost::ProstCodec;
+use zeroize::Zeroizing;
 
 use super::access::Access;
 use super::proto::{
@@ -62,6 +63,7 @@ pub(crate) struct Client {
     grpc: Grpc<Channel>,
     /// How it is called in errors.
     url: String,
+    user: Option<(String, Zeroizing<String>)>,
     token: Option<AsciiMetadataValue>,
 }
 
@@ -106,20 +108,36 @@ impl Client {
         let mut client = Self {
             grpc: Grpc::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX),
             url: url.to_string(),
+            user: access.user.clone(),
             token: None,
         };
-        if let Some((name, password)) = &access.user {
-            let request = AuthenticateRequest {
-                name: name.clone(),
-                password: password.to_string(),
-            };
-            let answer: AuthenticateResponse = client
-                .call("/etcdserverpb.Auth/Authenticate", request)
-                .await?;
-            let token = answer.token.parse();
-            client.token = Some(token.map_err(|_| client.fault("its token cannot be used"))?);
-        }
+        let authenticated = client.authenticate().await;
+        authenticated.map_err(|status| client.failed(&status))?;
         Ok(client)
+    }
+
+    /// Gets a token, if there is a user.
+    async fn authenticate(&mut self) -> std::result::Result<(), Status> {
+        let Some((name, password)) = &self.user else {
+            return Ok(());
+        };
+        let request = AuthenticateRequest {
+            name: name.clone(),
+            password: password.to_string(),
+        };
+        self.token = None;
+        let path = "/etcdserverpb.Auth/Authenticate";
+        let answer: AuthenticateResponse = self.unary(path, request).await?;
+        let token = answer.token.parse();
+        self.token = Some(token.map_err(|_| Status::internal("its token cannot be used"))?);
+        Ok(())
+    }
+
+    /// Whether something failed because etcd has forgotten the token: it does so when a token
+    /// was not used for five minutes, which is less than what lies between two renewals.
+    fn is_token_forgotten<T>(&self, answer: &std::result::Result<T, Status>) -> bool {
+        let code = answer.as_ref().err().map(Status::code);
+        self.token.is_some() && code == Some(Code::Unauthenticated)
     }
 
     fn fault(&self, what: &str) -> Error {
@@ -147,6 +165,37 @@ impl Client {
 
     async fn call<Q, A>(&mut self, path: &'static str, message: Q) -> Result<A>
     where
+        Q: prost::Message + Clone + Send + Sync + 'static,
+        A: prost::Message + Default + Send + Sync + 'static,
+    {
+        let answer = self.try_call(path, message).await;
+        answer.map_err(|status| self.failed(&status))
+    }
+
+    /// The same, with etcd's own word for what failed.
+    async fn try_call<Q, A>(
+        &mut self,
+        path: &'static str,
+        message: Q,
+    ) -> std::result::Result<A, Status>
+    where
+        Q: prost::Message + Clone + Send + Sync + 'static,
+        A: prost::Message + Default + Send + Sync + 'static,
+    {
+        let answer = self.unary(path, message.clone()).await;
+        if !self.is_token_forgotten(&answer) {
+            return answer;
+        }
+        self.authenticate().await?;
+        self.unary(path, message).await
+    }
+
+    async fn unary<Q, A>(
+        &mut self,
+        path: &'static str,
+        message: Q,
+    ) -> std::result::Result<A, Status>
+    where
         Q: prost::Message + Send + Sync + 'static,
         A: prost::Message + Default + Send + Sync + 'static,
     {
@@ -161,11 +210,8 @@ impl Client {
                 .unary(request, PathAndQuery::from_static(path), codec)
                 .await
         });
-        match answered.await {
-            Ok(Ok(answer)) => Ok(answer.into_inner()),
-            Ok(Err(status)) => Err(self.failed(&status)),
-            Err(_) => Err(self.fault("no answer")),
-        }
+        let answer = answered.await;
+        answer.map_err(|_| no_answer())?.map(Response::into_inner)
     }
 
     /// The key, if there is one; and the cluster's identity and revision.
@@ -296,20 +342,28 @@ impl Client {
     /// # Errors
     /// As [`Self::get`].
     pub(crate) async fn keep_alive(&mut self, id: i64) -> Result<Option<i64>> {
+        let mut answer = self.try_keep_alive(id).await;
+        if self.is_token_forgotten(&answer) {
+            let authenticated = self.authenticate().await;
+            authenticated.map_err(|status| self.failed(&status))?;
+            answer = self.try_keep_alive(id).await;
+        }
+        let answer = answer.map_err(|status| self.failed(&status))?;
+        let ttl_s = answer.map_or(0, |answer| answer.ttl_s);
+        Ok((ttl_s > 0).then_some(ttl_s))
+    }
+
+    async fn try_keep_alive(
+        &mut self,
+        id: i64,
+    ) -> std::result::Result<Option<LeaseResponse>, Status> {
         let requests = tokio_stream::once(LeaseRequest { id });
         let answered = timeout(ANSWER_TIME_MAX, async {
             let path = "/etcdserverpb.Lease/LeaseKeepAlive";
             let mut answers: Streaming<LeaseResponse> = self.stream(path, requests).await?;
             answers.message().await
         });
-        match answered.await {
-            Ok(Ok(answer)) => {
-                let ttl_s = answer.map_or(0, |answer| answer.ttl_s);
-                Ok((ttl_s > 0).then_some(ttl_s))
-            }
-            Ok(Err(status)) => Err(self.failed(&status)),
-            Err(_) => Err(self.fault("no answer")),
-        }
+        answered.await.map_err(|_| no_answer())?
     }
 
     async fn stream<Q, A>(
@@ -418,6 +472,11 @@ fn tls(access: &Access) -> ClientTlsConfig {
         tls = tls.identity(Identity::from_pem(certificate, &key[..]));
     }
     tls
+}
+
+/// As if etcd had said it.
+fn no_answer() -> Status {
+    Status::deadline_exceeded("no answer")
 }
 
 /// An error and what caused it, in one line.

@@ -1,6 +1,7 @@
 //! Who may write to etcd, and who may be who.
 
 use std::process::Command;
+use std::time::Duration;
 
 use fastvpn::error::Result;
 use serde_json::json;
@@ -109,7 +110,8 @@ fn both_ends_have_certificates() -> Result<()> {
     )
 }
 
-/// A user with a password, whose token ends with etcd's process.
+/// A user with a password, whose token ends with etcd's process, and when it was not used for
+/// a while: that nobody notices.
 #[testbed::trial(etcd)]
 fn a_user_is_known_again_after_a_restart_of_etcd() -> Result<()> {
     let files = Operator::new()?;
@@ -120,7 +122,8 @@ fn a_user_is_known_again_after_a_restart_of_etcd() -> Result<()> {
     let desk = &switch.hosts[1];
     let url = format!("http://{ETCD}:2379");
     let user = vec!["--user".to_string(), "root:root".to_string()];
-    let mut etcd = Etcd::start(desk, ETCD.into())?;
+    let server = ["--auth-token-ttl", "1"].map(String::from).to_vec();
+    let mut etcd = Etcd::start_with(desk, url.clone(), [server, Vec::new()])?;
     etcd.put(desk, &format!("{PREFIX}/config"), CONFIG)?;
     let end = format!("{PREFIX}0");
     for words in [
@@ -148,6 +151,13 @@ fn a_user_is_known_again_after_a_restart_of_etcd() -> Result<()> {
     );
     let member = Member::start(&switch.hosts[0], 0, &flags)?;
     member.wait_until_joined()?;
+    // Longer than its lease, which is renewed by a token that is forgotten each time.
+    std::thread::sleep(Duration::from_secs(8));
+    let said = member.tunnel.said();
+    check(
+        !said.contains("invalid auth token") && !said.contains("trying again"),
+        || said.clone(),
+    )?;
     etcd.kill();
     member.wait_for_status("is_connected", &json!(false))?;
     etcd.restart(desk)?;
