@@ -14,7 +14,7 @@ use zeroize::Zeroizing;
 
 use super::access::Access;
 use super::proto::{
-    AuthenticateRequest, AuthenticateResponse, Compare, Done, Ignored, KeyValue, LeaseGrantRequest,
+    AuthenticateRequest, AuthenticateResponse, Compare, Done, KeyValue, LeaseGrantRequest,
     LeaseGrantResponse, LeaseRequest, LeaseResponse, Operation, RangeRequest, RangeResponse,
     TxnRequest, TxnResponse, WatchCreateRequest, WatchRequest, WatchResponse,
 };
@@ -56,6 +56,8 @@ pub(crate) enum Outcome {
     Done,
     /// Nothing was done; what was asked for in that case.
     Refused(Vec<Pair>),
+    /// Nothing was done: this user may not.
+    Denied(Error),
 }
 
 /// A connection to one of etcd's members.
@@ -291,7 +293,13 @@ impl Client {
             success: operations.into_iter().map(Into::into).collect(),
             failure: vec![Operation::Range(range).into()],
         };
-        let answer: TxnResponse = self.call("/etcdserverpb.KV/Txn", request).await?;
+        let answer: TxnResponse = match self.try_call("/etcdserverpb.KV/Txn", request).await {
+            Ok(answer) => answer,
+            Err(status) if status.code() == Code::PermissionDenied => {
+                return Ok(Outcome::Denied(self.failed(&status)));
+            }
+            Err(status) => return Err(self.failed(&status)),
+        };
         if answer.succeeded {
             return Ok(Outcome::Done);
         }
@@ -314,16 +322,6 @@ impl Client {
         let path = "/etcdserverpb.Lease/LeaseGrant";
         let answer: LeaseGrantResponse = self.call(path, request).await?;
         Ok((answer.id, answer.ttl_s))
-    }
-
-    /// Ends a lease, and all keys with it.
-    ///
-    /// # Errors
-    /// As [`Self::get`]; when there is no such lease.
-    pub(crate) async fn revoke(&mut self, id: i64) -> Result<()> {
-        let path = "/etcdserverpb.Lease/LeaseRevoke";
-        let _: Ignored = self.call(path, LeaseRequest { id }).await?;
-        Ok(())
     }
 
     /// How many seconds a lease has left, and how many it was granted; `None` if it has

@@ -63,6 +63,7 @@ pub(crate) fn init(access: &Access, prefix: &str, value: &str) -> Result<()> {
                 let what = format!("there is a network at {key} already");
                 Err(Error::new(what).hint("hosts use it; etcdctl del removes it"))
             }
+            Outcome::Denied(error) => Err(error),
         }
     })
 }
@@ -124,6 +125,7 @@ pub(crate) fn leave(access: &Access, prefix: &str, host: Ipv4Addr) -> Result<Vec
             let operations = gone.into_iter().map(delete).collect();
             match client.transact(compare, operations, &key).await? {
                 Outcome::Done => left.push(subnet),
+                Outcome::Denied(error) => return Err(error),
                 Outcome::Refused(_) => {
                     return Err(
                         Error::new(format!("{key} has changed meanwhile")).hint("try again")

@@ -88,6 +88,7 @@ impl Load {
             match self.runtime.block_on(done)? {
                 Outcome::Done => {}
                 Outcome::Refused(_) => return Err(Error::new("etcd has refused")),
+                Outcome::Denied(error) => return Err(error),
             }
         }
         Ok(())

@@ -4,6 +4,7 @@
 
 mod own;
 
+use std::collections::BTreeSet;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
@@ -77,6 +78,10 @@ struct Worker {
     policy: Option<Policy>,
     private_key: Option<PrivateKey>,
     own: Option<Own>,
+    /// A lease that was to be this host's and is not used yet.
+    spare_lease: Option<i64>,
+    /// Subnets whose keys this user may not write.
+    denied: BTreeSet<Ipv4Net>,
     /// The subnet that this host had before.
     previous: Option<Ipv4Net>,
     has_joined: bool,
@@ -128,6 +133,8 @@ impl Worker {
             policy: None,
             private_key: None,
             own: None,
+            spare_lease: None,
+            denied: BTreeSet::new(),
             has_joined: false,
             snapshot: Arc::default(),
             is_stale: false,

@@ -15,6 +15,9 @@ use crate::registry::proto::{Compare, DeleteRangeRequest, Operation, PutRequest}
 use crate::registry::view::Pair;
 use crate::wire::wireguard::keys::PrivateKey;
 
+/// Most subnets that are tried on one connection although this user may not have them.
+const DENIALS_MAX: usize = 32;
+
 impl Worker {
     /// What this host's key should say.
     fn own_value(&self) -> HostValue {
@@ -46,10 +49,11 @@ impl Worker {
                 )));
             }
             (None, _) => {
-                let (subnet, own) = (own.subnet, self.put_own(client, own.subnet, 0).await?);
-                match own {
-                    Ok(()) => tracing::info!("registry: {subnet} claimed again"),
-                    Err(other) => self.alarm(subnet, other.as_ref()),
+                let subnet = own.subnet;
+                match self.put_own(client, subnet, 0).await? {
+                    Outcome::Done => tracing::info!("registry: {subnet} claimed again"),
+                    Outcome::Refused(others) => self.alarm(subnet, others.last()),
+                    Outcome::Denied(error) => return Err(error.into()),
                 }
             }
             (Some(pair), Some(value)) if value.public_ip != self.options.public_ip => {
@@ -73,9 +77,10 @@ impl Worker {
                     });
                     self.note_lease(left_s);
                 } else {
-                    let put = self.put_own(client, own.subnet, pair.mod_revision).await?;
-                    if let Err(other) = put {
-                        self.alarm(own.subnet, other.as_ref());
+                    match self.put_own(client, own.subnet, pair.mod_revision).await? {
+                        Outcome::Done => {}
+                        Outcome::Refused(others) => self.alarm(own.subnet, others.last()),
+                        Outcome::Denied(error) => return Err(error.into()),
                     }
                 }
             }
@@ -112,8 +117,15 @@ impl Worker {
         };
         let (network, own_ip) = (policy.network.clone(), policy.own_ip);
         let mut taken: BTreeMap<Ipv4Net, Ipv4Addr> = self.view.taken();
+        let denied = self.denied.iter();
+        taken.extend(denied.map(|subnet| (*subnet, Ipv4Addr::UNSPECIFIED)));
+        let mut attempts = 0;
         loop {
-            let claim = claim::choose(&network, own_ip, self.previous, &taken)?;
+            let claim = match claim::choose(&network, own_ip, self.previous, &taken) {
+                // Rights may be given meanwhile: from the beginning.
+                Err(_) if !std::mem::take(&mut self.denied).is_empty() => return Err(denial()),
+                claim => claim?,
+            };
             let (subnet, mod_revision) = match claim {
                 Claim::Own(subnet) => {
                     if self.adopt(client, subnet).await? {
@@ -125,12 +137,23 @@ impl Worker {
                 Claim::Free(subnet) => (subnet, 0),
             };
             match self.put_own(client, subnet, mod_revision).await? {
-                Ok(()) => return Ok(()),
+                Outcome::Done => return Ok(()),
                 // Another one was faster.
-                Err(Some(pair)) => drop(taken.insert(subnet, self.learn_owner(pair))),
-                Err(None) => {
-                    taken.remove(&subnet);
-                    self.view.delete(self.keys.subnet(subnet).as_bytes(), 0);
+                Outcome::Refused(mut pairs) => match pairs.pop() {
+                    Some(pair) => drop(taken.insert(subnet, self.learn_owner(pair))),
+                    None => {
+                        taken.remove(&subnet);
+                        self.view.delete(self.keys.subnet(subnet).as_bytes(), 0);
+                    }
+                },
+                // One that may write some keys only may have another subnet.
+                Outcome::Denied(_) => {
+                    self.denied.insert(subnet);
+                    taken.insert(subnet, Ipv4Addr::UNSPECIFIED);
+                    attempts += 1;
+                    if attempts >= DENIALS_MAX {
+                        return Err(denial());
+                    }
                 }
             }
         }
@@ -177,19 +200,33 @@ impl Worker {
 
     fn set_own(&mut self, subnet: Ipv4Net, lease: i64, ttl_s: i64) {
         self.own = Some(Own { subnet, lease });
+        self.spare_lease = None;
         self.previous = Some(subnet);
         self.note_lease(ttl_s);
     }
 
-    /// Writes this host's keys, if that of its subnet is as it was at `mod_revision`, with a
-    /// new lease. If it is not: as it is now.
+    /// A lease for this host's keys, and its seconds. One that nothing came of is used again:
+    /// it lasts for long, and there may be many attempts.
+    async fn new_lease(&mut self, client: &mut Client) -> Result<(i64, i64)> {
+        if let Some(lease) = self.spare_lease
+            && let Some(ttl_s) = client.keep_alive(lease).await?
+        {
+            return Ok((lease, ttl_s));
+        }
+        let (lease, ttl_s) = client.grant(self.options.ttl_s).await?;
+        self.spare_lease = Some(lease);
+        Ok((lease, ttl_s))
+    }
+
+    /// Writes this host's keys, if that of its subnet is as it was at `mod_revision`, with
+    /// another lease. If it is not: as it is now.
     async fn put_own(
         &mut self,
         client: &mut Client,
         subnet: Ipv4Net,
         mod_revision: i64,
-    ) -> Result<std::result::Result<(), Option<Pair>>> {
-        let (lease, ttl_s) = client.grant(self.options.ttl_s).await?;
+    ) -> Result<Outcome> {
+        let (lease, ttl_s) = self.new_lease(client).await?;
         let (key, extra) = (self.keys.subnet(subnet), self.keys.extra(subnet));
         let put = |key: &str, value: String| {
             Operation::Put(PutRequest {
@@ -207,16 +244,16 @@ impl Worker {
             operations.push(Operation::Delete(DeleteRangeRequest { key }));
         }
         let compare = vec![Compare::is_unchanged(&key[..], mod_revision)];
-        match client.transact(compare, operations, &key).await? {
-            Outcome::Done => {
-                self.set_own(subnet, lease, ttl_s);
-                Ok(Ok(()))
-            }
-            Outcome::Refused(mut pairs) => {
-                // It would only live on until it ends by itself.
-                client.revoke(lease).await?;
-                Ok(Err(pairs.pop()))
-            }
+        let outcome = client.transact(compare, operations, &key).await?;
+        if matches!(outcome, Outcome::Done) {
+            self.set_own(subnet, lease, ttl_s);
         }
+        Ok(outcome)
     }
+}
+
+/// Why there is no subnet for this host, although there are some.
+fn denial() -> Error {
+    let what = "etcd: permission denied for the keys of the subnets that are free";
+    Error::new(what).hint("grant this user the right to write one of them")
 }

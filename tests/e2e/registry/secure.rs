@@ -177,6 +177,52 @@ fn a_user_is_known_again_after_a_restart_of_etcd() -> Result<()> {
     })
 }
 
+/// A user who may write the keys of one subnet alone gets that one, and its attempts leave
+/// no leases.
+#[testbed::trial(etcd)]
+fn a_user_with_one_key_gets_its_subnet() -> Result<()> {
+    let files = Operator::new()?;
+    let password = files.write("password", "secret\n")?;
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+    tried("chmod", std::fs::set_permissions(&password, mode))?;
+    let switch = namespaces(1)?;
+    let desk = &switch.hosts[1];
+    let mut etcd = Etcd::start(desk, ETCD.into())?;
+    let config = r#"{"Network":"10.50.0.0/16","SubnetMin":"10.50.1.0","SubnetMax":"10.50.20.0"}"#;
+    etcd.put(desk, &format!("{PREFIX}/config"), config)?;
+    let (first, end) = (format!("{PREFIX}/"), format!("{PREFIX}0"));
+    for words in [
+        &["user", "add", "root:root"][..],
+        &["user", "grant-role", "root", "root"],
+        &["role", "add", "host"],
+        &["role", "grant-permission", "host", "read", &first, &end],
+        &["user", "add", "host:secret"],
+        &["user", "grant-role", "host", "host"],
+        &["auth", "enable"],
+    ] {
+        etcd.ask(desk, words)?;
+    }
+    etcd.set_client_flags(vec!["--user".into(), "root:root".into()]);
+    let flags = format!(
+        "--registry http://{ETCD}:2379 --registry-user host --registry-password-file {password}"
+    );
+    let member = Member::start(&switch.hosts[0], 0, &flags)?;
+    member.tunnel.wait_for_line("permission denied")?;
+    let key = format!("{PREFIX}/subnets/10.50.7.0-24");
+    etcd.ask(
+        desk,
+        &["role", "grant-permission", "host", "readwrite", &key],
+    )?;
+    member.wait_until_joined()?;
+    check(member.subnet()?.to_string() == "10.50.7.0/24", || {
+        member.tunnel.said()
+    })?;
+    let leases = etcd.ask(desk, &["lease", "list"])?;
+    check(leases.contains("found 1 leases"), || leases.clone())?;
+    stop(member.tunnel)?;
+    Ok(())
+}
+
 /// A host that may not be one is none.
 #[testbed::trial(etcd)]
 fn a_network_is_for_those_who_fit_its_backend() -> Result<()> {
