@@ -316,6 +316,12 @@ impl View {
         self.revision = self.revision.max(revision);
     }
 
+    /// Keeps the hosts that are held for as long once more: they can come back only from when
+    /// the registry can be used.
+    pub(crate) fn hold_again(&mut self, now: Instant) {
+        self.hold_until = self.hold_until.map(|_| now + HOLD);
+    }
+
     /// Lets the hosts go that were held long enough. Returns whether there were any.
     pub(crate) fn release(&mut self, now: Instant) -> bool {
         if self.hold_until.is_none_or(|until| now < until) {

@@ -202,6 +202,19 @@ fn hosts_that_a_strange_cluster_does_not_know_are_held() {
 }
 
 #[test]
+fn hosts_are_held_from_the_last_connection_on() {
+    let (now, later) = (Instant::now(), Instant::now() + 2 * HOLD);
+    let mut view = view(&[host("10.50.2.0/24", "10.0.0.2", 1)]);
+    view.replace(Vec::new(), 2, 500, now);
+    view.hold_again(later);
+    assert!(!view.release(later + HOLD / 2));
+    assert!(view.release(later + HOLD));
+    // Without any there is nothing to wait for.
+    view.hold_again(later);
+    assert!(!view.release(later + 2 * HOLD));
+}
+
+#[test]
 fn hosts_that_the_same_cluster_does_not_know_any_more_are_gone() {
     let mut view = view(&[
         host("10.50.2.0/24", "10.0.0.2", 1),

@@ -253,6 +253,7 @@ impl Worker {
             .watch(&first, &end, self.view.revision().saturating_add(1))
             .await?;
         self.is_listed = true;
+        self.view.hold_again(Instant::now());
         self.publish();
         if self.warned.take().is_some() {
             tracing::info!("registry: connected to etcd at {url}");
