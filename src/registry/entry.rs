@@ -110,7 +110,8 @@ fn subnet_of(name: &str) -> Option<Ipv4Net> {
     }
     let (address, length) = v4.split_once('-')?;
     let subnet = Ipv4Net::new(address.parse::<Ipv4Addr>().ok()?, number(length)?).ok()?;
-    (subnet == subnet.trunc()).then_some(subnet)
+    // In one form alone, so that no two names are about one subnet.
+    (subnet == subnet.trunc() && v4 == name_of(subnet)).then_some(subnet)
 }
 
 /// Digits alone: no sign.
@@ -281,6 +282,7 @@ mod tests {
             ("/n/subnets/10.50.71.1-24", Key::Malformed),
             ("/n/subnets/10.50.71.0-33", Key::Malformed),
             ("/n/subnets/10.50.71.0-+24", Key::Malformed),
+            ("/n/subnets/10.50.71.0-024", Key::Malformed),
             ("/n/subnets/10.50.71.0/24", Key::Malformed),
             ("/n/subnets/10.50.11.0-24&fd00:11::", Key::Malformed),
             ("/n/fastvpn/hosts/x", Key::Malformed),

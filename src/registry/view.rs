@@ -82,7 +82,7 @@ pub(crate) struct Snapshot {
 /// Entries that were not used, by reason.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Unused {
-    /// Keys and values that cannot be read.
+    /// Keys and values that cannot be read, and subnets of another length than the network's.
     pub(crate) malformed: usize,
     /// Hosts whose addresses are not in the list of those allowed.
     pub(crate) not_allowed: usize,
@@ -457,8 +457,13 @@ impl Policy {
             return None;
         }
         let network = self.network.network;
-        if !network.contains(&subnet) || subnet.prefix_len() <= network.prefix_len() {
+        if !network.contains(&subnet) {
             unused.out_of_place += 1;
+            return None;
+        }
+        // It may be a part of another host's.
+        if subnet.prefix_len() != self.network.subnet_length {
+            unused.malformed += 1;
             return None;
         }
         if !host.value.has(&self.network.backend) {

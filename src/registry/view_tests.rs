@@ -87,6 +87,8 @@ fn what_does_not_belong_is_counted_and_not_used() {
         host("10.50.2.0/24", "10.0.0.2", 1),
         host("10.51.2.0/24", "10.0.0.3", 1),
         host("10.50.0.0/16", "10.0.0.4", 1),
+        // A part of what the first one has.
+        host("10.50.2.128/25", "10.0.0.4", 1),
         host("10.50.5.0/24", "192.0.2.5", 1),
         pair("/n/subnets/10.50.9.0-24".into(), vxlan, 1),
         pair("/n/subnets/junk".into(), "{}", 1),
@@ -103,9 +105,9 @@ fn what_does_not_belong_is_counted_and_not_used() {
         ["10.0.0.2:8285=10.50.2.0/24,10.60.0.0/24"]
     );
     let expected = Unused {
-        malformed: 2,
+        malformed: 4,
         not_allowed: 1,
-        out_of_place: 4,
+        out_of_place: 3,
         other_backend: 1,
     };
     assert_eq!(snapshot.unused, expected);
