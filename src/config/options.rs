@@ -119,28 +119,28 @@ pub struct Config {
     #[serde(rename = "address", deserialize_with = "types::prefixes")]
     pub addresses: Vec<IpNet>,
 
-    /// Join the network in this registry: URLs of etcd's members, separated by commas
-    #[arg(long, value_name = "URL,...", value_delimiter = ',', value_parser = parse_url, env = "FLANNELD_ETCD_ENDPOINTS")]
+    /// Join the network in this registry: URLs of etcd's members, separated by commas [env: FLANNELD_ETCD_ENDPOINTS]
+    #[arg(long, value_name = "URL,...", value_delimiter = ',', value_parser = parse_url)]
     pub registry: Vec<String>,
 
-    /// Prefix of the network's keys there [default: /coreos.com/network]
-    #[arg(long, value_name = "PREFIX", env = "FLANNELD_ETCD_PREFIX")]
+    /// Prefix of the network's keys there [default: /coreos.com/network] [env: FLANNELD_ETCD_PREFIX]
+    #[arg(long, value_name = "PREFIX")]
     pub registry_prefix: Option<String>,
 
-    /// Certificates of those who sign etcd's, in PEM; needed with https://
-    #[arg(long, value_name = "FILE", env = "FLANNELD_ETCD_CAFILE")]
+    /// Certificates of those who sign etcd's, in PEM; needed with https:// [env: FLANNELD_ETCD_CAFILE]
+    #[arg(long, value_name = "FILE")]
     pub registry_ca: Option<PathBuf>,
 
-    /// This host's certificate for etcd, in PEM
-    #[arg(long, value_name = "FILE", env = "FLANNELD_ETCD_CERTFILE")]
+    /// This host's certificate for etcd, in PEM [env: FLANNELD_ETCD_CERTFILE]
+    #[arg(long, value_name = "FILE")]
     pub registry_cert: Option<PathBuf>,
 
-    /// Its private key, in PEM
-    #[arg(long, value_name = "FILE", env = "FLANNELD_ETCD_KEYFILE")]
+    /// Its private key, in PEM [env: FLANNELD_ETCD_KEYFILE]
+    #[arg(long, value_name = "FILE")]
     pub registry_key: Option<PathBuf>,
 
-    /// A user of etcd's
-    #[arg(long, value_name = "NAME", env = "FLANNELD_ETCD_USERNAME")]
+    /// A user of etcd's [env: FLANNELD_ETCD_USERNAME]
+    #[arg(long, value_name = "NAME")]
     pub registry_user: Option<String>,
 
     /// A file with the user's password
@@ -168,22 +168,22 @@ pub struct Config {
     pub registry_cache: Option<PathBuf>,
 
     /// With --registry: this host's IPv4 address, as the others are to find it [default: that of
-    /// --iface]
-    #[arg(long, value_name = "ADDRESS", env = "FLANNELD_PUBLIC_IP")]
+    /// --iface] [env: FLANNELD_PUBLIC_IP]
+    #[arg(long, value_name = "ADDRESS")]
     pub public_ip: Option<Ipv4Addr>,
 
     /// With --registry: the interface, or this host's address, toward the others [default: that of
-    /// the default route]
-    #[arg(long, value_name = "NAME|ADDRESS", env = "FLANNELD_IFACE")]
+    /// the default route] [env: FLANNELD_IFACE]
+    #[arg(long, value_name = "NAME|ADDRESS")]
     pub iface: Option<String>,
 
-    /// With --registry: masquerade what containers send to other networks (nftables)
-    #[arg(long, value_name = "BOOL", action = ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true", env = "FLANNELD_IP_MASQ")]
+    /// With --registry: masquerade what containers send to other networks (nftables) [env: FLANNELD_IP_MASQ]
+    #[arg(long, value_name = "BOOL", action = ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub ip_masq: bool,
 
     /// With --registry: the file that container tools read of this host's subnet [default:
-    /// /run/flannel/subnet.env]
-    #[arg(long, value_name = "FILE", env = "FLANNELD_SUBNET_FILE")]
+    /// /run/flannel/subnet.env] [env: FLANNELD_SUBNET_FILE]
+    #[arg(long, value_name = "FILE")]
     pub subnet_file: Option<PathBuf>,
 
     /// Route through the tunnel besides the peers' prefixes, repeatable; gone again at exit

@@ -4,7 +4,7 @@
 //! resolve yet and links may not be up yet; `daemon::settings` adds what follows
 //! from the peers that can be reached now.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
@@ -36,6 +36,16 @@ impl Config {
     /// # Errors
     /// One line that names the option, or the place in the file.
     pub fn from_flags(flags: &ArgMatches) -> Result<Self> {
+        Self::from_flags_in(flags, false, |name| std::env::var_os(name))
+    }
+
+    /// As [`Self::from_flags`], with what the environment says. `is_in_registry`: the options of
+    /// a tunnel that has joined a registry are read again.
+    pub(super) fn from_flags_in(
+        flags: &ArgMatches,
+        is_in_registry: bool,
+        variable: impl Fn(&str) -> Option<OsString>,
+    ) -> Result<Self> {
         let file = |id| flags.get_one::<PathBuf>(id);
         let mut config = match (file("config_file"), file("wg_config_file")) {
             (Some(path), _) => read_file(path)?,
@@ -50,6 +60,7 @@ impl Config {
             (config.verbose, config.quiet) = of_file;
         }
         config.flags = flags.clone();
+        config.use_flannel_environment(is_in_registry, variable)?;
         config.use_interface();
         match (config.check_and_read(), config.file()) {
             (Ok(()), _) => Ok(config),
@@ -79,7 +90,9 @@ impl Config {
     /// As [`Self::from_flags`]; and when there were peers, and the file says nothing
     /// of any: it is more likely half written, or another one, than meant.
     pub(crate) fn reread(&self) -> Result<Self> {
-        let (mut new, peers) = (Self::from_flags(&self.flags)?, self.peers.len());
+        let variable = |name: &str| std::env::var_os(name);
+        let mut new = Self::from_flags_in(&self.flags, self.has_registry(), variable)?;
+        let peers = self.peers.len();
         if new.needs_identity()
             && let Some(identity) = &self.own_identity
         {
@@ -100,7 +113,7 @@ impl Config {
     }
 
     /// Whether the file has an empty list of peers, rather than none.
-    fn lists_no_peers(&self) -> bool {
+    pub(super) fn lists_no_peers(&self) -> bool {
         let text = self
             .config_file
             .as_ref()
