@@ -107,6 +107,7 @@ impl Site {
         let namespace: &Namespace = [&self.hosts.a, &self.hosts.b][number];
         command.args(["--registry", self.etcd.url(), "--quiet"]);
         command.args(["--public-ip", &HOSTS[number].to_string()]);
+        command.args(["--registry-allow-prefix", "20.0.0.0/8"]);
         for (flag, name) in [
             ("--control", "control"),
             ("--subnet-file", "subnet"),

@@ -243,6 +243,7 @@ fn the_docs_have_every_option_and_the_defaults() {
         registry_user: full.registry_user.clone(),
         registry_password_file: full.registry_password_file.clone(),
         registry_allow: full.registry_allow.clone(),
+        registry_allow_prefix: full.registry_allow_prefix.clone(),
         registry_publish: full.registry_publish.clone(),
         public_ip: full.public_ip,
         iface: full.iface.clone(),

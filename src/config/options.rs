@@ -162,6 +162,12 @@ pub struct Config {
     #[serde(deserialize_with = "types::prefixes")]
     pub registry_publish: Vec<IpNet>,
 
+    /// Take prefixes that the registry's hosts publish if they are in this one, repeatable
+    /// [default: none]
+    #[arg(long, value_name = "CIDR", value_parser = parse_prefix)]
+    #[serde(deserialize_with = "types::prefixes")]
+    pub registry_allow_prefix: Vec<IpNet>,
+
     /// File with what was last known of the registry, for boots without it [default:
     /// /var/lib/fastvpn/, named after the TUN]
     #[arg(long, value_name = "FILE")]

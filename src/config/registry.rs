@@ -252,6 +252,10 @@ impl Config {
         let alone = [
             ("registry-publish", !self.registry_publish.is_empty()),
             ("registry-allow", !self.registry_allow.is_empty()),
+            (
+                "registry-allow-prefix",
+                !self.registry_allow_prefix.is_empty(),
+            ),
             ("registry-ttl", self.registry_ttl.is_some()),
             ("ip-masq", self.ip_masq),
         ];
@@ -417,6 +421,10 @@ mod tests {
                 "secret-file contradicts",
             ),
             ("--peer a --registry-publish 10.0.0.0/8", "without registry"),
+            (
+                "--peer a --registry-allow-prefix 10.0.0.0/8",
+                "without registry",
+            ),
             ("--peer a --registry-ttl 60", "without registry"),
             ("--peer a --ip-masq", "without registry"),
         ] {

@@ -196,7 +196,7 @@ pub struct RegistryStatus {
     pub held: usize,
     /// Keys and values that cannot be read.
     pub malformed: usize,
-    /// Hosts that are not allowed.
+    /// Hosts, and prefixes besides their subnets, that are not allowed.
     pub not_allowed: usize,
     /// Subnets outside the network, and prefixes of others.
     pub out_of_place: usize,

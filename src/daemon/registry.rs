@@ -53,11 +53,16 @@ pub fn join(config: &mut Config, signals: &Receiver<i32>) -> Result<Option<Regis
     let mut netlink = Netlink::open()?;
     let local = local_address(config, &access, &mut netlink)?;
     let public_ip = config.public_ip.unwrap_or(local);
+    let own = netlink.addresses()?.into_iter();
+    let own = own.map(|(_, net)| net.addr());
+    let reserved = own.chain(access.addresses()).collect();
     let agent = Agent::start(Options {
         access,
         prefix: config.registry_files().prefix().to_string(),
         public_ip,
         allowed: config.registry_allow.clone(),
+        allowed_prefixes: config.registry_allow_prefix.clone(),
+        reserved,
         ttl_s: config.registry_ttl_seconds().into(),
         private_key: config.private_key.clone(),
         key_file: config.subnet_file().with_file_name("fastvpn.key"),
@@ -144,7 +149,7 @@ fn local_address(config: &Config, access: &Access, netlink: &mut Netlink) -> Res
         listen: Ipv4Addr::UNSPECIFIED.into(),
         mark: config.fwmark,
     };
-    let toward = [Some(ELSEWHERE), access.address()].into_iter().flatten();
+    let toward = std::iter::once(ELSEWHERE).chain(access.addresses());
     let mut found = toward.filter_map(|far| {
         let far = SocketAddr::new(far, 9);
         path::local_address(source, far).ok()
@@ -246,7 +251,7 @@ impl Registry {
             hosts: status.hosts,
             held: status.held,
             malformed: unused.malformed,
-            not_allowed: unused.not_allowed,
+            not_allowed: unused.not_allowed + unused.prefixes_refused,
             out_of_place: unused.out_of_place,
             other_backend: unused.other_backend,
         }

@@ -59,15 +59,22 @@ impl Access {
         })
     }
 
-    /// An address of etcd's, if one of its URLs has one.
-    pub(crate) fn address(&self) -> Option<IpAddr> {
-        let mut hosts = self.urls.iter().filter_map(|url| {
-            let (_, host) = url.split_once("://")?;
-            let host = host.rsplit_once(':').map_or(host, |(host, _)| host);
-            host.trim_matches(['[', ']']).parse().ok()
-        });
-        hosts.next()
+    /// The addresses of etcd's that its URLs have.
+    pub(crate) fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        let hosts = self.urls.iter().map(|url| host_of(url));
+        hosts.filter_map(|host| host.parse().ok())
     }
+}
+
+/// The name or address in a URL of etcd's.
+pub(super) fn host_of(url: &str) -> &str {
+    let host = url.split_once("://").map_or(url, |(_, host)| host);
+    let is_bare = host.ends_with(']') || !host.contains(':');
+    let host = match host.rsplit_once(':') {
+        Some((host, _)) if !is_bare => host,
+        _ => host,
+    };
+    host.trim_matches(['[', ']'])
 }
 
 fn read_certificates(option: &str, path: &Path) -> Result<Vec<u8>> {
@@ -79,4 +86,22 @@ fn read_certificates(option: &str, path: &Path) -> Result<Vec<u8>> {
         return Err(Error::new(what));
     }
     std::fs::read(path).map_err(cannot)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn urls_have_hosts() {
+        for (url, host) in [
+            ("http://10.0.0.1:2379", "10.0.0.1"),
+            ("https://10.0.0.1", "10.0.0.1"),
+            ("http://[fd00::1]:2379", "fd00::1"),
+            ("http://[fd00::1]", "fd00::1"),
+            ("https://etcd1:2379", "etcd1"),
+        ] {
+            assert_eq!(host_of(url), host, "{url}");
+        }
+    }
 }

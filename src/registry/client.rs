@@ -23,7 +23,7 @@ use crate::config::PEERS_MAX;
 use crate::error::{Error, Result, shortened};
 
 /// How long a connection, and an answer, may take.
-const CONNECT_TIME_MAX: Duration = Duration::from_secs(3);
+pub(super) const CONNECT_TIME_MAX: Duration = Duration::from_secs(3);
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(10);
 
 /// A connection on which nothing comes is asked this often whether it is alive, and has this

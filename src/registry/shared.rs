@@ -1,6 +1,7 @@
 //! What the registry's thread and its owner share.
 
-use std::net::Ipv4Addr;
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::AtomicU64;
@@ -26,6 +27,10 @@ pub(crate) struct Options {
     pub(crate) public_ip: Ipv4Addr,
     /// Addresses that hosts may have; empty for all.
     pub(crate) allowed: Vec<IpNet>,
+    /// What prefixes that hosts have besides their subnets have to be in; empty for none.
+    pub(crate) allowed_prefixes: Vec<IpNet>,
+    /// Addresses that none of these may cover: etcd's, and this host's.
+    pub(crate) reserved: BTreeSet<IpAddr>,
     /// Seconds that this host stays in the registry after it was last heard of.
     pub(crate) ttl_s: i64,
     /// This host's private key, if the wireguard backend is to use this one.

@@ -1,7 +1,9 @@
 //! What this host knows of the registry, and the peers that follow from it. Pure: what comes
 //! from etcd is put in, and a snapshot is taken out.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+mod extras;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -68,6 +70,10 @@ pub(crate) struct Policy {
     pub(crate) own_key: Option<PublicKey>,
     /// Addresses that hosts may have; empty for all.
     pub(crate) allowed: Vec<IpNet>,
+    /// What prefixes that hosts have besides their subnets have to be in; empty for none.
+    pub(crate) allowed_prefixes: Vec<IpNet>,
+    /// Addresses that none of these may cover, besides the hosts': etcd's, and this host's.
+    pub(crate) reserved: BTreeSet<IpAddr>,
 }
 
 /// The peers that follow from the registry.
@@ -86,6 +92,9 @@ pub(crate) struct Unused {
     pub(crate) malformed: usize,
     /// Hosts whose addresses are not in the list of those allowed.
     pub(crate) not_allowed: usize,
+    /// Prefixes besides hosts' subnets that are not allowed, or cover an address that is needed
+    /// to reach a host or etcd.
+    pub(crate) prefixes_refused: usize,
     /// Subnets outside the network, prefixes of others, and hosts beyond what a tunnel can have.
     pub(crate) out_of_place: usize,
     /// Hosts with another backend, or without the key that this one needs.
@@ -363,7 +372,7 @@ impl View {
             malformed: self.malformed.len(),
             ..Unused::default()
         };
-        let owners = self.extra_owners(policy.network.network, &mut unused);
+        let owners = self.extra_owners(policy, &mut unused);
         let mut peers: BTreeMap<PeerId, PeerSpec> = BTreeMap::new();
         let live = self.hosts.iter();
         let held = self.held.iter().map(|(subnet, (host, _))| (subnet, host));
@@ -392,42 +401,6 @@ impl View {
             unused,
         }
     }
-
-    /// The prefixes besides its subnet that each host has: of two that claim the same one, it
-    /// is that of the one who came first.
-    fn extra_owners(&self, network: Ipv4Net, unused: &mut Unused) -> HashMap<Ipv4Net, Vec<IpNet>> {
-        let live = self.extras.iter().filter(|(subnet, extra)| {
-            let host = self.hosts.get(subnet);
-            // They end together; one that is left over is not this host's.
-            host.is_some_and(|host| host.lease == extra.lease)
-        });
-        let held = self.held.iter();
-        let held = held.filter_map(|(subnet, (_, extra))| Some((subnet, extra.as_ref()?)));
-        let mut first: HashMap<IpNet, (i64, Ipv4Net)> = HashMap::new();
-        for (subnet, extra) in live.chain(held) {
-            let claim = (extra.create_revision, *subnet);
-            for prefix in &extra.prefixes {
-                if overlaps(*prefix, network) {
-                    unused.out_of_place += 1;
-                    continue;
-                }
-                let mut is_second = false;
-                first
-                    .entry(*prefix)
-                    .and_modify(|other| {
-                        is_second = true;
-                        *other = claim.min(*other);
-                    })
-                    .or_insert(claim);
-                unused.out_of_place += usize::from(is_second);
-            }
-        }
-        let mut owners: HashMap<Ipv4Net, Vec<IpNet>> = HashMap::new();
-        for (prefix, (_, subnet)) in first {
-            owners.entry(subnet).or_default().push(prefix);
-        }
-        owners
-    }
 }
 
 /// Whether an entry is new, and there are enough of them.
@@ -435,15 +408,13 @@ fn is_beyond<T>(entries: &BTreeMap<Ipv4Net, T>, subnet: Ipv4Net) -> bool {
     entries.len() >= ENTRIES_MAX && !entries.contains_key(&subnet)
 }
 
-/// Whether a prefix has addresses of the network.
-fn overlaps(prefix: IpNet, network: Ipv4Net) -> bool {
-    match prefix {
-        IpNet::V4(prefix) => prefix.contains(&network) || network.contains(&prefix),
-        IpNet::V6(_) => false,
-    }
-}
-
 impl Policy {
+    /// Whether a host may have this address.
+    fn allows(&self, public_ip: Ipv4Addr) -> bool {
+        let address = IpAddr::V4(public_ip);
+        self.allowed.is_empty() || self.allowed.iter().any(|net| net.contains(&address))
+    }
+
     /// The peer that a host is, with its subnet; `None` for this host, and for those that
     /// are not to be used.
     fn peer(&self, subnet: Ipv4Net, host: &Host, unused: &mut Unused) -> Option<PeerSpec> {
@@ -451,8 +422,7 @@ impl Policy {
         if *public_ip == self.own_ip || key.is_some() && *key == self.own_key {
             return None;
         }
-        let address = IpAddr::V4(*public_ip);
-        if !self.allowed.is_empty() && !self.allowed.iter().any(|net| net.contains(&address)) {
+        if !self.allows(*public_ip) {
             unused.not_allowed += 1;
             return None;
         }

@@ -41,6 +41,11 @@ fn policy() -> Policy {
         own_ip: "10.0.0.1".parse().unwrap(),
         own_key: None,
         allowed: Vec::new(),
+        allowed_prefixes: vec![
+            "10.60.0.0/16".parse().unwrap(),
+            "fd60::/16".parse().unwrap(),
+        ],
+        reserved: BTreeSet::from(["10.60.7.9".parse().unwrap()]),
     }
 }
 
@@ -107,10 +112,53 @@ fn what_does_not_belong_is_counted_and_not_used() {
     let expected = Unused {
         malformed: 4,
         not_allowed: 1,
+        prefixes_refused: 0,
         out_of_place: 3,
         other_backend: 1,
     };
     assert_eq!(snapshot.unused, expected);
+}
+
+/// Else whoever may write one host's keys has all of the others' traffic.
+#[test]
+fn prefixes_are_those_that_are_allowed_and_in_nobodys_way() {
+    let refused = [
+        "::/0",
+        "128.0.0.0/1",
+        "10.59.0.0/15",
+        "10.61.0.0/24",
+        // A host's address, etcd's, and others that are in nothing allowed.
+        "10.60.2.0/24",
+        "10.60.7.9/32",
+        "10.0.0.1/32",
+        "10.0.0.3/32",
+    ];
+    let mut all = vec!["10.60.0.0/24", "10.60.8.0/22", "fd60::/32"];
+    all.extend(refused);
+    let view = view(&[
+        host("10.50.1.0/24", "10.0.0.1", 1),
+        // What this host publishes is its own affair.
+        extra("10.50.1.0/24", &["10.99.0.0/24"], 1),
+        host("10.50.2.0/24", "10.0.0.2", 1),
+        host("10.50.3.0/24", "10.60.2.7", 1),
+        extra("10.50.2.0/24", &all, 1),
+    ]);
+    let snapshot = snapshot(&view);
+    assert_eq!(
+        shown(&snapshot),
+        [
+            "10.0.0.2:8285=10.50.2.0/24,10.60.0.0/24,10.60.8.0/22,fd60::/32",
+            "10.60.2.7:8285=10.50.3.0/24"
+        ]
+    );
+    assert_eq!(snapshot.unused.prefixes_refused, refused.len());
+    // By default there are none.
+    let policy = Policy {
+        allowed_prefixes: Vec::new(),
+        ..policy()
+    };
+    let snapshot = view.snapshot(&policy, &Snapshot::default());
+    assert_eq!(snapshot.unused.prefixes_refused, all.len());
 }
 
 #[test]

@@ -12,10 +12,11 @@ use std::time::{Duration, Instant};
 
 use ipnet::Ipv4Net;
 use tokio::sync::oneshot;
-use tokio::time::{interval, sleep, sleep_until};
+use tokio::time::{interval, sleep, sleep_until, timeout};
 
+use super::access::host_of;
 use super::cache;
-use super::client::{Client, Watch, Watched};
+use super::client::{CONNECT_TIME_MAX, Client, Watch, Watched};
 use super::entry::{Key, Keys};
 use super::key;
 use super::network::{Backend, Network};
@@ -93,6 +94,8 @@ struct Worker {
     status: Status,
     /// The warning that was logged last.
     warned: Option<String>,
+    /// That prefixes were refused was logged.
+    has_told_of_prefixes: bool,
 }
 
 /// Starts the thread.
@@ -142,6 +145,7 @@ impl Worker {
             next_snapshot: Instant::now(),
             status: Status::default(),
             warned: None,
+            has_told_of_prefixes: false,
         }
     }
 
@@ -247,6 +251,7 @@ impl Worker {
             self.list(&mut client).await?;
         }
         self.follow_config()?;
+        self.reserve(url).await;
         self.keep_own(&mut client).await?;
         let (first, end) = self.keys.range();
         let watch = client
@@ -261,6 +266,17 @@ impl Worker {
         (self.status.is_connected, self.status.error) = (true, None);
         self.show_status();
         Ok((client, watch))
+    }
+
+    /// Has no host of the network draw to it what is for the etcd at `url`, which may be there
+    /// by name.
+    async fn reserve(&mut self, url: &str) {
+        let found = tokio::net::lookup_host((host_of(url), 0));
+        if let (Ok(Ok(found)), Some(policy)) =
+            (timeout(CONNECT_TIME_MAX, found).await, &mut self.policy)
+        {
+            policy.reserved.extend(found.map(|address| address.ip()));
+        }
     }
 
     async fn list(&mut self, client: &mut Client) -> std::result::Result<(), End> {
@@ -320,6 +336,8 @@ impl Worker {
             own_ip: self.options.public_ip,
             own_key: self.private_key.as_ref().map(PrivateKey::public),
             allowed: self.options.allowed.clone(),
+            allowed_prefixes: self.options.allowed_prefixes.clone(),
+            reserved: self.options.reserved.clone(),
         });
         Ok(())
     }
@@ -419,6 +437,13 @@ impl Worker {
         }
         if is_new {
             let _ = self.shared.news.try_send(());
+        }
+        let refused = self.snapshot.unused.prefixes_refused;
+        if refused > 0 && !std::mem::replace(&mut self.has_told_of_prefixes, true) {
+            tracing::warn!(
+                "registry: {refused} prefixes that hosts publish are not used: they are in no \
+                 --registry-allow-prefix, or cover an address of a host's or of etcd's"
+            );
         }
         self.is_stale = false;
         let apply = Duration::from_micros(self.shared.apply_us.load(Relaxed));

@@ -186,7 +186,8 @@ fn what_cannot_be_read_is_counted_and_changes_nothing() -> Result<()> {
 fn static_peers_and_more_prefixes_work_beside_it() -> Result<()> {
     let network = Network::new(3)?;
     let first = network.join(0, "--registry-publish 10.60.0.0/24")?;
-    let second = network.join(1, "--peer 10.211.77.3=10.70.0.0/24")?;
+    let flags = "--peer 10.211.77.3=10.70.0.0/24 --registry-allow-prefix 10.60.0.0/16";
+    let second = network.join(1, flags)?;
     let third = crate::support::fastvpn(
         network.host(2),
         "--queues 1 --address 10.70.0.1/32 --peer 10.211.77.2=10.50.0.0/16 --listen 10.211.77.3",
