@@ -5,7 +5,7 @@ use std::path::Path;
 use zeroize::Zeroizing;
 
 use super::subnet_env::replace;
-use crate::config::read_secret_text;
+use crate::config::{hide_memory, read_secret_text};
 use crate::error::{Error, Result};
 use crate::wire::wireguard::keys::PrivateKey;
 
@@ -22,6 +22,8 @@ pub(super) fn read_or_make(path: &Path) -> Result<PrivateKey> {
             Error::new(what).hint("remove it, and a new one is made")
         });
     }
+    // Whatever is read is hidden already.
+    hide_memory();
     let key = PrivateKey::generate();
     let text = Zeroizing::new(format!("{}\n", *key.to_base64()));
     replace(path, text.as_bytes(), 0o600)?;
