@@ -1,8 +1,8 @@
 //! `subnet.env`: what flannel's CNI plugin and docker read of this host's subnet.
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, OpenOptions, Permissions};
 use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 use ipnet::Ipv4Net;
@@ -63,6 +63,8 @@ pub(crate) fn replace(path: &Path, text: &[u8], mode: u32) -> Result<()> {
     let mut options = OpenOptions::new();
     let options = options.write(true).create_new(true).mode(mode);
     let written = options.open(temporary).and_then(|mut file| {
+        // The umask has cut it.
+        file.set_permissions(Permissions::from_mode(mode))?;
         file.write_all(text)?;
         fs::rename(temporary, path)
     });
@@ -74,8 +76,6 @@ pub(crate) fn replace(path: &Path, text: &[u8], mode: u32) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
-
     use super::*;
 
     fn net(text: &str) -> Ipv4Net {
@@ -110,6 +110,10 @@ mod tests {
             fs::metadata(&path).unwrap().permissions().mode() & 0o777,
             0o644
         );
+        // Whatever the umask is.
+        replace(&path, b"", 0o666).unwrap();
+        let mode = fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o666);
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
         let error = replace(&directory.path().join("flannel"), b"", 0o644).unwrap_err();
         assert!(error.to_string().contains("cannot write"), "{error}");
