@@ -3,6 +3,7 @@
 //! out.
 
 use prost::{Message, Oneof};
+use zeroize::Zeroize;
 
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct ResponseHeader {
@@ -230,6 +231,12 @@ pub(crate) struct AuthenticateRequest {
     pub(crate) name: String,
     #[prost(string, tag = "2")]
     pub(crate) password: String,
+}
+
+impl Drop for AuthenticateRequest {
+    fn drop(&mut self) {
+        self.password.zeroize();
+    }
 }
 
 #[derive(Clone, PartialEq, Message)]
