@@ -110,7 +110,11 @@ pub(super) fn start(options: Options, shared: Arc<Shared>) -> Result<(Stop, Join
         .map_err(cannot)?;
     let mut worker = Worker::new(options, shared);
     let (stop, stopped) = oneshot::channel();
-    let run = move || runtime.block_on(worker.run(stopped));
+    let run = move || {
+        runtime.block_on(worker.run(stopped));
+        // A look-up of a name may still be under way, and nobody waits for it.
+        runtime.shutdown_background();
+    };
     let thread = std::thread::Builder::new().name("registry".into());
     Ok((stop, thread.spawn(run).map_err(cannot)?))
 }
