@@ -39,7 +39,20 @@ impl Tunnel {
             let settings = &registry.settings;
             self.masquerade = Some(Masquerade::start(settings.network, settings.subnet)?);
         }
-        registry.write_subnet_file(&self.config, self.settings.link.mtu_bytes)
+        self.write_subnet_file()
+    }
+
+    /// Tells container tools about this host's subnet, if it is a registry's.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn write_subnet_file(&self) -> Result<()> {
+        match &self.registry {
+            Some(registry) => {
+                registry.write_subnet_file(&self.config, self.settings.link.mtu_bytes)
+            }
+            None => Ok(()),
+        }
     }
 
     /// What is to be done for a registry's network every second.
@@ -47,12 +60,8 @@ impl Tunnel {
         if let Some(registry) = &mut self.registry {
             registry.poll();
         }
-        if self.masquerade.as_mut().is_some_and(Masquerade::has_ended) {
-            self.masquerade = None;
-            match self.open_to_containers() {
-                Ok(()) => tracing::warn!("nft has ended, and masquerades again (--ip-masq)"),
-                Err(error) => tracing::error!("no longer masquerading (--ip-masq): {error}"),
-            }
+        if let Some(masquerade) = &mut self.masquerade {
+            masquerade.poll(Instant::now());
         }
     }
 

@@ -91,6 +91,9 @@ fn try_to_reload(tunnel: &mut Tunnel) -> Result<(Reloaded, String)> {
     tunnel.peers.resolve_again();
     if is_mtu_new {
         announce::warn_of_fragments(tunnel);
+        if let Err(error) = tunnel.write_subnet_file() {
+            tracing::error!("container tools still read the old MTU: {error}");
+        }
     }
     let words = report.words(changes.words());
     Ok((report, words))

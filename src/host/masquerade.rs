@@ -15,17 +15,26 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::error::{Error, Result, shortened};
 
-/// How long nft may take.
+/// How long nft may take at a start, and while packets are carried.
 const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE_LATER: Duration = Duration::from_secs(1);
+
+/// Pauses between attempts to start it again, which grow.
+const PAUSE_MIN: Duration = Duration::from_secs(1);
+const PAUSE_MAX: Duration = Duration::from_secs(60);
 
 /// Longest answer that is read.
 const ANSWER_BYTES_MAX: usize = 64 << 10;
 
-/// The rules, as long as this is there.
+/// Masquerading, as long as this is there.
 pub(crate) struct Masquerade {
-    nft: Child,
-    /// It ends when this is closed.
-    commands: Option<ChildStdin>,
+    network: Ipv4Net,
+    subnet: Ipv4Net,
+    /// `None` while it cannot be started.
+    owner: Option<Owner>,
+    /// When to try again, and after which pause if that fails.
+    next: Instant,
+    pause: Duration,
 }
 
 impl Masquerade {
@@ -36,6 +45,53 @@ impl Masquerade {
     /// # Errors
     /// When there is no nft, or it cannot do it; with what it says.
     pub(crate) fn start(network: Ipv4Net, subnet: Ipv4Net) -> Result<Self> {
+        Ok(Self {
+            network,
+            subnet,
+            owner: Some(Owner::start(network, subnet, PATIENCE)?),
+            next: Instant::now(),
+            pause: PAUSE_MIN,
+        })
+    }
+
+    /// Starts again what somebody has ended, if it is time for that. Takes a second at most.
+    pub(crate) fn poll(&mut self, now: Instant) {
+        if self.owner.as_mut().is_some_and(Owner::has_ended) {
+            self.owner = None;
+            (self.next, self.pause) = (now, PAUSE_MIN);
+        }
+        if self.owner.is_some() || now < self.next {
+            return;
+        }
+        match Owner::start(self.network, self.subnet, PATIENCE_LATER) {
+            Ok(owner) => {
+                tracing::warn!("nft has ended, and masquerades again (--ip-masq)");
+                self.owner = Some(owner);
+            }
+            Err(error) => {
+                // Once for all attempts.
+                match self.pause == PAUSE_MIN {
+                    true => {
+                        tracing::error!("no longer masquerading (--ip-masq), trying again: {error}")
+                    }
+                    false => tracing::debug!("not masquerading: {error}"),
+                }
+                self.next = now + self.pause;
+                self.pause = (self.pause * 2).min(PAUSE_MAX);
+            }
+        }
+    }
+}
+
+/// The process that has the rules.
+struct Owner {
+    nft: Child,
+    /// It ends when this is closed.
+    commands: Option<ChildStdin>,
+}
+
+impl Owner {
+    fn start(network: Ipv4Net, subnet: Ipv4Net, patience: Duration) -> Result<Self> {
         let mut command = Command::new("nft");
         let command = command
             .arg("-i")
@@ -47,18 +103,27 @@ impl Masquerade {
             error.hint("install nftables")
         })?;
         let commands = nft.stdin.take();
-        let mut masquerade = Self { nft, commands };
-        masquerade.add(&table_name(), network, subnet)?;
-        Ok(masquerade)
+        let mut owner = Self { nft, commands };
+        let added = owner.add(&table_name(), (network, subnet), patience);
+        if added.is_err() {
+            // Nobody waits for one that does not answer.
+            let _ = owner.nft.kill();
+        }
+        added.map(|()| owner)
     }
 
-    fn add(&mut self, table: &str, network: Ipv4Net, subnet: Ipv4Net) -> Result<()> {
+    fn add(
+        &mut self,
+        table: &str,
+        (network, subnet): (Ipv4Net, Ipv4Net),
+        patience: Duration,
+    ) -> Result<()> {
         let cannot = |cause| Error::os("cannot add --ip-masq's rules by nft", cause);
         let text = commands(table, network, subnet);
         if let Some(commands) = &mut self.commands {
             commands.write_all(text.as_bytes()).map_err(cannot)?;
         }
-        let (mut said, deadline) = (String::new(), Instant::now() + PATIENCE);
+        let (mut said, deadline) = (String::new(), Instant::now() + patience);
         while !is_listed(&said, table) {
             let Some(stdout) = &mut self.nft.stdout else {
                 break;
@@ -83,12 +148,12 @@ impl Masquerade {
     }
 
     /// Whether somebody has ended nft, and the rules with it.
-    pub(crate) fn has_ended(&mut self) -> bool {
+    fn has_ended(&mut self) -> bool {
         !matches!(self.nft.try_wait(), Ok(None))
     }
 }
 
-impl Drop for Masquerade {
+impl Drop for Owner {
     fn drop(&mut self) {
         self.commands = None;
         // It ends by itself, unless it is stuck.
@@ -162,7 +227,22 @@ mod tests {
                 text.contains("ip saddr 10.50.7.0/24 ip daddr 10.50.0.0/16 return"),
                 "{text}"
             );
-            assert!(!one.has_ended());
+            // It comes back, at a later time if it cannot be started now.
+            let owner = |one: &mut Masquerade| one.owner.as_mut().unwrap().nft.id();
+            let (now, first) = (Instant::now(), owner(&mut one));
+            one.poll(now);
+            assert_eq!(owner(&mut one), first);
+            one.owner = None;
+            (one.next, one.pause) = (now + PAUSE_MAX, PAUSE_MAX);
+            one.poll(now);
+            assert_eq!(rules(), "");
+            one.poll(now + PAUSE_MAX);
+            assert_eq!(rules().matches("masquerade fully-random").count(), 2);
+            let ended = &mut one.owner.as_mut().unwrap().nft;
+            ended.kill().unwrap();
+            ended.wait().unwrap();
+            one.poll(now);
+            assert_eq!(rules().matches("masquerade fully-random").count(), 2);
             drop(one);
             assert_eq!(rules(), "");
         });
