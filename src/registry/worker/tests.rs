@@ -31,6 +31,8 @@ fn worker(directory: &Path) -> Worker {
         prefix: "/n".into(),
         public_ip: "10.0.0.1".parse().unwrap(),
         allowed: Vec::new(),
+        allowed_prefixes: Vec::new(),
+        reserved: BTreeSet::new(),
         ttl_s: 60,
         private_key: None,
         key_file: directory.join("key"),
