@@ -77,7 +77,7 @@ impl Daemon {
             let ready = handoff.map_or_else(never, |handoff| handoff.ready.clone());
             let probes = self.tunnel.peers.probes();
             let registry = self.tunnel.registry.as_ref();
-            let registry = registry.map_or_else(never, |registry| registry.agent.news.clone());
+            let registry = registry.map_or_else(never, |registry| registry.agent.changed.clone());
             let mut end = None;
             select! {
                 recv(signals) -> signal => end = self.take_signal(signal.ok()),

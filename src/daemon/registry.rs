@@ -76,7 +76,7 @@ pub fn join(config: &mut Config, signals: &Receiver<i32>) -> Result<Option<Regis
                 Ok(joined) => break joined,
                 Err(_) => return Err(Error::new("the registry's thread has ended")),
             },
-            recv(agent.news) -> _ => if let Some(error) = agent.end() {
+            recv(agent.changed) -> _ => if let Some(error) = agent.end() {
                 return Err(error);
             },
             // There is nothing yet to read anew.

@@ -18,8 +18,8 @@ use crate::error::{Error, Result};
 pub(crate) struct Agent {
     shared: Arc<Shared>,
     /// Something has changed.
-    pub(crate) news: Receiver<()>,
-    /// The host has joined: once, and before any news.
+    pub(crate) changed: Receiver<()>,
+    /// The host has joined: once, and before anything changes.
     pub(crate) joined: Receiver<Joined>,
     thread: Option<(Stop, JoinHandle<()>)>,
 }
@@ -30,19 +30,19 @@ impl Agent {
     /// # Errors
     /// When there can be no more threads; when this program was built without a registry.
     pub(crate) fn start(options: Options) -> Result<Self> {
-        let ((news_sent, news), (joined_sent, joined)) = (bounded(1), bounded(1));
+        let ((changed_sent, changed), (joined_sent, joined)) = (bounded(1), bounded(1));
         let shared = Arc::new(Shared {
             snapshot: ArcSwap::default(),
             status: ArcSwap::default(),
             end: Mutex::new(None),
             apply_us: AtomicU64::new(0),
-            news: news_sent,
+            changed: changed_sent,
             joined: joined_sent,
         });
         Ok(Self {
             thread: Some(start_thread(options, Arc::clone(&shared))?),
             shared,
-            news,
+            changed,
             joined,
         })
     }

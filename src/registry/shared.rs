@@ -65,7 +65,7 @@ pub(super) struct Shared {
     /// How long the last snapshot took to apply.
     pub(super) apply_us: AtomicU64,
     /// Something of the above is new. A second word says nothing more.
-    pub(super) news: Sender<()>,
+    pub(super) changed: Sender<()>,
     pub(super) joined: Sender<Joined>,
 }
 

@@ -174,7 +174,7 @@ fn a_malformed_value_changes_nothing() {
     // Also when all is read again.
     view.replace(vec![bad.clone()], 1, 102, Instant::now());
     assert_eq!(snapshot(&view).peers, before.peers);
-    // It can be mended, and it can go.
+    // Its value can be put right, and its key can go.
     assert!(view.put(good));
     assert_eq!(snapshot(&view), before);
     view.put(bad.clone());

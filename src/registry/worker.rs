@@ -160,7 +160,7 @@ impl Worker {
                 let mut end = self.shared.end.lock().unwrap_or_else(PoisonError::into_inner);
                 *end = Some(error);
                 drop(end);
-                let _ = self.shared.news.try_send(());
+                let _ = self.shared.changed.try_send(());
             }
         }
         self.write_cache();
@@ -440,7 +440,7 @@ impl Worker {
             let _ = self.shared.joined.try_send(joined);
         }
         if is_new {
-            let _ = self.shared.news.try_send(());
+            let _ = self.shared.changed.try_send(());
         }
         let refused = self.snapshot.unused.prefixes_refused;
         if refused > 0 && !std::mem::replace(&mut self.has_told_of_prefixes, true) {

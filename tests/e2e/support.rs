@@ -60,7 +60,7 @@ pub fn next_engine() -> Option<&'static str> {
     next
 }
 
-/// Underlay addresses of host A and host B: the mission's.
+/// Underlay addresses of host A and host B: those of README.md.
 pub const UNDERLAY: [Ipv4Addr; 2] = [
     Ipv4Addr::new(10, 211, 55, 122),
     Ipv4Addr::new(10, 211, 55, 123),
@@ -92,7 +92,7 @@ pub fn check(condition: bool, message: impl FnOnce() -> String) -> Result<()> {
     if condition { Ok(()) } else { fail(message()) }
 }
 
-/// Two hosts with the mission's addresses and an underlay of this MTU.
+/// Two hosts with an underlay of this MTU.
 pub fn hosts(mtu_bytes: u32) -> Result<Pair> {
     let net = |address: Ipv4Addr| IpNet::new_assert(address.into(), 24);
     pair(&[(net(UNDERLAY[0]), net(UNDERLAY[1]))], mtu_bytes)
@@ -244,7 +244,7 @@ impl Ended {
     }
 }
 
-/// Both ends of a tunnel, started as the mission's command line does, with
+/// Both ends of a tunnel, started as README.md's command lines do, with
 /// `flags` added at both ends, and waited for until they answer.
 pub fn tunnel_between(hosts: &Pair, flags: &[&str]) -> Result<[Tunnel; 2]> {
     let start = |namespace: &Namespace, peer: Ipv4Addr| {

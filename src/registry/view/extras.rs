@@ -61,7 +61,7 @@ impl View {
         let live = self.hosts.values();
         let held = self.held.values().map(|(host, _)| host);
         let all = live.chain(held).map(|host| host.value.public_ip);
-        // One that is no peer is not in anybody's way.
+        // A host that is not a peer is in nobody's way.
         let all = all.filter(|address| policy.allows(*address));
         let own = policy.reserved.iter().copied();
         let all = all.chain([policy.own_ip]).map(IpAddr::V4);

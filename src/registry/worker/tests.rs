@@ -11,14 +11,14 @@ const CONFIG: &str = r#"{"Network":"10.50.0.0/16"}"#;
 
 /// One that has never connected, with its files in `directory`.
 fn worker(directory: &Path) -> Worker {
-    let (news, _) = bounded(1);
+    let (changed, _) = bounded(1);
     let (joined, _) = bounded(1);
     let shared = Shared {
         snapshot: arc_swap::ArcSwap::default(),
         status: arc_swap::ArcSwap::default(),
         end: std::sync::Mutex::default(),
         apply_us: std::sync::atomic::AtomicU64::new(0),
-        news,
+        changed,
         joined,
     };
     let options = Options {

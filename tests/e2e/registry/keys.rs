@@ -54,7 +54,7 @@ fn hosts_with_keys_find_each_other() -> Result<()> {
         || second.tunnel.said(),
     )?;
     wait_for(network.host(0), second.address()?)?;
-    // One without a key is no peer.
+    // A host without a key is not used.
     network.put_host("10.50.200.0-24", "10.211.77.9", 60)?;
     wait_until(
         "it is counted",
@@ -81,7 +81,7 @@ fn a_takeover_keeps_a_network() -> Result<()> {
         wait_until("the other", || Ok(first.routes()?.len() == 1))?;
         ping(network.host(0), far, 56, PATIENCE)?;
         network.put_host("10.50.200.0-24", "10.211.77.9", 60)?;
-        wait_until("news", || {
+        wait_until("the change", || {
             let status = first.status()?;
             Ok(status["hosts"] == 3)
         })?;

@@ -9,7 +9,7 @@ use testbed::{Pair, UNDERLAY_NAME, ip};
 use super::ends::{End, Keys, Kind, PORT, Reach, Underlay, hosts, inside, stop, tunnel};
 use super::wire::{INITIATION, NonceWatch, Wire};
 use crate::relay::{FACES, Ports, Relay};
-use crate::support::{FAMILIES, UNDERLAY, bulk, check, wait_for, wait_until};
+use crate::support::{FAMILIES, UNDERLAY, bulk, check, fail, wait_for, wait_until};
 use crate::tools::Stream;
 
 /// Another address of host B.
@@ -222,7 +222,13 @@ fn called_restarts(kinds: [Kind; 2]) -> Result<()> {
     let [caller, mut called] = tunnel(&hosts, &keys, kinds, Underlay::V4)?;
     drop(called);
     called = keys.start(&hosts.b, 1, kinds[1], Reach::UNKNOWN)?;
-    wait_for(&hosts.a, inside(1))?;
+    wait_for(&hosts.a, inside(1)).or_else(|error| {
+        let said = [&caller, &called].map(End::said);
+        fail(format!(
+            "{error}\nthe caller:\n{}\nthe called:\n{}",
+            said[0], said[1]
+        ))
+    })?;
     wait_for(&hosts.b, inside(0))?;
     bulk(&hosts.b, &hosts.a, inside(0), 5)?;
     stop([caller, called])
