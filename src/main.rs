@@ -4,7 +4,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{ArgMatches, FromArgMatches};
-use fastvpn::cli::{self, Cli, Command, check, commands, keys, registry};
+use fastvpn::cli::{self, Cli, Command, check, commands, generate, keys, registry};
 use fastvpn::config::Config;
 use fastvpn::error::Result;
 use fastvpn::{daemon, log};
@@ -31,6 +31,7 @@ fn main() -> ExitCode {
             result => result.map(drop),
         },
         Some(Command::Key(command)) => keys::run(*command),
+        Some(Command::Generate(command)) => generate::run(command, cli::command()),
         Some(Command::Registry(command)) => registry::run(command),
         Some(Command::Client(command)) => commands::run(command),
         None => match run(&flags) {

@@ -3,6 +3,7 @@
 pub mod check;
 pub mod client;
 pub mod commands;
+pub mod generate;
 pub mod keys;
 pub mod registry;
 mod render;
@@ -21,6 +22,7 @@ use crate::error::{Error, Result};
 #[derive(Debug, Parser)]
 #[command(
     version,
+    long_version = env!("FASTVPN_VERSION"),
     args_conflicts_with_subcommands = true,
     arg_required_else_help = true
 )]
@@ -74,6 +76,9 @@ pub enum Command {
     /// Ask a running tunnel, or tell it something.
     #[command(flatten)]
     Client(client::ClientCommand),
+    /// Make completions and manual pages.
+    #[command(flatten)]
+    Generate(generate::GenerateCommand),
 }
 
 #[cfg(test)]

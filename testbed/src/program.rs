@@ -24,6 +24,12 @@ pub enum Source {
     Crate(&'static str),
 }
 
+/// Shows manual pages, and what is wrong with them.
+pub const MANDOC: Program = Program::debian("mandoc", "mandoc");
+
+/// Terminals without a screen.
+pub const TMUX: Program = Program::debian("tmux", "tmux");
+
 /// A program that somebody else may have installed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Program {

@@ -10,7 +10,8 @@ use proc_macro::{TokenStream, TokenTree};
 /// - `needs_root`: not in a user namespace.
 /// - `long`: in the long tier alone.
 /// - `etcd`: where etcd and etcdctl are installed.
-/// - `wireguard_go`, `boringtun`, `gotatun`, `wg`: where that program is installed.
+/// - `wireguard_go`, `boringtun`, `gotatun`, `wg`, `mandoc`, `tmux`: where that program is
+///   installed.
 ///
 /// Without the first two it is run once, on whatever engine a tunnel chooses.
 #[proc_macro_attribute]
@@ -30,10 +31,17 @@ pub fn trial(attribute: TokenStream, function: TokenStream) -> TokenStream {
         flags += &format!("{flag}: {is_set}, ");
     }
     let mut needs = "None".to_string();
-    for program in ["wireguard_go", "boringtun", "gotatun", "wg"] {
+    for (module, program) in [
+        ("wireguard", "wireguard_go"),
+        ("wireguard", "boringtun"),
+        ("wireguard", "gotatun"),
+        ("wireguard", "wg"),
+        ("program", "mandoc"),
+        ("program", "tmux"),
+    ] {
         if words.iter().any(|word| word == program) {
             let constant = program.to_uppercase();
-            needs = format!("Some(|| ::testbed::wireguard::{constant}.missing())");
+            needs = format!("Some(|| ::testbed::{module}::{constant}.missing())");
             words.retain(|word| word != program);
         }
     }

@@ -2,5 +2,6 @@
 
 pub mod checks;
 pub mod errors;
+pub mod generated;
 pub mod guides;
 pub mod keys;
