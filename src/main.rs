@@ -1,13 +1,13 @@
 //! The command line: see `fastvpn --help`.
 
-use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{ArgMatches, FromArgMatches};
 use fastvpn::cli::{self, Cli, Command, check, commands, generate, keys, registry};
 use fastvpn::config::Config;
+use fastvpn::daemon;
 use fastvpn::error::Result;
-use fastvpn::{daemon, log};
+use fastvpn::log::{self, LogFormat};
 
 /// Runs a tunnel, or starts a process that does. `false`: that has failed, and has said why.
 fn run(flags: &ArgMatches) -> Result<bool> {
@@ -17,8 +17,16 @@ fn run(flags: &ArgMatches) -> Result<bool> {
     if config.is_launcher() {
         return daemon::launch(&config);
     }
-    log::init(config.log_level(), config.log_format);
-    daemon::run(config).map(|()| true)
+    let format = config.log_format;
+    log::init(config.log_level(), format);
+    match daemon::run(config) {
+        Err(error) if format == LogFormat::Json => {
+            // Whoever reads objects reads nothing else.
+            tracing::error!(%error, "fastvpn has ended: {error}");
+            Ok(false)
+        }
+        result => result.map(|()| true),
+    }
 }
 
 fn main() -> ExitCode {
@@ -42,8 +50,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // Not eprintln!, which panics when standard error is closed.
-            let _ = writeln!(std::io::stderr(), "fastvpn: {error}");
+            log::report_end(&error);
             ExitCode::FAILURE
         }
     }

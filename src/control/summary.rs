@@ -5,9 +5,7 @@ use crate::counters::Snapshot;
 /// Lines that sum a run up: all queues together, each queue, and what was
 /// dropped and why. `tun_queue_drops`: packets that found the TUN device's queue full.
 pub fn lines(queues: &[Snapshot], tun_queue_drops: u64) -> Vec<String> {
-    let total = queues
-        .iter()
-        .fold(Snapshot::default(), |sum, queue| sum.plus(queue));
+    let total = total(queues);
     let mut lines = vec![format!("total: {}", traffic(&total))];
     if queues.len() > 1 {
         let numbered = queues.iter().enumerate();
@@ -25,6 +23,12 @@ pub fn lines(queues: &[Snapshot], tun_queue_drops: u64) -> Vec<String> {
     }
     lines.push(format!("dropped: {}", drops.join(", ")));
     lines
+}
+
+/// What all queues have counted together.
+pub fn total(queues: &[Snapshot]) -> Snapshot {
+    let queues = queues.iter();
+    queues.fold(Snapshot::default(), |sum, queue| sum.plus(queue))
 }
 
 fn traffic(counters: &Snapshot) -> String {

@@ -84,7 +84,7 @@ impl DeviceState {
     /// Gives the device these settings again.
     pub fn restore(&self, netlink: &mut Netlink) {
         if let Err(error) = self.try_restore(netlink) {
-            tracing::error!("the device is not what it was: {error}");
+            tracing::error!(%error, "the device is not what it was: {error}");
         }
     }
 

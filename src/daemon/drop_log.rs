@@ -80,7 +80,7 @@ impl DropKind {
 
     /// Logs what is new of what has been `dropped` so far, in all. `lines`: what some of
     /// it was about.
-    fn poll(&mut self, dropped: u64, lines: impl Iterator<Item = String>, now: Instant) {
+    fn poll(&mut self, dropped: u64, lines: impl Iterator<Item = Line>, now: Instant) {
         let mut unsaid = dropped - std::mem::replace(&mut self.dropped_before, dropped);
         if unsaid > 0
             && self
@@ -91,12 +91,21 @@ impl DropKind {
             self.known.clear();
         }
         for line in lines {
-            if self.known.len() < KNOWN_MAX && !self.known.contains(&line) {
+            if self.known.len() < KNOWN_MAX && !self.known.contains(&line.text) {
                 // It gets a line, or is counted as one that gets none.
                 unsaid = unsaid.saturating_sub(1);
                 if self.log.admits(now) {
-                    tracing::warn!("{line} ({})", self.reason);
-                    self.known.insert(line);
+                    tracing::warn!(
+                        reason = self.reason,
+                        peer = line.peer,
+                        address = line.address.map(tracing::field::display),
+                        source = line.source.map(tracing::field::display),
+                        error = line.error,
+                        "{} ({})",
+                        line.text,
+                        self.reason
+                    );
+                    self.known.insert(line.text);
                 }
             }
         }
@@ -104,17 +113,37 @@ impl DropKind {
     }
 }
 
-fn unknown_sender(overlay: &Overlay, sender: IpAddr) -> String {
-    match overlay.peer_at(sender) {
-        Some(peer) if peer.is_suspended => format!(
-            "dropped datagrams from {sender}: the path to peer {} leads through the tunnel itself",
-            peer.name
+/// A line about dropped packets, and what it names.
+#[derive(Default)]
+struct Line {
+    text: String,
+    peer: Option<String>,
+    /// The address outside the tunnel.
+    address: Option<IpAddr>,
+    /// The source of a packet inside.
+    source: Option<IpAddr>,
+    error: Option<String>,
+}
+
+fn unknown_sender(overlay: &Overlay, sender: IpAddr) -> Line {
+    let suspended = overlay.peer_at(sender).filter(|peer| peer.is_suspended);
+    let peer = suspended.map(|peer| peer.name.to_string());
+    let text = match &peer {
+        Some(peer) => format!(
+            "dropped datagrams from {sender}: the path to peer {peer} leads through the tunnel \
+             itself"
         ),
-        _ => format!("dropped datagrams from {sender}: no peer has that address"),
+        None => format!("dropped datagrams from {sender}: no peer has that address"),
+    };
+    Line {
+        text,
+        peer,
+        address: Some(sender),
+        ..Line::default()
     }
 }
 
-fn forbidden_source(overlay: &Overlay, (sender, source): (IpAddr, IpAddr)) -> String {
+fn forbidden_source(overlay: &Overlay, (sender, source): (IpAddr, IpAddr)) -> Line {
     let whose = match overlay.route_to(source) {
         _ if overlay.own.contains(&source) => "it is an address of this host".into(),
         Some((Some(prefix), peer)) => format!("{prefix} belongs to peer {}", peer.name),
@@ -122,17 +151,29 @@ fn forbidden_source(overlay: &Overlay, (sender, source): (IpAddr, IpAddr)) -> St
         None => "no peer has a prefix for it".into(),
     };
     let peer = name(overlay, sender);
-    format!("dropped packets from peer {peer} with the inner source {source}: {whose}")
+    Line {
+        text: format!("dropped packets from peer {peer} with the inner source {source}: {whose}"),
+        peer: Some(peer),
+        address: Some(sender),
+        source: Some(source),
+        ..Line::default()
+    }
 }
 
-fn failed_send(overlay: &Overlay, (destination, errno): (SocketAddr, i32)) -> String {
+fn failed_send(overlay: &Overlay, (destination, errno): (SocketAddr, i32)) -> Line {
     let peer = name(overlay, destination.ip());
     let cause = cause_text(&std::io::Error::from_raw_os_error(errno));
     let hint = match errno {
         libc::EPERM => "; does a firewall on this host forbid it?",
         _ => "",
     };
-    format!("cannot send to peer {peer}: {cause}{hint}")
+    Line {
+        text: format!("cannot send to peer {peer}: {cause}{hint}"),
+        peer: Some(peer),
+        address: Some(destination.ip()),
+        error: Some(cause),
+        ..Line::default()
+    }
 }
 
 fn name(overlay: &Overlay, address: IpAddr) -> String {
@@ -143,14 +184,17 @@ fn name(overlay: &Overlay, address: IpAddr) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::log::captured;
+    use crate::log::{captured, captured_json};
 
     fn kind() -> DropKind {
         DropKind::new("no-reason")
     }
 
     fn poll(kind: &mut DropKind, now: Instant, dropped: u64, lines: &[&str]) -> Vec<String> {
-        let lines = lines.iter().map(ToString::to_string);
+        let lines = lines.iter().map(|text| Line {
+            text: text.to_string(),
+            ..Line::default()
+        });
         captured(|| kind.poll(dropped, lines, now))
     }
 
@@ -182,6 +226,34 @@ mod tests {
             ]
         );
         assert_eq!(poll(&mut kind, later + WINDOW, 1002, &[]), nothing);
+    }
+
+    #[test]
+    fn a_line_has_what_it_names_in_fields() {
+        let (mut kind, start) = (kind(), Instant::now());
+        let line = || Line {
+            text: "not from there".into(),
+            peer: Some("far:8285".into()),
+            source: "fd00::1".parse().ok(),
+            ..Line::default()
+        };
+        let lines = captured_json(|| {
+            kind.poll(7, [line()].into_iter(), start);
+            kind.poll(9, [].into_iter(), start + WINDOW);
+        });
+        for (line, key, value) in [
+            (0, "message", "not from there (no-reason)".into()),
+            (0, "level", "WARN".into()),
+            (0, "reason", "no-reason".into()),
+            (0, "peer", "far:8285".into()),
+            (0, "source", "fd00::1".into()),
+            (0, "address", serde_json::Value::Null),
+            (1, "count", 6.into()),
+            (1, "window_seconds", 60.into()),
+            (1, "what", "packets dropped as no-reason".into()),
+        ] {
+            assert_eq!(lines[line][key], value, "{key}");
+        }
     }
 
     #[test]

@@ -137,7 +137,11 @@ impl Daemon {
     fn take_failure(&self, failure: Option<Error>) -> Result<End> {
         let config = &self.tunnel.config;
         if config.interface.is_some() && self.tunnel.is_device_deleted() {
-            tracing::info!("stopping: {} has been deleted", config.tun);
+            tracing::info!(
+                interface = config.tun,
+                "stopping: {} has been deleted",
+                config.tun
+            );
             return Ok(End::Stopped);
         }
         Err(failure.unwrap_or_else(|| Error::new("all workers have ended")))
@@ -157,7 +161,11 @@ impl Daemon {
         let config = &self.tunnel.config;
         let uapi = self.uapi.as_ref().filter(|_| config.interface.is_some())?;
         (!uapi.has_name()).then(|| {
-            tracing::info!("stopping: the WireGuard socket of {} is gone", config.tun);
+            tracing::info!(
+                interface = config.tun,
+                "stopping: the WireGuard socket of {} is gone",
+                config.tun
+            );
             End::Stopped
         })
     }
@@ -177,7 +185,7 @@ impl Daemon {
                 self.handoff = Handoff::begin(&mut self.tunnel, control, connection, protocol);
             }
             Call::Request(Request::Stop {}, reply) => {
-                tracing::info!("stopped by {}", reply.asker);
+                tracing::info!(by = %reply.asker, "stopped by {}", reply.asker);
                 reply.send(Ok(Answer::Changed(Changed::default())));
                 return Some(End::Stopped);
             }
@@ -210,7 +218,7 @@ impl Daemon {
                 is_over
             }
             Err(error) => {
-                tracing::error!("not handed over: {error}");
+                tracing::error!(%error, "not handed over: {error}");
                 false
             }
         };

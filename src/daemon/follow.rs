@@ -90,7 +90,7 @@ impl Tunnel {
             if let Err(error) = reach::check_endpoint(listen, &next, endpoint) {
                 next.set_endpoint(hop, None);
                 if registry.log.admits(started) {
-                    tracing::warn!("registry: a host cannot be used: {error}");
+                    tracing::warn!(%endpoint, %error, "registry: a host cannot be used: {error}");
                 }
                 continue;
             }
@@ -101,7 +101,8 @@ impl Tunnel {
             next.set_suspended(hop, is_inside);
         }
         if registry.log.admits(started) {
-            tracing::info!("registry: {}", words(&all));
+            let words = words(&all);
+            tracing::info!(changes = words, "registry: {words}");
         }
         self.put_registry_in_force(next);
         if let Some(registry) = &self.registry {

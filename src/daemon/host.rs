@@ -107,7 +107,10 @@ impl Host {
             self.note_index();
             if index.is_some() {
                 let name = &self.device.name;
-                tracing::info!("the TUN device {name} is in this network namespace again");
+                tracing::info!(
+                    interface = name,
+                    "the TUN device {name} is in this network namespace again"
+                );
             }
         }
         if let Some(link) = self.link() {
@@ -135,6 +138,7 @@ impl Host {
         self.accepts_local = index.is_some_and(|index| netlink.accept_local(index));
         if index.is_none() {
             tracing::warn!(
+                interface = self.device.name,
                 "the TUN device {} is in another network namespace now: packets are carried as \
                  before, but its addresses, MTU and routes are left to you",
                 self.device.name
@@ -203,7 +207,7 @@ impl Host {
         let Err(error) = self.set_routes(wanted.clone()) else {
             return;
         };
-        tracing::warn!("a prefix of the registry has no route: {error}");
+        tracing::warn!(%error, "a prefix of the registry has no route: {error}");
         let kept = self.routes_kept.intersection(wanted).copied().collect();
         let mut results = vec![self.set_routes(kept)];
         let missing: Vec<_> = wanted.difference(&self.routes_kept).copied().collect();

@@ -178,6 +178,7 @@ impl Manifest {
         let queues = self.own_ports.len();
         if usize::from(config.queues) != queues {
             tracing::warn!(
+                option = "queues",
                 "--queues {} takes effect at the next start: the running process has {queues}",
                 config.queues
             );
@@ -250,11 +251,13 @@ impl Manifest {
         ] {
             if in_use && !config.uses(feature) {
                 tracing::warn!(
+                    option = "without",
                     "--without {name} takes effect at the next start: the running process has it"
                 );
                 config.without.retain(|without| *without != feature);
             } else if config.uses(feature) && self.without.contains(&feature) {
                 tracing::warn!(
+                    option = "without",
                     "leaving out --without {name} takes effect at the next start: the running \
                      process does without"
                 );
@@ -363,7 +366,7 @@ fn given(peer: &Peer) -> Option<String> {
 }
 
 fn log_left_out(error: &Error) {
-    tracing::warn!("left out some of what was added at run time: {error}");
+    tracing::warn!(%error, "left out some of what was added at run time: {error}");
 }
 
 fn add_peer(overlay: &mut Overlay, listen: SocketAddr, peer: &KnownPeer) -> Result<()> {

@@ -60,6 +60,7 @@ use self::start::Begun;
 pub use self::start::rehearse;
 use crate::config::{Config, hide_memory};
 use crate::control::summary;
+use crate::counters::Snapshot;
 use crate::error::{Error, Result};
 
 /// How long a new process waits to be let in by the one that it takes over from.
@@ -100,10 +101,28 @@ pub fn run(mut config: Config) -> Result<()> {
         tun_queue_drops = link_stats.map_or(0, |stats| stats.tx_dropped);
         daemon.take_down();
     }
-    for line in summary::lines(&daemon.tunnel.workers.snapshots(), tun_queue_drops) {
+    log_summary(&daemon.tunnel.workers.snapshots(), tun_queue_drops);
+    end.map(drop)
+}
+
+/// Logs what was carried and dropped.
+fn log_summary(workers: &[Snapshot], tun_queue_drops: u64) {
+    let total = summary::total(workers);
+    let dropped = total.drops().map(|(_, count)| count).sum::<u64>() + tun_queue_drops;
+    let mut lines = summary::lines(workers, tun_queue_drops).into_iter();
+    if let Some(line) = lines.next() {
+        tracing::info!(
+            packets_sent = total.packets_sent,
+            bytes_sent = total.bytes_sent,
+            packets_received = total.packets_received,
+            bytes_received = total.bytes_received,
+            packets_dropped = dropped,
+            "{line}"
+        );
+    }
+    for line in lines {
         tracing::info!("{line}");
     }
-    end.map(drop)
 }
 
 /// Sets a tunnel up, or takes it over.

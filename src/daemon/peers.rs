@@ -174,15 +174,17 @@ impl Peers {
             return;
         };
         match old {
-            Some(old) => tracing::info!("peer {name} has moved from {old} to {new}"),
-            None => tracing::info!("peer {name} is {new}"),
+            Some(old) => {
+                tracing::info!(peer = %name, endpoint = %new, old = %old, "peer {name} has moved from {old} to {new}")
+            }
+            None => tracing::info!(peer = %name, endpoint = %new, "peer {name} is {new}"),
         }
     }
 
     /// Logs why a peer cannot be used yet.
     pub fn log_unusable(&mut self, error: &Error, now: Instant) {
         if self.log.admits(now) {
-            tracing::warn!("{error}; trying again");
+            tracing::warn!(%error, "{error}; trying again");
         }
     }
 

@@ -98,7 +98,7 @@ pub fn join(config: &mut Config, signals: &Receiver<i32>) -> Result<Option<Regis
         network, subnet, ..
     } = registry.settings;
     let backend = joined.network.backend.name();
-    tracing::info!("joined {network} ({backend}) as {public_ip}, with the subnet {subnet}");
+    tracing::info!(%network, backend, %public_ip, %subnet, "joined {network} ({backend}) as {public_ip}, with the subnet {subnet}");
     Ok(Some(registry))
 }
 

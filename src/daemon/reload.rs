@@ -21,8 +21,10 @@ pub fn reload(tunnel: &mut Tunnel, by: &str) -> Result<Reloaded> {
     let result = try_to_reload(tunnel);
     tunnel.reload_error = result.as_ref().err().map(ToString::to_string);
     match &result {
-        Ok((_, words)) => tracing::info!("reloaded: {words}, by {by}"),
-        Err(error) => tracing::error!("not reloaded by {by}, nothing has changed: {error}"),
+        Ok((_, words)) => tracing::info!(by, changes = words, "reloaded: {words}, by {by}"),
+        Err(error) => {
+            tracing::error!(by, %error, "not reloaded by {by}, nothing has changed: {error}")
+        }
     }
     result.map(|(report, _)| report)
 }
@@ -92,7 +94,7 @@ fn try_to_reload(tunnel: &mut Tunnel) -> Result<(Reloaded, String)> {
     if is_mtu_new {
         announce::warn_of_fragments(tunnel);
         if let Err(error) = tunnel.write_subnet_file() {
-            tracing::error!("container tools still read the old MTU: {error}");
+            tracing::error!(%error, "container tools still read the old MTU: {error}");
         }
     }
     let words = report.words(changes.words());

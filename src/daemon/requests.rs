@@ -171,7 +171,7 @@ fn changed(
     tunnel.commit_overlay(next)?;
     let words = changes.words();
     if !words.is_empty() {
-        tracing::info!("{words}, by {asker}");
+        tracing::info!(by = %asker, changes = words, "{words}, by {asker}");
     }
     Ok(Answer::Changed(to_changed(&changes)))
 }

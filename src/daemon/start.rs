@@ -60,10 +60,13 @@ impl Prepared<Claimed> {
     pub fn into_tunnel(mut self) -> Result<Tunnel> {
         let more = self.unusable.len().saturating_sub(UNUSABLE_NAMED_MAX);
         for error in self.unusable.iter().take(UNUSABLE_NAMED_MAX) {
-            tracing::warn!("{error}; trying again");
+            tracing::warn!(%error, "{error}; trying again");
         }
         if more > 0 {
-            tracing::warn!("{more} more peers cannot be used yet; trying again");
+            tracing::warn!(
+                count = more,
+                "{more} more peers cannot be used yet; trying again"
+            );
         }
         // If any port would do, it is known now.
         let port = self.claimed.sockets.port();
@@ -281,7 +284,7 @@ pub fn serve_control(config: &Config, listener: Option<OwnedFd>) -> Result<Optio
         }
         // Nobody asked for it, as where /run cannot be written to.
         Err(error) if config.control.is_none() => {
-            tracing::warn!("no control socket: {error}");
+            tracing::warn!(%error, "no control socket: {error}");
             Ok(None)
         }
         Err(error) => Err(error),

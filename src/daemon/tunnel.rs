@@ -354,7 +354,7 @@ impl Tunnel {
         });
         if let Err(error) = result {
             if let Err(error) = host.set_routes(before) {
-                tracing::error!("{error}");
+                tracing::error!(%error, "{error}");
             }
             self.workers.publish(old_table);
             self.follow_peers();
@@ -458,7 +458,7 @@ impl Tunnel {
             Ok(true) => {
                 // Something else may have the old index by now, such as the underlay.
                 if let Err(error) = self.filter_datagrams() {
-                    tracing::error!("{error}");
+                    tracing::error!(%error, "{error}");
                 }
                 self.peers.has_changed = true;
                 self.start_routes();
@@ -472,7 +472,7 @@ impl Tunnel {
     /// Where that fails there is nothing to go back to: it is tried again.
     pub fn start_routes(&mut self) {
         if let Err(error) = self.host.start_routes(&self.settings.link.addresses) {
-            tracing::error!("{error}");
+            tracing::error!(%error, "{error}");
         }
     }
 
@@ -493,6 +493,9 @@ impl Tunnel {
             netlink.set_mtu(index, mtu_bytes)?;
             self.settings = new;
             tracing::info!(
+                interface = name,
+                mtu_bytes,
+                old_bytes,
                 "MTU of {name}: {mtu_bytes} bytes, no longer {old_bytes}: what the routes to the \
                  peers take"
             );

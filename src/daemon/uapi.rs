@@ -62,12 +62,12 @@ pub fn serve(config: &Config) -> Option<Server> {
         Ok(server) => Some(server),
         // A tunnel of the same name in another network namespace: there is one name for all.
         Err(error) if error.errno() == Some(libc::EADDRINUSE) => {
-            tracing::info!("`wg` shows another tunnel of this name: {error}");
+            tracing::info!(%error, "`wg` shows another tunnel of this name: {error}");
             None
         }
         // Nobody asked for it.
         Err(error) => {
-            tracing::warn!("`wg` cannot be used: {error}");
+            tracing::warn!(%error, "`wg` cannot be used: {error}");
             None
         }
     }
@@ -89,13 +89,13 @@ pub fn answer(tunnel: &mut Tunnel, request: Request, asker: Asker, is_leaving: b
     match change(tunnel, &set) {
         Ok(words) => {
             if !words.is_empty() {
-                tracing::info!("{words}, by {asker}");
+                tracing::info!(by = %asker, changes = words, "{words}, by {asker}");
             }
             Ok(None)
         }
         Err(error) => {
             // `wg` can show only an errno.
-            tracing::warn!("refused what {asker} asked for by `wg`: {error}");
+            tracing::warn!(by = %asker, %error, "refused what {asker} asked for by `wg`: {error}");
             Err(error.errno().map_or(Errno::EINVAL, Errno::from_raw))
         }
     }
@@ -114,7 +114,7 @@ fn change(tunnel: &mut Tunnel, set: &Set) -> Result<String> {
         .and_then(|()| change_all_else(tunnel, set))
         .inspect_err(|_| {
             if let Err(error) = tunnel.set_mark(old_mark) {
-                tracing::error!("{error}");
+                tracing::error!(%error, "{error}");
             }
         })?;
     tunnel.config.by_wg.fwmark = true;

@@ -334,7 +334,10 @@ impl Workers {
     fn tell(&self, waiting_max: usize, command: impl Fn() -> WorkerCommand) {
         for (index, worker) in lock(&self.handles).iter().enumerate() {
             if !worker.tell(command(), waiting_max) {
-                tracing::error!("worker {index} takes no commands: is it stuck?");
+                tracing::error!(
+                    worker = index,
+                    "worker {index} takes no commands: is it stuck?"
+                );
             }
         }
     }
@@ -465,7 +468,12 @@ impl Worker {
         if let Some(&id) = cores.get(self.index % cores.len().max(1))
             && !core_affinity::set_for_current(core_affinity::CoreId { id })
         {
-            tracing::warn!("cannot pin worker {} to core {id}", self.index);
+            tracing::warn!(
+                worker = self.index,
+                core = id,
+                "cannot pin worker {} to core {id}",
+                self.index
+            );
         }
         let WorkerFds { queue, sockets, .. } = self.descriptors.clone();
         let (limits, wake) = (self.setup.limits, Arc::clone(&self.wake));
@@ -511,8 +519,7 @@ impl Worker {
 /// Whether the workers use io_uring. Left to choose, they do where the kernel has
 /// it and allows it; where not, one warning says why.
 fn is_uring(io: Io) -> bool {
-    let warn =
-        |error: &Error| tracing::warn!("io_uring is not available here, using epoll: {error}");
+    let warn = |error: &Error| tracing::warn!(%error, "io_uring is not available here, using epoll: {error}");
     match io {
         Io::Uring => true,
         Io::Epoll => false,

@@ -63,7 +63,7 @@ pub(crate) fn set_addresses(
     if result.is_err()
         && let Err(error) = replace_addresses(netlink, index, new, old)
     {
-        tracing::error!("{error}");
+        tracing::error!(%error, "{error}");
     }
     result
 }
@@ -136,6 +136,9 @@ pub(crate) fn check_networks(
                 .hint("give the tunnel an --address in a network of its own"));
             }
             tracing::warn!(
+                %address,
+                %network,
+                interface = link,
                 "the address {address} takes {network} from {link}, which has {other}, into the \
                  tunnel"
             );

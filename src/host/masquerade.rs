@@ -72,7 +72,7 @@ impl Masquerade {
                 // Once for all attempts.
                 match self.pause == PAUSE_MIN {
                     true => {
-                        tracing::error!("no longer masquerading (--ip-masq), trying again: {error}")
+                        tracing::error!(%error, "no longer masquerading (--ip-masq), trying again: {error}")
                     }
                     false => tracing::debug!("not masquerading: {error}"),
                 }

@@ -99,6 +99,7 @@ impl PathLimits {
         if errno == libc::EIO {
             NO_CHECKSUM_OFFLOAD.call_once(|| {
                 tracing::warn!(
+                    endpoint = %to,
                     "UDP_SEGMENT off: the way to the peer takes no segmentation offload \
                      (IPsec, or a device without checksums); sending one datagram at a time"
                 );

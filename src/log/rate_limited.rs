@@ -61,6 +61,9 @@ impl RateLimitedLog {
     fn end_window(&mut self) {
         if self.left_out > 0 {
             tracing::warn!(
+                count = self.left_out,
+                what = self.what,
+                window_seconds = self.window.as_secs(),
                 "{} more {} within {} s were not logged",
                 self.left_out,
                 self.what,

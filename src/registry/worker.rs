@@ -123,7 +123,7 @@ impl Worker {
     fn new(options: Options, shared: Arc<Shared>) -> Self {
         let keys = Keys::new(&options.prefix);
         let cached = cache::read(&options.cache, &options.prefix).unwrap_or_else(|error| {
-            tracing::warn!("{error}");
+            tracing::warn!(%error, "{error}");
             None
         });
         let (view, subnet) = match cached {
@@ -200,7 +200,7 @@ impl Worker {
                 } else {
                     ""
                 };
-                tracing::warn!("registry: {text}{stays}; trying again");
+                tracing::warn!(error = text, "registry: {text}{stays}; trying again");
             }
         }
         self.warned = Some(text.clone());
@@ -226,6 +226,7 @@ impl Worker {
             return;
         }
         tracing::warn!(
+            file = %self.options.cache.display(),
             "registry: etcd has not answered, going on with what was known before: {}",
             self.options.cache.display()
         );
@@ -265,7 +266,7 @@ impl Worker {
         self.view.hold_again(Instant::now());
         self.publish();
         if self.warned.take().is_some() {
-            tracing::info!("registry: connected to etcd at {url}");
+            tracing::info!(url, "registry: connected to etcd at {url}");
         }
         (self.status.is_connected, self.status.error) = (true, None);
         self.show_status();
@@ -288,6 +289,7 @@ impl Worker {
         let listed = client.list(&first, &end).await?;
         if self.view.is_strange(listed.cluster, listed.revision) {
             tracing::warn!(
+                hold_seconds = super::view::HOLD.as_secs(),
                 "registry: this is another etcd, or an older state of it; hosts that it does not \
                  know are kept for {} s",
                 super::view::HOLD.as_secs()
@@ -311,6 +313,7 @@ impl Worker {
             if is_changed && !self.status.is_config_changed {
                 let what = value.map_or("is gone", |_| "has changed");
                 tracing::warn!(
+                    key,
                     "registry: the network's configuration at {key} {what}; this host goes on \
                      with the old one until it is started again"
                 );
@@ -445,6 +448,7 @@ impl Worker {
         let refused = self.snapshot.unused.prefixes_refused;
         if refused > 0 && !std::mem::replace(&mut self.has_told_of_prefixes, true) {
             tracing::warn!(
+                count = refused,
                 "registry: {refused} prefixes that hosts publish are not used: they are in no \
                  --registry-allow-prefix, or cover an address of a host's or of etcd's"
             );
@@ -472,7 +476,7 @@ impl Worker {
         let options = &self.options;
         let written = cache::write(&options.cache, &options.prefix, &self.view, subnet);
         if let Err(error) = written {
-            tracing::warn!("registry: {error}");
+            tracing::warn!(%error, "registry: {error}");
         }
     }
 }

@@ -47,6 +47,8 @@ impl Mismatches {
         };
         self.next_ns = now_ns + LOG_INTERVAL_NS;
         tracing::warn!(
+            %from,
+            %peer,
             "a handshake from {from} (peer {peer}) is meant for another host than this host, {}: \
              that peer has another secret, or another identity for this host",
             identities.own
@@ -61,10 +63,13 @@ impl Mismatches {
         self.next_ns = now_ns + LOG_INTERVAL_NS;
         match identities.at(peers, from) {
             Some(peer) => tracing::warn!(
+                %from,
+                %peer,
                 "a handshake from {from} has the secret, but not the identity {peer} of the peer \
                  that is there: start it with --identity {peer}, or correct its identity here"
             ),
             None => tracing::warn!(
+                %from,
                 "a handshake from {from} has the secret, but the identity of no peer: add it as \
                  one, by the identity that it has"
             ),

@@ -218,6 +218,8 @@ pub fn take_over(
     }
     let control = carry_on(&mut tunnel, &manifest.addresses, listener);
     tracing::info!(
+        old_process = manifest.pid,
+        old_version = manifest.version,
         "took over from process {}, fastvpn {}",
         manifest.pid,
         manifest.version
@@ -242,7 +244,7 @@ fn carry_on(
     old_addresses: &[IpNet],
     listener: Option<OwnedFd>,
 ) -> Option<Server> {
-    let log = |error: Error| tracing::error!("taken over, but not in full: {error}");
+    let log = |error: Error| tracing::error!(%error, "taken over, but not in full: {error}");
     tunnel.go_on().unwrap_or_else(log);
     if tunnel.config.interface.is_none() {
         tunnel.bring_up(old_addresses).unwrap_or_else(log);

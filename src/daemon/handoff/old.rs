@@ -97,7 +97,7 @@ impl Handoff {
         protocol: u32,
     ) -> Option<Self> {
         if let Ok(asker) = Asker::of(lines.stream()) {
-            tracing::info!("{asker} asks to take over");
+            tracing::info!(by = %asker, "{asker} asks to take over");
         }
         let mut handoff = Self::new(lines);
         let started = check_protocol(protocol).and_then(|()| {
@@ -110,7 +110,7 @@ impl Handoff {
         });
         if let Err(error) = started {
             keep(&mut handoff.lines, &error);
-            tracing::error!("not handed over: {error}");
+            tracing::error!(%error, "not handed over: {error}");
             return None;
         }
         Some(handoff)
@@ -243,7 +243,7 @@ pub fn hand_over(
         new.leave();
         return Ok(true);
     };
-    tracing::error!("not handed over, carrying on: {error}");
+    tracing::error!(%error, "not handed over, carrying on: {error}");
     tunnel.workers.start()?;
     tunnel.go_on()?;
     // It hears only now that the tunnel is kept: if this process had died before, it

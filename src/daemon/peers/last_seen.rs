@@ -58,7 +58,7 @@ impl LastSeen {
         if traffic.received {
             (self.at, self.silent_since) = (Some(now), None);
             if std::mem::take(&mut self.is_logged) && log.admits(now) {
-                tracing::info!("peer {name} answers again");
+                tracing::info!(peer = name, "peer {name} answers again");
             }
         } else if traffic.sent {
             let may_wait = sessions.map_or(Duration::ZERO, |_| ANSWER_TIME_MAX);
@@ -96,6 +96,8 @@ impl LastSeen {
         });
         let identity = identity.unwrap_or_default();
         tracing::warn!(
+            peer = name,
+            last_seen_seconds = self.at.map(|at| (now - at).as_secs()),
             "peer {name} does not answer: packets are sent to it, but it was {seen}{identity}"
         );
     }

@@ -84,13 +84,17 @@ impl Peers {
         }
         match route {
             Route::None => tracing::warn!(
+                %endpoint,
                 "this host has no route to peer {endpoint}: nothing reaches it until there is one"
             ),
             Route::Inside => tracing::warn!(
+                %endpoint,
                 "the path to peer {endpoint} leads through the tunnel itself: nothing is sent to \
                  it until there is another"
             ),
-            Route::Outside => tracing::info!("this host has a route to peer {endpoint} again"),
+            Route::Outside => {
+                tracing::info!(%endpoint, "this host has a route to peer {endpoint} again")
+            }
         }
     }
 
@@ -180,7 +184,7 @@ impl Peers {
         if let Some(before) = before.filter(|before| *before != mtu_bytes)
             && self.log.admits(now)
         {
-            tracing::info!("the path to {endpoint} takes {mtu_bytes} bytes, no longer {before}");
+            tracing::info!(%endpoint, mtu_bytes, old_bytes = before, "the path to {endpoint} takes {mtu_bytes} bytes, no longer {before}");
         }
     }
 }

@@ -113,8 +113,14 @@ impl Peers {
             return;
         }
         match is_back {
-            true => tracing::info!("peer {name} sends from port {port} again; sending there"),
+            true => tracing::info!(
+                peer = name,
+                port,
+                "peer {name} sends from port {port} again; sending there"
+            ),
             false => tracing::warn!(
+                peer = name,
+                port,
                 "peer {name} sends from port {port}, which its address was not configured \
                  with; sending there"
             ),

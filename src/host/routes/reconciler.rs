@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 use ipnet::IpNet;
+use tracing::field::display;
 
 use super::table::{RouteTable, by_way};
 use crate::error::{Error, Result};
@@ -202,7 +203,10 @@ impl Reconciler {
             match self.netlink.add_address(link.index, address) {
                 Ok(()) if is_logged => {
                     let name = &link.name;
-                    self.log(&format!("address {address} on {name} was gone; put back"));
+                    self.log(
+                        &format!("address {address} on {name} was gone; put back"),
+                        Some((name, address)),
+                    );
                 }
                 Ok(()) => {}
                 Err(error) if error.errno() == Some(libc::EEXIST) => {}
@@ -264,7 +268,7 @@ impl Reconciler {
         if !more.is_empty() {
             line += &format!(" (and {} more)", more.len());
         }
-        self.log(&line);
+        self.log(&line, Some((name, *prefix)));
     }
 
     /// Says what cannot be fixed, once.
@@ -272,7 +276,7 @@ impl Reconciler {
         let complaint = refused.map(|error| error.to_string());
         if let Some(text) = complaint.as_ref().filter(|_| self.complaint != complaint) {
             let logged_at = self.logged_at;
-            if !self.log(text) {
+            if !self.log(text, None) {
                 // It comes again and again, and is logged once all others are quiet.
                 self.logged_at = logged_at;
                 return;
@@ -281,16 +285,24 @@ impl Reconciler {
         self.complaint = complaint;
     }
 
-    /// Logs a line unless there are too many; tells whether it did.
-    fn log(&mut self, line: &str) -> bool {
+    /// Logs a line unless there are too many; tells whether it did. `route`: what it is about,
+    /// and the device's name.
+    fn log(&mut self, line: &str, route: Option<(&str, IpNet)>) -> bool {
         if self.logged_at.elapsed() >= QUIET_PERIOD {
             self.logged = 0;
         }
         self.logged_at = Instant::now();
         self.logged = self.logged.saturating_add(1);
+        let (interface, prefix) = (
+            route.map(|(name, _)| name),
+            route.map(|(_, prefix)| display(prefix)),
+        );
         match self.logged {
-            ..LOGGED_MAX => tracing::warn!("{line}"),
+            ..LOGGED_MAX => tracing::warn!(interface, prefix, "{line}"),
             LOGGED_MAX => tracing::warn!(
+                interface,
+                prefix,
+                quiet_seconds = QUIET_PERIOD.as_secs(),
                 "{line}. Somebody changes this again and again: not logged until it is quiet for \
                  {} s; have other network managers leave the tunnel's device and routes alone",
                 QUIET_PERIOD.as_secs()

@@ -51,7 +51,7 @@ impl Worker {
             (None, _) => {
                 let subnet = own.subnet;
                 match self.put_own(client, subnet, 0).await? {
-                    Outcome::Done => tracing::info!("registry: {subnet} claimed again"),
+                    Outcome::Done => tracing::info!(%subnet, "registry: {subnet} claimed again"),
                     Outcome::Refused(others) => self.alarm(subnet, others.last()),
                     Outcome::Denied(error) => return Err(error.into()),
                 }
@@ -104,7 +104,7 @@ impl Worker {
              them, remove its key, and start it again"
         );
         if self.status.alarm.as_ref() != Some(&text) {
-            tracing::error!("registry: {text}");
+            tracing::error!(%subnet, by = who, "registry: {text}");
             self.status.alarm = Some(text);
             self.show_status();
         }

@@ -129,7 +129,16 @@ fn logs_can_be_json() -> Result<()> {
             check(object[key].is_string(), || format!("no {key} in {line:?}"))?;
         }
         messages.extend(object["message"].as_str().map(String::from));
+        if object["interface"] == "fastvpn0" {
+            let (mtu, addresses) = (&object["mtu_bytes"], &object["addresses"]);
+            check(mtu == 1472 && addresses == "10.244.55.122/16", || {
+                line.into()
+            })?;
+        }
     }
+    check(ended.log.contains("\"interface\":\"fastvpn0\""), || {
+        ended.log.clone()
+    })?;
     for part in [
         "fastvpn0: 10.244.55.122/16",
         "peer 10.211.55.123:8285",

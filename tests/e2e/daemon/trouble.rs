@@ -1,8 +1,11 @@
 //! What the log and `fastvpn peers` say when something goes wrong or is changed.
 
 use std::fs::File;
+use std::io::Read;
 use std::net::{Ipv4Addr, UdpSocket};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 
 use etherparse::PacketBuilder;
@@ -235,36 +238,72 @@ fn changes_are_told_of() -> Result<()> {
     Ok(())
 }
 
-/// Lines have a time, unless journald, which has one of its own, reads them.
+/// Lines have a time, unless journald, which has one of its own, reads them: then they have a
+/// priority.
 #[testbed::trial]
-fn the_journal_has_its_own_time() -> Result<()> {
+fn the_journal_has_its_own_time_and_priorities() -> Result<()> {
     let hosts = hosts(1500)?;
-    let operator = Operator::new()?;
-    for (name, reads) in [("journal", true), ("file", false)] {
-        let path = operator.path(name);
-        let file = tried("make a file", File::create(&path))?;
-        let metadata = tried("look at a file", file.metadata())?;
-        let inode = metadata.ino() + u64::from(!reads);
-        let mut command = Command::new(FASTVPN);
-        command
-            .args(["--peer", "10.211.55.123", "--control"])
-            .arg(operator.socket())
-            .env("JOURNAL_STREAM", format!("{}:{inode}", metadata.dev()))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(file);
-        let mut child = hosts.a.spawn(command)?;
-        operator.wait()?;
-        child.terminate(PATIENCE)?;
-        let log = tried("read a file", std::fs::read_to_string(&path))?;
-        let year = |line: &str| line.get(..4).and_then(|text| text.parse::<u16>().ok());
-        let count = log.lines().count();
-        let timed = log.lines().filter(|line| year(line).is_some()).count();
-        check(count > 3 && timed == if reads { 0 } else { count }, || {
-            format!("{name}:\n{log}")
+    let text = journal(&hosts.a, true, "")?;
+    let parts = [
+        "<6>fastvpn 0",
+        "<4>plain mode: packets are neither encrypted",
+        "<6>total: sent ",
+    ];
+    for part in parts {
+        check(text.lines().any(|line| line.starts_with(part)), || {
+            format!("no {part:?} in:\n{text}")
         })?;
     }
-    Ok(())
+    let json = journal(&hosts.a, true, "--log-format json")?;
+    for line in json.lines() {
+        let (priority, object) = line.split_at(3);
+        let object: Value = serde_json::from_str(object)
+            .map_err(|error| Error::new(format!("{error} in {line:?}")))?;
+        let expected = match object["level"].as_str() {
+            Some("WARN") => "<4>",
+            _ => "<6>",
+        };
+        check(priority == expected, || line.into())?;
+    }
+    check(json.contains("\"mtu_bytes\":1472"), || json.clone())?;
+    let other = journal(&hosts.a, false, "")?;
+    let year = |line: &str| line.get(..4).and_then(|text| text.parse::<u16>().ok());
+    let are_timed = other.lines().all(|line| year(line).is_some());
+    check(are_timed && other.lines().count() > 3, || other.clone())?;
+    // The last words have one, too.
+    let error = journal(&hosts.a, true, "--address 10.211.55.9/24")?;
+    let last = error.lines().last().unwrap_or_default();
+    check(last.starts_with("<3>fastvpn: the address "), || {
+        error.clone()
+    })
+}
+
+/// What a tunnel writes to a stream socket, as journald's is, from its start to its end, or until
+/// it fails. `is_named`: whether the environment says that the socket is journald's.
+fn journal(namespace: &Namespace, is_named: bool, flags: &str) -> Result<String> {
+    let operator = Operator::new()?;
+    let (stream, mut journald) = tried("make a socket", UnixStream::pair())?;
+    let stream = File::from(OwnedFd::from(stream));
+    let metadata = tried("look at a socket", stream.metadata())?;
+    let inode = metadata.ino() + u64::from(!is_named);
+    let mut command = Command::new(FASTVPN);
+    command
+        .args(["--peer", "10.211.55.123", "--control"])
+        .arg(operator.socket())
+        .args(flags.split_whitespace())
+        .env("JOURNAL_STREAM", format!("{}:{inode}", metadata.dev()))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(stream);
+    let mut child = namespace.spawn(command)?;
+    wait_until("it runs or ends", || {
+        Ok(operator.socket().exists() || child.try_wait()?.is_some())
+    })?;
+    child.terminate(PATIENCE)?;
+    // Commands hold what they give to their children.
+    let mut text = String::new();
+    tried("read a socket", journald.read_to_string(&mut text))?;
+    Ok(text)
 }
 
 /// No moment in which something has come from a peer that was never heard.
