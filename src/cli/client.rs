@@ -17,7 +17,20 @@ use crate::control::protocol::Request;
 #[allow(missing_docs, reason = "each says what it is in its help")]
 pub enum ClientCommand {
     /// Show the running tunnel, its workers and what they count; of several, a line for each
-    Status(Target),
+    Status {
+        #[command(flatten)]
+        target: Target,
+        /// Show packets, bits and drops per second beside the totals: a line every so many
+        /// seconds (1 if it is not said), until the tunnel ends
+        #[arg(
+            long = "watch",
+            value_name = "SECONDS",
+            num_args = 0..=1,
+            default_missing_value = "1",
+            value_parser = clap::value_parser!(u32).range(1..=86_400),
+        )]
+        watch_seconds: Option<u32>,
+    },
     /// Show the running tunnel's peers
     Peers(Target),
     /// Show or change which peer a prefix goes to
@@ -94,10 +107,10 @@ impl ClientCommand {
     /// Which tunnel is meant, and how it is to answer.
     pub(crate) fn target(&self) -> &Target {
         match self {
-            Self::Status(target)
-            | Self::Peers(target)
+            Self::Peers(target)
             | Self::Reload(target)
             | Self::Stop(target)
+            | Self::Status { target, .. }
             | Self::Route { target, .. }
             | Self::Peer { target, .. } => target,
         }
@@ -106,7 +119,7 @@ impl ClientCommand {
     /// What is asked of the tunnel.
     pub(crate) fn request(&self) -> Request {
         match self.clone() {
-            Self::Status(_) => Request::Status {},
+            Self::Status { .. } => Request::Status {},
             Self::Peers(_) => Request::Peers {},
             Self::Reload(_) => Request::Reload {},
             Self::Stop(_) => Request::Stop {},
@@ -186,6 +199,8 @@ mod tests {
     fn every_command_takes_a_target() {
         for words in [
             "status",
+            "status --watch",
+            "status --watch 5 --json",
             "peers --json",
             "route add 10.1.0.0/16 fd00::/64 --peer vpn.example:9 --replace",
             "route del 10.1.0.0/16",
@@ -208,6 +223,7 @@ mod tests {
             "route add 10.1.0.1/33 --peer 10.0.0.1",
             "route del",
             "route get 10.1.0.0/16",
+            "status --watch 0",
             "peer del 10.0.0.1=10.1.0.0/16",
             "--tun fastvpn1 status",
         ] {

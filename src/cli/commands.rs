@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::client::{ClientCommand, RouteCommand, Target};
-use super::render;
+use super::{render, watch};
 use crate::config::{default_control_path, default_control_paths};
 use crate::control::client::{Connection, Verdict, parse};
 use crate::control::protocol::{Request, Status};
-use crate::control::text::printable_json;
+use crate::control::text::{printable, printable_json};
 use crate::error::{Error, Result};
 use crate::testbed::demo::{self, DemoOptions};
 
@@ -25,19 +25,34 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub fn run(command: &ClientCommand) -> Result<()> {
     let mut path = command.target().socket();
     let mut out = io::BufWriter::new(io::stdout().lock());
-    if let ClientCommand::Status(Target {
-        json,
-        tun: None,
-        control: None,
-    }) = command
+    if let ClientCommand::Status {
+        target:
+            Target {
+                json,
+                tun: None,
+                control: None,
+            },
+        watch_seconds,
+    } = command
     {
         let mut found = running();
         if found.len() > 1 {
-            return show_all(&found, *json, &mut out);
+            return match watch_seconds {
+                None => show_all(&found, *json, &mut out),
+                Some(_) => Err(several(&found).hint("--tun names one")),
+            };
         }
         if let Some(only) = found.pop() {
             path = only.path;
         }
+    }
+    if let ClientCommand::Status {
+        target,
+        watch_seconds: Some(seconds),
+    } = command
+    {
+        let every = Duration::from_secs((*seconds).into());
+        return watch::run(&path, every, target.json, &mut out);
     }
     perform(command, &path, &mut out, PATIENCE)
 }
@@ -73,6 +88,13 @@ fn running() -> Vec<Running> {
         .into_iter()
         .filter_map(status)
         .collect()
+}
+
+/// Of several tunnels, somebody has to choose.
+fn several(found: &[Running]) -> Error {
+    let names = found.iter().map(|tunnel| printable(&tunnel.status.tun));
+    let names = names.collect::<Vec<_>>().join(", ");
+    Error::new(format!("several tunnels run here: {names}"))
 }
 
 /// A line for each of several tunnels.
@@ -125,7 +147,7 @@ pub fn show_answer(
         return Ok(());
     }
     let text = match command {
-        ClientCommand::Status(_) => render::status(&parse(line, path)?),
+        ClientCommand::Status { .. } => render::status(&parse(line, path)?),
         ClientCommand::Peers(_) => render::peers(&parse(line, path)?),
         ClientCommand::Route { command, .. } => match command {
             RouteCommand::List => render::routes(&parse(line, path)?),

@@ -5,10 +5,13 @@ pub mod client;
 pub mod commands;
 pub mod generate;
 pub mod keys;
+mod poller;
+mod rates;
 pub mod registry;
 mod render;
 mod table;
 mod units;
+mod watch;
 
 use clap::{Args, Parser, Subcommand};
 

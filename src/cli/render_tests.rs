@@ -14,6 +14,7 @@ fn a_status() -> Status {
         version: "0.1.0".into(),
         pid: 4711,
         uptime_seconds: 277_200,
+        boottime_ns: None,
         tun: "fastvpn0".into(),
         addresses: vec![
             "10.244.2.2/24".parse().unwrap(),
@@ -134,6 +135,7 @@ fn drop_counts_of_any_size_are_shown() {
 #[test]
 fn a_line_per_peer() {
     let all = Peers {
+        boottime_ns: None,
         peers: vec![
             PeerStatus {
                 peer: "10.0.0.2:8285".into(),
@@ -192,6 +194,7 @@ no\\u{1b}such.invalid:8285  not resolved                        listen port  con
 #[test]
 fn a_line_per_peer_with_a_key() {
     let all = Peers {
+        boottime_ns: None,
         peers: vec![
             PeerStatus {
                 peer: "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=".into(),

@@ -17,6 +17,20 @@ pub(super) fn exactly(number: usize, what: &str) -> String {
     format!("{number} {what}{}", plural(number as u64, what))
 }
 
+/// How many a second, as in `1.5 k/s`: of few, also tenths.
+pub(super) fn per_second(rate: f64) -> String {
+    match rate > 0.0 && rate < 9.95 {
+        true => format!("{rate:.1}/s"),
+        false => count(rate.round() as u64) + "/s",
+    }
+}
+
+/// Bits a second, as in `1.5 Gbit/s`.
+pub(super) fn bits_per_second(rate: f64) -> String {
+    let units = ["bit/s", "kbit/s", "Mbit/s", "Gbit/s", "Tbit/s"];
+    scaled(rate.round() as u64, units)
+}
+
 fn plural(number: u64, what: &str) -> &'static str {
     match number {
         1 => "",
@@ -51,6 +65,23 @@ mod tests {
         assert_eq!(counted(1_500_000, "packet"), "1.5 M packets");
         assert_eq!(exactly(1, "prefix"), "1 prefix");
         assert_eq!(exactly(100_000, "prefix"), "100000 prefixes");
+    }
+
+    #[test]
+    fn rates() {
+        for (rate, shown) in [
+            (0.0, "0/s"),
+            (0.04, "0.0/s"),
+            (0.2, "0.2/s"),
+            (9.94, "9.9/s"),
+            (9.96, "10/s"),
+            (1234.5, "1.2 k/s"),
+            (f64::INFINITY, "18446744.1 T/s"),
+        ] {
+            assert_eq!(per_second(rate), shown);
+        }
+        assert_eq!(bits_per_second(0.4), "0 bit/s");
+        assert_eq!(bits_per_second(98.44e6), "98.4 Mbit/s");
     }
 
     #[test]

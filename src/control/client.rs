@@ -76,14 +76,19 @@ impl Connection {
     /// # Errors
     /// When that takes longer than `patience`.
     pub(crate) fn wait_for_end(mut self, patience: Duration) -> Result<()> {
-        match self.lines.receive(Instant::now() + patience) {
-            Err(error) if error.kind() == io::ErrorKind::TimedOut => {
-                let what = format!("the fastvpn at {} has not ended", self.path.display());
-                Err(Error::os(what, error).hint("its log may say why"))
-            }
-            // Reset is an end, too.
-            _ => Ok(()),
+        if self.is_closed_by(Instant::now() + patience) {
+            return Ok(());
         }
+        let what = format!("the fastvpn at {} has not ended", self.path.display());
+        Err(Error::os(what, io::ErrorKind::TimedOut.into()).hint("its log may say why"))
+    }
+
+    /// Waits until the other end has closed this connection, or until `deadline`. Whether
+    /// it has.
+    pub(crate) fn is_closed_by(&mut self, deadline: Instant) -> bool {
+        // Reset is an end, too.
+        let received = self.lines.receive(deadline);
+        !received.is_err_and(|error| error.kind() == io::ErrorKind::TimedOut)
     }
 }
 

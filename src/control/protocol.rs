@@ -109,6 +109,10 @@ pub struct Status {
     pub pid: u32,
     /// Seconds since the process began to carry packets.
     pub uptime_seconds: u64,
+    /// When the counters were read, in nanoseconds of the host's `CLOCK_BOOTTIME`; none of
+    /// earlier versions.
+    #[serde(default)]
+    pub boottime_ns: Option<u64>,
     /// Name of the TUN device.
     pub tun: String,
     /// Its index; none while it is in another network namespace.
@@ -207,6 +211,9 @@ pub struct RegistryStatus {
 /// All peers.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Peers {
+    /// As that of [`Status`].
+    #[serde(default)]
+    pub boottime_ns: Option<u64>,
     /// In the order of their names.
     pub peers: Vec<PeerStatus>,
 }

@@ -13,6 +13,7 @@ use super::reload::{reload, to_changed};
 use super::settings::check_ipv6_mtu;
 use super::tunnel::Tunnel;
 use super::{announce, reach};
+use crate::clock;
 use crate::config::{
     HostPort, PeerName, PeerSpec, check_mode, check_prefix, parse_host_port, parse_peer_name,
 };
@@ -189,6 +190,7 @@ fn status(tunnel: &mut Tunnel) -> Status {
     // The kernel may not have reported a change yet.
     tunnel.refresh_device();
     let (stats, link) = (tunnel.host.link_stats(), tunnel.host.link());
+    let boottime_ns = Some(clock::now_ns());
     let snapshots = tunnel.workers.snapshots();
     let total = snapshots
         .iter()
@@ -204,6 +206,7 @@ fn status(tunnel: &mut Tunnel) -> Status {
         version: env!("CARGO_PKG_VERSION").into(),
         pid: std::process::id(),
         uptime_seconds: tunnel.started.elapsed().as_secs(),
+        boottime_ns,
         tun: device.name.clone(),
         tun_index: device.index,
         addresses: tunnel.addresses().to_vec(),
@@ -240,6 +243,7 @@ fn peers(tunnel: &Tunnel) -> Peers {
         Some(peer_status(tunnel, hop, peer, counts.get(&hop).copied()))
     });
     Peers {
+        boottime_ns: Some(clock::now_ns()),
         peers: status.flatten().collect(),
     }
 }

@@ -1,7 +1,8 @@
-//! The command line: flags, keys, `check`, and the guides as they are printed.
+//! The command line: flags, keys, `check`, `status --watch`, and the guides as they are printed.
 
 pub mod checks;
 pub mod errors;
 pub mod generated;
 pub mod guides;
 pub mod keys;
+pub mod watch;
