@@ -19,7 +19,7 @@
 //! ```text
 //! cli -> daemon, control, registry, config, host, io, wire, packet, testbed, error
 //! testbed -> host, wire, error
-//! daemon -> control, routing, registry, host, wireguard, dataplane, config, io, wire, packet, counters, log, error
+//! daemon -> control, routing, registry, host, wireguard, dataplane, config, io, wire, packet, counters, clock, log, error
 //! control -> config, wire, counters, error
 //! routing -> dataplane, config, wire, packet, counters, error
 //! registry -> config, wire, error
