@@ -167,7 +167,8 @@ counters! {
     icmp_sent,
     /// ICMP errors that were due, but held back by the rate limit.
     icmp_suppressed,
-    /// Data messages without a packet, which keep a session alive (WireGuard).
+    /// Keepalives: data messages without a packet (WireGuard), or probes that say so (plain
+    /// mode).
     keepalives_received,
     /// Probes from known senders ([`crate::packet::probe`]).
     probes_received,
@@ -205,6 +206,7 @@ pub struct PeerCounters {
     is_endpoint_heard: AtomicBool,
     other_port: AtomicU16,
     is_own_port_proven: AtomicBool,
+    keepalive_seconds: AtomicU16,
 }
 
 impl PeerCounters {
@@ -251,6 +253,20 @@ impl PeerCounters {
             self.is_endpoint_heard.swap(false, Ordering::Relaxed),
             (other != 0).then_some(other),
         )
+    }
+
+    /// Notes a keepalive, which comes every so many seconds. For the worker; it writes only what
+    /// is news.
+    pub fn note_keepalive(&self, seconds: u16) {
+        if self.keepalive_seconds.load(Ordering::Relaxed) != seconds {
+            self.keepalive_seconds.store(seconds, Ordering::Relaxed);
+        }
+    }
+
+    /// How often keepalives come, if one has come since the last call.
+    pub fn take_keepalive(&self) -> Option<u16> {
+        let seconds = self.keepalive_seconds.swap(0, Ordering::Relaxed);
+        (seconds != 0).then_some(seconds)
     }
 
     /// Whether the worker's own port is known to reach the peer, so that it may

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::table::Table;
 use super::units::{count, counted, duration, exactly};
 use crate::control::protocol::{
-    Changed, Found, PeerStatus, Peers, RegistryStatus, Reloaded, Routes, Status,
+    Changed, Found, Liveness, PeerStatus, Peers, RegistryStatus, Reloaded, Routes, Status,
 };
 use crate::control::summary::bytes;
 use crate::control::text::printable;
@@ -247,6 +247,7 @@ pub(super) fn peers(peers: &Peers) -> String {
     let mut table = Table::new([
         "PEER",
         "ADDRESS",
+        "STATE",
         "SENT FROM",
         "ORIGIN",
         ">PREFIXES",
@@ -266,6 +267,7 @@ pub(super) fn peers(peers: &Peers) -> String {
         table.push([
             peer.peer.clone(),
             address(peer),
+            state(peer),
             sent_from.into(),
             peer.origin.clone(),
             prefixes(peer),
@@ -318,6 +320,18 @@ fn peers_with_keys(peers: &Peers) -> String {
         ]);
     }
     table.text()
+}
+
+fn state(peer: &PeerStatus) -> String {
+    let state = match peer.state {
+        None => "-",
+        Some(Liveness::Alive) => "alive",
+        Some(Liveness::Silent) => "silent",
+        Some(Liveness::Unreachable) => "unreachable",
+    };
+    let reason = peer.state_reason.as_ref();
+    let reason = reason.map(|reason| format!(" ({reason})"));
+    state.to_string() + &reason.unwrap_or_default()
 }
 
 fn path_mtu(peer: &PeerStatus) -> String {

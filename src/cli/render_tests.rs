@@ -150,6 +150,8 @@ fn a_line_per_peer() {
                 last_seen_seconds: Some(215),
                 drops: counters(&[("send_error", 3), ("source_not_allowed", 12)]),
                 own_ports_proven: 3,
+                state: Some(Liveness::Unreachable),
+                state_reason: Some("connection refused".into()),
                 ..PeerStatus::default()
             },
             PeerStatus {
@@ -159,6 +161,7 @@ fn a_line_per_peer() {
                 origin: "runtime".into(),
                 is_default: true,
                 last_seen_seconds: Some(0),
+                state: Some(Liveness::Alive),
                 ..PeerStatus::default()
             },
             PeerStatus {
@@ -170,10 +173,10 @@ fn a_line_per_peer() {
         ],
     };
     let expected = "
-PEER                       ADDRESS                             SENT FROM    ORIGIN   PREFIXES  PATH MTU     SENT  PACKETS  RECEIVED  PACKETS       LAST SEEN  DROPPED
-10.0.0.2:8285              10.0.0.2:8285                       own ports    config          1      1500  12.3 GB    1.2 M   84.0 kB      999  3 min 35 s ago  send-error 3, source-not-allowed 12
-hub.example:9000           [fd00::1]:9000 (seen at port 9001)  listen port  runtime  the rest         -      0 B        0       0 B        0             now  none
-no\\u{1b}such.invalid:8285  not resolved                        listen port  config        100         -      0 B        0       0 B        0           never  none
+PEER                       ADDRESS                             STATE                             SENT FROM    ORIGIN   PREFIXES  PATH MTU     SENT  PACKETS  RECEIVED  PACKETS       LAST SEEN  DROPPED
+10.0.0.2:8285              10.0.0.2:8285                       unreachable (connection refused)  own ports    config          1      1500  12.3 GB    1.2 M   84.0 kB      999  3 min 35 s ago  send-error 3, source-not-allowed 12
+hub.example:9000           [fd00::1]:9000 (seen at port 9001)  alive                             listen port  runtime  the rest         -      0 B        0       0 B        0             now  none
+no\\u{1b}such.invalid:8285  not resolved                        -                                 listen port  config        100         -      0 B        0       0 B        0           never  none
 ";
     assert_eq!(peers(&all), expected.trim_start_matches('\n'));
     assert_eq!(peers(&Peers::default()), "no peers\n");

@@ -254,6 +254,8 @@ fn the_docs_have_every_option_and_the_defaults() {
     let without = Config {
         registry_prefix: Some(without.registry_files().prefix().to_string()),
         registry_ttl: Some(without.registry_ttl_seconds()),
+        // There is no default.
+        keepalive_seconds: full.keepalive_seconds,
         registry_cache: Some(without.registry_cache()),
         subnet_file: Some(without.subnet_file()),
         ..without
@@ -283,6 +285,7 @@ fn line() -> impl Strategy<Value = String> {
         "verbose",
         "quiet",
         "log-format",
+        "keepalive",
         "private-key",
         "peer",
         "endpoint",

@@ -192,6 +192,12 @@ pub struct Config {
     #[arg(long, value_name = "FILE")]
     pub subnet_file: Option<PathBuf>,
 
+    /// Without keys: send each peer a keepalive every so many seconds, 1 to 65535, so that it can
+    /// tell that this host is there [default: none]
+    #[arg(long = "keepalive", value_name = "SECONDS")]
+    #[serde(rename = "keepalive")]
+    pub keepalive_seconds: Option<u16>,
+
     /// Route through the tunnel besides the peers' prefixes, repeatable; gone again at exit
     #[arg(long = "route", value_name = "CIDR", value_parser = parse_prefix)]
     #[serde(rename = "route", deserialize_with = "types::prefixes")]

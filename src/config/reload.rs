@@ -27,6 +27,7 @@ impl Config {
             mtu_bytes: new.mtu_bytes,
             txqueuelen: new.txqueuelen,
             hop: new.hop,
+            keepalive_seconds: new.keepalive_seconds,
             no_routes: new.no_routes,
             takeover: new.takeover,
             notes: new.notes,

@@ -25,6 +25,9 @@ const MTU_BYTES: RangeInclusive<i64> = 68..=65507;
 /// Values of `--txqueuelen`, in packets.
 const TXQUEUELEN: RangeInclusive<i64> = 1..=100_000;
 
+/// Values of `--keepalive`.
+const KEEPALIVE_SECONDS: RangeInclusive<i64> = 1..=65535;
+
 /// Values of `--registry-ttl`: from what several attempts to renew a lease take.
 const REGISTRY_TTL_SECONDS: RangeInclusive<i64> = 5..=86_400;
 
@@ -135,6 +138,7 @@ impl Config {
         if let Some(mtu_bytes) = self.mtu_bytes {
             in_range("mtu", mtu_bytes.into(), MTU_BYTES)?;
         }
+        self.check_keepalive()?;
         parse_tun_name(&self.tun)
             .map_err(|why| Error::new(format!("tun {:?}: {why}", self.tun)))?;
         if let Some(bad) = self.addresses.iter().find(|net| !is_host(net.addr())) {
@@ -162,6 +166,18 @@ impl Config {
         let is_encrypted = self.is_encrypted() && self.secret_file.is_none();
         // With a registry it is its network that says so.
         check_peers(&self.peers, (!self.has_registry()).then_some(is_encrypted))
+    }
+
+    fn check_keepalive(&self) -> Result<()> {
+        let Some(seconds) = self.keepalive_seconds else {
+            return Ok(());
+        };
+        if self.is_encrypted() {
+            let what = "keepalive is for tunnels without keys";
+            return Err(Error::new(what)
+                .hint("with keys, each [[peer]] takes persistent-keepalive in the file"));
+        }
+        in_range("keepalive", seconds.into(), KEEPALIVE_SECONDS)
     }
 
     fn check_cores(&self) -> Result<()> {

@@ -57,6 +57,7 @@ no-routes = false
 hop = true
 busy-poll = 50
 txqueuelen = 7
+keepalive = 25
 fwmark = 0xca6c
 io = "epoll"
 without = ["uso"]
@@ -92,7 +93,7 @@ fn the_file_says_all_that_the_flags_can() {
     let of_flags = config(
         "--queues 3 --listen [::]:99 --tun other0 --mtu 1300 --address 10.9.0.1/24 \
          --address fd00::1/64 --route 10.8.0.0/16 --no-routes=false --hop --busy-poll 50 \
-         --txqueuelen 7 --fwmark 51820 --io epoll --without uso --control /run/other.sock --takeover --quiet \
+         --txqueuelen 7 --keepalive 25 --fwmark 51820 --io epoll --without uso --control /run/other.sock --takeover --quiet \
          --registry http://10.0.0.1:2379,http://10.0.0.2:2379 --registry-prefix /n \
          --registry-ca ca --registry-user me --registry-password-file password --registry-ttl 60 \
          --registry-allow 10.0.0.0/8 --registry-publish 10.3.0.0/16 --registry-cache cache \
@@ -112,7 +113,7 @@ fn the_file_says_all_that_the_flags_can() {
 fn flags_win_over_the_file() {
     let flags = "--queues 2 --tun mine0 --hop=false --address 10.7.0.1/24 --route 10.6.0.0/16 \
                  --without tso --peer 127.0.0.9 -v --busy-poll off --io auto --takeover=false \
-                 --listen 0.0.0.0 --mtu 1400 --txqueuelen 8 --fwmark off --control /run/mine.sock \
+                 --listen 0.0.0.0 --mtu 1400 --txqueuelen 8 --keepalive 5 --fwmark off --control /run/mine.sock \
                  --registry https://b --registry-prefix /m --registry-ca b --registry-cert c \
                  --registry-key d --registry-user you --registry-password-file b \
                  --registry-ttl 70 --registry-allow 10.1.0.0/16 --registry-publish 10.4.0.0/16 \
@@ -166,7 +167,7 @@ fn what_means_the_same_needs_no_restart() {
     // A path need not be UTF-8.
     use std::os::unix::ffi::OsStringExt;
     let path = |last: u8| Some(std::ffi::OsString::from_vec(vec![b'/', last]).into());
-    let [mut old, mut new] = [of(""), of("queues = 77\nhop = true")];
+    let [mut old, mut new] = [of(""), of("queues = 77\nhop = true\nkeepalive = 9")];
     (old.control, new.control) = (path(0xfe), path(0xff));
     assert_eq!(old.needs_restart(&new), ["control", "queues"]);
     new.control = old.control.clone();
@@ -181,6 +182,7 @@ fn options_out_of_bounds_and_contradictions_are_refused() {
         ("", "--queues 257", &["queues 257 ", "1..=256"]),
         ("mtu = 67", "", &["mtu 67 ", "68..=65507"]),
         ("", "--txqueuelen 0", &["txqueuelen 0 ", "1..=100000"]),
+        ("keepalive = 0", "", &["keepalive 0 ", "1..=65535"]),
         ("tun = \"a/b\"", "", &["tun", "a/b"]),
         ("address = [\"0.0.0.0/0\"]", "", &["0.0.0.0"]),
         ("", "--route 10.9.0.1/24", &["10.9.0.0/24?"]),

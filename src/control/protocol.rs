@@ -256,9 +256,27 @@ pub struct PeerStatus {
     pub bytes_received: u64,
     /// Seconds since something came from it; none if nothing has.
     pub last_seen_seconds: Option<u64>,
+    /// How it is doing; none while that is not known, as of one that need not send anything.
+    #[serde(default)]
+    pub state: Option<Liveness>,
+    /// Why it is unreachable.
+    #[serde(default)]
+    pub state_reason: Option<String>,
     /// Packets to and from it that were dropped, by reason; zeros are left out.
     #[serde(default)]
     pub drops: BTreeMap<String, u64>,
+}
+
+/// How a peer is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Liveness {
+    /// Something has come from it lately.
+    Alive,
+    /// Nothing comes from it that should.
+    Silent,
+    /// Its host or a router has said by ICMP that nothing gets there, or there is no route.
+    Unreachable,
 }
 
 /// A peer with a key, which is its name.

@@ -1,6 +1,7 @@
 //! The peers of a running tunnel: who they are and where, and what was last seen
 //! of each.
 
+mod keepalive;
 mod last_seen;
 mod path;
 mod ports;
@@ -25,6 +26,8 @@ use super::{reach, resolve};
 use crate::counters::PeerCounters;
 use crate::dataplane::inbound::ReceivedProbe;
 use crate::error::{Error, Result};
+use crate::host::path::Source;
+use crate::host::unreachable::UnreachableProbe;
 use crate::log::rate_limited::RateLimitedLog;
 use crate::packet::batch::NextHop;
 use crate::routing::dns::{Lookup, Names, SILENCE_MIN};
@@ -50,6 +53,8 @@ struct PeerState {
     path: Option<PeerPath>,
     /// Where it is, as this thread and its sessions agreed last.
     agreed_endpoint: Option<SocketAddr>,
+    /// When the next keepalive is to be sent (plain mode); `None` before the first.
+    keepalive_due: Option<Instant>,
 }
 
 impl PeerState {
@@ -65,6 +70,7 @@ impl PeerState {
             is_path_used: false,
             path: None,
             agreed_endpoint: None,
+            keepalive_due: None,
         }
     }
 }
@@ -82,6 +88,10 @@ pub struct Peers {
     probe_budget: usize,
     /// Paths that are being probed.
     path_probes: usize,
+    /// How often peers are sent keepalives now; `None`: not at all.
+    keepalive: Option<Duration>,
+    /// Finds out why nothing comes from a peer, while there are keepalives.
+    unreachable: Option<UnreachableProbe>,
     /// Whose turn it is.
     cursor: usize,
     log: RateLimitedLog,
@@ -98,6 +108,8 @@ impl Peers {
             received_probes: probes,
             probe_budget: PROBES_MAX,
             path_probes: 0,
+            keepalive: None,
+            unreachable: None,
             cursor: 0,
             log: RateLimitedLog::new("changes of peers", LOG_WINDOW),
         };
@@ -189,8 +201,14 @@ impl Peers {
     }
 
     /// What is to be done every second: notes who answers, asks for the names of those
-    /// who do not, and checks ports and paths.
-    pub fn poll(&mut self, listen: IpAddr, host: &mut Host, workers: &[WorkerFds]) {
+    /// who do not, checks ports and paths, and sends keepalives every so many seconds.
+    pub fn poll(
+        &mut self,
+        listen: IpAddr,
+        host: &mut Host,
+        workers: &[WorkerFds],
+        keepalive_seconds: Option<u16>,
+    ) {
         let now = Instant::now();
         self.probe_budget = PROBES_MAX;
         self.poll_traffic(now);
@@ -200,6 +218,9 @@ impl Peers {
             let checked = peers.check_path(hop, listen, host, now);
             checked + peers.ask_about_ports(hop, workers, now)
         });
+        self.take_unreachable(now);
+        let mark = host.netlink.fwmark;
+        self.send_keepalives(keepalive_seconds, Source { listen, mark }, workers, now);
     }
 
     /// Takes in what the workers have counted and seen of each peer.

@@ -66,6 +66,7 @@ fn try_to_reload(tunnel: &mut Tunnel) -> Result<(Reloaded, String)> {
         ("mtu", is_mtu_new),
         ("address", link.addresses != old_link.addresses),
         ("hop", new.hop != old.hop),
+        ("keepalive", new.keepalive_seconds != old.keepalive_seconds),
         ("no-routes", new.no_routes != old.no_routes),
         ("route", new.routes != old.routes),
         ("private-key", new.private_key != old.private_key),

@@ -265,6 +265,7 @@ fn peer_status(tunnel: &Tunnel, hop: NextHop, peer: &Peer, prefixes: Option<usiz
             *drops.entry(name.to_string()).or_insert(0) += count;
         }
     }
+    let liveness = peers.liveness(hop, now);
     let proven = peer.traffic.iter();
     let proven = proven.filter(|worker| worker.is_own_port_proven());
     PeerStatus {
@@ -283,6 +284,8 @@ fn peer_status(tunnel: &Tunnel, hop: NextHop, peer: &Peer, prefixes: Option<usiz
         packets_received,
         bytes_received: sum(|worker| worker.bytes_received.get()),
         last_seen_seconds: last_seen.map(|at| (now - at).as_secs()),
+        state: liveness.as_ref().map(|(liveness, _)| *liveness),
+        state_reason: liveness.and_then(|(_, reason)| reason),
         drops,
     }
 }

@@ -405,7 +405,8 @@ impl Tunnel {
         }
         let listen = self.settings.listen.ip();
         let workers = &self.workers.descriptors;
-        self.peers.poll(listen, &mut self.host, workers);
+        let keepalive = self.config.keepalive_seconds;
+        self.peers.poll(listen, &mut self.host, workers, keepalive);
         self.publish_changes();
         if is_host_changed && let Err(error) = self.follow_route_mtus() {
             tracing::debug!("{error}");

@@ -227,6 +227,34 @@ impl Inbound {
         self.coalescer.flush(engine);
     }
 
+    /// Takes in a probe: the control thread answers, and reads of keepalives in the counters.
+    #[cold]
+    fn take_probe(&self, probe: Probe, sender: SocketAddr, table: &Table, counters: &Counters) {
+        let Kind::Keepalive { seconds } = probe.kind else {
+            counters.probes_received.add(1);
+            if probe.kind != Kind::Size {
+                // One that finds no room is as good as lost on its way.
+                let _ = self.probes.try_send((sender, probe));
+            }
+            return;
+        };
+        counters.keepalives_received.add(1);
+        let hops = table.senders().peers(sender.ip()).iter().take(SHARERS_MAX);
+        let all = hops.filter_map(|hop| table.at(*hop));
+        let all = all.map(|peer| (peer, peer.endpoint.map_or(0, |endpoint| endpoint.port())));
+        // Peers at one address are told apart by their ports. A NAT may have rewritten that of
+        // one that is there alone.
+        let exact = all.clone().find(|(_, port)| *port == sender.port());
+        let (mut others, is_alone) = (all.clone(), all.count() == 1);
+        let Some((peer, port)) = exact.or_else(|| others.next().filter(|_| is_alone)) else {
+            return;
+        };
+        if let Some(traffic) = peer.traffic.get(self.worker) {
+            traffic.note_keepalive(seconds);
+            traffic.note_port(sender.port(), port);
+        }
+    }
+
     /// Takes in a packet that its sender may not send, unless it is a probe.
     #[cold]
     fn refuse(
@@ -241,12 +269,7 @@ impl Inbound {
         if self.sessions.is_none()
             && let Some(probe) = Probe::from_packet(packet)
         {
-            counters.probes_received.add(1);
-            if probe.kind != Kind::Size {
-                // One that finds no room is as good as lost on its way.
-                let _ = self.probes.try_send((sender, probe));
-            }
-            return;
+            return self.take_probe(probe, sender, table, counters);
         }
         let (sender, source) = (sender.ip(), ip::source(version, packet));
         counters.drop_source_not_allowed.add(1);
@@ -258,6 +281,9 @@ impl Inbound {
         }
     }
 }
+
+/// Most peers at one address that a keepalive may be from.
+const SHARERS_MAX: usize = 16;
 
 /// Datagrams of one session that came together.
 struct Run<'a> {

@@ -7,3 +7,4 @@ pub(crate) mod mtu_probe;
 pub mod netlink;
 pub(crate) mod path;
 pub mod routes;
+pub(crate) mod unreachable;

@@ -9,7 +9,8 @@
 //!
 //! The nonce of a [`Kind::Request`] comes back in the [`Kind::Reply`]: who has
 //! not seen the request cannot answer it. The ports that both carry tell whether
-//! a NAT on the way rewrites them.
+//! a NAT on the way rewrites them. A [`Kind::Keepalive`] needs no answer: it says that its
+//! sender is there, and when to expect the next one.
 
 use super::checksum::Sum;
 use super::{IPV4_HEADER_BYTES, PACKET_BYTES_MAX, be16, be32, put_be16, put_be32};
@@ -38,6 +39,11 @@ pub enum Kind {
     },
     /// Asks for nothing: its size is what matters.
     Size,
+    /// Says that its sender is there. Who does not know of it takes it for a [`Self::Size`].
+    Keepalive {
+        /// How often it comes; more than 0.
+        seconds: u16,
+    },
 }
 
 /// What a probe says.
@@ -66,6 +72,7 @@ impl Probe {
             Kind::Request { port } => (1, port),
             Kind::Reply { port } => (2, port),
             Kind::Size => (3, 0),
+            Kind::Keepalive { seconds } => (3, seconds),
         };
         packet[IPV4_HEADER_BYTES + 4] = kind;
         put_be16(&mut packet, IPV4_HEADER_BYTES + 6, port);
@@ -88,7 +95,10 @@ impl Probe {
         let kind = match packet[IPV4_HEADER_BYTES + 4] {
             1 => Kind::Request { port },
             2 => Kind::Reply { port },
-            3 => Kind::Size,
+            3 => match port {
+                0 => Kind::Size,
+                seconds => Kind::Keepalive { seconds },
+            },
             _ => return None,
         };
         let (high, low) = (IPV4_HEADER_BYTES + 8, IPV4_HEADER_BYTES + 12);
@@ -110,6 +120,7 @@ mod tests {
             any::<u16>().prop_map(|port| Kind::Request { port }),
             any::<u16>().prop_map(|port| Kind::Reply { port }),
             Just(Kind::Size),
+            (1..=u16::MAX).prop_map(|seconds| Kind::Keepalive { seconds }),
         ]
     }
 

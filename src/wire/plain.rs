@@ -27,11 +27,10 @@ pub struct Senders {
 }
 
 impl Senders {
-    /// These addresses. Where peers share one, the first of them counts.
+    /// These addresses. Peers may share one.
     pub fn new(peers: impl Iterator<Item = (IpAddr, NextHop)>) -> Self {
         let mut senders: Vec<_> = peers.collect();
         senders.sort_unstable();
-        senders.dedup_by_key(|(address, _)| *address);
         let (addresses, peers) = senders.into_iter().unzip();
         Self { addresses, peers }
     }
@@ -43,10 +42,17 @@ impl Senders {
         self.addresses.binary_search(&address).is_ok()
     }
 
-    /// A peer that sends from `address`.
+    /// The peers that send from `address`.
+    pub fn peers(&self, address: IpAddr) -> &[NextHop] {
+        let start = self.addresses.partition_point(|other| *other < address);
+        let rest = &self.addresses[start..];
+        let count = rest.partition_point(|other| *other == address);
+        &self.peers[start..start + count]
+    }
+
+    /// One of them: the first counts for all.
     pub fn peer(&self, address: IpAddr) -> Option<NextHop> {
-        let found = self.addresses.binary_search(&address).ok()?;
-        self.peers.get(found).copied()
+        self.peers(address).first().copied()
     }
 }
 
@@ -63,5 +69,7 @@ mod tests {
             assert_eq!(senders.peer(address(text)), peer);
             assert_eq!(senders.has(address(text)), peer.is_some());
         }
+        assert_eq!(senders.peers(address("10.0.0.2")), [1, 2]);
+        assert!(senders.peers(address("10.0.0.1")).is_empty());
     }
 }

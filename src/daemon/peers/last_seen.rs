@@ -3,6 +3,7 @@
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
+use crate::control::protocol::Liveness;
 use crate::counters::PeerCounters;
 use crate::log::rate_limited::RateLimitedLog;
 use crate::routing::overlay::Peer;
@@ -14,6 +15,9 @@ const SILENT_AFTER: Duration = Duration::from_secs(10);
 /// received (section 6.5 of the WireGuard paper), if it has nothing else to send.
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(11);
 
+/// Keepalives that may be missing before their sender counts as silent.
+const MISSED_MAX: u32 = 3;
+
 /// What was last seen of one peer.
 #[derive(Default)]
 pub struct LastSeen {
@@ -22,12 +26,19 @@ pub struct LastSeen {
     sent: u64,
     /// When something authentic came from a peer with a key, as its sessions note it.
     received_ns: u64,
-    /// When packets came from it.
+    /// How often it sends keepalives (plain mode).
+    interval: Option<Duration>,
+    /// Since when it has had keepalives from us.
+    expected_since: Option<Instant>,
+    /// When somebody last said that it cannot be reached, and the `errno` of that; none if it
+    /// was seen since.
+    unreachable: Option<(Instant, i32)>,
+    /// When something came from it.
     pub at: Option<Instant>,
     /// Since when we send to it without seeing anything. May lie ahead: until then there
     /// is time to answer.
     pub silent_since: Option<Instant>,
-    /// The log says that it is silent.
+    /// The log says that it is silent, or cannot be reached.
     is_logged: bool,
 }
 
@@ -54,21 +65,96 @@ impl LastSeen {
             sent: sent != self.sent,
         };
         (self.received, self.sent, self.received_ns) = (received, sent, received_ns);
+        let announced = workers().filter_map(PeerCounters::take_keepalive).max();
+        if let Some(seconds) = announced {
+            self.interval = Some(Duration::from_secs(seconds.into()));
+        }
         let name = &title(peer);
-        if traffic.received {
-            (self.at, self.silent_since) = (Some(now), None);
+        if traffic.received || announced.is_some() {
+            (self.at, self.silent_since, self.unreachable) = (Some(now), None, None);
             if std::mem::take(&mut self.is_logged) && log.admits(now) {
                 tracing::info!(peer = name, "peer {name} answers again");
             }
         } else if traffic.sent {
-            let may_wait = sessions.map_or(Duration::ZERO, |_| ANSWER_TIME_MAX);
+            let may_wait = match (sessions, self.interval) {
+                (Some(_), _) => ANSWER_TIME_MAX,
+                // It need not answer, but it sends these.
+                (None, Some(interval)) => (MISSED_MAX * interval).saturating_sub(SILENT_AFTER),
+                (None, None) => Duration::ZERO,
+            };
             self.silent_since.get_or_insert(now + may_wait);
             if self.silence(now) >= SILENT_AFTER && !self.is_logged {
                 self.is_logged = true;
                 self.log_silence(name, peer.identity(), log, now);
             }
         }
+        self.find_keepalives_missing(name, log, now);
         traffic
+    }
+
+    /// Logs when a peer that sends keepalives has ceased to.
+    fn find_keepalives_missing(&mut self, name: &str, log: &mut RateLimitedLog, now: Instant) {
+        let (Some(interval), Some(at)) = (self.interval, self.at) else {
+            return;
+        };
+        let since = now.saturating_duration_since(at);
+        if since < MISSED_MAX * interval || std::mem::replace(&mut self.is_logged, true) {
+            return;
+        }
+        if log.admits(now) {
+            let (seconds, interval_seconds) = (since.as_secs(), interval.as_secs());
+            tracing::warn!(
+                peer = name,
+                last_seen_seconds = seconds,
+                interval_seconds,
+                "peer {name} is silent: it sends a keepalive every {interval_seconds} s, but it \
+                 was last seen {seconds} s ago"
+            );
+        }
+    }
+
+    /// Notes that the peer has been sent a keepalive.
+    pub fn note_keepalive_sent(&mut self, now: Instant) {
+        self.expected_since.get_or_insert(now);
+    }
+
+    /// Notes that somebody has said, by this `errno`, that the peer cannot be reached. Returns
+    /// whether that is news.
+    pub fn note_unreachable(&mut self, errno: i32, now: Instant) -> bool {
+        let before = self.unreachable.replace((now, errno));
+        // It is logged, as is its end.
+        self.is_logged = true;
+        before.is_none_or(|(_, before)| before != errno)
+    }
+
+    /// How the peer is doing, if that is known. `own`: how often it has keepalives from us.
+    pub fn liveness(&self, now: Instant, own: Option<Duration>) -> Option<Liveness> {
+        if self.unreachable_errno(now, own).is_some() {
+            return Some(Liveness::Unreachable);
+        }
+        let is_unanswered = self.interval.is_none() && self.silence(now) >= SILENT_AFTER;
+        let seen = self.at.map(|at| now.saturating_duration_since(at));
+        let time_max = self.interval.or(own).map(|interval| MISSED_MAX * interval);
+        match (seen, time_max) {
+            _ if is_unanswered => Some(Liveness::Silent),
+            (Some(seen), Some(time_max)) if seen >= time_max => Some(Liveness::Silent),
+            (Some(_), Some(_)) => Some(Liveness::Alive),
+            (None, Some(time_max)) => {
+                let expected = now.saturating_duration_since(self.expected_since?);
+                (expected >= time_max).then_some(Liveness::Silent)
+            }
+            // It need not send anything.
+            (seen, None) => seen
+                .is_some_and(|seen| seen < SILENT_AFTER)
+                .then_some(Liveness::Alive),
+        }
+    }
+
+    /// Why it cannot be reached, if it has lately been said that it cannot.
+    pub fn unreachable_errno(&self, now: Instant, own: Option<Duration>) -> Option<i32> {
+        let (at, errno) = self.unreachable?;
+        let time_max = MISSED_MAX * own?;
+        (now.saturating_duration_since(at) < time_max).then_some(errno)
     }
 
     /// For how long it has been silent although we send to it.

@@ -2,6 +2,7 @@
 
 pub mod churn;
 pub mod endpoints;
+pub mod keepalive;
 pub mod mesh;
 pub mod names;
 pub mod nested;
