@@ -2,7 +2,6 @@
 //! workers.
 
 use std::collections::HashSet;
-use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -16,6 +15,7 @@ use crate::dataplane::sessions::Sessions;
 use crate::error::Result;
 use crate::io::udp;
 use crate::routing::overlay::Overlay;
+use crate::wire::Endpoint;
 use crate::wire::wireguard::keys::PublicKey;
 use crate::wire::wireguard::sessions::{SessionMap, WorkerRequest};
 use crate::wireguard::{Handshakes, Identities, Intervals, PeerConfig, PeerTimestamps, Setup};
@@ -100,7 +100,7 @@ impl Encryption {
             wake: Arc::clone(&self.sessions.wake),
             earlier: std::mem::take(&mut self.timestamps),
             wake_workers: Box::new(workers.session_waker()),
-            pass_on: Box::new(move |sender: SocketAddr, datagram: &[u8]| {
+            pass_on: Box::new(move |sender: Endpoint, datagram: &[u8]| {
                 pass_on(sender, datagram);
             }),
         })?;

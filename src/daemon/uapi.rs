@@ -252,11 +252,10 @@ fn device(tunnel: &Tunnel) -> Device {
         let sum = |count: fn(&PeerCounters) -> u64| peer.traffic.iter().map(count).sum();
         let encryption = tunnel.encryption.as_ref();
         // They know first where it has roamed to.
-        let endpoint = secure.sessions.endpoint.load();
         Some(Peer {
             public_key: key,
             preshared_key: secure.preshared_key.clone(),
-            endpoint: endpoint.as_deref().copied().or(peer.endpoint),
+            endpoint: secure.sessions.address().or(peer.endpoint),
             latest_handshake: encryption.and_then(|it| it.latest_handshake(&key)),
             bytes_sent: sum(|worker| worker.bytes_sent.get()),
             bytes_received: sum(|worker| worker.bytes_received.get()),

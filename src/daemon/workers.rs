@@ -31,6 +31,7 @@ use crate::packet::batch::Limits;
 use crate::packet::coalesce::TunOffloads;
 use crate::packet::fq_codel;
 use crate::packet::probe::Probe;
+use crate::wire::Endpoint;
 
 /// How long workers may take to take a new table.
 const PUBLISH_WAIT_MAX: Duration = Duration::from_secs(5);
@@ -355,7 +356,7 @@ impl Workers {
 
     /// Has a worker take in a data message that has come to the handshake socket: for the
     /// handshake thread. It is lost if many wait.
-    pub fn stray_taker(&self) -> impl Fn(SocketAddr, &[u8]) + Send + use<> {
+    pub fn stray_taker(&self) -> impl Fn(Endpoint, &[u8]) + Send + use<> {
         let handles = Arc::clone(&self.handles);
         move |sender, datagram| {
             if let Some(worker) = lock(&handles).first() {

@@ -28,6 +28,7 @@ use crate::packet::coalesce::{Coalescer, TunOffloads};
 use crate::packet::ecn;
 use crate::packet::ip::{self, Malformed, Version};
 use crate::packet::probe::{Kind, Probe};
+use crate::wire::Endpoint;
 use crate::wire::wireguard::message::{Data, Message};
 use crate::wire::wireguard::session::{OpenError, Session};
 use crate::wire::wireguard::sessions::{InboundDrops, PeerSessions};
@@ -118,7 +119,7 @@ impl Inbound {
                 ..
             }) = Data::read(datagram)
             else {
-                self.take_message(datagram, meta.sender, counters);
+                self.take_message(datagram, meta.endpoint(), counters);
                 continue;
             };
             if run
@@ -126,7 +127,7 @@ impl Inbound {
                 .is_none_or(|run| run.session.local_index() != index)
             {
                 if let Some(run) = run.take() {
-                    run.end(meta.sender, now_ns, self.sessions.as_ref(), counters);
+                    run.end(meta.endpoint(), now_ns, self.sessions.as_ref(), counters);
                 }
                 run = self.start_run(index, now_ns);
             }
@@ -160,7 +161,7 @@ impl Inbound {
             }
         }
         if let Some(run) = run {
-            run.end(meta.sender, now_ns, self.sessions.as_ref(), counters);
+            run.end(meta.endpoint(), now_ns, self.sessions.as_ref(), counters);
         }
     }
 
@@ -184,7 +185,7 @@ impl Inbound {
 
     /// Takes in a datagram that is no data message.
     #[cold]
-    fn take_message(&self, datagram: &[u8], sender: SocketAddr, counters: &Counters) {
+    fn take_message(&self, datagram: &[u8], sender: Endpoint, counters: &Counters) {
         match (Message::parse(datagram), &self.sessions) {
             (Some(_), Some(sessions)) => sessions.pass_on(sender, datagram),
             _ => counters.drop_not_wireguard.add(1),
@@ -306,7 +307,7 @@ impl Run<'_> {
     #[inline]
     fn end(
         mut self,
-        sender: SocketAddr,
+        sender: Endpoint,
         now_ns: u64,
         sessions: Option<&Sessions>,
         counters: &Counters,

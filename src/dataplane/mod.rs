@@ -201,7 +201,8 @@ fn obey(
     }
     for (sender, mut datagram) in commands.inbox.strays() {
         let meta = ReceiveMeta {
-            sender,
+            sender: sender.address,
+            called: sender.source,
             is_shared: false,
             segment_bytes: datagram.len(),
             // That of its own is not known any more.
@@ -248,6 +249,7 @@ mod tests {
         let mut receive = |sender: &str, payload: &mut [u8]| {
             let meta = ReceiveMeta {
                 sender: sender.parse().unwrap(),
+                called: None,
                 is_shared: true,
                 segment_bytes: 100,
                 ecn: Ecn::NotEct,

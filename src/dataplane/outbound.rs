@@ -168,7 +168,7 @@ impl Outbound {
         let account = Account::new(self.worker, table, counters);
         let mut found = self.open.iter().position(|(batch, destination)| {
             // The endpoint of a next hop changes with the table, and as it roams.
-            batch.next_hop() == to.next_hop && destination.endpoint == to.endpoint
+            batch.next_hop() == to.next_hop && destination.endpoint.address == to.endpoint
         });
         // The outer header gets what the inner one has (RFC 6040, section 4.1).
         let tos = ecn::tos(segments.version(), segments.packet()) & self.tos_mask;
@@ -244,7 +244,7 @@ impl Outbound {
             _ => Port::Listen,
         };
         let destination = Destination {
-            endpoint: to.endpoint,
+            endpoint: to.endpoint.into(),
             from: engine.port(from),
         };
         self.open.push((batch, destination));
@@ -361,6 +361,11 @@ impl Outbound {
         let peer = table
             .at(failure.next_hop)
             .filter(|peer| peer.endpoint_in_use() == Some(failure.destination));
+        if failure.errno == libc::EINVAL
+            && let Some(sessions) = peer.and_then(|peer| peer.sessions.as_ref())
+        {
+            sessions.forget_source();
+        }
         if let Some(traffic) = peer.and_then(|peer| peer.traffic.get(self.worker)) {
             traffic.packets_sent.sub(failure.packets);
             traffic.bytes_sent.sub(failure.bytes);

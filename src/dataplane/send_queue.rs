@@ -209,7 +209,7 @@ impl SendQueue {
     ) -> Option<(Batch, Destination)> {
         let (first, _) = self.waiting.peek(now_ns, account)?;
         let mut batch = engine.take_batch()?;
-        let mut limits = engine.limits(first.to.endpoint);
+        let mut limits = engine.limits(first.to.endpoint.address);
         limits.segment_bytes_max = limits.segment_bytes_max.min(first.segment_bytes_max);
         batch.start(first.next_hop, limits);
         batch.set_tos(first.tos);
@@ -329,7 +329,7 @@ impl fq_codel::Observer<Queued> for Account<'_> {
         counter.add(1);
         // The table may have changed since.
         let peer = self.table.at(queued.next_hop);
-        let peer = peer.filter(|peer| peer.endpoint_in_use() == Some(queued.to.endpoint));
+        let peer = peer.filter(|peer| peer.endpoint_in_use() == Some(queued.to.endpoint.address));
         if let Some(traffic) = peer.and_then(|peer| peer.traffic.get(self.worker)) {
             traffic.packets_sent.sub(1);
             let mode = Mode::with_keys(peer.is_some_and(|peer| peer.sessions.is_some()));
@@ -414,7 +414,7 @@ mod tests {
                 packet[20] = number;
             }
             let to = Destination {
-                endpoint: endpoint(),
+                endpoint: endpoint().into(),
                 from: Port::Listen,
             };
             self.traffic[0].packets_sent.add(batch.count() as u64);

@@ -1,7 +1,6 @@
 //! A worker's side of WireGuard's sessions: it seals and opens with those that are there,
 //! asks the handshake thread for those that are not, and holds packets meanwhile.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -11,6 +10,7 @@ use nix::sys::eventfd::EventFd;
 use super::table::Table;
 use crate::clock;
 use crate::packet::batch::{Batch, NextHop};
+use crate::wire::Endpoint;
 use crate::wire::wireguard::sessions::{PeerSessions, SessionMap, WorkerRequest};
 
 /// Bytes of the packets that a worker holds for peers without a session, and how many they
@@ -28,7 +28,7 @@ const HELD_NS_MAX: u64 = 90_000_000_000;
 const STRAYS_MAX: usize = 8;
 
 /// A datagram that has come to the handshake socket, and its sender.
-type Stray = (SocketAddr, Box<[u8]>);
+type Stray = (Endpoint, Box<[u8]>);
 
 /// What the handshake thread has for a worker. Who puts something in wakes the worker then.
 #[derive(Debug)]
@@ -58,7 +58,7 @@ impl Inbox {
     }
 
     /// Leaves a datagram to be taken in. It is lost if some wait already.
-    pub fn put_stray(&self, sender: SocketAddr, datagram: &[u8]) {
+    pub fn put_stray(&self, sender: Endpoint, datagram: &[u8]) {
         let (strays, _) = &self.strays;
         if !strays.is_full() {
             let _ = strays.try_send((sender, datagram.into()));
@@ -97,7 +97,7 @@ impl Sessions {
     /// Passes a handshake message on that has come here: the kernel may have merged it with
     /// others. A flood of them leaves room for what workers ask for.
     #[cold]
-    pub fn pass_on(&self, sender: SocketAddr, message: &[u8]) {
+    pub fn pass_on(&self, sender: Endpoint, message: &[u8]) {
         let room = self.requests.capacity().unwrap_or(0) / 2;
         if self.requests.len() < room {
             self.tell(WorkerRequest::Message(sender, message.into()));
@@ -122,7 +122,7 @@ impl Sessions {
 
     /// Seals a batch with its peer's session, and returns where it goes; `None` if there is
     /// no session any more.
-    pub fn seal(&self, batch: &mut Batch, table: &Table) -> Option<SocketAddr> {
+    pub fn seal(&self, batch: &mut Batch, table: &Table) -> Option<Endpoint> {
         let peer = table.at(batch.next_hop())?.sessions.as_ref()?;
         let now_ns = clock::now_ns();
         let segment_bytes = batch.segment_bytes();
@@ -220,6 +220,7 @@ impl Held {
 #[cfg(test)]
 mod tests {
     use std::cell::RefCell;
+    use std::net::SocketAddr;
 
     use super::*;
 
@@ -287,7 +288,8 @@ mod tests {
     fn strays_are_few_and_sessions_are_told_of_once() {
         let inbox = Inbox::default();
         for number in 0..100 {
-            inbox.put_stray(([10, 0, 0, 1], 1).into(), &[number]);
+            let sender = SocketAddr::from(([10, 0, 0, 1], 1));
+            inbox.put_stray(sender.into(), &[number]);
             inbox.put_sessions();
         }
         assert_eq!(inbox.strays().count(), STRAYS_MAX);

@@ -57,7 +57,7 @@ impl PeerSnapshot {
     pub fn endpoint_in_use(&self) -> Option<SocketAddr> {
         match &self.sessions {
             Some(_) if self.is_suspended => None,
-            Some(sessions) => sessions.endpoint.load().as_deref().copied(),
+            Some(sessions) => sessions.address(),
             None => self.endpoint,
         }
     }

@@ -43,7 +43,7 @@ impl Engine for Fake {
         self.unsent_bytes += batch.bytes().len();
         let datagrams = batch
             .datagrams()
-            .map(|datagram| (to.endpoint, datagram.to_vec()));
+            .map(|datagram| (to.endpoint.address, datagram.to_vec()));
         self.datagrams.extend(datagrams);
         let packets = batch.datagrams().map(|packet| (packet[15], packet[20]));
         self.sent.push(packets.collect());

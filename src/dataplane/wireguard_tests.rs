@@ -72,7 +72,9 @@ fn host(number: u8, peers: &[u8], limit: Option<usize>) -> Host {
         .iter()
         .map(|&peer| {
             let sessions = PeerSessions::default();
-            sessions.endpoint.store(Some(Arc::new(endpoint(peer))));
+            sessions
+                .endpoint
+                .store(Some(Arc::new(endpoint(peer).into())));
             (peer, Arc::new(sessions))
         })
         .collect();
@@ -177,6 +179,7 @@ impl Host {
         let meta = ReceiveMeta {
             is_shared: true,
             sender: from,
+            called: None,
             segment_bytes: datagram.len(),
             ecn: Ecn::NotEct,
         };
@@ -339,7 +342,7 @@ fn what_waits_for_room_is_sealed_as_it_leaves() {
     // It moves meanwhile: what waits goes to where it is now.
     near.sessions_of(FAR)
         .endpoint
-        .store(Some(Arc::new(endpoint(99))));
+        .store(Some(Arc::new(endpoint(99).into())));
     let mut later = Vec::new();
     for _ in 0..100 {
         near.pump();
@@ -408,7 +411,7 @@ fn what_is_not_authentic_comes_to_nothing() {
     far.receive(&[], stranger);
     let peer = far.sessions_of(NEAR);
     assert!(far.written().is_empty() && peer.current.load().is_none());
-    assert_eq!(peer.endpoint.load().as_deref(), Some(&endpoint(NEAR)));
+    assert_eq!(peer.address(), Some(endpoint(NEAR)));
     // The good one is as good as before.
     far.receive(&good, endpoint(NEAR));
     assert_eq!(far.written().len(), 1);
@@ -416,7 +419,7 @@ fn what_is_not_authentic_comes_to_nothing() {
     assert_eq!(far.counters().drop_replayed, 1);
     assert_eq!(far.refused_of(NEAR), [("forged", 2), ("replayed", 1)]);
     assert!(far.written().is_empty());
-    assert_eq!(peer.endpoint.load().as_deref(), Some(&endpoint(NEAR)));
+    assert_eq!(peer.address(), Some(endpoint(NEAR)));
 }
 
 #[test]
@@ -475,7 +478,7 @@ fn handshake_messages_that_come_to_a_worker_are_passed_on() {
     );
     let is_it = |request: &WorkerRequest| {
         matches!(request, WorkerRequest::Message(from, bytes)
-            if *from == endpoint(NEAR) && **bytes == initiation)
+            if from.address == endpoint(NEAR) && **bytes == initiation)
     };
     assert!(passed.iter().all(is_it));
 }

@@ -33,7 +33,7 @@
 //! [`drop_tun_full`]: crate::counters::Counters::drop_tun_full
 //! [`drop_no_buffer`]: crate::counters::Counters::drop_no_buffer
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use crate::error::Result;
@@ -41,6 +41,7 @@ use crate::io::udp::Port;
 use crate::packet::batch::{Batch, Limits, NextHop};
 use crate::packet::ecn::Ecn;
 use crate::packet::vnet_packet::VnetSink;
+use crate::wire::Endpoint;
 
 /// Next hops whose batches can be open at a time. The oldest makes room.
 pub const OPEN_BATCHES_MAX: usize = 32;
@@ -102,12 +103,26 @@ pub enum Event {
 pub struct ReceiveMeta {
     /// Where they came from.
     pub sender: SocketAddr,
+    /// The address of this host that they were sent to, where the socket tells
+    /// ([`udp::set_options`](super::udp::set_options)).
+    pub called: Option<IpAddr>,
     /// Whether through the socket that all senders share.
     pub is_shared: bool,
     /// Bytes of every datagram but the last.
     pub segment_bytes: usize,
     /// The ECN field of their own header.
     pub ecn: Ecn,
+}
+
+impl ReceiveMeta {
+    /// Where answers go, and from where.
+    #[inline]
+    pub fn endpoint(&self) -> Endpoint {
+        Endpoint {
+            address: self.sender,
+            source: self.called,
+        }
+    }
 }
 
 /// Packets that the kernel did not take, and that the engine has counted.
@@ -135,8 +150,8 @@ impl SendFailure {
 /// Where a batch goes, and from which port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Destination {
-    /// The peer's address and port.
-    pub endpoint: SocketAddr,
+    /// The peer's.
+    pub endpoint: Endpoint,
     /// The port to send from.
     pub from: Port,
 }

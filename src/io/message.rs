@@ -1,7 +1,7 @@
 //! The memory behind `sendmsg(2)` and `recvmsg(2)` requests: it must stay
 //! where it is while the kernel works on it.
 
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV6};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV6};
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -11,16 +11,14 @@ use socket2::SockAddr;
 use crate::packet::batch::Batch;
 use crate::packet::ecn::Ecn;
 use crate::packet::ip::{self, canonical};
+use crate::wire::Endpoint;
 
 /// Bytes of the longest sender's address: `sockaddr_in6`.
 const NAME_BYTES: usize = 28;
 
-/// Bytes of a control message with an int: `CMSG_SPACE(sizeof(int))`.
-const CMSG_BYTES: usize = 24;
-
-/// Bytes reserved for control messages: `UDP_GRO`'s segment size (`udp(7)`), and the
-/// TOS or traffic class (`ip(7)`, `ipv6(7)`).
-const CONTROL_BYTES: usize = 2 * CMSG_BYTES;
+/// Bytes reserved for control messages: `UDP_GRO`'s or `UDP_SEGMENT`'s segment size
+/// (`udp(7)`), TOS or traffic class, and this host's address (`ip(7)`, `ipv6(7)`).
+const CONTROL_BYTES: usize = 24 + 24 + 40;
 
 /// Bytes of a control message's header: `sizeof(struct cmsghdr)`.
 const CMSG_HEADER_BYTES: usize = 16;
@@ -53,6 +51,8 @@ pub struct Control {
     pub segment_bytes: Option<usize>,
     /// The ECN field of the datagrams' own header.
     pub ecn: Ecn,
+    /// The address of this host that they were sent to, if it may be sent from.
+    pub called: Option<IpAddr>,
 }
 
 impl Control {
@@ -69,12 +69,33 @@ impl Control {
                 (libc::IPPROTO_IPV6, libc::IPV6_TCLASS, &[a, b, c, d, ..]) => {
                     control.ecn = Ecn::from_tos(i32::from_ne_bytes([a, b, c, d]) as u8);
                 }
+                // `struct in_pktinfo`: interface, local address, destination.
+                (libc::IPPROTO_IP, libc::IP_PKTINFO, data) => {
+                    let local = data.get(4..).and_then(<[u8]>::first_chunk::<4>);
+                    control.called = local.and_then(|&octets| source(octets.into()));
+                }
+                // `struct in6_pktinfo` begins with the destination.
+                (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO, data) => {
+                    let local = data.first_chunk::<16>();
+                    control.called = local.and_then(|&octets| source(octets.into()));
+                }
                 _ => {}
             }
             bytes = rest;
         }
         control
     }
+}
+
+/// An address that datagrams were sent to, if answers may be sent from it. Link-local
+/// addresses are left to the kernel, which has one for each link.
+fn source(called: IpAddr) -> Option<IpAddr> {
+    let called = called.to_canonical();
+    let is_own = match called {
+        IpAddr::V4(called) => !called.is_broadcast() && !called.is_unspecified(),
+        IpAddr::V6(called) => !called.is_unicast_link_local() && !called.is_unspecified(),
+    };
+    Some(called).filter(|_| is_own && !called.is_multicast())
 }
 
 /// Level, type and data of the first control message, and what comes after it.
@@ -95,6 +116,16 @@ pub struct ReceivedMessage {
     pub control: Control,
     /// Bytes of the payload.
     pub bytes: usize,
+}
+
+impl ReceivedMessage {
+    /// Where answers go, and from where.
+    pub fn endpoint(&self) -> Endpoint {
+        Endpoint {
+            address: self.sender,
+            source: self.control.called,
+        }
+    }
 }
 
 /// `recvmsg(2)` into `buffer`, without waiting. `Ok(None)`: the message was cut short,
@@ -150,17 +181,8 @@ pub struct SendMessage {
     header: libc::msghdr,
     payload: libc::iovec,
     name: SockAddr,
-    /// `UDP_SEGMENT` (`udp(7)`), a `u16`, and TOS or traffic class, an `int`.
-    control: [ControlMessage; 2],
+    control: ControlMessages,
 }
-
-/// A control message, with room for an `int`.
-#[repr(C)]
-struct ControlMessage {
-    header: libc::cmsghdr,
-    value: i32,
-}
-const _: () = assert!(size_of::<ControlMessage>() == CMSG_BYTES);
 
 // SAFETY: the pointers in it point into itself or to a batch that the same
 // engine holds; nothing is shared between threads.
@@ -170,15 +192,13 @@ impl SendMessage {
     /// A message with nothing in it.
     pub fn new() -> Self {
         let nowhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
-        // SAFETY: all-zero is valid for each of the three: null pointers, zero
-        // lengths.
-        let (header, payload, control) =
-            unsafe { std::mem::zeroed::<(libc::msghdr, libc::iovec, [ControlMessage; 2])>() };
+        // SAFETY: all-zero is valid for both: null pointers, zero lengths.
+        let (header, payload) = unsafe { std::mem::zeroed::<(libc::msghdr, libc::iovec)>() };
         Self {
             header,
             payload,
             name: SockAddr::from(nowhere),
-            control,
+            control: ControlMessages::default(),
         }
     }
 
@@ -186,47 +206,87 @@ impl SendMessage {
     ///
     /// The pointer is good while `self` stays in place and the batch is
     /// neither dropped nor changed.
-    pub fn prepare(&mut self, batch: &Batch, destination: SocketAddr) -> *const libc::msghdr {
-        let bytes = batch.bytes();
-        self.payload.iov_base = bytes.as_ptr().cast_mut().cast();
-        self.payload.iov_len = bytes.len();
+    #[inline]
+    pub fn prepare(&mut self, batch: &Batch, to: Endpoint) -> *const libc::msghdr {
+        self.control.bytes = 0;
+        // Even one segment is refused when it is longer than the MTU; without the
+        // control message the kernel fragments it.
+        if batch.count() > 1 {
+            let segment_bytes = (batch.segment_bytes() as u16).to_ne_bytes();
+            self.control
+                .push(libc::SOL_UDP, libc::UDP_SEGMENT, &segment_bytes);
+        }
+        if batch.tos() != 0 {
+            let (level, kind) = match ip::canonical(to.address) {
+                SocketAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_TOS),
+                SocketAddr::V6(_) => (libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
+            };
+            let tos = i32::from(batch.tos()).to_ne_bytes();
+            self.control.push(level, kind, &tos);
+        }
+        if let Some(source) = to.source {
+            self.control.push_source(source);
+        }
+        self.point(batch.bytes(), to.address)
+    }
+
+    /// Points the message at these bytes, with the control messages that it has.
+    #[inline]
+    fn point(&mut self, payload: &[u8], destination: SocketAddr) -> *const libc::msghdr {
+        self.payload.iov_base = payload.as_ptr().cast_mut().cast();
+        self.payload.iov_len = payload.len();
         self.name = SockAddr::from(destination);
         self.header.msg_name = self.name.as_ptr().cast_mut().cast();
         self.header.msg_namelen = self.name.len();
         self.header.msg_iov = &raw mut self.payload;
         self.header.msg_iovlen = 1;
-        // Even one segment is refused when it is longer than the MTU; without the
-        // control message the kernel fragments it.
-        let mut count = 0;
-        if batch.count() > 1 {
-            let bytes = batch.segment_bytes() as u16;
-            self.control[0].set(libc::SOL_UDP, libc::UDP_SEGMENT, &bytes.to_ne_bytes());
-            count = 1;
-        }
-        if batch.tos() != 0 {
-            let (level, kind) = match ip::canonical(destination) {
-                SocketAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_TOS),
-                SocketAddr::V6(_) => (libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
-            };
-            self.control[count].set(level, kind, &i32::from(batch.tos()).to_ne_bytes());
-            count += 1;
-        }
-        self.header.msg_control = (&raw mut self.control).cast();
-        self.header.msg_controllen = count * CMSG_BYTES;
+        self.header.msg_control = self.control.words.as_mut_ptr().cast();
+        self.header.msg_controllen = self.control.bytes;
         &raw const self.header
     }
 }
 
-impl ControlMessage {
-    /// The message with this value, of four bytes at the most.
-    fn set(&mut self, level: i32, kind: i32, value: &[u8]) {
-        let mut bytes = [0; 4];
-        bytes[..value.len()].copy_from_slice(value);
-        self.header.cmsg_level = level;
-        self.header.cmsg_type = kind;
-        // Without the padding at the end: CMSG_LEN.
-        self.header.cmsg_len = CMSG_HEADER_BYTES + value.len();
-        self.value = i32::from_ne_bytes(bytes);
+/// Control messages back to back, aligned as the kernel wants them.
+#[derive(Default)]
+struct ControlMessages {
+    words: [u64; CONTROL_BYTES / 8],
+    /// Bytes that are in use.
+    bytes: usize,
+}
+
+impl ControlMessages {
+    /// Adds one; there is room for one of each kind.
+    #[inline]
+    fn push(&mut self, level: i32, kind: i32, value: &[u8]) {
+        let message_bytes = CMSG_HEADER_BYTES + value.len();
+        let words = &mut self.words[self.bytes / 8..];
+        words[0] = message_bytes as u64;
+        let ([a, b, c, d], [e, f, g, h]) = (level.to_ne_bytes(), kind.to_ne_bytes());
+        words[1] = u64::from_ne_bytes([a, b, c, d, e, f, g, h]);
+        for (word, chunk) in words[2..].iter_mut().zip(value.chunks(8)) {
+            let mut bytes = [0; 8];
+            bytes[..chunk.len()].copy_from_slice(chunk);
+            *word = u64::from_ne_bytes(bytes);
+        }
+        self.bytes += message_bytes.next_multiple_of(8);
+    }
+
+    /// Adds the address to send from. The route says the interface, as it would without.
+    fn push_source(&mut self, source: IpAddr) {
+        match source {
+            // `struct in_pktinfo`: interface, local address, destination.
+            IpAddr::V4(source) => {
+                let mut info = [0; 12];
+                info[4..8].copy_from_slice(&source.octets());
+                self.push(libc::IPPROTO_IP, libc::IP_PKTINFO, &info);
+            }
+            // `struct in6_pktinfo`: local address, interface.
+            IpAddr::V6(source) => {
+                let mut info = [0; 20];
+                info[..16].copy_from_slice(&source.octets());
+                self.push(libc::IPPROTO_IPV6, libc::IPV6_PKTINFO, &info);
+            }
+        }
     }
 }
 
@@ -236,17 +296,39 @@ pub fn send(
     socket: BorrowedFd<'_>,
     memory: &mut SendMessage,
     batch: &Batch,
-    destination: SocketAddr,
+    to: Endpoint,
 ) -> nix::Result<()> {
-    let header = memory.prepare(batch, destination);
+    let header = memory.prepare(batch, to);
     // SAFETY: the header points to live memory of the lengths it states: to
     // `memory`, which does not move, and to the batch's bytes.
+    unsafe { send_prepared(socket, header) }
+}
+
+/// The same of one datagram.
+pub fn send_datagram(socket: BorrowedFd<'_>, datagram: &[u8], to: Endpoint) -> nix::Result<()> {
+    let mut memory = SendMessage::new();
+    if let Some(source) = to.source {
+        memory.control.push_source(source);
+    }
+    let header = memory.point(datagram, to.address);
+    // SAFETY: the header points to live memory of the lengths it states: to
+    // `memory`, which does not move, and to the datagram.
+    unsafe { send_prepared(socket, header) }
+}
+
+/// # Safety
+/// All that the header points to is there, and as long as it says.
+#[inline]
+unsafe fn send_prepared(socket: BorrowedFd<'_>, header: *const libc::msghdr) -> nix::Result<()> {
+    // SAFETY: the caller vouches for the header.
     let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), header, libc::MSG_DONTWAIT) };
     Errno::result(sent).map(drop)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv6Addr;
+
     use super::*;
 
     #[test]
@@ -280,13 +362,13 @@ mod tests {
             bytes.extend(level.to_ne_bytes());
             bytes.extend(kind.to_ne_bytes());
             bytes.extend(value);
-            bytes.resize(CMSG_BYTES, 0);
+            bytes.resize(bytes.len().next_multiple_of(8), 0);
             bytes
         };
         let gro = message(libc::SOL_UDP, libc::UDP_GRO, &1472_i32.to_ne_bytes());
         let batch = Control {
             segment_bytes: Some(1472),
-            ecn: Ecn::NotEct,
+            ..Control::default()
         };
         assert_eq!(Control::parse(&gro), batch);
         let other = message(libc::SOL_SOCKET, 1, &7_i32.to_ne_bytes());
@@ -303,6 +385,30 @@ mod tests {
                 both
             );
             assert_eq!(Control::parse(&[marked, gro.clone()].concat()), both);
+        }
+        let called = |kind: (i32, i32), value: &[u8]| {
+            let info = message(kind.0, kind.1, value);
+            let control = Control::parse(&[info, gro.clone()].concat());
+            assert_eq!(control.segment_bytes, batch.segment_bytes);
+            control.called
+        };
+        let v4 = |local: [u8; 4]| {
+            let info = [&[7, 0, 0, 0], &local[..], &[10, 0, 0, 9]].concat();
+            called((libc::IPPROTO_IP, libc::IP_PKTINFO), &info)
+        };
+        assert_eq!(v4([10, 0, 0, 1]), Some([10, 0, 0, 1].into()));
+        for nowhere in [[0; 4], [255; 4], [224, 0, 0, 1]] {
+            assert_eq!(v4(nowhere), None);
+        }
+        let v6 = |local: &str| {
+            let local: Ipv6Addr = local.parse().unwrap();
+            let info = [&local.octets()[..], &[7, 0, 0, 0]].concat();
+            called((libc::IPPROTO_IPV6, libc::IPV6_PKTINFO), &info)
+        };
+        assert_eq!(v6("fd00::1"), "fd00::1".parse().ok());
+        assert_eq!(v6("::ffff:10.0.0.1"), Some([10, 0, 0, 1].into()));
+        for nowhere in ["::", "fe80::1", "ff02::1", "::ffff:224.0.0.1"] {
+            assert_eq!(v6(nowhere), None);
         }
         for bytes in [&[][..], &[0; 16], &[0xff; 24], &gro[..18]] {
             assert_eq!(Control::parse(bytes), Control::default());

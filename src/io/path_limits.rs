@@ -2,15 +2,16 @@
 //! refusal says of the path is remembered for a while.
 
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::sync::Once;
 
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, SockaddrStorage, sendto};
 
 use crate::counters::Counters;
 use crate::io::engine::SendFailure;
+use crate::io::message;
 use crate::packet::batch::{Batch, Limits};
+use crate::wire::Endpoint;
 
 /// Older kernels' `UDP_MAX_SEGMENTS`.
 const SEGMENTS_MAX_OLD: usize = 64;
@@ -69,7 +70,7 @@ impl PathLimits {
     pub fn refused(
         &mut self,
         batch: &Batch,
-        to: SocketAddr,
+        to: Endpoint,
         errno: i32,
         socket: &impl AsFd,
         counters: &Counters,
@@ -80,13 +81,13 @@ impl PathLimits {
                 let (sent, no_room) = send_one_by_one(batch, to, socket, counters, failures);
                 // What goes through one by one was refused for being a batch.
                 if sent > 0 {
-                    self.learn(batch, to, errno);
+                    self.learn(batch, to.address, errno);
                 }
                 no_room
             }
             _ => {
                 self.failures
-                    .note(batch, to, errno, batch.datagrams(), counters);
+                    .note(batch, to.address, errno, batch.datagrams(), counters);
                 errno == libc::EAGAIN
             }
         }
@@ -176,16 +177,14 @@ impl Failures {
 /// whether the socket's send buffer had no room for the rest.
 fn send_one_by_one(
     batch: &Batch,
-    to: SocketAddr,
+    to: Endpoint,
     socket: &impl AsFd,
     counters: &Counters,
     failures: &mut Failures,
 ) -> (usize, bool) {
     let mut sent = 0;
-    let fd = socket.as_fd().as_raw_fd();
-    let address = SockaddrStorage::from(to);
     for (index, datagram) in batch.datagrams().enumerate() {
-        match sendto(fd, datagram, &address, MsgFlags::MSG_DONTWAIT) {
+        match message::send_datagram(socket.as_fd(), datagram, to) {
             Ok(_) => {
                 sent += 1;
                 counters.udp_sends.add(1);
@@ -194,12 +193,12 @@ fn send_one_by_one(
             }
             Err(Errno::EAGAIN) => {
                 let rest = batch.datagrams().skip(index);
-                failures.note(batch, to, libc::EAGAIN, rest, counters);
+                failures.note(batch, to.address, libc::EAGAIN, rest, counters);
                 return (sent, true);
             }
             Err(errno) => {
                 let this = std::iter::once(datagram);
-                failures.note(batch, to, errno as i32, this, counters);
+                failures.note(batch, to.address, errno as i32, this, counters);
             }
         }
     }
@@ -242,7 +241,7 @@ mod tests {
     ) -> Vec<u8> {
         let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
         let to = receiver.local_addr().unwrap();
-        assert!(!limits.refused(batch, to, errno, &sender, counters));
+        assert!(!limits.refused(batch, to.into(), errno, &sender, counters));
         let mut buffer = [0; 2000];
         let mut arrived = Vec::new();
         while let Ok(bytes) = receiver.recv(&mut buffer) {

@@ -197,6 +197,7 @@ impl Sides {
                         received: self.filled(buffer, message.bytes),
                         meta: ReceiveMeta {
                             sender: message.sender,
+                            called: message.control.called,
                             is_shared: Receivers::is_shared(receiver),
                             segment_bytes: message.control.segment_bytes.unwrap_or(message.bytes),
                             ecn: message.control.ecn,

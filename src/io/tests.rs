@@ -106,7 +106,7 @@ struct Bench<E> {
 
 fn from_listen(endpoint: SocketAddr) -> Destination {
     Destination {
-        endpoint,
+        endpoint: endpoint.into(),
         from: Port::Listen,
     }
 }
@@ -307,6 +307,7 @@ fn batches_go_out_and_come_in_whole<E: Engine>(make: impl Fn(Parts) -> E) {
         };
         let expected = ReceiveMeta {
             sender: bench.address,
+            called: None,
             is_shared: true,
             segment_bytes: sizes[0],
             ecn: Ecn::NotEct,
@@ -385,7 +386,7 @@ fn a_full_socket_stops_vnet_packets_and_nothing_else<E: Engine>(make: impl Fn(Pa
             let Some(Event::SendFailed(failure)) = bench.engine.next_event() else {
                 panic!("nothing has come");
             };
-            assert!(failure.is_full() && failure.destination == silent.endpoint);
+            assert!(failure.is_full() && failure.destination == silent.endpoint.address);
             refused += failure.packets;
         }
     }

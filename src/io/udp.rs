@@ -209,24 +209,33 @@ fn open_handshake(listen: SocketAddr, offloads: UdpOffloads) -> io::Result<Socke
 /// They send whatever the interface takes, as the kernel's own tunnels do: the kernel's
 /// memory of path MTUs, which anybody can write to by ICMP, is left aside, and IPv4
 /// datagrams may be fragmented on their way. And they tell the ECN field of what they
-/// receive. None of that matters to a process that still sends from the same sockets.
+/// receive and, in WireGuard mode, which of this host's addresses it was sent to. None of that
+/// matters to a process that still sends from the same sockets.
 ///
 /// # Errors
 /// When the kernel does not know how.
 pub fn set_options(sockets: &Sockets) -> Result<()> {
+    // Who sends is told by keys there, and may be told of any address.
+    let tells_called = sockets.handshake.is_some();
     sockets
         .all()
-        .try_for_each(set_socket_options)
+        .try_for_each(|socket| set_socket_options(socket, tells_called))
         .map_err(|error| Error::os("cannot set options of a UDP socket", error))
 }
 
-fn set_socket_options(socket: &Socket) -> io::Result<()> {
+fn set_socket_options(socket: &Socket, tells_called: bool) -> io::Result<()> {
+    // One that is bound to an address sends from that.
+    let tells_called = tells_called && address_of(socket)?.ip().is_unspecified();
     // On a dual-stack socket either family has options of its own.
     set_ip_mtu_discover(socket, Ipv4PathMtuDiscovery::OMIT)?;
     socket.set_recv_tos_v4(true)?;
     if socket.domain()? == Domain::IPV6 {
         set_ipv6_mtu_discover(socket, Ipv6PathMtuDiscovery::OMIT)?;
         socket.set_recv_tclass_v6(true)?;
+        // For both families.
+        setsockopt(socket, nix_sockopt::Ipv6RecvPacketInfo, &tells_called)?;
+    } else {
+        setsockopt(socket, nix_sockopt::Ipv4PacketInfo, &tells_called)?;
     }
     Ok(())
 }

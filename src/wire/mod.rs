@@ -4,10 +4,29 @@
 pub mod plain;
 pub mod wireguard;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use self::wireguard::message::{DATA_HEADER_BYTES, PADDING_BYTES, TAG_BYTES};
 use crate::packet::ip;
+
+/// Where a peer is reached, and from where.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    /// The peer's address and port.
+    pub address: SocketAddr,
+    /// The address of this host that the peer sends to. It gets its answers from there: a
+    /// firewall or NAT in between lets no others through. `None`: the kernel chooses.
+    pub source: Option<IpAddr>,
+}
+
+impl From<SocketAddr> for Endpoint {
+    fn from(address: SocketAddr) -> Self {
+        Self {
+            address,
+            source: None,
+        }
+    }
+}
 
 /// How packets travel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

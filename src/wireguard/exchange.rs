@@ -18,7 +18,6 @@
 //! way by its index, which is random: that proves as much as a cookie does.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
@@ -30,6 +29,7 @@ use super::outside::{Now, Outside};
 use super::peers::{Peer, PeerConfig, PeerTimestamps, Peers, as_seen_by_timers};
 use super::timers::Intervals;
 use crate::counters::Counter;
+use crate::wire::Endpoint;
 use crate::wire::wireguard::cookie::MacChecker;
 use crate::wire::wireguard::handshake::{Incoming, Initiator};
 use crate::wire::wireguard::keys::{PrivateKey, PublicKey};
@@ -257,7 +257,7 @@ impl Exchange {
     pub(crate) fn receive(
         &mut self,
         now: Now,
-        from: SocketAddr,
+        from: Endpoint,
         datagram: &mut [u8],
         out: &mut impl Outside,
     ) {
@@ -285,7 +285,7 @@ impl Exchange {
     fn receive_initiation<'a>(
         &mut self,
         now: Now,
-        from: SocketAddr,
+        from: Endpoint,
         message: Initiation<'_>,
         counters: &'a HandshakeCounters,
         out: &mut impl Outside,
@@ -294,16 +294,16 @@ impl Exchange {
         let identity = state.identity.as_mut().ok_or(&counters.drop_no_key)?;
         if !identity.checker.has_mac1(message) {
             self.mismatches
-                .note_other_key(&mut self.peers, from, now.ns);
+                .note_other_key(&mut self.peers, from.address, now.ns);
             return Err(&counters.drop_mac1);
         }
         state.load.note(now.ns);
         if state.load.is_high(now.ns) {
-            if !identity.checker.has_mac2(message, from, now.ns) {
-                out.send(from, &identity.checker.reply(message, from, now.ns));
+            if !identity.checker.has_mac2(message, from.address, now.ns) {
+                out.send(from, &identity.checker.reply(message, from.address, now.ns));
                 return Ok(&counters.cookie_replies_sent);
             }
-            if !state.limiter.admits(from, now.ns) {
+            if !state.limiter.admits(from.address, now.ns) {
                 return Err(&counters.drop_rate_limited);
             }
         }
@@ -311,7 +311,8 @@ impl Exchange {
         let key = incoming.public_key();
         let is_own = key == identity.key.public();
         if self.peers.get_mut(&key).is_none() {
-            self.mismatches.note_stranger(&mut self.peers, from, now.ns);
+            self.mismatches
+                .note_stranger(&mut self.peers, from.address, now.ns);
         }
         let peer = self.peers.get_mut(&key).filter(|_| !is_own);
         let peer = peer.ok_or(&counters.drop_unknown_peer)?;
@@ -330,7 +331,7 @@ impl Exchange {
     fn receive_response<'a>(
         &mut self,
         now: Now,
-        from: SocketAddr,
+        from: Endpoint,
         message: Response<'_>,
         counters: &'a HandshakeCounters,
         out: &mut impl Outside,
@@ -434,7 +435,7 @@ impl State {
         &mut self,
         peer: &mut Peer,
         now: Now,
-        from: SocketAddr,
+        from: Endpoint,
         incoming: Incoming,
         counters: &'a HandshakeCounters,
         out: &mut impl Outside,
@@ -460,6 +461,10 @@ impl State {
     /// Begins a handshake in place of the one under way, if there is one. Without a key or
     /// an endpoint nothing is sent; there may be one by the next time.
     fn initiate(&mut self, peer: &mut Peer, now: Now, out: &mut impl Outside) {
+        if peer.in_flight.is_some() {
+            // Nobody has answered the last one: the way may have changed since the peer called.
+            peer.shared.forget_source();
+        }
         self.cancel(peer);
         peer.timers.initiated(now.ns, random());
         // Workers for which packets still come ask again, and have it go on for longer.

@@ -1,5 +1,6 @@
 //! The protocol between hosts of a simulated network; see `test_network.rs`.
 
+use std::net::SocketAddr;
 use std::sync::Weak;
 use std::time::Duration;
 
@@ -47,7 +48,8 @@ fn initiation(network: &mut Network, to: usize, by: &PrivateKey, index: u32) -> 
 fn answer(network: &mut Network, host: usize, from: &str, mut datagram: Vec<u8>) -> Output {
     let (now, mut output) = (network.now(), Output::default());
     let exchange = &mut network.hosts[host].exchange;
-    exchange.receive(now, from.parse().unwrap(), &mut datagram, &mut output);
+    let from: SocketAddr = from.parse().unwrap();
+    exchange.receive(now, from.into(), &mut datagram, &mut output);
     output
 }
 
@@ -269,8 +271,8 @@ fn a_stranger_gets_no_answer() {
     }
     assert_eq!(value(&network, 1, "drop_mac1"), good.len() as u64 - 16 - 4);
     assert_eq!(value(&network, 1, "drop_malformed"), good.len() as u64 + 4);
-    let endpoint = network.hosts[1].sessions(0).endpoint.load_full();
-    assert_eq!(*endpoint.unwrap(), network.hosts[0].address);
+    let endpoint = network.hosts[1].sessions(0).address();
+    assert_eq!(endpoint, Some(network.hosts[0].address));
 }
 
 #[test]
@@ -285,8 +287,8 @@ fn what_was_recorded_is_not_answered() {
         let output = answer(&mut network, 1 - host, ELSEWHERE, recorded.bytes);
         assert!(output.sent.is_empty());
         assert_eq!(value(&network, 1 - host, drop), 1);
-        let endpoint = network.hosts[1 - host].sessions(host).endpoint.load_full();
-        assert_eq!(*endpoint.unwrap(), network.hosts[host].address);
+        let endpoint = network.hosts[1 - host].sessions(host).address();
+        assert_eq!(endpoint, Some(network.hosts[host].address));
     }
     assert!(Arc::ptr_eq(&current, &network.hosts[1].current(0).unwrap()));
     assert!(network.hosts[1].sessions(0).next.load().is_none());
@@ -337,7 +339,7 @@ fn the_endpoint_follows_valid_handshake_messages() {
     network.send(0, 1);
     let initiation = latest(&network, 0, INITIATION);
     let endpoint = |network: &Network, host: usize| {
-        let endpoint = network.hosts[host].sessions(1 - host).endpoint.load_full();
+        let endpoint = network.hosts[host].sessions(1 - host).address();
         endpoint.unwrap().to_string()
     };
     let output = answer(&mut network, 1, "203.0.113.1:1", initiation.bytes);
@@ -345,6 +347,22 @@ fn the_endpoint_follows_valid_handshake_messages() {
     assert_eq!(endpoint(&network, 1), "203.0.113.1:1");
     answer(&mut network, 0, "[2001:db8::1]:2", output.sent[0].1.clone());
     assert_eq!(endpoint(&network, 0), "[2001:db8::1]:2");
+}
+
+/// The address that a peer has called is no good any more when nobody answers from there.
+#[test]
+fn the_kernel_chooses_the_source_of_what_is_sent_again() {
+    let mut network = Network::new(2, 1);
+    network.weather.loss_percent = 100;
+    let shared = Arc::clone(network.hosts[0].sessions(1));
+    let address = network.hosts[1].address;
+    let source = Some([192, 0, 2, 9].into());
+    shared.note_sender(Endpoint { address, source });
+    network.send(0, 1);
+    assert_eq!(shared.endpoint.load_full().unwrap().source, source);
+    network.run(6.0);
+    assert_eq!(value(&network, 0, "initiations_sent"), 2);
+    assert_eq!(*shared.endpoint.load_full().unwrap(), address.into());
 }
 
 #[test]
@@ -480,8 +498,8 @@ fn a_cookie_is_of_one_address_and_port_and_moves_nobody() {
     // The cookie reply comes from elsewhere: that is of no account.
     answer(&mut network, 0, ELSEWHERE, output.sent[0].1.clone());
     assert_eq!(value(&network, 0, "cookie_replies_received"), 1);
-    let endpoint = network.hosts[0].sessions(1).endpoint.load_full().unwrap();
-    assert_eq!(*endpoint, network.hosts[1].address);
+    let endpoint = network.hosts[0].sessions(1).address();
+    assert_eq!(endpoint, Some(network.hosts[1].address));
     network.run(6.0);
     network.with(1, |exchange, now, _| exchange.note_backlog(now));
     let second = latest(&network, 0, INITIATION);
@@ -699,7 +717,7 @@ fn after_a_takeover_peers_are_called_some_at_a_time() {
         let is_known = number < PEERS - 1;
         sessions
             .endpoint
-            .store(is_known.then(|| Arc::new(endpoint)));
+            .store(is_known.then(|| Arc::new(endpoint.into())));
         PeerConfig {
             public_key: PrivateKey::generate().public(),
             preshared_key: PresharedKey::default(),

@@ -80,10 +80,10 @@ impl Mismatches {
 impl Identities {
     /// The identity of a peer that is at an address, whatever its port.
     fn at(&self, peers: &mut Peers, from: SocketAddr) -> Option<&str> {
-        let is_there = |at: &SocketAddr| at.ip() == from.ip();
+        let is_there = |at: SocketAddr| at.ip() == from.ip();
         let peer = peers
             .all()
-            .find(|peer| peer.shared.endpoint.load().as_deref().is_some_and(is_there))?;
+            .find(|peer| peer.shared.address().is_some_and(is_there))?;
         self.peers.get(&peer.key).map(String::as_str)
     }
 }
@@ -107,7 +107,9 @@ mod tests {
 
     fn peers() -> Peers {
         let sessions = Arc::<PeerSessions>::default();
-        sessions.endpoint.store(Some(Arc::new(at("10.0.0.2:8285"))));
+        sessions
+            .endpoint
+            .store(Some(Arc::new(at("10.0.0.2:8285").into())));
         let mut peers = Peers::default();
         let peer = PeerConfig {
             public_key: KEY,

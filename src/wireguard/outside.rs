@@ -1,7 +1,8 @@
 //! The protocol's view of the outside: time in, effects out.
 
-use std::net::SocketAddr;
 use std::time::SystemTime;
+
+use crate::wire::Endpoint;
 
 /// The time.
 #[derive(Clone, Copy, Debug)]
@@ -15,11 +16,11 @@ pub(crate) struct Now {
 /// What the protocol does to the world.
 pub(crate) trait Outside {
     /// Sends a datagram from the port that this host receives on. It may be lost.
-    fn send(&mut self, to: SocketAddr, datagram: &[u8]);
+    fn send(&mut self, to: Endpoint, datagram: &[u8]);
 
     /// Has all workers send what waits for a session.
     fn wake_workers(&mut self);
 
     /// Gives a data message to a worker, as if it had come to that.
-    fn pass_on(&mut self, from: SocketAddr, datagram: &mut [u8]);
+    fn pass_on(&mut self, from: Endpoint, datagram: &mut [u8]);
 }

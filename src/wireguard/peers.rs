@@ -9,7 +9,6 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::ValuesMut;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -18,6 +17,7 @@ use arc_swap::ArcSwapOption;
 use serde::{Deserialize, Serialize};
 
 use super::timers::{Activity, Intervals, Timers, Usable};
+use crate::wire::Endpoint;
 use crate::wire::wireguard::cookie::MacWriter;
 use crate::wire::wireguard::keys::{PresharedKey, PublicKey};
 use crate::wire::wireguard::session::{REKEY_AFTER_MESSAGES, Session};
@@ -209,7 +209,7 @@ impl Peer {
     }
 
     /// Where datagrams go to it, if anywhere.
-    pub(crate) fn endpoint_in_use(&self) -> Option<SocketAddr> {
+    pub(crate) fn endpoint_in_use(&self) -> Option<Endpoint> {
         let endpoint = self.shared.endpoint.load();
         endpoint.as_deref().copied().filter(|_| !self.is_suspended)
     }

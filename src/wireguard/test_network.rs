@@ -14,6 +14,7 @@ use super::exchange::{Exchange, Latest};
 use super::outside::{Now, Outside};
 use super::peers::{PeerConfig, PeerTimestamps};
 use super::timers::Intervals;
+use crate::wire::Endpoint;
 use crate::wire::wireguard::keys::{PresharedKey, PrivateKey, PublicKey};
 use crate::wire::wireguard::message::{DATA, DATA_HEADER_BYTES, INITIATION};
 use crate::wire::wireguard::session::{OVERHEAD_BYTES, Session};
@@ -71,15 +72,15 @@ pub(super) struct Output {
 }
 
 impl Outside for Output {
-    fn send(&mut self, to: SocketAddr, datagram: &[u8]) {
-        self.sent.push((to, datagram.to_vec()));
+    fn send(&mut self, to: Endpoint, datagram: &[u8]) {
+        self.sent.push((to.address, datagram.to_vec()));
     }
 
     fn wake_workers(&mut self) {
         self.is_woken = true;
     }
 
-    fn pass_on(&mut self, _: SocketAddr, _: &mut [u8]) {
+    fn pass_on(&mut self, _: Endpoint, _: &mut [u8]) {
         self.passed_on += 1;
     }
 }
@@ -206,7 +207,9 @@ impl Network {
     /// A host as another has it configured.
     pub(super) fn config_of(&self, host: usize, endpoint: Option<SocketAddr>) -> PeerConfig {
         let sessions = PeerSessions::default();
-        sessions.endpoint.store(endpoint.map(Arc::new));
+        sessions
+            .endpoint
+            .store(endpoint.map(|to| Arc::new(to.into())));
         PeerConfig {
             public_key: self.hosts[host].private_key.public(),
             preshared_key: PresharedKey::default(),
@@ -309,7 +312,7 @@ impl Network {
             .seal(&mut bytes, OVERHEAD_BYTES + PACKET_BYTES)
             .unwrap();
         shared.note_sent(now_ns, true);
-        let to = **shared.endpoint.load().as_ref().unwrap();
+        let to = shared.address().unwrap();
         let from = self.hosts[near].address;
         self.launch(Datagram { from, to, bytes });
     }
@@ -426,7 +429,7 @@ impl Network {
         };
         if datagram.kind() != DATA {
             return self.with(host, |exchange, now, out| {
-                exchange.receive(now, datagram.from, &mut datagram.bytes, out);
+                exchange.receive(now, datagram.from.into(), &mut datagram.bytes, out);
             });
         }
         let index = u32::from_le_bytes(datagram.bytes[4..8].try_into().unwrap());
@@ -440,7 +443,7 @@ impl Network {
             return;
         };
         let peer = Arc::clone(session.peer());
-        peer.note_sender(datagram.from);
+        peer.note_sender(datagram.from.into());
         peer.note_received(self.now_ns, !packet.is_empty());
         if let Some(number) = packet.first_chunk() {
             let is_new = hosts[host].received.insert(u64::from_le_bytes(*number));

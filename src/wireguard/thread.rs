@@ -1,7 +1,6 @@
 //! The thread around [`Exchange`]: sleeps until a message, a request, a command or a timer is
 //! due, and feeds it. Each turn does a bounded part of what waits, of each kind.
 
-use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -20,6 +19,7 @@ use super::outside::{Now, Outside};
 use super::peers::{PeerConfig, PeerTimestamps};
 use crate::clock;
 use crate::io::message;
+use crate::wire::Endpoint;
 use crate::wire::wireguard::keys::PrivateKey;
 use crate::wire::wireguard::sessions::WorkerRequest;
 
@@ -61,7 +61,7 @@ pub(super) struct Thread {
 }
 
 /// Takes a data message and its sender.
-pub(crate) type PassOn = Box<dyn Fn(SocketAddr, &[u8]) + Send>;
+pub(crate) type PassOn = Box<dyn Fn(Endpoint, &[u8]) + Send>;
 
 /// The outside of an [`Exchange`].
 pub(super) struct Port {
@@ -72,10 +72,13 @@ pub(super) struct Port {
 }
 
 impl Outside for Port {
-    fn send(&mut self, to: SocketAddr, datagram: &[u8]) {
-        let sent = self
-            .socket
-            .send_to_with_flags(datagram, &to.into(), libc::MSG_DONTWAIT);
+    fn send(&mut self, to: Endpoint, datagram: &[u8]) {
+        let socket = self.socket.as_fd();
+        let mut sent = message::send_datagram(socket, datagram, to);
+        if sent == Err(Errno::EINVAL) {
+            // This host may have lost the address that the peer has called.
+            sent = message::send_datagram(socket, datagram, to.address.into());
+        }
         if sent.is_err() {
             self.counters.drop_send_error.add(1);
         }
@@ -85,7 +88,7 @@ impl Outside for Port {
         (self.wake_workers)();
     }
 
-    fn pass_on(&mut self, from: SocketAddr, datagram: &mut [u8]) {
+    fn pass_on(&mut self, from: Endpoint, datagram: &mut [u8]) {
         (self.pass_on)(from, datagram);
     }
 }
@@ -160,7 +163,7 @@ impl Thread {
                     let bytes = received.bytes.min(buffer.len());
                     let segment_bytes = received.control.segment_bytes.unwrap_or(bytes).max(1);
                     for datagram in buffer[..bytes].chunks_mut(segment_bytes) {
-                        let (from, port) = (received.sender, &mut self.port);
+                        let (from, port) = (received.endpoint(), &mut self.port);
                         self.exchange.receive(now(), from, datagram, port);
                     }
                 }

@@ -1,5 +1,6 @@
 //! Two threads with sockets on the loopback interface. The test is their workers.
 
+use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -50,7 +51,7 @@ impl End {
                 let _ = wake_workers.try_send(());
             }),
             pass_on: Box::new(move |from, datagram| {
-                let _ = pass_on.try_send((from, datagram.to_vec()));
+                let _ = pass_on.try_send((from.address, datagram.to_vec()));
             }),
         };
         Self {
@@ -71,7 +72,9 @@ impl End {
 
     fn peer(&self, far: &Self) -> PeerConfig {
         let sessions = PeerSessions::default();
-        sessions.endpoint.store(Some(Arc::new(far.address())));
+        sessions
+            .endpoint
+            .store(Some(Arc::new(far.address().into())));
         PeerConfig {
             public_key: far.key,
             preshared_key: PresharedKey::default(),
@@ -132,7 +135,7 @@ fn what_workers_pass_on_is_as_what_comes_to_the_socket() {
     let end = End::start();
     let message = vec![1, 0, 0, 0, 9].into_boxed_slice();
     let (from, other) = (end.address(), End::start());
-    end.ask(WorkerRequest::Message(from, message));
+    end.ask(WorkerRequest::Message(from.into(), message));
     other.socket.send_to(&[1, 2, 3], &from.into()).unwrap();
     while end.value("drop_malformed") < 2 {
         std::thread::yield_now();

@@ -42,11 +42,11 @@ impl Peers {
                 continue;
             };
             let (ours, shared) = (peer.endpoint, &secure.sessions.endpoint);
-            let theirs = shared.load().as_deref().copied();
+            let theirs = secure.sessions.address();
             match compare(state.agreed_endpoint, ours, theirs) {
                 Change::None => {}
                 Change::Ours => {
-                    shared.store(ours.map(Arc::new));
+                    shared.store(ours.map(|address| Arc::new(address.into())));
                     state.agreed_endpoint = ours;
                 }
                 Change::Theirs(theirs) => {
@@ -104,9 +104,9 @@ mod tests {
             Arc::clone(sessions)
         };
         let sessions = shared(&only(&peers));
-        assert_eq!(sessions.endpoint.load().as_deref().copied(), at(1));
+        assert_eq!(sessions.address(), at(1));
         assert!(!peers.has_changed);
-        sessions.endpoint.store(at(2).map(Arc::new));
+        sessions.endpoint.store(at(2).map(|to| Arc::new(to.into())));
         peers.follow_endpoints(now);
         assert_eq!(only(&peers).endpoint, at(2));
         assert!(only(&peers).has_roamed() && std::mem::take(&mut peers.has_changed));
@@ -114,9 +114,9 @@ mod tests {
         let mut plan = peers.overlay.clone();
         plan.set_endpoint(0, at(3));
         peers.follow_endpoints(now);
-        assert_eq!(sessions.endpoint.load().as_deref().copied(), at(2));
+        assert_eq!(sessions.address(), at(2));
         peers.replace(plan, now);
-        assert_eq!(sessions.endpoint.load().as_deref().copied(), at(3));
+        assert_eq!(sessions.address(), at(3));
         assert!(!only(&peers).has_roamed() && !peers.has_changed);
         // The same peer after a reload that says nothing new.
         let mut plan = peers.overlay.clone();

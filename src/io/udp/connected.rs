@@ -43,7 +43,7 @@ impl WorkerSockets {
         let listen = self.receive.local_addr()?;
         let address = listen.as_socket().ok_or(io::ErrorKind::Unsupported)?;
         let socket = unbound(address)?;
-        set_socket_options(&socket)?;
+        set_socket_options(&socket, false)?;
         enlarge_receive_buffer(&socket)?;
         // Until it is connected it is one more member of the group. The BPF program never
         // picks it, but the kernel may look at it to see whether it may merge datagrams.

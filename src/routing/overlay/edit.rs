@@ -213,7 +213,7 @@ mod tests {
     #[test]
     fn peers_follow_another_secret() {
         let mut overlay = overlay(&["@10.0.0.1=10.1.0.0/16", "=10.2.0.0/16"]);
-        let seen = ([10, 0, 0, 9], 9).into();
+        let seen = std::net::SocketAddr::from(([10, 0, 0, 9], 9)).into();
         if let Some(secure) = overlay.peer_mut(0).and_then(|peer| peer.secure.as_mut()) {
             secure.identity = Some("gate".into());
             secure.sessions.note_sender(seen);

@@ -4,12 +4,12 @@
 //! is why a response may leave as soon as its session is stored.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use arc_swap::{ArcSwapOption, Guard};
 
 use super::session::Session;
+use crate::wire::Endpoint;
 
 pub use super::session::{Found, InboundDrops, PeerSessions};
 
@@ -19,9 +19,9 @@ pub enum WorkerRequest {
     /// Packets wait for a session with this peer. If there is one by now, all workers are to
     /// be told.
     Session(Arc<PeerSessions>),
-    /// A message of a handshake has come to a worker, from this address: the kernel may merge
-    /// it with data messages.
-    Message(SocketAddr, Box<[u8]>),
+    /// A message of a handshake has come to a worker, from there: the kernel may merge it with
+    /// data messages.
+    Message(Endpoint, Box<[u8]>),
 }
 
 /// Slots that are allocated together: 4 KiB.

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use arc_swap::{ArcSwapOption, Guard};
 
 use super::Session;
+use crate::wire::Endpoint;
 
 /// A session that was looked up, or none. Taking it out costs no more than a few loads, and
 /// no write to memory that threads share. A thread should have a few of them at most, and
@@ -25,7 +26,7 @@ pub struct PeerSessions {
     /// As the responder: the one to send with once the initiator has used it.
     pub next: ArcSwapOption<Session>,
     /// Where its datagrams go: as configured, then wherever it last sent from.
-    pub endpoint: ArcSwapOption<SocketAddr>,
+    pub endpoint: ArcSwapOption<Endpoint>,
     /// A worker has asked for a session, and the handshake thread has not seen it yet.
     pub is_wanted: AtomicBool,
     /// When anything was last sent to it in a session.
@@ -128,11 +129,31 @@ impl PeerSessions {
 
     /// Notes where an authentic datagram came from: what is sent goes there from now on.
     #[inline]
-    pub fn note_sender(&self, from: SocketAddr) {
+    pub fn note_sender(&self, from: Endpoint) {
         let endpoint = self.endpoint.load();
         if endpoint.as_ref().is_none_or(|endpoint| **endpoint != from) {
             self.endpoint.store(Some(Arc::new(from)));
         }
+    }
+
+    /// The address that its datagrams go to.
+    #[inline]
+    pub fn address(&self) -> Option<SocketAddr> {
+        self.endpoint.load().as_deref().map(|to| to.address)
+    }
+
+    /// Has the kernel choose the address that datagrams leave from, until the peer is heard
+    /// of again: this host may have lost the one that the peer has called.
+    #[cold]
+    pub fn forget_source(&self) {
+        let has_source = |to: &Arc<Endpoint>| to.source.is_some();
+        if !self.endpoint.load().as_ref().is_some_and(has_source) {
+            return;
+        }
+        self.endpoint.rcu(|endpoint| {
+            let to = endpoint.as_deref();
+            to.map(|to| Arc::new(to.address.into()))
+        });
     }
 
     /// Notes that something was sent in a session; `has_data`: not only keepalives.

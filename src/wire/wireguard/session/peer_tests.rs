@@ -130,8 +130,19 @@ fn a_removed_peer_is_freed_with_its_sessions() {
 #[test]
 fn the_endpoint_follows_the_peer() {
     let peer = PeerSessions::default();
-    for text in ["10.0.0.1:51820", "10.0.0.1:51821", "[fd00::1]:51821"] {
-        let from: SocketAddr = text.parse().unwrap();
+    let calls = [
+        ("10.0.0.1:51820", None),
+        ("10.0.0.1:51821", None),
+        ("10.0.0.1:51821", Some([10, 0, 0, 8].into())),
+        ("10.0.0.1:51821", Some([10, 0, 0, 9].into())),
+        (
+            "[fd00::1]:51821",
+            Some([0xfd00, 0, 0, 0, 0, 0, 0, 9].into()),
+        ),
+    ];
+    for (text, source) in calls {
+        let address: SocketAddr = text.parse().unwrap();
+        let from = Endpoint { address, source };
         peer.note_sender(from);
         let noted = peer.endpoint.load_full().unwrap();
         assert_eq!(*noted, from);
@@ -139,6 +150,13 @@ fn the_endpoint_follows_the_peer() {
         peer.note_sender(from);
         assert!(Arc::ptr_eq(&noted, &peer.endpoint.load_full().unwrap()));
     }
+    // The address that it called may be lost without it.
+    peer.forget_source();
+    assert_eq!(peer.endpoint.load_full().unwrap().source, None);
+    assert_eq!(peer.address(), "[fd00::1]:51821".parse().ok());
+    peer.endpoint.store(None);
+    peer.forget_source();
+    assert_eq!(peer.address(), None);
 }
 
 #[test]
