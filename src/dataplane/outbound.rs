@@ -361,7 +361,10 @@ impl Outbound {
         let peer = table
             .at(failure.next_hop)
             .filter(|peer| peer.endpoint_in_use() == Some(failure.destination));
-        if failure.errno == libc::EINVAL
+        // The address to send from may be this host's no more (EINVAL, ENETUNREACH), or lead
+        // nowhere now. What is too long is so from any.
+        if !failure.is_full()
+            && failure.errno != libc::EMSGSIZE
             && let Some(sessions) = peer.and_then(|peer| peer.sessions.as_ref())
         {
             sessions.forget_source();

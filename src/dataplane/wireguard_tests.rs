@@ -16,13 +16,14 @@ use super::table::{PeerSnapshot, Table};
 use super::test_support::Fake;
 use crate::clock;
 use crate::counters::{Counters, PeerCounters, Snapshot};
-use crate::io::engine::ReceiveMeta;
+use crate::io::engine::{ReceiveMeta, SendFailure};
 use crate::packet::coalesce::TunOffloads;
 use crate::packet::ecn::Ecn;
 use crate::packet::fq_codel::Aqm;
 use crate::packet::icmp::TunnelAddresses;
 use crate::packet::lpm::Prefixes;
 use crate::packet::virtio;
+use crate::wire::Endpoint;
 use crate::wire::wireguard::handshake::TransportKeys;
 use crate::wire::wireguard::message;
 use crate::wire::wireguard::session::{REJECT_AFTER_NS, Session};
@@ -420,6 +421,37 @@ fn what_is_not_authentic_comes_to_nothing() {
     assert_eq!(far.refused_of(NEAR), [("forged", 2), ("replayed", 1)]);
     assert!(far.written().is_empty());
     assert_eq!(peer.address(), Some(endpoint(NEAR)));
+}
+
+/// The address that the peer called is kept while sends from there fail for what is not its
+/// fault, and forgotten when they cannot leave from there.
+#[test]
+fn a_source_that_the_kernel_refuses_is_forgotten() {
+    let near = host(NEAR, &[FAR], None);
+    let (sessions, counters) = (near.sessions_of(FAR), Counters::default());
+    let (address, source) = (endpoint(FAR), Some([10, 9, 9, 9].into()));
+    for (errno, is_kept) in [
+        (libc::EAGAIN, true),
+        (libc::ENOBUFS, true),
+        (libc::EMSGSIZE, true),
+        (libc::EINVAL, false),
+        (libc::ENETUNREACH, false),
+    ] {
+        sessions.note_sender(Endpoint { address, source });
+        let failure = SendFailure {
+            next_hop: 0,
+            destination: address,
+            errno,
+            packets: 1,
+            bytes: 100,
+        };
+        near.outbound.failed(&failure, &near.table, &counters);
+        let endpoint = sessions.endpoint.load_full().unwrap();
+        assert_eq!(
+            (endpoint.address, endpoint.source),
+            (address, source.filter(|_| is_kept))
+        );
+    }
 }
 
 #[test]
