@@ -2,6 +2,7 @@
 //!
 //! `cargo bench --bench registry [-- HOSTS PREFIXES]`, as root. docs/registry.md has figures.
 
+use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::net::UnixStream;
@@ -18,9 +19,12 @@ use ipnet::{IpNet, Ipv4Net};
 use serde_json::{Value, json};
 use testbed::etcd::{self, Etcd};
 use testbed::traffic::{Between, Bulk, BulkLimit, Watch, tcp_bulk};
-use testbed::{Child, Namespace, Pair, cpu_ns, pair, rss_bytes, rss_peak_bytes};
+use testbed::{Child, Pair, cpu_ns, pair, rss_bytes, rss_peak_bytes};
 
 const PREFIX: &str = "/coreos.com/network";
+
+/// Keys in the same etcd that no tunnel follows.
+const PREFIX_ELSEWHERE: &str = "/elsewhere/network";
 
 /// The measured host, and the other one that carries traffic and has etcd.
 const HOSTS: [Ipv4Addr; 2] = [
@@ -31,8 +35,15 @@ const HOSTS: [Ipv4Addr; 2] = [
 /// How long anything may take.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Changes each second beside the one that is measured.
+/// Changes each second beside what is measured.
 const RATE: u32 = 100;
+
+/// The address in the tunnel of the host that is a peer by hand.
+const FAR: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 70, 0, 1));
+
+/// How often streams take turns, and how long each lasts.
+const ROUNDS: usize = 12;
+const STREAM_TIME: Duration = Duration::from_secs(2);
 
 fn main() -> Result<()> {
     if let Some(missing) = etcd::missing() {
@@ -88,37 +99,53 @@ impl Site {
             directory: tempfile::tempdir()
                 .map_err(|cause| Error::os("cannot make a directory", cause))?,
         };
-        site.load()?.write(all)?;
+        site.load(PREFIX)?.write(all)?;
         Ok(site)
     }
 
-    /// Connects to etcd, in its namespace.
-    fn load(&self) -> Result<Load> {
-        self.hosts.b.run(|| Load::connect(self.etcd.url(), PREFIX))
+    /// Connects to etcd, in its namespace, for keys with a prefix.
+    fn load(&self, prefix: &str) -> Result<Load> {
+        self.hosts.b.run(|| Load::connect(self.etcd.url(), prefix))
     }
 
     fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 
-    /// Starts a tunnel, without what was known before.
-    fn start(&self, number: usize) -> Result<Child> {
+    /// Starts the measured tunnel, without what was known before.
+    fn start(&self, flags: &[&str]) -> Result<Child> {
         let mut command = Command::new(env!("CARGO_BIN_EXE_fastvpn"));
-        let namespace: &Namespace = [&self.hosts.a, &self.hosts.b][number];
         command.args(["--registry", self.etcd.url(), "--quiet"]);
-        command.args(["--public-ip", &HOSTS[number].to_string()]);
+        command.args(["--public-ip", &HOSTS[0].to_string()]);
         command.args(["--registry-allow-prefix", "20.0.0.0/8"]);
+        command.args(flags);
         for (flag, name) in [
             ("--control", "control"),
             ("--subnet-file", "subnet"),
             ("--registry-cache", "cache"),
         ] {
-            let path = self.path(&format!("{name}{number}"));
+            let path = self.path(name);
             let _ = std::fs::remove_file(&path);
             command.arg(flag).arg(path);
         }
         command.stdin(Stdio::null()).stdout(Stdio::null());
-        namespace.spawn(command)
+        self.hosts.a.spawn(command)
+    }
+
+    /// Starts the tunnel of a host that is not in the registry, and is a peer by hand.
+    fn start_far(&self) -> Result<Child> {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fastvpn"));
+        command.args(["--quiet", "--address", &format!("{FAR}/32")]);
+        command.args(["--listen", &HOSTS[1].to_string()]);
+        command.args(["--peer", &format!("{}=10.64.0.0/10", HOSTS[0])]);
+        command.arg("--control").arg(self.path("control-far"));
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        self.hosts.b.spawn(command)
+    }
+
+    /// Asks the measured tunnel.
+    fn control(&self) -> Result<Control> {
+        Control::open(&self.path("control"))
     }
 }
 
@@ -166,6 +193,31 @@ impl Control {
         Ok(())
     }
 
+    /// Waits until packets to all hosts' containers go to these.
+    fn wait_for_all(&mut self, hosts: &[LoadHost]) -> Result<()> {
+        // Changes are followed in the order in which they were made. One question is enough for
+        // all: each takes the asker a millisecond and more.
+        if let Some(last) = hosts.last() {
+            self.wait_for(last)?;
+        }
+        let answer = self.ask(&json!({"command": "route-list"}))?;
+        let routes = answer["routes"].as_array().cloned().unwrap_or_default();
+        let found: HashMap<_, _> = routes
+            .iter()
+            .map(|route| (route["prefix"].as_str(), &route["endpoint"]))
+            .collect();
+        for host in hosts {
+            let subnet = host.subnet.to_string();
+            let endpoint = found.get(&Some(&subnet[..]));
+            let expected = json!(format!("{}:8285", host.public_ip));
+            if endpoint != Some(&&expected) {
+                let what = format!("{subnet} is at {endpoint:?}, not at {expected}");
+                return Err(Error::new(what));
+            }
+        }
+        Ok(())
+    }
+
     /// Waits until there are so many prefixes.
     fn wait_for_prefixes(&mut self, count: usize) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
@@ -196,10 +248,10 @@ struct Churn {
 }
 
 impl Churn {
-    fn start(site: &Site, numbers: std::ops::Range<usize>) -> Result<Self> {
+    fn start(site: &Site, prefix: &str, numbers: std::ops::Range<usize>) -> Result<Self> {
         let (is_over, changes) = (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default());
         let (over, count) = (Arc::clone(&is_over), Arc::clone(&changes));
-        let mut load = site.load()?;
+        let mut load = site.load(prefix)?;
         let thread = thread::spawn(move || {
             let start = Instant::now();
             for (generation, change) in (1..).zip(0u32..) {
@@ -238,8 +290,8 @@ fn measure(count: usize) -> Result<()> {
     let mut joins = Vec::new();
     for _ in 0..5 {
         let start = Instant::now();
-        let mut tunnel = site.start(0)?;
-        Control::open(&site.path("control0"))?.wait_for_prefixes(count)?;
+        let mut tunnel = site.start(&[])?;
+        site.control()?.wait_for_prefixes(count)?;
         joins.push(start.elapsed());
         tunnel.terminate(PATIENCE)?;
     }
@@ -248,35 +300,27 @@ fn measure(count: usize) -> Result<()> {
         "join {count} hosts, from the process's start: median {:?} of {joins:?}",
         joins[2]
     );
-    let tunnel = site.start(0)?;
-    let mut control = Control::open(&site.path("control0"))?;
-    control.wait_for_prefixes(count)?;
+    let mut tunnel = site.start(&[])?;
+    site.control()?.wait_for_prefixes(count)?;
     println!(
         "memory with {count} hosts: {} MB",
         rss_bytes(tunnel.pid())? / 1_000_000
     );
     // Paths to all are looked at in turns, once.
     thread::sleep(Duration::from_secs(10));
-    let (start, before) = (Instant::now(), cpu_ns(tunnel.pid())?);
-    thread::sleep(Duration::from_secs(20));
-    let used = Duration::from_nanos(cpu_ns(tunnel.pid())? - before);
-    let share = 100.0 * used.as_secs_f64() / start.elapsed().as_secs_f64();
+    let share = cpu_percent(&tunnel, Duration::from_secs(20))?;
     println!("CPU while nothing happens: {share:.2} % of a core");
-    let mut load = site.load()?;
+    // A connection on which nobody asks anything is closed.
+    let mut control = site.control()?;
+    let mut load = site.load(PREFIX)?;
     let (mut single, mut among) = (Vec::new(), Vec::new());
     for generation in 1..=100 {
         single.push(one_change(&mut load, &mut control, generation)?);
     }
-    let churn = Churn::start(&site, 100..count)?;
-    let before = cpu_ns(tunnel.pid())?;
-    let start = Instant::now();
+    let churn = Churn::start(&site, PREFIX, 100..count)?;
     for generation in 101..=300 {
         among.push(one_change(&mut load, &mut control, generation)?);
     }
-    let used = Duration::from_nanos(cpu_ns(tunnel.pid())? - before);
-    let share = 100.0 * used.as_secs_f64() / start.elapsed().as_secs_f64();
-    let rate = churn.changes.load(Relaxed) as f64 / start.elapsed().as_secs_f64();
-    drop(churn);
     single.sort();
     among.sort();
     for (what, times) in [("alone", &single), ("among others", &among)] {
@@ -286,24 +330,43 @@ fn measure(count: usize) -> Result<()> {
             percentile(times, 99)
         );
     }
-    println!("others: {rate:.0} changes a second; CPU then: {share:.1} % of a core");
-    let round = u32::MAX - 1;
-    let mut at_once = Vec::new();
-    for generation in [round, round + 1, round] {
-        let new: Vec<_> = (0..count)
-            .map(|number| load_host(number, generation, 0))
-            .collect();
-        let start = Instant::now();
-        load.write(&new)?;
-        let written = start.elapsed();
-        for host in &new {
-            control.wait_for(host)?;
-        }
-        at_once.push((start.elapsed(), written));
-    }
-    at_once.sort();
-    println!("{count} changes at once: (all in force, of that written) {at_once:?}");
+    // Nobody asks anything meanwhile: an answer takes as much as a change.
+    let (start, before) = (Instant::now(), churn.changes.load(Relaxed));
+    let share = cpu_percent(&tunnel, Duration::from_secs(10))?;
+    let changes = churn.changes.load(Relaxed) - before;
+    let rate = changes as f64 / start.elapsed().as_secs_f64();
+    drop(churn);
+    println!("CPU at {rate:.0} changes a second: {share:.1} % of a core");
+    all_at_once(&mut load, &mut control, count)?;
+    tunnel.terminate(PATIENCE)?;
     traffic(&site, count)
+}
+
+/// How much of a core a tunnel takes for so long.
+fn cpu_percent(tunnel: &Child, time: Duration) -> Result<f64> {
+    let (start, before) = (Instant::now(), cpu_ns(tunnel.pid())?);
+    thread::sleep(time);
+    let used = Duration::from_nanos(cpu_ns(tunnel.pid())? - before);
+    Ok(100.0 * used.as_secs_f64() / start.elapsed().as_secs_f64())
+}
+
+/// All hosts move: how long it takes to write that, and how long from then on until packets
+/// follow.
+fn all_at_once(load: &mut Load, control: &mut Control, count: usize) -> Result<()> {
+    let round = u32::MAX - 1;
+    let mut times = Vec::new();
+    for generation in [round, round + 1, round, round + 1, round] {
+        let moved = (0..count).map(|number| load_host(number, generation, 0));
+        let moved: Vec<_> = moved.collect();
+        let start = Instant::now();
+        load.write(&moved)?;
+        let written = start.elapsed();
+        control.wait_for_all(&moved)?;
+        times.push((start.elapsed(), written));
+    }
+    times.sort();
+    println!("{count} changes at once: (all in force, of that writing) {times:?}");
+    Ok(())
 }
 
 /// One host moves: how long until packets follow.
@@ -321,42 +384,52 @@ fn one_change(load: &mut Load, control: &mut Control, generation: u32) -> Result
     Ok(start.elapsed())
 }
 
-/// What a stream loses by changes.
+/// What a stream loses by changes. All share this machine, so what it is compared with is the
+/// same load on etcd by keys that the tunnel does not follow. The other end is a host by hand,
+/// for which nothing changes.
 fn traffic(site: &Site, count: usize) -> Result<()> {
-    let _far = site.start(1)?;
-    let mut control = Control::open(&site.path("control1"))?;
-    control.wait_for_prefixes(count)?;
-    let status = control.ask(&json!({"command": "status"}))?;
-    let address = status["registry"]["subnet"]
-        .as_str()
-        .and_then(|net| net.parse::<IpNet>().ok());
-    let address = address
-        .ok_or_else(|| Error::new(format!("no subnet in {status}")))?
-        .addr();
-    let stream = || -> Result<f64> {
+    let _far = site.start_far()?;
+    Control::open(&site.path("control-far"))?;
+    let peer = format!("{}={FAR}/32", HOSTS[1]);
+    let _near = site.start(&["--peer", &peer])?;
+    site.control()?.wait_for_prefixes(count + 1)?;
+    let stream = |prefix: &str| -> Result<f64> {
         let between = Between {
             client: &site.hosts.a,
             server: &site.hosts.b,
-            address,
+            address: FAR,
         };
-        let bulk = Bulk::new(1, BulkLimit::Time(Duration::from_secs(5)));
+        let churn = Churn::start(site, prefix, 100..count)?;
+        let bulk = Bulk::new(1, BulkLimit::Time(STREAM_TIME));
         let start = Instant::now();
         let report = tcp_bulk(between, bulk, &Watch::default())?;
-        Ok(report.bytes as f64 * 8e-9 / start.elapsed().as_secs_f64())
-    };
-    stream()?;
-    let mut ratios = Vec::new();
-    for _ in 0..7 {
-        let calm = stream()?;
-        let churn = Churn::start(site, 100..count)?;
-        let busy = stream()?;
+        let rate = report.bytes as f64 * 8e-9 / start.elapsed().as_secs_f64();
         drop(churn);
-        ratios.push((busy / calm, calm, busy));
+        Ok(rate)
+    };
+    stream(PREFIX)?;
+    let mut ratios = Vec::new();
+    for round in 0..ROUNDS {
+        // In turns, so that what drifts is in both.
+        let (with, without) = match round % 2 {
+            0 => {
+                let with = stream(PREFIX)?;
+                (with, stream(PREFIX_ELSEWHERE)?)
+            }
+            _ => {
+                let without = stream(PREFIX_ELSEWHERE)?;
+                (stream(PREFIX)?, without)
+            }
+        };
+        ratios.push((with / without, with, without));
     }
     ratios.sort_by(|one, other| one.0.total_cmp(&other.0));
     println!(
-        "traffic beside {RATE} changes a second: median {:.3} of {ratios:.3?}",
-        ratios[3].0
+        "TCP beside {RATE} changes a second, against the same load on etcd elsewhere: median \
+         {:.3}, quartiles {:.3} and {:.3} of (ratio, Gbit/s with, without) {ratios:.3?}",
+        ratios[ROUNDS / 2].0,
+        ratios[ROUNDS / 4].0,
+        ratios[ROUNDS - 1 - ROUNDS / 4].0
     );
     Ok(())
 }
@@ -370,8 +443,8 @@ fn join_with_prefixes(count: usize, prefixes: usize) -> Result<()> {
     let mut joins = Vec::new();
     for _ in 0..3 {
         let start = Instant::now();
-        let mut tunnel = site.start(0)?;
-        let mut control = Control::open(&site.path("control0"))?;
+        let mut tunnel = site.start(&[])?;
+        let mut control = site.control()?;
         control.wait_for_prefixes(count + count * each)?;
         joins.push(start.elapsed());
         let (now, peak) = (rss_bytes(tunnel.pid())?, rss_peak_bytes(tunnel.pid())?);

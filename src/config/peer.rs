@@ -60,7 +60,9 @@ pub enum PeerName {
 /// Equal if two names mean the same peer.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum PeerId {
-    /// A host in one spelling, and a port.
+    /// An address and a port.
+    Address(IpAddr, u16),
+    /// A DNS name in one spelling, and a port.
     Host(String, u16),
     /// A key.
     Key(PublicKey),
@@ -74,14 +76,11 @@ impl PeerName {
             Self::Host(place) => place,
             Self::Key(key) => return PeerId::Key(*key),
         };
-        let host = match place.literal() {
-            Some(address) => address.ip().to_string(),
-            None => {
-                let name = place.host.strip_suffix('.').unwrap_or(&place.host);
-                name.to_ascii_lowercase()
-            }
-        };
-        PeerId::Host(host, place.port)
+        if let Some(address) = place.literal() {
+            return PeerId::Address(address.ip(), address.port());
+        }
+        let name = place.host.strip_suffix('.').unwrap_or(&place.host);
+        PeerId::Host(name.to_ascii_lowercase(), place.port)
     }
 
     /// The key of a peer that has one.
@@ -304,6 +303,7 @@ pub(super) fn parse_identity(text: &str) -> ParseResult<String> {
 pub(super) fn identity_at(host: &str) -> String {
     let (host, port) = (host.to_string(), DEFAULT_PORT);
     match PeerName::Host(HostPort { host, port }).id() {
+        PeerId::Address(address, _) => address.to_string(),
         PeerId::Host(host, _) => host,
         PeerId::Key(key) => key.to_string(),
     }

@@ -2,6 +2,7 @@
 //! from etcd is put in, and a snapshot is taken out.
 
 mod extras;
+mod peers;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
@@ -11,8 +12,8 @@ use std::time::{Duration, Instant};
 use ipnet::{IpNet, Ipv4Net};
 
 use super::entry::{HostValue, Key, Keys, parse_extra};
-use super::network::{Backend, Network};
-use crate::config::{HostPort, PEERS_MAX, PeerId, PeerName, PeerSpec};
+use super::network::Network;
+use crate::config::{PEERS_MAX, PeerId, PeerSpec};
 use crate::wire::wireguard::keys::PublicKey;
 
 /// How long hosts that another cluster, or an older state of the same one, does not know are
@@ -365,102 +366,11 @@ impl View {
         }
         pairs
     }
-
-    /// The peers that follow. Those that are as in the `old` snapshot are the same ones.
-    pub(crate) fn snapshot(&self, policy: &Policy, old: &Snapshot) -> Snapshot {
-        let mut unused = Unused {
-            malformed: self.malformed.len(),
-            ..Unused::default()
-        };
-        let owners = self.extra_owners(policy, &mut unused);
-        let mut peers: BTreeMap<PeerId, PeerSpec> = BTreeMap::new();
-        let live = self.hosts.iter();
-        let held = self.held.iter().map(|(subnet, (host, _))| (subnet, host));
-        for (subnet, host) in live.chain(held) {
-            let Some(mut spec) = policy.peer(*subnet, host, &mut unused) else {
-                continue;
-            };
-            spec.prefixes
-                .extend(owners.get(subnet).into_iter().flatten());
-            let id = spec.name.id();
-            let is_full = peers.len() >= PEERS_MAX;
-            match peers.get_mut(&id) {
-                Some(peer) => peer.prefixes.append(&mut spec.prefixes),
-                None if is_full => unused.out_of_place += 1,
-                None => drop(peers.insert(id, spec)),
-            }
-        }
-        let peers = peers.into_iter().map(|(id, mut spec)| {
-            spec.prefixes.sort_unstable();
-            spec.prefixes.dedup();
-            let same = old.peers.get(&id).filter(|old| ***old == spec);
-            (id, same.cloned().unwrap_or_else(|| Arc::new(spec)))
-        });
-        Snapshot {
-            peers: peers.collect(),
-            unused,
-        }
-    }
 }
 
 /// Whether an entry is new, and there are enough of them.
 fn is_beyond<T>(entries: &BTreeMap<Ipv4Net, T>, subnet: Ipv4Net) -> bool {
     entries.len() >= ENTRIES_MAX && !entries.contains_key(&subnet)
-}
-
-impl Policy {
-    /// Whether a host may have this address.
-    fn allows(&self, public_ip: Ipv4Addr) -> bool {
-        let address = IpAddr::V4(public_ip);
-        self.allowed.is_empty() || self.allowed.iter().any(|net| net.contains(&address))
-    }
-
-    /// The peer that a host is, with its subnet; `None` for this host, and for those that
-    /// are not to be used.
-    fn peer(&self, subnet: Ipv4Net, host: &Host, unused: &mut Unused) -> Option<PeerSpec> {
-        let HostValue { public_ip, key, .. } = &host.value;
-        if *public_ip == self.own_ip || key.is_some() && *key == self.own_key {
-            return None;
-        }
-        if !self.allows(*public_ip) {
-            unused.not_allowed += 1;
-            return None;
-        }
-        let network = self.network.network;
-        if !network.contains(&subnet) {
-            unused.out_of_place += 1;
-            return None;
-        }
-        // It may be a part of another host's.
-        if subnet.prefix_len() != self.network.subnet_length {
-            unused.malformed += 1;
-            return None;
-        }
-        if !host.value.has(&self.network.backend) {
-            unused.other_backend += 1;
-            return None;
-        }
-        let endpoint = HostPort {
-            host: public_ip.to_string(),
-            port: self.network.backend.port(),
-        };
-        let name = match key {
-            Some(key) => PeerName::Key(*key),
-            None => PeerName::Host(endpoint.clone()),
-        };
-        let mut spec = PeerSpec::new(name, Some(endpoint));
-        spec.prefixes.push(subnet.into());
-        if let Backend::WireGuard {
-            preshared_key,
-            keepalive,
-            ..
-        } = &self.network.backend
-        {
-            spec.preshared_key = preshared_key.clone();
-            spec.persistent_keepalive = *keepalive;
-        }
-        Some(spec)
-    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::config::PeerName;
 use crate::registry::entry::extra_to_json;
 
 fn net(text: &str) -> Ipv4Net {
@@ -349,6 +350,12 @@ proptest! {
             }
         }
         prop_assert_eq!(&peers, &new.peers);
+        // What was made before is the same as what would be made anew.
+        prop_assert_eq!(&snapshot(&view), &new);
+        for (id, peer) in &new.peers {
+            let was = old.peers.get(id).filter(|was| *was == peer);
+            prop_assert!(was.is_none_or(|was| Arc::ptr_eq(was, peer)));
+        }
         prop_assert!(new.changes_since(&new).is_empty());
     }
 

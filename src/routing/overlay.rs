@@ -44,8 +44,9 @@ const _: () = assert!(PEERS_MAX < NO_PEER as usize);
 /// See the module's documentation.
 #[derive(Clone, Debug, Default)]
 pub struct Overlay {
-    /// By next hop. A peer keeps its place as long as it is there.
-    peers: Vec<Option<Peer>>,
+    /// By next hop. A peer keeps its place as long as it is there. A copy of the overlay has
+    /// the same ones, until they are changed there.
+    peers: Vec<Option<Arc<Peer>>>,
     /// The places that no peer has.
     free: BTreeSet<NextHop>,
     /// The one peer that was given no prefixes: it takes what no prefix matches.
@@ -64,7 +65,7 @@ impl Overlay {
     pub(crate) fn count_for(&mut self, workers: usize) {
         self.workers = workers;
         for peer in self.peers.iter_mut().flatten() {
-            peer.count_for(workers);
+            Arc::make_mut(peer).count_for(workers);
         }
     }
 
@@ -91,7 +92,7 @@ impl Overlay {
         self.peers
             .iter()
             .enumerate()
-            .filter_map(|(hop, peer)| Some((hop as NextHop, peer.as_ref()?)))
+            .filter_map(|(hop, peer)| Some((hop as NextHop, peer.as_deref()?)))
     }
 
     /// The peers in the order of their names.
@@ -108,11 +109,12 @@ impl Overlay {
 
     /// The peer with this next hop.
     pub(crate) fn peer(&self, hop: NextHop) -> Option<&Peer> {
-        self.peers.get(usize::from(hop))?.as_ref()
+        self.peers.get(usize::from(hop))?.as_deref()
     }
 
     fn peer_mut(&mut self, hop: NextHop) -> Option<&mut Peer> {
-        self.peers.get_mut(usize::from(hop))?.as_mut()
+        let peer = self.peers.get_mut(usize::from(hop))?.as_mut();
+        peer.map(Arc::make_mut)
     }
 
     /// The peer of this name.
@@ -146,7 +148,7 @@ impl Overlay {
 
     /// A peer with this address.
     pub(crate) fn peer_at(&self, address: IpAddr) -> Option<&Peer> {
-        let mut peers = self.peers.iter().flatten();
+        let mut peers = self.peers().map(|(_, peer)| peer);
         peers.find(|peer| peer.endpoint.is_some_and(|to| to.ip() == address))
     }
 
@@ -215,7 +217,7 @@ impl Overlay {
             // There are at most PEERS_MAX.
             (self.peers.len() - 1) as NextHop
         });
-        self.peers[usize::from(hop)] = Some(peer);
+        self.peers[usize::from(hop)] = Some(Arc::new(peer));
         self.names.insert(name.id(), hop);
         if is_default {
             self.default = Some(hop);
@@ -374,7 +376,7 @@ impl Overlay {
 
     /// Gives a preshared key to the peers that have none.
     pub(crate) fn share_preshared_key(&mut self, key: &PresharedKey) {
-        let peers = self.peers.iter_mut().flatten();
+        let peers = self.peers.iter_mut().flatten().map(Arc::make_mut);
         for secure in peers.filter_map(|peer| peer.secure.as_mut()) {
             if !secure.preshared_key.is_set() {
                 secure.preshared_key = key.clone();

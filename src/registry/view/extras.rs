@@ -23,6 +23,9 @@ impl View {
         });
         let held = self.held.iter();
         let held = held.filter_map(|(subnet, (host, extra))| Some((subnet, host, extra.as_ref()?)));
+        if self.extras.is_empty() && self.held.values().all(|(_, extra)| extra.is_none()) {
+            return HashMap::new();
+        }
         let reserved = self.reserved(policy);
         let mut first: HashMap<IpNet, (i64, Ipv4Net)> = HashMap::new();
         for (subnet, host, extra) in live.chain(held) {
