@@ -247,6 +247,8 @@ fn the_docs_have_every_option_and_the_defaults() {
         registry_publish: full.registry_publish.clone(),
         public_ip: full.public_ip,
         iface: full.iface.clone(),
+        iface_regex: full.iface_regex.clone(),
+        iface_can_reach: full.iface_can_reach,
         ..parse("").unwrap()
     };
     assert!(full.is_encrypted() && full.peers.iter().any(|peer| peer.name.key().is_some()));

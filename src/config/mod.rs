@@ -10,12 +10,14 @@
 //! - `keys`: reads key files.
 //! - `secret`: keys that follow from a secret and from identities.
 //! - `registry`: how a registry is reached.
+//! - `flannel`: what the environment says in flannel's names.
 //! - `resolution`: flags over file over defaults.
 //! - `reload`: what of a file that was read again a running tunnel can take over.
 //! - `control_path`: where the control socket is.
 
 mod control_path;
 mod file;
+mod flannel;
 mod interface;
 mod keys;
 mod options;
@@ -30,6 +32,7 @@ mod wg_quick;
 
 pub(crate) use control_path::{CONTROL_DIRECTORY, default_control_path, default_control_paths};
 pub use file::parse_bytes;
+pub(crate) use flannel::Password;
 pub(crate) use keys::{hide_memory, read_text as read_secret_text};
 pub use options::Config;
 pub(crate) use options::{QUEUES, TUN_NAME_DEFAULT};

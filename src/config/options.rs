@@ -11,10 +11,12 @@ use clap::{ArgAction, ArgMatches, Args};
 use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize};
 
+use super::flannel::Password;
 use super::peer::{self, PeerSpec, parse_identity, parse_peer};
 use super::types::{
     self, Aqm, BusyPoll, CoreList, Dscp, Feature, Io, QueueLimit, parse_busy_poll, parse_cores,
-    parse_fwmark, parse_interface, parse_listen, parse_prefix, parse_queue_limit, parse_url,
+    parse_fwmark, parse_interface, parse_listen, parse_prefix, parse_queue_limit, parse_regex,
+    parse_url,
 };
 use crate::log::LogFormat;
 use crate::wire::Mode;
@@ -178,10 +180,21 @@ pub struct Config {
     #[arg(long, value_name = "ADDRESS")]
     pub public_ip: Option<Ipv4Addr>,
 
-    /// With --registry: the interface, or this host's address, toward the others [default: that of
-    /// the default route] [env: FLANNELD_IFACE]
+    /// With --registry: the interface, or this host's address, toward the others; repeatable, the
+    /// first that there is [default: that of the default route] [env: FLANNELD_IFACE]
     #[arg(long, value_name = "NAME|ADDRESS")]
-    pub iface: Option<String>,
+    pub iface: Vec<String>,
+
+    /// With --registry: the same, if none of those is there: the first of which the address or else
+    /// the name matches this regular expression, repeatable [env: FLANNELD_IFACE_REGEX]
+    #[arg(long, value_name = "REGEX", value_parser = parse_regex)]
+    #[serde(deserialize_with = "types::regexes")]
+    pub iface_regex: Vec<String>,
+
+    /// With --registry: the same, if none of those is there: the one that the route to this
+    /// address leads through [env: FLANNELD_IFACE_CAN_REACH]
+    #[arg(long, value_name = "ADDRESS")]
+    pub iface_can_reach: Option<Ipv4Addr>,
 
     /// With --registry: masquerade what containers send to other networks (nftables) [env: FLANNELD_IP_MASQ]
     #[arg(long, value_name = "BOOL", action = ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
@@ -289,6 +302,11 @@ pub struct Config {
     #[arg(skip)]
     #[serde(skip)]
     pub(crate) registry_network: Option<Ipv4Net>,
+
+    /// The password of the user of etcd's, if the environment has it.
+    #[arg(skip)]
+    #[serde(skip)]
+    pub(crate) registry_password: Option<Password>,
 
     /// What of the file is not done, for the log.
     #[arg(skip)]

@@ -1,13 +1,12 @@
 //! How a registry is reached, and what must hold among the options about one.
 
-use std::ffi::OsString;
-use std::fmt::Display;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
 use clap::Args;
 use ipnet::{IpNet, Ipv4Net};
 
+use super::flannel::Password;
 use super::options::Config;
 use super::types::parse_url;
 use crate::error::{Error, Result};
@@ -71,6 +70,10 @@ pub struct RegistryFiles {
     /// A file with the user's password
     #[arg(long = "registry-password-file", value_name = "FILE")]
     pub password_file: Option<PathBuf>,
+
+    /// The user's password, if it does not come from a file.
+    #[arg(skip)]
+    pub(crate) password: Option<Password>,
 }
 
 impl RegistryFiles {
@@ -95,7 +98,7 @@ impl RegistryFiles {
                 "registry-user",
                 self.user.is_some(),
                 "registry-password-file",
-                self.password_file.is_some(),
+                self.password_file.is_some() || self.password.is_some(),
             ),
         ];
         for (one, has_one, other, has_other) in pairs {
@@ -124,63 +127,6 @@ impl RegistryFiles {
 }
 
 impl Config {
-    /// Takes over what the environment says in flannel's names, where neither a flag nor the file
-    /// says anything. It counts with a registry alone: with one that flags or file ask for, or
-    /// that the environment names where nothing else says whom to talk to. A host that also has
-    /// flannel's variables has other tunnels, too. `is_in_registry`: this one has joined already.
-    ///
-    /// # Errors
-    /// Names the variable whose value is of no use.
-    pub(super) fn use_flannel_environment(
-        &mut self,
-        is_in_registry: bool,
-        variable: impl Fn(&str) -> Option<OsString>,
-    ) -> Result<()> {
-        // An empty one is none, as with flannel.
-        let set = |name: &str| variable(name).filter(|value| !value.is_empty());
-        let text = |name: &str| set(name).map(|value| value.to_string_lossy().into_owned());
-        let path = |name: &str| set(name).map(PathBuf::from);
-        if !self.has_registry() {
-            let Some(urls) = text("FLANNELD_ETCD_ENDPOINTS") else {
-                return Ok(());
-            };
-            if !is_in_registry && self.is_for_peers_by_hand() {
-                return Ok(());
-            }
-            let urls: std::result::Result<_, _> = urls.split(',').map(parse_url).collect();
-            self.registry = urls.map_err(|why| bad("FLANNELD_ETCD_ENDPOINTS", &why))?;
-        }
-        or_else(&mut self.registry_prefix, || text("FLANNELD_ETCD_PREFIX"));
-        or_else(&mut self.registry_ca, || path("FLANNELD_ETCD_CAFILE"));
-        or_else(&mut self.registry_cert, || path("FLANNELD_ETCD_CERTFILE"));
-        or_else(&mut self.registry_key, || path("FLANNELD_ETCD_KEYFILE"));
-        or_else(&mut self.registry_user, || text("FLANNELD_ETCD_USERNAME"));
-        or_else(&mut self.iface, || text("FLANNELD_IFACE"));
-        or_else(&mut self.subnet_file, || path("FLANNELD_SUBNET_FILE"));
-        if let (None, Some(value)) = (self.public_ip, text("FLANNELD_PUBLIC_IP")) {
-            let address = value.parse();
-            self.public_ip = Some(address.map_err(|why| bad("FLANNELD_PUBLIC_IP", &why))?);
-        }
-        if let (None, Some(value)) = (self.flags.value_source("ip_masq"), text("FLANNELD_IP_MASQ"))
-        {
-            self.ip_masq = match &*value.to_lowercase() {
-                "true" | "t" | "1" => true,
-                "false" | "f" | "0" => false,
-                _ => return Err(bad("FLANNELD_IP_MASQ", &"expected true or false")),
-            };
-        }
-        Ok(())
-    }
-
-    /// Whether the options say whom this tunnel talks to, or that somebody else will.
-    fn is_for_peers_by_hand(&self) -> bool {
-        !self.peers.is_empty()
-            || self.wg_config_file.is_some()
-            || self.interface.is_some()
-            || self.secret_file.is_some()
-            || self.lists_no_peers()
-    }
-
     /// Whether hosts find each other in a registry.
     pub(crate) fn has_registry(&self) -> bool {
         !self.registry.is_empty()
@@ -196,6 +142,7 @@ impl Config {
             key: self.registry_key.clone(),
             user: self.registry_user.clone(),
             password_file: self.registry_password_file.clone(),
+            password: self.registry_password.clone(),
         }
     }
 
@@ -268,17 +215,6 @@ impl Config {
     }
 }
 
-/// Has an option that is not given be what the environment says.
-fn or_else<T>(option: &mut Option<T>, variable: impl FnOnce() -> Option<T>) {
-    if option.is_none() {
-        *option = variable();
-    }
-}
-
-fn bad(variable: &str, why: &dyn Display) -> Error {
-    Error::new(format!("the environment's {variable}: {why}"))
-}
-
 /// What of a network in the registry the options do not say.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct NetworkSettings {
@@ -298,87 +234,7 @@ pub(crate) struct NetworkSettings {
 mod tests {
     use std::ffi::OsStr;
 
-    use clap::Command;
-
     use super::*;
-
-    /// What the flags come to where the environment has these variables.
-    fn with_environment(flags: &str, variables: &[(&str, &str)]) -> Result<Config> {
-        let command = Command::new("fastvpn").no_binary_name(true);
-        let command = Config::augment_args_for_update(command);
-        let flags = command.try_get_matches_from(flags.split_whitespace());
-        Config::from_flags_in(&flags.unwrap(), false, |name| {
-            let found = variables.iter().find(|(key, _)| *key == name);
-            found.map(|(_, value)| OsString::from(value))
-        })
-    }
-
-    const FLANNEL: [(&str, &str); 10] = [
-        ("FLANNELD_ETCD_ENDPOINTS", "http://a:2379,http://b:2379"),
-        ("FLANNELD_ETCD_PREFIX", "/n"),
-        ("FLANNELD_ETCD_CAFILE", "ca"),
-        ("FLANNELD_ETCD_CERTFILE", ""),
-        ("FLANNELD_ETCD_KEYFILE", ""),
-        ("FLANNELD_ETCD_USERNAME", ""),
-        ("FLANNELD_PUBLIC_IP", "10.0.0.2"),
-        ("FLANNELD_IFACE", "eth0"),
-        ("FLANNELD_IP_MASQ", "true"),
-        ("FLANNELD_SUBNET_FILE", "subnet"),
-    ];
-
-    #[test]
-    fn flannels_environment_joins_its_network() {
-        let config = with_environment("", &FLANNEL).unwrap();
-        assert_eq!(config.registry, ["http://a:2379", "http://b:2379"]);
-        assert_eq!(config.registry_prefix.as_deref(), Some("/n"));
-        assert_eq!(config.registry_ca, Some("ca".into()));
-        assert_eq!(config.public_ip, Some(Ipv4Addr::new(10, 0, 0, 2)));
-        assert_eq!(config.iface.as_deref(), Some("eth0"));
-        assert_eq!(config.subnet_file(), PathBuf::from("subnet"));
-        assert!(config.ip_masq && config.registry_user.is_none());
-        // Flags go before it.
-        let flags = "--registry http://c --ip-masq=false --registry-prefix /m --public-ip 10.0.0.3";
-        let config = with_environment(flags, &FLANNEL).unwrap();
-        assert_eq!(config.registry, ["http://c"]);
-        assert_eq!(config.registry_prefix.as_deref(), Some("/m"));
-        assert_eq!(config.public_ip, Some(Ipv4Addr::new(10, 0, 0, 3)));
-        assert!(!config.ip_masq && config.iface.as_deref() == Some("eth0"));
-    }
-
-    #[test]
-    fn other_tunnels_have_nothing_to_do_with_flannels_environment() {
-        let bad = FLANNEL.map(|(name, _)| (name, "?"));
-        let no_endpoints = &bad[1..];
-        let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), "peer = []").unwrap();
-        let empty = format!("--config {}", file.path().display());
-        for (flags, variables) in [
-            ("--peer 10.0.0.1", &FLANNEL[..]),
-            ("--peer 10.0.0.1", &bad),
-            ("wg0", &FLANNEL),
-            ("wg0", &bad),
-            (&empty, &FLANNEL),
-            // Nothing asks for a registry.
-            ("", no_endpoints),
-            ("", &FLANNEL[1..]),
-        ] {
-            let config = with_environment(flags, variables).unwrap();
-            let without = with_environment(flags, &[]).unwrap();
-            assert_eq!(config, without, "{flags}");
-        }
-        for (name, value) in [
-            ("FLANNELD_ETCD_ENDPOINTS", "a:2379"),
-            ("FLANNELD_PUBLIC_IP", "::1"),
-            ("FLANNELD_IP_MASQ", "perhaps"),
-            ("FLANNELD_ETCD_USERNAME", "u"),
-        ] {
-            let joins = ("FLANNELD_ETCD_ENDPOINTS", "http://a");
-            let fault = with_environment("", &[(name, value), joins]).unwrap_err();
-            let known = [name, "registry-password-file"];
-            let fault = fault.to_string();
-            assert!(known.iter().any(|it| fault.contains(it)), "{fault}");
-        }
-    }
 
     fn fault(flags: &str) -> Option<String> {
         let config = Config::from_words(flags.split_whitespace().map(OsStr::new));

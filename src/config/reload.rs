@@ -24,6 +24,7 @@ impl Config {
             addresses: new.addresses,
             routes: new.routes,
             registry_network: new.registry_network,
+            ip_masq: new.ip_masq,
             mtu_bytes: new.mtu_bytes,
             txqueuelen: new.txqueuelen,
             hop: new.hop,

@@ -75,7 +75,9 @@ registry-allow = ["10.0.0.0/8"]
 registry-publish = ["10.3.0.0/16"]
 registry-cache = "cache"
 public-ip = "10.0.0.3"
-iface = "eth0"
+iface = ["eth0"]
+iface-regex = ["^eth"]
+iface-can-reach = "10.0.0.9"
 subnet-file = "subnet.env"
 ip-masq = true
 
@@ -97,7 +99,8 @@ fn the_file_says_all_that_the_flags_can() {
          --registry http://10.0.0.1:2379,http://10.0.0.2:2379 --registry-prefix /n \
          --registry-ca ca --registry-user me --registry-password-file password --registry-ttl 60 \
          --registry-allow 10.0.0.0/8 --registry-publish 10.3.0.0/16 --registry-cache cache \
-         --public-ip 10.0.0.3 --iface eth0 --subnet-file subnet.env --ip-masq \
+         --public-ip 10.0.0.3 --iface eth0 --iface-regex ^eth --iface-can-reach 10.0.0.9 \
+         --subnet-file subnet.env --ip-masq \
          --log-format json --peer 127.0.0.2:99=10.1.0.0/16 --peer vpn.example",
     );
     let alike = Config {
@@ -117,7 +120,8 @@ fn flags_win_over_the_file() {
                  --registry https://b --registry-prefix /m --registry-ca b --registry-cert c \
                  --registry-key d --registry-user you --registry-password-file b \
                  --registry-ttl 70 --registry-allow 10.1.0.0/16 --registry-publish 10.4.0.0/16 \
-                 --registry-cache b --public-ip 10.0.0.4 --iface eth1 --subnet-file b --ip-masq=false \
+                 --registry-cache b --public-ip 10.0.0.4 --iface eth1 --iface-regex ^wl \
+                 --iface-can-reach 10.0.0.8 --subnet-file b --ip-masq=false \
                  --log-format text";
     let of_both = config_with(FILE, flags).unwrap();
     let of_flags = config(flags).unwrap();

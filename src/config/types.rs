@@ -131,6 +131,14 @@ pub(super) fn parse_url(text: &str) -> ParseResult<String> {
     }
 }
 
+/// A regular expression, as text.
+pub(super) fn parse_regex(text: &str) -> ParseResult<String> {
+    match regex_lite::Regex::new(text) {
+        Ok(_) => Ok(text.into()),
+        Err(error) => Err(format!("expected a regular expression: {error}")),
+    }
+}
+
 /// `ADDRESS/LENGTH`, or an address alone with all its bits.
 pub(crate) fn parse_prefix(text: &str) -> ParseResult<IpNet> {
     match text.parse::<IpAddr>() {
@@ -261,6 +269,17 @@ pub(super) fn fwmark<'de, D: Deserializer<'de>>(key: D) -> Result<u32, D::Error>
 
 fn prefix<'de, D: Deserializer<'de>>(key: D) -> Result<IpNet, D::Error> {
     from_text(key, parse_prefix)
+}
+
+pub(super) fn regexes<'de, D: Deserializer<'de>>(key: D) -> Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    struct Regex(#[serde(deserialize_with = "regex")] String);
+    let regexes = Vec::<Regex>::deserialize(key)?;
+    Ok(regexes.into_iter().map(|Regex(text)| text).collect())
+}
+
+fn regex<'de, D: Deserializer<'de>>(key: D) -> Result<String, D::Error> {
+    from_text(key, parse_regex)
 }
 
 pub(super) fn prefixes<'de, D: Deserializer<'de>>(key: D) -> Result<Vec<IpNet>, D::Error> {

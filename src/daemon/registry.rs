@@ -1,6 +1,8 @@
 //! A tunnel in a registry's network: what it takes from there at its start, and how it follows
 //! what changes there.
 
+mod address;
+
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -8,12 +10,13 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, select};
 use signal_hook::consts::SIGHUP;
 
+use self::address::local_address;
 use super::settings::default_mtu_bytes;
 use crate::config::{Config, DEFAULT_PORT, NetworkSettings, check_mode};
 use crate::control::protocol::RegistryStatus;
 use crate::error::{Error, Result};
 use crate::host::netlink::Netlink;
-use crate::host::path::{self, Path, Source};
+use crate::host::path::{self, Path};
 use crate::log::rate_limited::RateLimitedLog;
 use crate::registry::access::Access;
 use crate::registry::agent::Agent;
@@ -26,9 +29,6 @@ use crate::wire::wireguard::keys::PrivateKey;
 
 /// How long a few lines about the registry's hosts stand for all.
 const LOG_WINDOW: Duration = Duration::from_secs(10);
-
-/// An address that nobody has (RFC 5737): where the default route leads.
-const ELSEWHERE: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
 
 /// See the module's documentation.
 pub struct Registry {
@@ -117,51 +117,6 @@ pub fn rehearse(config: &mut Config) -> Result<()> {
         config.addresses = vec![IpAddr::V4(Ipv4Addr::new(127, 255, 255, 1)).into()];
     }
     Ok(())
-}
-
-/// This host's address toward the other hosts.
-fn local_address(config: &Config, access: &Access, netlink: &mut Netlink) -> Result<Ipv4Addr> {
-    let of_iface = |iface: &String, netlink: &mut Netlink| {
-        if let Ok(address) = iface.parse() {
-            return Ok(address);
-        }
-        let index = netlink.link_index(iface)?;
-        let addresses = netlink.addresses()?.into_iter();
-        let mut own = addresses.filter(|(other, _)| Some(*other) == index);
-        let v4 = own.find_map(|(_, net)| match net.addr() {
-            IpAddr::V4(address) => Some(address),
-            IpAddr::V6(_) => None,
-        });
-        v4.ok_or_else(|| {
-            let what = format!("--iface {iface} is not an interface with an IPv4 address");
-            Error::new(what).hint("`ip -4 address` lists them")
-        })
-    };
-    if let Some(iface) = &config.iface {
-        return of_iface(iface, netlink);
-    }
-    let own = netlink.addresses()?;
-    let is_own = |address: Ipv4Addr| own.iter().any(|(_, net)| net.addr() == address);
-    if let Some(public_ip) = config.public_ip.filter(|address| is_own(*address)) {
-        return Ok(public_ip);
-    }
-    let source = Source {
-        listen: Ipv4Addr::UNSPECIFIED.into(),
-        mark: config.fwmark,
-    };
-    let toward = std::iter::once(ELSEWHERE).chain(access.addresses());
-    let mut found = toward.filter_map(|far| {
-        let far = SocketAddr::new(far, 9);
-        path::local_address(source, far).ok()
-    });
-    let usable = found.find_map(|address| match address {
-        IpAddr::V4(address) if !address.is_loopback() => Some(address),
-        _ => None,
-    });
-    usable.ok_or_else(|| {
-        let what = "cannot tell this host's address: there is no default route";
-        Error::new(what).hint("give --public-ip or --iface")
-    })
 }
 
 /// What follows from the network for this host.

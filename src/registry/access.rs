@@ -41,21 +41,18 @@ impl Access {
             }
             _ => None,
         };
-        let user = match (&files.user, &files.password_file) {
-            (Some(user), Some(file)) => {
+        let password = match (&files.password_file, &files.password) {
+            (Some(file), _) => {
                 let text = read_secret_text("registry-password-file", file)?;
-                Some((
-                    user.clone(),
-                    Zeroizing::new(text.trim_end_matches(['\n', '\r']).into()),
-                ))
+                Some(Zeroizing::new(text.trim_end_matches(['\n', '\r']).into()))
             }
-            _ => None,
+            (None, password) => password.as_ref().map(|password| password.text().clone()),
         };
         Ok(Self {
             urls: files.urls.clone(),
             ca: ca.transpose()?,
             identity,
-            user,
+            user: files.user.clone().zip(password),
         })
     }
 

@@ -166,6 +166,25 @@ fn a_user_is_known_again_after_a_restart_of_etcd() -> Result<()> {
     etcd.put(desk, &format!("{PREFIX}/subnets/10.50.200.0-24"), value)?;
     member.wait_for_routes(&["10.50.200.0/24 10.211.77.9:8285"])?;
     stop(member.tunnel)?;
+    // flannel's names work as well.
+    let mut command = Command::new(crate::support::FASTVPN);
+    command.args(["registry", "show"]);
+    command.env("FLANNELD_ETCD_ENDPOINTS", &url);
+    command.env("FLANNELD_ETCD_USERNAME", "host");
+    let refused = crate::operator::said(desk, command)?;
+    check(refused.stderr.contains("registry-password-file"), || {
+        format!("{refused:?}")
+    })?;
+    let mut command = Command::new(crate::support::FASTVPN);
+    command.args(["registry", "show"]);
+    command.env("FLANNELD_ETCD_ENDPOINTS", &url);
+    command.env("FLANNELD_ETCD_USERNAME", "host");
+    command.env("FLANNELD_ETCD_PASSWORD", "secret");
+    let shown = crate::operator::said(desk, command)?;
+    check(
+        shown.status.success() && shown.stdout.contains("10.211.77.9"),
+        || format!("{shown:?}"),
+    )?;
     let bad = files.write("bad", "other\n")?;
     let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
     tried("chmod", std::fs::set_permissions(&bad, mode))?;

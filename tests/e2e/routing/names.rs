@@ -31,7 +31,7 @@ type Zone = HashMap<String, Vec<Ipv4Addr>>;
 
 /// A name server at 127.0.0.1 of a namespace (RFC 1035), and the resolver
 /// configuration that leads there.
-struct NameServer {
+pub struct NameServer {
     zone: Arc<Mutex<Zone>>,
     /// Says nothing while this is set.
     silent: Arc<AtomicBool>,
@@ -46,13 +46,24 @@ const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 impl NameServer {
     fn start(namespace: &Namespace) -> Result<Self> {
+        Self::start_with_options(namespace, "timeout:1 attempts:2")
+    }
+
+    /// One that says nothing, and is waited for as long as a resolver can.
+    pub fn start_silent(namespace: &Namespace) -> Result<Self> {
+        let server = Self::start_with_options(namespace, "timeout:30 attempts:5")?;
+        server.silent.store(true, Ordering::Relaxed);
+        Ok(server)
+    }
+
+    fn start_with_options(namespace: &Namespace, options: &str) -> Result<Self> {
         let socket = crate::support::udp(namespace, Ipv4Addr::LOCALHOST, 53)?;
         tried(
             "set a timeout",
             socket.set_read_timeout(Some(Duration::from_millis(100))),
         )?;
         let configuration = tried("make a file", NamedTempFile::new())?;
-        let text = "nameserver 127.0.0.1\noptions timeout:1 attempts:2\n";
+        let text = format!("nameserver 127.0.0.1\noptions {options}\n");
         tried("write a file", std::fs::write(configuration.path(), text))?;
         let (zone, asked) = (
             Arc::<Mutex<Zone>>::default(),
@@ -104,7 +115,7 @@ impl NameServer {
     }
 
     /// How often a name was asked for.
-    fn questions(&self, name: &str) -> usize {
+    pub fn questions(&self, name: &str) -> usize {
         lock(&self.asked)
             .iter()
             .filter(|asked| *asked == name)
@@ -128,6 +139,11 @@ impl NameServer {
         for peer in peers {
             command.args(["--peer", peer]);
         }
+        self.spawn(&site.host, command)
+    }
+
+    /// Starts a tunnel that has this resolver.
+    pub fn spawn(&self, host: &Namespace, mut command: Command) -> Result<Tunnel> {
         command.stdin(Stdio::null()).stdout(Stdio::null());
         let path = self.configuration.path().display().to_string();
         let source = CString::new(path).map_err(|_| Error::new("a path with a zero byte"))?;
@@ -145,7 +161,7 @@ impl NameServer {
         unsafe {
             command.pre_exec(own_resolver);
         }
-        Tunnel::spawn(&site.host, command)
+        Tunnel::spawn(host, command)
     }
 }
 
