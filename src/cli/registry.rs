@@ -56,7 +56,8 @@ mod with_registry {
     use super::RegistryCommand;
     use crate::cli::commands::show;
     use crate::cli::table::Table;
-    use crate::cli::units::duration;
+    use crate::cli::units::{duration, exactly};
+    use crate::config::{RegistryFiles, password_of_environment};
     use crate::error::{Error, Result};
     use crate::registry::access::Access;
     use crate::registry::commands::{self, Shown};
@@ -77,11 +78,11 @@ mod with_registry {
                 port,
             } => {
                 let value = new_value(*network, *subnet_length, backend, *port)?;
-                commands::init(&Access::read(files)?, files.prefix(), &value)?;
+                commands::init(&access(files)?, files.prefix(), &value)?;
                 show(&mut out, &format!("{value}\n"))
             }
             RegistryCommand::Show { files, json } => {
-                let shown = commands::show(&Access::read(files)?, files.prefix())?;
+                let shown = commands::show(&access(files)?, files.prefix())?;
                 let text = match json {
                     true => serde_json::to_string(&shown)
                         .map(|json| json + "\n")
@@ -91,12 +92,19 @@ mod with_registry {
                 show(&mut out, &text)
             }
             RegistryCommand::Leave { files, public_ip } => {
-                let left = commands::leave(&Access::read(files)?, files.prefix(), *public_ip)?;
+                let left = commands::leave(&access(files)?, files.prefix(), *public_ip)?;
                 let subnets: Vec<_> = left.iter().map(ToString::to_string).collect();
                 let text = format!("{public_ip} has left, and {} is free\n", subnets.join(", "));
                 show(&mut out, &text)
             }
         }
+    }
+
+    /// How etcd is reached, also by a password that the environment has.
+    fn access(files: &RegistryFiles) -> Result<Access> {
+        let mut files = files.clone();
+        files.password = password_of_environment(|name| std::env::var_os(name));
+        Access::read(&files)
     }
 
     fn text(shown: &Shown) -> String {
@@ -127,7 +135,8 @@ mod with_registry {
                 time(host.renewed_seconds),
             ]);
         }
-        format!("{head}, {} hosts\n\n{}", shown.hosts.len(), table.text())
+        let hosts = exactly(shown.hosts.len(), "host");
+        format!("{head}, {hosts}\n\n{}", table.text())
     }
 }
 

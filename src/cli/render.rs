@@ -269,7 +269,7 @@ pub(super) fn peers(peers: &Peers) -> String {
             address(peer),
             state(peer),
             sent_from.into(),
-            peer.origin.clone(),
+            origin(peer),
             prefixes(peer),
             path_mtu(peer),
             bytes(peer.bytes_sent),
@@ -306,7 +306,7 @@ fn peers_with_keys(peers: &Peers) -> String {
         table.push([
             wireguard.identity.unwrap_or_else(|| peer.peer.clone()),
             address(peer),
-            peer.origin.clone(),
+            origin(peer),
             prefixes(peer),
             path_mtu(peer),
             bytes(peer.bytes_sent),
@@ -332,6 +332,13 @@ fn state(peer: &PeerStatus) -> String {
     let reason = peer.state_reason.as_ref();
     let reason = reason.map(|reason| format!(" ({reason})"));
     state.to_string() + &reason.unwrap_or_default()
+}
+
+/// Where it comes from; of a host in a registry also how long its lease lasts.
+fn origin(peer: &PeerStatus) -> String {
+    let left = peer.lease_left_seconds.map(duration);
+    let left = left.map(|left| format!(", {left} left"));
+    format!("{}{}", peer.origin, left.unwrap_or_default())
 }
 
 fn path_mtu(peer: &PeerStatus) -> String {

@@ -401,3 +401,25 @@ fn a_registry_has_its_lines() {
     assert!(with(Some(lost)).contains("not connected: no answer"));
     assert!(!with(None).contains("registry"));
 }
+
+#[test]
+fn a_host_of_a_registry_has_the_time_of_its_lease() {
+    let peer = |lease_left_seconds, wireguard| PeerStatus {
+        peer: "10.0.0.2:8285".into(),
+        origin: "registry".into(),
+        lease_left_seconds,
+        wireguard,
+        ..PeerStatus::default()
+    };
+    for wireguard in [None, Some(WireGuardStatus::default())] {
+        let with = |left| {
+            let peers = vec![peer(left, wireguard.clone())];
+            super::peers(&Peers {
+                peers,
+                ..Peers::default()
+            })
+        };
+        assert!(with(Some(86_340)).contains("registry, 23 h 59 min left"));
+        assert!(with(None).contains("registry "));
+    }
+}

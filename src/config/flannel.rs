@@ -1,41 +1,26 @@
 //! What the environment says in flannel's names, so that fastvpn can take flanneld's place.
 
 use std::ffi::OsString;
-use std::fmt::{self, Display};
+use std::fmt::Display;
 use std::path::PathBuf;
 
 use zeroize::Zeroizing;
 
 use super::keys::hide_memory;
 use super::options::Config;
-use super::types::{parse_regex, parse_url};
+use super::types::{Password, parse_regex, parse_url};
 use crate::error::{Error, Result};
 
-/// A password. It is wiped when it goes, and never shown.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Password(Zeroizing<String>);
-
-impl Password {
-    /// The one that the environment has in flannel's name, if it has one.
-    pub(crate) fn from_environment(variable: impl Fn(&str) -> Option<OsString>) -> Option<Self> {
-        let value = variable("FLANNELD_ETCD_PASSWORD")?.into_string().ok()?;
-        (!value.is_empty()).then(|| {
-            // With the environment itself.
-            hide_memory();
-            Self(Zeroizing::new(value))
-        })
-    }
-
-    /// What it is.
-    pub(crate) fn text(&self) -> &Zeroizing<String> {
-        &self.0
-    }
-}
-
-impl fmt::Debug for Password {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("(hidden)")
-    }
+/// The password for etcd that the environment has in flannel's name, if it has one.
+pub(crate) fn password_of_environment(
+    variable: impl Fn(&str) -> Option<OsString>,
+) -> Option<Password> {
+    let value = variable("FLANNELD_ETCD_PASSWORD")?.into_string().ok()?;
+    (!value.is_empty()).then(|| {
+        // With the environment itself.
+        hide_memory();
+        Password(Zeroizing::new(value))
+    })
 }
 
 impl Config {
@@ -75,7 +60,7 @@ impl Config {
         or_else(&mut self.registry_key, || path("FLANNELD_ETCD_KEYFILE"));
         or_else(&mut self.registry_user, || text("FLANNELD_ETCD_USERNAME"));
         if self.registry_password_file.is_none() {
-            self.registry_password = Password::from_environment(&variable);
+            self.registry_password = password_of_environment(&variable);
         }
         if self.lacks_iface() {
             self.iface = text("FLANNELD_IFACE").into_iter().collect();
@@ -200,7 +185,7 @@ mod tests {
         ];
         let config = with_environment("", &variables).unwrap();
         let password = config.registry_files().password.unwrap();
-        assert_eq!(password.text().as_str(), "hush");
+        assert_eq!(password.0.as_str(), "hush");
         assert!(!format!("{config:?} {password:?}").contains("hush"));
         // One in a file goes before it.
         let config = with_environment("--registry-password-file f", &variables).unwrap();

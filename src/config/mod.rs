@@ -32,7 +32,8 @@ mod wg_quick;
 
 pub(crate) use control_path::{CONTROL_DIRECTORY, default_control_path, default_control_paths};
 pub use file::parse_bytes;
-pub(crate) use flannel::Password;
+#[cfg(feature = "registry")]
+pub(crate) use flannel::password_of_environment;
 pub(crate) use keys::{hide_memory, read_text as read_secret_text};
 pub use options::Config;
 pub(crate) use options::{QUEUES, TUN_NAME_DEFAULT};

@@ -11,12 +11,11 @@ use clap::{ArgAction, ArgMatches, Args};
 use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize};
 
-use super::flannel::Password;
 use super::peer::{self, PeerSpec, parse_identity, parse_peer};
 use super::types::{
-    self, Aqm, BusyPoll, CoreList, Dscp, Feature, Io, QueueLimit, parse_busy_poll, parse_cores,
-    parse_fwmark, parse_interface, parse_listen, parse_prefix, parse_queue_limit, parse_regex,
-    parse_url,
+    self, Aqm, BusyPoll, CoreList, Dscp, Feature, Io, Password, QueueLimit, parse_busy_poll,
+    parse_cores, parse_fwmark, parse_interface, parse_listen, parse_prefix, parse_queue_limit,
+    parse_regex, parse_url,
 };
 use crate::log::LogFormat;
 use crate::wire::Mode;

@@ -6,9 +6,8 @@ use std::path::PathBuf;
 use clap::Args;
 use ipnet::{IpNet, Ipv4Net};
 
-use super::flannel::Password;
 use super::options::Config;
-use super::types::parse_url;
+use super::types::{Password, parse_url};
 use crate::error::{Error, Result};
 
 /// The prefix of the keys in etcd that flannel has.

@@ -1,5 +1,6 @@
 //! What can be said of a tunnel: addresses and choices, and how each is written.
 
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -8,12 +9,23 @@ use ipnet::IpNet;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
+use zeroize::Zeroizing;
 
 /// Default UDP port, that of flannel's udp backend.
 pub const DEFAULT_PORT: u16 = 8285;
 
 /// A value, or what is wrong with its text.
 pub(crate) type ParseResult<T> = Result<T, String>;
+
+/// A password. It is wiped when it goes, and never shown.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Password(pub(crate) Zeroizing<String>);
+
+impl fmt::Debug for Password {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(hidden)")
+    }
+}
 
 /// How the workers do their I/O.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Deserialize, Serialize)]

@@ -240,6 +240,10 @@ pub struct PeerStatus {
     pub is_suspended: bool,
     /// `config`, `runtime` or `registry`.
     pub origin: String,
+    /// Seconds until its lease in the registry ends if it does not renew it; none if it has
+    /// none, or etcd did not say.
+    #[serde(default)]
+    pub lease_left_seconds: Option<u64>,
     /// Whether it takes what no prefix matches.
     pub is_default: bool,
     /// Number of its prefixes.

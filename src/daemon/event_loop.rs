@@ -1,7 +1,7 @@
 //! The one loop of the control thread: it waits for whatever may happen to the
 //! tunnel, and handles one event after the other until the end.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, never, select, tick};
 use signal_hook::consts::SIGHUP;
@@ -11,7 +11,7 @@ use super::start::Begun;
 use super::tunnel::Tunnel;
 use super::{reload, requests, uapi};
 use crate::control::protocol::{Answer, Changed, Request};
-use crate::control::server::{Call, Server};
+use crate::control::server::{Call, Reply, Server};
 use crate::control::uapi::server::Server as UapiServer;
 use crate::error::{Error, Result};
 
@@ -20,6 +20,9 @@ const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How often GSO batches of full size are tried again on paths that refused them.
 const LIMITS_RESET_INTERVAL: Duration = Duration::from_secs(600);
+
+/// How long a request waits for what etcd says of leases.
+const LEASES_WAIT_MAX: Duration = Duration::from_secs(1);
 
 /// How the run ended, if not by an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +43,8 @@ pub struct Daemon {
     uapi: Option<UapiServer>,
     /// While a new process gets ready to take over.
     handoff: Option<Handoff>,
+    /// Who has asked for the peers, and until when etcd is waited for.
+    waiting: Option<(Reply, Instant)>,
 }
 
 impl Daemon {
@@ -55,6 +60,7 @@ impl Daemon {
             tunnel,
             control,
             handoff: None,
+            waiting: None,
         }
     }
 
@@ -77,7 +83,9 @@ impl Daemon {
             let ready = handoff.map_or_else(never, |handoff| handoff.ready.clone());
             let probes = self.tunnel.peers.probes();
             let registry = self.tunnel.registry.as_ref();
-            let registry = registry.map_or_else(never, |registry| registry.agent.changed.clone());
+            let agent = registry.map(|registry| &registry.agent);
+            let leases = agent.map_or_else(never, |agent| agent.leases_known.clone());
+            let registry = agent.map_or_else(never, |agent| agent.changed.clone());
             let mut end = None;
             select! {
                 recv(signals) -> signal => end = self.take_signal(signal.ok()),
@@ -100,9 +108,13 @@ impl Daemon {
                 },
                 // While another process takes over, it follows the registry by itself.
                 recv(registry) -> _ => self.tunnel.take_registry()?,
+                recv(leases) -> _ => self.answer_waiting(),
                 recv(poll) -> _ => {
                     self.tunnel.poll_registry();
                     self.tunnel.poll();
+                    if self.waiting.as_ref().is_some_and(|(_, until)| *until <= Instant::now()) {
+                        self.answer_waiting();
+                    }
                     self.retry_uapi();
                     end = self.find_socket_removed();
                 }
@@ -196,12 +208,24 @@ impl Daemon {
                 let error = Error::new("another process is taking over").hint("try again");
                 reply.send(Err(error));
             }
+            Call::Request(Request::Peers {}, reply) if self.tunnel.ask_for_leases() => {
+                self.answer_waiting();
+                self.waiting = Some((reply, Instant::now() + LEASES_WAIT_MAX));
+            }
             Call::Request(request, reply) => {
                 let answer = requests::answer(&mut self.tunnel, request, reply.asker);
                 reply.send(answer);
             }
         }
         None
+    }
+
+    /// Answers who waits for etcd, whatever it has said.
+    fn answer_waiting(&mut self) {
+        if let Some((reply, _)) = self.waiting.take() {
+            let answer = requests::answer(&mut self.tunnel, Request::Peers {}, reply.asker);
+            reply.send(answer);
+        }
     }
 
     /// The process that takes over is `ready`, or has failed.

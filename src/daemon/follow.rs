@@ -1,6 +1,6 @@
 //! A tunnel follows a registry: snapshots become peers, prefixes and routes.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::plan::kernel_routes;
 use super::reach;
@@ -10,6 +10,9 @@ use crate::error::Result;
 use crate::host::masquerade::Masquerade;
 use crate::registry::view::Change;
 use crate::routing::overlay::{Origin, Overlay, RegistryChange};
+
+/// How long what etcd has said of leases is good enough: each of them is a question.
+const LEASES_AGE_MAX: Duration = Duration::from_secs(30);
 
 fn changes(changes: &[Change]) -> impl Iterator<Item = RegistryChange<'_>> + Clone {
     let both = changes.iter();
@@ -32,14 +35,20 @@ impl Tunnel {
     /// # Errors
     /// When the rules cannot be made, or the file cannot be written.
     pub fn open_to_containers(&mut self) -> Result<()> {
-        let Some(registry) = &self.registry else {
-            return Ok(());
-        };
-        if self.config.ip_masq {
-            let settings = &registry.settings;
-            self.masquerade = Some(Masquerade::start(settings.network, settings.subnet)?);
-        }
+        self.masquerade = self.new_masquerade(self.config.ip_masq)?;
         self.write_subnet_file()
+    }
+
+    /// Masquerades for this host's containers, if that is wanted and it has a registry's network.
+    ///
+    /// # Errors
+    /// When the rules cannot be made.
+    pub(super) fn new_masquerade(&self, is_wanted: bool) -> Result<Option<Masquerade>> {
+        let registry = self.registry.as_ref().filter(|_| is_wanted);
+        let settings = registry.map(|registry| &registry.settings);
+        settings
+            .map(|settings| Masquerade::start(settings.network, settings.subnet))
+            .transpose()
     }
 
     /// Tells container tools about this host's subnet, if it is a registry's.
@@ -53,6 +62,21 @@ impl Tunnel {
             }
             None => Ok(()),
         }
+    }
+
+    /// Has etcd asked for the leases of a registry's hosts, if they are not known well enough to be
+    /// shown. Returns whether that is worth waiting for.
+    pub fn ask_for_leases(&self) -> bool {
+        let registry = self.registry.as_ref();
+        let agent = registry.map(|registry| &registry.agent);
+        let stale = agent.filter(|agent| {
+            let age = agent.leases().age();
+            agent.status().is_connected && age.is_none_or(|age| age > LEASES_AGE_MAX)
+        });
+        if let Some(agent) = stale {
+            agent.ask_for_leases();
+        }
+        stale.is_some()
     }
 
     /// What is to be done for a registry's network every second.
@@ -106,7 +130,9 @@ impl Tunnel {
         }
         self.put_registry_in_force(next);
         if let Some(registry) = &self.registry {
-            registry.agent.note_cost(started.elapsed());
+            let (cost, count) = (started.elapsed(), all.len());
+            registry.agent.note_cost(cost);
+            tracing::debug!("registry: changes of {count} peers took {cost:?}");
         }
         Ok(())
     }

@@ -61,6 +61,7 @@ fn try_to_reload(tunnel: &mut Tunnel) -> Result<(Reloaded, String)> {
     let settings = in_force.again((old, &new), &overlay, netlink)?;
     let (link, old_link) = (&settings.link, &in_force.link);
     let is_mtu_new = link.mtu_bytes != old_link.mtu_bytes;
+    let is_masq_new = new.ip_masq != old.ip_masq;
     let settings_changed = [
         ("txqueuelen", link.txqueuelen != old_link.txqueuelen),
         ("mtu", is_mtu_new),
@@ -70,6 +71,7 @@ fn try_to_reload(tunnel: &mut Tunnel) -> Result<(Reloaded, String)> {
         ("no-routes", new.no_routes != old.no_routes),
         ("route", new.routes != old.routes),
         ("private-key", new.private_key != old.private_key),
+        ("ip-masq", is_masq_new),
     ];
     let differing = settings_changed.iter().filter(|(_, differs)| *differs);
     // One that is written and in force already is no other.
@@ -90,13 +92,23 @@ fn try_to_reload(tunnel: &mut Tunnel) -> Result<(Reloaded, String)> {
     for (_, error) in plan.check_addresses(netlink, device, &old_link.addresses)? {
         tunnel.peers.log_unusable(&error, Instant::now());
     }
+    // Before anything changes: there may be no nft.
+    let masquerade = match is_masq_new {
+        true => Some(tunnel.new_masquerade(plan.config.ip_masq)?),
+        false => None,
+    };
     tunnel.commit(plan)?;
+    if let Some(masquerade) = masquerade {
+        tunnel.masquerade = masquerade;
+    }
     tunnel.peers.resolve_again();
     if is_mtu_new {
         announce::warn_of_fragments(tunnel);
-        if let Err(error) = tunnel.write_subnet_file() {
-            tracing::error!(%error, "container tools still read the old MTU: {error}");
-        }
+    }
+    if (is_mtu_new || is_masq_new)
+        && let Err(error) = tunnel.write_subnet_file()
+    {
+        tracing::error!(%error, "container tools still read the old settings: {error}");
     }
     let words = report.words(changes.words());
     Ok((report, words))

@@ -276,6 +276,7 @@ fn peer_status(tunnel: &Tunnel, hop: NextHop, peer: &Peer, prefixes: Option<usiz
         own_ports_proven: proven.count(),
         is_suspended: peer.is_suspended,
         origin: peer.origin.as_str().into(),
+        lease_left_seconds: lease_left_seconds(tunnel, peer),
         is_default: tunnel.peers.overlay.is_default(peer),
         prefixes: prefixes.unwrap_or(0),
         path_mtu_bytes: peer.path_mtu_bytes,
@@ -288,6 +289,14 @@ fn peer_status(tunnel: &Tunnel, hop: NextHop, peer: &Peer, prefixes: Option<usiz
         state_reason: liveness.and_then(|(_, reason)| reason),
         drops,
     }
+}
+
+/// How long a host's lease in the registry lasts, as far as that is known.
+fn lease_left_seconds(tunnel: &Tunnel, peer: &Peer) -> Option<u64> {
+    let registry = tunnel.registry.as_ref();
+    let registry = registry.filter(|_| peer.origin == Origin::Registry)?;
+    let left = registry.agent.leases().left(&peer.name.id())?;
+    Some(left.as_secs())
 }
 
 fn wireguard_status(tunnel: &Tunnel, peer: &Peer) -> Option<WireGuardStatus> {

@@ -46,7 +46,7 @@ impl Access {
                 let text = read_secret_text("registry-password-file", file)?;
                 Some(Zeroizing::new(text.trim_end_matches(['\n', '\r']).into()))
             }
-            (None, password) => password.as_ref().map(|password| password.text().clone()),
+            (None, password) => password.as_ref().map(|password| password.0.clone()),
         };
         Ok(Self {
             urls: files.urls.clone(),

@@ -9,8 +9,8 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use crossbeam_channel::{Receiver, bounded};
 
-use super::shared::{Joined, Options, Shared, Stop};
-use super::status::Status;
+use super::shared::{Bell, Joined, Options, Shared, Stop};
+use super::status::{Leases, Status};
 use super::view::Snapshot;
 use crate::error::{Error, Result};
 
@@ -21,6 +21,8 @@ pub(crate) struct Agent {
     pub(crate) changed: Receiver<()>,
     /// The host has joined: once, and before anything changes.
     pub(crate) joined: Receiver<Joined>,
+    /// Etcd was asked for the leases.
+    pub(crate) leases_known: Receiver<()>,
     thread: Option<(Stop, JoinHandle<()>)>,
 }
 
@@ -31,9 +33,13 @@ impl Agent {
     /// When there can be no more threads; when this program was built without a registry.
     pub(crate) fn start(options: Options) -> Result<Self> {
         let ((changed_sent, changed), (joined_sent, joined)) = (bounded(1), bounded(1));
+        let (known_sent, leases_known) = bounded(1);
         let shared = Arc::new(Shared {
             snapshot: ArcSwap::default(),
             status: ArcSwap::default(),
+            leases: ArcSwap::default(),
+            leases_wanted: Bell::default(),
+            leases_known: known_sent,
             end: Mutex::new(None),
             apply_us: AtomicU64::new(0),
             changed: changed_sent,
@@ -44,6 +50,7 @@ impl Agent {
             shared,
             changed,
             joined,
+            leases_known,
         })
     }
 
@@ -55,6 +62,17 @@ impl Agent {
     /// How it is going.
     pub(crate) fn status(&self) -> Arc<Status> {
         self.shared.status.load_full()
+    }
+
+    /// How long the hosts' leases last, as far as that was asked for.
+    pub(crate) fn leases(&self) -> Arc<Leases> {
+        self.shared.leases.load_full()
+    }
+
+    /// Has etcd asked for them; [`Self::leases_known`] says when that is done.
+    pub(crate) fn ask_for_leases(&self) {
+        #[cfg(feature = "registry")]
+        self.shared.leases_wanted.notify_one();
     }
 
     /// Why this host has to leave the network, if it has to.

@@ -1,5 +1,7 @@
 //! A client of etcd's API v3, over gRPC: as much of it as a registry takes.
 
+mod leases;
+
 use std::time::Duration;
 
 use tokio::time::timeout;
@@ -60,7 +62,8 @@ pub(crate) enum Outcome {
     Denied(Error),
 }
 
-/// A connection to one of etcd's members.
+/// A connection to one of etcd's members. A copy uses the same one.
+#[derive(Clone)]
 pub(crate) struct Client {
     grpc: Grpc<Channel>,
     /// How it is called in errors.

@@ -1,5 +1,6 @@
 //! What operators do to a registry: make a network in it, look at its hosts, and take one out.
 
+use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 
 use ipnet::Ipv4Net;
@@ -77,21 +78,21 @@ pub(crate) fn show(access: &Access, prefix: &str) -> Result<Shown> {
         let mut client = connect(access).await?;
         let view = view(&mut client, prefix).await?;
         let network = view.config().and_then(|value| Network::parse(value).ok());
+        let leases: BTreeSet<i64> = view.hosts().map(|(_, host)| host.lease).collect();
+        let leases = leases.into_iter().filter(|lease| *lease != 0);
+        let times = client.times_left(&leases.collect::<Vec<_>>()).await?;
         let mut hosts = Vec::new();
         for (subnet, host) in view.hosts() {
-            let time = match host.lease {
-                0 => None,
-                lease => client.time_left(lease).await?,
-            };
+            let time = times.get(&host.lease);
             hosts.push(ShownHost {
                 subnet,
                 public_ip: host.value.public_ip,
                 backend: host.value.backend.clone(),
                 public_key: host.value.key.map(|key| key.to_string()),
                 prefixes: view.extra(subnet).map_or(0, <[_]>::len),
-                lease_left_seconds: time.map(|(left_s, _)| left_s),
+                lease_left_seconds: time.map(|(left_s, _)| *left_s),
                 renewed_seconds: time
-                    .map(|(left_s, granted_s)| granted_s.saturating_sub(left_s).max(0)),
+                    .map(|(left_s, granted_s)| granted_s.saturating_sub(*left_s).max(0)),
             });
         }
         Ok(Shown {

@@ -12,7 +12,7 @@ use ipnet::{IpNet, Ipv4Net};
 
 use super::access::Access;
 use super::network::Network;
-use super::status::Status;
+use super::status::{Leases, Status};
 use super::view::Snapshot;
 use crate::error::Error;
 use crate::wire::wireguard::keys::PrivateKey;
@@ -60,6 +60,11 @@ pub(crate) struct Joined {
 pub(super) struct Shared {
     pub(super) snapshot: ArcSwap<Snapshot>,
     pub(super) status: ArcSwap<Status>,
+    pub(super) leases: ArcSwap<Leases>,
+    /// Somebody wants to know of the leases.
+    pub(super) leases_wanted: Bell,
+    /// Etcd has been asked for them.
+    pub(super) leases_known: Sender<()>,
     /// Why this host has to leave the network.
     pub(super) end: Mutex<Option<Error>>,
     /// How long the last snapshot took to apply.
@@ -68,6 +73,13 @@ pub(super) struct Shared {
     pub(super) changed: Sender<()>,
     pub(super) joined: Sender<Joined>,
 }
+
+/// Wakes the agent's thread.
+#[cfg(feature = "registry")]
+pub(super) type Bell = tokio::sync::Notify;
+#[cfg(not(feature = "registry"))]
+#[derive(Default)]
+pub(super) struct Bell;
 
 /// The agent ends when this is dropped.
 #[cfg(feature = "registry")]

@@ -1,8 +1,10 @@
 //! What operators are told of the registry.
 
-use std::time::Instant;
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
 
 use super::view::Unused;
+use crate::config::PeerId;
 
 /// See the module's documentation.
 #[derive(Clone, Debug, Default)]
@@ -29,4 +31,26 @@ pub(crate) struct Status {
     pub(crate) held: usize,
     /// What was not used.
     pub(crate) unused: Unused,
+}
+
+/// How long the hosts' leases last, as etcd said when it was last asked.
+#[derive(Debug, Default)]
+pub(crate) struct Leases {
+    /// When that was, if ever.
+    pub(crate) asked_at: Option<Instant>,
+    /// By peer: when its lease ends, if it is not renewed.
+    pub(super) ends: HashMap<PeerId, Instant>,
+}
+
+impl Leases {
+    /// How long etcd has not been asked.
+    pub(crate) fn age(&self) -> Option<Duration> {
+        self.asked_at.map(|at| at.elapsed())
+    }
+
+    /// How long a peer's lease lasts, if that is known.
+    pub(crate) fn left(&self, id: &PeerId) -> Option<Duration> {
+        let end = self.ends.get(id)?;
+        Some(end.saturating_duration_since(Instant::now()))
+    }
 }

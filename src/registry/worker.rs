@@ -2,16 +2,18 @@
 //! there, and follows what changes, until it is stopped. Whatever fails, it begins again, and
 //! what is known stays in force meanwhile.
 
+mod leases;
 mod own;
 
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, PoisonError};
-use std::thread::JoinHandle;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use ipnet::Ipv4Net;
 use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 use tokio::time::{interval, sleep, sleep_until, timeout};
 
 use super::access::host_of;
@@ -96,13 +98,18 @@ struct Worker {
     warned: Option<String>,
     /// That prefixes were refused was logged.
     has_told_of_prefixes: bool,
+    /// Etcd was asked for the hosts' leases.
+    lease_look: Option<JoinHandle<()>>,
 }
 
 /// Starts the thread.
 ///
 /// # Errors
 /// When there can be no more threads.
-pub(super) fn start(options: Options, shared: Arc<Shared>) -> Result<(Stop, JoinHandle<()>)> {
+pub(super) fn start(
+    options: Options,
+    shared: Arc<Shared>,
+) -> Result<(Stop, thread::JoinHandle<()>)> {
     let cannot = |cause| Error::os("cannot start the registry's thread", cause);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -115,7 +122,7 @@ pub(super) fn start(options: Options, shared: Arc<Shared>) -> Result<(Stop, Join
         // A look-up of a name may still be under way, and nobody waits for it.
         runtime.shutdown_background();
     };
-    let thread = std::thread::Builder::new().name("registry".into());
+    let thread = thread::Builder::new().name("registry".into());
     Ok((stop, thread.spawn(run).map_err(cannot)?))
 }
 
@@ -150,6 +157,7 @@ impl Worker {
             status: Status::default(),
             warned: None,
             has_told_of_prefixes: false,
+            lease_look: None,
         }
     }
 
@@ -363,6 +371,7 @@ impl Worker {
         let longest = RENEWAL_INTERVAL_MAX.min(third);
         let mut renewal = interval(longest.max(Duration::from_millis(500)));
         let mut housekeeping = interval(Duration::from_secs(1));
+        let shared = Arc::clone(&self.shared);
         let mut cache_written = Instant::now();
         // It was renewed when the connection was made.
         renewal.tick().await;
@@ -384,6 +393,7 @@ impl Worker {
                 },
                 () = sleep_until(self.next_snapshot.into()), if self.is_stale => self.publish(),
                 _ = renewal.tick() => self.keep_own(&mut client).await?,
+                () = shared.leases_wanted.notified() => self.look_at_leases(&client),
                 _ = housekeeping.tick() => {
                     self.is_stale |= self.view.release(Instant::now());
                     if self.is_cache_stale && cache_written.elapsed() >= CACHE_INTERVAL {

@@ -16,6 +16,9 @@ fn worker(directory: &Path) -> Worker {
     let shared = Shared {
         snapshot: arc_swap::ArcSwap::default(),
         status: arc_swap::ArcSwap::default(),
+        leases: arc_swap::ArcSwap::default(),
+        leases_wanted: tokio::sync::Notify::new(),
+        leases_known: bounded(1).0,
         end: std::sync::Mutex::default(),
         apply_us: std::sync::atomic::AtomicU64::new(0),
         changed,

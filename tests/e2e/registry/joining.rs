@@ -96,9 +96,13 @@ fn three_hosts_find_each_other() -> Result<()> {
         check(status[key] == expected, || format!("{key}: {status}"))?;
     }
     let peers = members[0].operator.ask("peers")?;
-    check(peers["peers"][0]["origin"] == "registry", || {
-        format!("{peers}")
-    })?;
+    for peer in peers["peers"].as_array().into_iter().flatten() {
+        let left = peer["lease_left_seconds"].as_u64();
+        let is_new = left.is_some_and(|left| (85_000..=86_400).contains(&left));
+        check(peer["origin"] == "registry" && is_new, || {
+            format!("{peers}")
+        })?;
+    }
     let shown = members[0].operator.tell("status")?;
     check(
         shown.contains("connected to http://10.211.77.250:2379"),

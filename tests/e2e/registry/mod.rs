@@ -1,5 +1,6 @@
 //! Hosts that find each other in a registry: real fastvpn processes, and a real etcd.
 
+mod files;
 mod joining;
 mod keys;
 mod network;

@@ -88,6 +88,26 @@ fn a_network_that_changes_is_reported() -> Result<()> {
     Ok(())
 }
 
+/// One that this host cannot be in is one line, and no reason to be started again later.
+#[testbed::trial(etcd)]
+fn a_network_with_ipv6_is_waited_out() -> Result<()> {
+    const DUAL: &str = r#"{"EnableIPv6":true,"Network":"10.50.0.0/16","IPv6Network":"fd00:50::/56","Backend":{"Type":"wireguard"}}"#;
+    let network = Network::with_config(1, DUAL)?;
+    let member = network.start(0, "")?;
+    let line =
+        "/coreos.com/network/config: EnableIPv6, and networks without IPv4, are not supported";
+    member.tunnel.wait_for_line(line)?;
+    network.put("config", r#"{"Network":"10.50.0.0/16"}"#)?;
+    member.wait_until_joined()?;
+    // Nor does it disturb one that is there.
+    network.put("config", DUAL)?;
+    member.wait_for_status("is_config_changed", &json!(true))?;
+    let said = member.tunnel.said();
+    check(said.matches(line).count() == 1, || said.clone())?;
+    stop(member.tunnel)?;
+    Ok(())
+}
+
 /// Nor does one that is gone keep a host from coming back to etcd.
 #[testbed::trial(etcd)]
 fn a_network_whose_configuration_is_gone_goes_on() -> Result<()> {
