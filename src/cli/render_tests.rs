@@ -376,6 +376,8 @@ fn a_registry_has_its_lines() {
         not_allowed: 0,
         out_of_place: 0,
         other_backend: 1,
+        connections: 1,
+        events: 0,
     };
     let with = |registry| {
         super::status(&Status {

@@ -233,6 +233,7 @@ fn the_docs_have_every_option_and_the_defaults() {
         cores: full.cores.clone(),
         without: full.without.clone(),
         control: full.control.clone(),
+        metrics: full.metrics,
         private_key_file: full.private_key_file.clone(),
         secret_file: full.secret_file.clone(),
         identity: full.identity.clone(),

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::peer::{self, PeerSpec, parse_identity, parse_peer};
 use super::types::{
     self, Aqm, BusyPoll, CoreList, Dscp, Feature, Io, Password, QueueLimit, parse_busy_poll,
-    parse_cores, parse_fwmark, parse_interface, parse_listen, parse_prefix, parse_queue_limit,
+    parse_cores, parse_fwmark, parse_interface, parse_listen, parse_metrics, parse_prefix, parse_queue_limit,
     parse_regex, parse_url,
 };
 use crate::log::LogFormat;
@@ -270,6 +270,12 @@ pub struct Config {
     /// Path of the control socket [default: /run/fastvpn/, named after the TUN]
     #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
+
+    /// Serve metrics for Prometheus, /healthz and /readyz over HTTP there; a port alone is one of
+    /// 127.0.0.1 [default: none]
+    #[arg(long, value_name = "[ADDR:]PORT", value_parser = parse_metrics)]
+    #[serde(deserialize_with = "types::metrics")]
+    pub metrics: Option<SocketAddr>,
 
     /// Take over from the running process of the same TUN device, which then ends
     #[arg(long, value_name = "BOOL", action = ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true")]

@@ -1,7 +1,7 @@
 //! What can be said of a tunnel: addresses and choices, and how each is written.
 
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use clap::ValueEnum;
@@ -128,6 +128,23 @@ pub(super) fn parse_listen(text: &str) -> ParseResult<SocketAddr> {
     let ip = host.parse::<IpAddr>();
     let ip = ip.map_err(|_| format!("{host:?} is not an IP address of this host"))?;
     Ok(SocketAddr::new(ip, port))
+}
+
+/// Where metrics are served: an address of this host and a port, or a port of the loopback
+/// interface.
+pub(super) fn parse_metrics(text: &str) -> ParseResult<SocketAddr> {
+    let port = text.strip_prefix(':').unwrap_or(text);
+    let is_number = !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit());
+    let place = match is_number {
+        true => port
+            .parse()
+            .ok()
+            .map(|port| (Ipv4Addr::LOCALHOST, port).into()),
+        false => text.parse().ok(),
+    };
+    place
+        .filter(|place: &SocketAddr| place.port() > 0)
+        .ok_or_else(|| "expected a TCP port, or ADDRESS:PORT such as 10.0.0.1:9285".into())
 }
 
 /// `http://HOST:PORT`, or the same with `https`.
@@ -259,6 +276,10 @@ pub(super) fn listen<'de, D: Deserializer<'de>>(key: D) -> Result<Option<SocketA
     from_text(key, parse_listen).map(Some)
 }
 
+pub(super) fn metrics<'de, D: Deserializer<'de>>(key: D) -> Result<Option<SocketAddr>, D::Error> {
+    from_text(key, parse_metrics).map(Some)
+}
+
 pub(super) fn cores<'de, D: Deserializer<'de>>(key: D) -> Result<CoreList, D::Error> {
     from_text(key, parse_cores)
 }
@@ -313,6 +334,32 @@ mod tests {
         assert_eq!(parse("fd00::1"), Ok("[fd00::1]:8285".into()));
         assert!(parse("localhost").is_err());
         assert!(parse("10.0.0.1:0").is_err());
+    }
+
+    #[test]
+    fn places_of_metrics_are_read() {
+        let parse = |text: &str| parse_metrics(text).map(|address| address.to_string());
+        for (text, place) in [
+            ("9285", "127.0.0.1:9285"),
+            (":9285", "127.0.0.1:9285"),
+            ("0.0.0.0:9285", "0.0.0.0:9285"),
+            ("[::1]:9285", "[::1]:9285"),
+        ] {
+            assert_eq!(parse(text), Ok(place.into()));
+        }
+        for bad in [
+            "",
+            ":",
+            "0",
+            "+1",
+            "65536",
+            "localhost:9285",
+            "10.0.0.1",
+            "10.0.0.1:0",
+            "::1",
+        ] {
+            assert!(parse(bad).is_err(), "{bad:?}");
+        }
     }
 
     #[test]

@@ -206,6 +206,12 @@ pub struct RegistryStatus {
     pub out_of_place: usize,
     /// Hosts with another backend.
     pub other_backend: usize,
+    /// Connections that were made, from each of which all of the registry was listed.
+    #[serde(default)]
+    pub connections: u64,
+    /// Changes of keys that etcd has reported since.
+    #[serde(default)]
+    pub events: u64,
 }
 
 /// All peers.

@@ -4,6 +4,7 @@
 use std::collections::HashSet;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
 use crossbeam_channel::{Receiver, bounded};
@@ -167,6 +168,20 @@ impl Encryption {
     /// When the latest handshake with a peer was.
     pub fn latest_handshake(&self, peer: &PublicKey) -> Option<SystemTime> {
         self.handshakes.as_ref()?.latest_handshake(peer)
+    }
+
+    /// Whether packets can be carried: a peer has a session, or none is due.
+    pub fn is_ready(&self, overlay: &Overlay) -> bool {
+        let peers = overlay.peers();
+        let sessions = peers.filter_map(|(_, peer)| Some(&peer.secure.as_ref()?.sessions));
+        let mut is_due = false;
+        for peer in sessions {
+            if peer.has_session() {
+                return self.handshakes.is_some();
+            }
+            is_due |= peer.is_due.load(Ordering::Relaxed);
+        }
+        self.handshakes.is_some() && !is_due
     }
 
     /// What the handshake thread has counted, by name.

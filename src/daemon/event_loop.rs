@@ -9,7 +9,8 @@ use signal_hook::consts::SIGHUP;
 use super::handoff::{self, Handoff, NewProcess};
 use super::start::Begun;
 use super::tunnel::Tunnel;
-use super::{reload, requests, uapi};
+use super::{metrics, reload, requests, uapi};
+use crate::control::metrics::Server as MetricsServer;
 use crate::control::protocol::{Answer, Changed, Request};
 use crate::control::server::{Call, Reply, Server};
 use crate::control::uapi::server::Server as UapiServer;
@@ -41,6 +42,8 @@ pub struct Daemon {
     control: Option<Server>,
     /// The socket for `wg`, if there is one.
     uapi: Option<UapiServer>,
+    /// Serves metrics, if that is wanted.
+    metrics: Option<MetricsServer>,
     /// While a new process gets ready to take over.
     handoff: Option<Handoff>,
     /// Who has asked for the peers, and until when etcd is waited for.
@@ -54,11 +57,13 @@ impl Daemon {
             tunnel,
             control,
             uapi,
+            metrics,
         } = begun;
         Self {
             uapi: uapi.or_else(|| uapi::serve(&tunnel.config)),
             tunnel,
             control,
+            metrics,
             handoff: None,
             waiting: None,
         }
@@ -79,6 +84,8 @@ impl Daemon {
             let calls = control.map_or_else(never, |server| server.calls.clone());
             let uapi = self.uapi.as_ref();
             let uapi_calls = uapi.map_or_else(never, |server| server.calls.clone());
+            let metrics = self.metrics.as_ref();
+            let metrics_calls = metrics.map_or_else(never, |server| server.calls.clone());
             let handoff = self.handoff.as_ref();
             let ready = handoff.map_or_else(never, |handoff| handoff.ready.clone());
             let probes = self.tunnel.peers.probes();
@@ -95,6 +102,9 @@ impl Daemon {
                     let is_leaving = self.handoff.is_some();
                     let tunnel = &mut self.tunnel;
                     call.answer(|request, asker| uapi::answer(tunnel, request, asker, is_leaving));
+                },
+                recv(metrics_calls) -> call => if let Ok(call) = call {
+                    metrics::answer(&mut self.tunnel, call);
                 },
                 recv(ready) -> ready => {
                     let ready = ready.unwrap_or_else(|_| Err(Error::new("its thread has ended")));
@@ -193,8 +203,8 @@ impl Daemon {
                 Handoff::refuse_second(connection);
             }
             Call::Takeover(connection, protocol) => {
-                let control = self.control.as_ref();
-                self.handoff = Handoff::begin(&mut self.tunnel, control, connection, protocol);
+                let servers = (self.control.as_ref(), self.metrics.as_ref());
+                self.handoff = Handoff::begin(&mut self.tunnel, servers, connection, protocol);
             }
             Call::Request(Request::Stop {}, reply) => {
                 tracing::info!(by = %reply.asker, "stopped by {}", reply.asker);
@@ -235,9 +245,12 @@ impl Daemon {
             Ok(new) => {
                 // The new process opens its own.
                 self.uapi = None;
+                // Whoever connects from here on waits for the process that has the tunnel then.
+                let metrics = self.metrics.take().map(MetricsServer::end);
                 let is_over = handoff::hand_over(new, &mut self.tunnel, &mut self.control)?;
                 if !is_over {
                     self.uapi = uapi::serve(&self.tunnel.config);
+                    self.metrics = metrics.and_then(metrics::try_to_serve);
                 }
                 is_over
             }
@@ -258,6 +271,7 @@ impl Daemon {
     /// Ends the tunnel: routes, device and sockets go.
     pub fn take_down(&mut self) {
         self.handoff = None;
+        self.metrics = None;
         self.tunnel.take_down();
         // A client that asked for the end waits for the socket to close.
         self.control = None;

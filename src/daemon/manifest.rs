@@ -34,7 +34,7 @@ pub struct Manifest {
     pub tun_index: Option<u32>,
     /// For each worker, whether it has a port of its own. Its descriptors are the TUN
     /// queue, the shared socket, and in that case its own. Then come the handshake socket
-    /// of an encrypted tunnel, and the control socket, if there is one.
+    /// of an encrypted tunnel, the control socket, if there is one, and the metrics'.
     pub own_ports: Vec<bool>,
     /// Address and port of the UDP sockets.
     pub listen: SocketAddr,
@@ -61,6 +61,9 @@ pub struct Manifest {
     pub tun_offloads: [bool; 2],
     /// Offloads of the UDP sockets: `UDP_SEGMENT`, `UDP_GRO`.
     pub udp_offloads: [bool; 2],
+    /// Where metrics are served, if they are.
+    #[serde(default)]
+    pub metrics: Option<SocketAddr>,
     /// Features that the old process was told not to use.
     pub without: Vec<Feature>,
     /// Whether a flow's queue depends on the flow alone.
@@ -150,6 +153,8 @@ impl Manifest {
             identity: config.own_identity.clone(),
             tun_offloads: [tun.tcp, tun.udp],
             udp_offloads: [udp.segment, udp.gro],
+            // Whoever has the socket says so.
+            metrics: None,
             without: config.without.clone(),
             is_steered: workers.is_steered,
             addresses: tunnel.settings.link.addresses.clone(),

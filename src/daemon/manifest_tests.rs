@@ -30,6 +30,7 @@ fn manifest(peers: &[(&str, bool, bool, &[&str])]) -> Manifest {
         identity: None,
         tun_offloads: [true; 2],
         udp_offloads: [true; 2],
+        metrics: None,
         without: Vec::new(),
         is_steered: true,
         addresses: Vec::new(),

@@ -32,6 +32,7 @@ mod host;
 mod key_text;
 mod manifest;
 mod memory;
+mod metrics;
 mod peers;
 mod plan;
 mod reach;

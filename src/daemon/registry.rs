@@ -209,6 +209,8 @@ impl Registry {
             not_allowed: unused.not_allowed + unused.prefixes_refused,
             out_of_place: unused.out_of_place,
             other_backend: unused.other_backend,
+            connections: status.connections,
+            events: status.events,
         }
     }
 

@@ -41,7 +41,10 @@ pub fn is_question(request: &Request) -> bool {
 pub fn answer(tunnel: &mut Tunnel, request: Request, asker: Asker) -> Result<Answer> {
     match request {
         Request::Status {} => Ok(Answer::Status(Box::new(status(tunnel)))),
-        Request::Peers {} => Ok(Answer::Peers(peers(tunnel))),
+        Request::Peers {} => Ok(Answer::Peers(Peers {
+            boottime_ns: Some(clock::now_ns()),
+            peers: peers(tunnel).collect(),
+        })),
         Request::RouteList {} => Ok(Answer::Routes(routes(&tunnel.peers.overlay))),
         Request::RouteGet { address } => route_to(&tunnel.peers.overlay, address),
         Request::RouteAdd {
@@ -185,7 +188,8 @@ fn check_new_prefixes(tunnel: &Tunnel, prefixes: &[IpNet]) -> Result<()> {
     check_ipv6_mtu(tunnel.settings.link.mtu_bytes, prefixes.iter().copied())
 }
 
-fn status(tunnel: &mut Tunnel) -> Status {
+/// The tunnel, in numbers.
+pub fn status(tunnel: &mut Tunnel) -> Status {
     tunnel.workers.count_socket_drops();
     // The kernel may not have reported a change yet.
     tunnel.refresh_device();
@@ -233,19 +237,16 @@ fn status(tunnel: &mut Tunnel) -> Status {
     }
 }
 
-fn peers(tunnel: &Tunnel) -> Peers {
+/// All peers, in numbers, in the order of their names.
+pub fn peers(tunnel: &Tunnel) -> impl Iterator<Item = PeerStatus> {
     let (all, counts) = (
         tunnel.peers.overlay.peers_by_name(),
         tunnel.peers.overlay.prefix_counts(),
     );
-    let status = all.map(|peer| {
+    all.filter_map(move |peer| {
         let (hop, _) = tunnel.peers.overlay.find(&peer.name)?;
         Some(peer_status(tunnel, hop, peer, counts.get(&hop).copied()))
-    });
-    Peers {
-        boottime_ns: Some(clock::now_ns()),
-        peers: status.flatten().collect(),
-    }
+    })
 }
 
 fn peer_status(tunnel: &Tunnel, hop: NextHop, peer: &Peer, prefixes: Option<usize>) -> PeerStatus {

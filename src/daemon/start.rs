@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use super::announce;
 use super::host::own_addresses;
 use super::manifest::Manifest;
+use super::metrics;
 use super::plan::{Plan, check_derived, check_own_key, kernel_routes};
 use super::registry::{self, Registry};
 use super::resolve;
@@ -17,6 +18,7 @@ use super::tunnel::Tunnel;
 use super::uapi;
 use super::workers::Claimed;
 use crate::config::{Config, DEFAULT_PORT, Feature};
+use crate::control::metrics::Server as MetricsServer;
 use crate::control::server::Server;
 use crate::control::uapi::server::Server as UapiServer;
 use crate::error::{Error, Result};
@@ -235,6 +237,8 @@ pub struct Begun {
     pub control: Option<Server>,
     /// The socket for `wg`, if it is open already.
     pub uapi: Option<UapiServer>,
+    /// Serves metrics, if that is wanted.
+    pub metrics: Option<MetricsServer>,
 }
 
 /// Starts a tunnel where there is none.
@@ -244,6 +248,8 @@ pub struct Begun {
 pub fn start(config: Config, registry: Option<Registry>) -> Result<Begun> {
     // First: the process that had the interface before has nothing more once it is free.
     let uapi = uapi::claim(&config)?;
+    // Before anything of the tunnel is seen, as somebody else may have the port.
+    let metrics = metrics::listen(&config, None)?;
     let mut tunnel = prepare(config, None, claim)?.into_tunnel()?;
     tunnel.enter_registry(registry)?;
     // First, so that whoever finds the tunnel working finds it, too. Requests wait.
@@ -264,6 +270,7 @@ pub fn start(config: Config, registry: Option<Registry>) -> Result<Begun> {
         tunnel,
         control,
         uapi,
+        metrics: metrics.map(metrics::serve).transpose()?,
     })
 }
 
@@ -357,6 +364,7 @@ mod tests {
             identity: identity.map(str::to_string),
             tun_offloads: [true; 2],
             udp_offloads: [true; 2],
+            metrics: None,
             without: Vec::new(),
             is_steered: true,
             addresses: Vec::new(),

@@ -19,6 +19,7 @@ use super::registry::Registry;
 use super::settings::Settings;
 use super::workers::{Claimed, Workers};
 use crate::config::Config;
+use crate::control::metrics::Readiness;
 use crate::dataplane::inbound::ReceivedProbe;
 use crate::dataplane::table::Table;
 use crate::error::{Error, Result};
@@ -150,6 +151,18 @@ impl Tunnel {
             encryption.renew();
         }
         Ok(())
+    }
+
+    /// Whether packets are carried; if not, why not.
+    pub fn readiness(&self) -> Readiness {
+        let encryption = self.encryption.as_ref();
+        if !self.is_started {
+            Err("the workers do not run yet")
+        } else if encryption.is_some_and(|it| !it.is_ready(&self.peers.overlay)) {
+            Err("no peer has a session, and one is due")
+        } else {
+            Ok(())
+        }
     }
 
     /// Has everything stop that carries packets: all sessions end.

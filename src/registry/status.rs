@@ -31,6 +31,10 @@ pub(crate) struct Status {
     pub(crate) held: usize,
     /// What was not used.
     pub(crate) unused: Unused,
+    /// Connections that were made, from each of which all of the registry was listed.
+    pub(crate) connections: u64,
+    /// Changes of keys that etcd has reported since.
+    pub(crate) events: u64,
 }
 
 /// How long the hosts' leases last, as etcd said when it was last asked.

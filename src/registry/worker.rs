@@ -277,6 +277,7 @@ impl Worker {
             tracing::info!(url, "registry: connected to etcd at {url}");
         }
         (self.status.is_connected, self.status.error) = (true, None);
+        self.status.connections += 1;
         self.show_status();
         Ok((client, watch))
     }
@@ -410,6 +411,7 @@ impl Worker {
     fn take(&mut self, changes: Vec<(Pair, bool)>, revision: i64) -> bool {
         let mut is_own = false;
         let mut is_config = false;
+        self.status.events += changes.len() as u64;
         for (pair, is_deleted) in changes {
             let key = self.keys.parse(&pair.key);
             is_config |= key == Key::Config;

@@ -420,6 +420,9 @@ impl State {
         if let Some(session) = unused.or(usable.filter(|_| due.keepalive)) {
             self.send_keepalive(peer, &session, now, out);
         }
+        // Without an endpoint it is for the peer to begin.
+        let is_due = peer.timers.wants_session() && peer.endpoint_in_use().is_some();
+        peer.shared.is_due.store(is_due, Ordering::Relaxed);
         let interval_ns = match is_quiet {
             true => self.intervals.quiet_tick_ns,
             false => self.intervals.tick_ns,

@@ -521,6 +521,24 @@ fn a_data_message_that_went_astray_is_passed_on() {
     assert_eq!((output.passed_on, output.sent.len()), (1, 0));
 }
 
+/// Whoever asks whether the tunnel is ready is told by this.
+#[test]
+fn a_session_is_due_until_there_is_one() {
+    let mut network = Network::new(2, 1);
+    let state = |network: &Network| {
+        let sessions = network.hosts[0].sessions(1);
+        (
+            sessions.is_due.load(Ordering::Relaxed),
+            sessions.has_session(),
+        )
+    };
+    assert_eq!(state(&network), (false, false));
+    network.send(0, 1);
+    assert_eq!(state(&network), (true, false));
+    network.run(1.0);
+    assert_eq!(state(&network), (false, true));
+}
+
 #[test]
 fn a_clock_that_goes_back_locks_nobody_out() {
     let mut network = pair();

@@ -233,6 +233,12 @@ impl Timers {
         self.handshake_received_ns = now_ns;
     }
 
+    /// Whether this host wants a session: a handshake is due or under way, or there are
+    /// keepalives to send in one.
+    pub(crate) fn wants_session(&self) -> bool {
+        self.attempt.is_some() || self.persistent_ns.is_some()
+    }
+
     /// Forgets handshakes under way.
     pub(crate) fn cancel(&mut self) {
         self.attempt = None;

@@ -39,6 +39,9 @@ pub struct Program {
     pub source: Source,
 }
 
+/// Prometheus' tool, which judges metrics and rules.
+pub const PROMTOOL: Program = Program::debian("promtool", "prometheus");
+
 impl Program {
     /// A program of one of Debian's packages.
     pub const fn debian(name: &'static str, package: &'static str) -> Self {

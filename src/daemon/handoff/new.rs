@@ -15,10 +15,12 @@ use super::wire::{self, Go, Ready, Taken, failure};
 use crate::config::Config;
 use crate::control::client;
 use crate::control::codec::{Lines, is_end};
+use crate::control::metrics::Listener;
 use crate::control::protocol::Request;
 use crate::control::server::Server;
 use crate::daemon::announce;
 use crate::daemon::manifest::Manifest;
+use crate::daemon::metrics;
 use crate::daemon::registry::Registry;
 use crate::daemon::reload::reload;
 use crate::daemon::start::{self, Begun};
@@ -57,6 +59,8 @@ pub struct Inherited {
     pub(super) claimed: Claimed,
     /// The control socket, if there is one.
     pub listener: Option<OwnedFd>,
+    /// Where metrics are served, if they are.
+    pub(super) metrics: Option<Listener>,
     /// The old process, which still runs.
     pub(super) old: OldProcess,
 }
@@ -165,6 +169,11 @@ pub fn receive(stream: UnixStream) -> io::Result<Inherited> {
         next.map(Socket::from)
     });
     let handshake = handshake.transpose()?;
+    let metrics = manifest.metrics.and_then(|address| {
+        // The last one, so that a process that does not know of it takes it for nothing.
+        let socket = descriptors.next_back()?;
+        Some(Listener::inherited(socket, address))
+    });
     let [tcp, udp] = manifest.tun_offloads;
     let [segment, gro] = manifest.udp_offloads;
     Ok(Inherited {
@@ -181,6 +190,7 @@ pub fn receive(stream: UnixStream) -> io::Result<Inherited> {
             },
         },
         listener: descriptors.next(),
+        metrics,
         old: OldProcess(lines),
         manifest,
     })
@@ -200,6 +210,7 @@ pub fn take_over(
         mut manifest,
         claimed,
         listener,
+        metrics: old_metrics,
         mut old,
     } = inherited;
     manifest.check_kind(&config)?;
@@ -212,11 +223,13 @@ pub fn take_over(
     });
     let mut tunnel = prepared?.into_tunnel()?;
     tunnel.enter_registry(registry)?;
+    let metrics = metrics::listen(&tunnel.config, old_metrics)?;
     let timestamps = old.stop()?;
     if let Some(encryption) = &mut tunnel.encryption {
         encryption.timestamps = timestamps;
     }
     let control = carry_on(&mut tunnel, &manifest.addresses, listener);
+    let metrics = metrics.and_then(metrics::try_to_serve);
     tracing::info!(
         old_process = manifest.pid,
         old_version = manifest.version,
@@ -234,6 +247,7 @@ pub fn take_over(
         tunnel,
         control,
         uapi: None,
+        metrics,
     })
 }
 

@@ -20,6 +20,7 @@ use super::PROTOCOL;
 use super::wire::{self, Go, Ready, Taken, failure, keep};
 use crate::control::codec::{Lines, to_line};
 use crate::control::credentials::Asker;
+use crate::control::metrics::Server as MetricsServer;
 use crate::control::server::Server;
 use crate::daemon::manifest::Manifest;
 use crate::daemon::tunnel::Tunnel;
@@ -92,7 +93,7 @@ impl Handoff {
     /// Begins to serve a new process; `None` if it is refused.
     pub fn begin(
         tunnel: &mut Tunnel,
-        control: Option<&Server>,
+        (control, metrics): (Option<&Server>, Option<&MetricsServer>),
         lines: Lines,
         protocol: u32,
     ) -> Option<Self> {
@@ -105,7 +106,15 @@ impl Handoff {
             // The new process is to find peers where they are now.
             tunnel.peers.follow_endpoints(Instant::now());
             let handshake = tunnel.encryption.as_ref().map(|it| Arc::clone(it.socket()));
-            let started = handoff.start(Manifest::of(tunnel), workers, handshake, control);
+            let control = control.map(|server| server.listener.as_fd());
+            let listeners = control.into_iter();
+            let listeners = listeners.chain(metrics.map(|server| server.listener.as_fd()));
+            let manifest = Manifest {
+                metrics: metrics.map(|server| server.listener.address),
+                ..Manifest::of(tunnel)
+            };
+            let listeners: Vec<_> = listeners.collect();
+            let started = handoff.start(manifest, workers, handshake, &listeners);
             started.map_err(|error| Error::os("cannot serve a new process", error))
         });
         if let Err(error) = started {
@@ -131,14 +140,14 @@ impl Handoff {
         manifest: Manifest,
         workers: Vec<WorkerFds>,
         handshake: Option<Arc<Socket>>,
-        control: Option<&Server>,
+        listeners: &[BorrowedFd<'_>],
     ) -> io::Result<()> {
         let stream = self.lines.stream().try_clone()?;
-        let listener = control.map(|server| server.listener.as_fd().try_clone_to_owned());
-        let listener = listener.transpose()?;
+        let listeners = listeners.iter().map(BorrowedFd::try_clone_to_owned);
+        let listeners = listeners.collect::<io::Result<Vec<_>>>()?;
         let (sender, ready) = bounded(1);
         let serve = move || {
-            let descriptors = descriptors(&workers, handshake.as_deref(), listener.as_ref());
+            let descriptors = descriptors(&workers, handshake.as_deref(), &listeners);
             let _ = sender.send(serve(stream, &manifest, &descriptors));
         };
         let thread = std::thread::Builder::new().name("handoff".into());
@@ -186,14 +195,16 @@ fn check_protocol(protocol: u32) -> Result<()> {
 fn descriptors<'a>(
     workers: &'a [WorkerFds],
     handshake: Option<&'a Socket>,
-    listener: Option<&'a OwnedFd>,
+    listeners: &'a [OwnedFd],
 ) -> Vec<BorrowedFd<'a>> {
     let of_workers = workers.iter().flat_map(|worker| {
         let own = worker.sockets.send.as_ref().map(AsFd::as_fd);
         [Some(worker.queue.as_fd()), Some(worker.receive()), own]
     });
-    let others = [handshake.map(AsFd::as_fd), listener.map(AsFd::as_fd)];
-    of_workers.chain(others).flatten().collect()
+    let of_workers = of_workers.flatten().chain(handshake.map(AsFd::as_fd));
+    of_workers
+        .chain(listeners.iter().map(AsFd::as_fd))
+        .collect()
 }
 
 /// Hands everything over, and returns when the new process is ready. Up to then

@@ -38,6 +38,7 @@ fn manifest(workers: usize) -> Manifest {
         identity: None,
         tun_offloads: [true, false],
         udp_offloads: [false, true],
+        metrics: None,
         without: Vec::new(),
         is_steered: true,
         addresses: vec!["10.244.0.1/16".parse().unwrap()],
@@ -255,7 +256,7 @@ fn an_old_process_that_gives_up_says_nothing_in_the_middle_of_the_manifest() {
         let prefix = manifest.peers[0].prefixes[0];
         manifest.peers[0].prefixes = vec![prefix; prefix_count];
         let mut handoff = Handoff::new(Lines::new(ours, LINE_BYTES_MAX));
-        handoff.start(manifest, Vec::new(), None, None).unwrap();
+        handoff.start(manifest, Vec::new(), None, &[]).unwrap();
         let is_short = prefix_count == 1;
         match is_short {
             true => assert_eq!(heard(&theirs)["ok"], true),

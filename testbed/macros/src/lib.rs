@@ -12,6 +12,7 @@ use proc_macro::{TokenStream, TokenTree};
 /// - `etcd`: where etcd and etcdctl are installed.
 /// - `wireguard_go`, `boringtun`, `gotatun`, `wg`, `mandoc`, `tmux`: where that program is
 ///   installed.
+/// - `promtool`: where Prometheus and its tool are, besides etcd.
 ///
 /// Without the first two it is run once, on whatever engine a tunnel chooses.
 #[proc_macro_attribute]
@@ -44,6 +45,11 @@ pub fn trial(attribute: TokenStream, function: TokenStream) -> TokenStream {
             needs = format!("Some(|| ::testbed::{module}::{constant}.missing())");
             words.retain(|word| word != program);
         }
+    }
+    if words.iter().any(|word| word == "promtool") {
+        needs = "Some(|| ::testbed::program::PROMTOOL.missing().or_else(::testbed::etcd::missing))"
+            .into();
+        words.retain(|word| word != "promtool" && word != "etcd");
     }
     if words.iter().any(|word| word == "etcd") {
         needs = "Some(::testbed::etcd::missing)".into();

@@ -1,4 +1,5 @@
 //! The control socket: commands and requests.
 
 pub mod commands;
+pub mod metrics;
 pub mod requests;

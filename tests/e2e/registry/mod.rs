@@ -3,6 +3,6 @@
 mod files;
 mod joining;
 mod keys;
-mod network;
+pub mod network;
 mod secure;
 mod trouble;

@@ -29,6 +29,9 @@ pub struct PeerSessions {
     pub endpoint: ArcSwapOption<Endpoint>,
     /// A worker has asked for a session, and the handshake thread has not seen it yet.
     pub is_wanted: AtomicBool,
+    /// This host wants a session with it, be there one or not, and knows its endpoint: so the
+    /// handshake thread says.
+    pub is_due: AtomicBool,
     /// When anything was last sent to it in a session.
     pub sent_ns: AtomicU64,
     /// The same, of what was no keepalive.
@@ -83,6 +86,12 @@ impl PeerSessions {
         } else {
             Guard::from_inner(None)
         }
+    }
+
+    /// Whether there is a session to send with, for those who only ask: the handshake thread
+    /// takes those out that have become too old.
+    pub fn has_session(&self) -> bool {
+        self.current.load().is_some()
     }
 
     /// Notes that a datagram was opened with `session`. The first one that comes in the next
