@@ -39,7 +39,10 @@ pub struct Program {
     pub source: Source,
 }
 
-/// Prometheus' tool, which judges metrics and rules.
+/// Prometheus.
+pub const PROMETHEUS: Program = Program::debian("prometheus", "prometheus");
+
+/// Its tool, which judges metrics and rules.
 pub const PROMTOOL: Program = Program::debian("promtool", "prometheus");
 
 impl Program {

@@ -49,7 +49,7 @@ pub fn trial(attribute: TokenStream, function: TokenStream) -> TokenStream {
     if words.iter().any(|word| word == "promtool") {
         needs = "Some(|| ::testbed::program::PROMTOOL.missing().or_else(::testbed::etcd::missing))"
             .into();
-        words.retain(|word| word != "promtool" && word != "etcd");
+        words.retain(|word| word != "promtool");
     }
     if words.iter().any(|word| word == "etcd") {
         needs = "Some(::testbed::etcd::missing)".into();

@@ -5,21 +5,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fastvpn::error::{Error, Result};
-use ipnet::IpNet;
 use prometheus_parse::LineInfo;
 use serde_json::Value;
-use testbed::program::PROMTOOL;
-use testbed::{Namespace, configure, rss_bytes};
+use testbed::{Namespace, rss_bytes};
 
 use crate::daemon::takeover::Stage;
 use crate::operator::Operator;
 use crate::packets::wait_until_up;
-use crate::registry::network::Network;
 use crate::site::peer;
 use crate::support::{
     PATIENCE, TUNNEL, Tunnel, UNDERLAY, bulk, check, fail, fastvpn, hosts, stop, stop_all, tried,
@@ -29,17 +25,15 @@ use crate::tools::{Stream, inventory, nothing_left};
 use crate::wireguard::ends::{self, Keys, Kind, Reach, Underlay};
 
 /// Where metrics are served.
-const PORT: u16 = 9285;
-
-/// The files for those who watch tunnels.
-const MONITORING: [&str; 2] = ["monitoring/grafana-dashboard.json", "monitoring/alerts.yml"];
+pub const PORT: u16 = 9285;
 
 /// A sample's name and labels.
 type Key = (String, BTreeMap<String, String>);
 
 /// What was scraped.
-struct Scrape {
-    text: String,
+pub struct Scrape {
+    /// As it came.
+    pub text: String,
     samples: BTreeMap<Key, f64>,
 }
 
@@ -73,7 +67,8 @@ impl Scrape {
         Ok(Self { text, samples })
     }
 
-    fn get(&self, name: &str, labels: &[(&str, &str)]) -> Option<f64> {
+    /// A sample, by its name without the prefix.
+    pub fn get(&self, name: &str, labels: &[(&str, &str)]) -> Option<f64> {
         let labels = labels.iter();
         let labels = labels.map(|(name, value)| (name.to_string(), value.to_string()));
         let key = (format!("fastvpn_{name}"), labels.collect());
@@ -81,7 +76,7 @@ impl Scrape {
     }
 
     /// The names of all metrics.
-    fn names(&self) -> BTreeSet<&str> {
+    pub fn names(&self) -> BTreeSet<&str> {
         self.samples.keys().map(|(name, _)| &name[..]).collect()
     }
 
@@ -111,7 +106,7 @@ fn pairs(labels: &str) -> Result<BTreeMap<String, String>> {
 }
 
 /// Sends a request in a namespace, to the loopback interface; what is answered.
-fn request(namespace: &Namespace, port: u16, text: &str) -> io::Result<String> {
+pub fn request(namespace: &Namespace, port: u16, text: &str) -> io::Result<String> {
     let mut stream = namespace.run(|| TcpStream::connect((Ipv4Addr::LOCALHOST, port)))?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.write_all(text.as_bytes())?;
@@ -131,7 +126,8 @@ fn get(namespace: &Namespace, port: u16, path: &str) -> Result<(u16, String)> {
     parsed.ok_or_else(|| Error::new(format!("{path}: {answer:?}")))
 }
 
-fn scrape(namespace: &Namespace) -> Result<Scrape> {
+/// Scrapes a tunnel.
+pub fn scrape(namespace: &Namespace) -> Result<Scrape> {
     match get(namespace, PORT, "/metrics")? {
         (200, text) => Scrape::parse(text),
         (status, text) => fail(format!("{status}: {text}")),
@@ -484,107 +480,4 @@ fn hostile_clients_of_metrics() -> Result<()> {
     check(grown < GROWTH_MAX, || format!("grew by {grown} bytes"))?;
     stream.finish()?;
     stop_all([a, b]).map(drop)
-}
-
-/// The names of metrics in a text.
-fn names_in(text: &str) -> BTreeSet<&str> {
-    let is_part = |c: char| c.is_ascii_alphanumeric() || c == '_';
-    let words = text.split(|c: char| !is_part(c));
-    words.filter(|word| word.starts_with("fastvpn_")).collect()
-}
-
-fn file(name: &str) -> Result<String> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
-    tried(&format!("read {name}"), std::fs::read_to_string(path))
-}
-
-/// A network of hosts with keys, as etcd has them: all that there can be is there.
-fn scrape_of_everything() -> Result<Scrape> {
-    let config = r#"{"Network":"10.50.0.0/16","Backend":{"Type":"wireguard"}}"#;
-    let network = Network::with_config(2, config)?;
-    let near = network.join(0, &format!("--metrics {PORT}"))?;
-    let far = network.join(1, "")?;
-    let address = near.address()?;
-    wait_for(network.host(0), far.address()?)?;
-    // What the peer may not send from.
-    let stray = Ipv4Addr::new(172, 31, 0, 1);
-    let net = IpNet::new_assert(stray.into(), 32);
-    configure(network.host(1), "lo", &[net], 65_536)?;
-    let socket = udp(network.host(1), stray, 0)?;
-    let key = far.operator.ask("status")?["public_key"].clone();
-    let labels = [
-        ("peer", key.as_str().unwrap_or_default()),
-        ("reason", "source_not_allowed"),
-    ];
-    wait_until("a drop is counted", || {
-        tried("send", socket.send_to(b"hello", (address, 9)))?;
-        let scrape = scrape(network.host(0))?;
-        Ok(scrape.get("peer_dropped_packets_total", &labels) > Some(0.0))
-    })?;
-    let scrape = scrape(network.host(0))?;
-    let status = near.status()?;
-    for (key, name) in [
-        ("revision", "registry_revision"),
-        ("hosts", "registry_hosts"),
-        ("events", "registry_events_total"),
-        ("lease_ttl_seconds", "registry_lease_ttl_seconds"),
-    ] {
-        let value = scrape.get(name, &[]);
-        check(value > Some(0.0) && value == status[key].as_f64(), || {
-            format!("{name} is {value:?}, not that of {status}")
-        })?;
-    }
-    check(scrape.get("registry_connected", &[]) == Some(1.0), || {
-        scrape.text.clone()
-    })?;
-    stop(near.tunnel)?;
-    stop(far.tunnel)?;
-    Ok(scrape)
-}
-
-/// The dashboard, the alerts and the documentation name nothing that is not there.
-#[testbed::trial(etcd)]
-fn what_is_watched_is_there() -> Result<()> {
-    let scrape = scrape_of_everything()?;
-    let there = scrape.names();
-    for name in MONITORING {
-        let text = file(name)?;
-        let watched = names_in(&text);
-        check(watched.len() > 5, || format!("{name} watches {watched:?}"))?;
-        let missing: Vec<_> = watched.difference(&there).collect();
-        check(missing.is_empty(), || {
-            format!("{name}: there is no {missing:?}")
-        })?;
-    }
-    let page = file("docs/metrics.md")?;
-    let rows = page.lines().filter(|line| line.starts_with("| `fastvpn_"));
-    let documented: BTreeSet<_> = rows.filter_map(|row| row.split('`').nth(1)).collect();
-    check(documented == there, || {
-        format!("documented: {documented:?}, there: {there:?}")
-    })?;
-    let dashboard: Value = serde_json::from_str(&file(MONITORING[0])?)
-        .map_err(|error| Error::new(format!("{}: {error}", MONITORING[0])))?;
-    check(dashboard["panels"].is_array(), || "no panels".into())
-}
-
-/// Prometheus' own judgement of format, names and rules.
-#[testbed::trial(long, etcd, promtool)]
-fn promtool_finds_nothing() -> Result<()> {
-    let run = |words: &[&str], input: &str| -> Result<()> {
-        let mut command = PROMTOOL.command()?;
-        command.args(words);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut child = tried("start promtool", command.stderr(Stdio::piped()).spawn())?;
-        if let Some(mut stdin) = child.stdin.take() {
-            tried("write", stdin.write_all(input.as_bytes()))?;
-        }
-        let said = tried("wait for promtool", child.wait_with_output())?;
-        let text = String::from_utf8_lossy(&[said.stdout, said.stderr].concat()).into_owned();
-        check(said.status.success(), || {
-            format!("promtool {words:?}: {text}")
-        })
-    };
-    run(&["check", "metrics"], &scrape_of_everything()?.text)?;
-    let rules = Path::new(env!("CARGO_MANIFEST_DIR")).join(MONITORING[1]);
-    run(&["check", "rules", &rules.display().to_string()], "")
 }

@@ -2,4 +2,5 @@
 
 pub mod commands;
 pub mod metrics;
+pub mod monitoring;
 pub mod requests;

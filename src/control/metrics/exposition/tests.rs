@@ -91,19 +91,12 @@ fn families(text: &str) -> BTreeMap<&str, &str> {
     lines.map(|line| line.split_once(' ').unwrap()).collect()
 }
 
-/// The names of a sample's labels, in order.
+/// The names of a sample's labels, in order. No value has a quotation mark.
 fn labels(sample: &str) -> Vec<&str> {
-    let Some((_, labels)) = sample.split_once('{') else {
-        return Vec::new();
-    };
-    let names = labels.split("=\"").map(|part| {
-        let name = part.rsplit([',', '"']).next().unwrap();
-        name.trim_start_matches('{')
-    });
-    let mut names: Vec<_> = names.collect();
-    // What follows the last label.
-    names.pop();
-    names
+    let (_, labels) = sample.split_once('{').unwrap_or_default();
+    let names = labels.split('"').step_by(2);
+    let names = names.filter_map(|part| part.strip_suffix('='));
+    names.map(|name| name.trim_start_matches(',')).collect()
 }
 
 #[test]
