@@ -170,9 +170,12 @@ const OF_PEERS: [(&str, &str); 4] = [
 /// The numbers of a scrape are those of the control socket, taken while nothing happened.
 fn is_as_commands_say(namespace: &Namespace, operator: &Operator) -> Result<Scrape> {
     let state = || -> Result<[Value; 2]> {
-        let mut status = operator.ask("status")?;
-        status["uptime_seconds"] = Value::Null;
-        let mut peers = operator.ask("peers")?;
+        let (mut status, mut peers) = (operator.ask("status")?, operator.ask("peers")?);
+        // These go on by themselves.
+        for key in ["uptime_seconds", "boottime_ns"] {
+            status[key] = Value::Null;
+        }
+        peers["boottime_ns"] = Value::Null;
         for peer in peers["peers"].as_array_mut().into_iter().flatten() {
             peer["last_seen_seconds"] = Value::Null;
         }

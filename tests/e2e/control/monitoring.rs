@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::io::Write;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -29,6 +29,8 @@ struct Everything {
     network: Network,
     near: Member,
     far: Member,
+    /// Sends to the near one what it drops.
+    stray: UdpSocket,
 }
 
 impl Everything {
@@ -42,19 +44,32 @@ impl Everything {
         let stray = Ipv4Addr::new(172, 31, 0, 1);
         let net = IpNet::new_assert(stray.into(), 32);
         configure(network.host(1), "lo", &[net], 65_536)?;
-        let (socket, to) = (udp(network.host(1), stray, 0)?, near.address()?);
+        let stray = udp(network.host(1), stray, 0)?;
+        tried("connect", stray.connect((near.address()?, 9)))?;
         let key = far.operator.ask("status")?["public_key"].clone();
+        let everything = Self {
+            network,
+            near,
+            far,
+            stray,
+        };
         let labels = [
             ("peer", key.as_str().unwrap_or_default()),
             ("reason", "source_not_allowed"),
         ];
-        wait_until("a drop is counted, and the path is known", || {
-            tried("send", socket.send_to(b"hello", (to, 9)))?;
-            let scrape = scrape(network.host(0))?;
-            let is_known = scrape.get("peer_path_mtu_bytes", &labels[..1]).is_some();
+        wait_until("a drop is counted, and the peer is known", || {
+            everything.send_stray()?;
+            let scrape = everything.scrape()?;
+            let is_known = scrape.get("peer_path_mtu_bytes", &labels[..1]).is_some()
+                && scrape.names().contains("fastvpn_peer_state");
             Ok(is_known && scrape.get("peer_dropped_packets_total", &labels) > Some(0.0))
         })?;
-        Ok(Self { network, near, far })
+        Ok(everything)
+    }
+
+    /// The far one is heard of.
+    fn send_stray(&self) -> Result<()> {
+        tried("send", self.stray.send(b"hello")).map(drop)
     }
 
     fn host(&self) -> &Namespace {
@@ -214,10 +229,11 @@ fn prometheus_answers_the_dashboard() -> Result<()> {
         Ok(count.is_ok_and(|count| count > 0))
     })?;
     for query in queries()? {
-        let count = series(host, &query)?;
-        // What is compared has an answer only while it is so.
-        let is_answered = count > 0 || query.contains("> 0");
-        check(is_answered, || format!("nothing answers {query}"))?;
+        wait_until(&format!("{query} has an answer"), || {
+            everything.send_stray()?;
+            // What is compared has one only while it is so.
+            Ok(series(host, &query)? > 0 || query.contains("> 0"))
+        })?;
     }
     let mut rules = Value::Null;
     wait_until("all rules have been evaluated", || {

@@ -4,12 +4,18 @@ use std::fmt;
 use std::time::SystemTime;
 
 use super::{BYTES, Families, Family, SECONDS, Value, counter, flag, gauge, timestamp, whole};
-use crate::control::protocol::PeerStatus;
+use crate::control::protocol::{Liveness, PeerStatus};
 
 static INFO: Family = gauge(
     "peer_info",
     None,
     "A peer: where it comes from, and its identity, if it has one.",
+);
+
+static STATE: Family = gauge(
+    "peer_state",
+    None,
+    "How the peer is doing, if that is known: alive, silent or unreachable.",
 );
 
 /// What a snapshot of a certain time says of a peer.
@@ -101,6 +107,15 @@ pub(super) fn write(
         (labels, flag(true))
     });
     families.write(&INFO, info)?;
+    let states = peers.iter().filter_map(|peer| {
+        let state = match peer.state? {
+            Liveness::Alive => "alive",
+            Liveness::Silent => "silent",
+            Liveness::Unreachable => "unreachable",
+        };
+        Some(([("peer", &peer.peer[..]), ("state", state)], flag(true)))
+    });
+    families.write(&STATE, states)?;
     for (family, read) in &NUMBERS {
         let values = peers.iter();
         let values = values.map(|peer| ([("peer", &peer.peer[..])], read(peer, taken_at)));

@@ -1,7 +1,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::*;
-use crate::control::protocol::{PeerStatus, RegistryStatus, Status, WireGuardStatus};
+use crate::control::protocol::{Liveness, PeerStatus, RegistryStatus, Status, WireGuardStatus};
 use crate::counters;
 use crate::wireguard::HandshakeCounters;
 
@@ -32,6 +32,7 @@ fn peer(name: &str) -> PeerStatus {
         packets_sent: 9,
         bytes_sent: 9000,
         last_seen_seconds: Some(5),
+        state: Some(Liveness::Silent),
         drops: BTreeMap::from([("forged".into(), 2)]),
         ..PeerStatus::default()
     }
@@ -132,6 +133,7 @@ fn numbers_have_their_names() {
         ),
         "fastvpn_handshake_received_messages_total{type=\"response\"} 3".into(),
         "fastvpn_handshake_dropped_messages_total{reason=\"at_socket\"} 7".into(),
+        format!("fastvpn_peer_state{{peer=\"{KEY}\",state=\"silent\"}} 1"),
         "fastvpn_registry_revision 4711".into(),
         "fastvpn_registry_unused_entries{reason=\"malformed\"} 1".into(),
         "fastvpn_registry_events_total 12".into(),

@@ -119,11 +119,7 @@ pub(super) static COUNTERS: [(&str, Family); 18] = [
     ),
     (
         "keepalives_received",
-        counter(
-            "worker_received_keepalives",
-            None,
-            "Keepalives received in sessions.",
-        ),
+        counter("worker_received_keepalives", None, "Keepalives received."),
     ),
     (
         "probes_received",
