@@ -14,8 +14,8 @@ use serde::{Deserialize, Serialize};
 use super::peer::{self, PeerSpec, parse_identity, parse_peer};
 use super::types::{
     self, Aqm, BusyPoll, CoreList, Dscp, Feature, Io, Password, QueueLimit, parse_busy_poll,
-    parse_cores, parse_fwmark, parse_interface, parse_listen, parse_metrics, parse_prefix, parse_queue_limit,
-    parse_regex, parse_url,
+    parse_cores, parse_fwmark, parse_interface, parse_listen, parse_metrics, parse_prefix,
+    parse_queue_limit, parse_regex, parse_url,
 };
 use crate::log::LogFormat;
 use crate::wire::Mode;

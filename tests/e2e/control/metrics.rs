@@ -466,7 +466,7 @@ fn hostile_clients_of_metrics() -> Result<()> {
     let half: &[u8] = b"GET /metrics HTTP/1.1\r\nX:";
     let whole = b"GET /metrics HTTP/1.1\r\n\r\n".repeat(10_000);
     for say in [b"", half, b"\r\n\r\n\0", &whole, &long] {
-        let crowd: Vec<_> = (0..40)
+        let crowd: Vec<_> = (0..20)
             .filter_map(|_| {
                 let connect = || TcpStream::connect((Ipv4Addr::LOCALHOST, PORT));
                 let mut client = hosts.a.run(connect).ok()?;
