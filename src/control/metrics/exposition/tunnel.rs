@@ -10,7 +10,10 @@ static BUILD: Family = gauge("build_info", None, "The program, by its version.")
 
 static TUNNEL: Family = gauge("tunnel_info", None, "The tunnel: device, engine and mode.");
 
-static NUMBERS: [(Family, fn(&Snapshot) -> Option<Value>); 8] = [
+/// What a snapshot says.
+type Read = fn(&Snapshot) -> Option<Value>;
+
+static NUMBERS: [(Family, Read); 8] = [
     (
         gauge(
             "uptime",
