@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 
 declare -A packages=(
     [nft]=nftables [ip]=iproute2 [ping]=iputils-ping [curl]=curl [socat]=socat [python3]=python3
-    [wireguard-go]=wireguard-go
+    [wireguard-go]=wireguard-go [systemctl]=systemd
 )
 missing=()
 for tool in "${!packages[@]}"; do

@@ -49,6 +49,8 @@ pub enum ClientCommand {
     },
     /// Have the running tunnel read its configuration file again
     Reload(Target),
+    /// Have the program that is installed by now take over, without an outage
+    Upgrade(Target),
     /// End the running tunnel
     Stop(Target),
 }
@@ -109,6 +111,7 @@ impl ClientCommand {
         match self {
             Self::Peers(target)
             | Self::Reload(target)
+            | Self::Upgrade(target)
             | Self::Stop(target)
             | Self::Status { target, .. }
             | Self::Route { target, .. }
@@ -122,6 +125,7 @@ impl ClientCommand {
             Self::Status { .. } => Request::Status {},
             Self::Peers(_) => Request::Peers {},
             Self::Reload(_) => Request::Reload {},
+            Self::Upgrade(_) => Request::Upgrade {},
             Self::Stop(_) => Request::Stop {},
             Self::Route { command, .. } => match command {
                 RouteCommand::List => Request::RouteList {},
@@ -209,6 +213,7 @@ mod tests {
             "peer add 10.0.0.1=10.1.0.0/16",
             "peer del 10.0.0.1",
             "reload",
+            "upgrade",
             "stop",
         ] {
             let words = format!("{words} --tun other0 --control /tmp/x.sock");

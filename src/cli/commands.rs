@@ -3,19 +3,23 @@
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::client::{ClientCommand, RouteCommand, Target};
 use super::{render, watch};
 use crate::config::{default_control_path, default_control_paths};
-use crate::control::client::{Connection, Verdict, parse};
-use crate::control::protocol::{Request, Status};
+use crate::control::client::{self, Connection, Verdict, parse};
+use crate::control::protocol::{Request, Status, Upgrading};
 use crate::control::text::{printable, printable_json};
 use crate::error::{Error, Result};
 use crate::testbed::demo::{self, DemoOptions};
 
 /// How long a tunnel may take to answer, and one that was told to stop to end.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long a new process may take to take over: more than the old one waits for it.
+const UPGRADE_TIME_MAX: Duration = Duration::from_secs(60);
+const UPGRADE_PAUSE: Duration = Duration::from_millis(20);
 
 /// Carries out one command. What came of it goes to standard output.
 ///
@@ -118,12 +122,37 @@ fn perform(
 ) -> Result<()> {
     let mut connection = Connection::open(path, patience)?;
     let line = connection.ask(&command.request())?;
-    show_answer(command, path, &line, out, || {
-        connection.wait_for_end(patience)
+    show_answer(command, path, &line, out, || match command {
+        ClientCommand::Upgrade(_) => wait_for_upgrade(parse(&line, path)?, path, patience),
+        _ => connection.wait_for_end(patience),
     })
 }
 
-/// Shows a command's answer. `wait_for_end`: when it is that the tunnel ends.
+/// Waits until a new process answers, or the old one says that it will not.
+fn wait_for_upgrade(new: Upgrading, path: &Path, patience: Duration) -> Result<()> {
+    let deadline = Instant::now() + UPGRADE_TIME_MAX;
+    loop {
+        // Nobody may answer for a moment.
+        let status = client::status(path, patience);
+        match &status {
+            Ok(status) if status.pid == new.pid => return Ok(()),
+            Ok(Status {
+                upgrade_error: Some(error),
+                ..
+            }) => return Err(Error::new(printable(error))),
+            _ => {}
+        }
+        if Instant::now() > deadline {
+            status?;
+            let what = format!("process {} has not taken over", new.pid);
+            return Err(Error::new(what).hint("its log may say why"));
+        }
+        std::thread::sleep(UPGRADE_PAUSE);
+    }
+}
+
+/// Shows a command's answer. `wait`: when it is that the tunnel ends, or that another process
+/// takes over.
 ///
 /// # Errors
 /// When the answer is a refusal, or none to this command.
@@ -133,15 +162,15 @@ pub fn show_answer(
     path: &Path,
     line: &str,
     out: &mut impl Write,
-    wait_for_end: impl FnOnce() -> Result<()>,
+    wait: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
     let verdict: Verdict = parse(line, path)?;
     if command.target().json {
         show(out, &(printable_json(line) + "\n"))?;
     }
     verdict.check()?;
-    if let ClientCommand::Stop(_) = command {
-        wait_for_end()?;
+    if let ClientCommand::Stop(_) | ClientCommand::Upgrade(_) = command {
+        wait()?;
     }
     if command.target().json {
         return Ok(());
@@ -156,6 +185,7 @@ pub fn show_answer(
         },
         ClientCommand::Peer { .. } => render::changed(&parse(line, path)?),
         ClientCommand::Reload(_) => render::reloaded(&parse(line, path)?),
+        ClientCommand::Upgrade(_) => render::upgraded(&parse(line, path)?),
         ClientCommand::Stop(_) => "stopped\n".into(),
     };
     show(out, &text)

@@ -535,7 +535,7 @@ fn client_and_server_understand_each_other() {
 /// The examples are what the program writes and reads, key by key.
 #[test]
 fn the_documented_examples_are_the_protocol() {
-    use crate::control::protocol::{Changed, Found, Peers, Reloaded, Routes, Status};
+    use crate::control::protocol::{Changed, Found, Peers, Reloaded, Routes, Status, Upgrading};
     use serde::Serialize;
     use serde::de::DeserializeOwned;
 
@@ -567,6 +567,7 @@ fn the_documented_examples_are_the_protocol() {
                     Request::RouteList {} => read_and_written::<Routes>(answer),
                     Request::RouteGet { .. } => read_and_written::<Found>(answer),
                     Request::Reload {} => read_and_written::<Reloaded>(answer),
+                    Request::Upgrade {} => read_and_written::<Upgrading>(answer),
                     _ => read_and_written::<Changed>(answer),
                 });
             }
@@ -591,6 +592,7 @@ fn the_documented_examples_are_the_protocol() {
             "peer-del",
             "stop",
             "reload",
+            "upgrade",
             "takeover",
         ]
     );

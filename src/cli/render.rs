@@ -6,6 +6,7 @@ use super::table::Table;
 use super::units::{count, counted, duration, exactly};
 use crate::control::protocol::{
     Changed, Found, Liveness, PeerStatus, Peers, RegistryStatus, Reloaded, Routes, Status,
+    Upgrading,
 };
 use crate::control::summary::bytes;
 use crate::control::text::printable;
@@ -59,6 +60,10 @@ pub(super) fn status(status: &Status) -> String {
         (
             "last reload",
             reload_error.map_or(String::new(), |error| format!("changed nothing: {error}")),
+        ),
+        (
+            "last upgrade",
+            status.upgrade_error.clone().unwrap_or_default(),
         ),
         ("registry", registry.0),
         ("network", registry.1),
@@ -410,6 +415,11 @@ pub(super) fn found(found: &Found) -> String {
 pub(super) fn changed(changed: &Changed) -> String {
     // As of a reload that changes no settings.
     Reloaded::default().words(counts(changed)) + "\n"
+}
+
+/// What an upgrade came to, in one line.
+pub(super) fn upgraded(upgrading: &Upgrading) -> String {
+    format!("upgraded: process {} has the tunnel\n", upgrading.pid)
 }
 
 /// What a reload came to, in one line.

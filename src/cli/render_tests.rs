@@ -32,6 +32,7 @@ fn a_status() -> Status {
         keeps_routes: true,
         config_file: Some("/etc/fastvpn.toml".into()),
         reload_error: None,
+        upgrade_error: None,
         registry: None,
         peers: 2,
         prefixes: 1,
@@ -117,9 +118,12 @@ fn status_of_a_tunnel_that_has_just_started() {
 fn status_shows_a_failed_reload_on_one_line() {
     let failed = Status {
         reload_error: Some("line 3: \x1b[31mno\npeer".into()),
+        upgrade_error: Some("process 7 has not taken over".into()),
         ..a_status()
     };
     let line = "\nlast reload    changed nothing: line 3: \\u{1b}[31mno\\npeer\n";
+    assert!(status(&failed).contains(line), "{}", status(&failed));
+    let line = "\nlast upgrade   process 7 has not taken over\n";
     assert!(status(&failed).contains(line), "{}", status(&failed));
 }
 

@@ -1,6 +1,7 @@
 //! Where control sockets are unless something else is asked for.
 
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use super::options::Config;
 
@@ -45,7 +46,14 @@ pub(crate) fn default_control_paths() -> Vec<PathBuf> {
 /// of process 1, for those that may inspect it (ptrace(2)), as in a container of
 /// its own. For others the kernel's first namespace, the only one with the
 /// settings of net/core/sysctl_net_core.c's `net_core_table`.
+///
+/// Once for the process, with the rights that it has when it asks first.
 fn namespace_of_its_own() -> Option<u64> {
+    static INODE: OnceLock<Option<u64>> = OnceLock::new();
+    *INODE.get_or_init(look_for_namespace_of_its_own)
+}
+
+fn look_for_namespace_of_its_own() -> Option<u64> {
     use std::os::unix::fs::MetadataExt;
     let inode = |path: &str| std::fs::metadata(path).map(|metadata| metadata.ino());
     let own = inode("/proc/self/ns/net").ok()?;

@@ -73,6 +73,9 @@ pub enum Request {
     },
     /// Reads the configuration file again: [`Reloaded`].
     Reload {},
+    /// Starts the program that is installed by now, which takes over: [`Upgrading`]. What
+    /// comes of it, [`Status`] tells.
+    Upgrade {},
     /// Ends the tunnel: [`Changed`].
     Stop {},
     /// Hands the tunnel over to the process that asks.
@@ -146,6 +149,9 @@ pub struct Status {
     pub config_file: Option<String>,
     /// Why the last reload changed nothing, if it did not.
     pub reload_error: Option<String>,
+    /// Why the last upgrade left this process running, if it did.
+    #[serde(default)]
+    pub upgrade_error: Option<String>,
     /// The registry that the tunnel is in, if there is one.
     #[serde(default)]
     pub registry: Option<RegistryStatus>,
@@ -385,6 +391,13 @@ impl Reloaded {
     }
 }
 
+/// An upgrade that has begun.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Upgrading {
+    /// Process id of the new process.
+    pub pid: u32,
+}
+
 /// An answer to a request that was done.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
@@ -401,6 +414,8 @@ pub enum Answer {
     Changed(Changed),
     /// To [`Request::Reload`].
     Reloaded(Reloaded),
+    /// To [`Request::Upgrade`].
+    Upgrading(Upgrading),
 }
 
 /// A line of the control socket: an answer with `"ok":true`, or an error with `"ok":false`.

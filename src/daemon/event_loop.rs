@@ -1,17 +1,22 @@
 //! The one loop of the control thread: it waits for whatever may happen to the
 //! tunnel, and handles one event after the other until the end.
 
+use std::io;
+use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, never, select, tick};
 use signal_hook::consts::SIGHUP;
 
 use super::handoff::{self, Handoff, NewProcess};
+use super::service_manager::ServiceManager;
 use super::start::Begun;
 use super::tunnel::Tunnel;
+use super::upgrade::{Program, Upgrade};
 use super::{metrics, reload, requests, uapi};
+use crate::control::credentials::Asker;
 use crate::control::metrics::Server as MetricsServer;
-use crate::control::protocol::{Answer, Changed, Request};
+use crate::control::protocol::{Answer, Changed, Request, Upgrading};
 use crate::control::server::{Call, Reply, Server};
 use crate::control::uapi::server::Server as UapiServer;
 use crate::error::{Error, Result};
@@ -48,11 +53,17 @@ pub struct Daemon {
     handoff: Option<Handoff>,
     /// Who has asked for the peers, and until when etcd is waited for.
     waiting: Option<(Reply, Instant)>,
+    /// This process's program.
+    program: Program,
+    /// While a process that this one has started is to take over.
+    upgrade: Option<Upgrade>,
+    /// Who may have started this process.
+    manager: ServiceManager,
 }
 
 impl Daemon {
     /// Nobody takes over yet.
-    pub fn new(begun: Begun) -> Self {
+    pub fn new(begun: Begun, program: Program) -> Self {
         let Begun {
             tunnel,
             control,
@@ -66,6 +77,9 @@ impl Daemon {
             metrics,
             handoff: None,
             waiting: None,
+            program,
+            upgrade: None,
+            manager: ServiceManager::from_environment(),
         }
     }
 
@@ -74,6 +88,15 @@ impl Daemon {
     /// # Errors
     /// When a worker fails.
     pub fn run(&mut self, signals: &Receiver<i32>) -> Result<End> {
+        self.manager.ready(&self.tunnel);
+        let end = self.handle_events(signals);
+        if !matches!(end, Ok(End::HandedOver)) {
+            self.manager.stopping();
+        }
+        end
+    }
+
+    fn handle_events(&mut self, signals: &Receiver<i32>) -> Result<End> {
         let poll = tick(POLL_INTERVAL);
         let limits_reset = tick(LIMITS_RESET_INTERVAL);
         let names = self.tunnel.peers.answers();
@@ -93,6 +116,9 @@ impl Daemon {
             let agent = registry.map(|registry| &registry.agent);
             let leases = agent.map_or_else(never, |agent| agent.leases_known.clone());
             let registry = agent.map_or_else(never, |agent| agent.changed.clone());
+            let upgrade = self.upgrade.as_ref();
+            let upgrade_ended = upgrade.map_or_else(never, |upgrade| upgrade.ended.clone());
+            let workers_answers = self.manager.answers();
             let mut end = None;
             select! {
                 recv(signals) -> signal => end = self.take_signal(signal.ok()),
@@ -116,6 +142,11 @@ impl Daemon {
                 recv(probes) -> probe => if let Ok(probe) = probe {
                     self.tunnel.take_probe(probe);
                 },
+                recv(upgrade_ended) -> ended => if let Ok(ended) = ended {
+                    self.fail_upgrade(ended);
+                },
+                // Nothing is ever sent: it ends.
+                recv(workers_answers) -> _ => self.manager.all_answered(),
                 // While another process takes over, it follows the registry by itself.
                 recv(registry) -> _ => self.tunnel.take_registry()?,
                 recv(leases) -> _ => self.answer_waiting(),
@@ -126,6 +157,7 @@ impl Daemon {
                         self.answer_waiting();
                     }
                     self.retry_uapi();
+                    self.manager.poll(&self.tunnel, Instant::now());
                     end = self.find_socket_removed();
                 }
                 recv(limits_reset) -> _ => self.tunnel.workers.reset_limits(),
@@ -194,7 +226,9 @@ impl Daemon {
 
     /// What comes of it is in the log.
     fn reload(&mut self) {
+        self.manager.reloading();
         let _ = reload::reload(&mut self.tunnel, "SIGHUP");
+        self.manager.ready(&self.tunnel);
     }
 
     fn take_call(&mut self, call: Call) -> Option<End> {
@@ -222,6 +256,16 @@ impl Daemon {
                 self.answer_waiting();
                 self.waiting = Some((reply, Instant::now() + LEASES_WAIT_MAX));
             }
+            Call::Request(Request::Upgrade {}, reply) => {
+                let answer = self.begin_upgrade(reply.asker);
+                reply.send(answer.map(Answer::Upgrading));
+            }
+            Call::Request(request @ Request::Reload {}, reply) => {
+                self.manager.reloading();
+                let answer = requests::answer(&mut self.tunnel, request, reply.asker);
+                self.manager.ready(&self.tunnel);
+                reply.send(answer);
+            }
             Call::Request(request, reply) => {
                 let answer = requests::answer(&mut self.tunnel, request, reply.asker);
                 reply.send(answer);
@@ -235,6 +279,44 @@ impl Daemon {
         if let Some((reply, _)) = self.waiting.take() {
             let answer = requests::answer(&mut self.tunnel, Request::Peers {}, reply.asker);
             reply.send(answer);
+        }
+    }
+
+    /// Starts a process that is to take over.
+    fn begin_upgrade(&mut self, asker: Asker) -> Result<Upgrading> {
+        if let Some(Upgrade { pid, .. }) = self.upgrade {
+            let what = format!("process {pid} is about to take over already");
+            return Err(Error::new(what).hint("try again"));
+        }
+        let upgrade = Upgrade::begin(&self.program, &self.tunnel.config)?;
+        let pid = upgrade.pid;
+        tracing::info!(by = %asker, "started process {pid} to take over, by {asker}");
+        self.tunnel.upgrade_error = None;
+        self.upgrade = Some(upgrade);
+        Ok(Upgrading { pid })
+    }
+
+    /// The process that was to take over has ended.
+    fn fail_upgrade(&mut self, ended: io::Result<ExitStatus>) {
+        let Some(Upgrade { pid, .. }) = self.upgrade.take() else {
+            return;
+        };
+        let how = ended.map_or_else(|error| error.to_string(), |status| status.to_string());
+        let error = format!("process {pid} has not taken over ({how}); its log says why");
+        tracing::error!(%error, "not upgraded: {error}");
+        self.tunnel.upgrade_error = Some(error);
+    }
+
+    /// Has the service manager follow the process `pid`, which has the tunnel now.
+    fn leave_service_to(&self, pid: Option<u32>) {
+        match (pid, &self.upgrade) {
+            (Some(pid), Some(upgrade)) if upgrade.pid == pid => self.manager.hand_over(pid),
+            // It is not the service's.
+            _ if self.manager.is_there() => tracing::warn!(
+                "the service manager does not follow a process that this one has not started: \
+                 use `fastvpn upgrade`"
+            ),
+            _ => {}
         }
     }
 
@@ -260,6 +342,7 @@ impl Daemon {
             }
         };
         if is_over {
+            self.leave_service_to(handoff.and_then(|handoff| handoff.pid));
             return Ok(Some(End::HandedOver));
         }
         if handoff.is_some_and(|handoff| handoff.is_reload_due) {

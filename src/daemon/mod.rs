@@ -35,15 +35,18 @@ mod memory;
 mod metrics;
 mod peers;
 mod plan;
+mod privileges;
 mod reach;
 mod registry;
 mod reload;
 mod requests;
 mod resolve;
+mod service_manager;
 mod settings;
 mod start;
 mod tunnel;
 mod uapi;
+mod upgrade;
 mod workers;
 
 use std::time::Duration;
@@ -59,6 +62,7 @@ use self::registry::Registry;
 pub(crate) use self::settings::{default_mtu_bytes, listen_address};
 use self::start::Begun;
 pub use self::start::rehearse;
+use self::upgrade::Program;
 use crate::config::{Config, hide_memory};
 use crate::control::summary;
 use crate::counters::Snapshot;
@@ -72,6 +76,11 @@ const LET_IN_TIME_MAX: Duration = Duration::from_secs(10);
 /// # Errors
 /// When it cannot be set up, or when the device is taken away.
 pub fn run(mut config: Config) -> Result<()> {
+    let program = Program::of_this_process();
+    // Looked up with all rights, as those do who look for it.
+    let _ = config.control_path();
+    // Before there are threads: each has rights of its own.
+    privileges::reduce();
     let detached = config.detached.then(|| Detached::begin(&config));
     let signals = watch_signals()?;
     raise_descriptor_limit();
@@ -88,7 +97,7 @@ pub fn run(mut config: Config) -> Result<()> {
         },
         false => None,
     };
-    let mut daemon = Daemon::new(begin(config, registry)?);
+    let mut daemon = Daemon::new(begin(config, registry)?, program);
     if let Some(detached) = detached {
         detached.report_ready()?;
     }

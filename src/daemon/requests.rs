@@ -96,7 +96,7 @@ pub fn answer(tunnel: &mut Tunnel, request: Request, asker: Asker) -> Result<Ans
         }
         Request::Reload {} => reload(tunnel, &asker.to_string()).map(Answer::Reloaded),
         // The event loop handles these.
-        Request::Stop {} | Request::Takeover { .. } => {
+        Request::Stop {} | Request::Upgrade {} | Request::Takeover { .. } => {
             Err(Error::new("this cannot be asked for here"))
         }
     }
@@ -225,6 +225,7 @@ pub fn status(tunnel: &mut Tunnel) -> Status {
         keeps_routes: !config.no_routes,
         config_file: file.map(|path| path.display().to_string()),
         reload_error: tunnel.reload_error.clone(),
+        upgrade_error: tunnel.upgrade_error.clone(),
         registry: tunnel.registry.as_ref().map(Registry::status),
         peers: overlay.peers().count(),
         prefixes: overlay.prefixes().count(),

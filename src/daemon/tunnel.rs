@@ -56,6 +56,8 @@ pub struct Tunnel {
     pub started: Instant,
     /// Why the last reload changed nothing, if it did not.
     pub reload_error: Option<String>,
+    /// Why the last process that was to take over has not, if so.
+    pub upgrade_error: Option<String>,
 }
 
 impl Tunnel {
@@ -94,6 +96,7 @@ impl Tunnel {
             drop_log: DropLog::new(),
             started: Instant::now(),
             reload_error: None,
+            upgrade_error: None,
         };
         tunnel.filter_datagrams()?;
         Ok(tunnel)

@@ -41,6 +41,8 @@ const PUBLISH_WAIT_MAX: Duration = Duration::from_secs(5);
 const RESET_AFTER_MAX: usize = 0;
 const TABLE_AFTER_MAX: usize = 1;
 const STOP_AFTER_MAX: usize = usize::MAX;
+/// Its asker waits before it asks again.
+const ASK_AFTER_MAX: usize = usize::MAX;
 
 /// What there is once in a namespace: the device and the sockets on the port.
 pub struct Claimed {
@@ -413,6 +415,14 @@ impl Workers {
     /// Has GSO batches of full size tried again on all paths.
     pub fn reset_limits(&self) {
         self.tell(RESET_AFTER_MAX, || WorkerCommand::ResetLimits);
+    }
+
+    /// Asks all workers for a sign of life. What is returned ends when they have given it, or
+    /// have ended; one that is stuck does neither. Wait for that before asking again.
+    pub fn ask_all(&self) -> Receiver<Infallible> {
+        let (sender, answered) = bounded(0);
+        self.tell(ASK_AFTER_MAX, || WorkerCommand::Answer(sender.clone()));
+        answered
     }
 
     /// What each worker has counted.

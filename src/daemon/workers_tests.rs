@@ -133,6 +133,22 @@ fn no_worker_keeps_the_table_before_a_published_one() {
     });
 }
 
+/// A service manager's watchdog hears nothing of a worker that is stuck.
+#[test]
+fn a_worker_answers_when_it_runs() {
+    Scene::for_each_engine(|mut scene| {
+        let asked = scene.workers.ask_all();
+        // It waits for the word to start.
+        let none = asked.recv_timeout(Duration::from_millis(50));
+        assert_eq!(none, Err(RecvTimeoutError::Timeout));
+        scene.workers.go();
+        for asked in [asked, scene.workers.ask_all()] {
+            let ended = asked.recv_timeout(PATIENCE);
+            assert_eq!(ended, Err(RecvTimeoutError::Disconnected));
+        }
+    });
+}
+
 /// One that is stuck keeps no table but the newest, which it takes at last.
 #[test]
 fn commands_do_not_pile_up() {

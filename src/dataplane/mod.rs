@@ -41,6 +41,8 @@ pub(crate) enum WorkerCommand {
     Table(Arc<Mutex<Arc<Table>>>, Sender<Infallible>),
     /// Try batches of full size again on all paths.
     ResetLimits,
+    /// Let go of the sender: who waits is told by the channel's end that the worker runs.
+    Answer(Sender<Infallible>),
 }
 
 /// What a worker is told. An [`Event::Wake`] follows.
@@ -194,6 +196,7 @@ fn obey(
                 drop(in_force);
             }
             WorkerCommand::ResetLimits => engine.reset_limits(),
+            WorkerCommand::Answer(asked) => drop(asked),
         }
     }
     if commands.inbox.take_sessions() {

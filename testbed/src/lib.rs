@@ -11,6 +11,7 @@ pub mod etcd;
 pub mod process;
 pub mod program;
 mod routes;
+pub mod systemd;
 pub mod traffic;
 pub mod wireguard;
 

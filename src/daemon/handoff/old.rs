@@ -87,6 +87,8 @@ pub struct Handoff {
     pub ready: Receiver<Result<NewProcess>>,
     /// A reload by signal waits.
     pub is_reload_due: bool,
+    /// The new process's id; none if it cannot be seen.
+    pub pid: Option<u32>,
 }
 
 impl Handoff {
@@ -97,10 +99,12 @@ impl Handoff {
         lines: Lines,
         protocol: u32,
     ) -> Option<Self> {
-        if let Ok(asker) = Asker::of(lines.stream()) {
+        let asker = Asker::of(lines.stream()).ok();
+        if let Some(asker) = asker {
             tracing::info!(by = %asker, "{asker} asks to take over");
         }
         let mut handoff = Self::new(lines);
+        handoff.pid = asker.and_then(|asker| asker.pid.try_into().ok());
         let started = check_protocol(protocol).and_then(|()| {
             let workers = tunnel.workers.descriptors.clone();
             // The new process is to find peers where they are now.
@@ -131,6 +135,7 @@ impl Handoff {
             thread: None,
             ready: bounded(1).1,
             is_reload_due: false,
+            pid: None,
         }
     }
 

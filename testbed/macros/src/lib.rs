@@ -10,6 +10,7 @@ use proc_macro::{TokenStream, TokenTree};
 /// - `needs_root`: not in a user namespace.
 /// - `long`: in the long tier alone.
 /// - `etcd`: where etcd and etcdctl are installed.
+/// - `systemd`: where systemd is installed, and can be started in namespaces.
 /// - `wireguard_go`, `boringtun`, `gotatun`, `wg`, `mandoc`, `tmux`: where that program is
 ///   installed.
 /// - `promtool`: where Prometheus and its tool are, besides etcd.
@@ -51,9 +52,11 @@ pub fn trial(attribute: TokenStream, function: TokenStream) -> TokenStream {
             .into();
         words.retain(|word| word != "promtool");
     }
-    if words.iter().any(|word| word == "etcd") {
-        needs = "Some(::testbed::etcd::missing)".into();
-        words.retain(|word| word != "etcd");
+    for module in ["etcd", "systemd"] {
+        if words.iter().any(|word| word == module) {
+            needs = format!("Some(::testbed::{module}::missing)");
+            words.retain(|word| word != module);
+        }
     }
     assert!(words.is_empty(), "{words:?} are no words of a trial");
     let mut tokens = function.clone().into_iter();
