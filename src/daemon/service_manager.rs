@@ -147,5 +147,4 @@ fn status(tunnel: &Tunnel) -> String {
     printable(&format!(
         "{device}: listening on {listen}, peers: {peers}, prefixes: {prefixes}"
     ))
-    .into()
 }
