@@ -198,10 +198,10 @@ impl Drop for Systemd {
 /// Removes a control group with those below it, unless there are processes.
 fn is_removed(group: &Path) -> bool {
     let entries = fs::read_dir(group).into_iter().flatten().flatten();
-    let below = entries
+    let mut below = entries
         .map(|entry| entry.path())
         .filter(|path| path.is_dir());
-    below.fold(true, |all, path| is_removed(&path) && all) && fs::remove_dir(group).is_ok()
+    below.all(|path| is_removed(&path)) && fs::remove_dir(group).is_ok()
 }
 
 /// The first child of a process (proc_pid_stat(5)).
