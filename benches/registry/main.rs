@@ -41,9 +41,11 @@ const RATE: u32 = 100;
 /// The address in the tunnel of the host that is a peer by hand.
 const FAR: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 70, 0, 1));
 
-/// How often streams take turns, and how long each lasts.
-const ROUNDS: usize = 12;
-const STREAM_TIME: Duration = Duration::from_secs(2);
+/// How often a stream has changes beside it and none, how long each lasts, and how long the stream
+/// has to come up to speed.
+const TURNS: usize = 60;
+const TURN: Duration = Duration::from_millis(400);
+const WARM_UP: Duration = Duration::from_secs(2);
 
 fn main() -> Result<()> {
     if let Some(missing) = etcd::missing() {
@@ -218,6 +220,13 @@ impl Control {
         Ok(())
     }
 
+    /// Bytes that have left by the tunnel.
+    fn bytes_sent(&mut self) -> Result<u64> {
+        let status = self.ask(&json!({"command": "status"}))?;
+        let bytes = status["counters"]["bytes_sent"].as_u64();
+        bytes.ok_or_else(|| Error::new(format!("no bytes in {status}")))
+    }
+
     /// Waits until there are so many prefixes.
     fn wait_for_prefixes(&mut self, count: usize) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
@@ -243,16 +252,24 @@ fn percentile(sorted: &[Duration], percent: usize) -> Duration {
 /// Changes some hosts `RATE` times a second, until it is dropped.
 struct Churn {
     is_over: Arc<AtomicBool>,
+    /// Set it, and as much is written to keys that no tunnel follows.
+    is_elsewhere: Arc<AtomicBool>,
     changes: Arc<AtomicUsize>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
 impl Churn {
-    fn start(site: &Site, prefix: &str, numbers: std::ops::Range<usize>) -> Result<Self> {
-        let (is_over, changes) = (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default());
-        let (over, count) = (Arc::clone(&is_over), Arc::clone(&changes));
-        let mut load = site.load(prefix)?;
-        let thread = thread::spawn(move || {
+    fn start(site: &Site, numbers: std::ops::Range<usize>) -> Result<Self> {
+        let mut loads = [site.load(PREFIX)?, site.load(PREFIX_ELSEWHERE)?];
+        let mut churn = Self {
+            is_over: Arc::default(),
+            is_elsewhere: Arc::default(),
+            changes: Arc::default(),
+            thread: None,
+        };
+        let (over, count) = (Arc::clone(&churn.is_over), Arc::clone(&churn.changes));
+        let elsewhere = Arc::clone(&churn.is_elsewhere);
+        churn.thread = Some(thread::spawn(move || {
             let start = Instant::now();
             for (generation, change) in (1..).zip(0u32..) {
                 thread::sleep(
@@ -263,17 +280,14 @@ impl Churn {
                 );
                 let number = numbers.start + change as usize % numbers.len();
                 let round = generation / numbers.len() as u32 + 1;
+                let load = &mut loads[usize::from(elsewhere.load(Relaxed))];
                 if over.load(Relaxed) || load.write(&[load_host(number, round, 0)]).is_err() {
                     return;
                 }
                 count.fetch_add(1, Relaxed);
             }
-        });
-        Ok(Self {
-            is_over,
-            changes,
-            thread: Some(thread),
-        })
+        }));
+        Ok(churn)
     }
 }
 
@@ -317,7 +331,7 @@ fn measure(count: usize) -> Result<()> {
     for generation in 1..=100 {
         single.push(one_change(&mut load, &mut control, generation)?);
     }
-    let churn = Churn::start(&site, PREFIX, 100..count)?;
+    let churn = Churn::start(&site, 100..count)?;
     for generation in 101..=300 {
         among.push(one_change(&mut load, &mut control, generation)?);
     }
@@ -385,51 +399,58 @@ fn one_change(load: &mut Load, control: &mut Control, generation: u32) -> Result
 }
 
 /// What a stream loses by changes. All share this machine, so what it is compared with is the
-/// same load on etcd by keys that the tunnel does not follow. The other end is a host by hand,
-/// for which nothing changes.
+/// same load on etcd by keys that the tunnel does not follow, in turns that are short beside
+/// what else happens here. The other end is a host by hand, for which nothing changes.
 fn traffic(site: &Site, count: usize) -> Result<()> {
     let _far = site.start_far()?;
     Control::open(&site.path("control-far"))?;
     let peer = format!("{}={FAR}/32", HOSTS[1]);
     let _near = site.start(&["--peer", &peer])?;
-    site.control()?.wait_for_prefixes(count + 1)?;
-    let stream = |prefix: &str| -> Result<f64> {
-        let between = Between {
-            client: &site.hosts.a,
-            server: &site.hosts.b,
-            address: FAR,
-        };
-        let churn = Churn::start(site, prefix, 100..count)?;
-        let bulk = Bulk::new(1, BulkLimit::Time(STREAM_TIME));
-        let start = Instant::now();
-        let report = tcp_bulk(between, bulk, &Watch::default())?;
-        let rate = report.bytes as f64 * 8e-9 / start.elapsed().as_secs_f64();
-        drop(churn);
-        Ok(rate)
+    let mut control = site.control()?;
+    control.wait_for_prefixes(count + 1)?;
+    let churn = Churn::start(site, 100..count)?;
+    let between = Between {
+        client: &site.hosts.a,
+        server: &site.hosts.b,
+        address: FAR,
     };
-    stream(PREFIX)?;
-    let mut ratios = Vec::new();
-    for round in 0..ROUNDS {
-        // In turns, so that what drifts is in both.
-        let (with, without) = match round % 2 {
-            0 => {
-                let with = stream(PREFIX)?;
-                (with, stream(PREFIX_ELSEWHERE)?)
-            }
-            _ => {
-                let without = stream(PREFIX_ELSEWHERE)?;
-                (stream(PREFIX)?, without)
-            }
-        };
-        ratios.push((with / without, with, without));
-    }
-    ratios.sort_by(|one, other| one.0.total_cmp(&other.0));
+    let time = WARM_UP + 2 * TURNS as u32 * TURN + WARM_UP;
+    let bulk = Bulk::new(1, BulkLimit::Time(time));
+    let rates = thread::scope(|scope| {
+        let stream = scope.spawn(|| tcp_bulk(between, bulk, &Watch::default()));
+        thread::sleep(WARM_UP);
+        let mut rates = Vec::new();
+        for turn in 0..2 * TURNS {
+            // With, without, without, with: what drifts is in both.
+            churn
+                .is_elsewhere
+                .store(turn % 4 == 1 || turn % 4 == 2, Relaxed);
+            // What was changed before is still being followed.
+            thread::sleep(TURN / 4);
+            let (start, before) = (Instant::now(), control.bytes_sent()?);
+            thread::sleep(TURN - TURN / 4);
+            let bytes = control.bytes_sent()? - before;
+            rates.push(bytes as f64 * 8e-9 / start.elapsed().as_secs_f64());
+        }
+        let report = stream.join();
+        let report = report.map_err(|_| Error::new("the stream's thread has panicked"))?;
+        report.map(|_| rates)
+    })?;
+    let pairs = rates.chunks_exact(2).enumerate();
+    let mut ratios: Vec<f64> = pairs
+        .map(|(number, pair)| match number % 2 {
+            0 => pair[0] / pair[1],
+            _ => pair[1] / pair[0],
+        })
+        .collect();
+    ratios.sort_by(f64::total_cmp);
+    let mean = rates.iter().sum::<f64>() / rates.len() as f64;
     println!(
-        "TCP beside {RATE} changes a second, against the same load on etcd elsewhere: median \
-         {:.3}, quartiles {:.3} and {:.3} of (ratio, Gbit/s with, without) {ratios:.3?}",
-        ratios[ROUNDS / 2].0,
-        ratios[ROUNDS / 4].0,
-        ratios[ROUNDS - 1 - ROUNDS / 4].0
+        "TCP beside {RATE} changes a second, against the same load on etcd elsewhere: median {:.3}, \
+         quartiles {:.3} and {:.3} of {TURNS} pairs; {mean:.1} Gbit/s",
+        ratios[TURNS / 2],
+        ratios[TURNS / 4],
+        ratios[TURNS - 1 - TURNS / 4]
     );
     Ok(())
 }
