@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::client::{ClientCommand, RouteCommand, Target};
 use super::{render, watch};
-use crate::config::{default_control_path, default_control_paths};
+use crate::config::{TUN_NAME_DEFAULT, default_control_path, default_control_paths};
 use crate::control::client::{self, Connection, Verdict, parse};
 use crate::control::protocol::{Request, Status, Upgrading};
 use crate::control::text::{printable, printable_json};
@@ -99,6 +99,20 @@ fn several(found: &[Running]) -> Error {
     let names = found.iter().map(|tunnel| printable(&tunnel.status.tun));
     let names = names.collect::<Vec<_>>().join(", ");
     Error::new(format!("several tunnels run here: {names}"))
+}
+
+/// The socket of the tunnel that runs here, if it is the only one; the default name's, if
+/// none does.
+///
+/// # Errors
+/// When there are several.
+pub(super) fn only_tunnel() -> Result<PathBuf> {
+    let found = running();
+    match &found[..] {
+        [] => Ok(default_control_path(TUN_NAME_DEFAULT)),
+        [only] => Ok(only.path.clone()),
+        _ => Err(several(&found).hint("name one: `fastvpn top NAME`")),
+    }
 }
 
 /// A line for each of several tunnels.

@@ -10,6 +10,7 @@ mod rates;
 pub mod registry;
 mod render;
 mod table;
+pub mod top;
 mod units;
 mod watch;
 
@@ -79,6 +80,8 @@ pub enum Command {
     /// Ask a running tunnel, or tell it something.
     #[command(flatten)]
     Client(client::ClientCommand),
+    /// Watch a running tunnel on the whole terminal: throughput, workers, peers, drops
+    Top(top::TopOptions),
     /// Make completions and manual pages.
     #[command(flatten)]
     Generate(generate::GenerateCommand),

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::control::protocol::Status;
+use crate::control::protocol::{PeerStatus, Status};
 
-/// What a tunnel has counted so far.
+/// What a tunnel, a worker or a peer has counted so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Totals {
     pub(super) packets_sent: u64,
@@ -22,6 +22,14 @@ impl Totals {
         Self::of_counters(&status.counters, sum(drops(status).values()))
     }
 
+    /// Those of a worker.
+    pub(super) fn of_worker(counters: &BTreeMap<String, u64>) -> Self {
+        let drops = counters
+            .iter()
+            .filter(|(name, _)| name.starts_with("drop_"));
+        Self::of_counters(counters, sum(drops.map(|(_, count)| count)))
+    }
+
     fn of_counters(counters: &BTreeMap<String, u64>, drops: u64) -> Self {
         let of = |name: &str| counters.get(name).copied().unwrap_or(0);
         Self {
@@ -30,6 +38,17 @@ impl Totals {
             packets_received: of("packets_received"),
             bytes_received: of("bytes_received"),
             drops,
+        }
+    }
+
+    /// Those of a peer.
+    pub(super) fn of_peer(peer: &PeerStatus) -> Self {
+        Self {
+            packets_sent: peer.packets_sent,
+            bytes_sent: peer.bytes_sent,
+            packets_received: peer.packets_received,
+            bytes_received: peer.bytes_received,
+            drops: sum(peer.drops.values()),
         }
     }
 }
@@ -119,6 +138,9 @@ mod tests {
         assert_eq!((totals.packets_sent, totals.bytes_sent), (5, 500));
         assert_eq!(totals.drops, u64::MAX);
         assert_eq!(drops(&status).get("tun_queue_full"), Some(&1));
+        let worker = counters(&[("drop_ttl", 3), ("drop_short", 4), ("packets_received", 9)]);
+        let totals = Totals::of_worker(&worker);
+        assert_eq!((totals.packets_received, totals.drops), (9, 7));
     }
 
     #[test]

@@ -1,8 +1,9 @@
-//! The command line: flags, keys, `check`, `status --watch`, and the guides as they are printed.
+//! The command line: flags, keys, `check`, `status --watch`, `top`, and the guides as they are printed.
 
 pub mod checks;
 pub mod errors;
 pub mod generated;
 pub mod guides;
 pub mod keys;
+pub mod top;
 pub mod watch;
