@@ -487,6 +487,8 @@ fn any_key() -> impl Strategy<Value = Key> {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
     /// Whatever a tunnel answers, whatever is typed, on a screen of any size.
     #[test]
     fn nothing_makes_it_panic_and_nothing_is_shown_raw(
