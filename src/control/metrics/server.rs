@@ -25,7 +25,7 @@ const CLIENTS_MAX: usize = 4;
 
 /// How long a connection keeps its place while others wait for one. A scrape takes
 /// milliseconds.
-const PLACE_TIME_MIN: Duration = Duration::from_millis(250);
+const PLACE_TIME_MIN: Duration = Duration::from_secs(1);
 
 /// How long the control thread may take to answer.
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(3);

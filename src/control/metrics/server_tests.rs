@@ -135,8 +135,15 @@ fn slow_clients_keep_nobody_waiting_for_long() {
             // One that has lost its place may be told so already.
             let _ = stream.write_all(say.as_bytes());
         }
-        let answer = scene.ask(get("/healthz"));
-        assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+        // On a busy machine it may take so long that it loses its place, too.
+        let (mut answer, deadline) = (String::new(), Instant::now() + PATIENCE);
+        while !answer.starts_with("HTTP/1.1 200 ") {
+            assert!(Instant::now() < deadline, "{answer}");
+            answer.clear();
+            let mut stream = scene.connect();
+            let sent = stream.write_all(get("/healthz").as_bytes());
+            let _ = sent.and_then(|()| stream.read_to_string(&mut answer));
+        }
         drop(crowd);
     }
     // Alone, they are given up all the same.

@@ -229,7 +229,6 @@ pub fn take_over(
         encryption.timestamps = timestamps;
     }
     let control = carry_on(&mut tunnel, &manifest.addresses, listener);
-    let metrics = metrics.and_then(metrics::try_to_serve);
     tracing::info!(
         old_process = manifest.pid,
         old_version = manifest.version,
@@ -247,7 +246,8 @@ pub fn take_over(
         tunnel,
         control,
         uapi: None,
-        metrics,
+        // Whoever has connected meanwhile waits no longer: answers begin now.
+        metrics: metrics.and_then(metrics::try_to_serve),
     })
 }
 
