@@ -8,6 +8,7 @@ pub use inventory;
 pub use testbed_macros::trial;
 
 pub mod etcd;
+pub mod package;
 pub mod process;
 pub mod program;
 mod routes;

@@ -16,6 +16,9 @@ const PROGRAM: &str = "/usr/lib/systemd/systemd";
 /// Becomes systemd: see there.
 const BOOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/systemd/boot");
 
+/// dpkg(1) wants to find what administrators use.
+const ADMINISTRATORS_PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
+
 /// Tells how safe a unit is.
 pub const ANALYZE: Program = Program::debian("systemd-analyze", "systemd");
 
@@ -68,9 +71,10 @@ pub struct Systemd {
 }
 
 impl Systemd {
-    /// Starts it in a network namespace. `directory` is empty. Each of `files` is a path below
-    /// that and a text: units in `units`, and in `etc` what is to be in /etc/fastvpn. `wanted`
-    /// are the units that it starts, and `program` is what it has as /usr/bin/fastvpn.
+    /// Starts it in a network namespace. Each of `files` is a path below `directory` and a text:
+    /// units in `units`, and in `etc` what is to be in /etc/fastvpn. `wanted` are the units that
+    /// it starts, and `program` is what it has as /usr/bin/fastvpn. If `directory` has
+    /// `packages`, they are in /run/packages.
     ///
     /// # Errors
     /// When it does not come up.
@@ -79,10 +83,10 @@ impl Systemd {
         directory: &Path,
         files: &[(&str, &str)],
         wanted: &str,
-        program: &Path,
+        program: Option<&Path>,
     ) -> Result<Self> {
         let failed = |cause| Error::os("cannot prepare systemd", cause);
-        for name in ["root", "writable", "units", "etc"] {
+        for name in ["root", "writable", "units"] {
             fs::create_dir(directory.join(name)).map_err(failed)?;
         }
         let target = "[Unit]\nDefaultDependencies=no\n";
@@ -119,7 +123,8 @@ impl Systemd {
                 "--ipc",
             ])
             .args(["--mount", "--propagation", "private", BOOT])
-            .args([directory, program])
+            .arg(directory)
+            .args(program)
             .stdin(Stdio::null())
             .stdout(Stdio::null());
         let unshare = booted.unshare.insert(namespace.spawn(command)?).pid();
@@ -146,7 +151,8 @@ impl Systemd {
     pub fn run(&self, words: &[&str]) -> Result<Output> {
         let mut command = Command::new("nsenter");
         command.args(["--target", &self.pid.to_string(), "--all", "--"]);
-        command.args(words).stdin(Stdio::null());
+        command.args(words).env("PATH", ADMINISTRATORS_PATH);
+        command.stdin(Stdio::null());
         let output = command.output();
         output.map_err(|cause| Error::os("cannot start nsenter", cause))
     }

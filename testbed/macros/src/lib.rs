@@ -11,6 +11,7 @@ use proc_macro::{TokenStream, TokenTree};
 /// - `long`: in the long tier alone.
 /// - `etcd`: where etcd and etcdctl are installed.
 /// - `systemd`: where systemd is installed, and can be started in namespaces.
+/// - `package`: where Debian packages can be made besides.
 /// - `wireguard_go`, `boringtun`, `gotatun`, `wg`, `mandoc`, `tmux`: where that program is
 ///   installed.
 /// - `promtool`: where Prometheus and its tool are, besides etcd.
@@ -52,7 +53,7 @@ pub fn trial(attribute: TokenStream, function: TokenStream) -> TokenStream {
             .into();
         words.retain(|word| word != "promtool");
     }
-    for module in ["etcd", "systemd"] {
+    for module in ["etcd", "systemd", "package"] {
         if words.iter().any(|word| word == module) {
             needs = format!("Some(::testbed::{module}::missing)");
             words.retain(|word| word != module);

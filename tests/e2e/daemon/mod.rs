@@ -3,6 +3,7 @@
 pub mod handover;
 pub mod killed;
 pub mod life;
+pub mod package;
 pub mod reload;
 pub mod reload_device;
 pub mod service;

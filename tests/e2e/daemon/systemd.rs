@@ -4,6 +4,7 @@ use std::path::Path;
 
 use fastvpn::error::Result;
 use tempfile::TempDir;
+use testbed::Pair;
 use testbed::systemd::{ANALYZE, Systemd};
 
 use crate::numbered::{self, Sink, Streams};
@@ -15,15 +16,15 @@ use crate::tools::{inventory, nothing_left};
 
 const PATH: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/packaging/fastvpn@.service");
 const UNIT: &str = include_str!("../../../packaging/fastvpn@.service");
-const FILE: &str = "[[peer]]\nendpoint = \"10.211.55.123\"\n";
+pub const FILE: &str = "[[peer]]\nendpoint = \"10.211.55.123\"\n";
 
 /// The instance's name, and the device's.
 const NAME: &str = "office";
-const SERVICE: &str = "fastvpn@office.service";
+pub const SERVICE: &str = "fastvpn@office.service";
 
 /// Its log goes to a file, as there is no journal. And a test has no time to wait for a watchdog of
 /// half a minute.
-const OVERRIDE: &str = "[Service]\nStandardError=append:/run/log\nWatchdogSec=10\n";
+pub const OVERRIDE: &str = "[Service]\nStandardError=append:/run/log\nWatchdogSec=10\n";
 
 /// Most that systemd-analyze may find wrong, in tenths.
 const EXPOSURE_MAX: &str = "--threshold=20";
@@ -43,23 +44,27 @@ fn the_unit_leaves_little_exposed() -> Result<()> {
     check(output.status.success(), || said.to_string())
 }
 
-struct Machine(Systemd);
+/// A machine with the service.
+pub struct Machine(pub Systemd);
 
 impl Machine {
-    fn number(&self, property: &str) -> Result<u32> {
+    /// A property of the service's that is a number; 0 if it is none.
+    pub fn number(&self, property: &str) -> Result<u32> {
         Ok(self.0.property(SERVICE, property)?.parse().unwrap_or(0))
     }
 
-    fn pid(&self) -> Result<u32> {
+    /// The main process.
+    pub fn pid(&self) -> Result<u32> {
         self.number("MainPID")
     }
 
-    fn is_active(&self) -> Result<bool> {
+    /// Whether it runs.
+    pub fn is_active(&self) -> Result<bool> {
         Ok(self.0.property(SERVICE, "ActiveState")? == "active")
     }
 
     /// What the service has logged, and what systemd says of it.
-    fn log(&self) -> String {
+    pub fn log(&self) -> String {
         let log = self.0.tell("cat /run/log").unwrap_or_default();
         let status = self.0.run(&["systemctl", "status", "--no-pager", SERVICE]);
         let status = status.map(|output| output.stdout).unwrap_or_default();
@@ -77,9 +82,13 @@ impl Machine {
         check(new != 0 && new != old && self.is_active()?, || {
             format!("main process {old}, then {new}:\n{}", self.log())
         })?;
-        // The old process's would be deleted.
-        let program = self.0.tell(&format!("readlink /proc/{new}/exe"))?;
+        let program = self.program()?;
         check(program == "/usr/bin/fastvpn", || program.clone())
+    }
+
+    /// What the main process runs. Of one that another has replaced, it says so.
+    pub fn program(&self) -> Result<String> {
+        self.0.tell(&format!("readlink /proc/{}/exe", self.pid()?))
     }
 
     /// Sends the main process a signal, and waits for another one.
@@ -92,24 +101,54 @@ impl Machine {
     }
 }
 
+/// Datagrams both ways between hosts, of which none may be lost.
+pub struct Traffic<'a>(pub &'a Pair);
+
+impl Traffic<'_> {
+    const PORT: u16 = 7070;
+
+    /// Nothing of it is lost while something is done.
+    pub fn survives(&self, mut work: impl FnMut(&mut Streams) -> Result<()>) -> Result<()> {
+        without_backlog_drops(|| {
+            let namespaces = [&self.0.a, &self.0.b];
+            let (mut streams, mut sinks) = (Vec::new(), Vec::new());
+            for (site, [from, to]) in [(2, [0, 1]), (1, [1, 0])] {
+                streams.push(numbered::Stream {
+                    name: format!("to host {site}"),
+                    socket: udp(namespaces[from], TUNNEL[from], 0)?,
+                    to: vec![(TUNNEL[to], Self::PORT).into()],
+                });
+                sinks.push(Sink {
+                    site,
+                    socket: udp(namespaces[to], TUNNEL[to], Self::PORT)?,
+                });
+            }
+            let mut streams = Streams::start(streams, sinks)?;
+            streams.wait_for_more(100)?;
+            work(&mut streams)?;
+            streams.wait_for_more(100)?;
+            streams.finish().map(drop)
+        })
+    }
+}
+
 /// Two upgrades and a reload lose no packet, and systemd follows.
 #[testbed::trial(needs_root, long, systemd)]
 fn a_service_is_upgraded_without_a_loss() -> Result<()> {
-    const PORT: u16 = 7070;
     let hosts = hosts(1500)?;
     let before = inventory(&hosts.a)?;
     let directory = tried("make a directory", TempDir::new())?;
     let unit = ("units/fastvpn@.service", UNIT);
     let own = ("units/fastvpn@.service.d/test.conf", OVERRIDE);
     let file = ("etc/office.toml", FILE);
-    let (place, program) = (directory.path(), Path::new(FASTVPN));
+    let (place, program) = (directory.path(), Some(Path::new(FASTVPN)));
     let systemd = Systemd::boot(&hosts.a, place, &[unit, own, file], SERVICE, program)?;
     let machine = Machine(systemd);
     let far = fastvpn(&hosts.b, "--peer 10.211.55.122")?;
     let started = wait_until("the service is started", || machine.is_active());
     started.map_err(|error| error.hint(machine.log()))?;
     wait_for(&hosts.a, TUNNEL[1].into())?;
-    // Started as root, it has three sets of two: CAP_NET_ADMIN and CAP_BPF.
+    // Of what root has, it keeps CAP_NET_ADMIN and CAP_BPF, which the unit leaves it.
     let status = machine
         .0
         .tell(&format!("cat /proc/{}/status", machine.pid()?))?;
@@ -124,21 +163,7 @@ fn a_service_is_upgraded_without_a_loss() -> Result<()> {
     ] {
         check(status.contains(line), || format!("no {line} in {status}"))?;
     }
-    without_backlog_drops(|| {
-        let (mut streams, mut sinks) = (Vec::new(), Vec::new());
-        for (site, [from, to]) in [(2, [0, 1]), (1, [1, 0])] {
-            let namespaces = [&hosts.a, &hosts.b];
-            streams.push(numbered::Stream {
-                name: format!("to host {site}"),
-                socket: udp(namespaces[from], TUNNEL[from], 0)?,
-                to: vec![(TUNNEL[to], PORT).into()],
-            });
-            sinks.push(Sink {
-                site,
-                socket: udp(namespaces[to], TUNNEL[to], PORT)?,
-            });
-        }
-        let mut streams = Streams::start(streams, sinks)?;
+    Traffic(&hosts).survives(|streams| {
         for _ in 0..2 {
             streams.wait_for_more(100)?;
             let pid = machine.pid()?;
@@ -146,8 +171,7 @@ fn a_service_is_upgraded_without_a_loss() -> Result<()> {
             check(machine.pid()? == pid, || "reloaded by another".into())?;
             machine.upgrade()?;
         }
-        streams.wait_for_more(100)?;
-        streams.finish().map(drop)
+        Ok(())
     })?;
     check(machine.number("NRestarts")? == 0, || machine.log())?;
     // It is the new process that systemd watches: its end, and that it makes progress.
