@@ -124,7 +124,7 @@ impl ClientCommand {
         match self.clone() {
             Self::Status { .. } => Request::Status {},
             Self::Peers(_) => Request::Peers {},
-            Self::Reload(_) => Request::Reload {},
+            Self::Reload(_) => Request::Reload { dry_run: false },
             Self::Upgrade(_) => Request::Upgrade {},
             Self::Stop(_) => Request::Stop {},
             Self::Route { command, .. } => match command {

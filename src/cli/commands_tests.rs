@@ -566,7 +566,7 @@ fn the_documented_examples_are_the_protocol() {
                     Request::Peers {} => read_and_written::<Peers>(answer),
                     Request::RouteList {} => read_and_written::<Routes>(answer),
                     Request::RouteGet { .. } => read_and_written::<Found>(answer),
-                    Request::Reload {} => read_and_written::<Reloaded>(answer),
+                    Request::Reload { .. } => read_and_written::<Reloaded>(answer),
                     Request::Upgrade {} => read_and_written::<Upgrading>(answer),
                     _ => read_and_written::<Changed>(answer),
                 });

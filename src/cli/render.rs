@@ -424,8 +424,12 @@ pub(super) fn upgraded(upgrading: &Upgrading) -> String {
 
 /// What a reload came to, in one line.
 pub(super) fn reloaded(reloaded: &Reloaded) -> String {
-    let words = reloaded.words(counts(&reloaded.changed));
-    format!("reloaded: {}\n", printable(&words))
+    format!("reloaded: {}\n", reload_words(reloaded))
+}
+
+/// What a reload comes to.
+pub(super) fn reload_words(reloaded: &Reloaded) -> String {
+    printable(&reloaded.words(counts(&reloaded.changed)))
 }
 
 /// Empty if nothing has changed.

@@ -135,10 +135,22 @@ pub(crate) fn connect_trusted(path: &Path, patience: Duration) -> io::Result<Uni
 /// The tunnel behind the control socket at `path`, in numbers.
 ///
 /// # Errors
-/// When no tunnel answers, when it refuses, and when neither root nor this user listens there.
+/// As [`ask`].
 pub(crate) fn status(path: &Path, patience: Duration) -> Result<Status> {
+    ask(path, patience, &Request::Status {})
+}
+
+/// What the tunnel behind the control socket at `path` answers to a request.
+///
+/// # Errors
+/// When no tunnel answers, when it refuses, and when neither root nor this user listens there.
+pub(crate) fn ask<T: DeserializeOwned>(
+    path: &Path,
+    patience: Duration,
+    request: &Request,
+) -> Result<T> {
     let stream = connect_trusted(path, patience).map_err(|error| refused(path, error))?;
-    let line = Connection::over(stream, path, patience).ask(&Request::Status {})?;
+    let line = Connection::over(stream, path, patience).ask(request)?;
     parse::<Verdict>(&line, path)?.check()?;
     parse(&line, path)
 }

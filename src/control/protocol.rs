@@ -72,7 +72,11 @@ pub enum Request {
         peer: String,
     },
     /// Reads the configuration file again: [`Reloaded`].
-    Reload {},
+    Reload {
+        /// Whether to only say what that would come to.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        dry_run: bool,
+    },
     /// Starts the program that is installed by now, which takes over: [`Upgrading`]. What
     /// comes of it, [`Status`] tells.
     Upgrade {},
@@ -473,7 +477,8 @@ mod tests {
                 prefixes,
             },
             Request::PeerDel { peer },
-            Request::Reload {},
+            Request::Reload { dry_run: false },
+            Request::Reload { dry_run: true },
             Request::Stop {},
             Request::Takeover { protocol: 7 },
         ] {

@@ -260,7 +260,7 @@ impl Daemon {
                 let answer = self.begin_upgrade(reply.asker);
                 reply.send(answer.map(Answer::Upgrading));
             }
-            Call::Request(request @ Request::Reload {}, reply) => {
+            Call::Request(request @ Request::Reload { dry_run: false }, reply) => {
                 self.manager.reloading();
                 let answer = requests::answer(&mut self.tunnel, request, reply.asker);
                 self.manager.ready(&self.tunnel);

@@ -4,12 +4,13 @@
 use std::time::Instant;
 
 use super::announce;
-use super::plan::Plan;
+use super::plan::{Plan, SetAside, check_own_key, kernel_routes};
 use super::settings::listen_address;
 use super::tunnel::Tunnel;
 use crate::config::Config;
 use crate::control::protocol::{Changed, Reloaded};
 use crate::error::{Error, Result};
+use crate::host::routes;
 use crate::routing::overlay::{Changes, Origin, Overlay, Peer};
 
 /// Reads the configuration file again and applies what is different. `by`: who
@@ -29,8 +30,73 @@ pub fn reload(tunnel: &mut Tunnel, by: &str) -> Result<Reloaded> {
     result.map(|(report, _)| report)
 }
 
+/// What a reload would come to now, as far as can be told without changing anything.
+///
+/// # Errors
+/// As of [`reload`].
+pub fn rehearse_reload(tunnel: &mut Tunnel) -> Result<Reloaded> {
+    let Prepared {
+        mut plan, report, ..
+    } = prepare(tunnel)?;
+    check_own_key(&plan.config, &plan.overlay)?;
+    let (netlink, device) = (&mut tunnel.host.netlink, tunnel.host.device.index);
+    // One in another namespace has no routes here.
+    if device.is_some() {
+        let wanted = kernel_routes(&plan.config, &plan.overlay);
+        routes::check_free(netlink, device, &wanted)?;
+        let suspended = plan.overlay.peers().filter(|(_, peer)| peer.is_suspended);
+        let suspended = suspended.filter_map(|(_, peer)| peer.endpoint).collect();
+        plan.check_paths(netlink, device, &suspended)?;
+    }
+    Ok(report)
+}
+
+/// A reload that can be put in force.
+struct Prepared {
+    plan: Plan,
+    /// What is different, and that in words.
+    report: Reloaded,
+    words: String,
+    is_mtu_new: bool,
+    is_masq_new: bool,
+    /// What of the file is not done.
+    notes: Vec<String>,
+    /// Peers that cannot be used yet.
+    aside: SetAside,
+}
+
 /// Tells also in words what is different.
 fn try_to_reload(tunnel: &mut Tunnel) -> Result<(Reloaded, String)> {
+    let prepared = prepare(tunnel)?;
+    for note in &prepared.notes {
+        tracing::warn!("{note}");
+    }
+    for (_, error) in prepared.aside {
+        tunnel.peers.log_unusable(&error, Instant::now());
+    }
+    // Before anything changes: there may be no nft.
+    let masquerade = match prepared.is_masq_new {
+        true => Some(tunnel.new_masquerade(prepared.plan.config.ip_masq)?),
+        false => None,
+    };
+    tunnel.commit(prepared.plan)?;
+    if let Some(masquerade) = masquerade {
+        tunnel.masquerade = masquerade;
+    }
+    tunnel.peers.resolve_again();
+    if prepared.is_mtu_new {
+        announce::warn_of_fragments(tunnel);
+    }
+    if (prepared.is_mtu_new || prepared.is_masq_new)
+        && let Err(error) = tunnel.write_subnet_file()
+    {
+        tracing::error!(%error, "container tools still read the old settings: {error}");
+    }
+    Ok((prepared.report, prepared.words))
+}
+
+/// Reads the file, and checks what it says against this host and the running tunnel.
+fn prepare(tunnel: &mut Tunnel) -> Result<Prepared> {
     let (old, in_force) = (&tunnel.config, &tunnel.settings);
     if old.file().is_none() {
         return Err(Error::new("there is no configuration file to read again")
@@ -48,9 +114,8 @@ fn try_to_reload(tunnel: &mut Tunnel) -> Result<(Reloaded, String)> {
         let what = "what this host's identity is by its address is found out at a start only";
         return Err(Error::new(what).hint("give `identity`, or start it again"));
     }
-    for note in new.notes.iter().filter(|note| !old.notes.contains(note)) {
-        tracing::warn!("{note}");
-    }
+    let notes = new.notes.iter().filter(|note| !old.notes.contains(note));
+    let notes = notes.cloned().collect();
     let mut overlay = tunnel.peers.overlay.clone();
     follow_secret(&mut overlay, old, &new)?;
     overlay.configure(&new.peers)?;
@@ -89,29 +154,16 @@ fn try_to_reload(tunnel: &mut Tunnel) -> Result<(Reloaded, String)> {
         overlay,
     };
     let device = tunnel.host.device.index;
-    for (_, error) in plan.check_addresses(netlink, device, &old_link.addresses)? {
-        tunnel.peers.log_unusable(&error, Instant::now());
-    }
-    // Before anything changes: there may be no nft.
-    let masquerade = match is_masq_new {
-        true => Some(tunnel.new_masquerade(plan.config.ip_masq)?),
-        false => None,
-    };
-    tunnel.commit(plan)?;
-    if let Some(masquerade) = masquerade {
-        tunnel.masquerade = masquerade;
-    }
-    tunnel.peers.resolve_again();
-    if is_mtu_new {
-        announce::warn_of_fragments(tunnel);
-    }
-    if (is_mtu_new || is_masq_new)
-        && let Err(error) = tunnel.write_subnet_file()
-    {
-        tracing::error!(%error, "container tools still read the old settings: {error}");
-    }
-    let words = report.words(changes.words());
-    Ok((report, words))
+    let aside = plan.check_addresses(netlink, device, &old_link.addresses)?;
+    Ok(Prepared {
+        plan,
+        words: report.words(changes.words()),
+        report,
+        is_mtu_new,
+        is_masq_new,
+        notes,
+        aside,
+    })
 }
 
 /// Has the peers whose keys follow from the `old` secret, also those that were added at run

@@ -9,7 +9,7 @@ use ipnet::IpNet;
 
 use super::encryption::Encryption;
 use super::registry::Registry;
-use super::reload::{reload, to_changed};
+use super::reload::{rehearse_reload, reload, to_changed};
 use super::settings::check_ipv6_mtu;
 use super::tunnel::Tunnel;
 use super::{announce, reach};
@@ -30,7 +30,11 @@ use crate::routing::overlay::{Changes, Origin, Overlay, Peer};
 pub fn is_question(request: &Request) -> bool {
     matches!(
         request,
-        Request::Status {} | Request::Peers {} | Request::RouteList {} | Request::RouteGet { .. }
+        Request::Status {}
+            | Request::Peers {}
+            | Request::RouteList {}
+            | Request::RouteGet { .. }
+            | Request::Reload { dry_run: true }
     )
 }
 
@@ -94,7 +98,10 @@ pub fn answer(tunnel: &mut Tunnel, request: Request, asker: Asker) -> Result<Ans
             }
             changed(tunnel, asker, |overlay| overlay.remove_peers(&[peer]))
         }
-        Request::Reload {} => reload(tunnel, &asker.to_string()).map(Answer::Reloaded),
+        Request::Reload { dry_run: true } => rehearse_reload(tunnel).map(Answer::Reloaded),
+        Request::Reload { dry_run: false } => {
+            reload(tunnel, &asker.to_string()).map(Answer::Reloaded)
+        }
         // The event loop handles these.
         Request::Stop {} | Request::Upgrade {} | Request::Takeover { .. } => {
             Err(Error::new("this cannot be asked for here"))

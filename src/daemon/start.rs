@@ -79,25 +79,28 @@ impl Prepared<Claimed> {
 
 /// Resolves the peers' names, settles what the configuration leaves open, claims port and
 /// device, and checks all of it against this host. `old`: the tunnel that is to be taken
-/// over, with its device, what was added to it, and what it knows of its peers.
+/// over, with its device, what was added to it, and what it knows of its peers. `own`: the
+/// device of the tunnel, if it has one of another name than the configuration says.
 ///
 /// # Errors
 /// When the configuration does not work on this host.
 pub fn prepare<C>(
     mut config: Config,
     old: Option<&Manifest>,
+    own: Option<u32>,
     claim: impl FnOnce(&Config, &Settings, &mut Netlink) -> Result<C>,
 ) -> Result<Prepared<C>> {
     let mut netlink = Netlink::open()?;
     netlink.fwmark = config.fwmark;
     let local = config.listen.map(|listen| listen.ip());
     let mut names = Names::new(move |name| path::resolve(&name.host, name.port, local));
-    let own = own_addresses(&mut netlink, &config.addresses)?;
-    let (mut overlay, listen) = overlay(&config, own, old)?;
+    let addresses = own_addresses(&mut netlink, &config.addresses)?;
+    let (mut overlay, listen) = overlay(&config, addresses, old)?;
     let mut unusable = resolve::resolve_now(&mut overlay, &mut names, listen);
-    let device = match old {
-        Some(old) => old.tun_index,
-        None => netlink.link_index(&config.tun)?,
+    let device = match (old, own) {
+        (Some(old), _) => old.tun_index,
+        (None, Some(own)) => Some(own),
+        (None, None) => netlink.link_index(&config.tun)?,
     };
     if old.is_some() {
         // The path through the tunnel says nothing of those outside.
@@ -190,18 +193,21 @@ fn overlay(
 
 /// Whether a tunnel could start with this configuration, or a running one take it
 /// over, as far as can be told without changing anything: tells which peers could
-/// not be used.
+/// not be used. `own`: the device of the running one, if there is one.
 ///
 /// # Errors
 /// What would keep it from that.
-pub fn rehearse(mut config: Config) -> Result<Vec<Error>> {
+pub fn rehearse(mut config: Config, own: Option<u32>) -> Result<Vec<Error>> {
     if config.has_registry() {
         // What the network would give this host is not known before it joins.
         registry::rehearse(&mut config)?;
     }
-    let prepared = prepare(config, None, |config, settings, netlink| {
-        let running = netlink.link_index(&config.tun)?;
-        check_derived(netlink, config, &settings.link.addresses, running)
+    let prepared = prepare(config, None, own, |config, settings, netlink| {
+        let own = match own {
+            Some(own) => Some(own),
+            None => netlink.link_index(&config.tun)?,
+        };
+        check_derived(netlink, config, &settings.link.addresses, own)
     });
     Ok(prepared?.unusable)
 }
@@ -250,7 +256,7 @@ pub fn start(config: Config, registry: Option<Registry>) -> Result<Begun> {
     let uapi = uapi::claim(&config)?;
     // Before anything of the tunnel is seen, as somebody else may have the port.
     let metrics = metrics::listen(&config, None)?;
-    let mut tunnel = prepare(config, None, claim)?.into_tunnel()?;
+    let mut tunnel = prepare(config, None, None, claim)?.into_tunnel()?;
     tunnel.enter_registry(registry)?;
     // First, so that whoever finds the tunnel working finds it, too. Requests wait.
     let control = serve_control(&tunnel.config, None)?;
@@ -397,7 +403,7 @@ mod tests {
             let flags = format!("{flags} --fwmark {mark}");
             let config = Config::from_words(flags.split_whitespace().map(OsStr::new)).unwrap();
             let prepared = hosts.a.run(|| {
-                let prepared = prepare(config, None, |_, _, _| Ok(()));
+                let prepared = prepare(config, None, None, |_, _, _| Ok(()));
                 prepared.map(|prepared| prepared.plan.config).unwrap()
             });
             assert_eq!(prepared.own_identity.as_deref(), Some(identity));
@@ -421,7 +427,7 @@ mod tests {
             (Some(manifest(None)), "10.1.0.1"),
         ] {
             let prepared = hosts.a.run(|| {
-                let prepared = prepare(config.clone(), old.as_ref(), |_, _, _| Ok(()));
+                let prepared = prepare(config.clone(), old.as_ref(), None, |_, _, _| Ok(()));
                 prepared.map(|prepared| prepared.plan.config).unwrap()
             });
             assert_eq!(prepared.own_identity.as_deref(), Some(identity));

@@ -63,13 +63,18 @@ fn check(options: &CheckOptions) -> Result<Vec<Item>> {
         Some(Ok(config)) => (config.clone(), Some(Ok(config))),
         Some(Err(error)) => (Config::from_words([])?, Some(Err(error))),
     };
-    let running = place::running(&config);
+    let file = options.config.as_deref();
+    let running = place::running(&config, file);
     let mut items = host::items(options.queues.unwrap_or(config.queues));
     if let Some(peer) = &options.peer {
         let own = running.as_ref().map(|running| running.index);
         items.extend(peer::items(peer, own));
     }
-    items.extend(configuration.map(place::configuration));
+    let is_read = configuration.as_ref().is_some_and(Result::is_ok);
+    items.extend(configuration.map(|it| place::configuration(it, running.as_ref())));
+    // One that cannot be read has been shown as such.
+    let reload = file.filter(|_| is_read).zip(running.as_ref());
+    items.extend(reload.map(|(file, running)| place::reload(file, running)));
     items.push(place::port(&config, running.as_ref()));
     items.push(place::tun_name(&config, running.as_ref()));
     Ok(items)

@@ -217,7 +217,7 @@ pub fn take_over(
     manifest.keep_offloads(&mut config);
     manifest.keep_changes(&mut config);
     manifest.use_secret(&config);
-    let prepared = start::prepare(config, Some(&manifest), |config, settings, _| {
+    let prepared = start::prepare(config, Some(&manifest), None, |config, settings, _| {
         manifest.check(config, settings)?;
         Ok(claimed)
     });

@@ -3,6 +3,7 @@
 
 use std::io::{self, Read};
 use std::net::{Ipv6Addr, UdpSocket};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
@@ -479,4 +480,97 @@ fn check_of_bad_flags() -> Result<()> {
         )?;
     }
     Ok(())
+}
+
+/// The check of the file that a running tunnel reads knows that tunnel, and says what a reload
+/// would come to, by the tunnel's own words.
+#[testbed::trial]
+fn check_of_the_file_of_a_running_tunnel() -> Result<()> {
+    let hosts = hosts(1500)?;
+    let operator = Operator::new()?;
+    let path = operator.path("fastvpn.toml").display().to_string();
+    let file = |settings: &str, prefixes: &str| {
+        let text = format!(
+            "listen = \"0.0.0.0:9000\"\naddress = [\"10.250.0.1/24\"]\n{settings}\n\
+             [[peer]]\nendpoint = \"10.211.55.123\"\nprefixes = [{prefixes}]\n"
+        );
+        operator.write("fastvpn.toml", &text)
+    };
+    let (tun, prefix) = ("tun = \"own0\"\nqueues = 1", "\"172.20.0.0/16\"");
+    file(tun, prefix)?;
+    let flags = format!("--config {path}");
+    let tunnel = fastvpn(&hosts.a, &flags)?;
+    tunnel.wait_for_line("engine: ")?;
+    let pid = format!("process {}", tunnel.pid());
+    let checked = |status: i32, expected: &[(&str, &str, &[&str])]| {
+        let items = items(&hosts.a, &flags, status, nothing)?;
+        let mut expected = expected.iter();
+        expected.try_for_each(|(name, status, parts)| expect(&items, name, status, parts))
+    };
+    // Device, port, address and route are its own.
+    checked(
+        0,
+        &[
+            ("configuration", "ok", &["1 peers, 1 prefixes"]),
+            ("reload", "ok", &["would change nothing", &pid]),
+            ("UDP port", "ok", &["9000", &pid]),
+            ("TUN name", "ok", &["own0", &pid]),
+        ],
+    )?;
+    let more = format!("{prefix}, \"172.22.0.0/16\"");
+    file("tun = \"own0\"\nqueues = 3\nhop = true", &more)?;
+    let words = "1 prefix added; changed: hop; at the next start: queues";
+    checked(0, &[("reload", "info", &[words, &pid])])?;
+    // Another device by now; the tunnel is found by the file.
+    file("tun = \"new0\"\nqueues = 1", prefix)?;
+    checked(
+        0,
+        &[
+            ("TUN name", "ok", &["new0 is free"]),
+            ("UDP port", "ok", &["9000", &pid]),
+            ("reload", "info", &["at the next start: tun"]),
+        ],
+    )?;
+    // A start could be encrypted.
+    let key = operator.path("key");
+    let key_text = "yAnz5TF+lXXJte14tji3zlMNq+hd2rYUIgJBgB3fBmk=\n";
+    tried("write a key", std::fs::write(&key, key_text))?;
+    let mode = PermissionsExt::from_mode(0o600);
+    tried("protect a key", std::fs::set_permissions(&key, mode))?;
+    let text = format!(
+        "tun = \"own0\"\naddress = [\"10.250.0.1/24\"]\nprivate-key = {:?}\n[[peer]]\npublic-key = \
+         \"xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=\"\nprefixes = [{prefix}]\n",
+        key.display()
+    );
+    operator.write("fastvpn.toml", &text)?;
+    checked(
+        0,
+        &[("reload", "degraded", &["cannot become encrypted", "start"])],
+    )?;
+    // What is bad for both is said of both.
+    let index = link(&hosts.a, UNDERLAY_NAME)?.index;
+    let taken = "172.21.0.0/16".parse().map_err(|_| Error::new("bad net"))?;
+    hosts.a.netlink()?.add_route(taken, None, Some(index))?;
+    file(tun, "\"172.21.0.0/16\"")?;
+    let parts = &["172.21.0.0/16", UNDERLAY_NAME][..];
+    checked(
+        1,
+        &[
+            ("configuration", "missing", parts),
+            ("reload", "degraded", parts),
+        ],
+    )?;
+    // A file of another name is not what it reads.
+    file(tun, prefix)?;
+    let other = operator.path("other.toml");
+    tried("copy a file", std::fs::copy(&path, &other))?;
+    let flags = format!("--config {}", other.display());
+    let items = items(&hosts.a, &flags, 0, nothing)?;
+    expect(
+        &items,
+        "reload",
+        "info",
+        &[&path, "would not read this one"],
+    )?;
+    stop(tunnel).map(drop)
 }
