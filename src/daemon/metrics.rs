@@ -31,7 +31,7 @@ pub fn listen(config: &Config, inherited: Option<Listener>) -> Result<Option<Lis
 pub fn serve(listener: Listener) -> Result<Server> {
     let address = listener.address;
     let server = Server::start(listener)?;
-    tracing::info!("metrics: http://{address}/metrics");
+    tracing::info!(%address, "metrics: http://{address}/metrics");
     Ok(server)
 }
 
