@@ -74,7 +74,8 @@ impl Terminal {
     fn tmux(&self, words: &[&str]) -> Result<String> {
         let mut command = TMUX.command()?;
         command.arg("-S").arg(self.directory.path().join("tmux"));
-        command.arg("-u").args(words);
+        // No other server, which would not end, before there is this one.
+        command.args(["-N", "-u"]).args(words);
         let said = crate::operator::said(&self.desk, command)?;
         check(said.status.success(), || {
             format!("tmux {words:?}: {said:?}")
