@@ -195,29 +195,30 @@ impl Control {
         Ok(())
     }
 
-    /// Waits until packets to all hosts' containers go to these.
+    /// Waits until packets to all hosts' containers go to these. One question is for all: a
+    /// connection has a thousand a second.
     fn wait_for_all(&mut self, hosts: &[LoadHost]) -> Result<()> {
-        // Changes are followed in the order in which they were made. One question is enough for
-        // all: each takes the asker a millisecond and more.
-        if let Some(last) = hosts.last() {
-            self.wait_for(last)?;
-        }
-        let answer = self.ask(&json!({"command": "route-list"}))?;
-        let routes = answer["routes"].as_array().cloned().unwrap_or_default();
-        let found: HashMap<_, _> = routes
+        let expected: HashMap<_, _> = hosts
             .iter()
-            .map(|route| (route["prefix"].as_str(), &route["endpoint"]))
+            .map(|host| (host.subnet.to_string(), format!("{}:8285", host.public_ip)))
             .collect();
-        for host in hosts {
-            let subnet = host.subnet.to_string();
-            let endpoint = found.get(&Some(&subnet[..]));
-            let expected = json!(format!("{}:8285", host.public_ip));
-            if endpoint != Some(&&expected) {
-                let what = format!("{subnet} is at {endpoint:?}, not at {expected}");
-                return Err(Error::new(what));
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let answer = self.ask(&json!({"command": "route-list"}))?;
+            let routes = answer["routes"].as_array().into_iter().flatten();
+            let is_there = |route: &&Value| {
+                let prefix = route["prefix"].as_str().unwrap_or_default();
+                let endpoint = expected.get(prefix);
+                endpoint.is_some_and(|endpoint| route["endpoint"] == endpoint[..])
+            };
+            if routes.filter(is_there).count() == expected.len() {
+                return Ok(());
             }
+            if Instant::now() > deadline {
+                return Err(Error::new("waited in vain for all hosts to move"));
+            }
+            thread::sleep(Duration::from_millis(5));
         }
-        Ok(())
     }
 
     /// Bytes that have left by the tunnel.

@@ -162,6 +162,11 @@ impl Config {
         given.unwrap_or_else(|| format!("/var/lib/fastvpn/{}.registry.json", self.tun).into())
     }
 
+    /// The file with the key that is made for this host: it outlasts a boot, as the cache does.
+    pub(crate) fn registry_key_file(&self) -> PathBuf {
+        self.registry_cache().with_extension("key")
+    }
+
     /// Whether the kernel is to route this prefix by itself: what is in the registry's network
     /// has one route together.
     pub(crate) fn is_in_network(&self, prefix: IpNet) -> bool {
@@ -238,6 +243,24 @@ mod tests {
     fn fault(flags: &str) -> Option<String> {
         let config = Config::from_words(flags.split_whitespace().map(OsStr::new));
         config.err().map(|error| error.to_string())
+    }
+
+    #[test]
+    fn what_is_kept_outlasts_a_boot() {
+        let files = |flags: &str| {
+            let config = Config::from_words(flags.split_whitespace().map(OsStr::new)).unwrap();
+            [config.registry_cache(), config.registry_key_file()]
+        };
+        let kept = [
+            "/var/lib/fastvpn/a0.registry.json",
+            "/var/lib/fastvpn/a0.registry.key",
+        ];
+        assert_eq!(
+            files("--registry http://a --tun a0"),
+            kept.map(PathBuf::from)
+        );
+        let given = files("--registry http://a --registry-cache /srv/b.json");
+        assert_eq!(given, ["/srv/b.json", "/srv/b.key"].map(PathBuf::from));
     }
 
     #[test]

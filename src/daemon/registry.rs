@@ -65,7 +65,7 @@ pub fn join(config: &mut Config, signals: &Receiver<i32>) -> Result<Option<Regis
         reserved,
         ttl_s: config.registry_ttl_seconds().into(),
         private_key: config.private_key.clone(),
-        key_file: config.registry_cache().with_extension("key"),
+        key_file: config.registry_key_file(),
         published: config.registry_publish.clone(),
         subnet_file: config.subnet_file(),
         cache: config.registry_cache(),
