@@ -1,10 +1,12 @@
-//! What a worker counts: written by the worker alone, read by anyone.
+//! What a worker counts, and what it shows of its packets besides: written by the worker
+//! alone, read by anyone.
 
 pub mod first;
 
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 
 use self::first::FirstDrops;
+use crate::capture::Tap;
 
 /// A counter with one writer. The writer pays for a plain load and store; a
 /// reader sees some recent value.
@@ -48,6 +50,8 @@ macro_rules! counters {
             $($(#[doc = $doc])+ pub $name: Counter,)+
             /// What some of the drops were about.
             pub first: FirstDrops,
+            /// Where it notes packets while somebody captures them.
+            pub tap: Tap,
         }
 
         /// The counters' values at one time.
@@ -304,5 +308,14 @@ mod tests {
         assert_eq!(sum.packets_sent, 6);
         assert_eq!(sum.drops().collect::<Vec<_>>(), [("version", 4)]);
         assert_eq!(size_of::<Counters>() % 128, 0);
+    }
+
+    #[test]
+    fn what_capture_calls_a_drop_is_counted_by_that_name() {
+        let names: Vec<_> = Snapshot::default().iter().map(|(name, _)| name).collect();
+        for reason in crate::capture::Reason::ALL {
+            let name = format!("drop_{}", reason.name());
+            assert!(names.contains(&&*name), "{name}");
+        }
     }
 }

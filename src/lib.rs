@@ -10,6 +10,7 @@
 //! own. Nothing else is in a packet's way. [`daemon`] sets a tunnel up, runs it and takes it
 //! down; [`routing`] knows the peers and their prefixes, [`host`] talks to the kernel about
 //! links, addresses and routes, and [`control`] answers those who ask a running tunnel.
+//! [`capture`] has copies of packets for those who watch it.
 //! [`cli`] and [`config`] say what is wanted. [`testbed`] makes networks inside one
 //! machine, for the demo and for tests.
 //!
@@ -17,25 +18,27 @@
 //! this map.
 //!
 //! ```text
-//! cli -> daemon, control, registry, config, host, io, wire, packet, testbed, error
+//! cli -> daemon, control, registry, config, host, io, wire, capture, packet, testbed, error
 //! testbed -> host, wire, error
-//! daemon -> control, routing, registry, host, wireguard, dataplane, config, io, wire, packet, counters, clock, log, error
+//! daemon -> control, routing, registry, host, wireguard, dataplane, config, io, wire, counters, capture, packet, clock, log, error
 //! control -> config, wire, counters, error
 //! routing -> dataplane, config, wire, packet, counters, error
 //! registry -> config, wire, error
 //! config -> wire, packet, log, error
 //! host -> wire, packet, error
 //! wireguard -> io, wire, counters, clock, error
-//! dataplane -> io, wire, packet, counters, clock, error
+//! dataplane -> io, wire, counters, capture, packet, clock, error
 //! io -> wire, packet, counters, error
 //! wire -> packet
+//! counters -> capture
+//! capture -> packet
 //! packet ->
-//! counters ->
 //! clock ->
 //! log ->
 //! error ->
 //! ```
 
+pub mod capture;
 pub mod cli;
 pub(crate) mod clock;
 pub mod config;

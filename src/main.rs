@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{ArgMatches, FromArgMatches};
-use fastvpn::cli::{self, Cli, Command, check, commands, generate, keys, registry, top};
+use fastvpn::cli::{self, Cli, Command, capture, check, commands, generate, keys, registry, top};
 use fastvpn::config::Config;
 use fastvpn::daemon;
 use fastvpn::error::Result;
@@ -42,6 +42,7 @@ fn main() -> ExitCode {
         Some(Command::Generate(command)) => generate::run(command, cli::command()),
         Some(Command::Registry(command)) => registry::run(command),
         Some(Command::Top(options)) => top::run(options),
+        Some(Command::Capture(options)) => capture::run(options),
         Some(Command::Client(command)) => commands::run(command),
         None => match run(&flags) {
             Ok(false) => return ExitCode::FAILURE,

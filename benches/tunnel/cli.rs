@@ -31,7 +31,7 @@ pub struct Cli {
     pub underlay: Underlay,
 
     /// fastvpn with other flags, or another program; repeatable, as in q4="--queues 4"; with
-    /// keys if NAME ends in -encrypted
+    /// keys if NAME ends in -encrypted, with all packets captured if in -captured
     #[arg(long, value_name = "NAME[@PROGRAM]=FLAGS", value_parser = variant::parse)]
     pub variant: Vec<Variant>,
 

@@ -535,7 +535,9 @@ fn client_and_server_understand_each_other() {
 /// The examples are what the program writes and reads, key by key.
 #[test]
 fn the_documented_examples_are_the_protocol() {
-    use crate::control::protocol::{Changed, Found, Peers, Reloaded, Routes, Status, Upgrading};
+    use crate::control::protocol::{
+        Capturing, Changed, Found, Peers, Reloaded, Routes, Status, Upgrading,
+    };
     use serde::Serialize;
     use serde::de::DeserializeOwned;
 
@@ -568,6 +570,7 @@ fn the_documented_examples_are_the_protocol() {
                     Request::RouteGet { .. } => read_and_written::<Found>(answer),
                     Request::Reload { .. } => read_and_written::<Reloaded>(answer),
                     Request::Upgrade {} => read_and_written::<Upgrading>(answer),
+                    Request::Capture { .. } => read_and_written::<Capturing>(answer),
                     _ => read_and_written::<Changed>(answer),
                 });
             }
@@ -593,6 +596,7 @@ fn the_documented_examples_are_the_protocol() {
             "stop",
             "reload",
             "upgrade",
+            "capture",
             "takeover",
         ]
     );

@@ -1,5 +1,6 @@
 //! The command line: the tunnel's flags, which [`Config`] has, and commands.
 
+pub mod capture;
 pub mod check;
 pub mod client;
 pub mod commands;
@@ -77,6 +78,9 @@ pub enum Command {
     /// Make a network in a registry (etcd), show it, or leave it
     #[command(subcommand)]
     Registry(registry::RegistryCommand),
+    /// Show or save packets of a running tunnel, with direction, worker, peer and why they were
+    /// dropped
+    Capture(capture::CaptureOptions),
     /// Ask a running tunnel, or tell it something.
     #[command(flatten)]
     Client(client::ClientCommand),

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use super::table::Table;
 use super::units::{count, counted, duration, exactly};
 use crate::control::protocol::{
-    Changed, Found, Liveness, PeerStatus, Peers, RegistryStatus, Reloaded, Routes, Status,
-    Upgrading,
+    CaptureStatus, Changed, Found, Liveness, PeerStatus, Peers, RegistryStatus, Reloaded, Routes,
+    Status, Upgrading,
 };
 use crate::control::summary::bytes;
 use crate::control::text::printable;
@@ -42,6 +42,7 @@ pub(super) fn status(status: &Status) -> String {
     let [sent, received, tun] = traffic(&mut others);
     let reload_error = status.reload_error.as_ref();
     let registry = status.registry.as_ref().map(registry).unwrap_or_default();
+    let capture = status.capture.as_ref().map(capture).unwrap_or_default();
     let mut table = Table::without_names();
     for (label, text) in [
         ("device", device),
@@ -70,6 +71,7 @@ pub(super) fn status(status: &Status) -> String {
         ("lease", registry.2),
         ("not used", registry.3),
         ("alarm", registry.4),
+        ("capture", capture),
         ("peers", format!("{}, with {prefixes}", status.peers)),
         ("sent", sent),
         ("received", received),
@@ -132,6 +134,18 @@ fn registry(registry: &RegistryStatus) -> (String, String, String, String, Strin
         .collect();
     let alarm = registry.alarm.clone().unwrap_or_default();
     (state, network, lease, unused.join(", "), alarm)
+}
+
+/// Who captures packets, and what came of it so far.
+fn capture(capture: &CaptureStatus) -> String {
+    format!(
+        "by process {} of user {} for {}: {}, {} lost",
+        capture.pid,
+        capture.uid,
+        duration(capture.seconds),
+        counted(capture.packets, "packet"),
+        capture.lost
+    )
 }
 
 /// A line for each of several tunnels.

@@ -59,7 +59,24 @@ fn a_status() -> Status {
             ]),
             counters(&[("packets_received", 1), ("bytes_received", 84)]),
         ],
+        capture: None,
     }
+}
+
+#[test]
+fn who_captures_is_seen() {
+    let shown = super::status(&Status {
+        capture: Some(CaptureStatus {
+            pid: 77,
+            uid: 0,
+            seconds: 12,
+            packets: 1_200_000,
+            lost: 3,
+        }),
+        ..a_status()
+    });
+    let line = "capture        by process 77 of user 0 for 12 s: 1.2 M packets, 3 lost";
+    assert!(shown.lines().any(|shown| shown == line), "{shown}");
 }
 
 #[test]

@@ -80,6 +80,11 @@ pub enum Request {
     /// Starts the program that is installed by now, which takes over: [`Upgrading`]. What
     /// comes of it, [`Status`] tells.
     Upgrade {},
+    /// Copies packets to the one who asks, as [`Capturing`] and what follows it say.
+    Capture {
+        /// Bytes of each packet that are wanted, at most.
+        snaplen_bytes: u32,
+    },
     /// Ends the tunnel: [`Changed`].
     Stop {},
     /// Hands the tunnel over to the process that asks.
@@ -171,7 +176,45 @@ pub struct Status {
     pub tun_queue_drops: u64,
     /// Counters of each worker, drops included.
     pub workers: Vec<BTreeMap<String, u64>>,
+    /// Who captures packets, if somebody does.
+    #[serde(default)]
+    pub capture: Option<CaptureStatus>,
 }
+
+/// Somebody who captures packets.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CaptureStatus {
+    /// The process id; 0 if it is in a PID namespace that cannot be seen.
+    pub pid: i32,
+    /// The user.
+    pub uid: u32,
+    /// Seconds since the capture began.
+    pub seconds: u64,
+    /// Packets copied so far.
+    pub packets: u64,
+    /// Packets that were not copied, as there was no room.
+    pub lost: u64,
+}
+
+/// A capture has begun. Behind the line follow frames ([`crate::capture::frame`]), until the
+/// connection is closed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Capturing {
+    /// Version of the program.
+    pub version: String,
+    /// Name of the TUN device.
+    pub tun: String,
+    /// Number of workers.
+    pub workers: u16,
+    /// Bytes of each packet that come, at most.
+    pub snaplen_bytes: u32,
+}
+
+/// Shortest snapshot length: all headers of a TCP packet over IPv6, with all options.
+pub const SNAPLEN_BYTES_MIN: u32 = 128;
+
+/// Longest snapshot length: the longest packet.
+pub const SNAPLEN_BYTES_MAX: u32 = 65535;
 
 /// The registry that a tunnel is in.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -420,6 +463,8 @@ pub enum Answer {
     Reloaded(Reloaded),
     /// To [`Request::Upgrade`].
     Upgrading(Upgrading),
+    /// To [`Request::Capture`].
+    Capturing(Capturing),
 }
 
 /// A line of the control socket: an answer with `"ok":true`, or an error with `"ok":false`.
@@ -479,6 +524,7 @@ mod tests {
             Request::PeerDel { peer },
             Request::Reload { dry_run: false },
             Request::Reload { dry_run: true },
+            Request::Capture { snaplen_bytes: 128 },
             Request::Stop {},
             Request::Takeover { protocol: 7 },
         ] {

@@ -55,6 +55,9 @@ pub enum Call {
     /// A process wants to take over. Its connection, without any answer yet, which is the
     /// control thread's from here on, and the version of what it speaks.
     Takeover(Lines, u32),
+    /// Somebody wants copies of packets. Their connection, likewise, and how many bytes of
+    /// each packet they want.
+    Capture(Lines, Asker, u32),
 }
 
 /// Where the answer to a request goes. Dropped, it says that there is none.
@@ -249,6 +252,10 @@ impl Clients {
                 .map_err(|error| Error::new(format!("cannot read the request: {error}")));
             if let Ok(Request::Takeover { protocol }) = request {
                 let _ = self.calls.send(Call::Takeover(lines, protocol));
+                return None;
+            }
+            if let Ok(Request::Capture { snaplen_bytes }) = request {
+                let _ = self.calls.send(Call::Capture(lines, asker, snaplen_bytes));
                 return None;
             }
             let answer = encode(self.answer(request, asker));

@@ -45,7 +45,7 @@ impl Served {
             while ended.try_recv() == Err(mpsc::TryRecvError::Empty) {
                 match server.calls.recv_timeout(Duration::from_millis(5)) {
                     Ok(Call::Request(request, reply)) => reply.send(answer(request)),
-                    Ok(Call::Takeover(..)) | Err(_) => {}
+                    Ok(Call::Takeover(..) | Call::Capture(..)) | Err(_) => {}
                 }
             }
         });

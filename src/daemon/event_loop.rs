@@ -13,7 +13,7 @@ use super::service_manager::ServiceManager;
 use super::start::Begun;
 use super::tunnel::Tunnel;
 use super::upgrade::{Program, Upgrade};
-use super::{metrics, reload, requests, uapi};
+use super::{capture, metrics, reload, requests, uapi};
 use crate::control::credentials::Asker;
 use crate::control::metrics::Server as MetricsServer;
 use crate::control::protocol::{Answer, Changed, Request, Upgrading};
@@ -239,6 +239,16 @@ impl Daemon {
             Call::Takeover(connection, protocol) => {
                 let servers = (self.control.as_ref(), self.metrics.as_ref());
                 self.handoff = Handoff::begin(&mut self.tunnel, servers, connection, protocol);
+            }
+            Call::Capture(connection, asker, snaplen_bytes) => {
+                let is_leaving = self.handoff.is_some();
+                capture::begin(
+                    &mut self.tunnel,
+                    connection,
+                    asker,
+                    snaplen_bytes,
+                    is_leaving,
+                );
             }
             Call::Request(Request::Stop {}, reply) => {
                 tracing::info!(by = %reply.asker, "stopped by {}", reply.asker);

@@ -21,6 +21,7 @@
 //! next process to start removes.
 
 mod announce;
+mod capture;
 mod detach;
 mod device;
 mod drop_log;

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use ipnet::IpNet;
 
+use super::capture::Capture;
 use super::encryption::Encryption;
 use super::registry::Registry;
 use super::reload::{rehearse_reload, reload, to_changed};
@@ -103,9 +104,10 @@ pub fn answer(tunnel: &mut Tunnel, request: Request, asker: Asker) -> Result<Ans
             reload(tunnel, &asker.to_string()).map(Answer::Reloaded)
         }
         // The event loop handles these.
-        Request::Stop {} | Request::Upgrade {} | Request::Takeover { .. } => {
-            Err(Error::new("this cannot be asked for here"))
-        }
+        Request::Stop {}
+        | Request::Upgrade {}
+        | Request::Takeover { .. }
+        | Request::Capture { .. } => Err(Error::new("this cannot be asked for here")),
     }
 }
 
@@ -198,6 +200,7 @@ fn check_new_prefixes(tunnel: &Tunnel, prefixes: &[IpNet]) -> Result<()> {
 /// The tunnel, in numbers.
 pub fn status(tunnel: &mut Tunnel) -> Status {
     tunnel.workers.count_socket_drops();
+    tunnel.forget_capture_that_is_over();
     // The kernel may not have reported a change yet.
     tunnel.refresh_device();
     let (stats, link) = (tunnel.host.link_stats(), tunnel.host.link());
@@ -242,6 +245,7 @@ pub fn status(tunnel: &mut Tunnel) -> Status {
         workers: workers
             .map(|worker| worker.iter().map(named).collect())
             .collect(),
+        capture: tunnel.capture.as_ref().map(Capture::status),
     }
 }
 

@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use ipnet::IpNet;
 
+use super::capture::Capture;
 use super::device::DeviceState;
 use super::drop_log::DropLog;
 use super::encryption::Encryption;
@@ -52,6 +53,8 @@ pub struct Tunnel {
     /// `None` where nothing is masqueraded.
     pub(super) masquerade: Option<Masquerade>,
     drop_log: DropLog,
+    /// While somebody captures packets.
+    pub capture: Option<Capture>,
     /// When this process began to run it.
     pub started: Instant,
     /// Why the last reload changed nothing, if it did not.
@@ -94,6 +97,7 @@ impl Tunnel {
             is_started: false,
             masquerade: None,
             drop_log: DropLog::new(),
+            capture: None,
             started: Instant::now(),
             reload_error: None,
             upgrade_error: None,
@@ -339,6 +343,9 @@ impl Tunnel {
         if let Some(encryption) = &self.encryption {
             encryption.admit(&self.peers.overlay, next);
         }
+        if let Some(capture) = &self.capture {
+            capture.set_peers(next);
+        }
         match self.is_started {
             true => self.workers.publish(table),
             false => self.workers.begin_with(table),
@@ -419,6 +426,7 @@ impl Tunnel {
         if is_host_changed {
             self.refresh_host();
         }
+        self.forget_capture_that_is_over();
         let listen = self.settings.listen.ip();
         let workers = &self.workers.descriptors;
         let keepalive = self.config.keepalive_seconds;
@@ -520,8 +528,18 @@ impl Tunnel {
         Ok(())
     }
 
+    /// A capture ends by itself when nobody wants it any more.
+    pub fn forget_capture_that_is_over(&mut self) {
+        self.capture.take_if(|capture| capture.is_over());
+    }
+
     /// Ends the tunnel: routes and device go.
     pub fn take_down(&mut self) {
+        // It has until it is waited for to tell what it has.
+        let capture = self.capture.take();
+        if let Some(capture) = &capture {
+            capture.end("the tunnel ends");
+        }
         self.workers.count_socket_drops();
         self.masquerade = None;
         // Their reconciler first, which would miss the device.

@@ -21,9 +21,12 @@ use crossbeam_channel::Sender;
 
 use super::sessions::Sessions;
 use super::table::{PeerSnapshot, Table};
+use super::tapped::{self, Tapped};
+use crate::capture::Reason;
 use crate::clock;
 use crate::counters::Counters;
 use crate::io::engine::{Engine, ReceiveMeta};
+use crate::packet::batch::NextHop;
 use crate::packet::coalesce::{Coalescer, TunOffloads};
 use crate::packet::ecn;
 use crate::packet::ip::{self, Malformed, Version};
@@ -90,6 +93,10 @@ impl Inbound {
         if !table.senders().has(sender.ip()) {
             counters.drop_sender_unknown.add(datagrams.len() as u64);
             counters.first.sender_unknown.give(sender.ip());
+            if counters.tap.is_on() {
+                let note = |packet| tapped::refused(packet, None, Reason::SenderUnknown);
+                datagrams.for_each(|packet| counters.tap.note(|| note(packet)));
+            }
             return;
         }
         let mut allowed = Allowed::none(self.worker, Origin::Address(sender));
@@ -205,18 +212,23 @@ impl Inbound {
     ) {
         let version = match ip::verify(packet) {
             Ok(version) => version,
-            Err(Malformed::Short) => return counters.drop_short.add(1),
-            Err(Malformed::Version) => return counters.drop_version.add(1),
-            Err(Malformed::Length) => return counters.drop_length.add(1),
+            Err(malformed) => return refuse_malformed(malformed, packet, counters),
         };
         if !ecn::decapsulate(version, packet, meta.ecn) {
             counters.drop_ecn.add(1);
+            let note = || tapped::refused(packet, allowed.sender(table), Reason::Ecn);
+            counters.tap.note(note);
             return;
         }
         let packet = &*packet;
         if allowed.admits(version, packet, table, counters) {
             allowed.count(packet.len());
-            self.coalescer.push(version, packet, engine);
+            let mut sink = Tapped {
+                sink: engine,
+                tap: &counters.tap,
+                table: Some(table),
+            };
+            self.coalescer.push(version, packet, &mut sink);
         } else {
             self.refuse(version, packet, meta.sender, allowed, table, counters);
         }
@@ -224,8 +236,12 @@ impl Inbound {
 
     /// Writes all that is still held for merging: no more datagrams are at hand.
     #[inline]
-    pub fn flush(&mut self, engine: &mut impl Engine) {
-        self.coalescer.flush(engine);
+    pub fn flush(&mut self, table: &Table, counters: &Counters, engine: &mut impl Engine) {
+        self.coalescer.flush(&mut Tapped {
+            sink: engine,
+            tap: &counters.tap,
+            table: Some(table),
+        });
     }
 
     /// Takes in a probe: the control thread answers, and reads of keepalives in the counters.
@@ -274,6 +290,8 @@ impl Inbound {
         }
         let (sender, source) = (sender.ip(), ip::source(version, packet));
         counters.drop_source_not_allowed.add(1);
+        let note = || tapped::refused(packet, allowed.sender(table), Reason::SourceNotAllowed);
+        counters.tap.note(note);
         allowed.refused += 1;
         counters.first.source_not_allowed.give((sender, source));
         let peer = table.senders().peer(sender).and_then(|peer| table.at(peer));
@@ -285,6 +303,19 @@ impl Inbound {
 
 /// Most peers at one address that a keepalive may be from.
 const SHARERS_MAX: usize = 16;
+
+/// Drops what is not one whole IP packet.
+#[cold]
+fn refuse_malformed(malformed: Malformed, bytes: &[u8], counters: &Counters) {
+    let (drops, reason) = match malformed {
+        Malformed::Short => (&counters.drop_short, Reason::Short),
+        Malformed::Version => (&counters.drop_version, Reason::Version),
+        Malformed::Length => (&counters.drop_length, Reason::Length),
+    };
+    drops.add(1);
+    let tap = &counters.tap;
+    tap.note(|| tapped::refused(bytes, None, reason));
+}
 
 /// Datagrams of one session that came together.
 struct Run<'a> {
@@ -407,6 +438,13 @@ impl<'a> Allowed<'a> {
                 .filter(|peer| self.from.is(peer));
         }
         self.peer.is_some()
+    }
+
+    /// The peer that has sent the packets, for those who capture; the first of several at one
+    /// address.
+    #[cold]
+    fn sender(&self, table: &Table) -> Option<NextHop> {
+        table.find(|peer| self.from.is(peer))
     }
 
     #[inline]

@@ -14,6 +14,7 @@ mod report;
 mod send_queue;
 pub(crate) mod sessions;
 pub mod table;
+mod tapped;
 
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -153,7 +154,7 @@ pub(crate) fn run(
             // What has just found no room: the engine has to wait for some.
             outbound.pump(&table, counters, engine);
         }
-        inbound.flush(engine);
+        inbound.flush(&table, counters, engine);
         engine.submit()?;
         carried = 0;
         // Sleep.

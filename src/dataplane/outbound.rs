@@ -26,6 +26,8 @@ use super::report::Reporter;
 use super::send_queue::{Account, SendQueue};
 use super::sessions::{Held, Sessions};
 use super::table::{PeerSnapshot, Table};
+use super::tapped::{self, Tapped};
+use crate::capture::{Direction, Note, Reason};
 use crate::clock;
 use crate::counters::Counters;
 use crate::io::engine::{Destination, Engine, OPEN_BATCHES_MAX, SendFailure};
@@ -77,6 +79,36 @@ enum Refusal {
     Unresolved,
     TooBig { mtu_bytes: u32 },
     Oversize,
+}
+
+impl Refusal {
+    /// What the packet's sender is told, if anything.
+    fn problem(&self) -> Option<Problem> {
+        match *self {
+            Self::Expired => Some(Problem::TimeExceeded),
+            Self::NoRoute | Self::Unresolved => Some(Problem::NoRoute),
+            Self::TooBig { mtu_bytes } => Some(Problem::TooBig { mtu_bytes }),
+            Self::Oversize => None,
+        }
+    }
+}
+
+/// Notes a vnet packet that has a way to go, once if it is held.
+#[inline]
+fn note_taken(vnet_packet: &[u8], to: To<'_>, held_since_ns: Option<u64>, counters: &Counters) {
+    if counters.tap.is_on() && held_since_ns.is_none() {
+        let note = || tapped::outbound(vnet_packet, Some(to.next_hop));
+        counters.tap.note(note);
+    }
+}
+
+/// Notes that there is no buffer for a vnet packet, or for the rest of it.
+#[cold]
+fn note_no_buffer(segments: &Segments<'_>, to: To<'_>, counters: &Counters) {
+    counters.tap.note(|| {
+        let note = Note::carried(Direction::Out, Some(to.next_hop), segments.packet());
+        note.dropped(Reason::NoBuffer)
+    });
 }
 
 impl Outbound {
@@ -137,6 +169,8 @@ impl Outbound {
     ) {
         let Ok(segments) = Segments::new(vnet_packet) else {
             counters.drop_tun_malformed.add(1);
+            let note = || tapped::outbound(vnet_packet, None).dropped(Reason::TunMalformed);
+            counters.tap.note(note);
             return;
         };
         let to = if is_expired {
@@ -146,11 +180,15 @@ impl Outbound {
         };
         match to {
             Ok(to) if to.peer.lacks_session() => {
+                note_taken(vnet_packet, to, held_since_ns, counters);
                 let account = Account::new(self.worker, table, counters);
                 self.hold(vnet_packet, to, held_since_ns, &account);
             }
-            Ok(to) => self.append(&segments, to, table, counters, engine),
-            Err(refusal) => self.refuse(refusal, &segments, table, counters, engine),
+            Ok(to) => {
+                note_taken(vnet_packet, to, held_since_ns, counters);
+                self.append(&segments, to, table, counters, engine);
+            }
+            Err(refusal) => self.refuse(refusal, vnet_packet, &segments, table, counters, engine),
         }
     }
 
@@ -180,6 +218,7 @@ impl Outbound {
         }
         let Some(mut index) = found.or_else(|| self.start_batch(to, tos, &account, engine)) else {
             counters.drop_no_buffer.add(count as u64);
+            note_no_buffer(segments, to, counters);
             return;
         };
         let (mode, datagram_bytes_max) = (self.mode, self.datagram_bytes_max(to.peer));
@@ -195,6 +234,7 @@ impl Outbound {
                     Some(fresh) => index = fresh,
                     None => {
                         counters.drop_no_buffer.add((count - packet) as u64);
+                        note_no_buffer(segments, to, counters);
                         break;
                     }
                 }
@@ -312,7 +352,8 @@ impl Outbound {
         for (queue, from) in self.queues.iter_mut().zip([Port::Listen, Port::Own]) {
             queue.release(from, &account, engine);
         }
-        self.held.drop_all(|next_hop| account.given_up(next_hop));
+        let dropped = |next_hop, vnet_packet: &[u8]| account.given_up(next_hop, vnet_packet);
+        self.held.drop_all(dropped);
     }
 
     /// Sends all that waits, whether there is room or not.
@@ -328,25 +369,35 @@ impl Outbound {
     fn refuse(
         &mut self,
         refusal: Refusal,
+        vnet_packet: &[u8],
         segments: &Segments<'_>,
         table: &Table,
         counters: &Counters,
         engine: &mut impl Engine,
     ) {
-        let (drops, problem) = match refusal {
-            Refusal::Expired => (&counters.drop_ttl, Some(Problem::TimeExceeded)),
-            Refusal::NoRoute => (&counters.drop_no_route, Some(Problem::NoRoute)),
-            Refusal::Unresolved => (&counters.drop_peer_unresolved, Some(Problem::NoRoute)),
-            Refusal::TooBig { mtu_bytes } => {
-                (&counters.drop_too_big, Some(Problem::TooBig { mtu_bytes }))
-            }
-            Refusal::Oversize => (&counters.drop_oversize, None),
+        let (drops, reason) = match refusal {
+            Refusal::Expired => (&counters.drop_ttl, Reason::Ttl),
+            Refusal::NoRoute => (&counters.drop_no_route, Reason::NoRoute),
+            Refusal::Unresolved => (&counters.drop_peer_unresolved, Reason::PeerUnresolved),
+            Refusal::TooBig { .. } => (&counters.drop_too_big, Reason::TooBig),
+            Refusal::Oversize => (&counters.drop_oversize, Reason::Oversize),
         };
         drops.add(segments.count() as u64);
-        if let Some(problem) = problem {
+        let tap = &counters.tap;
+        tap.note(|| {
+            let destination = ip::destination(segments.version(), segments.packet());
+            let peer = table.peer(destination).map(|(next_hop, _)| next_hop);
+            tapped::outbound(vnet_packet, peer).dropped(reason)
+        });
+        if let Some(problem) = refusal.problem() {
             let (now, addresses) = (Instant::now(), table.addresses());
+            let mut sink = Tapped {
+                sink: engine,
+                tap,
+                table: None,
+            };
             self.reporter
-                .report(now, problem, segments, addresses, counters, engine);
+                .report(now, problem, segments, addresses, counters, &mut sink);
         }
     }
 
@@ -397,7 +448,7 @@ impl Outbound {
             sessions.request(peer);
         }
         let since_ns = since_ns.unwrap_or_else(clock::now_ns);
-        let dropped = |next_hop| account.given_up(next_hop);
+        let dropped = |next_hop, vnet_packet: &[u8]| account.given_up(next_hop, vnet_packet);
         self.held.push(vnet_packet, to.next_hop, since_ns, dropped);
     }
 
@@ -406,7 +457,7 @@ impl Outbound {
         std::mem::swap(&mut self.held, &mut self.held_before);
         let mut before = std::mem::take(&mut self.held_before);
         let account = Account::new(self.worker, table, counters);
-        let dropped = |next_hop| account.given_up(next_hop);
+        let dropped = |next_hop, vnet_packet: &[u8]| account.given_up(next_hop, vnet_packet);
         for (vnet_packet, since_ns) in before.vnet_packets(clock::now_ns(), dropped) {
             // Its hop was taken when it came.
             self.forward(vnet_packet, false, Some(since_ns), table, counters, engine);

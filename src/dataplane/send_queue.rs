@@ -16,6 +16,8 @@ use super::Queueing;
 use super::in_flight::InFlight;
 use super::sessions::Sessions;
 use super::table::Table;
+use super::tapped;
+use crate::capture::{Direction, Note, Reason as Dropped};
 use crate::counters::Counters;
 use crate::io::engine::{Destination, Engine};
 use crate::io::udp::{Port, SOCKET_BUFFER_BYTES};
@@ -305,8 +307,10 @@ impl<'a> Account<'a> {
 
     /// A vnet packet was held for a session in vain.
     #[cold]
-    pub fn given_up(&self, next_hop: NextHop) {
+    pub fn given_up(&self, next_hop: NextHop, vnet_packet: &[u8]) {
         self.counters.drop_no_session.add(1);
+        let note = || tapped::outbound(vnet_packet, Some(next_hop)).dropped(Dropped::NoSession);
+        self.counters.tap.note(note);
         let peer = self.table.at(next_hop);
         if let Some(traffic) = peer.and_then(|peer| peer.traffic.get(self.worker)) {
             traffic.drop_no_session.add(1);
@@ -321,12 +325,16 @@ impl<'a> Account<'a> {
 }
 
 impl fq_codel::Observer<Queued> for Account<'_> {
-    fn dropped(&self, queued: &Queued, packet_bytes: usize, reason: Reason) {
-        let counter = match reason {
-            Reason::Aqm => &self.counters.drop_queue_aqm,
-            Reason::Overlimit => &self.counters.drop_queue_full,
+    fn dropped(&self, queued: &Queued, head: &[u8], packet_bytes: usize, reason: Reason) {
+        let (counter, dropped) = match reason {
+            Reason::Aqm => (&self.counters.drop_queue_aqm, Dropped::QueueAqm),
+            Reason::Overlimit => (&self.counters.drop_queue_full, Dropped::QueueFull),
         };
         counter.add(1);
+        self.counters.tap.note(|| Note {
+            packet_bytes,
+            ..Note::carried(Direction::Out, Some(queued.next_hop), head).dropped(dropped)
+        });
         // The table may have changed since.
         let peer = self.table.at(queued.next_hop);
         let peer = peer.filter(|peer| peer.endpoint_in_use() == Some(queued.to.endpoint.address));
@@ -353,6 +361,8 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
+    use crate::capture::Ring;
+    use crate::capture::frame::Header;
     use crate::counters::PeerCounters;
     use crate::dataplane::table::PeerSnapshot;
     use crate::dataplane::test_support::Fake;
@@ -502,6 +512,8 @@ mod tests {
     #[test]
     fn what_is_dropped_was_not_sent_to_its_peer() {
         let mut bench = bench(Some(30_000), Aqm::Off);
+        let ring = Arc::new(Ring::new(1 << 20, 128));
+        bench.counters.tap.attach(Arc::clone(&ring));
         bench.engine.unsent_bytes = 1 << 20;
         let mut pushed = 0;
         while bench.counters.drop_queue_full.get() == 0 {
@@ -510,6 +522,15 @@ mod tests {
         }
         let dropped = bench.counters.drop_queue_full.get();
         assert_eq!(bench.traffic[0].drop_queue_full.get(), dropped);
+        // Whoever captures sees them.
+        assert_eq!(ring.counts(), (dropped, 0));
+        let mut frame = Vec::new();
+        ring.take(0, &mut frame);
+        let (header, packet) = frame.split_first_chunk().unwrap();
+        let header = Header::read(header);
+        assert_eq!(header.reason_name(), Some("queue_full"));
+        assert_eq!(header.packet_bytes as usize, PACKET_BYTES);
+        assert_eq!((packet[0], packet[15], packet.len()), (0x45, 1, 128));
         bench.drain();
         let account = Account::new(0, &bench.table, &bench.counters);
         bench

@@ -156,19 +156,19 @@ struct HeldPacket {
 
 impl Held {
     /// Holds one more, unless too many wait for the same peer. Where there is no room for
-    /// it, those before it are dropped: what is new is of more use. `dropped` is told the peer
-    /// of each that is.
+    /// it, those before it are dropped: what is new is of more use. `dropped` is told of each
+    /// that is, and its peer.
     #[cold]
     pub fn push(
         &mut self,
         vnet_packet: &[u8],
         next_hop: NextHop,
         since_ns: u64,
-        dropped: impl Fn(NextHop),
+        dropped: impl Fn(NextHop, &[u8]),
     ) {
         let same = self.packets.iter().filter(|one| one.next_hop == next_hop);
         if same.count() >= HELD_PER_PEER_MAX {
-            dropped(next_hop);
+            dropped(next_hop, vnet_packet);
             return;
         }
         if self.packets.len() == HELD_MAX || self.bytes.len() + vnet_packet.len() > HELD_BYTES_MAX {
@@ -185,11 +185,11 @@ impl Held {
     }
 
     /// The vnet packets that are not too old, in order, each with the time since when it is
-    /// held. `dropped` is told the peer of each of the others.
+    /// held. `dropped` is told of each of the others, and its peer.
     pub fn vnet_packets(
         &mut self,
         now_ns: u64,
-        dropped: impl Fn(NextHop),
+        dropped: impl Fn(NextHop, &[u8]),
     ) -> impl Iterator<Item = (&mut [u8], u64)> {
         let mut rest = &mut self.bytes[..];
         let mut start = 0;
@@ -197,16 +197,20 @@ impl Held {
             let (packet, after) = std::mem::take(&mut rest).split_at_mut(one.end - start);
             (rest, start) = (after, one.end);
             if now_ns.saturating_sub(one.since_ns) >= HELD_NS_MAX {
-                dropped(one.next_hop);
+                dropped(one.next_hop, packet);
                 return None;
             }
             Some((packet, one.since_ns))
         })
     }
 
-    /// Drops all. `dropped` is told the peer of each.
-    pub fn drop_all(&mut self, dropped: impl Fn(NextHop)) {
-        self.packets.iter().for_each(|one| dropped(one.next_hop));
+    /// Drops all. `dropped` is told of each.
+    pub fn drop_all(&mut self, dropped: impl Fn(NextHop, &[u8])) {
+        let mut start = 0;
+        for one in &self.packets {
+            dropped(one.next_hop, &self.bytes[start..one.end]);
+            start = one.end;
+        }
         self.clear();
     }
 
@@ -224,7 +228,7 @@ mod tests {
 
     use super::*;
 
-    fn packets(held: &mut Held, now_ns: u64, dropped: impl Fn(NextHop)) -> Vec<Vec<u8>> {
+    fn packets(held: &mut Held, now_ns: u64, dropped: impl Fn(NextHop, &[u8])) -> Vec<Vec<u8>> {
         let packets = held.vnet_packets(now_ns, dropped);
         packets.map(|(packet, _)| packet.to_vec()).collect()
     }
@@ -247,12 +251,12 @@ mod tests {
     fn what_is_held_comes_out_in_order() {
         let (mut held, dropped) = (Held::default(), Dropped::default());
         for packet in [&[1; 3][..], &[2], &[3; 2]] {
-            held.push(packet, 0, 1, |peer| dropped.note(peer));
+            held.push(packet, 0, 1, |peer, _| dropped.note(peer));
         }
         let all = [vec![1; 3], vec![2], vec![3; 2]];
-        assert_eq!(packets(&mut held, 1, |peer| dropped.note(peer)), all);
+        assert_eq!(packets(&mut held, 1, |peer, _| dropped.note(peer)), all);
         held.clear();
-        assert!(packets(&mut held, 1, |peer| dropped.note(peer)).is_empty());
+        assert!(packets(&mut held, 1, |peer, _| dropped.note(peer)).is_empty());
         assert!(dropped.take().is_empty());
     }
 
@@ -261,25 +265,25 @@ mod tests {
         let (mut held, dropped) = (Held::default(), Dropped::default());
         let peers: Vec<_> = (0..=HELD_MAX as NextHop).collect();
         for &peer in &peers {
-            held.push(&[1], peer, 1, |peer| dropped.note(peer));
+            held.push(&[1], peer, 1, |peer, _| dropped.note(peer));
         }
         assert_eq!(dropped.take(), peers[..HELD_MAX]);
-        held.push(&vec![2; HELD_BYTES_MAX], 0, 1, |peer| dropped.note(peer));
+        held.push(&vec![2; HELD_BYTES_MAX], 0, 1, |peer, _| dropped.note(peer));
         assert_eq!(dropped.take(), [HELD_MAX as NextHop]);
-        assert_eq!(packets(&mut held, 1, |peer| dropped.note(peer)).len(), 1);
+        assert_eq!(packets(&mut held, 1, |peer, _| dropped.note(peer)).len(), 1);
         assert!(held.bytes.capacity() < 2 * HELD_BYTES_MAX);
     }
 
     #[test]
     fn a_peer_that_is_gone_leaves_room_for_others_and_is_not_waited_for_in_vain() {
         let (mut held, dropped) = (Held::default(), Dropped::default());
-        held.push(&[1], 1, 1, |peer| dropped.note(peer));
+        held.push(&[1], 1, 1, |peer, _| dropped.note(peer));
         for _ in 0..1000 {
-            held.push(&[2], 2, 2, |peer| dropped.note(peer));
+            held.push(&[2], 2, 2, |peer, _| dropped.note(peer));
         }
         assert_eq!(held.packets.len(), 1 + HELD_PER_PEER_MAX);
         assert_eq!(dropped.take(), vec![2; 1000 - HELD_PER_PEER_MAX]);
-        let later = packets(&mut held, 1 + HELD_NS_MAX, |peer| dropped.note(peer));
+        let later = packets(&mut held, 1 + HELD_NS_MAX, |peer, _| dropped.note(peer));
         assert_eq!(later, vec![vec![2]; HELD_PER_PEER_MAX]);
         assert_eq!(dropped.take(), [1]);
     }

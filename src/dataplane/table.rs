@@ -128,6 +128,12 @@ impl Table {
         self.peers.get(usize::from(next_hop))
     }
 
+    /// The first peer that is as wanted. It looks at all of them.
+    pub fn find(&self, is_wanted: impl Fn(&PeerSnapshot) -> bool) -> Option<NextHop> {
+        let mut peers = self.peers.iter().zip(0..);
+        peers.find_map(|(peer, next_hop)| is_wanted(peer).then_some(next_hop))
+    }
+
     /// Whether each peer of `old` that has sessions is still here, with the same next hop.
     pub fn has_sessions_of(&self, old: &Self) -> bool {
         let sessions = |peer: &PeerSnapshot| peer.sessions.as_ref().map(Arc::as_ptr);

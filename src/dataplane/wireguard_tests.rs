@@ -188,7 +188,8 @@ impl Host {
         let (table, counters) = (&self.table, &self.counters);
         self.inbound
             .push(&mut datagram, meta, table, counters, &mut self.engine);
-        self.inbound.flush(&mut self.engine);
+        self.inbound
+            .flush(&self.table, &self.counters, &mut self.engine);
     }
 
     fn sent(&mut self) -> Vec<(SocketAddr, Vec<u8>)> {

@@ -7,6 +7,7 @@
 //! packets from its head.
 
 use std::hash::{BuildHasher, RandomState};
+use std::ops::Range;
 
 use super::codel::Codel;
 use super::ecn;
@@ -55,8 +56,8 @@ pub enum Reason {
 
 /// What became of packets, besides being sent. `tag` is what they were queued with.
 pub trait Observer<T> {
-    /// A packet was dropped.
-    fn dropped(&self, tag: &T, packet_bytes: usize, reason: Reason);
+    /// A packet was dropped. `head`: its first bytes, as many as a cell has.
+    fn dropped(&self, tag: &T, head: &[u8], packet_bytes: usize, reason: Reason);
     /// A packet was marked as having experienced congestion.
     fn marked(&self);
 }
@@ -113,6 +114,12 @@ pub struct FqCodel<T> {
     ready: Option<u16>,
     packets_waiting: usize,
     total_bytes: u64,
+}
+
+/// Where the first bytes of a packet are, by its first cell.
+fn head_of(cell: u16, packet_bytes: usize) -> Range<usize> {
+    let start = usize::from(cell) * CELL_BYTES;
+    start..start + packet_bytes.min(CELL_BYTES)
 }
 
 impl<T: Copy> FqCodel<T> {
@@ -300,14 +307,14 @@ impl<T: Copy> FqCodel<T> {
             if !self.flows[flow].codel.is_due(sojourn_ns, is_short, now_ns) {
                 return true;
             }
-            let start = usize::from(cell) * CELL_BYTES;
-            let head = &mut self.cells[start..start + packet.packet_bytes.min(CELL_BYTES)];
-            if ecn::mark_ce(packet.version, head) {
+            let head = head_of(cell, packet.packet_bytes);
+            if ecn::mark_ce(packet.version, &mut self.cells[head.clone()]) {
                 observer.marked();
                 return true;
             }
             self.remove_first(flow);
-            observer.dropped(&packet.tag, packet.packet_bytes, Reason::Aqm);
+            let (head, bytes) = (&self.cells[head], packet.packet_bytes);
+            observer.dropped(&packet.tag, head, bytes, Reason::Aqm);
         }
     }
 
@@ -322,10 +329,13 @@ impl<T: Copy> FqCodel<T> {
             self.ready = None;
         }
         for _ in 0..OVERLIMIT_DROPS_MAX {
+            let cell = self.flows[flow].first;
             let Some(packet) = self.remove_first(flow) else {
                 return;
             };
-            observer.dropped(&packet.tag, packet.packet_bytes, Reason::Overlimit);
+            let head = &self.cells[head_of(cell, packet.packet_bytes)];
+            let (tag, packet_bytes) = (&packet.tag, packet.packet_bytes);
+            observer.dropped(tag, head, packet_bytes, Reason::Overlimit);
             if self.backlog_bytes[flow] <= bytes / 2 {
                 return;
             }

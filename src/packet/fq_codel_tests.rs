@@ -14,7 +14,8 @@ struct Seen {
 }
 
 impl Observer<u32> for Seen {
-    fn dropped(&self, tag: &u32, packet_bytes: usize, reason: Reason) {
+    fn dropped(&self, tag: &u32, head: &[u8], packet_bytes: usize, reason: Reason) {
+        assert_eq!(head.len(), packet_bytes.min(CELL_BYTES));
         assert!(packet_bytes >= 20);
         self.dropped.borrow_mut().push((*tag, reason));
     }

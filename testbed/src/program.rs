@@ -30,6 +30,9 @@ pub const MANDOC: Program = Program::debian("mandoc", "mandoc");
 /// Terminals without a screen.
 pub const TMUX: Program = Program::debian("tmux", "tmux");
 
+/// Wireshark's reader of captures.
+pub const TSHARK: Program = Program::debian("tshark", "tshark");
+
 /// A program that somebody else may have installed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Program {

@@ -40,6 +40,9 @@ const MORE_PEERS: u32 = 999;
 /// What the keys end in of those that have keys in the other sense, too: WireGuard's.
 const ENCRYPTED: &str = "-encrypted";
 
+/// What the variants' names end in of which all packets are captured at both hosts.
+const CAPTURED: &str = "-captured";
+
 /// The flag that such a program has to know.
 const KEY_FLAG: &str = "--private-key";
 
@@ -195,7 +198,18 @@ impl Target for Fastvpn {
             command.args(&self.flags);
             command
         });
-        daemon::start(pair, commands)
+        let mut link = daemon::start(pair, commands)?;
+        if self.key.ends_with(CAPTURED) {
+            let hosts = [&pair.a, &pair.b].into_iter();
+            for (host, processes) in hosts.zip(&mut link.processes) {
+                let mut command = Command::new(&self.program);
+                command.args(["capture", "-w", "/dev/null"]);
+                command.stdout(Stdio::null()).stderr(Stdio::null());
+                // What it costs counts.
+                processes.push(host.spawn(command)?);
+            }
+        }
+        Ok(link)
     }
 }
 

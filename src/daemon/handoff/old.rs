@@ -247,6 +247,9 @@ pub fn hand_over(
 ) -> Result<bool> {
     tunnel.workers.count_socket_drops();
     tunnel.host.stop_routes();
+    if let Some(capture) = &tunnel.capture {
+        capture.end("another process takes the tunnel over: capture there");
+    }
     // Last: from here on packets wait until the new process starts. Sessions end, whose keys
     // no process has from then on.
     tunnel.stop();

@@ -12,8 +12,8 @@ use proc_macro::{TokenStream, TokenTree};
 /// - `etcd`: where etcd and etcdctl are installed.
 /// - `systemd`: where systemd is installed, and can be started in namespaces.
 /// - `package`: where Debian packages can be made besides.
-/// - `wireguard_go`, `boringtun`, `gotatun`, `wg`, `mandoc`, `tmux`: where that program is
-///   installed.
+/// - `wireguard_go`, `boringtun`, `gotatun`, `wg`, `mandoc`, `tmux`, `tshark`: where that
+///   program is installed.
 /// - `promtool`: where Prometheus and its tool are, besides etcd.
 ///
 /// Without the first two it is run once, on whatever engine a tunnel chooses.
@@ -41,6 +41,7 @@ pub fn trial(attribute: TokenStream, function: TokenStream) -> TokenStream {
         ("wireguard", "wg"),
         ("program", "mandoc"),
         ("program", "tmux"),
+        ("program", "tshark"),
     ] {
         if words.iter().any(|word| word == program) {
             let constant = program.to_uppercase();

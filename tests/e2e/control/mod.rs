@@ -1,5 +1,6 @@
-//! The control socket: commands and requests.
+//! The control socket: commands, requests and captures.
 
+pub mod capture;
 pub mod commands;
 pub mod metrics;
 pub mod monitoring;
