@@ -2,7 +2,6 @@
 //! header of [`HEADER_BYTES`] and a body. Numbers are little-endian. `docs/control.md`
 //! describes it for those who write programs.
 
-use super::ring::NO_PEER;
 use super::tap::{Direction, Reason};
 use crate::packet::batch::NextHop;
 
@@ -11,6 +10,9 @@ pub const HEADER_BYTES: usize = 32;
 
 /// Longest body: the names of all peers that there can be.
 pub const BODY_BYTES_MAX: usize = 16 << 20;
+
+/// No peer.
+pub(super) const NO_PEER: u16 = u16::MAX;
 
 /// A packet, cut to the snapshot length.
 pub const PACKET: u8 = 0;

@@ -13,9 +13,6 @@ const HEADER_WORDS: usize = 3;
 
 const WORD_BYTES: usize = size_of::<u64>();
 
-/// No peer.
-pub(super) const NO_PEER: u16 = u16::MAX;
-
 /// What one side writes. Of cache lines of its own (128: x86 fetches lines in pairs).
 #[derive(Debug, Default)]
 #[repr(align(128))]
@@ -68,7 +65,7 @@ impl Ring {
             add(&self.worker.lost);
             return;
         }
-        let peer = note.peer.unwrap_or(NO_PEER);
+        let peer = note.peer.unwrap_or(frame::NO_PEER);
         let reason = note.dropped.map_or(0, |reason| reason.code());
         let header = [
             timestamp_ns,

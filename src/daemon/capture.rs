@@ -16,7 +16,6 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::tunnel::Tunnel;
 use crate::capture::{Ring, frame};
 use crate::control::codec::{Lines, to_line};
 use crate::control::credentials::Asker;
@@ -67,18 +66,31 @@ struct Shared {
     lost: AtomicU64,
 }
 
-/// Begins a capture, or tells the client why not. `is_leaving`: another process takes the
-/// tunnel over.
+/// What is captured.
+pub struct Source<'a> {
+    /// Name of the TUN device.
+    pub tun: &'a str,
+    /// The workers' taps.
+    pub counters: &'a [Arc<Counters>],
+    /// The peers.
+    pub overlay: &'a Overlay,
+    /// Who captures already.
+    pub other: Option<&'a Capture>,
+    /// Another process takes the tunnel over.
+    pub is_leaving: bool,
+}
+
+/// Begins a capture; `None` if the client was told why not.
 pub fn begin(
-    tunnel: &mut Tunnel,
+    source: &Source<'_>,
     mut connection: Lines,
     asker: Asker,
     snaplen_bytes: u32,
-    is_leaving: bool,
-) {
-    tunnel.forget_capture_that_is_over();
-    let begun = match &tunnel.capture {
-        _ if is_leaving => Err(Error::new("another process is taking over").hint("try again")),
+) -> Option<Capture> {
+    let begun = match source.other {
+        _ if source.is_leaving => {
+            Err(Error::new("another process is taking over").hint("try again"))
+        }
         Some(other) => {
             let what = format!(
                 "{} captures already, and only one can at a time",
@@ -86,7 +98,7 @@ pub fn begin(
             );
             Err(Error::new(what))
         }
-        None => Capture::new(tunnel, &connection, asker, snaplen_bytes),
+        None => Capture::new(source, &connection, asker, snaplen_bytes),
     };
     match begun {
         Ok(capture) => {
@@ -95,29 +107,35 @@ pub fn begin(
                 snaplen_bytes,
                 "captures packets, {snaplen_bytes} bytes of each: {asker}"
             );
-            tunnel.capture = Some(capture);
+            Some(capture)
         }
         Err(error) => {
             // A line fits a fresh connection's buffer.
             if let Ok(line) = to_line(&Line::from(Err(error))) {
                 let _ = connection.send(line, Instant::now());
             }
+            None
         }
     }
 }
 
 impl Capture {
-    fn new(tunnel: &Tunnel, connection: &Lines, asker: Asker, snaplen_bytes: u32) -> Result<Self> {
+    fn new(
+        source: &Source<'_>,
+        connection: &Lines,
+        asker: Asker,
+        snaplen_bytes: u32,
+    ) -> Result<Self> {
         if !(SNAPLEN_BYTES_MIN..=SNAPLEN_BYTES_MAX).contains(&snaplen_bytes) {
             let what = format!("snaplen_bytes is {SNAPLEN_BYTES_MIN} to {SNAPLEN_BYTES_MAX}");
             return Err(Error::new(what));
         }
         let cannot = |error| Error::os("cannot capture", error);
-        let counters = tunnel.workers.counters.clone();
+        let counters = source.counters.to_vec();
         // Workers are counted in 16 bits, as queues are.
         let answer = Answer::Capturing(Capturing {
             version: env!("CARGO_PKG_VERSION").into(),
-            tun: tunnel.host.device.name.clone(),
+            tun: source.tun.into(),
             workers: counters.len() as u16,
             snaplen_bytes,
         });
@@ -132,7 +150,7 @@ impl Capture {
             shared: Arc::clone(&shared),
             thread: None,
         };
-        capture.set_peers(&tunnel.peers.overlay);
+        capture.set_peers(source.overlay);
         let sender = Sender {
             taps: Taps::attach(counters, snaplen_bytes as usize),
             stream,

@@ -13,7 +13,7 @@ use super::service_manager::ServiceManager;
 use super::start::Begun;
 use super::tunnel::Tunnel;
 use super::upgrade::{Program, Upgrade};
-use super::{capture, metrics, reload, requests, uapi};
+use super::{metrics, reload, requests, uapi};
 use crate::control::credentials::Asker;
 use crate::control::metrics::Server as MetricsServer;
 use crate::control::protocol::{Answer, Changed, Request, Upgrading};
@@ -242,13 +242,8 @@ impl Daemon {
             }
             Call::Capture(connection, asker, snaplen_bytes) => {
                 let is_leaving = self.handoff.is_some();
-                capture::begin(
-                    &mut self.tunnel,
-                    connection,
-                    asker,
-                    snaplen_bytes,
-                    is_leaving,
-                );
+                let tunnel = &mut self.tunnel;
+                tunnel.begin_capture(connection, asker, snaplen_bytes, is_leaving);
             }
             Call::Request(Request::Stop {}, reply) => {
                 tracing::info!(by = %reply.asker, "stopped by {}", reply.asker);

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use ipnet::IpNet;
 
-use super::capture::Capture;
+use super::capture::{self, Capture, Source};
 use super::device::DeviceState;
 use super::drop_log::DropLog;
 use super::encryption::Encryption;
@@ -20,6 +20,8 @@ use super::registry::Registry;
 use super::settings::Settings;
 use super::workers::{Claimed, Workers};
 use crate::config::Config;
+use crate::control::codec::Lines;
+use crate::control::credentials::Asker;
 use crate::control::metrics::Readiness;
 use crate::dataplane::inbound::ReceivedProbe;
 use crate::dataplane::table::Table;
@@ -526,6 +528,28 @@ impl Tunnel {
             );
         }
         Ok(())
+    }
+
+    /// Begins a capture, or tells the client why not. `is_leaving`: another process takes the
+    /// tunnel over.
+    pub fn begin_capture(
+        &mut self,
+        connection: Lines,
+        asker: Asker,
+        snaplen_bytes: u32,
+        is_leaving: bool,
+    ) {
+        self.forget_capture_that_is_over();
+        let source = Source {
+            tun: &self.host.device.name,
+            counters: &self.workers.counters,
+            overlay: &self.peers.overlay,
+            other: self.capture.as_ref(),
+            is_leaving,
+        };
+        if let Some(begun) = capture::begin(&source, connection, asker, snaplen_bytes) {
+            self.capture = Some(begun);
+        }
     }
 
     /// A capture ends by itself when nobody wants it any more.
