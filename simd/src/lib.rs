@@ -2,6 +2,8 @@
 //! may have and picked at run time. The choice needs `unsafe`, which the packet
 //! code that uses it does without.
 
+pub mod chacha20_poly1305;
+
 /// The sum of `bytes` as 32-bit words in native order, for the Internet
 /// checksum: a multiple of 2^16 - 1 away from the sum of the 16-bit words.
 /// Bytes missing in the last word count as zero.

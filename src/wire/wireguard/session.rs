@@ -2,15 +2,14 @@
 //! opened in place with ChaCha20-Poly1305, from any thread and without a lock; sections
 //! 5.4.6 and 6.1 of the paper.
 
+mod aead;
 mod peer;
 
 use std::fmt;
-use std::hint;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
-
+use self::aead::Aead;
 use super::handshake::TransportKeys;
 use super::message::{DATA, DATA_HEADER_BYTES, TAG_BYTES};
 use super::replay::ReplayWindow;
@@ -54,8 +53,8 @@ pub enum OpenError {
 /// A session keeps its peer alive, and the peer keeps its sessions: whoever removes a peer
 /// calls [`PeerSessions::clear`], or neither is ever freed.
 pub struct Session {
-    send: LessSafeKey,
-    receive: LessSafeKey,
+    send: Aead,
+    receive: Aead,
     /// All datagrams that are sealed take their counters here.
     next_counter: NextCounter,
     received: ReplayWindow,
@@ -81,8 +80,8 @@ impl Session {
         peer: Arc<PeerSessions>,
     ) -> Self {
         Self {
-            send: key(&keys.send),
-            receive: key(&keys.receive),
+            send: Aead::new(&keys.send),
+            receive: Aead::new(&keys.receive),
             next_counter: NextCounter(AtomicU64::new(0)),
             received: ReplayWindow::new(),
             local_index,
@@ -138,11 +137,8 @@ impl Session {
         let start = u64::from(DATA) | u64::from(self.remote_index) << 32;
         header[..8].copy_from_slice(&start.to_le_bytes());
         header[8..].copy_from_slice(&counter.to_le_bytes());
-        let tag = self
-            .send
-            .seal_in_place_separate_tag(nonce(counter), Aad::empty(), packet)
-            .map_err(|_| SealError::Layout)?;
-        room.copy_from_slice(tag.as_ref());
+        let sealed = self.send.seal(counter, packet);
+        *room = sealed.map_err(|_| SealError::Layout)?;
         Ok(())
     }
 
@@ -164,10 +160,8 @@ impl Session {
         if counter >= REJECT_AFTER_MESSAGES {
             return Err(OpenError::Forged);
         }
-        let packet = self
-            .receive
-            .open_in_place(nonce(counter), Aad::empty(), sealed)
-            .map_err(|_| OpenError::Forged)?;
+        let opened = self.receive.open(counter, sealed);
+        let packet = opened.map_err(|_| OpenError::Forged)?;
         match self.received.take(counter) {
             Ok(()) => Ok(packet),
             Err(_) => Err(OpenError::Replayed),
@@ -227,38 +221,6 @@ impl fmt::Debug for Session {
             .field("established_ns", &self.established_ns)
             .finish_non_exhaustive()
     }
-}
-
-impl Drop for Session {
-    fn drop(&mut self) {
-        erase(&mut self.send);
-        erase(&mut self.receive);
-    }
-}
-
-fn key(bytes: &[u8; 32]) -> LessSafeKey {
-    let key = UnboundKey::new(&CHACHA20_POLY1305, bytes);
-    LessSafeKey::new(key.expect("a key has 32 bytes"))
-}
-
-/// Overwrites a key with zeros. ring's keys do not do so when they are dropped; but a key is
-/// no more than its bytes, so that another one in its place leaves nothing of it.
-///
-/// What this does not reach are copies that were left on the stack when the session was made
-/// and moved, which the thread's next calls overwrite, and what ring keeps on the stack while it
-/// seals and opens. A process that must not leave keys in a core dump forbids the dump.
-fn erase(place: &mut LessSafeKey) {
-    *place = key(&[0; 32]);
-    // Or the compiler would drop a write that nobody reads.
-    hint::black_box(place);
-}
-
-/// Four zero bytes and the counter, little-endian.
-#[inline]
-fn nonce(counter: u64) -> Nonce {
-    let mut nonce = [0; NONCE_LEN];
-    nonce[4..].copy_from_slice(&counter.to_le_bytes());
-    Nonce::assume_unique_for_key(nonce)
 }
 
 #[cfg(test)]

@@ -320,6 +320,6 @@ fn a_session_shows_no_keys() {
 #[test]
 fn an_erased_key_is_all_zeros() {
     let mut erased = session(1, 2, HERE, THERE);
-    erase(&mut erased.send);
+    erased.send.erase();
     assert_eq!(sealed(&erased, b"x")[16..], sealed_with(0, 0, b"x")[16..]);
 }
