@@ -3,6 +3,8 @@
 
 use std::arch::x86_64::*;
 
+use zeroize::{Zeroize, Zeroizing};
+
 use super::KEY_BYTES;
 
 /// Bytes of a block.
@@ -28,32 +30,31 @@ pub(super) struct Stream {
 }
 
 impl Stream {
-    /// That of a packet which needs so many bytes of it, those of the first block included.
+    /// That of a packet, of which nothing is made yet.
     #[inline]
-    #[target_feature(enable = "avx512f,avx512vl")]
-    pub(super) fn new(key: &[u32; KEY_BYTES / 4], counter: u64, bytes: usize) -> Self {
+    pub(super) fn new(key: &[u32; KEY_BYTES / 4], counter: u64) -> Self {
         let mut words = [0; 16];
         words[..4].copy_from_slice(&CONSTANTS);
         words[4..BLOCK_NUMBER].copy_from_slice(key);
         words[14] = counter as u32;
         words[15] = (counter >> 32) as u32;
-        let mut stream = Self {
+        Self {
             bytes: [0; PASS_BYTES],
             words,
-        };
-        stream.make(bytes);
-        stream
+        }
     }
 
-    /// The key of the packet's tag. It is to be taken before [`Self::apply`].
+    /// Makes what a packet of so many bytes begins with, and returns the key of its tag.
     #[inline]
-    pub(super) fn one_time_key(&self) -> [u8; KEY_BYTES] {
-        let mut key = [0; KEY_BYTES];
+    #[target_feature(enable = "avx512f,avx512vl")]
+    pub(super) fn start(&mut self, packet_bytes: usize) -> Zeroizing<[u8; KEY_BYTES]> {
+        self.make(BLOCK_BYTES + packet_bytes);
+        let mut key = Zeroizing::new([0; KEY_BYTES]);
         key.copy_from_slice(&self.bytes[..KEY_BYTES]);
         key
     }
 
-    /// Encrypts or decrypts the packet.
+    /// Encrypts or decrypts the packet, after [`Self::start`].
     #[inline]
     #[target_feature(enable = "avx512f,avx512vl")]
     pub(super) fn apply(&mut self, packet: &mut [u8]) {
@@ -79,6 +80,13 @@ impl Stream {
     }
 }
 
+impl Drop for Stream {
+    fn drop(&mut self) {
+        // The key is among them.
+        self.words.zeroize();
+    }
+}
+
 /// Adds the key stream to bytes, of which there are no more than of it.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vl")]
@@ -101,29 +109,36 @@ fn combine(bytes: &mut [u8], stream: &[u8]) {
     }
 }
 
-/// Twenty rounds of all blocks in `$words` (section 2.3).
+/// A quarter round of all blocks (section 2.1). All indices are written out, here and below:
+/// of a loop over them the compiler keeps the words in memory, which takes twice the time.
+macro_rules! quarter_round {
+    ($words:ident, $operations:tt, $a:literal, $b:literal, $c:literal, $d:literal) => {
+        quarter_round!(@half $words, $operations, $a, $b, $c, $d, 16, 12);
+        quarter_round!(@half $words, $operations, $a, $b, $c, $d, 8, 7);
+    };
+    (
+        @half $words:ident, ($add:ident, $xor:ident, $rotate_left:ident),
+        $a:literal, $b:literal, $c:literal, $d:literal, $first:literal, $second:literal
+    ) => {
+        $words[$a] = $add($words[$a], $words[$b]);
+        $words[$d] = $rotate_left::<$first>($xor($words[$d], $words[$a]));
+        $words[$c] = $add($words[$c], $words[$d]);
+        $words[$b] = $rotate_left::<$second>($xor($words[$b], $words[$c]));
+    };
+}
+
+/// Twenty rounds (section 2.3).
 macro_rules! twenty_rounds {
-    ($words:ident, $add:ident, $xor:ident, $rotate_left:ident) => {
+    ($words:ident, $operations:tt) => {
         for _ in 0..10 {
-            for [a, b, c, d] in [
-                [0, 4, 8, 12],
-                [1, 5, 9, 13],
-                [2, 6, 10, 14],
-                [3, 7, 11, 15],
-                [0, 5, 10, 15],
-                [1, 6, 11, 12],
-                [2, 7, 8, 13],
-                [3, 4, 9, 14],
-            ] {
-                $words[a] = $add($words[a], $words[b]);
-                $words[d] = $rotate_left::<16>($xor($words[d], $words[a]));
-                $words[c] = $add($words[c], $words[d]);
-                $words[b] = $rotate_left::<12>($xor($words[b], $words[c]));
-                $words[a] = $add($words[a], $words[b]);
-                $words[d] = $rotate_left::<8>($xor($words[d], $words[a]));
-                $words[c] = $add($words[c], $words[d]);
-                $words[b] = $rotate_left::<7>($xor($words[b], $words[c]));
-            }
+            quarter_round!($words, $operations, 0, 4, 8, 12);
+            quarter_round!($words, $operations, 1, 5, 9, 13);
+            quarter_round!($words, $operations, 2, 6, 10, 14);
+            quarter_round!($words, $operations, 3, 7, 11, 15);
+            quarter_round!($words, $operations, 0, 5, 10, 15);
+            quarter_round!($words, $operations, 1, 6, 11, 12);
+            quarter_round!($words, $operations, 2, 7, 8, 13);
+            quarter_round!($words, $operations, 3, 4, 9, 14);
         }
     };
 }
@@ -143,7 +158,10 @@ fn make_pass(initial: &[u32; 16], stream: &mut [u8; PASS_BYTES]) {
     for (index, word) in words.iter_mut().enumerate() {
         *word = start(index);
     }
-    twenty_rounds!(words, _mm512_add_epi32, _mm512_xor_si512, _mm512_rol_epi32);
+    twenty_rounds!(
+        words,
+        (_mm512_add_epi32, _mm512_xor_si512, _mm512_rol_epi32)
+    );
     for (index, word) in words.iter_mut().enumerate() {
         *word = _mm512_add_epi32(*word, start(index));
     }
@@ -204,7 +222,10 @@ fn make_half_pass(initial: &[u32; 16], stream: &mut [u8; PASS_BYTES]) {
     for (index, word) in words.iter_mut().enumerate() {
         *word = start(index);
     }
-    twenty_rounds!(words, _mm256_add_epi32, _mm256_xor_si256, _mm256_rol_epi32);
+    twenty_rounds!(
+        words,
+        (_mm256_add_epi32, _mm256_xor_si256, _mm256_rol_epi32)
+    );
     for (index, word) in words.iter_mut().enumerate() {
         *word = _mm256_add_epi32(*word, start(index));
     }

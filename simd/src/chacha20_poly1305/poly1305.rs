@@ -18,6 +18,31 @@ const GROUP_BYTES: usize = GROUP * BLOCK_BYTES;
 /// them apart.
 const BLOCK_OF: [usize; GROUP] = [0, 4, 1, 5, 2, 6, 3, 7];
 
+/// Where each number finds its power in `powers`: block 0 is due r^8, block 7 r. The first
+/// four powers are at 0 to 3, the others at 8 to 11.
+const DUE: [i64; GROUP] = {
+    let mut due = [0; GROUP];
+    let mut number = 0;
+    while number < GROUP {
+        let power = GROUP - 1 - BLOCK_OF[number];
+        due[number] = (power + power / 4 * 4) as i64;
+        number += 1;
+    }
+    due
+};
+
+/// By how many blocks are missing at the front of a group: the numbers that have one.
+const PRESENT: [u8; GROUP] = {
+    let mut present = [0; GROUP];
+    let mut place = 0;
+    while place < GROUP * GROUP {
+        let (missing, number) = (place / GROUP, place % GROUP);
+        present[missing] |= ((BLOCK_OF[number] >= missing) as u8) << number;
+        place += 1;
+    }
+    present
+};
+
 const MASK_44: u64 = (1 << 44) - 1;
 const MASK_42: u64 = (1 << 42) - 1;
 
@@ -154,11 +179,7 @@ fn powers(r: u128) -> [Factors; 2] {
     let next_two = first_two.times(r2.factors());
     let first_four = first_two.or(next_two, 0b1100_1100);
     let next_four = first_four.times(first_four.fourth().factors());
-    // Block 0 is due r^8, block 7 r. The first four are numbers 0 to 3, the next are 8 to 11.
-    let [a, b, c, d, e, f, g, h] = BLOCK_OF.map(|block| match GROUP - 1 - block {
-        power @ 0..4 => power as i64,
-        power => power as i64 + 4,
-    });
+    let [a, b, c, d, e, f, g, h] = DUE;
     let index = _mm512_set_epi64(h, g, f, e, d, c, b, a);
     let due = [0, 1, 2]
         .map(|limb| _mm512_permutex2var_epi64(first_four.0[limb], index, next_four.0[limb]));
@@ -190,9 +211,7 @@ pub(super) fn tag_of(one_time_key: &[u8; KEY_BYTES], packet: &[u8]) -> [u8; TAG_
         if count < GROUP {
             group[GROUP_BYTES - BLOCK_BYTES..].copy_from_slice(&lengths);
         }
-        let bits = (0..GROUP).filter(|&number| BLOCK_OF[number] >= missing);
-        let mask = bits.fold(0, |mask, number| mask | 1 << number);
-        sums = sums.add(&group, _mm512_maskz_mov_epi64(mask, high));
+        sums = sums.add(&group, _mm512_maskz_mov_epi64(PRESENT[missing], high));
         if count < GROUP {
             return finish(sums.times(due), s);
         }
@@ -220,9 +239,6 @@ fn finish(numbers: Numbers, s: u128) -> [u8; TAG_BYTES] {
         h0 += (h2 >> 42) * 5;
         h2 &= MASK_42;
     }
-    h1 += h0 >> 44;
-    h2 += h1 >> 44;
-    (h0, h1) = (h0 & MASK_44, h1 & MASK_44);
     // Less p, if that is not below zero: then its uppermost bit is clear.
     let g0 = h0 + 5;
     let g1 = h1 + (g0 >> 44);

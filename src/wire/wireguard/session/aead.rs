@@ -9,7 +9,7 @@ use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, NONCE_LEN, Nonce, UnboundK
 use super::super::message::TAG_BYTES;
 
 /// Shorter packets are faster by ring, which does not make as many blocks at a time.
-const WIDE_BYTES_MIN: usize = 256;
+const WIDE_BYTES_MIN: usize = 512;
 
 pub(super) struct Aead {
     ring: LessSafeKey,
