@@ -438,7 +438,7 @@ fn a_source_that_the_kernel_refuses_is_forgotten() {
         (libc::EINVAL, false),
         (libc::ENETUNREACH, false),
     ] {
-        sessions.note_sender(Endpoint { address, source });
+        sessions.note_handshake(Endpoint { address, source });
         let failure = SendFailure {
             next_hop: 0,
             destination: address,

@@ -352,7 +352,7 @@ impl Exchange {
         peer.in_flight = None;
         let shared = Arc::clone(&peer.shared);
         let session = Arc::new(Session::new(keys, index, true, now.ns, shared));
-        peer.shared.note_sender(from);
+        peer.shared.note_handshake(from);
         peer.begin_as_initiator(session, &state.map);
         state.complete(peer, now, out);
         state.attend(peer, now, out);
@@ -452,7 +452,7 @@ impl State {
         let session = Arc::new(Session::new(keys, index, false, now.ns, shared));
         // Before the response leaves: what it brings may come to any worker.
         peer.begin_as_responder(session, &self.map);
-        peer.shared.note_sender(from);
+        peer.shared.note_handshake(from);
         peer.macs.fill(&mut response, now.ns);
         out.send(from, &response);
         counters.responses_sent.add(1);

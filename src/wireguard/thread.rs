@@ -75,7 +75,8 @@ impl Outside for Port {
     fn send(&mut self, to: Endpoint, datagram: &[u8]) {
         let socket = self.socket.as_fd();
         let mut sent = message::send_datagram(socket, datagram, to);
-        if sent.is_err() && to.source.is_some() {
+        let is_full = matches!(sent, Err(Errno::EAGAIN | Errno::ENOBUFS));
+        if sent.is_err() && !is_full && to.source.is_some() {
             // This host may have lost the address that the peer has called.
             sent = message::send_datagram(socket, datagram, to.address.into());
         }

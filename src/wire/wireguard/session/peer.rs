@@ -27,6 +27,9 @@ pub struct PeerSessions {
     pub next: ArcSwapOption<Session>,
     /// Where its datagrams go: as configured, then wherever it last sent from.
     pub endpoint: ArcSwapOption<Endpoint>,
+    /// An endpoint that the kernel would not send to from there: it is not tried again before
+    /// the next handshake.
+    refused: ArcSwapOption<Endpoint>,
     /// A worker has asked for a session, and the handshake thread has not seen it yet.
     pub is_wanted: AtomicBool,
     /// This host wants a session with it, be there one or not, and knows its endpoint: so the
@@ -140,9 +143,27 @@ impl PeerSessions {
     #[inline]
     pub fn note_sender(&self, from: Endpoint) {
         let endpoint = self.endpoint.load();
-        if endpoint.as_ref().is_none_or(|endpoint| **endpoint != from) {
-            self.endpoint.store(Some(Arc::new(from)));
+        if endpoint.as_deref() != Some(&from) {
+            self.note_move(from);
         }
+    }
+
+    #[cold]
+    fn note_move(&self, from: Endpoint) {
+        let is_refused = self.refused.load().as_deref() == Some(&from);
+        let to = match is_refused {
+            true => from.address.into(),
+            false => from,
+        };
+        if self.endpoint.load().as_deref() != Some(&to) {
+            self.endpoint.store(Some(Arc::new(to)));
+        }
+    }
+
+    /// The same of a handshake message, after which all is tried again.
+    pub fn note_handshake(&self, from: Endpoint) {
+        self.refused.store(None);
+        self.note_sender(from);
     }
 
     /// The address that its datagrams go to.
@@ -151,18 +172,17 @@ impl PeerSessions {
         self.endpoint.load().as_deref().map(|to| to.address)
     }
 
-    /// Has the kernel choose the address that datagrams leave from, until the peer is heard
-    /// of again: this host may have lost the one that the peer has called.
+    /// Has the kernel choose the address that datagrams leave from, until the peer calls
+    /// another one, or there is a handshake: this host may have lost the one that the peer has
+    /// called.
     #[cold]
     pub fn forget_source(&self) {
-        let has_source = |to: &Arc<Endpoint>| to.source.is_some();
-        if !self.endpoint.load().as_ref().is_some_and(has_source) {
-            return;
+        let endpoint = self.endpoint.load_full();
+        if let Some(refused) = endpoint.filter(|to| to.source.is_some()) {
+            let to = refused.address.into();
+            self.refused.store(Some(refused));
+            self.note_sender(to);
         }
-        self.endpoint.rcu(|endpoint| {
-            let to = endpoint.as_deref();
-            to.map(|to| Arc::new(to.address.into()))
-        });
     }
 
     /// Notes that something was sent in a session; `has_data`: not only keepalives.

@@ -154,6 +154,22 @@ fn the_endpoint_follows_the_peer() {
     peer.forget_source();
     assert_eq!(peer.endpoint.load_full().unwrap().source, None);
     assert_eq!(peer.address(), "[fd00::1]:51821".parse().ok());
+    // It is no better while the peer goes on to call it, but another one is.
+    let source = || peer.endpoint.load_full().unwrap().source;
+    let from = |source: u8| Endpoint {
+        address: "10.0.0.1:1".parse().unwrap(),
+        source: Some([10, 0, 0, source].into()),
+    };
+    peer.note_sender(from(8));
+    peer.forget_source();
+    peer.note_sender(from(8));
+    assert_eq!((source(), peer.address()), (None, Some(from(8).address)));
+    peer.note_sender(from(9));
+    assert_eq!(source(), from(9).source);
+    peer.note_sender(from(8));
+    assert_eq!(source(), None);
+    peer.note_handshake(from(8));
+    assert_eq!(source(), from(8).source);
     peer.endpoint.store(None);
     peer.forget_source();
     assert_eq!(peer.address(), None);
