@@ -186,7 +186,7 @@ fn keys_that_a_newer_tunnel_adds_are_skipped() {
     );
     assert!(result.is_ok(), "{result:?}");
     assert!(
-        out.contains("\na:1   not resolved  listen port  elsewhere"),
+        out.contains("\na:1   not resolved  -      listen port  elsewhere"),
         "{out}"
     );
 }

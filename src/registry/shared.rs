@@ -79,7 +79,7 @@ pub(super) struct Shared {
 pub(super) type Bell = tokio::sync::Notify;
 #[cfg(not(feature = "registry"))]
 #[derive(Default)]
-pub(super) struct Bell;
+pub(super) struct Bell(());
 
 /// The agent ends when this is dropped.
 #[cfg(feature = "registry")]
