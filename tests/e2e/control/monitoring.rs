@@ -19,6 +19,7 @@ use crate::support::{check, fail, stop, tried, udp, wait_for, wait_until};
 
 const DASHBOARD: &str = "monitoring/grafana-dashboard.json";
 const ALERTS: &str = "monitoring/alerts.yml";
+const ALERTS_TEST: &str = "monitoring/alerts-test.yml";
 
 /// Where Prometheus listens.
 const PROMETHEUS_PORT: u16 = 9090;
@@ -140,16 +141,16 @@ fn what_is_watched_is_there() -> Result<()> {
         format!("documented: {documented:?}, there: {there:?}")
     })?;
     check(queries()?.len() > 20, || "no queries".into())?;
-    let status = everything.near.status()?;
     for (key, name) in [
         ("revision", "registry_revision"),
         ("hosts", "registry_hosts"),
         ("connections", "registry_connections_total"),
         ("lease_ttl_seconds", "registry_lease_ttl_seconds"),
     ] {
-        let value = scrape.get(name, &[]);
-        check(value > Some(0.0) && value == status[key].as_f64(), || {
-            format!("{name} is {value:?}, not that of {status}")
+        // A page may be a second old.
+        wait_until(&format!("{name} is what the status says"), || {
+            let value = everything.scrape()?.get(name, &[]);
+            Ok(value > Some(0.0) && value == everything.near.status()?[key].as_f64())
         })?;
     }
     let is = |name: &str| scrape.get(name, &[]);
@@ -160,7 +161,7 @@ fn what_is_watched_is_there() -> Result<()> {
     everything.end()
 }
 
-/// Prometheus' own judgement of format, names and rules.
+/// Prometheus' own judgement of format, names and rules, and which alerts fire for what.
 #[testbed::trial(long, promtool)]
 fn promtool_finds_nothing() -> Result<()> {
     let run = |words: &[&str], input: &str| -> Result<()> {
@@ -180,6 +181,8 @@ fn promtool_finds_nothing() -> Result<()> {
     let everything = Everything::new()?;
     run(&["check", "metrics"], &everything.scrape()?.text)?;
     run(&["check", "rules", &path(ALERTS).display().to_string()], "")?;
+    let test = path(ALERTS_TEST).display().to_string();
+    run(&["test", "rules", &test], "")?;
     everything.end()
 }
 
