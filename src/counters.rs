@@ -24,11 +24,6 @@ impl Counter {
         );
     }
 
-    /// Takes `n` back. Only the owning worker may call this.
-    pub fn sub(&self, n: u64) {
-        self.add(n.wrapping_neg());
-    }
-
     /// Sets the value of what goes up and down. For the writer alone, as [`Self::add`].
     pub fn set(&self, value: u64) {
         self.0.store(value, Ordering::Relaxed);
@@ -185,14 +180,18 @@ counters! {
 #[derive(Debug, Default)]
 #[repr(align(64))]
 pub struct PeerCounters {
-    /// Packets handed over for sending, without those that were not sent.
-    pub packets_sent: Counter,
+    /// Packets handed over for sending, those that were not sent after all among them.
+    pub packets_enqueued: Counter,
     /// Bytes of those packets.
-    pub bytes_sent: Counter,
+    pub bytes_enqueued: Counter,
     /// Packets that passed all checks.
     pub packets_received: Counter,
     /// Bytes of those packets.
     pub bytes_received: Counter,
+    /// Packets that had been handed over, and were dropped.
+    pub packets_unsent: Counter,
+    /// Bytes of those packets.
+    pub bytes_unsent: Counter,
     /// As in [`Counters`], of packets to this peer.
     pub drop_send_full: Counter,
     /// As in [`Counters`], of packets to this peer.
@@ -226,6 +225,19 @@ impl PeerCounters {
         ]
     }
 
+    /// Packets that were sent: what was handed over without what was dropped. A peer that is
+    /// removed and added again while packets to it wait may see only that they are dropped.
+    pub fn packets_sent(&self) -> u64 {
+        let enqueued = self.packets_enqueued.get();
+        enqueued.saturating_sub(self.packets_unsent.get())
+    }
+
+    /// Bytes of those packets.
+    pub fn bytes_sent(&self) -> u64 {
+        let enqueued = self.bytes_enqueued.get();
+        enqueued.saturating_sub(self.bytes_unsent.get())
+    }
+
     /// Packets that were to be sent, whatever became of them.
     pub fn packets_tried(&self) -> u64 {
         let failed = self.drop_send_full.get()
@@ -233,7 +245,7 @@ impl PeerCounters {
             + self.drop_queue_aqm.get()
             + self.drop_queue_full.get()
             + self.drop_no_session.get();
-        self.packets_sent.get() + failed
+        self.packets_sent() + failed
     }
 
     /// Notes the port that packets have come from, `expected` being that of the
@@ -317,5 +329,17 @@ mod tests {
             let name = format!("drop_{}", reason.name());
             assert!(names.contains(&&*name), "{name}");
         }
+    }
+
+    /// As for a peer that was removed and added again while packets to it waited.
+    #[test]
+    fn drops_of_what_was_never_enqueued_leave_nothing_sent() {
+        let peer = PeerCounters::default();
+        peer.packets_unsent.add(2);
+        peer.bytes_unsent.add(200);
+        assert_eq!((peer.packets_sent(), peer.bytes_sent()), (0, 0));
+        peer.packets_enqueued.add(5);
+        peer.bytes_enqueued.add(500);
+        assert_eq!((peer.packets_sent(), peer.bytes_sent()), (3, 300));
     }
 }

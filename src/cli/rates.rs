@@ -56,8 +56,8 @@ impl Totals {
 /// A tunnel's drops by reason, those before the TUN queue among them.
 pub(super) fn drops(status: &Status) -> BTreeMap<String, u64> {
     let mut drops = status.drops.clone();
-    if status.tun_queue_drops > 0 {
-        drops.insert("tun_queue_full".into(), status.tun_queue_drops);
+    if let Some(count) = status.tun_queue_drops.filter(|count| *count > 0) {
+        drops.insert("tun_queue_full".into(), count);
     }
     drops
 }
@@ -131,7 +131,7 @@ mod tests {
         let status = Status {
             counters: counters(&[("packets_sent", 5), ("bytes_sent", 500)]),
             drops: counters(&[("no_route", 2), ("queue_aqm", u64::MAX)]),
-            tun_queue_drops: 1,
+            tun_queue_drops: Some(1),
             ..Status::default()
         };
         let totals = Totals::of_tunnel(&status);

@@ -37,7 +37,8 @@ pub(super) fn status(status: &Status) -> String {
     };
     let prefixes = exactly(status.prefixes, "prefix");
     let mut drops = status.drops.clone();
-    drops.insert("tun_queue_full".into(), status.tun_queue_drops);
+    let tun_queue_drops = status.tun_queue_drops.unwrap_or_default();
+    drops.insert("tun_queue_full".into(), tun_queue_drops);
     let mut others = status.counters.clone();
     let [sent, received, tun] = traffic(&mut others);
     let reload_error = status.reload_error.as_ref();

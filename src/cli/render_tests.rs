@@ -49,7 +49,7 @@ fn a_status() -> Status {
             ("receive_failed", 5),
         ]),
         drops: counters(&[("no_route", 12), ("send_full", 3_400)]),
-        tun_queue_drops: 7,
+        tun_queue_drops: Some(7),
         workers: vec![
             counters(&[
                 ("packets_sent", 1_500_000),

@@ -13,14 +13,15 @@ use crate::error::Result;
 /// there already. `None`: it says nothing.
 ///
 /// # Errors
-/// When another process listens there, or this host does not have the address.
+/// When another process listens there, or this host does not have the address. The port of one
+/// that is taken over is taken even if only its address differs, if either is of all addresses.
 pub fn listen(config: &Config, inherited: Option<Listener>) -> Result<Option<Listener>> {
     let Some(address) = config.metrics else {
         return Ok(None);
     };
-    match inherited.filter(|listener| listener.address == address) {
-        Some(listener) => Ok(Some(listener)),
-        None => Listener::bind(address).map(Some),
+    match inherited {
+        Some(listener) if listener.address == address => Ok(Some(listener)),
+        old => Listener::bind(address, old.map(|listener| listener.address)).map(Some),
     }
 }
 

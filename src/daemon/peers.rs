@@ -336,7 +336,7 @@ mod tests {
         let (mut peers, asked, _answers) = peers(start);
         let mut asked_at = None;
         for second in 0..30 {
-            only(&peers).traffic[0].packets_sent.add(1);
+            only(&peers).traffic[0].packets_enqueued.add(1);
             peers.poll_traffic(start + Duration::from_secs(second));
             if asked.try_recv().is_ok() {
                 asked_at = asked_at.or(Some(second));
@@ -419,7 +419,7 @@ mod tests {
         let mut moved = Vec::new();
         for second in 0..=22 {
             let now = start + Duration::from_secs(second);
-            only(&peers).traffic[0].packets_sent.add(1);
+            only(&peers).traffic[0].packets_enqueued.add(1);
             peers.poll_traffic(now);
             let all = ["10.0.0.2:8285", "10.0.0.3:8285", "10.0.0.4:8285"];
             let answer = Lookup {

@@ -241,7 +241,7 @@ pub fn status(tunnel: &mut Tunnel) -> Status {
         prefixes: overlay.prefixes().count(),
         counters: counters.map(named).collect(),
         drops: total.drops().map(named).collect(),
-        tun_queue_drops: stats.map_or(0, |stats| stats.tx_dropped),
+        tun_queue_drops: stats.map(|stats| stats.tx_dropped),
         workers: workers
             .map(|worker| worker.iter().map(named).collect())
             .collect(),
@@ -293,8 +293,10 @@ fn peer_status(tunnel: &Tunnel, hop: NextHop, peer: &Peer, prefixes: Option<usiz
         is_default: tunnel.peers.overlay.is_default(peer),
         prefixes: prefixes.unwrap_or(0),
         path_mtu_bytes: peer.path_mtu_bytes,
-        packets_sent: sum(|worker| worker.packets_sent.get()),
-        bytes_sent: sum(|worker| worker.bytes_sent.get()),
+        packets_sent: sum(PeerCounters::packets_sent),
+        bytes_sent: sum(PeerCounters::bytes_sent),
+        packets_enqueued: sum(|worker| worker.packets_enqueued.get()),
+        bytes_enqueued: sum(|worker| worker.bytes_enqueued.get()),
         packets_received,
         bytes_received: sum(|worker| worker.bytes_received.get()),
         last_seen_seconds: last_seen.map(|at| (now - at).as_secs()),

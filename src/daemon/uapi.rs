@@ -257,7 +257,7 @@ fn device(tunnel: &Tunnel) -> Device {
             preshared_key: secure.preshared_key.clone(),
             endpoint: secure.sessions.address().or(peer.endpoint),
             latest_handshake: encryption.and_then(|it| it.latest_handshake(&key)),
-            bytes_sent: sum(|worker| worker.bytes_sent.get()),
+            bytes_sent: sum(PeerCounters::bytes_sent),
             bytes_received: sum(|worker| worker.bytes_received.get()),
             persistent_keepalive: secure.persistent_keepalive,
             allowed_ips: prefixes.remove(&hop).unwrap_or_default(),

@@ -247,8 +247,8 @@ impl Outbound {
             }
         }
         if let Some(traffic) = to.peer.traffic.get(self.worker) {
-            traffic.packets_sent.add(packets);
-            traffic.bytes_sent.add(bytes);
+            traffic.packets_enqueued.add(packets);
+            traffic.bytes_enqueued.add(bytes);
         }
     }
 
@@ -421,8 +421,8 @@ impl Outbound {
             sessions.forget_source();
         }
         if let Some(traffic) = peer.and_then(|peer| peer.traffic.get(self.worker)) {
-            traffic.packets_sent.sub(failure.packets);
-            traffic.bytes_sent.sub(failure.bytes);
+            traffic.packets_unsent.add(failure.packets);
+            traffic.bytes_unsent.add(failure.bytes);
             let drops = match failure.is_full() {
                 true => &traffic.drop_send_full,
                 false => &traffic.drop_send_error,

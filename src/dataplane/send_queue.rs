@@ -299,8 +299,8 @@ impl<'a> Account<'a> {
         self.counters.drop_no_session.add(packets);
         let peer = self.table.at(batch.next_hop());
         if let Some(traffic) = peer.and_then(|peer| peer.traffic.get(self.worker)) {
-            traffic.packets_sent.sub(packets);
-            traffic.bytes_sent.sub(batch.bytes().len() as u64);
+            traffic.packets_unsent.add(packets);
+            traffic.bytes_unsent.add(batch.bytes().len() as u64);
             traffic.drop_no_session.add(packets);
         }
     }
@@ -339,10 +339,10 @@ impl fq_codel::Observer<Queued> for Account<'_> {
         let peer = self.table.at(queued.next_hop);
         let peer = peer.filter(|peer| peer.endpoint_in_use() == Some(queued.to.endpoint.address));
         if let Some(traffic) = peer.and_then(|peer| peer.traffic.get(self.worker)) {
-            traffic.packets_sent.sub(1);
+            traffic.packets_unsent.add(1);
             let mode = Mode::with_keys(peer.is_some_and(|peer| peer.sessions.is_some()));
             let datagram_bytes = mode.datagram_bytes(packet_bytes, queued.segment_bytes_max);
-            traffic.bytes_sent.sub(datagram_bytes as u64);
+            traffic.bytes_unsent.add(datagram_bytes as u64);
             match reason {
                 Reason::Aqm => traffic.drop_queue_aqm.add(1),
                 Reason::Overlimit => traffic.drop_queue_full.add(1),
@@ -427,7 +427,7 @@ mod tests {
                 endpoint: endpoint().into(),
                 from: Port::Listen,
             };
-            self.traffic[0].packets_sent.add(batch.count() as u64);
+            self.traffic[0].packets_enqueued.add(batch.count() as u64);
             let account = Account::new(0, &self.table, &self.counters);
             self.queue.send(batch, to, &account, &mut self.engine);
         }
@@ -538,7 +538,8 @@ mod tests {
             .release(Port::Listen, &account, &mut bench.engine);
         let sent = bench.engine.sent.concat().len() as u64;
         assert_eq!(sent, pushed - dropped);
-        assert_eq!(bench.traffic[0].packets_sent.get(), sent);
+        assert_eq!(bench.traffic[0].packets_sent(), sent);
+        assert_eq!(bench.traffic[0].packets_enqueued.get(), pushed);
         assert_eq!(bench.engine.send_buffer_bytes, 0, "nobody has set it");
     }
 }

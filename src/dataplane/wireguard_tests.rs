@@ -241,11 +241,11 @@ fn a_packet_arrives_as_it_was_sent() {
         far.receive(datagram, endpoint(NEAR));
         assert_eq!(far.written(), [packet]);
     }
-    assert_eq!(near.traffic[0].packets_sent.get(), 4);
+    assert_eq!(near.traffic[0].packets_sent(), 4);
     assert_eq!(far.traffic[0].packets_received.get(), 4);
     assert_eq!(far.engine.noted, [], "handshakes need the group's program");
     // Both ends count the same.
-    let sent_bytes = near.traffic[0].bytes_sent.get();
+    let sent_bytes = near.traffic[0].bytes_sent();
     assert_eq!(far.traffic[0].bytes_received.get(), sent_bytes);
     assert_eq!(far.counters().drops().next(), None);
     // And back: the responder's session is in force since the initiator has used it.
@@ -373,8 +373,8 @@ fn a_session_that_ends_takes_what_waits_with_it() {
     assert!(near.sent().is_empty());
     assert_eq!(near.counters().drop_no_session, 30 - sent);
     assert_eq!(near.traffic[0].drop_no_session.get(), 30 - sent);
-    assert_eq!(near.traffic[0].packets_sent.get(), sent);
-    assert_eq!(near.traffic[0].bytes_sent.get(), sent * (208 + 32));
+    assert_eq!(near.traffic[0].packets_sent(), sent);
+    assert_eq!(near.traffic[0].bytes_sent(), sent * (208 + 32));
 }
 
 #[test]

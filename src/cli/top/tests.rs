@@ -452,7 +452,7 @@ prop_compose! {
                 tun: text.clone(),
                 engine: text,
                 uptime_seconds: numbers[0],
-                tun_queue_drops: numbers[1],
+                tun_queue_drops: Some(numbers[1]),
                 peers: numbers[2] as usize,
                 boottime_ns: times[0],
                 counters,

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::PollFlags;
 
-use super::http::{self, Page, Parsed, REQUEST_BYTES_MAX, Status};
+use super::http::{self, Page, Parsed, REQUEST_BYTES_MAX, Response, Status};
 
 /// How long a request may take to come.
 const REQUEST_TIME_MAX: Duration = Duration::from_secs(2);
@@ -24,8 +24,8 @@ const END_BYTES_MAX: usize = 64 << 10;
 enum State {
     /// This has come of the request.
     Asking(Vec<u8>),
-    /// Bytes of the response, and how many of them have been sent.
-    Answered(Vec<u8>, usize),
+    /// The response, and how many bytes of it have been sent.
+    Answered(Response, usize),
     /// All has been sent. To close a connection with unread bytes would make the kernel reset
     /// it, and the client could lose the response; so many more are read.
     Ending(usize),
@@ -70,7 +70,7 @@ impl Client {
 
     /// Goes on as far as that is possible at once. `answer`: makes the response to a request;
     /// `true` for one without a body.
-    pub(super) fn advance(&mut self, answer: impl FnOnce(Page, bool) -> Vec<u8>) {
+    pub(super) fn advance(&mut self, answer: impl FnOnce(Page, bool) -> Response) {
         let went = self.receive(answer).and_then(|()| self.send());
         let went = went.and_then(|()| self.end());
         if went.is_err_and(|error| error.kind() != io::ErrorKind::WouldBlock) {
@@ -78,7 +78,7 @@ impl Client {
         }
     }
 
-    fn receive(&mut self, answer: impl FnOnce(Page, bool) -> Vec<u8>) -> io::Result<()> {
+    fn receive(&mut self, answer: impl FnOnce(Page, bool) -> Response) -> io::Result<()> {
         let State::Asking(request) = &mut self.state else {
             return Ok(());
         };
@@ -101,8 +101,12 @@ impl Client {
         let State::Answered(response, sent) = &mut self.state else {
             return Ok(());
         };
-        while let Some(rest) = response.get(*sent..).filter(|rest| !rest.is_empty()) {
-            match self.stream.write(rest) {
+        loop {
+            let rest = response.rest(*sent);
+            if rest.iter().all(|part| part.is_empty()) {
+                break;
+            }
+            match self.stream.write_vectored(&rest) {
                 Ok(bytes) => *sent += bytes,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
@@ -148,7 +152,7 @@ fn read(stream: &mut TcpStream, into: &mut [u8]) -> io::Result<usize> {
 }
 
 /// What a client gets that asks when nobody answers.
-pub(super) fn no_answer(is_head: bool) -> Vec<u8> {
+pub(super) fn no_answer(is_head: bool) -> Response {
     let text = "the tunnel gives no answer: it is busy or ending";
     http::line(Status::Unavailable, text, is_head)
 }

@@ -1,6 +1,9 @@
 //! As much of HTTP/1.1 (RFC 9112) as a scrape needs: a request without a body, and one response,
 //! after which the connection is closed.
 
+use std::io::IoSlice;
+use std::sync::Arc;
+
 use httparse::EMPTY_HEADER;
 
 /// Longest request, its headers included. Prometheus sends some 300 bytes.
@@ -95,9 +98,32 @@ fn route(method: &str, target: &str) -> Parsed {
     }
 }
 
-/// A whole response. `content_type`: of the body. `is_head`: the body is left out, but for its
+/// A whole response.
+#[derive(Debug)]
+pub(super) struct Response {
+    head: String,
+    /// Several responses may share it.
+    body: Arc<str>,
+}
+
+impl Response {
+    /// What is left once so many bytes have been sent.
+    pub(super) fn rest(&self, sent_bytes: usize) -> [IoSlice<'_>; 2] {
+        let (head, body) = (self.head.as_bytes(), self.body.as_bytes());
+        let sent_of_body = sent_bytes.saturating_sub(head.len());
+        let rests = [head.get(sent_bytes..), body.get(sent_of_body..)];
+        rests.map(|rest| IoSlice::new(rest.unwrap_or_default()))
+    }
+}
+
+/// A response with a body of this `content_type`. `is_head`: the body is left out, but for its
 /// length.
-pub(super) fn response(status: Status, content_type: &str, body: &str, is_head: bool) -> Vec<u8> {
+pub(super) fn response(
+    status: Status,
+    content_type: &str,
+    body: Arc<str>,
+    is_head: bool,
+) -> Response {
     let (text, body_bytes) = (status.text(), body.len());
     let allow = match status {
         Status::MethodNotAllowed => "Allow: GET, HEAD\r\n",
@@ -107,22 +133,18 @@ pub(super) fn response(status: Status, content_type: &str, body: &str, is_head: 
         "HTTP/1.1 {text}\r\nContent-Type: {content_type}\r\nContent-Length: {body_bytes}\r\n\
          {allow}Cache-Control: no-store\r\nConnection: close\r\n\r\n"
     );
-    let body = if is_head { "" } else { body };
-    [head.as_bytes(), body.as_bytes()].concat()
+    let body = if is_head { Arc::default() } else { body };
+    Response { head, body }
 }
 
 /// A response of one line of text.
-pub(super) fn line(status: Status, text: &str, is_head: bool) -> Vec<u8> {
-    response(
-        status,
-        "text/plain; charset=utf-8",
-        &format!("{text}\n"),
-        is_head,
-    )
+pub(super) fn line(status: Status, text: &str, is_head: bool) -> Response {
+    let body = format!("{text}\n").into();
+    response(status, "text/plain; charset=utf-8", body, is_head)
 }
 
 /// A response that says no more than its status.
-pub(super) fn refusal(status: Status) -> Vec<u8> {
+pub(super) fn refusal(status: Status) -> Response {
     line(status, status.text(), false)
 }
 
@@ -206,11 +228,20 @@ mod tests {
 
     #[test]
     fn responses_are_whole() {
-        let text = |bytes| String::from_utf8(bytes).unwrap();
-        let full = text(response(Status::Ok, "text/x", "all\n", false));
+        let rest = |response: &Response, sent: usize| {
+            let parts = response.rest(sent);
+            let bytes = parts.iter().flat_map(|part| part.to_vec()).collect();
+            String::from_utf8(bytes).unwrap()
+        };
+        let text = |response: Response| rest(&response, 0);
+        let parts = response(Status::Ok, "text/x", "all\n".into(), false);
+        let full = rest(&parts, 0);
+        for sent in 0..=full.len() {
+            assert_eq!(rest(&parts, sent), full[sent..]);
+        }
         assert!(full.starts_with("HTTP/1.1 200 OK\r\nContent-Type: text/x\r\n"));
         assert!(full.contains("\r\nConnection: close\r\n") && full.ends_with("\r\n\r\nall\n"));
-        let head = text(response(Status::Ok, "text/x", "all\n", true));
+        let head = text(response(Status::Ok, "text/x", "all\n".into(), true));
         assert_eq!(format!("{head}all\n"), full);
         assert!(head.contains("\r\nContent-Length: 4\r\n"));
         let refused = text(refusal(Status::MethodNotAllowed));

@@ -1,6 +1,8 @@
 //! The thread that serves metrics: it waits for all connections at once, and asks the control
-//! thread for what a request wants. A client that is slow costs a few kilobytes for a few
-//! seconds, and less when others want its place.
+//! thread for what a request wants. All who ask for the numbers within a second get the same
+//! page, so that the control thread makes no more than one of them a second, whatever clients do.
+//! One that does not read keeps its page in memory, up to some 5 MB, for a few seconds, and less
+//! when others want its place.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -17,7 +19,7 @@ use prometheus_client::encoding::prometheus_text::CONTENT_TYPE;
 use super::Call;
 use super::client::{Client, no_answer};
 use super::exposition::to_text;
-use super::http::{self, Page, Status};
+use super::http::{self, Page, Response, Status};
 use crate::error::{Error, Result};
 
 /// Connections at a time.
@@ -26,6 +28,9 @@ const CLIENTS_MAX: usize = 4;
 /// How long a connection keeps its place while others wait for one. A scrape takes
 /// milliseconds.
 const PLACE_TIME_MIN: Duration = Duration::from_secs(1);
+
+/// How long those who ask for the numbers get the same ones.
+const PAGE_TIME_MAX: Duration = Duration::from_secs(1);
 
 /// How long the control thread may take to answer.
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(3);
@@ -46,11 +51,12 @@ pub(crate) struct Listener {
 }
 
 impl Listener {
-    /// Listens at an address.
+    /// Listens at an address. `old`: where the process that is taken over listens, if it does:
+    /// that one lets go of it too late for this.
     ///
     /// # Errors
     /// When another process does, or this host does not have the address.
-    pub(crate) fn bind(address: SocketAddr) -> Result<Self> {
+    pub(crate) fn bind(address: SocketAddr, old: Option<SocketAddr>) -> Result<Self> {
         let deadline = Instant::now() + PORT_WAIT_MAX;
         loop {
             match TcpListener::bind(address) {
@@ -59,7 +65,13 @@ impl Listener {
                     return Err(failed(address, error));
                 }
                 Err(error) if Instant::now() > deadline => {
-                    let hint = "another process listens there: stop it, or give another port";
+                    let hint = match old {
+                        Some(old) if old.port() == address.port() => format!(
+                            "the process that is to be taken over has the port, at {old}: \
+                             give another port, or stop it and start anew"
+                        ),
+                        _ => "another process listens there: stop it, or give another port".into(),
+                    };
                     return Err(failed(address, error).hint(hint));
                 }
                 Err(_) => std::thread::sleep(PORT_WAIT_STEP),
@@ -116,6 +128,7 @@ impl Server {
             stopped,
             clients: Vec::with_capacity(CLIENTS_MAX),
             calls: sender,
+            page: None,
         };
         let thread = std::thread::Builder::new()
             .name("metrics".into())
@@ -152,6 +165,14 @@ struct Service {
     /// In the order in which they have connected.
     clients: Vec<Client>,
     calls: Sender<Call>,
+    page: Option<MetricsPage>,
+}
+
+/// The numbers as text.
+struct MetricsPage {
+    text: Arc<str>,
+    /// When it is too old to be served.
+    until: Instant,
 }
 
 impl Service {
@@ -163,9 +184,10 @@ impl Service {
             }
             // Before any answer is waited for: nobody is late on account of that.
             let now = Instant::now();
+            self.page.take_if(|page| now >= page.until);
             let clients = self.clients.iter_mut().zip(&ready.clients);
             for (client, _) in clients.filter(|(_, is_ready)| **is_ready) {
-                client.advance(|page, is_head| respond(&self.calls, page, is_head));
+                client.advance(|page, is_head| respond(&self.calls, &mut self.page, page, is_head));
             }
             self.clients.retain(|client| !client.is_over(now));
             if ready.is_asked {
@@ -180,7 +202,8 @@ impl Service {
         let deadlines = self.clients.iter().map(|client| client.deadline);
         // One more is looked for once the first may lose its place to it.
         let place_at = self.place_free_at().filter(|at| *at > now);
-        let until = deadlines.chain(place_at).min();
+        let page_until = self.page.as_ref().map(|page| page.until);
+        let until = deadlines.chain(place_at).chain(page_until).min();
         let timeout = until.map_or(PollTimeout::NONE, |until| {
             // Not before the time is up.
             let left = until.saturating_duration_since(now) + Duration::from_millis(1);
@@ -246,13 +269,17 @@ struct Ready {
     clients: Vec<bool>,
 }
 
-/// The response to a request.
-fn respond(calls: &Sender<Call>, page: Page, is_head: bool) -> Vec<u8> {
+/// The response to a request. `kept`: the numbers as they were last served.
+fn respond(
+    calls: &Sender<Call>,
+    kept: &mut Option<MetricsPage>,
+    page: Page,
+    is_head: bool,
+) -> Response {
     let response = match page {
-        Page::Metrics => ask(calls, Call::Snapshot).and_then(|snapshot| {
-            let text = to_text(*snapshot).ok()?;
-            Some(http::response(Status::Ok, CONTENT_TYPE, &text, is_head))
-        }),
+        Page::Metrics => {
+            metrics(calls, kept).map(|text| http::response(Status::Ok, CONTENT_TYPE, text, is_head))
+        }
         Page::Health => ask(calls, Call::Readiness).map(|_| http::line(Status::Ok, "ok", is_head)),
         Page::Readiness => ask(calls, Call::Readiness).map(|readiness| match readiness {
             Ok(()) => http::line(Status::Ok, "ready", is_head),
@@ -260,6 +287,20 @@ fn respond(calls: &Sender<Call>, page: Page, is_head: bool) -> Vec<u8> {
         }),
     };
     response.unwrap_or_else(|| no_answer(is_head))
+}
+
+/// The numbers that are `kept`, or new ones if these are too old.
+fn metrics(calls: &Sender<Call>, kept: &mut Option<MetricsPage>) -> Option<Arc<str>> {
+    let now = Instant::now();
+    if kept.as_ref().is_none_or(|page| now >= page.until) {
+        *kept = None;
+        let snapshot = ask(calls, Call::Snapshot)?;
+        *kept = Some(MetricsPage {
+            text: to_text(*snapshot).ok()?.into(),
+            until: now + PAGE_TIME_MAX,
+        });
+    }
+    kept.as_ref().map(|page| Arc::clone(&page.text))
 }
 
 /// Has the control thread answer; `None` if it does not in time.

@@ -225,7 +225,7 @@ mod tests {
         let (mut seen, start) = (LastSeen::default(), Instant::now());
         let mut silent = Vec::new();
         for second in 0..40 {
-            peer.traffic[0].packets_sent.add(1);
+            peer.traffic[0].packets_enqueued.add(1);
             // Keepalives, which no worker counts as packets.
             if matches!(second, 10 | 20) {
                 sessions.received_ns.store(second, Relaxed);
@@ -246,7 +246,7 @@ mod tests {
         let (mut seen, start) = (LastSeen::default(), Instant::now());
         let mut logged = Vec::new();
         for second in 0..60 {
-            peer.traffic[0].packets_sent.add(1);
+            peer.traffic[0].packets_enqueued.add(1);
             if second == 30 {
                 peer.traffic[0].packets_received.add(1);
             }
@@ -289,7 +289,7 @@ mod tests {
         let (mut seen, start) = (LastSeen::default(), Instant::now());
         let lines = captured(|| {
             for second in 0..30 {
-                peer.traffic[0].packets_sent.add(1);
+                peer.traffic[0].packets_enqueued.add(1);
                 seen.poll(peer, &mut log, start + Duration::from_secs(second));
             }
         });

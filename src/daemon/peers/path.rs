@@ -7,6 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use super::Peers;
+use crate::counters::PeerCounters;
 use crate::daemon::host::Host;
 use crate::host::mtu_probe::MtuProbe;
 use crate::host::netlink::RouteMtu;
@@ -140,7 +141,7 @@ impl Peers {
         let Some((peer, state)) = self.overlay.peer(hop).zip(self.states.get_mut(&hop)) else {
             return;
         };
-        let sent = peer.traffic.iter().map(|worker| worker.bytes_sent.get());
+        let sent = peer.traffic.iter().map(PeerCounters::bytes_sent);
         let sent_bytes = sent.sum();
         if self.path_probes < PATH_PROBES_MAX
             && let Some(path) = &mut state.path

@@ -283,12 +283,12 @@ fn a_reload_may_give_an_operators_default_peer_prefixes() {
 fn places_are_used_again_and_counters_are_not() {
     let mut overlay = overlay(&["10.0.0.1=10.1.0.0/16", "10.0.0.2=10.2.0.0/16"]);
     let (hop, peer) = overlay.find(&name("10.0.0.1")).unwrap();
-    peer.traffic[0].packets_sent.add(7);
+    peer.traffic[0].packets_enqueued.add(7);
     overlay.remove_peers(&[name("10.0.0.1")]).unwrap();
     add(&mut overlay, "10.0.0.3=10.1.0.0/16", Origin::Runtime).unwrap();
     let (again, peer) = overlay.find(&name("10.0.0.3")).unwrap();
     assert_eq!(again, hop);
-    assert_eq!(peer.traffic[0].packets_sent.get(), 0);
+    assert_eq!(peer.traffic[0].packets_sent(), 0);
     resolve(&mut overlay);
     check(&overlay);
 }

@@ -23,12 +23,17 @@ type Read = fn(&PeerStatus, SystemTime) -> Option<Value>;
 
 static NUMBERS: [(Family, Read); 9] = [
     (
-        counter("peer_sent_packets", None, "Packets sent to the peer."),
-        |peer, _| whole(peer.packets_sent),
+        counter(
+            "peer_sent_packets",
+            None,
+            "Packets sent to the peer, those among them that were dropped while they waited or \
+             by the kernel.",
+        ),
+        |peer, _| whole(peer.packets_enqueued),
     ),
     (
-        counter("peer_sent", BYTES, "Bytes of the packets sent to the peer."),
-        |peer, _| whole(peer.bytes_sent),
+        counter("peer_sent", BYTES, "Bytes of these packets."),
+        |peer, _| whole(peer.bytes_enqueued),
     ),
     (
         counter(

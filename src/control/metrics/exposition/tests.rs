@@ -29,8 +29,10 @@ fn peer(name: &str) -> PeerStatus {
         }),
         origin: "config".into(),
         path_mtu_bytes: Some(1500),
-        packets_sent: 9,
-        bytes_sent: 9000,
+        packets_sent: 7,
+        bytes_sent: 7000,
+        packets_enqueued: 9,
+        bytes_enqueued: 9000,
         last_seen_seconds: Some(5),
         state: Some(Liveness::Silent),
         drops: BTreeMap::from([("forged".into(), 2)]),
@@ -51,6 +53,7 @@ fn snapshot() -> Snapshot {
             engine: "io_uring".into(),
             public_key: Some(KEY.into()),
             mtu_bytes: 1420,
+            tun_queue_drops: Some(5),
             uptime_seconds: 60,
             peers: 1,
             workers: vec![worker(1000), worker(2000)],
@@ -110,6 +113,7 @@ fn numbers_have_their_names() {
         "fastvpn_tunnel_info{tun=\"fastvpn0\",engine=\"io_uring\",mode=\"wireguard\"} 1".into(),
         "fastvpn_ready 1".into(),
         "fastvpn_mtu_bytes 1420".into(),
+        "fastvpn_tun_queue_overrun_packets_total 5".into(),
         "fastvpn_uptime_seconds 60".into(),
         format!(
             "fastvpn_worker_sent_packets_total{{worker=\"0\"}} {}",
@@ -120,6 +124,8 @@ fn numbers_have_their_names() {
             sent(2000)
         ),
         format!("fastvpn_worker_queue_sojourn_seconds_total{{worker=\"0\"}} {sojourn_s}"),
+        // What was dropped is not taken back: a counter only grows.
+        format!("fastvpn_peer_sent_packets_total{{peer=\"{KEY}\"}} 9"),
         format!("fastvpn_peer_sent_bytes_total{{peer=\"{KEY}\"}} 9000"),
         format!("fastvpn_peer_dropped_packets_total{{peer=\"{KEY}\",reason=\"forged\"}} 2"),
         format!("fastvpn_peer_info{{peer=\"{KEY}\",origin=\"config\",identity=\"gate\"}} 1"),
@@ -191,6 +197,7 @@ fn a_tunnel_without_all_that_says_so_by_silence() {
     bare.status.registry = None;
     bare.status.handshakes.clear();
     bare.status.public_key = None;
+    bare.status.tun_queue_drops = None;
     bare.status.reload_error = Some("bad".into());
     bare.peers = vec![PeerStatus {
         peer: "10.0.0.2:8285".into(),
@@ -202,6 +209,7 @@ fn a_tunnel_without_all_that_says_so_by_silence() {
         "_registry_",
         "_handshake",
         "_last_seen",
+        "tun_queue_overrun",
         "peer_dropped",
         "path_mtu",
     ] {

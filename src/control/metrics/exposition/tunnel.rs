@@ -53,7 +53,7 @@ static NUMBERS: [(Family, Read); 8] = [
             None,
             "Packets that found a TUN queue full, since the device was made.",
         ),
-        |tunnel| whole(tunnel.status.tun_queue_drops),
+        |tunnel| whole(tunnel.status.tun_queue_drops?),
     ),
     (
         gauge(
