@@ -62,12 +62,20 @@ pub fn init(level: LevelFilter, format: LogFormat) {
 
 /// Says on standard error why the process ends.
 pub fn report_end(error: &dyn fmt::Display) {
-    let priority = match journald_reads(io::stderr()) {
-        Ok(true) => format!("<{}>", priority(Level::ERROR)),
-        _ => String::new(),
-    };
+    let has_priority = journald_reads(io::stderr()).unwrap_or(false);
     // Not eprintln!, which panics when standard error is closed.
-    let _ = writeln!(io::stderr(), "{priority}fastvpn: {error}");
+    let _ = writeln!(io::stderr(), "{}", end_line(error, has_priority));
+}
+
+/// The last line, without its end. Paths and values of options are part of errors.
+fn end_line(error: &dyn fmt::Display, has_priority: bool) -> String {
+    let mut line = match has_priority {
+        true => format!("<{}>", priority(Level::ERROR)),
+        false => String::new(),
+    };
+    // A string takes all.
+    let _ = write!(OneLine(&mut line), "fastvpn: {error}");
+    line
 }
 
 /// Whether what is written to `stream` goes to journald, which adds the time

@@ -31,6 +31,14 @@ fn a_message_stays_on_its_line() {
 }
 
 #[test]
+fn the_last_line_is_one_line() {
+    let error = "cannot read /etc/a\n<6>forged";
+    let line = end_line(&error, true);
+    assert_eq!(line, "<3>fastvpn: cannot read /etc/a\\n<6>forged");
+    assert!(end_line(&error, false).starts_with("fastvpn: cannot"));
+}
+
+#[test]
 fn priorities_are_those_of_syslog() {
     let levels = [
         Level::ERROR,
