@@ -204,7 +204,7 @@ pub struct Config {
     #[arg(long, value_name = "FILE")]
     pub subnet_file: Option<PathBuf>,
 
-    /// Without keys: send each peer a keepalive every so many seconds, 1 to 65535, so that it can
+    /// Without keys: send each peer a keepalive every so many seconds, 1 to 300, so that it can
     /// tell that this host is there [default: none]
     #[arg(long = "keepalive", value_name = "SECONDS")]
     #[serde(rename = "keepalive")]

@@ -17,6 +17,7 @@ use super::peers::{check_peers, check_prefix};
 use super::types::{is_host, parse_tun_name};
 use super::wg_quick;
 use crate::error::{Error, Result};
+use crate::packet::probe::KEEPALIVE_SECONDS_MAX;
 
 /// Values of `--mtu`, in bytes: from what IPv4 asks for (RFC 791) to what fits a
 /// UDP datagram.
@@ -26,7 +27,7 @@ const MTU_BYTES: RangeInclusive<i64> = 68..=65507;
 const TXQUEUELEN: RangeInclusive<i64> = 1..=100_000;
 
 /// Values of `--keepalive`.
-const KEEPALIVE_SECONDS: RangeInclusive<i64> = 1..=65535;
+const KEEPALIVE_SECONDS: RangeInclusive<i64> = 1..=KEEPALIVE_SECONDS_MAX as i64;
 
 /// Values of `--registry-ttl`: from what several attempts to renew a lease take.
 const REGISTRY_TTL_SECONDS: RangeInclusive<i64> = 5..=86_400;

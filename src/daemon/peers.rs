@@ -178,8 +178,7 @@ impl Peers {
     fn note_move(&mut self, hop: NextHop, old: Option<SocketAddr>, new: SocketAddr, now: Instant) {
         self.has_changed = true;
         if let Some(state) = self.states.get_mut(&hop) {
-            // It has had no time to answer from there.
-            state.last_seen.silent_since = None;
+            state.last_seen.note_move();
         }
         let Some(Peer { name, .. }) = self.overlay.peer(hop).filter(|_| self.log.admits(now))
         else {

@@ -4,9 +4,11 @@
 //! One socket for each IP version serves all hosts. The tunnel's own sockets cannot be told:
 //! with `IP_RECVERR` an error from one peer would have sends to another fail.
 //!
-//! Anybody can send such ICMP. What counts here quotes the datagram with its random nonce,
-//! which only those on the path have seen.
+//! Anybody can send such ICMP. What counts here quotes the datagram with its nonce, which is
+//! another one for each host and which nobody can guess: only those on the path to that host
+//! have seen it.
 
+use std::hash::{BuildHasher, RandomState};
 use std::io::{self, IoSliceMut};
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
@@ -24,20 +26,18 @@ const ERRORS_MAX: usize = 1024;
 /// See the module's documentation.
 pub(crate) struct UnreachableProbe {
     source: Source,
-    /// What is sent: packets that ask for nothing, as those that find a path's MTU.
-    packet: Vec<u8>,
+    /// Makes the nonces.
+    key: RandomState,
     v4: Option<UdpSocket>,
     v6: Option<UdpSocket>,
 }
 
 impl UnreachableProbe {
-    /// One that sends as the tunnel's sockets do, from ports of its own. `nonce`: a random
-    /// number that nobody can guess.
-    pub(crate) fn new(source: Source, nonce: u64) -> Self {
-        let kind = Kind::Size;
+    /// One that sends as the tunnel's sockets do, from ports of its own.
+    pub(crate) fn new(source: Source) -> Self {
         Self {
             source,
-            packet: Probe { kind, nonce }.to_packet(PROBE_BYTES_MIN),
+            key: RandomState::new(),
             v4: None,
             v6: None,
         }
@@ -48,12 +48,22 @@ impl UnreachableProbe {
         self.source
     }
 
+    /// What is sent to a host: a packet that asks for nothing, as those that find a path's MTU.
+    fn packet(&self, host: SocketAddr) -> Vec<u8> {
+        let probe = Probe {
+            kind: Kind::Size,
+            nonce: self.key.hash_one((host.ip(), host.port())),
+        };
+        probe.to_packet(PROBE_BYTES_MIN)
+    }
+
     /// Sends a datagram to `host`.
     ///
     /// # Errors
     /// When it cannot be sent. That may be due to another host, whose error was not read yet:
     /// the next one is sent.
     pub(crate) fn send(&mut self, host: SocketAddr) -> io::Result<()> {
+        let packet = self.packet(host);
         let socket = match host {
             SocketAddr::V4(_) => &mut self.v4,
             SocketAddr::V6(_) => &mut self.v6,
@@ -62,7 +72,7 @@ impl UnreachableProbe {
             Some(socket) => socket,
             none => none.insert(open(self.source, host)?),
         };
-        socket.send_to(&self.packet, host).map(drop)
+        socket.send_to(&packet, host).map(drop)
     }
 
     /// Hosts that somebody has said to be unreachable since the last call, and the `errno` that
@@ -92,8 +102,8 @@ impl UnreachableProbe {
             .ok()
             .and_then(|mut all| all.find_map(unreachable_errno));
         let length = message.bytes;
-        let is_quoted = quote.get(..length) == Some(&self.packet[..]);
-        Some(host.zip(errno).filter(|_| is_quoted))
+        let is_quoted = |host| quote.get(..length) == Some(&self.packet(host)[..]);
+        Some(host.zip(errno).filter(|(host, _)| is_quoted(*host)))
     }
 }
 
@@ -149,7 +159,7 @@ mod tests {
     #[test]
     fn hosts_on_which_nothing_listens_are_told_from_others() {
         let any = Source::unmarked(Ipv4Addr::UNSPECIFIED.into());
-        let mut probe = UnreachableProbe::new(any, 7);
+        let mut probe = UnreachableProbe::new(any);
         let listening: Vec<_> = (1..=10)
             .map(|number| UdpSocket::bind((Ipv4Addr::new(127, 1, 1, number), 0)).unwrap())
             .collect();
@@ -172,5 +182,21 @@ mod tests {
         let expected = refused.iter().map(|host| (*host, libc::ECONNREFUSED));
         assert_eq!(errors(&probe, refused.len()), expected.collect::<Vec<_>>());
         assert_eq!(probe.errors(), []);
+    }
+
+    /// Who was asked about itself knows nothing that counts for another host, nor for another
+    /// tunnel.
+    #[test]
+    fn each_host_has_a_nonce_of_its_own() {
+        let any = Source::unmarked(Ipv4Addr::UNSPECIFIED.into());
+        let probe = UnreachableProbe::new(any);
+        let hosts: [SocketAddr; 3] =
+            ["10.0.0.1:1", "10.0.0.1:2", "10.0.0.2:1"].map(|host| host.parse().unwrap());
+        let packets: std::collections::HashSet<_> =
+            hosts.iter().map(|host| probe.packet(*host)).collect();
+        assert_eq!(packets.len(), hosts.len());
+        assert_eq!(probe.packet(hosts[0]), probe.packet(hosts[0]));
+        let other = UnreachableProbe::new(any);
+        assert_ne!(probe.packet(hosts[0]), other.packet(hosts[0]));
     }
 }

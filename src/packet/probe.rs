@@ -24,6 +24,10 @@ const TTL: u8 = 1;
 /// First payload bytes of every probe.
 const MAGIC: u32 = u32::from_be_bytes(*b"fvpn");
 
+/// The longest time between keepalives, in seconds: a NAT need not remember anybody for longer
+/// (RFC 4787, section 4.3), and whoever forges one cannot have a peer be waited for much longer.
+pub const KEEPALIVE_SECONDS_MAX: u16 = 300;
+
 /// What a probe is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {

@@ -11,7 +11,6 @@ use crate::daemon::workers::WorkerFds;
 use crate::error::cause_text;
 use crate::host::path::Source;
 use crate::host::unreachable::UnreachableProbe;
-use crate::io::random;
 use crate::io::udp::Port;
 use crate::packet::batch::NextHop;
 use crate::packet::probe::{Kind, Probe};
@@ -71,10 +70,10 @@ impl Peers {
             state.last_seen.note_keepalive_sent(now);
             if state.last_seen.liveness(now, Some(interval)) != Some(Liveness::Alive)
                 && let Some(probe) = &mut self.unreachable
-                && probe.send(endpoint).is_err()
+                // An error may be another one's. If it is not, this one is asked next time.
+                && (probe.send(endpoint).is_ok() || probe.send(endpoint).is_ok())
             {
-                // That was another one's, or this one's again: then it is asked next time.
-                let _ = probe.send(endpoint);
+                state.last_seen.note_asked();
             }
         }
     }
@@ -82,7 +81,7 @@ impl Peers {
     fn open_unreachable(&mut self, source: Source) {
         let open = self.unreachable.take();
         let same = open.filter(|probe| probe.source() == source);
-        self.unreachable = same.or_else(|| Some(UnreachableProbe::new(source, random().ok()?)));
+        self.unreachable = Some(same.unwrap_or_else(|| UnreachableProbe::new(source)));
     }
 
     /// Takes in which peers cannot be reached, as somebody has said.
@@ -241,5 +240,39 @@ mod tests {
         let before = silent - Duration::from_millis(1);
         assert_eq!(peers.liveness(0, before), Some((Liveness::Alive, None)));
         assert_eq!(peers.liveness(0, silent), Some((Liveness::Silent, None)));
+    }
+
+    /// Asks about the only peer, and leaves the answer to be read.
+    fn ask(peers: &mut Peers, now: Instant) {
+        peers.send_keepalives(Some(60), source(), &[WorkerFds::on_loopback()], now);
+        assert!(peers.states[&0].last_seen.is_asked);
+    }
+
+    #[test]
+    fn a_peer_that_was_seen_since_it_was_asked_about_is_not_unreachable() {
+        let (mut peers, start) = (peers(1, 9), Instant::now());
+        ask(&mut peers, start);
+        let traffic = std::sync::Arc::clone(&peers.overlay.peer(0).unwrap().traffic);
+        traffic[0].note_keepalive(5);
+        peers.poll_traffic(start);
+        peers.take_unreachable(start);
+        // Nor does an answer count that comes later.
+        let state = &mut peers.states.get_mut(&0).unwrap().last_seen;
+        assert!(!state.note_unreachable(libc::ECONNREFUSED, start));
+        assert_eq!(peers.liveness(0, start), Some((Liveness::Alive, None)));
+    }
+
+    #[test]
+    fn a_peer_that_has_moved_may_be_reachable() {
+        let (mut peers, start) = (peers(1, 9), Instant::now());
+        ask(&mut peers, start);
+        let state = |peers: &Peers| peers.liveness(0, start).map(|(liveness, _)| liveness);
+        let deadline = start + Duration::from_secs(30);
+        while state(&peers).is_none() && Instant::now() < deadline {
+            peers.take_unreachable(start);
+        }
+        assert_eq!(state(&peers), Some(Liveness::Unreachable));
+        peers.note_move(0, None, "127.0.0.1:1".parse().unwrap(), start);
+        assert_eq!(state(&peers), None);
     }
 }

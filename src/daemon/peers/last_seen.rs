@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use crate::control::protocol::Liveness;
 use crate::counters::PeerCounters;
 use crate::log::rate_limited::RateLimitedLog;
+use crate::packet::probe::KEEPALIVE_SECONDS_MAX;
 use crate::routing::overlay::Peer;
 
 /// How long a peer that we keep sending to may be silent before the log says so.
@@ -28,11 +29,16 @@ pub struct LastSeen {
     received_ns: u64,
     /// How often it sends keepalives (plain mode).
     interval: Option<Duration>,
+    /// When the last one came.
+    keepalive_at: Option<Instant>,
     /// Since when it has had keepalives from us.
     expected_since: Option<Instant>,
     /// When somebody last said that it cannot be reached, and the `errno` of that; none if it
     /// was seen since.
     unreachable: Option<(Instant, i32)>,
+    /// Somebody may say so: a datagram to find out was sent since it was seen, or since the last
+    /// answer to one.
+    pub(super) is_asked: bool,
     /// When something came from it.
     pub at: Option<Instant>,
     /// Since when we send to it without seeing anything. May lie ahead: until then there
@@ -66,30 +72,46 @@ impl LastSeen {
         };
         (self.received, self.sent, self.received_ns) = (received, sent, received_ns);
         let announced = workers().filter_map(PeerCounters::take_keepalive).max();
-        if let Some(seconds) = announced {
-            self.interval = Some(Duration::from_secs(seconds.into()));
-        }
+        self.note_keepalives(announced, traffic, now);
         let name = &title(peer);
         if traffic.received || announced.is_some() {
             (self.at, self.silent_since, self.unreachable) = (Some(now), None, None);
+            self.is_asked = false;
             if std::mem::take(&mut self.is_logged) && log.admits(now) {
                 tracing::info!(peer = name, "peer {name} answers again");
             }
         } else if traffic.sent {
-            let may_wait = match (sessions, self.interval) {
-                (Some(_), _) => ANSWER_TIME_MAX,
-                // It need not answer, but it sends these.
-                (None, Some(interval)) => (MISSED_MAX * interval).saturating_sub(SILENT_AFTER),
-                (None, None) => Duration::ZERO,
-            };
+            let may_wait = sessions.map_or(Duration::ZERO, |_| ANSWER_TIME_MAX);
             self.silent_since.get_or_insert(now + may_wait);
-            if self.silence(now) >= SILENT_AFTER && !self.is_logged {
+            // It need not answer while it sends keepalives.
+            let time_max = self.interval.map_or(SILENT_AFTER, |interval| {
+                SILENT_AFTER.max(MISSED_MAX * interval)
+            });
+            if self.silence(now) >= time_max && !self.is_logged {
                 self.is_logged = true;
                 self.log_silence(name, peer.identity(), log, now);
             }
         }
         self.find_keepalives_missing(name, log, now);
         traffic
+    }
+
+    /// Takes in how often keepalives come, if one has come. Without any, while packets come, the
+    /// peer does not send them any more.
+    fn note_keepalives(&mut self, announced: Option<u16>, traffic: Traffic, now: Instant) {
+        if let Some(seconds) = announced {
+            // Anybody may have written that. No more is configured anywhere.
+            let seconds = seconds.min(KEEPALIVE_SECONDS_MAX);
+            self.interval = Some(Duration::from_secs(seconds.into()));
+            self.keepalive_at = Some(now);
+        } else if traffic.received {
+            let since = self
+                .keepalive_at
+                .map(|at| now.saturating_duration_since(at));
+            self.interval = self
+                .interval
+                .filter(|interval| since.is_some_and(|since| since < MISSED_MAX * *interval));
+        }
     }
 
     /// Logs when a peer that sends keepalives has ceased to.
@@ -118,9 +140,23 @@ impl LastSeen {
         self.expected_since.get_or_insert(now);
     }
 
+    /// Notes that a datagram was sent to find out why nothing comes.
+    pub fn note_asked(&mut self) {
+        self.is_asked = true;
+    }
+
+    /// Notes that the peer is somewhere else now, from where it has had no time to answer.
+    pub fn note_move(&mut self) {
+        (self.silent_since, self.unreachable) = (None, None);
+        self.is_asked = false;
+    }
+
     /// Notes that somebody has said, by this `errno`, that the peer cannot be reached. Returns
-    /// whether that is news.
+    /// whether that is news. It does not count if nobody was asked, or if the peer was seen since.
     pub fn note_unreachable(&mut self, errno: i32, now: Instant) -> bool {
+        if !std::mem::take(&mut self.is_asked) {
+            return false;
+        }
         let before = self.unreachable.replace((now, errno));
         // It is logged, as is its end.
         self.is_logged = true;
@@ -310,5 +346,74 @@ mod tests {
             assert!(!traffic.received && !traffic.sent);
         }
         assert_eq!((seen.silent_since, seen.at), (None, None));
+    }
+
+    /// Polls once a second while packets are sent, with what the peer does in each second.
+    /// Returns what was logged.
+    fn run(
+        seen: &mut LastSeen,
+        seconds: u64,
+        mut peer_does: impl FnMut(u64, &PeerCounters),
+    ) -> Vec<(u64, String)> {
+        let overlay = overlay();
+        let peer = overlay.peer(0).unwrap();
+        let mut log = RateLimitedLog::new("events", SILENT_AFTER);
+        let start = Instant::now();
+        let mut logged = Vec::new();
+        for second in 0..seconds {
+            peer_does(second, &peer.traffic[0]);
+            let now = start + Duration::from_secs(second);
+            let lines = captured(|| {
+                seen.poll(peer, &mut log, now);
+            });
+            logged.extend(lines.into_iter().map(|line| (second, line)));
+        }
+        logged
+    }
+
+    /// Its name is resolved again then; the log is more patient.
+    #[test]
+    fn a_peer_with_keepalives_is_silent_at_once_under_traffic() {
+        let mut seen = LastSeen::default();
+        let logged = run(&mut seen, 12, |second, traffic| {
+            traffic.packets_enqueued.add(1);
+            if second == 0 {
+                traffic.note_keepalive(300);
+            }
+        });
+        assert_eq!(logged, []);
+        assert_eq!(
+            seen.silence(Instant::now() + Duration::from_secs(60))
+                .as_secs(),
+            59
+        );
+    }
+
+    #[test]
+    fn no_announced_interval_is_longer_than_may_be_configured() {
+        let mut seen = LastSeen::default();
+        let logged = run(&mut seen, 1000, |second, traffic| {
+            if second == 0 {
+                traffic.note_keepalive(u16::MAX);
+            }
+        });
+        assert_eq!(logged.len(), 1, "{logged:?}");
+        assert!(
+            logged[0].0 == 900 && logged[0].1.contains("every 300 s"),
+            "{logged:?}"
+        );
+    }
+
+    /// They were switched off: it need not send anything.
+    #[test]
+    fn keepalives_that_do_not_come_beside_packets_are_not_expected() {
+        let mut seen = LastSeen::default();
+        let logged = run(&mut seen, 200, |second, traffic| match second {
+            0..20 => traffic.note_keepalive(5),
+            20..40 => traffic.packets_received.add(1),
+            _ => {}
+        });
+        assert_eq!(logged, []);
+        assert_eq!(seen.interval, None);
     }
 }
