@@ -17,7 +17,7 @@ use super::{metrics, reload, requests, uapi};
 use crate::control::credentials::Asker;
 use crate::control::metrics::Server as MetricsServer;
 use crate::control::protocol::{Answer, Changed, Request, Upgrading};
-use crate::control::server::{Call, Reply, Server};
+use crate::control::server::{CONNECTIONS_MAX, Call, Reply, Server};
 use crate::control::uapi::server::Server as UapiServer;
 use crate::error::{Error, Result};
 
@@ -51,8 +51,9 @@ pub struct Daemon {
     metrics: Option<MetricsServer>,
     /// While a new process gets ready to take over.
     handoff: Option<Handoff>,
-    /// Who has asked for the peers, and until when etcd is waited for.
-    waiting: Option<(Reply, Instant)>,
+    /// Who has asked for the peers, and until when etcd is waited for: at most
+    /// [`CONNECTIONS_MAX`].
+    waiting: Vec<(Reply, Instant)>,
     /// This process's program.
     program: Program,
     /// While a process that this one has started is to take over.
@@ -76,7 +77,7 @@ impl Daemon {
             control,
             metrics,
             handoff: None,
-            waiting: None,
+            waiting: Vec::new(),
             program,
             upgrade: None,
             manager: ServiceManager::from_environment(),
@@ -149,13 +150,11 @@ impl Daemon {
                 recv(workers_answers) -> _ => self.manager.all_answered(),
                 // While another process takes over, it follows the registry by itself.
                 recv(registry) -> _ => self.tunnel.take_registry()?,
-                recv(leases) -> _ => self.answer_waiting(),
+                recv(leases) -> _ => self.answer_waiting(None),
                 recv(poll) -> _ => {
                     self.tunnel.poll_registry();
                     self.tunnel.poll();
-                    if self.waiting.as_ref().is_some_and(|(_, until)| *until <= Instant::now()) {
-                        self.answer_waiting();
-                    }
+                    self.answer_waiting(Some(Instant::now()));
                     self.retry_uapi();
                     self.manager.poll(&self.tunnel, Instant::now());
                     end = self.find_socket_removed();
@@ -257,9 +256,10 @@ impl Daemon {
                 let error = Error::new("another process is taking over").hint("try again");
                 reply.send(Err(error));
             }
-            Call::Request(Request::Peers {}, reply) if self.tunnel.ask_for_leases() => {
-                self.answer_waiting();
-                self.waiting = Some((reply, Instant::now() + LEASES_WAIT_MAX));
+            Call::Request(Request::Peers {}, reply)
+                if self.waiting.len() < CONNECTIONS_MAX && self.tunnel.ask_for_leases() =>
+            {
+                self.waiting.push((reply, Instant::now() + LEASES_WAIT_MAX));
             }
             Call::Request(Request::Upgrade {}, reply) => {
                 let answer = self.begin_upgrade(reply.asker);
@@ -279,11 +279,16 @@ impl Daemon {
         None
     }
 
-    /// Answers who waits for etcd, whatever it has said.
-    fn answer_waiting(&mut self) {
-        if let Some((reply, _)) = self.waiting.take() {
-            let answer = requests::answer(&mut self.tunnel, Request::Peers {}, reply.asker);
-            reply.send(answer);
+    /// Answers those who wait for etcd, whatever it has said: all, or whose time is up by `due`.
+    fn answer_waiting(&mut self, due: Option<Instant>) {
+        let is_due = |until: Instant| due.is_none_or(|due| until <= due);
+        for (reply, until) in std::mem::take(&mut self.waiting) {
+            if is_due(until) {
+                let answer = requests::answer(&mut self.tunnel, Request::Peers {}, reply.asker);
+                reply.send(answer);
+            } else {
+                self.waiting.push((reply, until));
+            }
         }
     }
 
