@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use fastvpn::error::Result;
+use fastvpn::packet::probe::{Kind, PROBE_BYTES_MIN, Probe};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use testbed::{Namespace, Pair, spawn_thread};
@@ -27,11 +28,14 @@ fn peer(operator: &Operator) -> Result<Value> {
     Ok(operator.ask("peers")?["peers"][0].clone())
 }
 
+/// Returns the peer as it was when it was in that state.
 fn wait_for_state(operator: &Operator, state: &str) -> Result<Value> {
+    let mut last = Value::Null;
     wait_until(&format!("the peer is {state}"), || {
-        Ok(peer(operator)?["state"] == state)
+        last = peer(operator)?;
+        Ok(last["state"] == state)
     })?;
-    peer(operator)
+    Ok(last)
 }
 
 #[testbed::trial(each_engine)]
@@ -244,7 +248,7 @@ fn flannels_udp_backend_survives_keepalives() -> Result<()> {
 
 /// Their senders are nobody's peers: they cost a look-up, and get no answer.
 #[testbed::trial(each_engine)]
-fn a_strangers_empty_datagrams_get_no_answer() -> Result<()> {
+fn a_strangers_keepalives_get_no_answer() -> Result<()> {
     let hosts = hosts(1500)?;
     let operator = Operator::new()?;
     let flags = format!(
@@ -257,10 +261,22 @@ fn a_strangers_empty_datagrams_get_no_answer() -> Result<()> {
     let to: (Ipv4Addr, u16) = (UNDERLAY[0], PORT);
     let wait = Some(Duration::from_millis(100));
     tried("set a time limit", stranger.set_read_timeout(wait))?;
-    for _ in 0..100 {
-        tried("send nothing", stranger.send_to(&[], to))?;
+    let kinds = [
+        Kind::Keepalive { seconds: 1 },
+        Kind::Request { port: PORT },
+        Kind::Size,
+    ];
+    for nonce in 0..30 {
+        for kind in kinds {
+            let packet = Probe { kind, nonce }.to_packet(PROBE_BYTES_MIN);
+            tried("send a probe", stranger.send_to(&packet, to))?;
+        }
     }
-    wait_until("they are counted", || Ok(operator.dropped("short")? == 100))?;
+    let unknown = || operator.dropped("sender-unknown");
+    wait_until("they are counted", || Ok(unknown()? == 90))?;
+    for counter in ["keepalives_received", "probes_received"] {
+        check(operator.counter(counter)? == 0, || counter.into())?;
+    }
     check(stranger.recv(&mut [0; 100]).is_err(), || "an answer".into())?;
     stop(tunnel).map(drop)
 }
