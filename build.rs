@@ -6,11 +6,14 @@ use std::process::Command;
 
 /// The commit that a directory is checked out at.
 pub struct Commit {
-    /// Its abbreviated object name.
+    /// Its abbreviated object name; with `-dirty` if the sources are others than its.
     pub id: String,
-    /// What git writes to when another one is checked out.
+    /// What git writes to when another one is checked out, and the sources.
     pub watched: Vec<PathBuf>,
 }
+
+/// What the program is made of. A change of anything else makes no other program.
+const SOURCES: [&str; 5] = ["Cargo.toml", "Cargo.lock", "build.rs", "src", "simd"];
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
@@ -78,6 +81,13 @@ pub fn commit(directory: &Path) -> Option<Commit> {
         false => &["HEAD", "refs/heads", "packed-refs"],
     };
     let names = names.iter().copied().filter(exists);
-    let watched = names.filter_map(path).collect();
+    let sources = SOURCES.iter().map(|name| directory.join(name));
+    let sources = sources.filter(|path| path.exists());
+    let watched = names.filter_map(path).chain(sources).collect();
+    // Files that git does not know are no module of a source that has not changed.
+    let mut status = vec!["--no-optional-locks", "status", "--porcelain", "-uno", "--"];
+    status.extend(SOURCES);
+    let is_dirty = !git(&status)?.is_empty();
+    let id = id + if is_dirty { "-dirty" } else { "" };
     Some(Commit { id, watched })
 }

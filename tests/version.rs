@@ -57,6 +57,30 @@ fn the_commit_is_found_and_a_new_one_noticed() {
 }
 
 #[test]
+fn a_changed_work_tree_is_not_the_commit() {
+    let directory = repository();
+    let source = directory.path().join("src/lib.rs");
+    fs::create_dir(source.parent().unwrap()).unwrap();
+    fs::write(&source, "old").unwrap();
+    fs::write(directory.path().join("notes.txt"), "old").unwrap();
+    git(directory.path(), "add .");
+    git(directory.path(), "commit -q -m sources");
+    let found = || commit(directory.path()).unwrap();
+    let clean = found().id;
+    // What is no source makes no other program.
+    fs::write(directory.path().join("notes.txt"), "longer").unwrap();
+    assert_eq!(found().id, clean);
+    fs::write(&source, "longer").unwrap();
+    assert_eq!(found().id, format!("{clean}-dirty"));
+    git(directory.path(), "add .");
+    assert_eq!(found().id, format!("{clean}-dirty"));
+    // Cargo looks for changes in it.
+    assert!(found().watched.contains(&directory.path().join("src")));
+    git(directory.path(), "commit -q -m two");
+    assert!(!found().id.contains("dirty"));
+}
+
+#[test]
 fn without_a_log_of_head_a_commit_is_noticed_too() {
     let directory = repository();
     git(directory.path(), "config core.logAllRefUpdates false");
