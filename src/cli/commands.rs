@@ -18,7 +18,7 @@ use crate::testbed::demo::{self, DemoOptions};
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// How long a new process may take to take over: more than the old one waits for it.
-const UPGRADE_TIME_MAX: Duration = Duration::from_secs(60);
+const UPGRADE_TIME_MAX: Duration = Duration::from_secs(70);
 const UPGRADE_PAUSE: Duration = Duration::from_millis(20);
 
 /// Carries out one command. What came of it goes to standard output.

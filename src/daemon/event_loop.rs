@@ -1,8 +1,6 @@
 //! The one loop of the control thread: it waits for whatever may happen to the
 //! tunnel, and handles one event after the other until the end.
 
-use std::io;
-use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, never, select, tick};
@@ -64,7 +62,7 @@ pub struct Daemon {
 
 impl Daemon {
     /// Nobody takes over yet.
-    pub fn new(begun: Begun, program: Program) -> Self {
+    pub fn new(begun: Begun, program: Program, manager: ServiceManager) -> Self {
         let Begun {
             tunnel,
             control,
@@ -80,7 +78,7 @@ impl Daemon {
             waiting: Vec::new(),
             program,
             upgrade: None,
-            manager: ServiceManager::from_environment(),
+            manager,
         }
     }
 
@@ -117,8 +115,6 @@ impl Daemon {
             let agent = registry.map(|registry| &registry.agent);
             let leases = agent.map_or_else(never, |agent| agent.leases_known.clone());
             let registry = agent.map_or_else(never, |agent| agent.changed.clone());
-            let upgrade = self.upgrade.as_ref();
-            let upgrade_ended = upgrade.map_or_else(never, |upgrade| upgrade.ended.clone());
             let workers_answers = self.manager.answers();
             let mut end = None;
             select! {
@@ -143,9 +139,6 @@ impl Daemon {
                 recv(probes) -> probe => if let Ok(probe) = probe {
                     self.tunnel.take_probe(probe);
                 },
-                recv(upgrade_ended) -> ended => if let Ok(ended) = ended {
-                    self.fail_upgrade(ended);
-                },
                 // Nothing is ever sent: it ends.
                 recv(workers_answers) -> _ => self.manager.all_answered(),
                 // While another process takes over, it follows the registry by itself.
@@ -156,6 +149,7 @@ impl Daemon {
                     self.tunnel.poll();
                     self.answer_waiting(Some(Instant::now()));
                     self.retry_uapi();
+                    self.poll_upgrade();
                     self.manager.poll(&self.tunnel, Instant::now());
                     end = self.find_socket_removed();
                 }
@@ -294,33 +288,41 @@ impl Daemon {
 
     /// Starts a process that is to take over.
     fn begin_upgrade(&mut self, asker: Asker) -> Result<Upgrading> {
-        if let Some(Upgrade { pid, .. }) = self.upgrade {
+        if let Some(pid) = self.upgrade.as_ref().map(Upgrade::pid) {
             let what = format!("process {pid} is about to take over already");
             return Err(Error::new(what).hint("try again"));
         }
         let upgrade = Upgrade::begin(&self.program, &self.tunnel.config)?;
-        let pid = upgrade.pid;
+        let pid = upgrade.pid();
         tracing::info!(by = %asker, "started process {pid} to take over, by {asker}");
         self.tunnel.upgrade_error = None;
         self.upgrade = Some(upgrade);
         Ok(Upgrading { pid })
     }
 
-    /// The process that was to take over has ended.
-    fn fail_upgrade(&mut self, ended: io::Result<ExitStatus>) {
-        let Some(Upgrade { pid, .. }) = self.upgrade.take() else {
+    /// Whether the process that was to take over has ended, or takes too long.
+    fn poll_upgrade(&mut self) {
+        let upgrade = self.upgrade.as_mut();
+        let Some(how) = upgrade.and_then(|upgrade| upgrade.find_ended(Instant::now())) else {
             return;
         };
-        let how = ended.map_or_else(|error| error.to_string(), |status| status.to_string());
+        let Some(upgrade) = self.upgrade.take() else {
+            return;
+        };
+        let pid = upgrade.pid();
         let error = format!("process {pid} has not taken over ({how}); its log says why");
         tracing::error!(%error, "not upgraded: {error}");
         self.tunnel.upgrade_error = Some(error);
     }
 
-    /// Has the service manager follow the process `pid`, which has the tunnel now.
-    fn leave_service_to(&self, pid: Option<u32>) {
-        match (pid, &self.upgrade) {
-            (Some(pid), Some(upgrade)) if upgrade.pid == pid => self.manager.hand_over(pid),
+    /// Has the service manager follow the process `pid`, which has the tunnel now. Another one
+    /// that was to take over ends.
+    fn leave_service_to(&mut self, pid: Option<u32>) {
+        match self.upgrade.take() {
+            Some(upgrade) if pid.is_none_or(|pid| pid == upgrade.pid()) => {
+                self.manager.hand_over(upgrade.pid());
+                upgrade.leave();
+            }
             // It is not the service's.
             _ if self.manager.is_there() => tracing::warn!(
                 "the service manager does not follow a process that this one has not started: \
@@ -363,6 +365,8 @@ impl Daemon {
 
     /// Ends the tunnel: routes, device and sockets go.
     pub fn take_down(&mut self) {
+        // It would find nobody to take over from.
+        self.upgrade = None;
         self.handoff = None;
         self.metrics = None;
         self.tunnel.take_down();

@@ -60,6 +60,7 @@ use self::detach::Detached;
 pub use self::detach::launch;
 use self::event_loop::{Daemon, End};
 use self::registry::Registry;
+use self::service_manager::ServiceManager;
 pub(crate) use self::settings::{default_mtu_bytes, listen_address};
 use self::start::Begun;
 pub use self::start::rehearse;
@@ -90,6 +91,10 @@ pub fn run(mut config: Config) -> Result<()> {
         // Keys come later.
         hide_memory();
     }
+    let manager = ServiceManager::from_environment();
+    if config.has_registry() {
+        manager.joining();
+    }
     let registry = match config.has_registry() {
         true => match registry::join(&mut config, &signals)? {
             Some(registry) => Some(registry),
@@ -98,7 +103,7 @@ pub fn run(mut config: Config) -> Result<()> {
         },
         false => None,
     };
-    let mut daemon = Daemon::new(begin(config, registry)?, program);
+    let mut daemon = Daemon::new(begin(config, registry)?, program, manager);
     if let Some(detached) = detached {
         detached.report_ready()?;
     }
@@ -138,10 +143,17 @@ fn log_summary(workers: &[Snapshot], tun_queue_drops: u64) {
 
 /// Sets a tunnel up, or takes it over.
 fn begin(config: Config, registry: Option<Registry>) -> Result<Begun> {
-    if config.takeover
-        && let Some(inherited) = handoff::ask(&config.control_path(), LET_IN_TIME_MAX)?
-    {
-        return handoff::take_over(config, registry, inherited);
+    if config.takeover {
+        let old = handoff::ask(&config.control_path(), LET_IN_TIME_MAX)?;
+        if let Some(inherited) = old {
+            return handoff::take_over(config, registry, inherited);
+        }
+        if upgrade::is_upgrade() {
+            // A stop in the meantime is to last.
+            return Err(Error::new(
+                "not upgraded: the process to take over from has ended",
+            ));
+        }
     }
     start::start(config, registry)
 }

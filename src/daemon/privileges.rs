@@ -13,21 +13,21 @@ use nix::sys::prctl::set_no_new_privs;
 /// - `CAP_NET_ADMIN`: the TUN device, addresses, routes, marks, large socket buffers; nft(8).
 /// - `CAP_BPF`: programs that choose TUN queues and sockets.
 /// - `CAP_NET_BIND_SERVICE`: ports below 1024, which `wg` may set later.
-const NEEDED: [Capability; 3] = [
+/// - `CAP_DAC_READ_SEARCH`: what a start by root could read, a reload and an upgrade can, too.
+const NEEDED: [Capability; 4] = [
     Capability::CAP_NET_ADMIN,
     Capability::CAP_BPF,
     Capability::CAP_NET_BIND_SERVICE,
+    Capability::CAP_DAC_READ_SEARCH,
 ];
 
 /// Gives up what the process has and a tunnel does not need, and the way to more by exec(2):
-/// for this thread and those that it starts. `CAP_DAC_OVERRIDE` goes as well: root then reads
-/// and writes what is root's own.
+/// for this thread and those that it starts. `CAP_DAC_OVERRIDE` goes as well: root then
+/// writes what is root's own.
 pub fn reduce() {
     // Before Linux 5.8 it takes CAP_SYS_ADMIN to load a program.
-    if !caps::runtime::thread_all_supported().contains(&Capability::CAP_BPF) {
-        return;
-    }
-    if let Err(error) = keep(&CapsHashSet::from(NEEDED)) {
+    let has_bpf = caps::runtime::thread_all_supported().contains(&Capability::CAP_BPF);
+    if has_bpf && let Err(error) = keep(&CapsHashSet::from(NEEDED)) {
         tracing::warn!(%error, "running with more privileges than needed: {error}");
     }
     if let Err(errno) = set_no_new_privs() {
@@ -66,12 +66,19 @@ mod tests {
             [Ambient, Bounding, Effective, Inheritable, Permitted]
                 .map(|set| caps::read(None, set).unwrap())
         };
+        // What only some rights open, also to root.
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let shut = std::os::unix::fs::PermissionsExt::from_mode(0o000);
+        file.as_file().set_permissions(shut).unwrap();
+        let path = file.path().to_path_buf();
+        let can_read = move || std::fs::read(&path).is_ok();
         let reduced = std::thread::spawn(move || {
-            let before = rights();
+            let before = (rights(), can_read());
             reduce();
-            (before, rights())
+            (before, (rights(), can_read()))
         });
-        let (before, after) = reduced.join().unwrap();
+        let ((before, could_read), (after, can_read)) = reduced.join().unwrap();
+        assert_eq!(can_read, could_read);
         let needed = CapsHashSet::from(NEEDED);
         let can_bound = before[2].contains(&Capability::CAP_SETPCAP);
         for (index, (before, after)) in before.iter().zip(&after).enumerate() {

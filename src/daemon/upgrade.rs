@@ -7,12 +7,22 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
-use std::process::{Command, ExitStatus, Stdio};
-
-use crossbeam_channel::{Receiver, bounded};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use crate::config::Config;
 use crate::error::{Error, Result};
+
+/// How long the new process may take, with a registry that it joins and names that it resolves.
+const TIME_MAX: Duration = Duration::from_secs(60);
+
+/// In the environment of a new process: it fails where there is no tunnel to take over.
+const VARIABLE: &str = "FASTVPN_UPGRADE";
+
+/// Whether another process has started this one to take over from it, and not to start anew.
+pub fn is_upgrade() -> bool {
+    std::env::var_os(VARIABLE).is_some()
+}
 
 /// Where the program was when this process began: what is installed later is there, too.
 pub struct Program(std::io::Result<PathBuf>);
@@ -24,41 +34,111 @@ impl Program {
     }
 }
 
-/// A process that was started to take over.
+/// A process that was started to take over. Dropping this kills it.
 pub struct Upgrade {
-    /// Its process id.
-    pub pid: u32,
-    /// How it has ended. If it takes over, this process ends first.
-    pub ended: Receiver<std::io::Result<ExitStatus>>,
+    child: Child,
+    deadline: Instant,
+    /// It has taken over.
+    is_over: bool,
 }
 
 impl Upgrade {
     /// Starts it.
     ///
     /// # Errors
-    /// Names the program that cannot be started.
+    /// Where the tunnel would end with this process, or names the program that cannot be
+    /// started.
     pub fn begin(program: &Program, config: &Config) -> Result<Self> {
+        check_parent(std::process::id(), |name| std::env::var_os(name).is_some())?;
         let Program(Ok(path)) = program else {
             let what = "cannot start a new process: this one does not know its program's path";
             return Err(Error::new(what).hint("start one with --takeover"));
         };
         let given = std::env::args_os().skip(1).collect();
-        let mut child = Command::new(path)
+        let child = Command::new(path)
             .args(arguments(config, given))
+            .env(VARIABLE, "1")
             // That is this process's.
             .env_remove("WATCHDOG_PID")
             .stdin(Stdio::null())
-            .spawn()
-            .map_err(|error| Error::os(format!("cannot start {}", path.display()), error))?;
-        let pid = child.id();
-        let (sender, ended) = bounded(1);
-        let thread = std::thread::Builder::new().name("upgrade".into());
-        let wait = move || drop(sender.send(child.wait()));
-        thread
-            .spawn(wait)
-            .map_err(|error| Error::os(format!("cannot wait for process {pid}"), error))?;
-        Ok(Self { pid, ended })
+            .spawn();
+        let child = child.map_err(|error| {
+            let is_denied = error.kind() == std::io::ErrorKind::PermissionDenied;
+            let error = Error::os(format!("cannot start {}", path.display()), error);
+            match is_denied {
+                true => {
+                    error.hint("root needs the right to execute it: it has no CAP_DAC_OVERRIDE")
+                }
+                false => error,
+            }
+        })?;
+        Ok(Self::of(child, Instant::now() + TIME_MAX))
     }
+
+    fn of(child: Child, deadline: Instant) -> Self {
+        Self {
+            child,
+            deadline,
+            is_over: false,
+        }
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// How it has ended, if it has. One that takes too long is killed.
+    pub fn find_ended(&mut self, now: Instant) -> Option<String> {
+        match self.child.try_wait() {
+            Ok(Some(status)) => Some(status.to_string()),
+            Ok(None) if now < self.deadline => None,
+            Ok(None) => {
+                self.kill();
+                Some(format!("killed after {} s", TIME_MAX.as_secs()))
+            }
+            Err(error) => Some(error.to_string()),
+        }
+    }
+
+    /// It has the tunnel, and goes on without this process.
+    pub fn leave(mut self) {
+        self.is_over = true;
+    }
+
+    fn kill(&mut self) {
+        // Neither fails for a child that nobody else has waited for.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Upgrade {
+    fn drop(&mut self) {
+        if !self.is_over {
+            self.kill();
+        }
+    }
+}
+
+/// Whether a new process would outlive this one, whose id is `pid`. `is_set`: what the
+/// environment has.
+///
+/// # Errors
+/// Where it would not: a container ends with its process 1, and systemd ends what is left of a
+/// service when the main process ends, unless it is told which one is the main process now.
+fn check_parent(pid: u32, is_set: impl Fn(&str) -> bool) -> Result<()> {
+    if pid == 1 {
+        let what = "cannot upgrade: this is process 1, and its container ends with it";
+        return Err(Error::new(what).hint("start the container again with the new version"));
+    }
+    let is_service = is_set("INVOCATION_ID") || is_set("SYSTEMD_EXEC_PID");
+    if is_service && !is_set("NOTIFY_SOCKET") {
+        let what = "cannot upgrade: systemd would end the service with this process";
+        let hint = "use Type=notify and NotifyAccess=main in its unit, or restart it";
+        return Err(Error::new(what).hint(hint));
+    }
+    Ok(())
 }
 
 /// The new process's, of those that were `given` to this one.
@@ -78,6 +158,48 @@ fn arguments(config: &Config, given: Vec<OsString>) -> Vec<OsString> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn it_is_refused_where_the_new_process_would_end_with_this_one() {
+        let check = |pid, set: &[&str]| check_parent(pid, |name| set.contains(&name));
+        for set in [
+            &[][..],
+            &["NOTIFY_SOCKET"],
+            &["NOTIFY_SOCKET", "INVOCATION_ID", "SYSTEMD_EXEC_PID"],
+        ] {
+            check(7, set).unwrap();
+            let error = check(1, set).unwrap_err().to_string();
+            assert!(error.contains("process 1"), "{error}");
+        }
+        for set in [&["INVOCATION_ID"], &["SYSTEMD_EXEC_PID"]] {
+            let error = check(7, set).unwrap_err().to_string();
+            assert!(error.contains("Type=notify"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_new_process_that_hangs_is_killed() {
+        let now = Instant::now();
+        let sleep = || Command::new("sleep").arg("1000").spawn().unwrap();
+        let exists = |pid: u32| std::path::Path::new(&format!("/proc/{pid}")).exists();
+        let mut upgrade = Upgrade::of(sleep(), now + TIME_MAX);
+        assert_eq!(upgrade.find_ended(now), None);
+        let ended = upgrade.find_ended(now + TIME_MAX);
+        assert_eq!(ended.as_deref(), Some("killed after 60 s"));
+        assert!(!exists(upgrade.pid()));
+        // Nor does it outlive this process's tunnel, unless it has that.
+        let upgrade = Upgrade::of(sleep(), now + TIME_MAX);
+        let pid = upgrade.pid();
+        drop(upgrade);
+        assert!(!exists(pid));
+        let upgrade = Upgrade::of(sleep(), now + TIME_MAX);
+        let pid = upgrade.pid();
+        upgrade.leave();
+        assert!(exists(pid));
+        let pid = nix::unistd::Pid::from_raw(pid as i32);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+        nix::sys::wait::waitpid(pid, None).unwrap();
+    }
 
     #[test]
     fn a_new_process_has_the_options_and_takes_over() {

@@ -24,7 +24,8 @@
 //! - The new process dies before it sends [`wire::Taken`], or takes too long: the old one
 //!   runs on, or starts its workers again, and then says [`wire::Kept`].
 //! - The old process dies before the whole manifest has been sent: the new one closes
-//!   what it has, the device goes, and it starts as if no process had been running.
+//!   what it has, the device goes, and it starts as if no process had been running. In an
+//!   upgrade it fails instead: the old one may have been told to stop.
 //! - The old process dies later: the new one has the device and the sockets, and
 //!   carries on. Only what the old one's workers held is lost.
 
