@@ -2,9 +2,12 @@
 //! socket of the test's own here; `systemd.rs` has the real one.
 
 use std::collections::VecDeque;
-use std::io::IoSliceMut;
+use std::fs;
+use std::io::{self, IoSliceMut};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixDatagram;
+use std::path::Path;
+use std::process::{Command, Stdio};
 
 use fastvpn::error::{Error, Result};
 use nix::sys::signal::{Signal, kill};
@@ -14,7 +17,9 @@ use nix::unistd::Pid;
 use testbed::Pair;
 
 use crate::operator::Operator;
-use crate::support::{PATIENCE, TUNNEL, Tunnel, check, hosts, tried, wait_for, wait_until};
+use crate::support::{
+    FASTVPN, PATIENCE, TUNNEL, Tunnel, check, hosts, tried, wait_for, wait_until,
+};
 
 const FILE: &str = "[[peer]]\nendpoint = \"10.211.55.123\"\n";
 
@@ -60,6 +65,26 @@ impl Manager {
         Ok(())
     }
 
+    /// Has the socket take nothing more until something is read.
+    fn fill(&self) -> Result<()> {
+        loop {
+            // A socket of its own each time, as a sender's buffer is limited, too.
+            let sender = tried("open a socket", UnixDatagram::unbound())?;
+            tried("not wait", sender.set_nonblocking(true))?;
+            let sent = sender.send_to(b"X=1", &self.path);
+            if sent.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
+                return Ok(());
+            }
+        }
+    }
+
+    /// All that has been said by now.
+    fn drain(&mut self) -> Result<()> {
+        tried("not wait", self.socket.set_nonblocking(true))?;
+        while self.receive().is_ok() {}
+        tried("wait again", self.socket.set_nonblocking(false))
+    }
+
     /// The rest of the next line that begins with `word`, which `sender` must have said.
     /// Others are dropped.
     fn wait_for(&mut self, sender: u32, word: &str) -> Result<String> {
@@ -79,11 +104,23 @@ impl Manager {
 }
 
 /// A process that nobody waits for; killed at the latest when this is dropped.
-struct Orphan(Pid);
+struct Orphan(u32);
+
+impl Orphan {
+    /// Of what `fastvpn upgrade` has said.
+    fn named(said: &str) -> Result<Self> {
+        let pid = said.split(' ').nth(2).and_then(|word| word.parse().ok());
+        pid.map(Self).ok_or_else(|| Error::new(said.to_string()))
+    }
+}
 
 impl Drop for Orphan {
     fn drop(&mut self) {
-        let _ = kill(self.0, Signal::SIGKILL);
+        // Another process may have the number.
+        let program = fs::read_link(format!("/proc/{}/exe", self.0));
+        if program.is_ok_and(|program| program == Path::new(FASTVPN)) {
+            let _ = kill(Pid::from_raw(self.0 as i32), Signal::SIGKILL);
+        }
     }
 }
 
@@ -107,8 +144,15 @@ impl Stage {
     }
 
     fn start(&self) -> Result<Tunnel> {
+        self.start_program(FASTVPN)
+    }
+
+    fn start_program(&self, program: &str) -> Result<Tunnel> {
         let socket = self.operator.socket_text();
-        let mut command = Tunnel::command(&["--config", &self.file, "--control", &socket]);
+        let flags = ["--config", &self.file, "--control", &socket];
+        let mut command = Command::new(program);
+        command.args(Tunnel::command(&flags).get_args());
+        command.stdin(Stdio::null()).stdout(Stdio::null());
         command.env("NOTIFY_SOCKET", &self.manager.path);
         command.env("WATCHDOG_USEC", "3000000");
         Tunnel::spawn(&self.hosts.a, command)
@@ -190,8 +234,8 @@ fn an_upgrade_is_told_by_the_old_process() -> Result<()> {
     let mut children = Vec::new();
     for _ in 0..2 {
         let said = stage.operator.tell("upgrade")?;
+        children.push(Orphan::named(&said)?);
         let new = stage.pid()?;
-        children.push(Orphan(Pid::from_raw(new as i32)));
         check(
             said == format!("upgraded: process {new} has the tunnel\n"),
             || said.clone(),
@@ -223,7 +267,8 @@ fn an_upgrade_is_told_by_the_old_process() -> Result<()> {
 fn a_process_of_somebody_elses_is_not_the_services() -> Result<()> {
     let mut stage = Stage::new()?;
     let old = stage.start()?;
-    stage.manager.wait_for(old.pid(), "READY=1")?;
+    let old_pid = old.pid();
+    stage.manager.wait_for(old_pid, "READY=1")?;
     let socket = stage.operator.socket_text();
     let flags = ["--config", &stage.file, "--control", &socket, "--takeover"];
     let new = Tunnel::start(&stage.hosts.a, &flags)?;
@@ -232,9 +277,72 @@ fn a_process_of_somebody_elses_is_not_the_services() -> Result<()> {
     wait_until("the new process answers", || {
         Ok(stage.operator.run(&["status"])?.status.success())
     })?;
+    stage.manager.drain()?;
+    let is_old = |(pid, _): &(u32, String)| *pid == old_pid;
+    check(stage.manager.heard.iter().any(is_old), || {
+        "nothing was heard".into()
+    })?;
     let is_named = |(_, line): &(u32, String)| line.starts_with("MAINPID=");
     check(!stage.manager.heard.iter().any(is_named), || {
         "it was named".into()
     })?;
     crate::support::stop(new).map(drop)
+}
+
+/// Nor does it keep the tunnel from being asked and stopped.
+#[testbed::trial]
+fn a_manager_that_does_not_read_is_not_waited_for() -> Result<()> {
+    let mut stage = Stage::new()?;
+    stage.manager.fill()?;
+    let tunnel = stage.start()?;
+    stage.operator.wait()?;
+    stage.operator.tell("reload")?;
+    // It is told when it does.
+    stage.manager.drain()?;
+    stage.manager.wait_for(tunnel.pid(), "READY=1")?;
+    stage.manager.fill()?;
+    let ended = tunnel.stop()?;
+    check(ended.status.success(), || ended.log)
+}
+
+/// A tunnel that is stopped is not brought back by the process that was to take it over.
+#[testbed::trial]
+fn a_stop_during_an_upgrade_lasts() -> Result<()> {
+    let mut stage = Stage::new()?;
+    let program = stage.operator.path("fastvpn").display().to_string();
+    // By another process, as a program that is open for writing cannot be started.
+    let shell = |script: &str| {
+        let mut command = Command::new("sh");
+        let status = command.args(["-c", script, FASTVPN, &program]).status();
+        let status = tried("run sh", status)?;
+        check(status.success(), || script.to_string())
+    };
+    shell("cp \"$0\" \"$1\"")?;
+    let old = stage.start_program(&program)?;
+    stage.manager.wait_for(old.pid(), "READY=1")?;
+    shell(
+        "printf '#!/bin/sh\\nexec sleep 1000\\n' > \"$1.new\" && chmod 755 \"$1.new\" && mv \"$1.new\" \"$1\"",
+    )?;
+    let answer = stage.operator.request("{\"command\": \"upgrade\"}")?;
+    let new = answer["pid"].as_u64();
+    let new = new.ok_or_else(|| Error::new(answer.to_string()))?;
+    stage.operator.tell("stop")?;
+    let ended = old.wait()?;
+    check(ended.status.success(), || ended.log)?;
+    check(!Path::new(&format!("/proc/{new}")).exists(), || {
+        format!("process {new} runs on")
+    })?;
+    // One that is late finds nobody.
+    let socket = stage.operator.socket_text();
+    let flags = ["--config", &stage.file, "--control", &socket, "--takeover"];
+    let mut late = Tunnel::command(&flags);
+    late.env("FASTVPN_UPGRADE", "1");
+    let ended = Tunnel::spawn(&stage.hosts.a, late)?.wait()?;
+    check(
+        !ended.status.success()
+            && ended
+                .log
+                .contains("the process to take over from has ended"),
+        || ended.log.clone(),
+    )
 }
