@@ -31,7 +31,8 @@ pub struct Cli {
     pub underlay: Underlay,
 
     /// fastvpn with other flags, or another program; repeatable, as in q4="--queues 4"; with
-    /// keys if NAME ends in -encrypted, with all packets captured if in -captured
+    /// keys if NAME ends in -encrypted, with all packets captured if in -captured, with
+    /// metrics scraped and top open if in -watched
     #[arg(long, value_name = "NAME[@PROGRAM]=FLAGS", value_parser = variant::parse)]
     pub variant: Vec<Variant>,
 

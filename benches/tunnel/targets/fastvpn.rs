@@ -43,6 +43,17 @@ const ENCRYPTED: &str = "-encrypted";
 /// What the variants' names end in of which all packets are captured at both hosts.
 const CAPTURED: &str = "-captured";
 
+/// What they end in of which metrics are scraped every second, and `top` is open, at both hosts.
+const WATCHED: &str = "-watched";
+
+/// A client of metrics, and `top` on a terminal.
+const WATCHERS: [&str; 2] = [
+    "while sleep 1; do \
+       exec 3<>/dev/tcp/127.0.0.1/9285; printf 'GET /metrics HTTP/1.0\r\n\r\n' >&3; cat <&3; \
+     done",
+    "TERM=xterm exec script -qec \"$FASTVPN top\" /dev/null",
+];
+
 /// The flag that such a program has to know.
 const KEY_FLAG: &str = "--private-key";
 
@@ -196,16 +207,17 @@ impl Target for Fastvpn {
             let mut command = Command::new(&self.program);
             command.args(["--peer", &peer.to_string()]);
             command.args(&self.flags);
+            if self.key.ends_with(WATCHED) {
+                command.args(["--metrics", "9285"]);
+            }
             command
         });
         let mut link = daemon::start(pair, commands)?;
-        if self.key.ends_with(CAPTURED) {
-            let hosts = [&pair.a, &pair.b].into_iter();
-            for (host, processes) in hosts.zip(&mut link.processes) {
-                let mut command = Command::new(&self.program);
-                command.args(["capture", "-w", "/dev/null"]);
+        let hosts = [&pair.a, &pair.b].into_iter();
+        for (host, processes) in hosts.zip(&mut link.processes) {
+            // What they cost counts.
+            for mut command in self.observers() {
                 command.stdout(Stdio::null()).stderr(Stdio::null());
-                // What it costs counts.
                 processes.push(host.spawn(command)?);
             }
         }
@@ -214,6 +226,24 @@ impl Target for Fastvpn {
 }
 
 impl Fastvpn {
+    /// Those who look at a host's tunnel.
+    fn observers(&self) -> Vec<Command> {
+        let mut capture = Command::new(&self.program);
+        capture.args(["capture", "-w", "/dev/null"]);
+        match self.key {
+            key if key.ends_with(CAPTURED) => vec![capture],
+            key if key.ends_with(WATCHED) => {
+                let watchers = WATCHERS.iter().map(|script| {
+                    let mut command = Command::new("bash");
+                    command.args(["-c", script]).env("FASTVPN", &self.program);
+                    command
+                });
+                watchers.collect()
+            }
+            _ => Vec::new(),
+        }
+    }
+
     /// As the other programs that encrypt are started: with the same addresses and MTU.
     fn start_encrypted(&self, pair: &Pair) -> Result<Link> {
         let directory = private_directory()?;
