@@ -383,6 +383,9 @@ impl Tunnel {
             }
             self.workers.publish(old_table);
             self.follow_peers();
+            if let Some(capture) = &self.capture {
+                capture.set_peers(&self.peers.overlay);
+            }
             return Err(error);
         }
         self.peers.replace(next, Instant::now());

@@ -49,7 +49,9 @@ impl Upgrade {
     /// Where the tunnel would end with this process, or names the program that cannot be
     /// started.
     pub fn begin(program: &Program, config: &Config) -> Result<Self> {
-        check_parent(std::process::id(), |name| std::env::var_os(name).is_some())?;
+        check_parent(std::process::id(), |name| {
+            Some(std::env::var_os(name)?.to_string_lossy().into_owned())
+        })?;
         let Program(Ok(path)) = program else {
             let what = "cannot start a new process: this one does not know its program's path";
             return Err(Error::new(what).hint("start one with --takeover"));
@@ -121,19 +123,24 @@ impl Drop for Upgrade {
     }
 }
 
-/// Whether a new process would outlive this one, whose id is `pid`. `is_set`: what the
-/// environment has.
+/// Whether a new process would outlive this one, whose id is `pid`. `variable`: those of the
+/// environment.
 ///
 /// # Errors
 /// Where it would not: a container ends with its process 1, and systemd ends what is left of a
 /// service when the main process ends, unless it is told which one is the main process now.
-fn check_parent(pid: u32, is_set: impl Fn(&str) -> bool) -> Result<()> {
+fn check_parent(pid: u32, variable: impl Fn(&str) -> Option<String>) -> Result<()> {
     if pid == 1 {
         let what = "cannot upgrade: this is process 1, and its container ends with it";
         return Err(Error::new(what).hint("start the container again with the new version"));
     }
-    let is_service = is_set("INVOCATION_ID") || is_set("SYSTEMD_EXEC_PID");
-    if is_service && !is_set("NOTIFY_SOCKET") {
+    // Whatever a service starts has its environment, too, such as a shell in a terminal. Before
+    // version 248 systemd does not say whose it is.
+    let is_service = match variable("SYSTEMD_EXEC_PID") {
+        Some(main) => main == pid.to_string(),
+        None => variable("INVOCATION_ID").is_some(),
+    };
+    if is_service && variable("NOTIFY_SOCKET").is_none() {
         let what = "cannot upgrade: systemd would end the service with this process";
         let hint = "use Type=notify and NotifyAccess=main in its unit, or restart it";
         return Err(Error::new(what).hint(hint));
@@ -161,17 +168,26 @@ mod tests {
 
     #[test]
     fn it_is_refused_where_the_new_process_would_end_with_this_one() {
-        let check = |pid, set: &[&str]| check_parent(pid, |name| set.contains(&name));
+        let check = |pid, set: &[(&str, &str)]| {
+            check_parent(pid, |name| {
+                let mut all = set.iter();
+                let (_, value) = all.find(|(other, _)| *other == name)?;
+                Some(value.to_string())
+            })
+        };
+        let (invocation, socket) = (("INVOCATION_ID", "0af1"), ("NOTIFY_SOCKET", "/run/it"));
         for set in [
             &[][..],
-            &["NOTIFY_SOCKET"],
-            &["NOTIFY_SOCKET", "INVOCATION_ID", "SYSTEMD_EXEC_PID"],
+            &[socket],
+            &[socket, invocation, ("SYSTEMD_EXEC_PID", "7")],
+            // Started by hand, in a terminal that is a service.
+            &[invocation, ("SYSTEMD_EXEC_PID", "6")],
         ] {
             check(7, set).unwrap();
             let error = check(1, set).unwrap_err().to_string();
             assert!(error.contains("process 1"), "{error}");
         }
-        for set in [&["INVOCATION_ID"], &["SYSTEMD_EXEC_PID"]] {
+        for set in [&[invocation][..], &[invocation, ("SYSTEMD_EXEC_PID", "7")]] {
             let error = check(7, set).unwrap_err().to_string();
             assert!(error.contains("Type=notify"), "{error}");
         }

@@ -5,11 +5,11 @@ mod pcapng;
 mod view;
 
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -175,6 +175,14 @@ impl From<Error> for Stop {
     }
 }
 
+/// A file that was there before may be readable by others.
+fn for_its_owner(file: File) -> io::Result<File> {
+    if file.metadata()?.is_file() {
+        file.set_permissions(Permissions::from_mode(0o600))?;
+    }
+    Ok(file)
+}
+
 /// What packets are written to.
 enum Output {
     File(Writer<BufWriter<File>>),
@@ -222,7 +230,8 @@ impl Capture<'_> {
                 .create(true)
                 .truncate(true)
                 .mode(0o600)
-                .open(path),
+                .open(path)
+                .and_then(for_its_owner),
         };
         let out = opened.map_err(|error| self.cannot_write(error))?;
         let section = Section {

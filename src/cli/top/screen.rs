@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 const PANIC_STATUS: i32 = 101;
 
 /// How long a signal waits for a terminal that takes no output.
-const SIGNAL_PATIENCE: Duration = Duration::from_secs(2);
+const SIGNAL_PATIENCE: Duration = Duration::from_secs(10);
 
 /// What comes from the terminal.
 pub(super) enum Input {

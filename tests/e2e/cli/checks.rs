@@ -521,6 +521,9 @@ fn check_of_the_file_of_a_running_tunnel() -> Result<()> {
     file("tun = \"own0\"\nqueues = 3\nhop = true", &more)?;
     let words = "1 prefix added; changed: hop; at the next start: queues";
     checked(0, &[("reload", "info", &[words, &pid])])?;
+    // It was only asked.
+    file(tun, prefix)?;
+    checked(0, &[("reload", "ok", &["would change nothing"])])?;
     // Another device by now; the tunnel is found by the file.
     file("tun = \"new0\"\nqueues = 1", prefix)?;
     checked(

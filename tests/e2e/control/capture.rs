@@ -318,7 +318,7 @@ fn a_capture_whose_client_is_killed_leaves_nothing() -> Result<()> {
     stream.wait_for_progress()?;
     stream.finish()?;
     // Another one may capture.
-    let capture = start(&operator, &["--count", "1"])?;
+    let capture = start(&operator, &["--count", "1", "--filter", "icmp"])?;
     wait_for(&hosts.a, TUNNEL[1].into())?;
     check(capture.end()?.status.success(), || "it failed".into())?;
     tunnels.into_iter().try_for_each(|end| stop(end).map(drop))
@@ -419,6 +419,8 @@ fn captures_that_are_refused() -> Result<()> {
         })
     };
     refuses(&["--peer", "10.9.9.9"], &["no peer 10.9.9.9"])?;
+    // That one had begun.
+    is_over(&operator)?;
     refuses(&["--filter", "tcp prot 1"], &["`prot`"])?;
     refuses(&["--snaplen", "1"], &["128"])?;
     refuses(&["-w", "/nowhere/it.pcapng"], &["/nowhere/it.pcapng"])?;
