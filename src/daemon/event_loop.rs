@@ -49,7 +49,7 @@ pub struct Daemon {
     metrics: Option<MetricsServer>,
     /// While a new process gets ready to take over.
     handoff: Option<Handoff>,
-    /// Who has asked for the peers, and until when etcd is waited for: at most
+    /// Requests for the peers, and until when etcd is waited for: at most
     /// [`CONNECTIONS_MAX`].
     waiting: Vec<(Reply, Instant)>,
     /// This process's program.

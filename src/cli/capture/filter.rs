@@ -186,7 +186,7 @@ impl<'a> Parser<'a> {
             "host" => {
                 let text = self.next("an address")?;
                 let address: Result<IpAddr, _> = text.parse();
-                let address = address.map_err(|_| format!("{} is no address", quoted(text)))?;
+                let address = address.map_err(|_| format!("{} is not an address", quoted(text)))?;
                 Ok(Filter::Net(side, address.into()))
             }
             "net" => {

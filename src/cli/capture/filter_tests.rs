@@ -93,7 +93,7 @@ fn what_is_no_filter_is_refused_with_a_reason() {
         ("", "words"),
         ("tcp port", "a number"),
         ("port 70000", "`70000` is no port"),
-        ("host vpn.example", "`vpn.example` is no address"),
+        ("host vpn.example", "`vpn.example` is not an address"),
         ("net 10.1.0.0", "is no prefix"),
         ("tcp udp", "not `udp`"),
         ("src", "`host`"),
