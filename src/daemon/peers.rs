@@ -53,8 +53,8 @@ struct PeerState {
     path: Option<PeerPath>,
     /// Where it is, as this thread and its sessions agreed last.
     agreed_endpoint: Option<SocketAddr>,
-    /// When the next keepalive is to be sent (plain mode); `None` before the first.
-    keepalive_due: Option<Instant>,
+    /// Where the last keepalive was sent to, and when the next one is due there (plain mode).
+    keepalive: Option<(SocketAddr, Instant)>,
 }
 
 impl PeerState {
@@ -70,7 +70,7 @@ impl PeerState {
             is_path_used: false,
             path: None,
             agreed_endpoint: None,
-            keepalive_due: None,
+            keepalive: None,
         }
     }
 }

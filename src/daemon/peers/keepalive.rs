@@ -57,7 +57,9 @@ impl Peers {
             else {
                 continue;
             };
-            if peer.secure.is_some() || state.keepalive_due.is_some_and(|due| now < due) {
+            // Where it has moved to it has had none yet.
+            let last = state.keepalive.filter(|(to, _)| *to == endpoint);
+            if peer.secure.is_some() || last.is_some_and(|(_, due)| now < due) {
                 continue;
             }
             if sent >= KEEPALIVES_MAX {
@@ -65,7 +67,7 @@ impl Peers {
             }
             sent += 1;
             // Its time is up, or this is the first.
-            state.keepalive_due = Some(now + interval);
+            state.keepalive = Some((endpoint, now + interval));
             any.send_probe(Port::Listen, keepalive, endpoint);
             state.last_seen.note_keepalive_sent(now);
             if state.last_seen.liveness(now, Some(interval)) != Some(Liveness::Alive)
@@ -197,17 +199,33 @@ mod tests {
             all.push(received);
         }
         // What was sent is told by what is due next, also where the socket was full.
-        let due = peers
-            .states
-            .values()
-            .filter_map(|state| state.keepalive_due);
-        assert_eq!(due.count(), usize::from(count));
-        let late = peers
-            .states
-            .values()
-            .filter_map(|state| state.keepalive_due);
+        let sent = peers.states.values().filter_map(|state| state.keepalive);
+        let due: Vec<_> = sent.map(|(_, due)| due).collect();
+        assert_eq!(due.len(), usize::from(count));
         let end = start + Duration::from_secs(19);
-        assert!(late.into_iter().all(|due| due > end), "{all:?}");
+        assert!(due.iter().all(|due| *due > end), "{all:?}");
+    }
+
+    /// Whatever moves it, and to another port as well: what is there has to be opened first.
+    #[test]
+    fn a_peer_that_has_moved_is_sent_one_at_once() {
+        let places = ["127.3.0.1:0", "127.3.0.2:0", "127.3.0.2:0"];
+        let sockets = places.map(|place| UdpSocket::bind(place).unwrap());
+        let (mut peers, workers, now) = (peers(1, 9), [WorkerFds::on_loopback()], Instant::now());
+        for socket in &sockets {
+            socket.set_nonblocking(true).unwrap();
+            peers.overlay.set_endpoint(0, socket.local_addr().ok());
+            let mut kinds = Vec::new();
+            for _ in 0..3 {
+                peers.send_keepalives(Some(60), source(), &workers, now);
+                let mut packet = [0; 100];
+                while let Ok(bytes) = socket.recv(&mut packet) {
+                    kinds.push(Probe::from_packet(&packet[..bytes]).unwrap().kind);
+                }
+            }
+            kinds.retain(|kind| matches!(kind, Kind::Keepalive { seconds: 60 }));
+            assert_eq!(kinds.len(), 1, "at {socket:?}");
+        }
     }
 
     #[test]
