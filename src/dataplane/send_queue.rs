@@ -335,9 +335,11 @@ impl fq_codel::Observer<Queued> for Account<'_> {
             packet_bytes,
             ..Note::carried(Direction::Out, Some(queued.next_hop), head).dropped(dropped)
         });
-        // The table may have changed since.
-        let peer = self.table.at(queued.next_hop);
-        let peer = peer.filter(|peer| peer.endpoint_in_use() == Some(queued.to.endpoint.address));
+        // The table may have changed since, and have another peer there. One with sessions is
+        // the same, wherever it has moved: all that waits leaves before another takes its place.
+        let peer = self.table.at(queued.next_hop).filter(|peer| {
+            peer.sessions.is_some() || peer.endpoint == Some(queued.to.endpoint.address)
+        });
         if let Some(traffic) = peer.and_then(|peer| peer.traffic.get(self.worker)) {
             traffic.packets_unsent.add(1);
             let mode = Mode::with_keys(peer.is_some_and(|peer| peer.sessions.is_some()));

@@ -359,6 +359,27 @@ fn what_waits_for_room_is_sealed_as_it_leaves() {
 }
 
 #[test]
+fn what_is_dropped_is_counted_for_its_peer_wherever_that_has_moved() {
+    let (mut near, mut far) = (host(NEAR, &[FAR], Some(1000)), host(FAR, &[NEAR], None));
+    connect(&mut near, &mut far);
+    near.push(&packet(NEAR, FAR, 1, 200));
+    // What is dropped first has waited since before.
+    for port in 0.. {
+        let moved = SocketAddr::from(([192, 0, 2, FAR], port));
+        let sessions = near.sessions_of(FAR);
+        sessions.endpoint.store(Some(Arc::new(moved.into())));
+        near.push(&packet(NEAR, FAR, 1, 200));
+        if near.counters().drop_queue_full > 10 {
+            break;
+        }
+    }
+    let (dropped, traffic) = (near.counters().drop_queue_full, &near.traffic[0]);
+    assert_eq!(traffic.drop_queue_full.get(), dropped);
+    assert_eq!(traffic.packets_unsent.get(), dropped);
+    assert_eq!(traffic.bytes_unsent.get(), dropped * (208 + 32));
+}
+
+#[test]
 fn a_session_that_ends_takes_what_waits_with_it() {
     let (mut near, mut far) = (host(NEAR, &[FAR], Some(1000)), host(FAR, &[NEAR], None));
     connect(&mut near, &mut far);
