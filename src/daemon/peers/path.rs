@@ -118,26 +118,30 @@ impl Peers {
             return 0;
         };
         self.check_route(hop, host, now);
-        let Some((_, state)) = self.overlay.in_use(hop).zip(self.states.get_mut(&hop)) else {
+        let Some((peer, state)) = self.overlay.in_use(hop).zip(self.states.get_mut(&hop)) else {
             return 1;
         };
         let Ok(Some(route)) = host.netlink.route_mtu(endpoint) else {
             return 1;
         };
+        // As the workers' datagrams leave.
+        let source = Source {
+            listen: peer.called().unwrap_or(listen),
+            mark: host.netlink.fwmark,
+        };
         let path = state
             .path
-            .get_or_insert_with(|| PeerPath::new(endpoint, route));
-        path.set_route(endpoint, route);
+            .get_or_insert_with(|| PeerPath::new(endpoint, source, route));
+        path.set_route(endpoint, source, route);
         if is_used {
-            let mark = host.netlink.fwmark;
-            self.start_probe(hop, Source { listen, mark }, now);
+            self.start_probe(hop, now);
         }
         self.use_path(hop, now);
         1
     }
 
     /// Probes the path to a peer if it is time to, and there are not too many probes.
-    fn start_probe(&mut self, hop: NextHop, source: Source, now: Instant) {
+    fn start_probe(&mut self, hop: NextHop, now: Instant) {
         let Some((peer, state)) = self.overlay.peer(hop).zip(self.states.get_mut(&hop)) else {
             return;
         };
@@ -147,7 +151,7 @@ impl Peers {
             && let Some(path) = &mut state.path
             && path.is_due(sent_bytes, now)
         {
-            path.start_probe(sent_bytes, source, peer.mode(), now);
+            path.start_probe(sent_bytes, peer.mode(), now);
             self.path_probes += usize::from(path.is_probed());
         }
     }
@@ -194,6 +198,8 @@ impl Peers {
 pub struct PeerPath {
     /// Where it leads.
     endpoint: SocketAddr,
+    /// Where it begins.
+    source: Source,
     /// What this host's route says.
     route: RouteMtu,
     /// What a router on it takes, if that is less than the route said.
@@ -235,9 +241,10 @@ impl Probe {
 
 impl PeerPath {
     /// A path of which only the route is known.
-    fn new(endpoint: SocketAddr, route: RouteMtu) -> Self {
+    fn new(endpoint: SocketAddr, source: Source, route: RouteMtu) -> Self {
         Self {
             endpoint,
+            source,
             route,
             narrow_bytes: None,
             probed: None,
@@ -245,13 +252,14 @@ impl PeerPath {
         }
     }
 
-    /// Notes what the route says now. Another route to the same place may share the
-    /// narrow part.
-    fn set_route(&mut self, endpoint: SocketAddr, route: RouteMtu) {
+    /// Notes where it begins, and what the route says now. Another way to the same place may
+    /// share the narrow part.
+    fn set_route(&mut self, endpoint: SocketAddr, source: Source, route: RouteMtu) {
         if self.endpoint != endpoint {
-            *self = Self::new(endpoint, route);
-        } else if self.route != route {
-            (self.route, self.probed, self.probe) = (route, None, None);
+            *self = Self::new(endpoint, source, route);
+        } else if (self.source, self.route) != (source, route) {
+            (self.source, self.route) = (source, route);
+            (self.probed, self.probe) = (None, None);
         }
     }
 
@@ -284,9 +292,9 @@ impl PeerPath {
     }
 
     /// Sends a packet as long as the route takes.
-    fn start_probe(&mut self, sent_bytes: u64, source: Source, mode: Mode, now: Instant) {
+    fn start_probe(&mut self, sent_bytes: u64, mode: Mode, now: Instant) {
         self.probed = Some((now, sent_bytes));
-        match Probe::start(source, self.endpoint, mode, self.route.mtu_bytes) {
+        match Probe::start(self.source, self.endpoint, mode, self.route.mtu_bytes) {
             Ok(probe) => self.probe = Some(probe),
             Err(error) => tracing::debug!("cannot probe the path to {}: {error}", self.endpoint),
         }
@@ -324,17 +332,30 @@ impl PeerPath {
 
 #[cfg(test)]
 mod tests {
+    use std::net::{Ipv4Addr, UdpSocket};
+    use std::os::fd::AsFd;
+    use std::sync::Arc;
+
     use super::*;
     use crate::config::parse_peer;
     use crate::daemon::peers::probe_channel;
+    use crate::host::netlink::Netlink;
+    use crate::io::tun;
+    use crate::packet::coalesce::TunOffloads;
     use crate::routing::dns::Names;
     use crate::routing::overlay::{Origin, Overlay};
+    use crate::testbed::{UNDERLAY_NAME, pair};
+    use crate::wire::Endpoint;
 
     fn route(mtu_bytes: u32) -> RouteMtu {
         RouteMtu {
             mtu_bytes,
             is_direct: false,
         }
+    }
+
+    fn anywhere() -> Source {
+        Source::unmarked(Ipv4Addr::UNSPECIFIED.into())
     }
 
     #[test]
@@ -344,7 +365,7 @@ mod tests {
             ("10.0.0.1:1", PROBE_INTERVAL_V4),
             ("[fd00::1]:1", PROBE_INTERVAL_V6),
         ] {
-            let mut path = PeerPath::new(endpoint.parse().unwrap(), route(1500));
+            let mut path = PeerPath::new(endpoint.parse().unwrap(), anywhere(), route(1500));
             assert!(path.is_due(0, start));
             path.probed = Some((start, 1000));
             let almost = Duration::from_nanos(1);
@@ -360,9 +381,9 @@ mod tests {
     #[test]
     fn another_route_is_probed_at_once_and_never_exceeded() {
         let endpoint = "10.0.0.1:1".parse().unwrap();
-        let mut path = PeerPath::new(endpoint, route(1500));
+        let mut path = PeerPath::new(endpoint, anywhere(), route(1500));
         let mut set = |route: RouteMtu, endpoint: SocketAddr| {
-            path.set_route(endpoint, route);
+            path.set_route(endpoint, anywhere(), route);
             let was_probed = path.probed.replace((Instant::now(), 0)).is_some();
             let mtu_before = path.mtu_bytes();
             path.narrow_bytes = Some(1400);
@@ -388,7 +409,7 @@ mod tests {
         let (start, count) = (Instant::now(), 150);
         let mut overlay = Overlay::default();
         for number in 0..count {
-            let host = std::net::Ipv4Addr::from([127, 1, 0, number]);
+            let host = Ipv4Addr::from([127, 1, 0, number]);
             let spec = parse_peer(&host.to_string()).unwrap();
             overlay.add_peer(&spec, false, Origin::Config).unwrap();
         }
@@ -397,14 +418,14 @@ mod tests {
         for (number, hop) in (0..count).zip(0..) {
             let endpoint = SocketAddr::from(([127, 1, 0, number], 8285));
             peers.overlay.set_endpoint(hop, Some(endpoint));
-            let path = PeerPath::new(endpoint, route(1500));
+            let path = PeerPath::new(endpoint, anywhere(), route(1500));
             peers.states.get_mut(&hop).unwrap().path = Some(path);
         }
         for outstanding in [64, 64, 22, 0] {
             peers.poll_path_probes(start);
             assert_eq!(peers.path_probes, 0);
             peers.take_turns(|peers, hop| {
-                peers.start_probe(hop, Source::unmarked([0, 0, 0, 0].into()), start);
+                peers.start_probe(hop, start);
                 1
             });
             let paths = peers.states.values().flat_map(|state| &state.path);
@@ -412,5 +433,60 @@ mod tests {
             assert_eq!((probed, peers.path_probes), (outstanding, outstanding));
         }
         assert_eq!(peers.overlay.peer(0).unwrap().path_mtu_bytes, Some(1500));
+    }
+
+    /// A firewall or NAT in between may let no others through, and policy rules may lead
+    /// elsewhere from there.
+    #[test]
+    fn probes_leave_from_the_address_that_the_peer_has_called() {
+        const KEY: &str = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=";
+        let nets = ["10.1.0.1/24", "10.1.0.2/24"].map(|net| net.parse().unwrap());
+        let hosts = pair(&[(nets[0], nets[1])], 1500).unwrap();
+        let [mut near, mut far] = [&hosts.a, &hosts.b].map(|host| host.netlink().unwrap());
+        let [index, far_index] =
+            [&mut near, &mut far].map(|host| host.link_index(UNDERLAY_NAME).unwrap().unwrap());
+        near.add_address(index, "10.1.0.7/24".parse().unwrap())
+            .unwrap();
+        let behind = "10.9.9.9/32".parse().unwrap();
+        near.add_route(behind, Some(nets[1].addr()), Some(index))
+            .unwrap();
+        far.add_address(far_index, behind).unwrap();
+        let receiver = hosts.b.run(|| UdpSocket::bind("10.9.9.9:0")).unwrap();
+        let wait = Some(Duration::from_secs(30));
+        receiver.set_read_timeout(wait).unwrap();
+        let address = receiver.local_addr().unwrap();
+
+        let mut overlay = Overlay::default();
+        let spec = parse_peer(&format!("{KEY}@{address}")).unwrap();
+        overlay.add_peer(&spec, true, Origin::Config).unwrap();
+        let sessions = Arc::clone(&overlay.peer(0).unwrap().secure.as_ref().unwrap().sessions);
+        let (names, ..) = Names::without_threads();
+        let mut peers = Peers::new(overlay, names, probe_channel().1);
+        let called = Some([10, 1, 0, 7].into());
+        let endpoint = Endpoint {
+            address,
+            source: called,
+        };
+        sessions.endpoint.store(Some(Arc::new(endpoint)));
+        let senders = hosts.a.run(|| {
+            let none = TunOffloads {
+                tcp: false,
+                udp: false,
+            };
+            let device = tun::create("tun0", 1, none).unwrap();
+            let queue = device.queues[0].as_fd();
+            let mut host = Host::new(Netlink::open().unwrap(), queue, "tun0").unwrap();
+            let mut probe = || {
+                peers.states.get_mut(&0).unwrap().is_path_used = true;
+                let any = Ipv4Addr::UNSPECIFIED.into();
+                peers.check_path(0, any, &mut host, Instant::now());
+                receiver.recv_from(&mut [0; 2000]).unwrap().1.ip()
+            };
+            let first = probe();
+            // From another address it is another path: it is probed at once.
+            sessions.forget_source();
+            [first, probe()]
+        });
+        assert_eq!(senders.map(Some), [called, Some(nets[0].addr())]);
     }
 }

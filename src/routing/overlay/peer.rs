@@ -1,6 +1,6 @@
 //! A peer: who it is, where it is, and what is known of the way there.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -166,6 +166,14 @@ impl Peer {
         let port = self.learned_port.unwrap_or(endpoint.port());
         endpoint.set_port(port);
         Some(endpoint)
+    }
+
+    /// The address of this host that it sends to, if it has a key and is where it last sent
+    /// from.
+    pub(crate) fn called(&self) -> Option<IpAddr> {
+        let to = self.secure.as_ref()?.sessions.endpoint.load();
+        let to = to.as_deref().filter(|to| Some(to.address) == self.endpoint);
+        to?.source
     }
 
     /// Where its datagrams go now, if anywhere.
