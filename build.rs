@@ -84,7 +84,7 @@ pub fn commit(directory: &Path) -> Option<Commit> {
     let sources = SOURCES.iter().map(|name| directory.join(name));
     let sources = sources.filter(|path| path.exists());
     let watched = names.filter_map(path).chain(sources).collect();
-    // Files that git does not know are no module of a source that has not changed.
+    // Files that git does not know are not modules of a source that has not changed.
     let mut status = vec!["--no-optional-locks", "status", "--porcelain", "-uno", "--"];
     status.extend(SOURCES);
     let is_dirty = !git(&status)?.is_empty();

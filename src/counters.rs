@@ -94,7 +94,7 @@ counters! {
     bytes_received,
     /// Vnet packets written to the TUN queue (a GSO packet is one).
     tun_writes,
-    /// Outbound: vnet packets that are no whole IP packet or contradict their offloads.
+    /// Outbound: vnet packets that are not a whole IP packet or contradict their offloads.
     drop_tun_malformed,
     /// Outbound: packets to which no peer's prefix matches.
     drop_no_route,
@@ -132,7 +132,7 @@ counters! {
     drop_version,
     /// Inbound: datagrams whose IP length is not theirs.
     drop_length,
-    /// Inbound: datagrams that are no message of WireGuard.
+    /// Inbound: datagrams that are not messages of WireGuard.
     drop_not_wireguard,
     /// Inbound: data messages of a session that is not, or no longer, there (WireGuard).
     drop_session_unknown,
@@ -171,7 +171,7 @@ counters! {
     keepalives_received,
     /// Probes from known senders ([`crate::packet::probe`]).
     probes_received,
-    /// Receives that failed for reasons that pass, such as news of earlier sends.
+    /// Receives that failed for reasons that pass, such as errors of earlier sends.
     receive_failed,
 }
 

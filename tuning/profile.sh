@@ -122,7 +122,7 @@ share() {
             if ($i ~ /^udp(v6)?_sendmsg/)                 { way = "outbound: send, and deliver on the same CPU"; break }
             if ($i ~ /^udp(v6)?_recvmsg/)                 { way = "inbound: receive"; break }
             if ($i ~ /^tun_chr_write_iter/)               { way = "inbound: write to the TUN, and deliver"; break }
-            if ($i ~ /outbound/ || $i ~ /segment/)        { way = "outbound: segment, append to trains"; break }
+            if ($i ~ /outbound/ || $i ~ /segment/)        { way = "outbound: segment, append to batches"; break }
             if ($i ~ /inbound/ || $i ~ /[Cc]oalesce/)     { way = "inbound: verify, coalesce"; break }
         }
         print $1, way

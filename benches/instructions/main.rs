@@ -5,7 +5,7 @@
 //! so a regression is seen when it lands. The counts in `baseline.json` are
 //! compared; one that has grown by more than the tolerance is a failure. They
 //! hold for one compiler, C library and valgrind: with others the comparison
-//! only warns. An instruction is no time, either: what waits for memory or
+//! only warns. Nor is an instruction a time: what waits for memory or
 //! divides counts as one, so `--bench packet` has the last word.
 //!
 //! ```text

@@ -16,7 +16,7 @@ use testbed::wireguard::{INITIATION_BYTES, Key, forged_handshake};
 use crate::targets::{STRANGER, STRANGERS, UNDERLAY};
 use crate::traffic::{Flooder, INITIATIONS_PPS};
 
-/// Bytes of a datagram that is no packet.
+/// Bytes of a datagram that is not a packet.
 const GARBAGE_BYTES: usize = 64;
 
 /// The first byte of a data message of WireGuard's.

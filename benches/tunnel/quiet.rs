@@ -95,7 +95,7 @@ fn read_processes() -> Result<Vec<ProcessTimes>> {
         {
             continue;
         }
-        // A process that has just ended is no error.
+        // A process that has just ended is not an error.
         let stat = fs::read_to_string(entry.path().join("stat"));
         processes.extend(stat.ok().as_deref().and_then(parse_process));
     }

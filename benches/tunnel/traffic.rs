@@ -70,7 +70,7 @@ pub enum Kind {
 /// Who floods.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flooder {
-    /// An address that the link knows, with what is no packet.
+    /// An address that the link knows, with what is not a packet.
     Peer,
     /// An address that it does not know, with the same.
     Stranger,
@@ -352,7 +352,7 @@ pub const ALL: &[Traffic] = &[
     },
     Traffic {
         key: "flood-peer",
-        title: "TCP, 1 stream, beside a peer's flood of what is no packet",
+        title: "TCP, 1 stream, beside a peer's flood of what is not a packet",
         kind: Kind::Flooded { by: Flooder::Peer },
         figures: FLOODED,
     },

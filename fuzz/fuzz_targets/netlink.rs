@@ -1,4 +1,4 @@
-//! Bytes as a datagram of netlink messages: answers and news of links, addresses
+//! Bytes as a datagram of netlink messages: answers and events about links, addresses
 //! and routes; and as one message of each kind with the header set right.
 #![no_main]
 

@@ -98,7 +98,7 @@ mod tests {
         ] {
             assert_eq!(duration(seconds), how_long);
         }
-        // A number that is no time is no reason to panic.
+        // A number that is not a time is no reason to panic.
         assert!(duration(u64::MAX).ends_with(" h"));
     }
 }

@@ -53,7 +53,7 @@ impl fmt::Display for HostPort {
 pub enum PeerName {
     /// A plain peer is where it is found.
     Host(HostPort),
-    /// A peer with a key is who has it, and may be anywhere.
+    /// A peer with a key is whoever has it, and may be anywhere.
     Key(PublicKey),
 }
 

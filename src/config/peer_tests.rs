@@ -104,7 +104,7 @@ fn peers_with_keys_are_read() {
     assert!(parse_peer_name(&format!("{KEY}@10.0.0.2")).is_err());
 }
 
-/// A key with a bit too many, or one character too few, is no other key, and no host.
+/// A key with a bit too many, or one character too few, is neither another key nor a host.
 #[test]
 fn what_is_almost_a_key_is_refused() {
     let (most, all) = (KEY.trim_end_matches('='), KEY);

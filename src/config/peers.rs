@@ -119,7 +119,7 @@ mod tests {
         let parts = ["10.1.0.0/16", "peer a:8285", "peer b:8285"];
         fault_has(&["a=10.1.0.0/16", "b=10.2.0.0/16,10.1.0.0/16"], &parts);
         fault_has(&["a=::/0,::/0"], &["::/0", "peer a:8285"]);
-        // The longer one wins; that is no contradiction.
+        // The longer one wins; that is not a contradiction.
         assert_eq!(fault(&["a=10.1.0.0/16", "b=10.1.0.0/17", "c"]), None);
         assert_eq!(fault(&[]), None);
     }

@@ -195,7 +195,7 @@ pub(crate) fn parse_tun_name(text: &str) -> ParseResult<String> {
 /// A name that stands alone: not an address that belongs to a flag.
 pub(super) fn parse_interface(text: &str) -> ParseResult<String> {
     if text.parse::<IpAddr>().is_ok() {
-        return Err("an address is no name for an interface; each peer takes a --peer".into());
+        return Err("an address is not the name of an interface; each peer takes a --peer".into());
     }
     parse_tun_name(text)
 }

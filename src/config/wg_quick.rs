@@ -310,7 +310,7 @@ fn of(key: &str, value: &str, why: &str) -> String {
     format!("{key} {:?}: {why}", shortened(value))
 }
 
-/// A key that there is not. One that is no word may be a secret, and is not quoted.
+/// A key that there is not. One that is not a word may be a secret, and is not quoted.
 fn unknown(key: &str, section: &str) -> String {
     const WORD_CHARS_MAX: usize = 24;
     let is_word = key.len() <= WORD_CHARS_MAX && key.chars().all(|c| c.is_ascii_alphabetic());

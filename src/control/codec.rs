@@ -286,7 +286,7 @@ mod tests {
         late(next(b""));
         late(next(b"e"));
         assert_eq!(next(b"f\ng").unwrap().unwrap(), "def");
-        // What has no end of line is no line.
+        // What has no end of line is not a line.
         drop(other);
         assert!(lines.receive(soon()).unwrap().is_none());
     }

@@ -359,7 +359,7 @@ fn requests_may_come_together_and_in_pieces() {
             format!("10.0.0.{number}")
         );
     }
-    // What has no end of line is no request.
+    // What has no end of line is not a request.
     client.0.get_ref().shutdown(Shutdown::Write).unwrap();
     assert!(client.line().is_none());
 }

@@ -30,7 +30,7 @@ const REQUESTS_MAX: usize = 1024;
 
 /// See the module's documentation.
 pub struct Encryption {
-    /// Member of the shared port's group: it receives what is no data.
+    /// Member of the shared port's group: it receives what is not data.
     socket: Arc<Socket>,
     sessions: Sessions,
     requests: Receiver<WorkerRequest>,

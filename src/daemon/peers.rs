@@ -200,7 +200,7 @@ impl Peers {
     }
 
     /// What is to be done every second: notes who answers, asks for the names of those
-    /// who do not, checks ports and paths, and sends keepalives every so many seconds.
+    /// that do not, checks ports and paths, and sends keepalives every so many seconds.
     pub fn poll(
         &mut self,
         listen: IpAddr,

@@ -139,7 +139,7 @@ fn prepare(tunnel: &mut Tunnel) -> Result<Prepared> {
         ("ip-masq", is_masq_new),
     ];
     let differing = settings_changed.iter().filter(|(_, differs)| *differs);
-    // One that is written and in force already is no other.
+    // One that is in force already is not new.
     let is_listen_new = listen_address(&new, &[]) != in_force.listen;
     let mut needs_restart = old.needs_restart(&new);
     needs_restart.retain(|key| key != "listen" || is_listen_new);

@@ -184,7 +184,7 @@ mod tests {
         assert_eq!(probe.errors(), []);
     }
 
-    /// Who was asked about itself knows nothing that counts for another host, nor for another
+    /// A host that was asked about itself knows nothing that counts for another host or another
     /// tunnel.
     #[test]
     fn each_host_has_a_nonce_of_its_own() {

@@ -206,7 +206,7 @@ pub trait Engine: VnetSink {
     /// any call before.
     fn submit(&mut self) -> Result<()>;
 
-    /// Asks the kernel for news, and tells whether there is an event, or room that was
+    /// Asks the kernel what has happened, and tells whether there is an event, or room that was
     /// waited for. Does not sleep.
     ///
     /// # Errors

@@ -322,7 +322,7 @@ mod tests {
         for (sizes, errno) in [
             (&[100; 2][..], libc::ENETUNREACH),
             (&[100; 2], libc::ENOBUFS),
-            // A single datagram is no batch that could be taken apart.
+            // A single datagram is not a batch that could be taken apart.
             (&[100], libc::EMSGSIZE),
         ] {
             assert!(refuse(&mut limits, &batch(sizes), &receiver, errno, &counters).is_empty());

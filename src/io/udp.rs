@@ -215,7 +215,7 @@ fn open_handshake(listen: SocketAddr, offloads: UdpOffloads) -> io::Result<Socke
 /// # Errors
 /// When the kernel does not know how.
 pub fn set_options(sockets: &Sockets) -> Result<()> {
-    // Who sends is told by keys there, and may be told of any address.
+    // Keys say who sends there, and peers may call any address.
     let tells_called = sockets.handshake.is_some();
     sockets
         .all()

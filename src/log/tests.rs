@@ -73,7 +73,7 @@ impl<'ast> Visit<'ast> for Messages {
     }
 }
 
-/// The format of the message: the first string that is no field's value.
+/// The format of the message: the first string that is not a field's value.
 fn message(item: &syn::Macro) -> Option<String> {
     let mut is_value = false;
     for token in item.tokens.clone() {

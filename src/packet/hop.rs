@@ -48,7 +48,7 @@ pub fn decrement(version: Version, packet: &mut [u8]) -> Hop {
 }
 
 /// [`decrement`] for a vnet packet as a TUN queue gives it: virtio-net header and
-/// packet. `None`, and nothing is changed, if it is no whole IP packet; it is
+/// packet. `None`, and nothing is changed, if it is not a whole IP packet; it is
 /// then for [`super::segment::Segments::new`] to say why.
 #[inline]
 #[must_use = "an expired packet must not go on"]

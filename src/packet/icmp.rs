@@ -116,7 +116,7 @@ impl ErrorMessage {
     /// - packets to multicast and broadcast destinations, but for IPv6 packets
     ///   that are too big: path MTU discovery needs that one for multicast too
     ///   (RFC 4443, section 2.4 (e.3));
-    /// - packets whose source is no single host.
+    /// - packets whose source is not a single host.
     pub fn about(
         problem: Problem,
         version: Version,

@@ -337,7 +337,7 @@ fn icmpv4_errors_are_not_answered() {
         let echo = Packet::other(false, 1, vec![8; bytes]).bytes();
         assert_silent(&echo, "too short to tell");
     }
-    // The same bytes under another protocol are no ICMP.
+    // The same bytes under another protocol are not ICMP.
     assert_reportable(&Packet::other(false, 6, vec![3; 3]).bytes(), "not ICMP");
 }
 

@@ -1,4 +1,4 @@
-//! The samples as they are drawn, without what is no number.
+//! The samples as they are drawn, without what is not a number.
 
 use crate::results::{Cell, Results, Row, Target};
 use crate::table::has_ratio;

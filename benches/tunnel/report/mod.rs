@@ -3,7 +3,7 @@
 //! Nothing in it is fetched from anywhere: style and charts are inline, and it
 //! runs no script.
 //!
-//! - [`figures`]: the samples as they are drawn, without what is no number.
+//! - [`figures`]: the samples as they are drawn, without what is not a number.
 //! - [`findings`]: what a reader in a hurry wants to know.
 //! - [`palette`]: a colour for each target, by day and by night.
 //! - [`chart`]: one figure as a picture.

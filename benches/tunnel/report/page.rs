@@ -125,7 +125,7 @@ fn how_to_read(results: &Results) -> Markup {
             "A bar is the median over all rounds, a dot one sample, a line goes from the least \
              sample to the greatest. Targets stand in the order in which they were measured"
             @if has_baseline { "; the last column is the median's ratio to kernel VXLAN" }
-            ". Who has no such figure is not in the chart."
+            ". Tunnels without such a figure are not in the chart."
         }
     }
 }

@@ -76,7 +76,7 @@ pub fn forward(own: &str) -> Result<()> {
     let own = match own {
         "0" => 0,
         "1" => 1,
-        _ => return Err(Error::new(format!("{own} is no end of a tunnel"))),
+        _ => return Err(Error::new(format!("{own} is not an end of a tunnel"))),
     };
     let device = DeviceBuilder::new()
         .name(TUN_NAME)

@@ -192,7 +192,7 @@ impl Drop for Changes {
         self.shared.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
             thread.thread().unpark();
-            // It has nothing to say to who does not ask any more.
+            // Nobody asks it any more.
             let _ = thread.join();
         }
     }

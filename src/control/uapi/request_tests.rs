@@ -17,7 +17,7 @@ const KEY: &str = "0123456789abcdef0123456789ABCDEF0123456789abcdef0123456789abc
 fn set(lines: &str) -> Result<Set, Errno> {
     match parse(format!("set=1\n{lines}\n").as_bytes())? {
         Request::Set(set) => Ok(*set),
-        Request::Get => panic!("{lines} is no get"),
+        Request::Get => panic!("{lines} is not a get"),
     }
 }
 

@@ -335,7 +335,7 @@ fn a_configuration_file_is_read_again_only_if_it_has_changed() {
     assert!(has_other_file(&with_file));
     write("hop = \n");
     assert!(has_other_file(&with_file));
-    // What `wg` has set is no other file.
+    // What `wg` has set does not make it another file.
     write("fwmark = 3\n");
     let mut changed = config(&["--config".as_ref(), path.as_ref()]);
     (changed.fwmark, changed.by_wg.fwmark) = (7, true);

@@ -1,5 +1,5 @@
 //! Keepalives of plain mode (`--keepalive`): probes ([`crate::packet::probe`]) that say how often
-//! their sender sends one, so that who receives them knows when it is silent. They need no answer:
+//! their sender sends one, so that their receiver knows when it is silent. They need no answer:
 //! each end sends its own. A peer of which nothing comes is also asked why, in datagrams to
 //! which routers and hosts object by ICMP ([`UnreachableProbe`]).
 

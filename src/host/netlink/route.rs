@@ -453,7 +453,7 @@ mod tests {
                 let oif = netlink.interface_to(endpoint).unwrap();
                 assert_eq!(oif, None, "{kind:?} {prefix}");
                 let way = netlink.route_to(endpoint).unwrap();
-                // What the type throw finds elsewhere, here nothing, is no drop.
+                // The type throw goes on to other tables, and finds nothing there.
                 if kind != RouteType::Throw {
                     assert_eq!(way, Way::Dropped, "{kind:?} {prefix}");
                 }

@@ -43,7 +43,7 @@ pub struct Reconciler {
     /// Index of the device that our routes go through; `None` once it has left the
     /// namespace, when another one may get its index.
     device: Option<u32>,
-    /// Whether there is a `device`, for who cannot wait for a comparison.
+    /// Whether there is a `device`, for callers that cannot wait for a comparison.
     pub has_device: Arc<AtomicBool>,
     addresses: Vec<IpNet>,
     wanted: BTreeSet<IpNet>,

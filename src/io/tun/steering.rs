@@ -117,7 +117,7 @@ fn program() -> Vec<Instruction> {
         instruction(SHIFT_LEFT64_IMMEDIATE, R8, 0, 0, 2),
         load(LOAD_ABSOLUTE_HALF, 6),
         instruction(AND64_IMMEDIATE, R0, 0, 0, 0x3fff),
-        // Over the next one if this is no fragment.
+        // Over the next one if this is not a fragment.
         instruction(JUMP_EQUAL, R0, 0, 1, 0),
         instruction(MOV64_IMMEDIATE, R8, 0, 0, 0),
         load(LOAD_ABSOLUTE_BYTE, 9),

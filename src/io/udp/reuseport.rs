@@ -24,7 +24,7 @@
 //!
 //! In WireGuard mode all send from the listen port, since peers send to where they last
 //! received from. There a worker is picked by a hash of the sender's address and port, so that
-//! peers are spread; and all that is no data message goes to the handshake socket, so that a
+//! peers are spread; and all that is not a data message goes to the handshake socket, so that a
 //! flood of them fills no worker's queue.
 //!
 //! In plain mode a peer that sends all from one port (a plain one, one behind a NAT, or one
@@ -94,7 +94,7 @@ mod offset {
 ///
 /// In plain mode it picks `((source port - listen port) mod 256) mod workers`. In WireGuard
 /// mode it picks a worker by a hash of the sender, and the socket behind the workers' for
-/// all that is no data message.
+/// all that is not a data message.
 ///
 /// The IPv4 header is taken to have no options; with options some other
 /// worker is picked, still the same one for all datagrams alike.

@@ -210,7 +210,7 @@ fn a_reload_applies_the_difference_and_leaves_the_operators_additions() {
     assert_eq!(to("10.9.0.1").unwrap(), "10.0.0.9:8285");
     let (_, kept) = overlay.find(&name("10.0.0.1")).unwrap();
     assert!(Arc::ptr_eq(&kept.traffic, &traffic), "counters go on");
-    // The same again is no difference.
+    // The same again makes no difference.
     assert_eq!(counts(&overlay.configure(&new).unwrap()), [0; 4]);
 }
 

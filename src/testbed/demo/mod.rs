@@ -279,7 +279,7 @@ impl Stage<'_> {
         let start = Instant::now();
         while start.elapsed() < LATENCY_TIME {
             self.check()?;
-            // A lost one is no measure of time.
+            // A lost one measures nothing.
             times.extend(pinger.ping(LATENCY_BYTES, PING_TIMEOUT).ok());
         }
         times.sort_unstable();

@@ -1,4 +1,4 @@
-//! The demo with programs that are no tunnel. These tests need root.
+//! The demo with programs that are not tunnels. These tests need root.
 
 use std::sync::atomic::Ordering;
 

@@ -24,7 +24,7 @@ pub fn trial(attribute: TokenStream, function: TokenStream) -> TokenStream {
         match token {
             TokenTree::Ident(word) => words.push(word.to_string()),
             TokenTree::Punct(_) => {}
-            other => panic!("{other} is no word of a trial"),
+            other => panic!("{other} is not a word of a trial"),
         }
     }
     let mut flags = String::new();
@@ -60,7 +60,7 @@ pub fn trial(attribute: TokenStream, function: TokenStream) -> TokenStream {
             words.retain(|word| word != module);
         }
     }
-    assert!(words.is_empty(), "{words:?} are no words of a trial");
+    assert!(words.is_empty(), "{words:?} are not words of a trial");
     let mut tokens = function.clone().into_iter();
     let is_fn =
         |token: &TokenTree| matches!(token, TokenTree::Ident(word) if word.to_string() == "fn");

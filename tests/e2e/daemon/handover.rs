@@ -455,7 +455,7 @@ fn nobody_waits_for_a_silent_new_process() -> Result<()> {
 const PATIENCE_WITH_NEW_PROCESSES: Duration = Duration::from_secs(20);
 const _: () = assert!(PATIENCE.as_secs() > PATIENCE_WITH_NEW_PROCESSES.as_secs());
 
-/// Who listens at the socket would give the new process its device and sockets. One who
+/// Whoever listens at the socket would give the new process its device and sockets. One who
 /// is neither root nor the new process's user is not asked anything.
 #[testbed::trial(needs_root)]
 fn nothing_is_taken_over_from_another_user() -> Result<()> {

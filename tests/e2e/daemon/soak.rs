@@ -363,7 +363,7 @@ fn a_minute_of_everything() -> Result<()> {
             1 => soak.reload(tick / 8)?,
             3 => soak.operate(tick / 8)?,
             5 => soak.annoy(tick / 8)?,
-            // Not so often that the hub takes it for a fight, in which it waits.
+            // Not so often that the hub takes it for contention, in which it waits.
             7 if tick % 16 == 7 => soak.delete_routes(2 + (tick / 16 % 2) as u8)?,
             _ => {}
         }

@@ -563,7 +563,7 @@ fn nobody_to_take_over_from() -> Result<()> {
     stop(far).map(drop)
 }
 
-/// Who asks while the tunnel changes hands is answered by one of the two, or
+/// Whoever asks while the tunnel changes hands is answered by one of the two, or
 /// told that there is no answer; what was answered with "ok" is not lost.
 #[testbed::trial]
 fn operators_in_a_takeover() -> Result<()> {

@@ -1,4 +1,4 @@
-//! A link that takes less than is sent: what waits takes turns, and who sends too much
+//! A link that takes less than is sent: what waits takes turns, and a flow that sends too much
 //! is told so. What the network says of congestion reaches those whom it concerns.
 
 use std::net::{IpAddr, UdpSocket};

@@ -1,5 +1,5 @@
-//! `--keepalive`: who is there is told from who is not without any traffic, and plain peers that
-//! know nothing of it are none the worse.
+//! `--keepalive`: peers that are there are told from those that are not without any traffic, and
+//! plain peers that know nothing of it are none the worse.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
@@ -96,7 +96,7 @@ fn alive_silent_and_unreachable_are_told_apart() -> Result<()> {
     stop_all([near, far]).map(drop)
 }
 
-/// Who sends sees who does not as silent, and is seen.
+/// The end that sends sees the other as silent, and is seen.
 #[testbed::trial]
 fn keepalives_of_one_end_say_that_it_is_there() -> Result<()> {
     let hosts = hosts(1500)?;

@@ -397,7 +397,7 @@ fn a_name_that_moves_and_a_reload() -> Result<()> {
     Ok(())
 }
 
-/// Who waits for a name server's answer waits alone.
+/// A peer that waits for a name server's answer waits alone.
 #[testbed::trial]
 fn a_silent_name_server() -> Result<()> {
     let network = sites(3)?;

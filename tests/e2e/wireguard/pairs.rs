@@ -99,8 +99,8 @@ fn a_source_that_is_not_the_peers() -> Result<()> {
     stop([a, b])
 }
 
-/// Who does not have the preshared key has no session, whatever else fits; who has it
-/// then has one.
+/// Without the preshared key there is no session, whatever else fits; with it
+/// there is one.
 #[testbed::trial(long, each_engine)]
 fn another_preshared_key() -> Result<()> {
     preshared_keys([Kind::Fastvpn; 2])

@@ -1,5 +1,5 @@
 //! Whether a worker's own port reaches a peer: asked for by requests, each with
-//! a nonce that only who has seen it can return.
+//! a nonce that only those can return who have seen it.
 
 use std::time::{Duration, Instant};
 
