@@ -19,7 +19,9 @@ impl KeyText {
     /// When it is none; the error does not quote it.
     pub fn parse<K: FromStr>(&self) -> Result<K> {
         let key = self.0.parse();
-        key.map_err(|_| Error::new("the running process has handed over something that is not a key"))
+        key.map_err(|_| {
+            Error::new("the running process has handed over something that is not a key")
+        })
     }
 }
 
