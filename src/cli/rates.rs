@@ -53,13 +53,48 @@ impl Totals {
     }
 }
 
+/// What the drops before the TUN queue are called.
+const TUN_QUEUE_FULL: &str = "tun_queue_full";
+
 /// A tunnel's drops by reason, those before the TUN queue among them.
-pub(super) fn drops(status: &Status) -> BTreeMap<String, u64> {
+fn drops(status: &Status) -> BTreeMap<String, u64> {
     let mut drops = status.drops.clone();
     if let Some(count) = status.tun_queue_drops.filter(|count| *count > 0) {
-        drops.insert("tun_queue_full".into(), count);
+        drops.insert(TUN_QUEUE_FULL.into(), count);
     }
     drops
+}
+
+/// A tunnel's drops for one reason.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct ReasonDrops {
+    pub(super) reason: String,
+    /// So far.
+    pub(super) count: u64,
+    /// Per second, if that is known.
+    pub(super) rate: Option<f64>,
+}
+
+/// All drops by reason. `before`: an earlier answer of the same process, and the seconds since.
+pub(super) fn drops_by_reason(before: Option<(&Status, f64)>, after: &Status) -> Vec<ReasonDrops> {
+    let earlier = before.map(|(status, _)| drops(status)).unwrap_or_default();
+    let of = |(reason, count): (String, u64)| {
+        // The device's statistics are not always there: what it had dropped before they came
+        // was not dropped at once.
+        let is_known =
+            |before: &Status| reason != TUN_QUEUE_FULL || before.tun_queue_drops.is_some();
+        let before = before.filter(|(before, _)| is_known(before));
+        let rate = before.map(|(_, seconds)| {
+            let earlier = earlier.get(&reason).copied().unwrap_or(0);
+            per_second(earlier, count, seconds)
+        });
+        ReasonDrops {
+            reason,
+            count,
+            rate,
+        }
+    };
+    drops(after).into_iter().map(of).collect()
 }
 
 fn sum<'a>(counts: impl Iterator<Item = &'a u64>) -> u64 {
@@ -77,6 +112,16 @@ pub(super) struct Rates {
 }
 
 impl Rates {
+    /// Those of a tunnel in `seconds`, which are more than none.
+    pub(super) fn of_tunnel(before: &Status, after: &Status, seconds: f64) -> Self {
+        let totals = [before, after].map(Totals::of_tunnel);
+        let drops = drops_by_reason(Some((before, seconds)), after);
+        Self {
+            drops: drops.iter().filter_map(|drops| drops.rate).sum(),
+            ..Self::between(&totals[0], &totals[1], seconds)
+        }
+    }
+
     /// Those of `seconds`, which are more than none.
     pub(super) fn between(before: &Totals, after: &Totals, seconds: f64) -> Self {
         let rate = |of: fn(&Totals) -> u64| per_second(of(before), of(after), seconds);
@@ -91,7 +136,7 @@ impl Rates {
 }
 
 /// How fast a counter went up; not at all, if it began anew.
-pub(super) fn per_second(before: u64, after: u64, seconds: f64) -> f64 {
+fn per_second(before: u64, after: u64, seconds: f64) -> f64 {
     after.saturating_sub(before) as f64 / seconds
 }
 
@@ -141,6 +186,30 @@ mod tests {
         let worker = counters(&[("drop_ttl", 3), ("drop_short", 4), ("packets_received", 9)]);
         let totals = Totals::of_worker(&worker);
         assert_eq!((totals.packets_received, totals.drops), (9, 7));
+    }
+
+    #[test]
+    fn what_the_device_dropped_before_it_was_asked_is_no_rate() {
+        let status = |no_route, tun_queue_drops| Status {
+            drops: counters(&[("no_route", no_route)]),
+            tun_queue_drops,
+            ..Status::default()
+        };
+        for (before, after, of_device, of_all) in [
+            (Some(1000), Some(1020), Some(10.0), 15.0),
+            (None, Some(1000), None, 5.0),
+            (Some(0), Some(20), Some(10.0), 15.0),
+        ] {
+            let (before, after) = (status(7, before), status(17, after));
+            let drops = drops_by_reason(Some((&before, 2.0)), &after);
+            let rates: Vec<_> = drops.iter().map(|drops| drops.rate).collect();
+            assert_eq!(rates, [Some(5.0), of_device], "{before:?}");
+            assert_eq!(Rates::of_tunnel(&before, &after, 2.0).drops, of_all);
+        }
+        // Nor do they hide other drops when they are not there for once.
+        let (before, after) = (status(7, Some(1000)), status(17, None));
+        assert_eq!(Rates::of_tunnel(&before, &after, 2.0).drops, 5.0);
+        assert_eq!(drops_by_reason(None, &before)[1].rate, None);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 
 use super::poller::{Poller, is_gone};
-use super::rates::{Rates, Totals, drops, is_same_process, per_second, seconds_between};
+use super::rates::{Rates, Totals, drops_by_reason, is_same_process, seconds_between};
 use super::units;
 use crate::control::client::{Verdict, parse};
 use crate::control::protocol::{Request, Status};
@@ -89,18 +89,17 @@ fn rates(before: &Sample, after: &Sample) -> Option<(f64, Rates)> {
     let elapsed = after.arrival - before.arrival;
     let (from, to) = (before.status.boottime_ns, after.status.boottime_ns);
     let seconds = seconds_between(from, to, elapsed)?;
-    let totals = [before, after].map(|sample| Totals::of_tunnel(&sample.status));
-    Some((seconds, Rates::between(&totals[0], &totals[1], seconds)))
+    let rates = Rates::of_tunnel(&before.status, &after.status, seconds);
+    Some((seconds, rates))
 }
 
 /// Drops per second, by those reasons for which there were some.
 fn drop_rates(before: &Sample, after: &Sample, seconds: f64) -> Vec<(String, f64)> {
-    let earlier = drops(&before.status);
-    let rate = |(reason, count): (String, u64)| {
-        let before = earlier.get(&reason).copied().unwrap_or(0);
-        (count > before).then(|| (reason, per_second(before, count, seconds)))
-    };
-    drops(&after.status).into_iter().filter_map(rate).collect()
+    let drops = drops_by_reason(Some((&before.status, seconds)), &after.status);
+    let rates = drops
+        .into_iter()
+        .filter_map(|it| Some((it.reason, it.rate?)));
+    rates.filter(|(_, rate)| *rate > 0.0).collect()
 }
 
 /// Rates and totals as a person reads them.

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::time::Instant;
 
 use super::table::{Row, View, peers, reasons, sessions, workers};
-use crate::cli::rates::{Rates, Totals, is_same_process, seconds_between};
+use crate::cli::rates::{Rates, is_same_process, seconds_between};
 use crate::control::protocol::{Peers, Status};
 use crate::control::text::printable;
 
@@ -280,10 +280,8 @@ impl Shown {
             let (from, to) = (before.peers.boottime_ns, after.peers.boottime_ns);
             Some((&before.peers, since(before, from, to)?))
         });
-        let rates = by_status.map(|(before, seconds)| {
-            let totals = [before, &after.status].map(Totals::of_tunnel);
-            Rates::between(&totals[0], &totals[1], seconds)
-        });
+        let rates =
+            by_status.map(|(before, seconds)| Rates::of_tunnel(before, &after.status, seconds));
         Self {
             sessions: sessions(&after.peers),
             rates,

@@ -1,9 +1,9 @@
 //! The rows of each view, with what they are sorted by.
 
 use std::cmp::Ordering;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 
-use crate::cli::rates::{Rates, Totals, drops, per_second};
+use crate::cli::rates::{Rates, Totals, drops_by_reason};
 use crate::cli::units::count;
 use crate::control::protocol::{PeerStatus, Peers, Status};
 use crate::control::summary::bytes;
@@ -257,15 +257,11 @@ fn age(seconds: Option<u64>) -> Cell {
 
 /// A row for each reason.
 pub(super) fn reasons(before: Option<(&Status, f64)>, after: &Status) -> Vec<Row> {
-    let earlier = before.map(|(status, _)| drops(status));
-    let earlier = earlier.unwrap_or_default();
-    let of = |drops: &BTreeMap<String, u64>, reason: &str| drops.get(reason).copied().unwrap_or(0);
-    let rows = drops(after).into_iter().map(|(reason, all)| {
-        let rate = before.map(|(_, seconds)| per_second(of(&earlier, &reason), all, seconds));
+    let rows = drops_by_reason(before, after).into_iter().map(|drops| {
         vec![
-            Cell::text(&reason.replace('_', "-")),
-            Cell::rate(rate),
-            exact(all),
+            Cell::text(&drops.reason.replace('_', "-")),
+            Cell::rate(drops.rate),
+            exact(drops.count),
         ]
     });
     rows.collect()
