@@ -90,10 +90,12 @@ impl Screen {
             // Also from threads, without which nothing would be shown any more.
             std::process::exit(PANIC_STATUS);
         }));
-        let failed = |error| Error::os("cannot take the terminal", error);
-        let screen = Self {
-            terminal: ratatui::try_init().map_err(failed)?,
-        };
+        let taken = ratatui::try_init().map_err(|error| {
+            // It may have been taken halfway.
+            let _ = ratatui::try_restore();
+            Error::os("cannot take the terminal", error)
+        });
+        let screen = Self { terminal: taken? };
         start("signals", wait_for_signals(events.clone())?)?;
         start("input", move || read_input(&events))?;
         Ok(screen)
@@ -231,49 +233,70 @@ mod tests {
         }
     }
 
-    /// What the test below runs on a terminal: takes it, and panics in this thread or another.
+    /// What the tests below run on a terminal: takes it, and panics in this thread or another, or
+    /// cannot take it.
     #[test]
-    fn a_panic_on_a_screen() {
-        let Some(place) = std::env::var_os("FASTVPN_TEST_PANIC") else {
+    fn on_a_terminal() {
+        let Some(what) = std::env::var_os("FASTVPN_TEST_SCREEN") else {
             return;
         };
         let (sender, _events) = crossbeam_channel::bounded(1);
+        if what == "full" {
+            let full = std::fs::OpenOptions::new().write(true).open("/dev/full");
+            let stdout = nix::unistd::dup(io::stdout()).unwrap();
+            nix::unistd::dup2_stdout(full.unwrap()).unwrap();
+            let opened = Screen::open(sender);
+            nix::unistd::dup2_stdout(stdout).unwrap();
+            eprintln!("{}", opened.err().unwrap());
+            return;
+        }
         let _screen = Screen::open(sender).unwrap();
-        if place == "thread" {
+        if what == "thread" {
             let _ = std::thread::spawn(|| panic!("elsewhere")).join();
         }
         panic!("here");
     }
 
-    #[test]
-    fn after_a_panic_the_terminal_is_as_before() {
+    /// Runs the above on a terminal: its settings before, what is said, and its settings after.
+    fn on_terminal(what: &str) -> [String; 3] {
         let test = std::env::current_exe().unwrap();
-        let name = "cli::top::screen::tests::a_panic_on_a_screen";
+        let name = "cli::top::screen::tests::on_a_terminal";
         let words = format!("'{}' --exact {name} --nocapture", test.display());
         let words = format!("stty -a; {words}; echo status $?; stty -a");
-        for (place, said) in [("main", "here"), ("thread", "elsewhere")] {
-            let mut terminal = std::process::Command::new("script");
-            terminal.args(["-qec", &words, "/dev/null"]);
-            terminal.env("FASTVPN_TEST_PANIC", place);
-            let output = terminal
-                .stdin(std::process::Stdio::null())
-                .output()
-                .unwrap();
-            let output = String::from_utf8_lossy(&output.stdout).replace('\r', "");
-            let settings = |text: &str| {
-                let start = text.find("speed ").unwrap_or_else(|| panic!("{output}"));
-                text[start..].trim_end().to_string()
-            };
-            let (before, rest) = output.split_once("\x1b[?1049h").unwrap();
-            let (_, rest) = rest.split_once("\x1b[?1049l").unwrap();
+        let mut terminal = std::process::Command::new("script");
+        terminal.args(["-qec", &words, "/dev/null"]);
+        terminal.env("FASTVPN_TEST_SCREEN", what);
+        let terminal = terminal.stdin(std::process::Stdio::null());
+        let output = terminal.output().unwrap();
+        let output = String::from_utf8_lossy(&output.stdout).replace('\r', "");
+        let parts: Vec<_> = output.split("speed ").collect();
+        let [_, before, after] = parts[..] else {
+            panic!("{output}");
+        };
+        let (before, said) = before.split_once("\n\n").unwrap();
+        [before, said, after].map(|part| part.trim_end().into())
+    }
+
+    #[test]
+    fn after_a_panic_the_terminal_is_as_before() {
+        for (place, panic) in [("main", "here"), ("thread", "elsewhere")] {
+            let [before, said, after] = on_terminal(place);
+            let (_, said) = said.split_once("\x1b[?1049h").unwrap();
             // What was wrong stands where it can be read.
+            let (_, said) = said.split_once("\x1b[?1049l").unwrap();
             assert!(
-                rest.contains(said) && rest.contains("status 101"),
-                "{output}"
+                said.contains(panic) && said.contains("status 101"),
+                "{said}"
             );
-            let before = settings(before.split("\n\n").next().unwrap_or_default());
-            assert_eq!(settings(rest), before);
+            assert_eq!(after, before);
         }
+    }
+
+    #[test]
+    fn a_terminal_that_cannot_be_taken_is_as_before() {
+        let [before, said, after] = on_terminal("full");
+        assert!(said.contains("cannot take the terminal: "), "{said}");
+        assert_eq!(after, before);
     }
 
     #[test]
