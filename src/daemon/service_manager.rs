@@ -109,8 +109,12 @@ impl ServiceManager {
     pub fn hand_over(&self, pid: u32) {
         if let Some(socket) = &self.socket {
             let patient = socket.wait_at_most(HAND_OVER_TIME_MAX);
-            if !patient.is_ok_and(|()| self.tell(&[NotifyState::MainPid(pid)])) {
-                tracing::warn!("the service manager has not read that process {pid} goes on");
+            let told = patient.and_then(|()| socket.send(&[NotifyState::MainPid(pid)]));
+            if let Err(error) = told {
+                tracing::warn!(
+                    %error,
+                    "the service manager does not hear that process {pid} goes on: {error}"
+                );
             }
         }
     }
@@ -169,6 +173,15 @@ impl ServiceManager {
             Ok(()) => true,
         }
     }
+}
+
+/// Tells nothing, and finds out whether a service manager listens at `NOTIFY_SOCKET`'s `name`.
+///
+/// # Errors
+/// When it does not, or may not be spoken to.
+pub fn check_reachable(name: &OsStr) -> io::Result<()> {
+    let Socket { socket, address } = Socket::open(name)?;
+    socket.connect_addr(&address)
 }
 
 /// Where the service manager listens.

@@ -10,7 +10,9 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use super::service_manager;
 use crate::config::Config;
+use crate::control::text::printable;
 use crate::error::{Error, Result};
 
 /// How long the new process may take, with a registry that it joins and names that it resolves.
@@ -18,6 +20,9 @@ const TIME_MAX: Duration = Duration::from_secs(60);
 
 /// In the environment of a new process: it fails where there is no tunnel to take over.
 const VARIABLE: &str = "FASTVPN_UPGRADE";
+
+/// In the environment of what systemd starts, since version 248: the service's main process.
+const MAIN_PID: &str = "SYSTEMD_EXEC_PID";
 
 /// Whether another process has started this one to take over from it, and not to start anew.
 pub fn is_upgrade() -> bool {
@@ -49,22 +54,25 @@ impl Upgrade {
     /// Where the tunnel would end with this process, or names the program that cannot be
     /// started.
     pub fn begin(program: &Program, config: &Config) -> Result<Self> {
-        check_parent(std::process::id(), |name| {
-            Some(std::env::var_os(name)?.to_string_lossy().into_owned())
-        })?;
+        let pid = std::process::id();
+        check_parent(pid, |name| std::env::var_os(name))?;
         let Program(Ok(path)) = program else {
             let what = "cannot start a new process: this one does not know its program's path";
             return Err(Error::new(what).hint("start one with --takeover"));
         };
         let given = std::env::args_os().skip(1).collect();
-        let child = Command::new(path)
+        let mut command = Command::new(path);
+        command
             .args(arguments(config, given))
             .env(VARIABLE, "1")
             // That is this process's.
             .env_remove("WATCHDOG_PID")
-            .stdin(Stdio::null())
-            .spawn();
-        let child = child.map_err(|error| {
+            .stdin(Stdio::null());
+        if std::env::var_os(MAIN_PID).is_some_and(|main| *main == *pid.to_string()) {
+            // And so is this one, while the new process will be the service's.
+            command.env_remove(MAIN_PID);
+        }
+        let child = command.spawn().map_err(|error| {
             let is_denied = error.kind() == std::io::ErrorKind::PermissionDenied;
             let error = Error::os(format!("cannot start {}", path.display()), error);
             match is_denied {
@@ -127,25 +135,35 @@ impl Drop for Upgrade {
 /// environment.
 ///
 /// # Errors
-/// Where it would not: a container ends with its process 1, and systemd ends what is left of a
-/// service when the main process ends, unless it is told which one is the main process now.
-fn check_parent(pid: u32, variable: impl Fn(&str) -> Option<String>) -> Result<()> {
+/// Where it would not: a container ends with its process 1, and a service manager ends what is left
+/// of a service when the main process ends, unless it is told which one is the main process now.
+fn check_parent(pid: u32, variable: impl Fn(&str) -> Option<OsString>) -> Result<()> {
     if pid == 1 {
         let what = "cannot upgrade: this is process 1, and its container ends with it";
         return Err(Error::new(what).hint("start the container again with the new version"));
     }
-    // Whatever a service starts has its environment, too, such as a shell in a terminal. Before
-    // version 248 systemd does not say whose it is.
-    let is_service = match variable("SYSTEMD_EXEC_PID") {
-        Some(main) => main == pid.to_string(),
-        None => variable("INVOCATION_ID").is_some(),
-    };
-    if is_service && variable("NOTIFY_SOCKET").is_none() {
-        let what = "cannot upgrade: systemd would end the service with this process";
-        let hint = "use Type=notify and NotifyAccess=main in its unit, or restart it";
-        return Err(Error::new(what).hint(hint));
+    // Whatever a service starts has its environment, too, such as a shell in a terminal.
+    let main = variable(MAIN_PID);
+    if main.as_ref().is_some_and(|main| **main != *pid.to_string()) {
+        return Ok(());
     }
-    Ok(())
+    let is_systemds = main.is_some() || variable("INVOCATION_ID").is_some();
+    match variable("NOTIFY_SOCKET") {
+        Some(name) => service_manager::check_reachable(&name).map_err(|cause| {
+            let name = printable(&name.to_string_lossy());
+            let what = format!(
+                "cannot upgrade: the service manager, at NOTIFY_SOCKET={name}, cannot be told of \
+                 the new process"
+            );
+            Error::os(what, cause).hint("restart the service instead")
+        }),
+        None if is_systemds => {
+            let what = "cannot upgrade: systemd would end the service with this process";
+            let hint = "use Type=notify and NotifyAccess=main in its unit, or restart it";
+            Err(Error::new(what).hint(hint))
+        }
+        None => Ok(()),
+    }
 }
 
 /// The new process's, of those that were `given` to this one.
@@ -164,6 +182,8 @@ fn arguments(config: &Config, given: Vec<OsString>) -> Vec<OsString> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixDatagram;
+
     use super::*;
 
     #[test]
@@ -172,24 +192,41 @@ mod tests {
             check_parent(pid, |name| {
                 let mut all = set.iter();
                 let (_, value) = all.find(|(other, _)| *other == name)?;
-                Some(value.to_string())
+                Some(value.into())
             })
         };
-        let (invocation, socket) = (("INVOCATION_ID", "0af1"), ("NOTIFY_SOCKET", "/run/it"));
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("notify");
+        let listening = UnixDatagram::bind(&path).unwrap();
+        let socket = ("NOTIFY_SOCKET", path.to_str().unwrap());
+        let nobodys = ("NOTIFY_SOCKET", "vsock:2:1234");
+        let (invocation, main) = (("INVOCATION_ID", "0af1"), ("SYSTEMD_EXEC_PID", "7"));
         for set in [
             &[][..],
             &[socket],
-            &[socket, invocation, ("SYSTEMD_EXEC_PID", "7")],
+            &[socket, invocation],
+            &[socket, invocation, main],
             // Started by hand, in a terminal that is a service.
             &[invocation, ("SYSTEMD_EXEC_PID", "6")],
+            &[nobodys, invocation, ("SYSTEMD_EXEC_PID", "6")],
         ] {
             check(7, set).unwrap();
             let error = check(1, set).unwrap_err().to_string();
             assert!(error.contains("process 1"), "{error}");
         }
-        for set in [&[invocation][..], &[invocation, ("SYSTEMD_EXEC_PID", "7")]] {
+        for set in [&[invocation][..], &[invocation, main]] {
             let error = check(7, set).unwrap_err().to_string();
             assert!(error.contains("Type=notify"), "{error}");
+        }
+        // Nobody hears of the new process: a name of another kind, a socket that was closed, and
+        // one that is gone.
+        drop(listening);
+        let gone = ("NOTIFY_SOCKET", "/nowhere/notify");
+        for socket in [nobodys, socket, gone] {
+            for set in [&[socket][..], &[socket, invocation, main]] {
+                let error = check(7, set).unwrap_err().to_string();
+                assert!(error.contains(socket.1), "{error}");
+            }
         }
     }
 

@@ -262,6 +262,23 @@ fn an_upgrade_is_told_by_the_old_process() -> Result<()> {
     crate::support::stop(far).map(drop)
 }
 
+/// Nor is there one where the manager would end the service, as it does not hear of the new process.
+#[testbed::trial]
+fn an_upgrade_that_nobody_can_be_told_of_is_refused() -> Result<()> {
+    let mut stage = Stage::new()?;
+    let gone = stage.operator.path("gone").display().to_string();
+    for name in ["vsock:2:1234", &gone] {
+        stage.manager.path = name.into();
+        let tunnel = stage.start()?;
+        stage.operator.wait()?;
+        let parts = ["cannot upgrade", name, "restart the service"];
+        stage.operator.refuses("upgrade", &parts)?;
+        check(stage.pid()? == tunnel.pid(), || "another process".into())?;
+        crate::support::stop(tunnel)?;
+    }
+    Ok(())
+}
+
 /// Its service would end with the old process.
 #[testbed::trial]
 fn a_process_of_somebody_elses_is_not_the_services() -> Result<()> {
