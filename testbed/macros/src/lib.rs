@@ -12,9 +12,8 @@ use proc_macro::{TokenStream, TokenTree};
 /// - `etcd`: where etcd and etcdctl are installed.
 /// - `systemd`: where systemd is installed, and can be started in namespaces.
 /// - `package`: where Debian packages can be made besides.
-/// - `wireguard_go`, `boringtun`, `gotatun`, `wg`, `mandoc`, `tmux`, `tshark`: where that
-///   program is installed.
-/// - `promtool`: where Prometheus and its tool are, besides etcd.
+/// - `wireguard_go`, `boringtun`, `gotatun`, `wg`, `mandoc`, `tmux`, `tshark`, `promtool`: where
+///   that program is installed.
 ///
 /// Without the first two it is run once, on whatever engine a tunnel chooses.
 #[proc_macro_attribute]
@@ -33,7 +32,7 @@ pub fn trial(attribute: TokenStream, function: TokenStream) -> TokenStream {
         words.retain(|word| word != flag);
         flags += &format!("{flag}: {is_set}, ");
     }
-    let mut needs = "None".to_string();
+    let mut needs = Vec::new();
     for (module, program) in [
         ("wireguard", "wireguard_go"),
         ("wireguard", "boringtun"),
@@ -42,25 +41,25 @@ pub fn trial(attribute: TokenStream, function: TokenStream) -> TokenStream {
         ("program", "mandoc"),
         ("program", "tmux"),
         ("program", "tshark"),
+        ("program", "promtool"),
     ] {
         if words.iter().any(|word| word == program) {
             let constant = program.to_uppercase();
-            needs = format!("Some(|| ::testbed::{module}::{constant}.missing())");
+            needs.push(format!("::testbed::{module}::{constant}.missing()"));
             words.retain(|word| word != program);
         }
     }
-    if words.iter().any(|word| word == "promtool") {
-        needs = "Some(|| ::testbed::program::PROMTOOL.missing().or_else(::testbed::etcd::missing))"
-            .into();
-        words.retain(|word| word != "promtool");
-    }
     for module in ["etcd", "systemd", "package"] {
         if words.iter().any(|word| word == module) {
-            needs = format!("Some(::testbed::{module}::missing)");
+            needs.push(format!("::testbed::{module}::missing()"));
             words.retain(|word| word != module);
         }
     }
     assert!(words.is_empty(), "{words:?} are not words of a trial");
+    let needs = match needs.is_empty() {
+        true => "None".to_string(),
+        false => format!("Some(|| None.or_else(|| {}))", needs.join(").or_else(|| ")),
+    };
     let mut tokens = function.clone().into_iter();
     let is_fn =
         |token: &TokenTree| matches!(token, TokenTree::Ident(word) if word.to_string() == "fn");

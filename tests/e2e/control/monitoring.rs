@@ -162,7 +162,7 @@ fn what_is_watched_is_there() -> Result<()> {
 }
 
 /// Prometheus' own judgement of format, names and rules, and which alerts fire for what.
-#[testbed::trial(long, promtool)]
+#[testbed::trial(long, promtool, etcd)]
 fn promtool_finds_nothing() -> Result<()> {
     let run = |words: &[&str], input: &str| -> Result<()> {
         let mut command = PROMTOOL.command()?;
@@ -205,7 +205,7 @@ fn series(host: &Namespace, query: &str) -> Result<usize> {
 }
 
 /// Each query of the dashboard has an answer, and each rule can be evaluated.
-#[testbed::trial(long, promtool)]
+#[testbed::trial(long, promtool, etcd)]
 fn prometheus_answers_the_dashboard() -> Result<()> {
     let everything = Everything::new()?;
     let (host, operator) = (everything.host(), &everything.near.operator);

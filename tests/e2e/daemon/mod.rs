@@ -6,6 +6,7 @@ pub mod life;
 pub mod package;
 pub mod reload;
 pub mod reload_device;
+pub mod sandbox;
 pub mod service;
 pub mod settings;
 pub mod soak;

@@ -15,7 +15,7 @@ use crate::support::{
 use crate::tools::{inventory, nothing_left};
 
 const PATH: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/packaging/fastvpn@.service");
-const UNIT: &str = include_str!("../../../packaging/fastvpn@.service");
+pub const UNIT: &str = include_str!("../../../packaging/fastvpn@.service");
 pub const FILE: &str = "[[peer]]\nendpoint = \"10.211.55.123\"\n";
 
 /// The instance's name, and the device's.
@@ -72,7 +72,7 @@ impl Machine {
     }
 
     /// Installs another copy of the program, and has it take over.
-    fn upgrade(&self) -> Result<()> {
+    pub fn upgrade(&self) -> Result<()> {
         let old = self.pid()?;
         self.0.tell("cp /usr/bin/fastvpn /usr/bin/fastvpn.new")?;
         self.0.tell("mv /usr/bin/fastvpn.new /usr/bin/fastvpn")?;
@@ -92,7 +92,7 @@ impl Machine {
     }
 
     /// Sends the main process a signal, and waits for another one.
-    fn is_restarted_after(&self, signal: &str) -> Result<()> {
+    pub fn is_restarted_after(&self, signal: &str) -> Result<()> {
         let (pid, count) = (self.pid()?, self.number("NRestarts")?);
         self.0.tell(&format!("kill -{signal} {pid}"))?;
         wait_until("the service is started again", || {
