@@ -24,7 +24,7 @@ echo; cat
 "#;
 
 /// A terminal, gone when this is.
-struct Terminal {
+pub struct Terminal {
     directory: TempDir,
     _server: Child,
     desk: Namespace,
@@ -32,7 +32,7 @@ struct Terminal {
 
 impl Terminal {
     /// Starts `fastvpn top` on a terminal of 80 columns and 24 rows, with this environment.
-    fn start(operator: &Operator, environment: &[&str]) -> Result<Self> {
+    pub fn start(operator: &Operator, environment: &[&str]) -> Result<Self> {
         let directory = tried("make a directory", tempfile::tempdir())?;
         let (script, desk) = (directory.path().join("run.sh"), Namespace::new()?);
         tried("write a script", std::fs::write(&script, SCRIPT))?;
@@ -71,7 +71,7 @@ impl Terminal {
     }
 
     /// Tells tmux something, and returns what it prints.
-    fn tmux(&self, words: &[&str]) -> Result<String> {
+    pub fn tmux(&self, words: &[&str]) -> Result<String> {
         let mut command = TMUX.command()?;
         command.arg("-S").arg(self.directory.path().join("tmux"));
         // No other server, which would not end, before there is this one.
@@ -83,16 +83,16 @@ impl Terminal {
         Ok(said.stdout)
     }
 
-    fn press(&self, keys: &[&str]) -> Result<()> {
+    pub fn press(&self, keys: &[&str]) -> Result<()> {
         self.tmux(&[&["send-keys"][..], keys].concat()).map(drop)
     }
 
-    fn screen(&self) -> Result<String> {
+    pub fn screen(&self) -> Result<String> {
         self.tmux(&["capture-pane", "-p"])
     }
 
     /// Waits until the screen is so.
-    fn wait(&self, what: &str, is_so: impl Fn(&str) -> bool) -> Result<String> {
+    pub fn wait(&self, what: &str, is_so: impl Fn(&str) -> bool) -> Result<String> {
         let mut screen = String::new();
         let waited = wait_until(what, || {
             screen = self.screen()?;
@@ -105,13 +105,13 @@ impl Terminal {
     }
 
     /// Waits until the screen has this.
-    fn wait_for(&self, part: &str) -> Result<String> {
+    pub fn wait_for(&self, part: &str) -> Result<String> {
         self.wait(part, |screen| screen.contains(part))
     }
 
     /// Waits until top has ended with this status, and checks that it has left the terminal as
     /// it found it.
-    fn ends_with(&self, status: &str) -> Result<()> {
+    pub fn ends_with(&self, status: &str) -> Result<()> {
         let screen = self.wait_for("icanon")?;
         let is_sane = screen.contains("icanon echo") && !screen.contains("-icanon");
         let is_clean = screen.contains(status) && !screen.contains("q quit");
@@ -136,7 +136,7 @@ impl Terminal {
     }
 }
 
-const UTF8: &str = "LC_ALL=C.UTF-8";
+pub const UTF8: &str = "LC_ALL=C.UTF-8";
 
 #[testbed::trial(tmux)]
 fn top_shows_a_tunnel_through_takeover_and_restart() -> Result<()> {
