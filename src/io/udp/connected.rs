@@ -13,7 +13,8 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 use nix::sys::socket::{getsockopt, setsockopt, sockopt as nix_sockopt};
 use socket2::{SockAddr, Socket};
 
-use super::{WorkerSockets, drop_from, drops, enlarge_receive_buffer, set_socket_options, unbound};
+use super::options::{drop_from, enlarge_receive_buffer, set_socket_options};
+use super::{WorkerSockets, drops, unbound};
 
 /// Port of the discard protocol (RFC 863), from which nobody sends.
 const DISCARD_PORT: u16 = 9;
