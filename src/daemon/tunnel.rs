@@ -1,6 +1,8 @@
 //! A tunnel that runs: what it was configured to be, its peers, the host around
 //! it, and its workers. What changes more than one of these is done here.
 
+mod refresh;
+
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -23,15 +25,14 @@ use crate::config::Config;
 use crate::control::codec::Lines;
 use crate::control::credentials::Asker;
 use crate::control::metrics::Readiness;
-use crate::dataplane::inbound::ReceivedProbe;
 use crate::dataplane::table::Table;
 use crate::error::{Error, Result};
 use crate::host::link::{self, LinkConfig};
 use crate::host::masquerade::Masquerade;
-use crate::host::netlink::{Link, Netlink};
+use crate::host::netlink::Netlink;
 use crate::io::tun;
 use crate::io::udp::{self, WorkerSockets};
-use crate::routing::dns::{Lookup, Names};
+use crate::routing::dns::Names;
 use crate::routing::overlay::{Origin, Overlay, tunnel_addresses};
 
 /// See the module's documentation.
@@ -400,137 +401,12 @@ impl Tunnel {
         }
     }
 
-    /// Gives the workers a table of the peers as they are now, if these have changed.
-    fn publish_changes(&mut self) {
-        if std::mem::take(&mut self.peers.has_changed) {
-            let overlay = &self.peers.overlay;
-            let table = table(overlay, &self.host, &self.config, &self.settings);
-            self.workers.publish(table);
-            self.follow_peers();
-            // What a path refused for its length may pass on another.
-            self.workers.reset_limits();
-        }
-    }
-
-    /// Takes in what a name server has said.
-    pub fn take_name(&mut self, answer: Lookup) {
-        let listen = self.settings.listen;
-        self.peers.take_answer(answer, listen, &mut self.host);
-        self.publish_changes();
-    }
-
-    /// Takes in a probe from another host.
-    pub fn take_probe(&mut self, probe: ReceivedProbe) {
-        self.peers.take_probe(probe, &self.workers.descriptors);
-        self.publish_changes();
-    }
-
-    /// What is to be done every second.
-    pub fn poll(&mut self) {
-        let is_host_changed = self.host.take_event();
-        if is_host_changed {
-            self.refresh_host();
-        }
-        self.forget_capture_that_is_over();
-        let listen = self.settings.listen.ip();
-        let workers = &self.workers.descriptors;
-        let keepalive = self.config.keepalive_seconds;
-        self.peers.poll(listen, &mut self.host, workers, keepalive);
-        self.publish_changes();
-        if is_host_changed && let Err(error) = self.follow_route_mtus() {
-            tracing::debug!("{error}");
-        }
-        self.workers.count_socket_drops();
-        let counters = &self.workers.counters;
-        self.drop_log
-            .poll(counters, &self.peers.overlay, Instant::now());
-        if self.host.lacks_routes() {
-            match self.host.start_routes(&self.settings.link.addresses) {
-                Ok(()) => tracing::info!("the kernel's routes are kept again"),
-                Err(error) => tracing::debug!("{error}"),
-            }
-        }
-    }
-
-    /// Checks where the paths to all peers lead.
-    pub fn check_routes(&mut self) {
-        self.peers.check_routes(&mut self.host);
-        self.publish_changes();
-    }
-
-    /// Refreshes what is known of the device, this host's addresses, and where the paths
-    /// to all peers lead.
-    fn refresh_host(&mut self) {
-        self.refresh_device();
-        if let Err(error) = self.refresh_addresses() {
-            tracing::debug!("{error}");
-            self.host.schedule_refresh();
-        }
-        self.peers.check_routes(&mut self.host);
-    }
-
-    fn refresh_addresses(&mut self) -> Result<()> {
-        let own = own_addresses(&mut self.host.netlink, &self.settings.link.addresses)?;
-        self.peers.has_changed |= self.peers.overlay.set_own_addresses(own);
-        if self.config.interface.is_some() {
-            self.peers.has_changed |= self.host.find_addresses()?;
-        }
-        Ok(())
-    }
-
-    /// Notes what others have made of the device.
-    pub fn refresh_device(&mut self) {
-        let Some(worker) = self.workers.descriptors.first() else {
-            return;
-        };
-        match self.host.find_device(worker.queue.as_fd()) {
-            Ok(false) => {}
-            Ok(true) => {
-                // Something else may have the old index by now, such as the underlay.
-                if let Err(error) = self.filter_datagrams() {
-                    tracing::error!(%error, "{error}");
-                }
-                self.peers.has_changed = true;
-                self.start_routes();
-            }
-            // One that is deleted ends the workers, and these the process.
-            Err(error) => tracing::debug!("{error}"),
-        }
-    }
-
     /// Has the kernel's routes kept, and the addresses that the device is to have now.
     /// Where that fails there is nothing to go back to: it is tried again.
     pub fn start_routes(&mut self) {
         if let Err(error) = self.host.start_routes(&self.settings.link.addresses) {
             tracing::error!(%error, "{error}");
         }
-    }
-
-    /// Has the device's MTU, unless it was given, or set by somebody else, follow
-    /// the routes to the peers.
-    fn follow_route_mtus(&mut self) -> Result<()> {
-        let (config, old) = (&self.config, &self.settings);
-        let old_bytes = old.link.mtu_bytes;
-        let link = self.host.link();
-        let link = link.filter(|link| config.mtu_bytes.is_none() && link.mtu == old_bytes);
-        let Some(Link { index, name, .. }) = link else {
-            return Ok(());
-        };
-        let (overlay, netlink) = (&self.peers.overlay, &mut self.host.netlink);
-        let new = old.again((config, config), overlay, netlink)?;
-        let mtu_bytes = new.link.mtu_bytes;
-        if mtu_bytes != old_bytes {
-            netlink.set_mtu(index, mtu_bytes)?;
-            self.settings = new;
-            tracing::info!(
-                interface = name,
-                mtu_bytes,
-                old_bytes,
-                "MTU of {name}: {mtu_bytes} bytes, no longer {old_bytes}: what the routes to the \
-                 peers take"
-            );
-        }
-        Ok(())
     }
 
     /// Begins a capture, or tells the client why not. `is_leaving`: another process takes the

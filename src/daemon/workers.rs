@@ -1,6 +1,7 @@
 //! The workers: their threads, the table that they forward by, what they count,
-//! and their descriptors. A worker is a thread that makes an I/O engine, and runs the
-//! loop that moves packets.
+//! and their descriptors.
+
+mod thread;
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -13,22 +14,19 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use socket2::SockRef;
 
+use self::thread::{Setup, Worker};
 use crate::config::{Aqm, BusyPoll, Config, Dscp, Io, QueueLimit};
 use crate::counters::{Counters, Snapshot};
 use crate::dataplane::idle::Spin;
-use crate::dataplane::inbound::{Inbound, ReceivedProbe};
-use crate::dataplane::outbound::Outbound;
+use crate::dataplane::inbound::ReceivedProbe;
 use crate::dataplane::sessions::{Inbox, Sessions};
 use crate::dataplane::table::Table;
-use crate::dataplane::{self, Commands, Queueing, WorkerCommand};
+use crate::dataplane::{Commands, Queueing, WorkerCommand};
 use crate::error::{Error, Result};
-use crate::io::engine::Engine;
-use crate::io::epoll::Epoll;
 use crate::io::tun::{Queue, Tun};
 use crate::io::udp::{self, Port, UdpOffloads, WorkerSockets};
-use crate::io::uring::{self, Uring};
+use crate::io::uring;
 use crate::packet::batch::Limits;
-use crate::packet::coalesce::TunOffloads;
 use crate::packet::fq_codel;
 use crate::packet::probe::Probe;
 use crate::wire::Endpoint;
@@ -97,29 +95,6 @@ impl WorkerFds {
             tracing::debug!("no probe to {to}: {error}");
         }
     }
-}
-
-/// What all workers have in common.
-#[derive(Clone)]
-pub(crate) struct Setup {
-    /// GSO packets that the TUN device takes.
-    pub tun: TunOffloads,
-    /// How long batches may be.
-    pub limits: Limits,
-    /// Whether they run on io_uring; else on epoll.
-    pub is_uring: bool,
-    /// How long to look for arrivals without sleeping.
-    pub spin: Spin,
-    /// How packets wait for a socket.
-    pub(crate) queueing: Queueing,
-    /// Cores to pin workers to, in turn.
-    pub cores: Vec<usize>,
-    /// The table in force.
-    pub table: Arc<Table>,
-    /// Takes the probes that come.
-    pub probes: Sender<ReceivedProbe>,
-    /// In WireGuard mode.
-    pub sessions: Option<Sessions>,
 }
 
 /// How packets wait, in the data plane's own terms.
@@ -448,82 +423,6 @@ impl Workers {
 impl Drop for Workers {
     fn drop(&mut self) {
         self.stop();
-    }
-}
-
-/// What a worker's thread takes with it.
-struct Worker {
-    index: usize,
-    descriptors: WorkerFds,
-    counters: Arc<Counters>,
-    setup: Setup,
-    wake: Arc<EventFd>,
-    commands: Commands,
-    /// Opens by being closed: nothing is ever sent.
-    gate: Receiver<()>,
-    /// Takes `None` when the worker is ready, and the error that ends it.
-    report: Sender<Option<Error>>,
-}
-
-impl Worker {
-    fn spawn(self) -> Result<JoinHandle<()>> {
-        let thread = std::thread::Builder::new().name(format!("fastvpn-{}", self.index));
-        thread.spawn(move || self.work()).map_err(|error| {
-            Error::os("cannot start a worker thread", error)
-                .hint("raise the limit on processes (ulimit -u), or ask for fewer --queues")
-        })
-    }
-
-    fn work(self) {
-        let cores = &self.setup.cores;
-        if let Some(&id) = cores.get(self.index % cores.len().max(1))
-            && !core_affinity::set_for_current(core_affinity::CoreId { id })
-        {
-            tracing::warn!(
-                worker = self.index,
-                core = id,
-                "cannot pin worker {} to core {id}",
-                self.index
-            );
-        }
-        let WorkerFds { queue, sockets, .. } = self.descriptors.clone();
-        let (limits, wake) = (self.setup.limits, Arc::clone(&self.wake));
-        let (counters, report) = (Arc::clone(&self.counters), self.report.clone());
-        let result = match self.setup.is_uring {
-            true => Uring::new(queue, sockets, wake, limits, counters)
-                .and_then(|engine| self.run(engine)),
-            false => Epoll::new(queue, sockets, wake, limits, counters)
-                .and_then(|engine| self.run(engine)),
-        };
-        if let Err(error) = result {
-            let _ = report.send(Some(error));
-        }
-    }
-
-    /// The engine is ready: runs the loop, once the gate is open.
-    fn run(self, mut engine: impl Engine) -> Result<()> {
-        let _ = self.report.send(None);
-        let _ = self.gate.recv();
-        // The table is the loop's, which frees it when it gets another one.
-        let Setup {
-            tun,
-            spin,
-            queueing,
-            table,
-            probes,
-            sessions,
-            ..
-        } = self.setup;
-        let outbound = Outbound::new(self.index, queueing, sessions.clone(), &mut engine);
-        dataplane::run(
-            &mut engine,
-            &self.commands,
-            table,
-            outbound,
-            Inbound::new(tun, self.index, probes, sessions),
-            spin,
-            &self.counters,
-        )
     }
 }
 

@@ -6,6 +6,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::{read, write};
 
 use super::*;
+use crate::packet::coalesce::TunOffloads;
 use crate::packet::icmp::TunnelAddresses;
 use crate::routing::overlay::Overlay;
 
