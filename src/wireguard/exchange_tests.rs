@@ -7,6 +7,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
+use crate::wire::Endpoint;
 use crate::wire::wireguard::cookie::MacWriter;
 use crate::wire::wireguard::keys::PresharedKey;
 use crate::wire::wireguard::message::{COOKIE_REPLY, DATA, INITIATION, RESPONSE};
