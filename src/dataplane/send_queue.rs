@@ -5,24 +5,24 @@
 //! a comparison: the kernel is asked how much the socket holds only when as much has
 //! been sent as it may hold. When it is full, the engine waits for room and leaves
 //! the TUN queue alone; when there is room, all that the TUN queue has is read first,
-//! so that who has little to send goes first, and then the socket is filled again.
+//! so that flows with little to send go first, and then the socket is filled again.
 //!
 //! Each socket has a queue of its own, so that one that is full does not stop what
 //! goes out of another for longer than it takes to drain a limit's worth.
 
+mod account;
+
 use std::time::Instant;
+
+pub use self::account::Account;
 
 use super::Queueing;
 use super::in_flight::InFlight;
 use super::sessions::Sessions;
-use super::table::Table;
-use super::tapped;
-use crate::capture::{Direction, Note, Reason as Dropped};
-use crate::counters::Counters;
 use crate::io::engine::{Destination, Engine};
 use crate::io::udp::{Port, SOCKET_BUFFER_BYTES};
 use crate::packet::batch::{Batch, NextHop};
-use crate::packet::fq_codel::{self, FqCodel, Reason};
+use crate::packet::fq_codel::FqCodel;
 use crate::packet::ip;
 use crate::wire::Mode;
 
@@ -271,92 +271,6 @@ impl SendQueue {
     }
 }
 
-/// Where it is counted what becomes of packets that wait.
-pub struct Account<'a> {
-    /// Index of the worker.
-    worker: usize,
-    /// Their peers.
-    table: &'a Table,
-    /// The worker's counters.
-    counters: &'a Counters,
-}
-
-impl<'a> Account<'a> {
-    /// With the counters of this worker.
-    #[inline]
-    pub fn new(worker: usize, table: &'a Table, counters: &'a Counters) -> Self {
-        Self {
-            worker,
-            table,
-            counters,
-        }
-    }
-
-    /// A batch cannot be sealed.
-    #[cold]
-    fn lost(&self, batch: &Batch) {
-        let packets = batch.count() as u64;
-        self.counters.drop_no_session.add(packets);
-        let peer = self.table.at(batch.next_hop());
-        if let Some(traffic) = peer.and_then(|peer| peer.traffic.get(self.worker)) {
-            traffic.packets_unsent.add(packets);
-            traffic.bytes_unsent.add(batch.bytes().len() as u64);
-            traffic.drop_no_session.add(packets);
-        }
-    }
-
-    /// A vnet packet was held for a session in vain.
-    #[cold]
-    pub fn given_up(&self, next_hop: NextHop, vnet_packet: &[u8]) {
-        self.counters.drop_no_session.add(1);
-        let note = || tapped::outbound(vnet_packet, Some(next_hop)).dropped(Dropped::NoSession);
-        self.counters.tap.note(note);
-        let peer = self.table.at(next_hop);
-        if let Some(traffic) = peer.and_then(|peer| peer.traffic.get(self.worker)) {
-            traffic.drop_no_session.add(1);
-        }
-    }
-
-    /// A packet that has waited so long leaves.
-    fn left(&self, sojourn_ns: u64) {
-        self.counters.queue_packets.add(1);
-        self.counters.queue_sojourn_ns.add(sojourn_ns);
-    }
-}
-
-impl fq_codel::Observer<Queued> for Account<'_> {
-    fn dropped(&self, queued: &Queued, head: &[u8], packet_bytes: usize, reason: Reason) {
-        let (counter, dropped) = match reason {
-            Reason::Aqm => (&self.counters.drop_queue_aqm, Dropped::QueueAqm),
-            Reason::Overlimit => (&self.counters.drop_queue_full, Dropped::QueueFull),
-        };
-        counter.add(1);
-        self.counters.tap.note(|| Note {
-            packet_bytes,
-            ..Note::carried(Direction::Out, Some(queued.next_hop), head).dropped(dropped)
-        });
-        // The table may have changed since, and have another peer there. One with sessions is
-        // the same, wherever it has moved: all that waits leaves before another takes its place.
-        let peer = self.table.at(queued.next_hop).filter(|peer| {
-            peer.sessions.is_some() || peer.endpoint == Some(queued.to.endpoint.address)
-        });
-        if let Some(traffic) = peer.and_then(|peer| peer.traffic.get(self.worker)) {
-            traffic.packets_unsent.add(1);
-            let mode = Mode::with_keys(peer.is_some_and(|peer| peer.sessions.is_some()));
-            let datagram_bytes = mode.datagram_bytes(packet_bytes, queued.segment_bytes_max);
-            traffic.bytes_unsent.add(datagram_bytes as u64);
-            match reason {
-                Reason::Aqm => traffic.drop_queue_aqm.add(1),
-                Reason::Overlimit => traffic.drop_queue_full.add(1),
-            }
-        }
-    }
-
-    fn marked(&self) {
-        self.counters.queue_marked.add(1);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::net::SocketAddr;
@@ -365,8 +279,8 @@ mod tests {
     use super::*;
     use crate::capture::Ring;
     use crate::capture::frame::Header;
-    use crate::counters::PeerCounters;
-    use crate::dataplane::table::PeerSnapshot;
+    use crate::counters::{Counters, PeerCounters};
+    use crate::dataplane::table::{PeerSnapshot, Table};
     use crate::dataplane::test_support::Fake;
     use crate::packet::batch::Limits;
     use crate::packet::fq_codel::Aqm;

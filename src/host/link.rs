@@ -8,7 +8,8 @@ use ipnet::{IpNet, Ipv4Net};
 
 use crate::error::{Error, Result};
 use crate::host::netlink::Netlink;
-use crate::host::netlink::route::{DEFAULT_TABLE, MAIN_TABLE, Way};
+use crate::host::netlink::lookup::Way;
+use crate::host::netlink::route::{DEFAULT_TABLE, MAIN_TABLE};
 use crate::packet::lpm;
 
 /// Smallest MTU that IPv6 works with (RFC 8200, section 5).

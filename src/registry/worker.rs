@@ -2,6 +2,7 @@
 //! there, and follows what changes, until it is stopped. Whatever fails, it begins again, and
 //! what is known stays in force meanwhile.
 
+mod config;
 mod leases;
 mod own;
 
@@ -14,14 +15,11 @@ use std::time::{Duration, Instant};
 use ipnet::Ipv4Net;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
-use tokio::time::{interval, sleep, sleep_until, timeout};
+use tokio::time::{interval, sleep, sleep_until};
 
-use super::access::host_of;
 use super::cache;
-use super::client::{CONNECT_TIME_MAX, Client, Watch, Watched};
+use super::client::{Client, Watch, Watched};
 use super::entry::{Key, Keys};
-use super::key;
-use super::network::{Backend, Network};
 use super::shared::{Joined, Options, Shared, Stop};
 use super::status::Status;
 use super::subnet_env::previous_subnet;
@@ -282,17 +280,6 @@ impl Worker {
         Ok((client, watch))
     }
 
-    /// Has no host of the network draw to it what is for the etcd at `url`, which may be there
-    /// by name.
-    async fn reserve(&mut self, url: &str) {
-        let found = tokio::net::lookup_host((host_of(url), 0));
-        if let (Ok(Ok(found)), Some(policy)) =
-            (timeout(CONNECT_TIME_MAX, found).await, &mut self.policy)
-        {
-            policy.reserved.extend(found.map(|address| address.ip()));
-        }
-    }
-
     async fn list(&mut self, client: &mut Client) -> std::result::Result<(), End> {
         let (first, end) = self.keys.range();
         let listed = client.list(&first, &end).await?;
@@ -308,53 +295,6 @@ impl Worker {
         self.view
             .replace(listed.pairs, listed.cluster, listed.revision, now);
         (self.is_stale, self.is_cache_stale) = (true, true);
-        Ok(())
-    }
-
-    /// Makes the network's configuration that which this host runs by, or notes that it has
-    /// become another.
-    fn follow_config(&mut self) -> Result<()> {
-        let key = self.keys.config();
-        let value = self.view.config();
-        if let Some(policy) = &self.policy {
-            let network = value.and_then(|value| Network::parse(value).ok());
-            let is_changed = network.is_none_or(|network| network != policy.network);
-            if is_changed && !self.status.is_config_changed {
-                let what = value.map_or("is gone", |_| "has changed");
-                tracing::warn!(
-                    key,
-                    "registry: the network's configuration at {key} {what}; this host goes on \
-                     with the old one until it is started again"
-                );
-            }
-            self.status.is_config_changed = is_changed;
-            return Ok(());
-        }
-        let Some(value) = value else {
-            let what = format!("there is no network in etcd at {key}");
-            return Err(Error::new(what).hint("`fastvpn registry init` makes one"));
-        };
-        let network = Network::parse(value).map_err(|error| {
-            let what = format!("the network's configuration at {key}: {}", error.fault());
-            error.about(what)
-        })?;
-        if matches!(network.backend, Backend::WireGuard { .. }) {
-            self.private_key = Some(match self.options.private_key.clone() {
-                Some(given) => given,
-                None => key::read_or_make(&self.options.key_file)?,
-            });
-        } else if self.options.private_key.is_some() {
-            let what = "the network's backend is udp, which has no keys, but this host has one";
-            return Err(Error::new(what).hint("leave --private-key out"));
-        }
-        self.policy = Some(Policy {
-            network,
-            own_ip: self.options.public_ip,
-            own_key: self.private_key.as_ref().map(PrivateKey::public),
-            allowed: self.options.allowed.clone(),
-            allowed_prefixes: self.options.allowed_prefixes.clone(),
-            reserved: self.options.reserved.clone(),
-        });
         Ok(())
     }
 

@@ -15,6 +15,7 @@ mod address;
 #[doc(hidden)]
 pub mod fuzz;
 pub mod link;
+pub(crate) mod lookup;
 pub mod route;
 #[cfg(test)]
 pub(crate) mod test_support;
@@ -34,7 +35,8 @@ use netlink_sys::{Socket, SocketAddr};
 use crate::error::{Error, Result};
 
 pub use link::{Link, LinkStats};
-pub use route::{Route, RouteChange, RouteKind, RouteMtu};
+pub use lookup::RouteMtu;
+pub use route::{Route, RouteChange, RouteKind};
 pub use watch::{Event, Watch};
 
 /// Bytes of the receive buffer. The kernel fills at most 32 KiB of it per

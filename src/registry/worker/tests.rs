@@ -6,6 +6,7 @@ use crossbeam_channel::bounded;
 use super::*;
 use crate::registry::access::Access;
 use crate::registry::claim;
+use crate::registry::network::Network;
 
 const CONFIG: &str = r#"{"Network":"10.50.0.0/16"}"#;
 

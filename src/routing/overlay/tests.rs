@@ -1,3 +1,4 @@
+use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use super::peer::Secure;
@@ -5,6 +6,7 @@ use super::*;
 use crate::config::parse_peer;
 use crate::counters::PeerCounters;
 use crate::packet::batch::BATCH_BYTES_MAX;
+use crate::packet::icmp::TunnelAddresses;
 
 fn spec(text: &str) -> PeerSpec {
     parse_peer(text).unwrap()
