@@ -101,7 +101,7 @@ counters! {
     /// Outbound: packets to a peer whose name has not resolved, or to
     /// whom the path leads through the tunnel itself.
     drop_peer_unresolved,
-    /// Outbound: packets whose hops were spent (`--hop`).
+    /// Outbound: packets whose hop limit ran out (`--hop`).
     drop_ttl,
     /// Outbound: unfragmentable packets longer than their peer's path takes.
     drop_too_big,
@@ -206,7 +206,7 @@ pub struct PeerCounters {
     /// at one address, one counts for all. What a peer with a key sends is counted with its
     /// sessions instead.
     pub drop_source_not_allowed: Counter,
-    is_endpoint_heard: AtomicBool,
+    is_endpoint_seen: AtomicBool,
     other_port: AtomicU16,
     is_own_port_proven: AtomicBool,
     keepalive_seconds: AtomicU16,
@@ -249,12 +249,12 @@ impl PeerCounters {
     }
 
     /// Notes the port that packets have come from, `expected` being that of the
-    /// peer's endpoint. For the worker; it writes only what is news.
+    /// peer's endpoint. For the worker; it writes only what is new.
     #[inline]
     pub fn note_port(&self, port: u16, expected: u16) {
         if port == expected {
-            if !self.is_endpoint_heard.load(Ordering::Relaxed) {
-                self.is_endpoint_heard.store(true, Ordering::Relaxed);
+            if !self.is_endpoint_seen.load(Ordering::Relaxed) {
+                self.is_endpoint_seen.store(true, Ordering::Relaxed);
             }
         } else if self.other_port.load(Ordering::Relaxed) != port {
             self.other_port.store(port, Ordering::Relaxed);
@@ -266,13 +266,13 @@ impl PeerCounters {
     pub fn take_ports(&self) -> (bool, Option<u16>) {
         let other = self.other_port.swap(0, Ordering::Relaxed);
         (
-            self.is_endpoint_heard.swap(false, Ordering::Relaxed),
+            self.is_endpoint_seen.swap(false, Ordering::Relaxed),
             (other != 0).then_some(other),
         )
     }
 
     /// Notes a keepalive, which comes every so many seconds. For the worker; it writes only what
-    /// is news.
+    /// is new.
     pub fn note_keepalive(&self, seconds: u16) {
         if self.keepalive_seconds.load(Ordering::Relaxed) != seconds {
             self.keepalive_seconds.store(seconds, Ordering::Relaxed);

@@ -320,7 +320,7 @@ fn unknown(key: &str, section: &str) -> String {
     }
 }
 
-/// A key of WireGuard's, which is not quoted if it is none.
+/// A key of WireGuard's, which is not quoted if it is not one.
 fn secret<K: FromStr>(name: &str, value: &str) -> ParseResult<K> {
     let key = value.parse();
     key.map_err(|_| format!("{name} is not a key: expected {KEY_FORM}"))

@@ -16,7 +16,7 @@ impl KeyText {
     /// The key.
     ///
     /// # Errors
-    /// When it is none; the error does not quote it.
+    /// When it is not a key; the error does not quote it.
     pub fn parse<K: FromStr>(&self) -> Result<K> {
         let key = self.0.parse();
         key.map_err(|_| {

@@ -235,7 +235,7 @@ impl Manifest {
     /// Goes on with the private key that `wg` has set, if it has.
     ///
     /// # Errors
-    /// When that is none.
+    /// When that is not a key.
     pub fn keep_private_key(&self, config: &mut Config) -> Result<()> {
         if let Some(key) = &self.private_key {
             config.private_key = Some(key.parse()?);

@@ -139,7 +139,7 @@ fn route_to(overlay: &Overlay, address: IpAddr) -> Result<Answer> {
 /// A peer's name as operators write it.
 ///
 /// # Errors
-/// When it is none.
+/// When it is not a peer's name.
 pub fn parse_name(text: &str) -> Result<PeerName> {
     parse_peer_name(text).map_err(|error| not_this(text, "a peer", &error))
 }

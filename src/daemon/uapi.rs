@@ -29,7 +29,7 @@ const PORT_WAIT_MAX: Duration = Duration::from_millis(500);
 const PORT_WAIT_STEP: Duration = Duration::from_millis(10);
 
 /// Opens the socket of an interface that has nothing without `wg`, once nobody else has it.
-/// `None`: it is none.
+/// `None`: the interface has a configuration of its own.
 ///
 /// # Errors
 /// When it cannot be opened, as while another process has it.

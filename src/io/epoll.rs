@@ -37,7 +37,7 @@ use crate::io::udp::{Port, WorkerSockets};
 use crate::packet::batch::{Batch, Limits};
 use crate::packet::vnet_packet::{VnetPacket, VnetSink};
 
-/// What may be taken in before the kernel is asked again for news of the other
+/// What may be taken in before the kernel is asked again for events of the other
 /// side and of the control thread: some hundred microseconds' work.
 const UNASKED_BYTES_MAX: usize = 256 << 10;
 
@@ -55,7 +55,7 @@ const WATCHED: usize = 2 + RECEIVERS;
 pub struct Epoll {
     epoll: epoll::Epoll,
     sides: Sides,
-    /// Taken in since the kernel was last asked for news.
+    /// Taken in since the kernel was last asked for events.
     unasked_bytes: usize,
     message: SendMessage,
 }
@@ -277,7 +277,7 @@ impl Engine for Epoll {
             return self.ask(pause);
         }
         if self.sides.may_receive() || self.sides.may_read_vnet_packet() {
-            // A read has failed, and the next one may do better. But other news must
+            // A read has failed, and the next one may do better. But other events must
             // not wait for that.
             return self.ask(PollTimeout::ZERO);
         }

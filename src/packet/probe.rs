@@ -84,7 +84,7 @@ impl Probe {
         packet
     }
 
-    /// The probe that a packet is; `None` if it is none.
+    /// The probe that a packet is; `None` if it is not one.
     pub fn from_packet(packet: &[u8]) -> Option<Self> {
         let is_probe = packet.len() >= PROBE_BYTES_MIN
             && packet[0] == 0x45

@@ -162,7 +162,7 @@ impl HostValue {
         }
     }
 
-    /// Reads a host's value; `None` if it is none.
+    /// Reads a host's value; `None` if it is not one.
     pub(crate) fn parse(value: &[u8]) -> Option<Self> {
         let json: HostJson = serde_json::from_slice(value).ok()?;
         let is_host = |ip: Ipv4Addr| !ip.is_unspecified() && !ip.is_multicast();

@@ -169,7 +169,7 @@ impl Thread {
                     }
                 }
                 Err(Errno::EAGAIN) => return false,
-                // Cut short, or news of an earlier send.
+                // Cut short, or an error of an earlier send.
                 Ok(None) | Err(_) => {}
             }
         }

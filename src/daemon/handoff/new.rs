@@ -140,7 +140,7 @@ pub fn ask(path: &Path, patience: Duration) -> Result<Option<Inherited>> {
 /// Asks for the tunnel on a connection that is open already.
 ///
 /// # Errors
-/// What the old process refuses with, or that it is none.
+/// What the old process refuses with, or that it is not a process of ours.
 #[doc(hidden)]
 pub fn receive(stream: UnixStream) -> io::Result<Inherited> {
     let deadline = Instant::now() + MANIFEST_TIME_MAX;

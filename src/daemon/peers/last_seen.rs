@@ -152,7 +152,7 @@ impl LastSeen {
     }
 
     /// Notes that somebody has said, by this `errno`, that the peer cannot be reached. Returns
-    /// whether that is news. It does not count if nobody was asked, or if the peer was seen since.
+    /// whether that is new. It does not count if nobody was asked, or if the peer was seen since.
     pub fn note_unreachable(&mut self, errno: i32, now: Instant) -> bool {
         if !std::mem::take(&mut self.is_asked) {
             return false;

@@ -355,7 +355,7 @@ fn a_foreign_route_is_a_conflict_and_nothing_is_half_done() {
         reconciler.set(wanted).unwrap();
         reconciler.set(set(&["10.7.0.0/16"])).unwrap();
     }
-    // One that does not get in the way is none.
+    // Others that do not get in the way do no harm.
     host.meddle(Meddling::Append, V4, 100);
     host.meddle(Meddling::Append, V6, 2000);
     reconciler.set(set(&[V4, V6])).unwrap();

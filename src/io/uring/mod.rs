@@ -72,7 +72,7 @@ pub struct Uring {
     completions: Vec<cqueue::Entry>,
 }
 
-/// Requests for news that are under way.
+/// Requests for events that are under way.
 #[derive(Clone, Copy, Default)]
 struct Armed {
     wake: bool,
@@ -217,7 +217,7 @@ impl Uring {
         }
     }
 
-    /// Queues the requests for news that are not under way but should be.
+    /// Queues the requests for events that are not under way but should be.
     fn arm(&mut self) -> Result<()> {
         if self.sides.is_quiet {
             return Ok(());
@@ -360,7 +360,7 @@ impl Engine for Uring {
         self.stage(&request, bytes);
     }
 
-    /// Submits what is staged, and the requests for news along with it.
+    /// Submits what is staged, and the requests for events along with it.
     #[inline]
     fn submit(&mut self) -> Result<()> {
         self.sides.take_error()?;
