@@ -10,6 +10,7 @@ mod inputs;
 mod lookup;
 mod segment;
 mod sum;
+mod worker;
 
 /// One kernel, ready to run.
 pub struct Kernel {
@@ -61,8 +62,12 @@ pub fn kernel(name: &str) -> Option<Kernel> {
 }
 
 fn cases() -> impl Iterator<Item = Case> {
-    [segment::CASES, coalesce::CASES, sum::CASES, lookup::CASES]
-        .into_iter()
-        .flatten()
-        .copied()
+    let all = [
+        segment::CASES,
+        coalesce::CASES,
+        sum::CASES,
+        lookup::CASES,
+        worker::CASES,
+    ];
+    all.into_iter().flatten().copied()
 }

@@ -11,12 +11,12 @@ use super::inputs::{self, MTU_BYTES};
 use super::{Case, Kernel};
 
 /// Packets of a full TSO or USO vnet packet at [`MTU_BYTES`].
-const VNET_PACKET_PACKETS: usize = 44;
+pub const VNET_PACKET_PACKETS: usize = 44;
 
 /// Small vnet packets that follow each other in a batch: one full batch of them.
-const SMALL_VNET_PACKETS: usize = 128;
+pub const SMALL_VNET_PACKETS: usize = 128;
 
-const SMALL_BYTES: usize = 64;
+pub const SMALL_BYTES: usize = 64;
 
 pub const CASES: &[Case] = &[
     ("segment/tcp4-1472", || cut(Version::V4, TCP)),
@@ -101,7 +101,7 @@ fn small_vnet_packets_to_batch() -> Kernel {
     Kernel::new(SMALL_VNET_PACKETS, SMALL_BYTES, SMALL_VNET_PACKETS, work)
 }
 
-fn gso_packet(version: Version, protocol: u8) -> Vec<u8> {
+pub fn gso_packet(version: Version, protocol: u8) -> Vec<u8> {
     let whole = inputs::packet(version, protocol, 0);
     let gso_bytes = MTU_BYTES - whole.header_bytes();
     let payload_bytes = VNET_PACKET_PACKETS * gso_bytes;

@@ -7,8 +7,10 @@
 
 pub(crate) mod idle;
 pub(crate) mod in_flight;
-pub(crate) mod inbound;
-pub(crate) mod outbound;
+#[doc(hidden)]
+pub mod inbound;
+#[doc(hidden)]
+pub mod outbound;
 mod rate;
 mod report;
 mod send_queue;
@@ -56,16 +58,17 @@ pub(crate) struct Commands {
 }
 
 /// How packets wait for a socket to have room, and what their datagrams look like.
+#[doc(hidden)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Queueing {
+pub struct Queueing {
     /// How many bytes the socket holds before packets wait outside it; `None`: as few as
     /// keep the link busy.
-    pub(crate) limit: Option<usize>,
+    pub limit: Option<usize>,
     /// In what order they leave, and which of them are dropped.
-    pub(crate) aqm: Aqm,
+    pub aqm: Aqm,
     /// Whether the datagrams have the DSCP of the packet inside (RFC 2983's uniform model)
     /// in place of 0.
-    pub(crate) inherits_dscp: bool,
+    pub inherits_dscp: bool,
 }
 
 /// Most events taken in before the output they gave is started.

@@ -3,7 +3,8 @@
 //! worker, [`uring`] and [`epoll`]. [`engine`] is what a worker sees of either,
 //! `sides` what both do alike, and `receivers` which sockets they read.
 
-pub(crate) mod engine;
+#[doc(hidden)]
+pub mod engine;
 pub(crate) mod epoll;
 pub(crate) mod message;
 pub(crate) mod path_limits;
@@ -15,6 +16,8 @@ pub mod uring;
 
 #[doc(hidden)]
 pub use message::{Control, parse_name};
+#[doc(hidden)]
+pub use udp::Port;
 
 /// A random number that nobody can guess.
 pub(crate) fn random() -> std::io::Result<u64> {
