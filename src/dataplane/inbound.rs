@@ -11,7 +11,6 @@
 //! 5. [`Inbound::flush`] when nothing more arrives: so do all others.
 //!
 //! [`plain::Senders`]: crate::wire::plain::Senders
-//! [`VnetSink::write`]: crate::packet::vnet_packet::VnetSink::write
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -31,6 +30,7 @@ use crate::packet::coalesce::{Coalescer, TunOffloads};
 use crate::packet::ecn;
 use crate::packet::ip::{self, Malformed, Version};
 use crate::packet::probe::{Kind, Probe};
+use crate::packet::vnet_packet::VnetSink;
 use crate::wire::Endpoint;
 use crate::wire::wireguard::message::{Data, Message};
 use crate::wire::wireguard::session::{OpenError, Session};
@@ -100,8 +100,9 @@ impl Inbound {
             return;
         }
         let mut allowed = Allowed::none(self.worker, Origin::Address(sender));
+        let mut sink = tapped(engine, table, counters);
         for packet in datagrams {
-            self.take(packet, meta, &mut allowed, table, counters, engine);
+            self.take(packet, meta, &mut allowed, table, counters, &mut sink);
         }
         allowed.settle(counters);
         engine.note_sender(sender, received_bytes, meta.is_shared);
@@ -119,6 +120,7 @@ impl Inbound {
         engine: &mut impl Engine,
     ) {
         let now_ns = clock::now_ns();
+        let mut sink = tapped(engine, table, counters);
         let mut run: Option<Run<'a>> = None;
         for datagram in datagrams {
             let Some(Data {
@@ -154,7 +156,7 @@ impl Inbound {
                     let packet_bytes = ip::total_bytes(padded).min(padded.len());
                     let packet = &mut padded[..packet_bytes];
                     run.allowed.around_bytes = datagram_bytes - packet_bytes;
-                    self.take(packet, meta, &mut run.allowed, table, counters, engine);
+                    self.take(packet, meta, &mut run.allowed, table, counters, &mut sink);
                 }
                 Err(OpenError::Short) => counters.drop_short.add(1),
                 Err(OpenError::Forged) => {
@@ -208,7 +210,7 @@ impl Inbound {
         allowed: &mut Allowed<'a>,
         table: &'a Table,
         counters: &Counters,
-        engine: &mut impl Engine,
+        sink: &mut impl VnetSink,
     ) {
         let version = match ip::verify(packet) {
             Ok(version) => version,
@@ -223,12 +225,7 @@ impl Inbound {
         let packet = &*packet;
         if allowed.admits(version, packet, table, counters) {
             allowed.count(packet.len());
-            let mut sink = Tapped {
-                sink: engine,
-                tap: &counters.tap,
-                table: Some(table),
-            };
-            self.coalescer.push(version, packet, &mut sink);
+            self.coalescer.push(version, packet, sink);
         } else {
             self.refuse(version, packet, meta.sender, allowed, table, counters);
         }
@@ -237,11 +234,7 @@ impl Inbound {
     /// Writes all that is still held for merging: no more datagrams are at hand.
     #[inline]
     pub fn flush(&mut self, table: &Table, counters: &Counters, engine: &mut impl Engine) {
-        self.coalescer.flush(&mut Tapped {
-            sink: engine,
-            tap: &counters.tap,
-            table: Some(table),
-        });
+        self.coalescer.flush(&mut tapped(engine, table, counters));
     }
 
     /// Takes in a probe: the control thread answers, and reads of keepalives in the counters.
@@ -298,6 +291,20 @@ impl Inbound {
         if let Some(traffic) = peer.and_then(|peer| peer.traffic.get(self.worker)) {
             traffic.drop_source_not_allowed.add(1);
         }
+    }
+}
+
+/// The TUN queue, with what it is given noted for those who capture.
+#[inline]
+fn tapped<'a, E: Engine>(
+    engine: &'a mut E,
+    table: &'a Table,
+    counters: &'a Counters,
+) -> Tapped<'a, E> {
+    Tapped {
+        sink: engine,
+        tap: &counters.tap,
+        table: Some(table),
     }
 }
 
