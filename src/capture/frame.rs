@@ -52,14 +52,15 @@ pub struct Header {
 impl Header {
     /// Appends the header's bytes.
     pub(crate) fn write(&self, frames: &mut Vec<u8>) {
-        frames.extend([self.kind, self.direction, self.reason, 0]);
-        frames.extend(self.worker.to_le_bytes());
-        frames.extend(self.peer.to_le_bytes());
-        frames.extend(self.timestamp_ns.to_le_bytes());
-        frames.extend(self.packet_bytes.to_le_bytes());
-        frames.extend(self.body_bytes.to_le_bytes());
-        frames.extend(self.gso_bytes.to_le_bytes());
-        frames.extend([0; 6]);
+        let mut bytes = [0; HEADER_BYTES];
+        bytes[..3].copy_from_slice(&[self.kind, self.direction, self.reason]);
+        bytes[4..6].copy_from_slice(&self.worker.to_le_bytes());
+        bytes[6..8].copy_from_slice(&self.peer.to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.timestamp_ns.to_le_bytes());
+        bytes[16..20].copy_from_slice(&self.packet_bytes.to_le_bytes());
+        bytes[20..24].copy_from_slice(&self.body_bytes.to_le_bytes());
+        bytes[24..26].copy_from_slice(&self.gso_bytes.to_le_bytes());
+        frames.extend_from_slice(&bytes);
     }
 
     /// Reads a header.

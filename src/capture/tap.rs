@@ -1,7 +1,7 @@
 //! Where a worker leaves copies of packets.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwapOption;
@@ -118,6 +118,8 @@ impl<'a> Note<'a> {
 #[derive(Debug, Default)]
 pub struct Tap {
     is_on: AtomicBool,
+    /// Of the table that the worker forwards by.
+    generation: AtomicU16,
     ring: ArcSwapOption<Ring>,
 }
 
@@ -136,11 +138,18 @@ impl Tap {
         }
     }
 
+    /// The worker forwards by a table of this generation from now on: peers have other numbers
+    /// than before. For the worker alone.
+    pub fn set_generation(&self, generation: u16) {
+        self.generation.store(generation, Ordering::Relaxed);
+    }
+
     #[cold]
     fn put(&self, note: &Note<'_>) {
         if let Some(ring) = &*self.ring.load() {
             let now = SystemTime::now().duration_since(UNIX_EPOCH);
-            ring.put(note, now.unwrap_or_default().as_nanos() as u64);
+            let timestamp_ns = now.unwrap_or_default().as_nanos() as u64;
+            ring.put(note, timestamp_ns, self.generation.load(Ordering::Relaxed));
         }
     }
 

@@ -5,7 +5,7 @@
 //! workers count what finds no room. The capture ends when the client has closed its
 //! connection, however that came.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -47,6 +47,13 @@ const END_TIME_MAX: Duration = Duration::from_millis(300);
 /// How long it does when the client has ended the capture, unless the tunnel ends.
 const CLIENT_TIME_MAX: Duration = Duration::from_secs(30);
 
+/// Generations whose names are kept. Packets that have waited for longer, for a client that does
+/// not read, have no peer any more, and never the wrong one.
+const GENERATIONS_MAX: usize = 16;
+
+/// The peers' names by their numbers.
+type Names = BTreeMap<NextHop, String>;
+
 /// A capture. Dropped, it ends, and all of it is gone.
 pub struct Capture {
     asker: Asker,
@@ -60,8 +67,8 @@ pub struct Capture {
 struct Shared {
     /// Why the capture is to end, if it is.
     end: Mutex<Option<&'static str>>,
-    /// The peers' names, if the client does not know them yet.
-    peers: Mutex<Option<BTreeMap<NextHop, String>>>,
+    /// The peers' names, by the generation of the tables that number them so; the newest last.
+    names: Mutex<VecDeque<(u16, Arc<Names>)>>,
     packets: AtomicU64,
     lost: AtomicU64,
 }
@@ -151,13 +158,18 @@ impl Capture {
             thread: None,
         };
         capture.set_peers(source.overlay);
+        let mut told = Told {
+            generation: source.overlay.generation,
+            lost: 0,
+        };
+        told.tell_names(source.overlay.generation, &shared, &mut out);
         let sender = Sender {
             taps: Taps::attach(counters, snaplen_bytes as usize),
             stream,
             shared,
             out,
             sent: 0,
-            told_lost: 0,
+            told,
         };
         let thread = std::thread::Builder::new().name("capture".into());
         let thread = thread.spawn(move || sender.run(asker));
@@ -176,13 +188,20 @@ impl Capture {
         }
     }
 
-    /// Tells the client which peers there are.
+    /// Has the client told which peers there are, before the packets that workers note by a
+    /// table of this overlay. Called before they have one.
     pub fn set_peers(&self, overlay: &Overlay) {
         let peers = overlay.peers().map(|(next_hop, peer)| {
             let identity = peer.secure.as_ref().and_then(|it| it.identity.clone());
             (next_hop, identity.unwrap_or_else(|| peer.name.to_string()))
         });
-        *lock(&self.shared.peers) = Some(peers.collect());
+        let names = Arc::new(peers.collect());
+        let mut all = lock(&self.shared.names);
+        all.retain(|(generation, _)| *generation != overlay.generation);
+        all.push_back((overlay.generation, names));
+        if all.len() > GENERATIONS_MAX {
+            all.pop_front();
+        }
     }
 
     /// Whether it has ended.
@@ -232,20 +251,6 @@ impl Taps {
             .iter()
             .for_each(|(counters, _)| counters.tap.turn_off());
     }
-
-    /// Appends what there is to `frames`, up to about [`CHUNK_BYTES`], by time.
-    fn take(&self, frames: &mut Vec<u8>) {
-        let mut next: Vec<_> = self.rings().map(|(_, ring)| ring.peek()).collect();
-        while frames.len() < CHUNK_BYTES {
-            let times = next.iter().zip(self.rings());
-            let first = times.filter_map(|(time, ring)| Some(((*time)?, ring)));
-            let Some((_, (worker, ring))) = first.min_by_key(|(time, _)| *time) else {
-                break;
-            };
-            ring.take(worker, frames);
-            next[usize::from(worker)] = ring.peek();
-        }
-    }
 }
 
 impl Drop for Taps {
@@ -274,8 +279,29 @@ struct Sender {
     /// What is to be sent; so much of it is sent.
     out: Vec<u8>,
     sent: usize,
-    /// What the client knows to be lost.
-    told_lost: u64,
+    told: Told,
+}
+
+/// What the client knows.
+struct Told {
+    /// Of the names.
+    generation: u16,
+    /// How many packets are lost.
+    lost: u64,
+}
+
+impl Told {
+    /// Tells it the peers' names in a generation.
+    fn tell_names(&mut self, generation: u16, shared: &Shared, frames: &mut Vec<u8>) {
+        let all = lock(&shared.names);
+        let names = all.iter().find(|(other, _)| *other == generation);
+        let names = names.map(|(_, names)| Arc::clone(names));
+        drop(all);
+        // Keys that are numbers and values that are texts can be written.
+        let json = serde_json::to_vec(&*names.unwrap_or_default()).unwrap_or_default();
+        frame::write(frame::PEERS, 0, &json, frames);
+        self.generation = generation;
+    }
 }
 
 impl Sender {
@@ -352,18 +378,39 @@ impl Sender {
 
     /// Makes frames of what is new, when all has been sent.
     fn fill(&mut self) {
-        if let Some(peers) = lock(&self.shared.peers).take() {
-            // Keys that are numbers and values that are texts can be written.
-            let json = serde_json::to_vec(&peers).unwrap_or_default();
-            frame::write(frame::PEERS, 0, &json, &mut self.out);
-        }
         let before = self.out.len();
-        self.taps.take(&mut self.out);
+        self.take();
         let lost = self.count();
-        if self.out.len() > before || lost != std::mem::replace(&mut self.told_lost, lost) {
+        if self.out.len() > before || lost != std::mem::replace(&mut self.told.lost, lost) {
             for (worker, ring) in self.taps.rings() {
                 frame::write_counts(worker, ring.counts(), &mut self.out);
             }
+        }
+    }
+
+    /// Takes packets out of the rings, up to about [`CHUNK_BYTES`], by time. Where some workers
+    /// have a new table already and some do not, all packets of a generation come together.
+    fn take(&mut self) {
+        let Self { taps, told, .. } = self;
+        let mut all: Vec<_> = taps
+            .rings()
+            .map(|(worker, ring)| (worker, ring.unread()))
+            .collect();
+        while self.out.len() < CHUNK_BYTES {
+            let next = all.iter_mut().filter_map(|(worker, unread)| {
+                let (timestamp_ns, generation) = unread.peek()?;
+                Some((generation, timestamp_ns, *worker, unread))
+            });
+            let first = next.min_by_key(|(generation, timestamp_ns, ..)| {
+                (*generation != told.generation, *timestamp_ns)
+            });
+            let Some((generation, _, worker, unread)) = first else {
+                break;
+            };
+            if generation != told.generation {
+                told.tell_names(generation, &self.shared, &mut self.out);
+            }
+            unread.take(worker, &mut self.out);
         }
     }
 
@@ -413,3 +460,7 @@ impl Sender {
 fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
     shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+#[path = "capture_tests.rs"]
+mod tests;

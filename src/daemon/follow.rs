@@ -139,8 +139,8 @@ impl Tunnel {
 
     /// Puts the peers and prefixes of the registry in force. Where somebody else's routes are in
     /// the way of the kernel's, those stay.
-    pub fn put_registry_in_force(&mut self, next: Overlay) {
-        self.publish_table_of(&next);
+    pub fn put_registry_in_force(&mut self, mut next: Overlay) {
+        self.publish_table_of(&mut next);
         if !self.host.lacks_routes() {
             let wanted = kernel_routes(&self.config, &next);
             self.host.set_routes_that_can_be(&wanted);

@@ -53,6 +53,8 @@ pub struct Tunnel {
     pub registry: Option<Registry>,
     /// The workers carry packets, or have been told to.
     is_started: bool,
+    /// Of the last overlay that was to be put in force.
+    generation: u16,
     /// `None` where nothing is masqueraded.
     pub(super) masquerade: Option<Masquerade>,
     drop_log: DropLog,
@@ -98,6 +100,7 @@ impl Tunnel {
             encryption,
             registry: None,
             is_started: false,
+            generation: 0,
             masquerade: None,
             drop_log: DropLog::new(),
             capture: None,
@@ -341,7 +344,9 @@ impl Tunnel {
     }
 
     /// Has the workers forward by an overlay, and lets its peers in.
-    pub(super) fn publish_table_of(&mut self, next: &Overlay) {
+    pub(super) fn publish_table_of(&mut self, next: &mut Overlay) {
+        self.generation = self.generation.wrapping_add(1);
+        next.generation = self.generation;
         let table = table(next, &self.host, &self.config, &self.settings);
         if let Some(encryption) = &self.encryption {
             encryption.admit(&self.peers.overlay, next);
@@ -356,11 +361,11 @@ impl Tunnel {
     }
 
     /// Puts peers and prefixes in force, or leaves everything as it was.
-    fn put_in_force(&mut self, next: Overlay) -> Result<()> {
+    fn put_in_force(&mut self, mut next: Overlay) -> Result<()> {
         let old_table = Arc::clone(&self.workers.setup.table);
         // Workers first, so that what the kernel sends into the tunnel by a
         // new route has somewhere to go.
-        self.publish_table_of(&next);
+        self.publish_table_of(&mut next);
         let host = &mut self.host;
         let before = host.routes_kept.clone();
         let wanted = kernel_routes(&self.config, &next);

@@ -95,6 +95,7 @@ pub(crate) fn run(
     spin: Spin,
     counters: &Counters,
 ) -> Result<()> {
+    counters.tap.set_generation(table.generation());
     let mut idle = Idle::new(spin);
     let (mut carried, mut read_ahead, mut turn_bytes) = (0, 0, 0);
     // What was said before the worker started comes before all that has arrived.
@@ -197,6 +198,7 @@ fn obey(
                     outbound.drain(table, counters, engine);
                 }
                 *table = new;
+                counters.tap.set_generation(table.generation());
                 drop(in_force);
             }
             WorkerCommand::ResetLimits => engine.reset_limits(),

@@ -441,7 +441,7 @@ mod tests {
         // Whoever captures sees them.
         assert_eq!(ring.counts(), (dropped, 0));
         let mut frame = Vec::new();
-        ring.take(0, &mut frame);
+        ring.unread().take(0, &mut frame);
         let (header, packet) = frame.split_first_chunk().unwrap();
         let header = Header::read(header);
         assert_eq!(header.reason_name(), Some("queue_full"));

@@ -88,6 +88,7 @@ pub struct Table {
     senders: Senders,
     addresses: TunnelAddresses,
     is_hop: bool,
+    generation: u16,
 }
 
 impl Table {
@@ -111,7 +112,19 @@ impl Table {
             prefixes,
             addresses,
             is_hop,
+            generation: 0,
         }
+    }
+
+    /// The same, of a generation.
+    #[must_use]
+    pub fn of_generation(self, generation: u16) -> Self {
+        Self { generation, ..self }
+    }
+
+    /// Changes when a next hop may have become another peer's.
+    pub fn generation(&self) -> u16 {
+        self.generation
     }
 
     /// The peer with the longest prefix that matches an inner address: where

@@ -97,9 +97,10 @@ mod tests {
     /// What was noted since the last call.
     fn noted(ring: &Ring) -> Vec<Noted> {
         let mut all = Vec::new();
-        while ring.peek().is_some() {
+        let mut unread = ring.unread();
+        while unread.peek().is_some() {
             let mut frame = Vec::new();
-            ring.take(0, &mut frame);
+            unread.take(0, &mut frame);
             let (header, packet) = frame.split_first_chunk::<HEADER_BYTES>().unwrap();
             let it = frame::Header::read(header);
             all.push((it.direction(), it.peer(), it.reason_name(), packet.to_vec()));

@@ -54,6 +54,8 @@ pub struct Overlay {
     pub(crate) own: BTreeSet<IpAddr>,
     /// Number of workers: each counts for itself.
     workers: usize,
+    /// Changes when a next hop may have become another peer's.
+    pub(crate) generation: u16,
 }
 
 impl Overlay {

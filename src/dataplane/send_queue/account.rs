@@ -69,14 +69,14 @@ impl fq_codel::Observer<Queued> for Account<'_> {
             Reason::Overlimit => (&self.counters.drop_queue_full, Dropped::QueueFull),
         };
         counter.add(1);
-        self.counters.tap.note(|| Note {
-            packet_bytes,
-            ..Note::carried(Direction::Out, Some(queued.next_hop), head).dropped(dropped)
-        });
         // The table may have changed since, and have another peer there. One with sessions is
         // the same, wherever it has moved: all that waits leaves before another takes its place.
         let peer = self.table.at(queued.next_hop).filter(|peer| {
             peer.sessions.is_some() || peer.endpoint == Some(queued.to.endpoint.address)
+        });
+        self.counters.tap.note(|| Note {
+            packet_bytes,
+            ..Note::carried(Direction::Out, peer.and(Some(queued.next_hop)), head).dropped(dropped)
         });
         if let Some(traffic) = peer.and_then(|peer| peer.traffic.get(self.worker)) {
             traffic.packets_unsent.add(1);

@@ -47,7 +47,8 @@ impl Overlay {
             .outside()
             .map(|outside| (IpNet::from(outside), NO_PEER));
         let prefixes = Arc::new(Prefixes::new(anywhere.chain(given).chain(outside)));
-        Table::new(peers.collect(), prefixes, addresses, is_hop)
+        let table = Table::new(peers.collect(), prefixes, addresses, is_hop);
+        table.of_generation(self.generation)
     }
 
     /// Addresses that are never a peer's inside the tunnel, whatever its prefixes:
