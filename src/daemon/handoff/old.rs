@@ -247,9 +247,6 @@ pub fn hand_over(
 ) -> Result<bool> {
     tunnel.workers.count_socket_drops();
     tunnel.host.stop_routes();
-    if let Some(capture) = &tunnel.capture {
-        capture.end("another process takes the tunnel over: capture there");
-    }
     // Last: from here on packets wait until the new process starts. Sessions end, whose keys
     // no process has from then on.
     tunnel.stop();
@@ -260,6 +257,9 @@ pub fn hand_over(
             server.close(false);
         }
         new.leave();
+        if let Some(capture) = tunnel.capture.take() {
+            capture.end("another process has taken the tunnel over: capture there");
+        }
         return Ok(true);
     };
     tracing::error!(%error, "not handed over, carrying on: {error}");

@@ -311,7 +311,7 @@ impl Script {
 }
 
 /// The old process, which has stopped, carries on: with the same device, addresses,
-/// routes, control socket and counters.
+/// routes, control socket and counters. A capture goes on, too.
 #[testbed::trial(each_engine)]
 fn a_new_process_that_dies_at_the_last_moment_changes_nothing() -> Result<()> {
     let stage = Stage::new()?;
@@ -322,6 +322,11 @@ fn a_new_process_that_dies_at_the_last_moment_changes_nothing() -> Result<()> {
     let (pid, before) = (stage.pid()?, appearance(&a.host)?);
     let table = stage.operator.routes()?;
     let sent = stage.operator.counter("packets_sent")?;
+    let mut capture = stage.operator.connect()?;
+    let request = writeln!(capture, r#"{{"command":"capture","snaplen_bytes":128}}"#);
+    tried("ask for a capture", request)?;
+    let captures = || Ok(!stage.operator.ask("status")?["capture"].is_null());
+    wait_until("a capture begins", captures)?;
     for _ in 0..3 {
         Script::ask(&stage)?.get_ready_and_die()?;
         stream.wait_for_progress()?;
@@ -330,7 +335,9 @@ fn a_new_process_that_dies_at_the_last_moment_changes_nothing() -> Result<()> {
         check(stage.pid()? == pid, || "somebody else answers".into())?;
         wait_until("all is as before", || Ok(appearance(&a.host)? == before))?;
         check(stage.operator.routes()? == table, || "another table".into())?;
+        check(captures()?, || "the capture has ended".into())?;
     }
+    drop(capture);
     check(stage.operator.counter("packets_sent")? > sent, || {
         "it counts from zero".into()
     })?;
