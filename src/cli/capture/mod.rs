@@ -8,13 +8,14 @@ use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -108,8 +109,9 @@ pub fn run(options: &CaptureOptions) -> Result<()> {
         options,
         statistics: vec![Statistics::default(); capturing.workers.into()],
         told_lost: vec![0; capturing.workers.into()],
-        peers: None,
+        peers: BTreeMap::new(),
         accepted: 0,
+        comment: String::new(),
     };
     let ended = capture.run(reader, &capturing);
     if let Ok(_) | Err(Stop::Why(_)) = &ended {
@@ -196,10 +198,12 @@ struct Capture<'a> {
     statistics: Vec<Statistics>,
     /// By worker: what the file says is lost so far.
     told_lost: Vec<u64>,
-    /// Names by number, once they are known.
-    peers: Option<BTreeMap<u16, String>>,
+    /// Names by number.
+    peers: BTreeMap<u16, String>,
     /// Packets that were wanted.
     accepted: u64,
+    /// What is said of the packet at hand.
+    comment: String,
 }
 
 impl Capture<'_> {
@@ -208,6 +212,8 @@ impl Capture<'_> {
         mut reader: BufReader<UnixStream>,
         capturing: &Capturing,
     ) -> std::result::Result<(), Stop> {
+        // What may have been there is overwritten only now that nothing refuses.
+        self.find_peer(&mut reader)?;
         let mut output = self.open(capturing)?;
         let ended = self.copy(&mut reader, &mut output);
         if !matches!(ended, Err(Stop::NoReader)) {
@@ -215,6 +221,28 @@ impl Capture<'_> {
             finished.map_err(|error| self.cannot_write(error))?;
         }
         ended
+    }
+
+    /// Takes in the peers' names, which come first. The one that is wanted must be among them.
+    fn find_peer(&mut self, reader: &mut impl Read) -> std::result::Result<(), Stop> {
+        let mut body = Vec::new();
+        loop {
+            match next_frame(reader, &mut body)?.kind {
+                frame::PEERS => break,
+                frame::END => self.ended(&String::from_utf8_lossy(&body))?,
+                _ => {}
+            }
+        }
+        self.take_peers(&body);
+        let wanted = self.options.peer.as_deref();
+        match wanted.filter(|wanted| !self.peers.values().any(|name| is_named(name, wanted))) {
+            None => Ok(()),
+            Some(unknown) => {
+                let what = format!("there is no peer {}", printable(unknown));
+                let error = Error::new(what).hint("`fastvpn peers` shows them");
+                Err(error.into())
+            }
+        }
     }
 
     fn open(&self, capturing: &Capturing) -> std::result::Result<Output, Stop> {
@@ -257,17 +285,15 @@ impl Capture<'_> {
             if reader.buffer().is_empty() {
                 let flushed = output.flush();
                 flushed.map_err(|error| self.cannot_write(error))?;
+                wait_for_more(reader.get_ref(), output.as_fd())?;
             }
-            let header = next_frame(reader, &mut body).map_err(|error| {
-                let what = "the tunnel has gone, or what it sends cannot be read";
-                Error::os(what, error).hint("its log may say more")
-            })?;
+            let header = next_frame(reader, &mut body)?;
             match header.kind {
                 frame::PACKET => self
                     .take_packet(&header, &body, output)
                     .map_err(|error| self.cannot_write(error))?,
                 frame::COUNTS => self.take_counts(&header, &body),
-                frame::PEERS => self.take_peers(&body)?,
+                frame::PEERS => self.take_peers(&body),
                 frame::END => return self.ended(&String::from_utf8_lossy(&body)),
                 // Of a newer tunnel.
                 _ => {}
@@ -294,21 +320,20 @@ impl Capture<'_> {
             return Ok(());
         };
         it.timestamp_ns = header.timestamp_ns;
-        let peers = self.peers.as_ref();
-        let peer = header.peer().and_then(|peer| peers?.get(&peer));
+        let peer = header.peer().and_then(|peer| self.peers.get(&peer));
         let peer = peer.map(String::as_str);
-        let view = View::of(body);
         let wanted = self.options.peer.as_deref();
         let is_peer = wanted.is_none_or(|wanted| peer.is_some_and(|peer| is_named(peer, wanted)));
         let filter = self.options.filter.as_ref();
-        if !is_peer || filter.is_some_and(|it| !it.filter.wants(view.as_ref())) {
+        if !is_peer || filter.is_some_and(|it| !it.filter.wants(View::of(body).as_ref())) {
             return Ok(());
         }
+        describe(header, peer, &mut self.comment);
         it.accepted += 1;
         self.accepted += 1;
         match output {
             Output::Lines(out) => {
-                let line = line(header, direction, peer, view.as_ref());
+                let line = line(header, direction, View::of(body).as_ref(), &self.comment);
                 out.write_all(line.as_bytes())
             }
             Output::File(writer) => {
@@ -321,7 +346,7 @@ impl Capture<'_> {
                     packet_bytes: header.packet_bytes,
                     data: body,
                     lost,
-                    comment: &comment(header, peer),
+                    comment: &self.comment,
                 })
             }
         }
@@ -334,22 +359,13 @@ impl Capture<'_> {
         }
     }
 
-    /// Takes the peers' names in. The first time the one that is wanted must be there.
-    fn take_peers(&mut self, json: &[u8]) -> Result<()> {
+    /// Takes the peers' names in, as they are from now on.
+    fn take_peers(&mut self, json: &[u8]) {
         let peers: BTreeMap<u16, String> = serde_json::from_slice(json).unwrap_or_default();
-        let peers: BTreeMap<_, _> = peers
-            .into_iter()
+        let peers = peers.into_iter();
+        self.peers = peers
             .map(|(number, name)| (number, printable(&name)))
             .collect();
-        let is_first = self.peers.is_none();
-        if let Some(wanted) = self.options.peer.as_ref().filter(|_| is_first)
-            && !peers.values().any(|name| is_named(name, wanted))
-        {
-            let what = format!("there is no peer {}", printable(wanted));
-            return Err(Error::new(what).hint("`fastvpn peers` shows them"));
-        }
-        self.peers = Some(peers);
-        Ok(())
     }
 
     /// Writes what is said at the end.
@@ -395,20 +411,49 @@ impl Output {
             Self::Lines(out) => out.flush(),
         }
     }
+
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::File(writer) => writer.get_ref().get_ref().as_fd(),
+            Self::Lines(out) => out.get_ref().as_fd(),
+        }
+    }
+}
+
+/// Waits until more comes from the tunnel, or nobody reads any more what is written: that is
+/// seen here, though no packet may be wanted for long.
+fn wait_for_more(stream: &UnixStream, out: BorrowedFd<'_>) -> std::result::Result<(), Stop> {
+    let mut fds = [
+        PollFd::new(stream.as_fd(), PollFlags::POLLIN),
+        PollFd::new(out, PollFlags::empty()),
+    ];
+    // If it fails, whoever reads or writes next sees why.
+    let _ = poll(&mut fds, PollTimeout::NONE);
+    // What is asked for in any case: that is, an error or the end.
+    match fds[1].any() {
+        Some(true) => Err(Stop::NoReader),
+        _ => Ok(()),
+    }
 }
 
 /// Reads a frame: its header, and its body into `body`.
-fn next_frame(reader: &mut impl Read, body: &mut Vec<u8>) -> io::Result<Header> {
+fn next_frame(reader: &mut impl Read, body: &mut Vec<u8>) -> Result<Header> {
     let mut header = [0; HEADER_BYTES];
-    reader.read_exact(&mut header)?;
-    let header = Header::read(&header);
-    let body_bytes = header.body_bytes as usize;
-    if body_bytes > BODY_BYTES_MAX {
-        return Err(io::ErrorKind::InvalidData.into());
-    }
-    body.resize(body_bytes, 0);
-    reader.read_exact(body)?;
-    Ok(header)
+    let mut read = || -> io::Result<Header> {
+        reader.read_exact(&mut header)?;
+        let header = Header::read(&header);
+        let body_bytes = header.body_bytes as usize;
+        if body_bytes > BODY_BYTES_MAX {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        body.resize(body_bytes, 0);
+        reader.read_exact(body)?;
+        Ok(header)
+    };
+    read().map_err(|error| {
+        let what = "the tunnel has gone, or what it sends cannot be read";
+        Error::os(what, error).hint("its log may say more")
+    })
 }
 
 /// Whether a peer is the one that is wanted, which may be named without its port.
@@ -418,26 +463,30 @@ fn is_named(peer: &str, wanted: &str) -> bool {
     peer == wanted || host == wanted
 }
 
-/// What is said of a packet besides its own bytes, in a few words.
-fn comment(header: &Header, peer: Option<&str>) -> String {
-    let gso = (header.gso_bytes > 0).then(|| format!("GSO {}", header.gso_bytes));
-    let dropped = header.reason_name();
-    let parts = [
-        peer.map(|peer| format!("peer {peer}")),
-        gso,
-        dropped.map(|reason| format!("dropped: {reason}")),
-    ];
-    parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
+/// Says of a packet what its own bytes do not, in a few words.
+fn describe(header: &Header, peer: Option<&str>, comment: &mut String) {
+    comment.clear();
+    let mut say = |what: &str, value: &str| {
+        if !comment.is_empty() {
+            comment.push_str(", ");
+        }
+        comment.push_str(what);
+        comment.push_str(value);
+    };
+    if let Some(peer) = peer {
+        say("peer ", peer);
+    }
+    if header.gso_bytes > 0 {
+        say("GSO ", &header.gso_bytes.to_string());
+    }
+    if let Some(reason) = header.reason_name() {
+        say("dropped: ", reason);
+    }
 }
 
 /// A packet in one line: time in UTC, direction, protocol, ends, length, and what is said
 /// besides.
-fn line(
-    header: &Header,
-    direction: Direction,
-    peer: Option<&str>,
-    view: Option<&View<'_>>,
-) -> String {
+fn line(header: &Header, direction: Direction, view: Option<&View<'_>>, comment: &str) -> String {
     let (seconds, ns) = (
         header.timestamp_ns / 1_000_000_000,
         header.timestamp_ns % 1_000_000_000,
@@ -448,9 +497,8 @@ fn line(
         Direction::In => "in ",
     };
     let what = view.map_or("not IP".into(), ToString::to_string);
-    let comment = comment(header, peer);
     let comment = match comment.is_empty() {
-        true => comment,
+        true => String::new(),
         false => format!(" ({comment})"),
     };
     format!(

@@ -128,6 +128,11 @@ impl<W: Write> Writer<W> {
         self.end()
     }
 
+    /// What is written to.
+    pub(super) fn get_ref(&self) -> &W {
+        &self.out
+    }
+
     /// Hands on what is written.
     pub(super) fn flush(&mut self) -> io::Result<()> {
         self.out.flush()
@@ -141,11 +146,11 @@ impl<W: Write> Writer<W> {
     }
 
     fn word(&mut self, word: u32) {
-        self.block.extend(word.to_le_bytes());
+        self.block.extend_from_slice(&word.to_le_bytes());
     }
 
     fn double(&mut self, number: u64) {
-        self.block.extend(number.to_le_bytes());
+        self.block.extend_from_slice(&number.to_le_bytes());
     }
 
     /// The upper half first.
@@ -155,13 +160,13 @@ impl<W: Write> Writer<W> {
     }
 
     fn padded(&mut self, bytes: &[u8]) {
-        self.block.extend(bytes);
-        self.block.resize(self.block.len().next_multiple_of(4), 0);
+        self.block.extend_from_slice(bytes);
+        let padding = bytes.len().next_multiple_of(4) - bytes.len();
+        self.block.extend_from_slice(&[0; 3][..padding]);
     }
 
     fn option(&mut self, code: u16, value: &[u8]) {
-        self.block.extend(code.to_le_bytes());
-        self.block.extend((value.len() as u16).to_le_bytes());
+        self.word(u32::from(code) | (value.len() as u32) << 16);
         self.padded(value);
     }
 

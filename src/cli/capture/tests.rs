@@ -33,11 +33,14 @@ fn a_packet_is_a_line() {
         ..Header::default()
     };
     let view = View::of(&packet);
-    let shown = line(&header, Direction::Out, Some("b:1"), view.as_ref());
+    let mut comment = String::new();
+    describe(&header, Some("b:1"), &mut comment);
+    let shown = line(&header, Direction::Out, view.as_ref(), &comment);
     let wanted = "03:25:45.000001 out tcp 10.0.0.1:443 -> 10.0.0.2:5000 [.], 940 bytes \
                   (peer b:1, GSO 400, dropped: no_route)\n";
     assert_eq!(shown, wanted);
-    let shown = line(&Header::default(), Direction::In, None, None);
+    describe(&Header::default(), None, &mut comment);
+    let shown = line(&Header::default(), Direction::In, None, &comment);
     assert_eq!(shown, "00:00:00.000000 in  not IP, 0 bytes\n");
 }
 

@@ -355,6 +355,66 @@ fn a_full_pipe_loses_the_capture_and_no_traffic() -> Result<()> {
     tunnels.into_iter().try_for_each(|end| stop(end).map(drop))
 }
 
+/// Nobody reads any more, and no packet passes the filter: the capture ends all the same.
+#[testbed::trial]
+fn a_capture_whose_reader_has_gone_ends() -> Result<()> {
+    let (_hosts, operator, tunnels) = pair(&[])?;
+    for words in [&["-w", "-"][..], &[]] {
+        let words = [words, &["--filter", "udp port 9"]].concat();
+        let mut capture = start(&operator, &words)?;
+        let mut pipe = capture.stdout()?;
+        if words.len() > 2 {
+            // The file's first block has been written.
+            tried("read a block", pipe.read_exact(&mut [0; 28]))?;
+        }
+        drop(pipe);
+        is_over(&operator)?;
+        check(capture.end()?.status.success(), || "it failed".into())?;
+    }
+    tunnels.into_iter().try_for_each(|end| stop(end).map(drop))
+}
+
+/// A peer goes, and another one gets its number, while packets wait for a client that does not
+/// read: they keep their peer's name.
+#[testbed::trial]
+fn a_capture_has_the_peers_of_their_time() -> Result<()> {
+    let (other, place) = ("10.244.55.99", "10.211.55.99");
+    let (hosts, operator, tunnels) = pair(&[])?;
+    let path = operator.path("it.pcapng");
+    let words = ["-w", &path.display().to_string(), "--snaplen", "65535"];
+    let capture = start(&operator, &words)?;
+    capture.child.signal(Signal::SIGSTOP);
+    bulk(&hosts.a, &hosts.b, TUNNEL[1].into(), 10)?;
+    operator.tell(&format!("peer del {}", UNDERLAY[1]))?;
+    operator.tell(&format!("peer add {place}={other}/32"))?;
+    capture.child.signal(Signal::SIGCONT);
+    let (socket, marker) = (udp(&hosts.a, TUNNEL[0], PORT)?, b"to the other peer");
+    wait_until("one to the other peer is captured", || {
+        tried("send", socket.send_to(marker, (other, PORT)))?;
+        let written = tried("read a capture", fs::read(&path))?;
+        let end = &written[written.len().saturating_sub(10_000)..];
+        Ok(end.windows(marker.len()).any(|bytes| bytes == marker))
+    })?;
+    capture.child.signal(Signal::SIGINT);
+    check(capture.end()?.status.success(), || "it failed".into())?;
+    let (mut old, mut new) = (0, 0);
+    for packet in Captured::of(&path)?.packets {
+        let is_new = packet.data.get(16..20) == Some(&[10, 244, 55, 99]);
+        let wanted = match is_new {
+            true => format!("peer {place}:8285"),
+            false => format!("peer {}:8285", UNDERLAY[1]),
+        };
+        // Of what the host sends by itself none is known.
+        let is_named = packet.comment.starts_with("peer");
+        check(!is_named || packet.comment.starts_with(&wanted), || {
+            format!("{}: {:?}", packet.comment, packet.data.get(..20))
+        })?;
+        *(if is_new { &mut new } else { &mut old }) += u64::from(is_named);
+    }
+    check(old > 10 && new > 0, || format!("{old} old, {new} new"))?;
+    tunnels.into_iter().try_for_each(|end| stop(end).map(drop))
+}
+
 /// TCP's packets, GSO packets and all, as they were sent: none is there twice, and none is
 /// missing but those that are counted.
 #[testbed::trial(each_engine)]
@@ -396,7 +456,7 @@ fn a_capture_ends_with_its_tunnel() -> Result<()> {
     let ended = a.wait()?;
     check(ended.status.success(), || ended.log.clone())?;
     let said = capture.end()?;
-    let told = !said.status.success() && said.stderr.contains("takes the tunnel over");
+    let told = !said.status.success() && said.stderr.contains("has taken the tunnel over");
     check(told, || format!("{said:?}"))?;
     tried("read the rest", out.read_to_end(&mut Vec::new()))?;
     wait_for(&hosts.a, TUNNEL[1].into())?;
@@ -418,11 +478,19 @@ fn captures_that_are_refused() -> Result<()> {
             format!("{words:?}: {said:?}")
         })
     };
-    refuses(&["--peer", "10.9.9.9"], &["no peer 10.9.9.9"])?;
+    let file = operator.write("it.pcapng", "of yesterday")?;
+    let to_file = ["-w", &file];
+    refuses(
+        &[&to_file[..], &["--peer", "10.9.9.9"]].concat(),
+        &["no peer 10.9.9.9"],
+    )?;
     // That one had begun.
     is_over(&operator)?;
-    refuses(&["--filter", "tcp prot 1"], &["`prot`"])?;
-    refuses(&["--snaplen", "1"], &["128"])?;
+    refuses(
+        &[&to_file[..], &["--filter", "tcp prot 1"]].concat(),
+        &["`prot`"],
+    )?;
+    refuses(&[&to_file[..], &["--snaplen", "1"]].concat(), &["128"])?;
     refuses(&["-w", "/nowhere/it.pcapng"], &["/nowhere/it.pcapng"])?;
     is_over(&operator)?;
     let request = r#"{"command":"capture","snaplen_bytes":7}"#;
@@ -430,7 +498,9 @@ fn captures_that_are_refused() -> Result<()> {
     check(answer["ok"] == false, || answer.to_string())?;
     let capture = start(&operator, &["-w", "-"])?;
     let pid = format!("process {}", capture.child.pid());
-    refuses(&[], &[&pid, "captures already"])?;
+    refuses(&to_file, &[&pid, "captures already"])?;
+    let kept = tried("read a file", fs::read_to_string(&file))?;
+    check(kept == "of yesterday", || kept)?;
     let status = operator.tell("status")?;
     check(status.contains(&format!("by {pid} of user")), || status)?;
     capture.child.signal(Signal::SIGTERM);
