@@ -15,7 +15,9 @@ cd "$(dirname "$0")/.."
 export RUSTC_BOOTSTRAP=1
 
 command -v cargo-fuzz >/dev/null || cargo install cargo-fuzz --locked
-for target in $(cargo fuzz list); do
+# Not in the loop's own line, where a failure would be a list of none.
+targets=$(cargo fuzz list)
+for target in $targets; do
     echo "== $target, $seconds s"
     mkdir -p "fuzz/corpus/$target" "fuzz/seeds/$target"
     cargo fuzz run --sanitizer none "$target" \
