@@ -236,9 +236,14 @@ impl Workers {
             let (sender, queue) = unbounded();
             let inbox = Arc::default();
             let wake = Arc::new(event_counter()?);
+            let others = self.descriptors.iter().enumerate();
+            let others = others.filter(|(other, _)| *other != index);
             let worker = Worker {
                 index,
                 descriptors: descriptors.clone(),
+                others: others
+                    .map(|(_, other)| Arc::clone(&other.sockets))
+                    .collect(),
                 counters: Arc::clone(&self.counters[index]),
                 setup: self.setup.clone(),
                 wake: Arc::clone(&wake),

@@ -9,6 +9,11 @@
 //! it meanwhile, by the kernel's count, over how long that took. A socket that has run
 //! empty before the worker came back gets a longer limit.
 //!
+//! Workers that share a link have as much in their sockets together. A worker that finds, as
+//! a rule, that others hold something while it makes its next batch has one batch in its
+//! socket instead of two, of twice the length: the others keep the link busy meanwhile, and
+//! a GB takes half as many batches.
+//!
 //! What does not drain at all is not a link that is slow, but datagrams to a neighbour
 //! whose link-layer address the kernel is still asking for. They are held by the
 //! kernel for seconds, and must not stop what goes elsewhere: after a while they do
@@ -29,6 +34,9 @@ const BATCH_BYTES_MIN: usize = 8 * 1472;
 const BATCH_TIME_NS: u64 = 400_000;
 /// … and at the most.
 const BATCH_TIME_MAX_NS: u64 = 1_000_000;
+
+/// So many times that for workers that share a link.
+const SHARED: u64 = 2;
 
 /// Added to a batch, this is the limit: there is room for another batch as long as no
 /// more than one is left. A packet, and what the kernel counts for its descriptor.
@@ -81,6 +89,10 @@ pub struct InFlight {
     drained_ns: u64,
     has_run_empty: bool,
     stretch: usize,
+    /// How often it was asked since the window began whether other workers hold anything, and
+    /// how often they did.
+    asked: u32,
+    others_held: u32,
 }
 
 impl InFlight {
@@ -102,6 +114,8 @@ impl InFlight {
             drained_ns: 0,
             has_run_empty: false,
             stretch: 1,
+            asked: 0,
+            others_held: 0,
         }
     }
 
@@ -149,8 +163,9 @@ impl InFlight {
         self.full.get_or_insert((now_ns, self.held_bytes_max));
     }
 
-    /// The socket was full, and holds so much now. Whether the limit has changed.
-    pub fn drained(&mut self, held_bytes: usize, now_ns: u64) -> bool {
+    /// The socket was full, and holds so much now. `others_hold`: the sockets of other workers
+    /// hold something. Whether the limit or the length of batches has changed.
+    pub fn drained(&mut self, held_bytes: usize, others_hold: bool, now_ns: u64) -> bool {
         let Some((since_ns, before_bytes)) = self.full.take() else {
             return false;
         };
@@ -176,11 +191,13 @@ impl InFlight {
         }
         self.drained_bytes += bytes as u64;
         self.drained_ns += ns;
-        self.has_run_empty |= held_bytes == 0;
+        self.has_run_empty |= held_bytes == 0 && !others_hold;
+        self.asked += 1;
+        self.others_held += u32::from(others_hold);
         self.is_auto && self.drained_ns >= WINDOW_NS && self.adapt()
     }
 
-    /// Ends a window. Whether the limit has changed by more than a quarter.
+    /// Ends a window. Whether limit or batches have changed by more than a quarter.
     fn adapt(&mut self) -> bool {
         let (bytes, ns) = (self.drained_bytes, self.drained_ns);
         let bytes_in =
@@ -189,19 +206,30 @@ impl InFlight {
             true => (self.stretch * 2).min(STRETCH_MAX),
             false => (self.stretch / 2).max(1),
         };
-        self.batch_bytes = BATCH_BYTES_MIN
-            .min(bytes_in(BATCH_TIME_MAX_NS))
-            .max(bytes_in(BATCH_TIME_NS))
+        // Batches of twice the length have to be possible.
+        let is_shared = self.others_held * 2 > self.asked
+            && bytes_in(BATCH_TIME_NS * SHARED) <= BATCH_BYTES_MAX;
+        // How much longer a batch is, and how many batches there may be behind it.
+        let (times, behind) = match is_shared {
+            true => (SHARED, self.stretch - 1),
+            false => (1, self.stretch),
+        };
+        let batch_bytes = BATCH_BYTES_MIN
+            .min(bytes_in(BATCH_TIME_MAX_NS * times))
+            .max(bytes_in(BATCH_TIME_NS * times))
             .clamp(1, BATCH_BYTES_MAX);
-        let limit_bytes = self.batch_bytes * self.stretch + LIMIT_BYTES_EXTRA;
+        let limit_bytes = batch_bytes * behind + LIMIT_BYTES_EXTRA;
         (self.drained_bytes, self.drained_ns, self.has_run_empty) = (0, 0, false);
-        let drain_ns = u128::from(ns) * limit_bytes as u128 / u128::from(bytes);
+        (self.asked, self.others_held) = (0, 0);
+        let drain_ns = u128::from(ns) * (limit_bytes + batch_bytes) as u128 / u128::from(bytes);
         self.patience_ns = (PATIENCE_LIMITS * drain_ns as u64).max(PATIENCE_NS_MIN);
-        let is_changed = limit_bytes.abs_diff(self.limit_bytes) > self.limit_bytes / 4;
-        if is_changed {
-            self.limit_bytes = limit_bytes;
+        let is_changed = |new: usize, old: usize| new.abs_diff(old) > old / 4;
+        let has_changed =
+            is_changed(limit_bytes, self.limit_bytes) || is_changed(batch_bytes, self.batch_bytes);
+        if has_changed {
+            (self.limit_bytes, self.batch_bytes) = (limit_bytes, batch_bytes);
         }
-        is_changed
+        has_changed
     }
 
     /// No limit any more: all that waits shall go.
@@ -214,6 +242,8 @@ impl InFlight {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::VecDeque;
+
     use super::*;
 
     /// A link of so many bytes per millisecond, behind a socket that is always full
@@ -233,7 +263,7 @@ mod tests {
             let ns = over as u64 * 1_000_000 / bytes_per_ms + late_ns;
             now_ns += ns;
             held = held.saturating_sub((ns * bytes_per_ms / 1_000_000) as usize);
-            in_flight.drained(held, now_ns);
+            in_flight.drained(held, false, now_ns);
         }
         in_flight.limit_bytes()
     }
@@ -254,6 +284,93 @@ mod tests {
         }
     }
 
+    /// A link of so many bytes per millisecond that two workers share, each of which comes back
+    /// `late_ns` after its socket has room. The bytes that went in the last half, in percent
+    /// of what the link could have taken; and their limits and batches, added up.
+    fn share(bytes_per_ms: u64, late_ns: u64) -> (u64, usize, usize) {
+        struct Worker {
+            state: InFlight,
+            held: usize,
+            /// When it comes back; it is away until then.
+            back_ns: Option<u64>,
+        }
+        const STEP_NS: u64 = 10_000;
+        let worker = |_| Worker {
+            state: InFlight::new(None),
+            held: 0,
+            back_ns: None,
+        };
+        let mut workers: Vec<_> = (0..2).map(worker).collect();
+        // Batches on the link: whose, how much of it is left, and how long it was.
+        let mut link: VecDeque<(usize, usize, usize)> = VecDeque::new();
+        let (steps, mut sent) = (400_000, 0);
+        for step in 0..steps {
+            let now_ns = step * STEP_NS;
+            for index in 0..2 {
+                let others_hold = workers[1 - index].held > 0;
+                let worker = &mut workers[index];
+                if worker.back_ns.is_none() && worker.held < worker.state.limit_bytes() {
+                    worker.back_ns = Some(now_ns + late_ns);
+                }
+                if worker.back_ns.is_none_or(|back_ns| now_ns < back_ns) {
+                    continue;
+                }
+                worker.back_ns = None;
+                worker.state.drained(worker.held, others_hold, now_ns);
+                worker.state.refresh(worker.held);
+                while worker.state.has_room() {
+                    let batch_bytes = worker.state.batch_bytes();
+                    link.push_back((index, batch_bytes, batch_bytes));
+                    worker.held += batch_bytes;
+                    worker.state.refresh(worker.held);
+                }
+                worker.state.found_full(now_ns);
+            }
+            let mut room = (bytes_per_ms * STEP_NS / 1_000_000) as usize;
+            while let Some((index, left, batch_bytes)) = link.front_mut().filter(|_| room > 0) {
+                let bytes = room.min(*left);
+                (*left, room) = (*left - bytes, room - bytes);
+                if step >= steps / 2 {
+                    sent += bytes as u64;
+                }
+                if *left == 0 {
+                    // The kernel counts all of a batch until all of it is gone.
+                    workers[*index].held -= *batch_bytes;
+                    link.pop_front();
+                }
+            }
+        }
+        let most = bytes_per_ms * STEP_NS * (steps / 2) / 1_000_000;
+        let states = || workers.iter().map(|worker| &worker.state);
+        let limits_bytes = states().map(InFlight::limit_bytes).sum();
+        let batches_bytes = states().map(InFlight::batch_bytes).sum();
+        (sent * 100 / most, limits_bytes, batches_bytes)
+    }
+
+    #[test]
+    fn workers_that_share_a_link_have_longer_batches_and_no_more_in_their_sockets() {
+        // 1 Gbit/s, 100 Mbit/s.
+        for (bytes_per_ms, late_ns) in [(125_000, 50_000), (12_500, 50_000)] {
+            let alone = settle(&mut InFlight::new(None), bytes_per_ms, late_ns);
+            let (percent, limits_bytes, batches_bytes) = share(bytes_per_ms, late_ns);
+            assert!(percent >= 97, "{percent} % of {bytes_per_ms} bytes/ms");
+            // One alone has two batches in its socket; each of them has one, as long as those.
+            let (both, one) = (limits_bytes + batches_bytes, 2 * alone);
+            assert!(both < one * 5 / 4, "{both} bytes, alone {one}");
+            let batch_bytes = batches_bytes / 2;
+            assert!(
+                batch_bytes * 5 / 4 > alone - LIMIT_BYTES_EXTRA,
+                "{batch_bytes}"
+            );
+        }
+    }
+
+    #[test]
+    fn workers_that_share_a_link_and_come_late_keep_it_busy() {
+        let (percent, ..) = share(125_000, 2_000_000);
+        assert!(percent >= 90, "{percent} %");
+    }
+
     #[test]
     fn a_worker_that_comes_late_gets_more() {
         let on_time = settle(&mut InFlight::new(None), 125_000, 10_000);
@@ -269,11 +386,11 @@ mod tests {
         assert!(!in_flight.refresh(40_000));
         in_flight.found_full(0);
         for ms in 1..25 {
-            assert!(!in_flight.drained(40_000, ms * 1_000_000));
+            assert!(!in_flight.drained(40_000, false, ms * 1_000_000));
             assert!(!in_flight.has_room());
             in_flight.found_full(ms * 1_000_000);
         }
-        assert!(in_flight.drained(40_000, 25_000_000));
+        assert!(in_flight.drained(40_000, false, 25_000_000));
         assert!(in_flight.has_room());
         assert_eq!(in_flight.limit_bytes(), 40_000 + limit_bytes);
         // Some of it has gone after all, and then the rest.

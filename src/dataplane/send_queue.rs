@@ -102,7 +102,7 @@ impl SendQueue {
         engine: &mut impl Engine,
     ) {
         let bytes = batch.bytes().len();
-        if bytes > self.in_flight.limit_bytes() {
+        if bytes > self.in_flight.limit_bytes() && batch.count() == 1 {
             // One long datagram, of which the kernel makes fragments: all of them have to
             // find room at once.
             self.set_send_buffer(to.from, SOCKET_BUFFER_BYTES, engine);
@@ -183,7 +183,11 @@ impl SendQueue {
         }
         let now_ns = self.now_ns();
         if std::mem::take(&mut self.is_full)
-            && self.in_flight.drained(engine.unsent_bytes(from), now_ns)
+            && self.in_flight.drained(
+                engine.unsent_bytes(from),
+                engine.others_hold_unsent(),
+                now_ns,
+            )
         {
             self.set_send_buffer(from, self.in_flight.limit_bytes(), engine);
             // Half a batch each, so that flows are mixed and yet come in runs.

@@ -56,6 +56,9 @@ impl Engine for Fake {
         self.asked += 1;
         self.unsent_bytes
     }
+    fn others_hold_unsent(&self) -> bool {
+        false
+    }
     fn set_send_buffer(&mut self, _: Port, bytes: usize) -> usize {
         self.send_buffer_bytes = bytes;
         bytes

@@ -185,6 +185,10 @@ pub trait Engine: VnetSink {
     /// port holds, by the kernel's count.
     fn unsent_bytes(&mut self, from: Port) -> usize;
 
+    /// Whether the kernel holds anything that other workers have sent: then the link is busy
+    /// without this one.
+    fn others_hold_unsent(&self) -> bool;
+
     /// Sets how many bytes the socket of a port may hold and yet have room, and returns how
     /// many that are: the kernel may not let it be so many.
     fn set_send_buffer(&mut self, from: Port, bytes: usize) -> usize;

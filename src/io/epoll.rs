@@ -68,6 +68,7 @@ impl Epoll {
     pub fn new(
         queue: Arc<Queue>,
         sockets: Arc<WorkerSockets>,
+        others: Vec<Arc<WorkerSockets>>,
         wake: Arc<EventFd>,
         limits: Limits,
         counters: Arc<Counters>,
@@ -78,7 +79,7 @@ impl Epoll {
         })?;
         Ok(Self {
             epoll,
-            sides: Sides::new(queue, sockets, wake, limits, counters),
+            sides: Sides::new(queue, sockets, others, wake, limits, counters),
             unasked_bytes: 0,
             message: SendMessage::new(),
         })
@@ -220,6 +221,10 @@ impl Engine for Epoll {
 
     fn unsent_bytes(&mut self, from: Port) -> usize {
         self.sides.unsent_bytes(from)
+    }
+
+    fn others_hold_unsent(&self) -> bool {
+        self.sides.others_hold_unsent()
     }
 
     fn set_send_buffer(&mut self, from: Port, bytes: usize) -> usize {

@@ -48,6 +48,8 @@ pub const FAILURE_PAUSE: Duration = Duration::from_millis(1);
 pub struct Sides {
     pub queue: Arc<Queue>,
     pub sockets: Arc<WorkerSockets>,
+    /// Those of the other workers.
+    others: Vec<Arc<WorkerSockets>>,
     pub counters: Arc<Counters>,
     pub wake: Arc<EventFd>,
     wake_pending: bool,
@@ -82,6 +84,7 @@ impl Sides {
     pub fn new(
         queue: Arc<Queue>,
         sockets: Arc<WorkerSockets>,
+        others: Vec<Arc<WorkerSockets>>,
         wake: Arc<EventFd>,
         limits: Limits,
         counters: Arc<Counters>,
@@ -91,6 +94,7 @@ impl Sides {
             queue,
             receivers: Receivers::new(Arc::clone(&sockets)),
             sockets,
+            others,
             counters,
             wake,
             wake_pending: false,
@@ -365,6 +369,12 @@ impl Sides {
     /// Bytes that the socket of a port holds.
     pub fn unsent_bytes(&self, from: Port) -> usize {
         udp::unsent_bytes(self.sockets.sender(from).as_fd())
+    }
+
+    /// Whether a socket of another worker holds anything.
+    pub fn others_hold_unsent(&self) -> bool {
+        let mut all = self.others.iter().flat_map(|worker| worker.all());
+        all.any(|socket| udp::unsent_bytes(socket.as_fd()) > 0)
     }
 
     /// Sets how many bytes the socket of a port may hold and yet have room.

@@ -81,7 +81,15 @@ fn uring_parts(parts: Parts) -> Uring {
         wake,
         counters,
     } = parts;
-    Uring::new(queue.into(), sockets.into(), wake, Limits::FULL, counters).unwrap()
+    Uring::new(
+        queue.into(),
+        sockets.into(),
+        Vec::new(),
+        wake,
+        Limits::FULL,
+        counters,
+    )
+    .unwrap()
 }
 
 fn epoll_parts(parts: Parts) -> Epoll {
@@ -91,7 +99,15 @@ fn epoll_parts(parts: Parts) -> Epoll {
         wake,
         counters,
     } = parts;
-    Epoll::new(queue.into(), sockets.into(), wake, Limits::FULL, counters).unwrap()
+    Epoll::new(
+        queue.into(),
+        sockets.into(),
+        Vec::new(),
+        wake,
+        Limits::FULL,
+        counters,
+    )
+    .unwrap()
 }
 
 /// An engine and what is at the other ends of its descriptors.

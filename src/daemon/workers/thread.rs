@@ -17,6 +17,7 @@ use crate::dataplane::{self, Commands, Queueing};
 use crate::error::{Error, Result};
 use crate::io::engine::Engine;
 use crate::io::epoll::Epoll;
+use crate::io::udp::WorkerSockets;
 use crate::io::uring::Uring;
 use crate::packet::batch::Limits;
 use crate::packet::coalesce::TunOffloads;
@@ -49,6 +50,8 @@ pub(super) struct Worker {
     /// The worker's number.
     pub(super) index: usize,
     pub(super) descriptors: WorkerFds,
+    /// The sockets of the other workers.
+    pub(super) others: Vec<Arc<WorkerSockets>>,
     pub(super) counters: Arc<Counters>,
     pub(super) setup: Setup,
     pub(super) wake: Arc<EventFd>,
@@ -86,11 +89,12 @@ impl Worker {
         }
         let WorkerFds { queue, sockets, .. } = self.descriptors.clone();
         let (limits, wake) = (self.setup.limits, Arc::clone(&self.wake));
+        let others = self.others.clone();
         let (counters, report) = (Arc::clone(&self.counters), self.report.clone());
         let result = match self.setup.is_uring {
-            true => Uring::new(queue, sockets, wake, limits, counters)
+            true => Uring::new(queue, sockets, others, wake, limits, counters)
                 .and_then(|engine| self.run(engine)),
-            false => Epoll::new(queue, sockets, wake, limits, counters)
+            false => Epoll::new(queue, sockets, others, wake, limits, counters)
                 .and_then(|engine| self.run(engine)),
         };
         if let Err(error) = result {

@@ -96,13 +96,14 @@ impl Uring {
     pub fn new(
         queue: Arc<Queue>,
         sockets: Arc<WorkerSockets>,
+        others: Vec<Arc<WorkerSockets>>,
         wake: Arc<EventFd>,
         limits: Limits,
         counters: Arc<Counters>,
     ) -> Result<Self> {
         Ok(Self {
             ring: build()?,
-            sides: Sides::new(queue, sockets, wake, limits, counters),
+            sides: Sides::new(queue, sockets, others, wake, limits, counters),
             armed: Armed::default(),
             sends: (0..BATCHES).map(|_| None).collect(),
             messages: (0..BATCHES).map(|_| SendMessage::new()).collect(),
@@ -324,6 +325,10 @@ impl Engine for Uring {
             self.sides.fail(error);
         }
         self.sides.unsent_bytes(from)
+    }
+
+    fn others_hold_unsent(&self) -> bool {
+        self.sides.others_hold_unsent()
     }
 
     fn set_send_buffer(&mut self, from: Port, bytes: usize) -> usize {
