@@ -11,8 +11,8 @@
 //!
 //! Workers that share a link have as much in their sockets together. A worker that finds, as
 //! a rule, that others hold something while it makes its next batch has one batch in its
-//! socket instead of two, of twice the length: the others keep the link busy meanwhile, and
-//! a GB takes half as many batches.
+//! socket instead of two, and a longer one: the others keep the link busy meanwhile, and a GB
+//! takes fewer batches. When all sockets are found empty, it has two again.
 //!
 //! What does not drain at all is not a link that is slow, but datagrams to a neighbour
 //! whose link-layer address the kernel is still asking for. They are held by the
@@ -35,8 +35,10 @@ const BATCH_TIME_NS: u64 = 400_000;
 /// … and at the most.
 const BATCH_TIME_MAX_NS: u64 = 1_000_000;
 
-/// So many times that for workers that share a link.
-const SHARED: u64 = 2;
+/// The same, by a worker's share of the rate, for workers that share a link: more packets to a
+/// batch, but less than twice as many where few packets take long already.
+const SHARED_TIME_NS: u64 = 800_000;
+const SHARED_TIME_MAX_NS: u64 = 1_500_000;
 
 /// Added to a batch, this is the limit: there is room for another batch as long as no
 /// more than one is left. A packet, and what the kernel counts for its descriptor.
@@ -93,6 +95,8 @@ pub struct InFlight {
     /// how often they did.
     asked: u32,
     others_held: u32,
+    /// They did, as a rule, and the link was never idle.
+    is_shared: bool,
 }
 
 impl InFlight {
@@ -116,6 +120,7 @@ impl InFlight {
             stretch: 1,
             asked: 0,
             others_held: 0,
+            is_shared: false,
         }
     }
 
@@ -203,20 +208,24 @@ impl InFlight {
         let bytes_in =
             |time_ns: u64| (u128::from(bytes) * u128::from(time_ns) / u128::from(ns)) as usize;
         self.stretch = match self.has_run_empty {
+            // Two batches may do.
+            true if self.is_shared => 1,
             true => (self.stretch * 2).min(STRETCH_MAX),
             false => (self.stretch / 2).max(1),
         };
-        // Batches of twice the length have to be possible.
-        let is_shared = self.others_held * 2 > self.asked
-            && bytes_in(BATCH_TIME_NS * SHARED) <= BATCH_BYTES_MAX;
-        // How much longer a batch is, and how many batches there may be behind it.
-        let (times, behind) = match is_shared {
-            true => (SHARED, self.stretch - 1),
-            false => (1, self.stretch),
+        // The kernel has to take batches as long as that.
+        self.is_shared = !self.has_run_empty
+            && self.stretch == 1
+            && self.others_held * 2 > self.asked
+            && bytes_in(SHARED_TIME_NS) <= BATCH_BYTES_MAX;
+        // How long a batch takes, and how many there may be behind it.
+        let (time_ns, time_max_ns, behind) = match self.is_shared {
+            true => (SHARED_TIME_NS, SHARED_TIME_MAX_NS, 0),
+            false => (BATCH_TIME_NS, BATCH_TIME_MAX_NS, self.stretch),
         };
         let batch_bytes = BATCH_BYTES_MIN
-            .min(bytes_in(BATCH_TIME_MAX_NS * times))
-            .max(bytes_in(BATCH_TIME_NS * times))
+            .min(bytes_in(time_max_ns))
+            .max(bytes_in(time_ns))
             .clamp(1, BATCH_BYTES_MAX);
         let limit_bytes = batch_bytes * behind + LIMIT_BYTES_EXTRA;
         (self.drained_bytes, self.drained_ns, self.has_run_empty) = (0, 0, false);
@@ -354,14 +363,11 @@ mod tests {
             let alone = settle(&mut InFlight::new(None), bytes_per_ms, late_ns);
             let (percent, limits_bytes, batches_bytes) = share(bytes_per_ms, late_ns);
             assert!(percent >= 97, "{percent} % of {bytes_per_ms} bytes/ms");
-            // One alone has two batches in its socket; each of them has one, as long as those.
+            // One alone has two batches in its socket; each of them has a longer one.
             let (both, one) = (limits_bytes + batches_bytes, 2 * alone);
             assert!(both < one * 5 / 4, "{both} bytes, alone {one}");
-            let batch_bytes = batches_bytes / 2;
-            assert!(
-                batch_bytes * 5 / 4 > alone - LIMIT_BYTES_EXTRA,
-                "{batch_bytes}"
-            );
+            let halves = alone - LIMIT_BYTES_EXTRA;
+            assert!(batches_bytes > halves * 5 / 4, "{batches_bytes}");
         }
     }
 
