@@ -169,6 +169,9 @@ impl Engine for Nowhere {
     fn unsent_bytes(&mut self, _: Port) -> usize {
         0
     }
+    fn others_hold_unsent(&self) -> bool {
+        false
+    }
     fn set_send_buffer(&mut self, _: Port, bytes: usize) -> usize {
         bytes
     }
