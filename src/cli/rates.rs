@@ -117,7 +117,11 @@ impl Rates {
         let totals = [before, after].map(Totals::of_tunnel);
         let drops = drops_by_reason(Some((before, seconds)), after);
         Self {
-            drops: drops.iter().filter_map(|drops| drops.rate).sum(),
+            // A sum of none would be -0.0.
+            drops: drops
+                .iter()
+                .filter_map(|drops| drops.rate)
+                .fold(0.0, |sum, rate| sum + rate),
             ..Self::between(&totals[0], &totals[1], seconds)
         }
     }

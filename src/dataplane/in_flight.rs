@@ -12,7 +12,8 @@
 //! Workers that share a link have as much in their sockets together. A worker that finds, as
 //! a rule, that others hold something while it makes its next batch has one batch in its
 //! socket instead of two, and a longer one: the others keep the link busy meanwhile, and a GB
-//! takes fewer batches. When all sockets are found empty, it has two again.
+//! takes fewer batches. When all sockets are found empty, or the worker's rate falls by a
+//! quarter, as it does if it comes late or the others' link is another one, it has two again.
 //!
 //! What does not drain at all is not a link that is slow, but datagrams to a neighbour
 //! whose link-layer address the kernel is still asking for. They are held by the
@@ -41,8 +42,10 @@ const SHARED_TIME_NS: u64 = 800_000;
 const SHARED_TIME_MAX_NS: u64 = 1_500_000;
 
 /// Added to a batch, this is the limit: there is room for another batch as long as no
-/// more than one is left. A packet, and what the kernel counts for its descriptor.
-const LIMIT_BYTES_EXTRA: usize = 2 << 10;
+/// more than one is left. A packet, and what the kernel counts for its descriptor. With less
+/// than this in it the kernel says that a socket has room, however short its buffer is
+/// (`SOCK_MIN_SNDBUF`, `net/sock.h`, halved).
+const LIMIT_BYTES_EXTRA: usize = 2304;
 
 /// Most that a limit is multiplied by while the socket runs empty.
 const STRETCH_MAX: usize = 16;
@@ -95,8 +98,8 @@ pub struct InFlight {
     /// how often they did.
     asked: u32,
     others_held: u32,
-    /// They did, as a rule, and the link was never idle.
-    is_shared: bool,
+    /// While the link counts as shared: the highest rate since, in bytes per millisecond.
+    shared_rate: Option<usize>,
 }
 
 impl InFlight {
@@ -120,7 +123,7 @@ impl InFlight {
             stretch: 1,
             asked: 0,
             others_held: 0,
-            is_shared: false,
+            shared_rate: None,
         }
     }
 
@@ -196,7 +199,7 @@ impl InFlight {
         }
         self.drained_bytes += bytes as u64;
         self.drained_ns += ns;
-        self.has_run_empty |= held_bytes == 0 && !others_hold;
+        self.has_run_empty |= held_bytes == 0 && !(self.shared_rate.is_some() && others_hold);
         self.asked += 1;
         self.others_held += u32::from(others_hold);
         self.is_auto && self.drained_ns >= WINDOW_NS && self.adapt()
@@ -209,25 +212,32 @@ impl InFlight {
             |time_ns: u64| (u128::from(bytes) * u128::from(time_ns) / u128::from(ns)) as usize;
         self.stretch = match self.has_run_empty {
             // Two batches may do.
-            true if self.is_shared => 1,
+            true if self.shared_rate.is_some() => 1,
             true => (self.stretch * 2).min(STRETCH_MAX),
             false => (self.stretch / 2).max(1),
         };
-        // The kernel has to take batches as long as that.
-        self.is_shared = !self.has_run_empty
+        let (rate, rate_before) = (bytes_in(1_000_000), self.shared_rate.unwrap_or(0));
+        let is_shared = !self.has_run_empty
             && self.stretch == 1
             && self.others_held * 2 > self.asked
+            && rate >= rate_before / 4 * 3
+            // The kernel has to take batches as long as that.
             && bytes_in(SHARED_TIME_NS) <= BATCH_BYTES_MAX;
-        // How long a batch takes, and how many there may be behind it.
-        let (time_ns, time_max_ns, behind) = match self.is_shared {
-            true => (SHARED_TIME_NS, SHARED_TIME_MAX_NS, 0),
-            false => (BATCH_TIME_NS, BATCH_TIME_MAX_NS, self.stretch),
+        self.shared_rate = is_shared.then_some(rate.max(rate_before));
+        let (time_ns, time_max_ns) = match is_shared {
+            true => (SHARED_TIME_NS, SHARED_TIME_MAX_NS),
+            false => (BATCH_TIME_NS, BATCH_TIME_MAX_NS),
         };
         let batch_bytes = BATCH_BYTES_MIN
             .min(bytes_in(time_max_ns))
             .max(bytes_in(time_ns))
             .clamp(1, BATCH_BYTES_MAX);
-        let limit_bytes = batch_bytes * behind + LIMIT_BYTES_EXTRA;
+        let limit_bytes = match is_shared {
+            // Less than a batch, so that there is room when it is gone; and the socket, which
+            // takes twice as much, has room for a probe meanwhile.
+            true => (batch_bytes / 4 * 3).max(LIMIT_BYTES_EXTRA),
+            false => batch_bytes * self.stretch + LIMIT_BYTES_EXTRA,
+        };
         (self.drained_bytes, self.drained_ns, self.has_run_empty) = (0, 0, false);
         (self.asked, self.others_held) = (0, 0);
         let drain_ns = u128::from(ns) * (limit_bytes + batch_bytes) as u128 / u128::from(bytes);
@@ -294,9 +304,14 @@ mod tests {
     }
 
     /// A link of so many bytes per millisecond that two workers share, each of which comes back
-    /// `late_ns` after its socket has room. The bytes that went in the last half, in percent
-    /// of what the link could have taken; and their limits and batches, added up.
-    fn share(bytes_per_ms: u64, late_ns: u64) -> (u64, usize, usize) {
+    /// so long after its socket has room, and makes batches of `batch_bytes_max` at the most.
+    /// The bytes of each that went in the last half, in percent of what the link could have
+    /// taken; the most bytes that both sockets held then; and their batches, added up.
+    fn share(
+        bytes_per_ms: u64,
+        late_ns: [u64; 2],
+        batch_bytes_max: usize,
+    ) -> ([u64; 2], usize, usize) {
         struct Worker {
             state: InFlight,
             held: usize,
@@ -312,14 +327,14 @@ mod tests {
         let mut workers: Vec<_> = (0..2).map(worker).collect();
         // Batches on the link: whose, how much of it is left, and how long it was.
         let mut link: VecDeque<(usize, usize, usize)> = VecDeque::new();
-        let (steps, mut sent) = (400_000, 0);
+        let (steps, mut sent, mut held_most) = (400_000, [0; 2], 0);
         for step in 0..steps {
             let now_ns = step * STEP_NS;
             for index in 0..2 {
                 let others_hold = workers[1 - index].held > 0;
                 let worker = &mut workers[index];
                 if worker.back_ns.is_none() && worker.held < worker.state.limit_bytes() {
-                    worker.back_ns = Some(now_ns + late_ns);
+                    worker.back_ns = Some(now_ns + late_ns[index]);
                 }
                 if worker.back_ns.is_none_or(|back_ns| now_ns < back_ns) {
                     continue;
@@ -328,19 +343,22 @@ mod tests {
                 worker.state.drained(worker.held, others_hold, now_ns);
                 worker.state.refresh(worker.held);
                 while worker.state.has_room() {
-                    let batch_bytes = worker.state.batch_bytes();
+                    let batch_bytes = worker.state.batch_bytes().min(batch_bytes_max);
                     link.push_back((index, batch_bytes, batch_bytes));
                     worker.held += batch_bytes;
                     worker.state.refresh(worker.held);
                 }
                 worker.state.found_full(now_ns);
             }
+            if step >= steps / 2 {
+                held_most = held_most.max(workers.iter().map(|worker| worker.held).sum());
+            }
             let mut room = (bytes_per_ms * STEP_NS / 1_000_000) as usize;
             while let Some((index, left, batch_bytes)) = link.front_mut().filter(|_| room > 0) {
                 let bytes = room.min(*left);
                 (*left, room) = (*left - bytes, room - bytes);
                 if step >= steps / 2 {
-                    sent += bytes as u64;
+                    sent[*index] += bytes as u64;
                 }
                 if *left == 0 {
                     // The kernel counts all of a batch until all of it is gone.
@@ -350,10 +368,15 @@ mod tests {
             }
         }
         let most = bytes_per_ms * STEP_NS * (steps / 2) / 1_000_000;
-        let states = || workers.iter().map(|worker| &worker.state);
-        let limits_bytes = states().map(InFlight::limit_bytes).sum();
-        let batches_bytes = states().map(InFlight::batch_bytes).sum();
-        (sent * 100 / most, limits_bytes, batches_bytes)
+        let batches_bytes = workers
+            .iter()
+            .map(|worker| worker.state.batch_bytes())
+            .sum();
+        (
+            sent.map(|bytes| bytes * 100 / most),
+            held_most,
+            batches_bytes,
+        )
     }
 
     #[test]
@@ -361,11 +384,15 @@ mod tests {
         // 1 Gbit/s, 100 Mbit/s.
         for (bytes_per_ms, late_ns) in [(125_000, 50_000), (12_500, 50_000)] {
             let alone = settle(&mut InFlight::new(None), bytes_per_ms, late_ns);
-            let (percent, limits_bytes, batches_bytes) = share(bytes_per_ms, late_ns);
-            assert!(percent >= 97, "{percent} % of {bytes_per_ms} bytes/ms");
+            let (percent, held_bytes, batches_bytes) =
+                share(bytes_per_ms, [late_ns; 2], usize::MAX);
+            let all: u64 = percent.iter().sum();
+            assert!(all >= 97, "{percent:?} % of {bytes_per_ms} bytes/ms");
             // One alone has two batches in its socket; each of them has a longer one.
-            let (both, one) = (limits_bytes + batches_bytes, 2 * alone);
-            assert!(both < one * 5 / 4, "{both} bytes, alone {one}");
+            assert!(
+                held_bytes < 2 * alone * 5 / 4,
+                "{held_bytes}, alone {alone}"
+            );
             let halves = alone - LIMIT_BYTES_EXTRA;
             assert!(batches_bytes > halves * 5 / 4, "{batches_bytes}");
         }
@@ -373,8 +400,23 @@ mod tests {
 
     #[test]
     fn workers_that_share_a_link_and_come_late_keep_it_busy() {
-        let (percent, ..) = share(125_000, 2_000_000);
-        assert!(percent >= 90, "{percent} %");
+        let (percent, ..) = share(125_000, [2_000_000; 2], usize::MAX);
+        assert!(percent.iter().sum::<u64>() >= 90, "{percent:?} %");
+    }
+
+    #[test]
+    fn who_comes_late_to_a_link_that_is_shared_keeps_a_part_of_it() {
+        for late_ns in [500_000, 1_000_000, 3_000_000] {
+            let (percent, ..) = share(125_000, [late_ns, 50_000], usize::MAX);
+            assert!(percent[0] >= 15, "{percent:?} % after {late_ns} ns");
+            assert!(percent.iter().sum::<u64>() >= 90, "{percent:?} %");
+        }
+    }
+
+    #[test]
+    fn short_batches_keep_a_link_that_is_shared_busy() {
+        let (percent, ..) = share(125_000, [100_000; 2], 1500);
+        assert!(percent.iter().sum::<u64>() >= 95, "{percent:?} %");
     }
 
     #[test]
