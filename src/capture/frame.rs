@@ -101,7 +101,7 @@ impl Header {
     }
 }
 
-/// Appends a frame that is no packet.
+/// Appends a frame that is not a packet.
 pub(crate) fn write(kind: u8, worker: u16, body: &[u8], frames: &mut Vec<u8>) {
     let header = Header {
         kind,

@@ -192,7 +192,7 @@ impl Inbound {
         Some(run)
     }
 
-    /// Takes in a datagram that is no data message.
+    /// Takes in a datagram that is not a data message.
     #[cold]
     fn take_message(&self, datagram: &[u8], sender: Endpoint, counters: &Counters) {
         match (Message::parse(datagram), &self.sessions) {
@@ -330,7 +330,7 @@ struct Run<'a> {
     allowed: Allowed<'a>,
     /// One of them could be opened.
     is_authentic: bool,
-    /// One of those was no keepalive.
+    /// One of those was not a keepalive.
     has_data: bool,
 }
 

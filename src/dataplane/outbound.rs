@@ -149,7 +149,7 @@ impl Outbound {
         engine: &mut impl Engine,
     ) {
         counters.tun_reads.add(1);
-        // What is no packet is left for the next step to refuse.
+        // What is not a packet is left for the next step to refuse.
         let is_expired =
             table.is_hop() && hop::decrement_vnet_packet(vnet_packet) == Some(Hop::Expired);
         self.forward(vnet_packet, is_expired, None, table, counters, engine);

@@ -192,13 +192,13 @@ impl<'a> Parser<'a> {
             "net" => {
                 let text = self.next("a prefix")?;
                 let net: Result<IpNet, _> = text.parse();
-                let no_net = |_| format!("{} is no prefix, such as 10.1.0.0/16", quoted(text));
+                let no_net = |_| format!("{} is not a prefix, such as 10.1.0.0/16", quoted(text));
                 Ok(Filter::Net(side, net.map_err(no_net)?))
             }
             "port" => {
                 let text = self.next("a number")?;
                 let port = text.parse();
-                let port = port.map_err(|_| format!("{} is no port", quoted(text)))?;
+                let port = port.map_err(|_| format!("{} is not a port", quoted(text)))?;
                 Ok(Filter::Port(side, port))
             }
             word => Err(format!(

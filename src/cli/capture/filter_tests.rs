@@ -92,9 +92,9 @@ fn what_is_no_filter_is_refused_with_a_reason() {
     for (text, part) in [
         ("", "words"),
         ("tcp port", "a number"),
-        ("port 70000", "`70000` is no port"),
+        ("port 70000", "`70000` is not a port"),
         ("host vpn.example", "`vpn.example` is not an address"),
-        ("net 10.1.0.0", "is no prefix"),
+        ("net 10.1.0.0", "is not a prefix"),
         ("tcp udp", "not `udp`"),
         ("src", "`host`"),
         ("(tcp", "`)`"),
