@@ -53,6 +53,7 @@ pub(super) fn status(status: &Status) -> String {
         ("public key", status.public_key.clone().unwrap_or_default()),
         ("engine", status.engine.clone()),
         ("offloads", status.offloads.clone()),
+        ("queues", queues(status)),
         ("IP hop", if status.hop { "yes" } else { "no" }.into()),
         ("kernel routes", kernel_routes.into()),
         (
@@ -177,6 +178,15 @@ pub(super) fn tunnels<'a>(all: impl Iterator<Item = &'a Status>) -> String {
 fn addresses(status: &Status) -> String {
     let addresses: Vec<String> = status.addresses.iter().map(ToString::to_string).collect();
     or_none(&addresses)
+}
+
+/// How packets wait for room, if the tunnel tells.
+fn queues(status: &Status) -> String {
+    let (aqm, limit) = (printable(&status.aqm), printable(&status.queue_limit));
+    match status.aqm.is_empty() {
+        true => String::new(),
+        false => format!("aqm {aqm}, limit {limit}"),
+    }
 }
 
 /// The ports that a firewall sees.

@@ -28,6 +28,8 @@ fn a_status() -> Status {
         handshakes: BTreeMap::new(),
         engine: "io_uring".into(),
         offloads: "TSO on, USO off, UDP_SEGMENT on, UDP_GRO on".into(),
+        aqm: "fq_codel".into(),
+        queue_limit: "auto".into(),
         hop: false,
         keeps_routes: true,
         config_file: Some("/etc/fastvpn.toml".into()),
@@ -90,6 +92,7 @@ listening on   0.0.0.0:8285
 sending from   port 8285, and 61118, 61119 to peers that these are known to reach
 engine         io_uring
 offloads       TSO on, USO off, UDP_SEGMENT on, UDP_GRO on
+queues         aqm fq_codel, limit auto
 IP hop         no
 kernel routes  one per prefix
 configuration  /etc/fastvpn.toml

@@ -76,6 +76,16 @@ pub enum QueueLimit {
     Bytes(usize),
 }
 
+/// As the option takes it.
+impl fmt::Display for QueueLimit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Bytes(bytes) => write!(f, "{bytes}"),
+        }
+    }
+}
+
 /// How packets wait for a socket to have room.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -86,6 +96,16 @@ pub enum Aqm {
     FqCodel,
     /// All in one queue
     Off,
+}
+
+/// As the option takes it.
+impl fmt::Display for Aqm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::FqCodel => "fq_codel",
+            Self::Off => "off",
+        })
+    }
 }
 
 /// The DSCP of datagrams.

@@ -231,6 +231,8 @@ pub fn status(tunnel: &mut Tunnel) -> Status {
         public_key: config.public_key().map(|key| key.to_string()),
         engine: tunnel.workers.engine().into(),
         offloads: announce::offloads(&tunnel.workers),
+        aqm: config.aqm.to_string(),
+        queue_limit: config.queue_limit.to_string(),
         hop: config.hop,
         keeps_routes: !config.no_routes,
         config_file: file.map(|path| path.display().to_string()),

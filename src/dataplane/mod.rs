@@ -194,16 +194,13 @@ fn obey(
                 outbound.flush(table, counters, engine);
                 inbound.flush(table, counters, engine);
                 let new = Arc::clone(&new.lock().unwrap_or_else(PoisonError::into_inner));
-                let has_other_sessions = !new.has_sessions_of(table);
-                if has_other_sessions {
+                if !new.has_sessions_of(table) {
                     // What waits would be sealed for another peer.
                     outbound.drain(table, counters, engine);
                 }
                 *table = new;
-                if has_other_sessions {
-                    // What is held may be another peer's now.
-                    outbound.retry(table, counters, engine);
-                }
+                // What is held may be another peer's now.
+                outbound.retry(table, counters, engine);
                 counters.tap.set_generation(table.generation());
                 drop(in_force);
             }

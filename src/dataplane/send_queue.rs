@@ -199,8 +199,11 @@ impl SendQueue {
             };
             self.give(batch, to, account, engine);
         }
-        self.in_flight.found_full(self.now_ns());
-        self.is_full = true;
+        // What drains while nothing waits says nothing about the link.
+        self.is_full = !self.waiting.is_empty();
+        if self.is_full {
+            self.in_flight.found_full(self.now_ns());
+        }
         // The limit may have become shorter since.
         self.set_send_buffer(from, self.in_flight.limit_bytes(), engine);
         engine.wait_for_room(from);
@@ -266,6 +269,7 @@ impl SendQueue {
         }
         let now_ns = self.now_ns();
         while let Some((batch, to)) = self.next_batch(now_ns, account, engine) {
+            self.in_flight.sent(batch.bytes().len(), batch.count());
             self.seal_and_send(batch, to, account, engine);
         }
     }

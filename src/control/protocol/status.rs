@@ -44,6 +44,12 @@ pub struct Status {
     pub engine: String,
     /// Offloads, in words.
     pub offloads: String,
+    /// How packets wait for a socket to have room, as `--aqm` takes it.
+    #[serde(default)]
+    pub aqm: String,
+    /// How many bytes a socket holds before packets wait, as `--queue-limit` takes it.
+    #[serde(default)]
+    pub queue_limit: String,
     /// Whether the tunnel counts as an IP hop.
     pub hop: bool,
     /// Whether the prefixes are kept as kernel routes.

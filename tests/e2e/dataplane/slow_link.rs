@@ -45,7 +45,7 @@ fn stop_both([near, far]: [Tunnel; 2]) -> Result<()> {
 }
 
 /// Streams that fill the link, and datagrams beside them.
-fn streams_and_datagrams(flags: &[&str]) -> Result<()> {
+fn streams_and_datagrams(flags: &[&str], in_force: [&str; 2]) -> Result<()> {
     let operator = Operator::new()?;
     let (network, tunnels) = slow_sites(&operator, flags)?;
     let [near, far] = &network.all[..] else {
@@ -69,6 +69,9 @@ fn streams_and_datagrams(flags: &[&str]) -> Result<()> {
             result.unwrap_or_else(|_| fail("a stream has panicked"))
         })
     })?;
+    let status = operator.ask("status")?;
+    let told = ["aqm", "queue_limit"].map(|name| status[name].as_str());
+    check(told == in_force.map(Some), || format!("{told:?}"))?;
     // Nothing was lost for lack of room in the socket.
     let full = operator.dropped("send-full")?;
     check(full == 0, || format!("{full} packets were lost"))?;
@@ -85,12 +88,15 @@ fn streams_and_datagrams(flags: &[&str]) -> Result<()> {
 
 #[testbed::trial(each_engine)]
 fn a_slow_link_carries_all_that_is_sent() -> Result<()> {
-    streams_and_datagrams(&[])
+    streams_and_datagrams(&[], ["fq_codel", "auto"])
 }
 
 #[testbed::trial(each_engine)]
 fn a_slow_link_without_aqm_carries_all_that_is_sent() -> Result<()> {
-    streams_and_datagrams(&["--aqm", "off", "--queue-limit", "20000"])
+    streams_and_datagrams(
+        &["--aqm", "off", "--queue-limit", "20000"],
+        ["off", "20000"],
+    )
 }
 
 /// A datagram, and the TOS that its receiver sees.
