@@ -343,9 +343,17 @@ pub fn udp(namespace: &Namespace, address: impl Into<IpAddr>, port: u16) -> Resu
         socket.set_read_timeout(Some(PATIENCE))?;
         Ok(socket)
     };
-    namespace
-        .run(open)
-        .map_err(|cause| Error::os(format!("cannot open UDP socket on {address}"), cause))
+    // One that was closed lives on in processes that other trials start just then, until these
+    // have begun with their programs.
+    let mut opened = namespace.run(open);
+    let _ = wait_until("the port is free", || {
+        let is_in_use = |error: &io::Error| error.kind() == io::ErrorKind::AddrInUse;
+        if opened.as_ref().is_err_and(is_in_use) {
+            opened = namespace.run(open);
+        }
+        Ok(!opened.as_ref().is_err_and(is_in_use))
+    });
+    opened.map_err(|cause| Error::os(format!("cannot open UDP socket on {address}"), cause))
 }
 
 /// Attaches an error to what was tried.
