@@ -30,7 +30,9 @@ use baseline::{Baseline, Count, Counts, Surroundings, Verdict};
 /// The counts in the tree.
 const BASELINE: &str = concat!(
     env!("CARGO_MANIFEST_DIR"),
-    "/benches/instructions/baseline.json"
+    "/benches/",
+    env!("CARGO_CRATE_NAME"),
+    "/baseline.json"
 );
 
 /// Growth that is let pass: what a changed register allocation may cost.
@@ -55,7 +57,8 @@ struct Options {
     bench: bool,
 }
 
-fn main() -> ExitCode {
+/// As a program of its own, and for the kernels of `benches/worker`.
+pub fn main() -> ExitCode {
     // `cargo test --benches` starts benches as well, with a test's options.
     let arguments: Vec<String> = std::env::args().collect();
     let is_asked = |option: &str| arguments.iter().any(|argument| argument == option);
@@ -157,7 +160,11 @@ fn conclude(
     verdicts: &[Verdict],
     gone: &[&str],
 ) -> bool {
-    const RENEW: &str = "cargo bench --bench instructions -- --write-baseline";
+    const RENEW: &str = concat!(
+        "cargo bench --bench ",
+        env!("CARGO_CRATE_NAME"),
+        " -- --write-baseline"
+    );
     let differences = known.surroundings.differences(surroundings);
     let failures = verdicts.iter().filter(|verdict| verdict.is_failure());
     let failed = failures.count() + gone.len();
